@@ -1,0 +1,22 @@
+"""`iddpm`: one Typer app. Errors a user can make end in one line and exit code 1 or 2, never in a traceback."""
+
+from __future__ import annotations
+
+import typer
+
+from cli.train_command import train_command
+
+app = typer.Typer(
+    name="iddpm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Diffusion models of the Improved DDPM family: train, import, sample, serve."""
+
+
+app.command("train")(train_command)

@@ -1,0 +1,59 @@
+"""`iddpm train`: from labelled images to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train_command(
+    preset: Annotated[str, typer.Argument(help="Named configuration, e.g. fashion32, cifar10, imagenet64.")],
+    data: Annotated[Path, typer.Option(help="npz file (images, labels, classes) or folder of class subfolders.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/PRESET.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a field: name=value; dotted names reach inside.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes."""
+    from trainer.data import open_dataset
+    from trainer.loop import resolve, train
+    from trainer.presets import preset as named_preset
+
+    run = out or Path("runs") / preset
+    try:
+        config = named_preset(preset).with_overrides(parse_assignments(assignments or []))
+        resolved = resolve(config, open_dataset(data, config.model.image_size, config.model.image_channels))
+        typer.echo(resolved.model_dump_json(indent=2))
+        if dry_run:
+            return
+        command = ["iddpm", "train", preset, "--data", data.name]
+        command += [part for assignment in assignments or [] for part in ("--set", assignment)]
+        model = train(config, data, run, resume=resume, command=shlex.join(command))
+    except ValueError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from error
+    typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Read `name=value` pairs; values are JSON where they can be, else strings.
+
+    Raises:
+        ValueError: a part without `=`.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes name=value; got {assignment!r}")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values

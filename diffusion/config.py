@@ -1,0 +1,237 @@
+"""What a model is: the frozen configurations a checkpoint carries, to and from JSON.
+
+Every class refuses unknown names and names the field and the rule in its errors, so that a typo in a
+`config.json` ends at the typo and not in a network that samples noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+GROUP_NORM_GROUPS = 32
+"""Groups of every normalisation in the IDDPM/ADM networks; channel counts must be multiples of it."""
+
+NoiseSchedule = Literal["linear", "cosine"]
+Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
+Prediction = Literal["eps", "x0"]
+AttentionOrder = Literal["legacy", "new"]
+ClassifierPool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
+
+
+class FrozenConfig(BaseModel):
+    """Immutable, strict about names; `replace` re-validates, which `model_copy` does not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a validated copy with some fields changed."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+class BackboneConfig(FrozenConfig):
+    """What the UNet and the noisy classifier share: levels, residual blocks and attention."""
+
+    image_size: int = Field(ge=1)
+    """Height and width of the images in pixels (square)."""
+    image_channels: int = Field(default=3, ge=1)
+    """Channels of the images: 3 for RGB, 1 for grey."""
+    model_channels: int = Field(ge=1)
+    """Width C of the first level; level i has int(channel_mult[i] * C) channels."""
+    channel_mult: tuple[float, ...] = Field(min_length=1)
+    """Width of each level as a multiple of model_channels; one level per entry, each half the size."""
+    num_res_blocks: int = Field(default=2, ge=1)
+    """Residual blocks per level of the encoder; the UNet's decoder has one more."""
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    """Feature-map sizes in pixels at which the residual blocks are followed by self-attention."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads; ignored where num_head_channels is given."""
+    num_head_channels: int | None = Field(default=None, ge=1)
+    """Channels per attention head; None: use num_heads."""
+    attention_order: AttentionOrder = "legacy"
+    """Channel layout of the attention's qkv: legacy = [head][q|k|v], new = [q|k|v][head]."""
+    use_scale_shift_norm: bool = True
+    """Condition by GroupNorm(h)(1 + w) + b (paper, appendix A) instead of GroupNorm(h + e)."""
+    resblock_updown: bool = False
+    """Resample inside residual blocks (ADM) instead of by separate layers."""
+    conv_resample: bool = True
+    """Resample with convolutions; False: average pooling and nearest neighbour."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout probability inside residual blocks, while training."""
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, largest feature map first."""
+        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Feature-map size in pixels of each level."""
+        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the time embedding after its MLP."""
+        return 4 * self.model_channels
+
+    def heads_for(self, channels: int, num_heads: int | None = None) -> int:
+        """Attention heads at a level with that many channels."""
+        if self.num_head_channels is not None:
+            return channels // self.num_head_channels
+        return num_heads or self.num_heads
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Self:
+        halvings = len(self.channel_mult) - 1
+        if self.image_size % (1 << halvings):
+            raise ValueError(
+                f"image_size must be a multiple of {1 << halvings}: channel_mult has {halvings + 1} levels, "
+                f"each half the size; got {self.image_size}"
+            )
+        for mult, channels in zip(self.channel_mult, self.level_channels, strict=True):
+            if channels == 0 or channels % GROUP_NORM_GROUPS:
+                raise ValueError(
+                    f"channel_mult x model_channels must be a multiple of {GROUP_NORM_GROUPS} (groups of the "
+                    f"normalisation); {mult:g} x {self.model_channels} is {channels}"
+                )
+        for size in self.attention_resolutions:
+            if size not in self.level_sizes:
+                raise ValueError(
+                    f"attention_resolutions must name sizes of levels, which are {list(self.level_sizes)}; got {size}"
+                )
+        attended = {
+            c for c, s in zip(self.level_channels, self.level_sizes, strict=True) if s in self.attention_resolutions
+        }
+        for channels in {*attended, self.level_channels[-1]}:
+            self._check_heads(channels)
+        return self
+
+    def _check_heads(self, channels: int) -> None:
+        name, value = "num_heads", self.num_heads
+        if self.num_head_channels is not None:
+            name, value = "num_head_channels", self.num_head_channels
+        if channels % value:
+            raise ValueError(f"{name} must divide the {channels} channels of an attention layer; got {value}")
+
+
+class ModelConfig(BackboneConfig):
+    """The UNet of IDDPM (arXiv:2102.09672) and ADM (arXiv:2105.05233), super-resolution included."""
+
+    num_heads_upsample: int | None = Field(default=None, ge=1)
+    """Attention heads in the decoder; None: num_heads."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Classes the network is conditioned on; None: unconditional."""
+    null_class: bool = False
+    """Whether label index num_classes stands for "no label", so that classifier-free guidance is possible."""
+    learn_sigma: bool = True
+    """Whether the network also outputs var_values (twice the image channels)."""
+    low_res_size: int | None = Field(default=None, ge=1)
+    """Super-resolution: size in pixels of the low-resolution input; None: no such input."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the first convolution's input: x_t, and the low-resolution image if there is one."""
+        return self.image_channels * (1 if self.low_res_size is None else 2)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: eps (or x0), and var_values if learned."""
+        return self.image_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_labels(self) -> int:
+        """Rows of the label embedding; 0 for an unconditional model."""
+        return 0 if self.num_classes is None else self.num_classes + int(self.null_class)
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if self.null_class and self.num_classes is None:
+            raise ValueError("null_class needs num_classes: an unconditional model has no label to leave out")
+        if self.low_res_size is not None and self.low_res_size > self.image_size:
+            raise ValueError(f"low_res_size must be at most image_size ({self.image_size}); got {self.low_res_size}")
+        return self
+
+
+class ClassifierConfig(BackboneConfig):
+    """The noisy classifier of ADM (arXiv:2105.05233, section 4): the UNet's encoder and a pooling head."""
+
+    num_classes: int = Field(ge=2)
+    """Logits the classifier returns."""
+    pool: ClassifierPool = "attention"
+    """How features become logits."""
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> Self:
+        if self.pool == "attention" and self.num_head_channels is None:
+            raise ValueError("num_head_channels is required by pool 'attention': it is the width of its heads")
+        return self
+
+
+class DiffusionConfig(FrozenConfig):
+    """The process a network was trained for."""
+
+    num_timesteps: int = Field(default=4000, ge=2)
+    """T, steps of the training chain."""
+    noise_schedule: NoiseSchedule = "cosine"
+    """How the betas grow: linear (Ho et al. 2020) or cosine (IDDPM, Equation 17)."""
+    variance: Variance = "learned_range"
+    """What the reverse process's variance is; learned_range is IDDPM's Equation 15."""
+    prediction: Prediction = "eps"
+    """What the network's first half predicts."""
+    rescale_timesteps: bool = False
+    """Whether the network is fed t * 1000 / T instead of t."""
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network must output var_values."""
+        return self.variance in ("learned", "learned_range")
+
+
+class SamplingDefaults(FrozenConfig):
+    """What the people who trained a model recommend; a request may choose otherwise."""
+
+    cfg_scale: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    """Classifier-free guidance scale; 1 = off."""
+
+
+class CheckpointConfig(FrozenConfig):
+    """The `config.json` of a checkpoint folder: everything needed to rebuild and sample the network."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["unet"] = "unet"
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    class_names: tuple[str, ...] | None = None
+    """One name per class, in label order; None where nobody named them."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    provenance: dict[str, Any] = {}
+    """Where the weights come from: command, commit, images seen, or the imported file; for people."""
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        if self.model.learn_sigma != self.diffusion.learns_variance:
+            raise ValueError(
+                f"model.learn_sigma must be {self.diffusion.learns_variance} for diffusion.variance "
+                f"'{self.diffusion.variance}'; got {self.model.learn_sigma}"
+            )
+        if self.class_names is not None and len(self.class_names) != (self.model.num_classes or 0):
+            raise ValueError(
+                f"class_names must have one name per class: model.num_classes is {self.model.num_classes}, "
+                f"got {len(self.class_names)} names"
+            )
+        if self.sampling.cfg_scale != 1.0 and not self.model.null_class:
+            raise ValueError("sampling.cfg_scale other than 1 needs model.null_class")
+        return self
+
+
+class ClassifierCheckpointConfig(FrozenConfig):
+    """The `config.json` of a noisy classifier's folder."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["classifier"] = "classifier"
+    model: ClassifierConfig
+    diffusion: DiffusionConfig
+    """The noising process the classifier saw; only its schedule, length and rescaling matter."""
+    class_names: tuple[str, ...] | None = None
+    provenance: dict[str, Any] = {}

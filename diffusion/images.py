@@ -1,0 +1,74 @@
+"""Pictures for people: grids of images, with or without captions, and their encodings."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Uint8Array = npt.NDArray[np.uint8]
+PictureFormat = Literal["png", "webp"]
+
+GRID_GAP = 2
+CAPTION_HEIGHT = 14
+
+
+def encode(pixels: Uint8Array, picture_format: PictureFormat = "png") -> bytes:
+    """Encode one image [H, W, 1, 3 or 4 channels], uint8, losslessly.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+    buffer = io.BytesIO()
+    options = {"lossless": True, "exact": True} if picture_format == "webp" else {"optimize": False}
+    _picture(pixels).save(buffer, format=picture_format, **options)
+    return buffer.getvalue()
+
+
+def grid(images: Uint8Array, columns: int | None = None) -> Uint8Array:
+    """Lay images [N, H, W, C] out row by row, with thin white gaps.
+
+    Args:
+        images: uint8, at least one.
+        columns: images per row; None: as square as possible.
+
+    Returns:
+        uint8 [rows * (H + gap) - gap, columns * (W + gap) - gap, C].
+    """
+    count, height, width, channels = images.shape
+    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
+    rows = -(-count // columns)
+    sheet = np.full(
+        (rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP, channels), 255, np.uint8
+    )
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + GRID_GAP), (index % columns) * (width + GRID_GAP)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Image.Image:
+    """Draw one captioned row of images [n, H, W, C] per entry, enlarged by a whole factor."""
+    font = ImageFont.load_default(CAPTION_HEIGHT - 3)
+    label_width = max(int(font.getlength(caption)) for caption, _ in rows) + 8
+    strips = [_picture(grid(images, columns=len(images))).convert("RGB") for _, images in rows]
+    strips = [strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST) for strip in strips]
+    width = label_width + max(strip.width for strip in strips)
+    sheet = Image.new("RGB", (width, sum(strip.height + GRID_GAP for strip in strips)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for (caption, _), strip in zip(rows, strips, strict=True):
+        draw.text((label_width - 4, top + strip.height // 2), caption, fill="black", font=font, anchor="rm")
+        sheet.paste(strip, (label_width, top))
+        top += strip.height + GRID_GAP
+    return sheet
+
+
+def _picture(pixels: Uint8Array) -> Image.Image:
+    if pixels.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"a picture must have 1, 3 or 4 channels; got {pixels.shape[-1]}")
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)

@@ -1,0 +1,138 @@
+"""Counter-based noise: every normal is a function of (seed, image index, step, element) and of nothing else.
+
+There is no generator and no state, so an image gets the same noise in any batch, in any order, on any replica and
+after any retry. Words come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
+section 3.3) with the key (seed's low word, seed's high word) and the counter (element block, step, image index,
+stream); a block is four consecutive elements of an image in C, H, W order. Words become normals by Box & Muller
+(1958), computed in float64 and rounded to float32: libraries whose logarithms differ in the last bit of a float64,
+or a vectorised loop whose remainder takes another path, then still give the same float32 (but for about one element
+in 10^9 that lies at the border of two).
+
+This module needs numpy only; `diffusion.noise_torch` does the same on tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+STREAM_X_T: Final = 0
+"""The image a chain starts from; its step is 0."""
+STREAM_STEP: Final = 1
+"""The noise a sampling step adds; its step counts calls of the network from 0, the noisiest."""
+STREAM_CLASS: Final = 2
+"""The class of an image whose request names none; its step is 0."""
+
+MAX_SEED: Final = 2**53 - 1
+"""The largest integer that a JSON reader with float64 numbers keeps exactly."""
+MAX_WORD: Final = 2**32 - 1
+"""The largest image index, step and block."""
+
+ELEMENTS_PER_BLOCK: Final = 4
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+Words = tuple[Any, Any, Any, Any]
+"""Four 32-bit words, each an int64 numpy array, an int64 tensor or a Python integer in 0..2^32-1."""
+
+
+def philox(counter: Words, key: tuple[Any, Any]) -> Words:
+    """Compute Philox4x32-10.
+
+    Works on anything with `*`, `>>`, `&` and `^` whose products are exact or wrap at 64 bits; shapes broadcast.
+    (int64 products wrap to the right low 64 bits, and masking after the shift removes the sign.)
+
+    Args:
+        counter: four words.
+        key: two words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & MAX_WORD
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & MAX_WORD
+        c1 = product1 & MAX_WORD
+        c3 = product0 & MAX_WORD
+        k0 = (k0 + _KEY_INCREMENTS[0]) & MAX_WORD
+        k1 = (k1 + _KEY_INCREMENTS[1]) & MAX_WORD
+    return c0, c1, c2, c3
+
+
+def normal(
+    seeds: IntArray,
+    image_indices: IntArray,
+    steps: IntArray,
+    stream: int,
+    shape: tuple[int, int, int],
+) -> npt.NDArray[np.float32]:
+    """Return standard normals for a batch of images; a row depends on its own numbers only.
+
+    Args:
+        seeds: int64 [B], 0..2^53-1.
+        image_indices: int64 [B], 0..2^32-1: which image of its request.
+        steps: int64 [B], 0..2^32-1: see the streams.
+        stream: `STREAM_X_T` or `STREAM_STEP`.
+        shape: (C, H, W). The first elements do not depend on it: a larger image begins like a smaller one.
+
+    Returns:
+        float32 [B, C, H, W], each within +-6.77 (the price of 32-bit uniforms; one normal in 10^11 lies beyond).
+
+    Raises:
+        ValueError: a number out of its range, or an array of another type than int64.
+    """
+    for name, values, limit in (
+        ("seeds", seeds, MAX_SEED),
+        ("image_indices", image_indices, MAX_WORD),
+        ("steps", steps, MAX_WORD),
+    ):
+        if values.dtype != np.int64:
+            raise ValueError(f"{name} must be int64, whose products wrap where they should; got {values.dtype}")
+        check_range(name, int(values.min(initial=0)), int(values.max(initial=0)), limit)
+
+    elements = shape[0] * shape[1] * shape[2]
+    blocks = np.arange(-(-elements // ELEMENTS_PER_BLOCK), dtype=np.int64)[None]  # [1, blocks]
+    seeds = seeds[:, None]
+    counter = (blocks, steps[:, None], image_indices[:, None], np.array([[stream]], dtype=np.int64))
+    words = philox(counter, (seeds & MAX_WORD, seeds >> 32))
+
+    normals = np.empty((len(seeds), blocks.shape[1], ELEMENTS_PER_BLOCK), dtype=np.float32)
+    for first in (0, 2):
+        radius = np.sqrt(-2.0 * np.log((words[first] + 0.5) * 2.0**-32))
+        angle = (words[first + 1] + 0.5) * (2.0**-32 * 2.0 * np.pi)
+        normals[:, :, first] = radius * np.cos(angle)
+        normals[:, :, first + 1] = radius * np.sin(angle)
+    return normals.reshape(len(seeds), -1)[:, :elements].reshape(-1, *shape)
+
+
+def draw_class(seed: int, image_index: int, num_classes: int) -> int:
+    """Draw the class of an image whose request names none, uniformly from 0..num_classes-1.
+
+    64 random bits are multiplied by num_classes and cut, so no class is favoured by more than num_classes / 2^64.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    check_range("seed", seed, seed, MAX_SEED)
+    check_range("image_index", image_index, image_index, MAX_WORD)
+    if not 1 <= num_classes <= MAX_WORD:
+        raise ValueError(f"num_classes must be in 1..{MAX_WORD}; got {num_classes}")
+    low, high, _, _ = philox((0, 0, image_index, STREAM_CLASS), (seed & MAX_WORD, seed >> 32))
+    return int(((high << 32 | low) * num_classes) >> 64)
+
+
+def check_range(name: str, lowest: int, highest: int, limit: int) -> None:
+    """Refuse numbers of which any lies outside 0..limit.
+
+    Raises:
+        ValueError: naming the argument and its range.
+    """
+    if lowest < 0 or highest > limit:
+        raise ValueError(f"{name} must be in 0..{limit}; got {lowest if lowest < 0 else highest}")

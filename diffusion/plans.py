@@ -1,0 +1,194 @@
+"""Sampling plans: a sampler, for a process and a number of steps, as a table with one line per step.
+
+Every sampler here is linear in the predicted x0, in x_t and in the previous x0, so that one update
+(`diffusion.update.advance`) serves them all, in one batch, each row reading its line:
+
+    x0     = clamp(a_x * x_t + a_out * out, -clip, clip)
+    logvar = lv_min + (lv_max - lv_min) * (var_values + 1) / 2
+    x_prev = c_x0 * x0 + c_xt * x_t + c_prev * x0_prev
+             + (g_var * exp(logvar) + g_const) * grad
+             + noise_scale * exp(logvar / 2) * z
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.config import DiffusionConfig
+from diffusion.respacing import Process, respace
+from diffusion.schedules import FloatArray
+
+Sampler = Literal["ancestral", "ddim"]
+
+PLAN_COLUMNS: Final = (
+    "t_model",  # what the network is told
+    "a_x",  # x0 from x_t ...
+    "a_out",  # ... and from the network's output
+    "clip",  # bound of x0: 1 or infinity
+    "c_x0",
+    "c_xt",
+    "c_prev",  # of the previous step's x0: multistep solvers
+    "lv_min",  # log variance where var_values is -1 ...
+    "lv_max",  # ... and where it is 1
+    "noise_scale",  # of exp(logvar / 2) * z
+    "g_var",  # of exp(logvar) * grad: classifier guidance of ancestral sampling
+    "g_const",  # of grad: classifier guidance of DDIM
+)
+"""The columns of `SamplingPlan.table`, in their order."""
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """What a chain does at each of its steps; computed in float64, kept in float32."""
+
+    table: npt.NDArray[np.float32]
+    """float32 [num_steps, 12] in the order of sampling: line 0 is the noisiest step, taken first. Read-only."""
+
+    def __post_init__(self) -> None:
+        if self.table.dtype != np.float32 or self.table.shape[1:] != (len(PLAN_COLUMNS),):
+            raise ValueError(
+                f"table must be float32 [num_steps, {len(PLAN_COLUMNS)}]; got {self.table.dtype} {self.table.shape}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Network calls the chain takes."""
+        return len(self.table)
+
+    def column(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one column, float32 [num_steps], by its name in `PLAN_COLUMNS`."""
+        return self.table[:, PLAN_COLUMNS.index(name)]
+
+
+def build_plan(
+    diffusion: DiffusionConfig,
+    sampler: Sampler = "ancestral",
+    spec: str = "",
+    eta: float = 0.0,
+    clip: bool = True,
+) -> SamplingPlan:
+    """Build the plan of a sampler by name.
+
+    Args:
+        diffusion: the process the network was trained for.
+        sampler: `ancestral` or `ddim`.
+        spec: respacing, see `space_timesteps`; `"100"` takes 100 steps.
+        eta: for `ddim`, see `ddim_plan`; ancestral sampling has no such choice.
+        clip: whether x0 is clamped to [-1, 1], as all published samples are.
+
+    Raises:
+        ValueError: an unknown sampler, a spec that cannot be met, eta out of range or given to ancestral sampling.
+    """
+    if sampler == "ancestral":
+        if eta != 0.0:
+            raise ValueError(f"eta must be left at 0 for sampler 'ancestral', which has no such choice; got {eta}")
+        return ancestral_plan(diffusion, spec, clip)
+    if sampler == "ddim":
+        return ddim_plan(diffusion, spec, eta, clip)
+    raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}; got {sampler!r}")
+
+
+def ancestral_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
+    """Plan the sampling that the model was trained for: draws of p(x_{t-1} | x_t).
+
+    Ho et al. 2020 (arXiv:2006.11239, Algorithm 2) on the respaced process of IDDPM section 4. The last step adds
+    no noise. Classifier guidance shifts the mean by the variance times the gradient (Dhariwal & Nichol 2021,
+    arXiv:2105.05233, Algorithm 1).
+
+    Args:
+        diffusion: the process the network was trained for.
+        spec: respacing, see `space_timesteps`.
+        clip: whether x0 is clamped to [-1, 1].
+
+    Raises:
+        ValueError: a spec that cannot be met.
+    """
+    process = respace(diffusion, spec)
+    schedule = process.schedule
+    adds_noise = np.append(0.0, np.ones(process.num_steps - 1))
+    lv_min, lv_max = _log_variance_bounds(diffusion, process)
+    # OpenAI's fixed_small variance, which scales the gradient, is 0 at t = 0; its log variance is clipped there.
+    g_var = adds_noise if diffusion.variance == "fixed_small" else np.ones(process.num_steps)
+    return _plan(
+        diffusion,
+        process,
+        clip,
+        c_x0=schedule.posterior_mean_coef1,
+        c_xt=schedule.posterior_mean_coef2,
+        lv_min=lv_min,
+        lv_max=lv_max,
+        noise_scale=adds_noise,
+        g_var=g_var,
+    )
+
+
+def ddim_plan(diffusion: DiffusionConfig, spec: str, eta: float, clip: bool = True) -> SamplingPlan:
+    """Plan DDIM sampling (Song et al. 2021, arXiv:2010.02502, Equations 12 and 16).
+
+    eps is derived again from the clamped x0, as in OpenAI's released code. Classifier guidance shifts that eps by
+    -sqrt(1 - abar) times the gradient (Dhariwal & Nichol 2021, arXiv:2105.05233, Algorithm 2); in terms of x0 this
+    is a shift by (1 - abar) / sqrt(abar) times the gradient, which is not clamped again.
+
+    Args:
+        diffusion: the process the network was trained for; its kind of variance plays no role.
+        spec: respacing, see `space_timesteps`.
+        eta: share of the posterior's noise that is added, 0..1: 0 is deterministic, 1 is as noisy as ancestral
+            sampling with the fixed_small variance.
+        clip: whether x0 is clamped to [-1, 1].
+
+    Raises:
+        ValueError: a spec that cannot be met, or eta out of range.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be in 0..1 (0 is deterministic); got {eta}")
+    process = respace(diffusion, spec)
+    abar, abar_prev = process.schedule.alphas_cumprod, process.schedule.alphas_cumprod_prev
+    sigma_squared = eta**2 * process.schedule.posterior_variance
+    # What is left for eps of the variance 1 - abar_prev; rounding must not take it below 0.
+    eps_scale = np.sqrt(np.maximum(1.0 - abar_prev - sigma_squared, 0.0))
+    c_x0 = np.sqrt(abar_prev) - eps_scale / np.sqrt(1.0 / abar - 1.0)
+    return _plan(
+        diffusion,
+        process,
+        clip,
+        c_x0=c_x0,
+        c_xt=eps_scale / np.sqrt(1.0 - abar),
+        noise_scale=np.sqrt(sigma_squared),
+        g_const=c_x0 * (1.0 - abar) / np.sqrt(abar),
+    )
+
+
+def _log_variance_bounds(diffusion: DiffusionConfig, process: Process) -> tuple[FloatArray, FloatArray]:
+    schedule = process.schedule
+    small = schedule.posterior_log_variance_clipped
+    if diffusion.variance == "learned_range":
+        return small, np.log(schedule.betas)  # IDDPM, Equation 15
+    if diffusion.variance == "learned":
+        one = np.ones(process.num_steps)
+        return -one, one  # the interpolation is the identity: var_values is the log variance
+    fixed = small if diffusion.variance == "fixed_small" else np.log(schedule.fixed_large_variance)
+    return fixed, fixed
+
+
+def _plan(diffusion: DiffusionConfig, process: Process, clip: bool, **columns: FloatArray) -> SamplingPlan:
+    """Fill in the columns all samplers share, and 0 for those not given; turn t ascending into sampling order."""
+    abar = process.schedule.alphas_cumprod
+    predicts_eps = diffusion.prediction == "eps"
+    values: dict[str, FloatArray | float] = {
+        "t_model": process.model_t.astype(np.float64),
+        "a_x": np.sqrt(1.0 / abar) if predicts_eps else 0.0,
+        "a_out": -np.sqrt(1.0 / abar - 1.0) if predicts_eps else 1.0,
+        "clip": 1.0 if clip else np.inf,
+        **columns,
+    }
+    table = np.zeros((process.num_steps, len(PLAN_COLUMNS)), dtype=np.float64)
+    for index, name in enumerate(PLAN_COLUMNS):
+        table[:, index] = values.pop(name, 0.0)
+    assert not values  # noqa: S101  # a misspelt column of our own
+    stored = table[::-1].astype(np.float32)
+    stored.setflags(write=False)
+    return SamplingPlan(stored)

@@ -1,0 +1,114 @@
+"""Respacing: keep S of the T training timesteps (IDDPM section 4), and the shorter process that results."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.config import DiffusionConfig
+from diffusion.schedules import Schedule, named_betas
+
+IntArray = npt.NDArray[np.int64]
+
+MIN_STEPS = 2
+"""A process of one step has no posterior variance to clip to; OpenAI's code cannot run it either."""
+
+
+def space_timesteps(num_timesteps: int, spec: str) -> IntArray:
+    """Choose the timesteps that a shorter process keeps, exactly as OpenAI's released code chooses them.
+
+    Args:
+        num_timesteps: T of the training chain.
+        spec: `"100"`: that many, evenly spaced with both ends kept (IDDPM section 4);
+            `"10,10,20,40"`: sections of equal length with that many each, the first one the least noisy;
+            `"ddim25"`: the smallest integer stride that gives exactly that many, starting at 0
+            (Song et al. 2021, arXiv:2010.02502); `""`: all.
+
+    Returns:
+        Ascending timesteps, int64 [S].
+
+    Raises:
+        ValueError: a spec that cannot be read or met; the message says which part and what is possible.
+    """
+    if spec == "":
+        return np.arange(num_timesteps, dtype=np.int64)
+    if match := re.fullmatch(r"ddim([0-9]{1,9})", spec):
+        return _integer_stride(num_timesteps, int(match.group(1)))
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", spec):
+        raise ValueError(
+            f"respacing must be a number of steps ('100'), numbers per section ('10,10,20,40'), 'ddimN' or ''; "
+            f"got {spec!r}"
+        )
+    return _sections(num_timesteps, [int(count) for count in spec.split(",")])
+
+
+def _integer_stride(num_timesteps: int, num_steps: int) -> IntArray:
+    for stride in range(1, num_timesteps):
+        if -(-num_timesteps // stride) == num_steps:
+            return np.arange(0, num_timesteps, stride, dtype=np.int64)
+    possible = sorted({-(-num_timesteps // stride) for stride in range(1, num_timesteps)})
+    nearest = sorted(possible, key=lambda n: abs(n - num_steps))[:2]
+    raise ValueError(
+        f"respacing 'ddim{num_steps}' is impossible: no integer stride through {num_timesteps} timesteps takes "
+        f"{num_steps} steps; the nearest that exist are {' and '.join(f'ddim{n}' for n in sorted(nearest))}"
+    )
+
+
+def _sections(num_timesteps: int, counts: list[int]) -> IntArray:
+    size, extra = divmod(num_timesteps, len(counts))
+    timesteps: list[int] = []
+    start = 0
+    for index, count in enumerate(counts):
+        length = size + (index < extra)
+        if count > length:
+            raise ValueError(
+                f"respacing asks for {count} steps in section {index + 1} of {len(counts)}, which has only "
+                f"{length} of the {num_timesteps} timesteps"
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0  # accumulated, and rounded half to even: OpenAI's arithmetic, which i * stride is not
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride
+        start += length
+    return np.array(timesteps, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A diffusion process that can be sampled: its tables, and what the network is told at each step."""
+
+    schedule: Schedule
+    """Tables of the respaced process, S steps; betas, bounds and posterior are all recomputed."""
+    timestep_map: IntArray
+    """int64 [S]: the training timestep of each respaced step, ascending."""
+    model_t: npt.NDArray[np.float32]
+    """float32 [S]: what the network is fed at each respaced step (t, or t * 1000 / T)."""
+
+    @property
+    def num_steps(self) -> int:
+        """S, the network calls a full chain takes."""
+        return self.schedule.num_steps
+
+
+def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
+    """Build the process that keeps the timesteps of a respacing spec.
+
+    The betas are chosen so that alphas_cumprod keeps its values at the kept timesteps (IDDPM, Equation 19).
+
+    Raises:
+        ValueError: a spec that `space_timesteps` refuses, or one of fewer than 2 steps.
+    """
+    timestep_map = space_timesteps(diffusion.num_timesteps, spec)
+    if len(timestep_map) < MIN_STEPS:
+        raise ValueError(f"respacing must keep at least {MIN_STEPS} steps; {spec!r} keeps {len(timestep_map)}")
+    base = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps))
+    kept = base.alphas_cumprod[timestep_map]
+    schedule = Schedule(1.0 - kept / np.append(1.0, kept[:-1]))
+    model_t = timestep_map.astype(np.float32)
+    if diffusion.rescale_timesteps:
+        model_t = model_t * np.float32(1000.0 / diffusion.num_timesteps)
+    return Process(schedule, timestep_map, model_t)

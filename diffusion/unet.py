@@ -1,0 +1,334 @@
+"""The IDDPM/ADM UNet, super-resolution included, with the weight names of OpenAI's released state dicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.config import GROUP_NORM_GROUPS, AttentionOrder, BackboneConfig, ModelConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+EMBEDDING_ROWS = 16
+"""Rows that `RowLinear` multiplies at a time, see there."""
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5), cosines first as in OpenAI's code.
+
+    Args:
+        t: timesteps [B], integer or fractional.
+        dim: width of the embedding; an odd one ends in a column of zeros.
+        max_period: the longest wavelength is 2 pi times this.
+
+    Returns:
+        float32 [B, dim], computed in float32 whatever autocast says.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies[None]
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose result for a row does not depend on how many rows come with it, outside training.
+
+    A CPU matrix product picks its kernel by the number of rows, so that a row's result changes in the last bits
+    with the batch. These layers see one row per image: multiplying always 16 rows at a time, padded with zeros,
+    costs next to nothing and makes an image's pixels independent of its neighbours.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        rows = x.shape[0]
+        padded = F.pad(x, (0, 0, 0, -rows % EMBEDDING_ROWS))
+        parts = [super(RowLinear, self).forward(part) for part in torch.split(padded, EMBEDDING_ROWS)]
+        return torch.cat(parts)[:rows]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUP_NORM_GROUPS, channels)
+
+
+def _zero(module: M) -> M:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Downsample(nn.Module):
+    """Halve the feature map, by a strided convolution or by average pooling."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.op: nn.Module = (
+            nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the feature map by nearest neighbour, then convolve or not."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the embedding of timestep and class (IDDPM appendix A; ADM section 3)."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        config: BackboneConfig,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = config.use_scale_shift_norm
+        self.in_layers = nn.Sequential(_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.resample = resample
+        emb_out_channels = 2 * out_channels if config.use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), RowLinear(config.emb_channels, emb_out_channels))
+        self.out_layers = nn.Sequential(
+            _norm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection: nn.Module = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers[:-1](x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[-1](h)  # [B, C', H', W']
+        emb_out = self.emb_layers(emb)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb_out)
+        return self.skip_connection(x) + h
+
+
+def attend(qkv: Tensor, num_heads: int, order: AttentionOrder) -> Tensor:
+    """Scaled dot-product attention over positions.
+
+    Args:
+        qkv: [B, 3C, L]; channels are laid out [head][q|k|v][ch] (legacy) or [q|k|v][head][ch] (new).
+        num_heads: heads; each has C / num_heads channels.
+        order: the layout.
+
+    Returns:
+        [B, C, L].
+    """
+    batch, channels, length = qkv.shape
+    if order == "legacy":
+        q, k, v = qkv.reshape(batch, num_heads, 3, -1, length).unbind(2)  # each [B, heads, ch, L]
+    else:
+        q, k, v = qkv.reshape(batch, 3, num_heads, -1, length).unbind(1)
+    out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+    return out.transpose(2, 3).reshape(batch, channels // 3, length)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, with a residual connection."""
+
+    def __init__(self, channels: int, num_heads: int, order: AttentionOrder) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.order: AttentionOrder = order
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)  # [B, C, L]
+        h = attend(self.qkv(self.norm(flat)), self.num_heads, self.order)
+        h = self.proj_out(h)
+        return (flat + h).reshape(x.shape)
+
+
+class EmbedSequential(nn.Sequential):
+    """A sequence that hands the embedding to the residual blocks in it."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # takes one argument more
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Backbone(nn.Module):
+    """Time embedding, encoder and middle block: what the UNet and the noisy classifier have in common."""
+
+    def __init__(self, config: BackboneConfig, in_channels: int, mid_channels: int) -> None:
+        super().__init__()
+        self.time_embed = nn.Sequential(
+            RowLinear(config.model_channels, config.emb_channels),
+            nn.SiLU(),
+            RowLinear(config.emb_channels, config.emb_channels),
+        )
+        self.model_channels = config.model_channels
+
+        ch = config.level_channels[0]
+        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        self.skip_channels = [ch]
+        for level, out_ch in enumerate(config.level_channels):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(ch, out_ch, config)]
+                ch = out_ch
+                if config.level_sizes[level] in config.attention_resolutions:
+                    layers.append(AttentionBlock(ch, config.heads_for(ch), config.attention_order))
+                self._append_input_block(layers, ch)
+            if level != len(config.channel_mult) - 1:
+                self._append_input_block([self._downsample(ch, config)], ch)
+
+        self.middle_block = EmbedSequential(
+            ResBlock(ch, mid_channels, config),
+            AttentionBlock(ch, config.heads_for(ch), config.attention_order),
+            ResBlock(ch, ch, config),
+        )
+
+    def _append_input_block(self, layers: Iterable[nn.Module], channels: int) -> None:
+        self.input_blocks.append(EmbedSequential(*layers))
+        self.skip_channels.append(channels)
+
+    @staticmethod
+    def _downsample(channels: int, config: BackboneConfig) -> nn.Module:
+        if config.resblock_updown:
+            return ResBlock(channels, channels, config, resample=Downsample(channels, use_conv=False))
+        return Downsample(channels, config.conv_resample)
+
+    def embed_timesteps(self, t: Tensor) -> Tensor:
+        """Return emb_t, the time MLP's output: float32 [B, 4C], whatever autocast says.
+
+        Args:
+            t: what the network is told, [B], integer or fractional (`Process.model_t`).
+        """
+        with torch.autocast(t.device.type, enabled=False):
+            return self.time_embed(timestep_embedding(t, self.model_channels))
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Run the encoder and the middle block; returns every block's output, the middle block's last."""
+        outputs: list[Tensor] = []
+        h = x
+        for index, block in enumerate(self.input_blocks):
+            h = self._first_convolution(h, emb) if index == 0 else block(h, emb)
+            outputs.append(h)
+        outputs.append(self.middle_block(h, emb))
+        return outputs
+
+    def _first_convolution(self, x: Tensor, emb: Tensor) -> Tensor:
+        # On a CPU this convolution, with its few input channels, takes another kernel for a single row, whose last
+        # bits differ: run it on two, so that an image alone gets the pixels it gets in company.
+        if x.shape[0] == 1 and x.device.type == "cpu" and not self.training:
+            return self.input_blocks[0](x.expand(2, -1, -1, -1).contiguous(), emb)[:1]
+        return self.input_blocks[0](x, emb)
+
+
+class UNet(Backbone):
+    """Predicts eps (or x0) and var_values from x_t, the timestep and the class.
+
+    One class serves improved-diffusion's and guided-diffusion's networks: with `ModelConfig.low_res_size` it is
+    their SuperResModel. Parameter names equal theirs, so a published state dict loads strictly.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.in_channels, config.level_channels[-1])
+        self.config = config
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_labels, config.emb_channels)
+
+        skip_channels = list(self.skip_channels)
+        ch = skip_channels[-1]
+        self.output_blocks = nn.ModuleList()
+        for level, out_ch in reversed(list(enumerate(config.level_channels))):
+            for block in range(config.num_res_blocks + 1):
+                layers: list[nn.Module] = [ResBlock(ch + skip_channels.pop(), out_ch, config)]
+                ch = out_ch
+                if config.level_sizes[level] in config.attention_resolutions:
+                    heads = config.heads_for(ch, config.num_heads_upsample)
+                    layers.append(AttentionBlock(ch, heads, config.attention_order))
+                if level and block == config.num_res_blocks:
+                    layers.append(self._upsample(ch, config))
+                self.output_blocks.append(EmbedSequential(*layers))
+
+        self.out = nn.Sequential(_norm(ch), nn.SiLU(), _zero(nn.Conv2d(ch, config.out_channels, 3, padding=1)))
+
+    @staticmethod
+    def _upsample(channels: int, config: ModelConfig) -> nn.Module:
+        if config.resblock_updown:
+            return ResBlock(channels, channels, config, resample=Upsample(channels, use_conv=False))
+        return Upsample(channels, config.conv_resample)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+        """Run the network on timesteps; `forward_emb` says what goes in and comes out.
+
+        Args:
+            x_t: noisy images [B, C, H, W].
+            t: what the network is told, [B] (`Process.model_t`).
+            y: labels int64 [B], for a conditional model.
+            low_res: low-resolution images [B, C, h, w], for a super-resolution model.
+        """
+        return self.forward_emb(x_t, self.embed_timesteps(t), y, low_res)
+
+    def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+        """Run the network on already embedded timesteps, which is what a low-precision graph must be given.
+
+        Args:
+            x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
+            emb_t: float32 [B, 4 model_channels], from `embed_timesteps`.
+            y: labels int64 [B] below `ModelConfig.num_labels`; required by a conditional model, refused by others.
+            low_res: [B, C, h, w]; required by a super-resolution model, refused by others.
+
+        Returns:
+            float32 [B, out_channels, H, W]: eps (or x0), then var_values where the model has them.
+
+        Raises:
+            ValueError: y or low_res missing or not wanted.
+        """
+        if (y is None) != (self.config.num_classes is None):
+            raise ValueError("y must be given to a class-conditional model, and only to one")
+        if (low_res is None) != (self.config.low_res_size is None):
+            raise ValueError("low_res must be given to a super-resolution model, and only to one")
+        emb = emb_t
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        x = x_t
+        if low_res is not None:
+            upsampled = F.interpolate(low_res, x_t.shape[-2:], mode="bilinear", align_corners=False)
+            x = torch.cat([x_t, upsampled], dim=1)
+        return self.decode(self.encode(x, emb), emb)
+
+    def decode(self, encoded: list[Tensor], emb: Tensor) -> Tensor:
+        """Run the decoder on what `encode` returned."""
+        *skips, h = encoded
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h).float()
+
+
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Split a network's output into its prediction and var_values (zeros where it has none), each [B, C, H, W]."""
+    if output.shape[1] == channels:
+        return output, torch.zeros_like(output)
+    prediction, var_values = torch.split(output, channels, dim=1)
+    return prediction, var_values

@@ -1,0 +1,101 @@
+"""TrainConfig: everything a training run depends on, frozen, saved with the run before its first step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
+from diffusion.losses import LossType
+
+TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
+Precision = Literal["auto", "float32", "bfloat16"]
+LrSchedule = Literal["constant", "cosine"]
+
+MAY_CHANGE_ON_RESUME = frozenset({"total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"})
+"""Fields that a resumed run may set anew; any other change would make it another run."""
+
+
+class TrainConfig(FrozenConfig):
+    """A training run. Durations count *images*, so that changing the batch size does not change their meaning."""
+
+    model: ModelConfig
+    """The network; num_classes and null_class are filled in from the data."""
+    diffusion: DiffusionConfig = DiffusionConfig(rescale_timesteps=True)
+    class_conditional: bool = True
+    """Whether labels are used."""
+    label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Fraction of labels replaced by the null class, so that classifier-free guidance is possible; 0: none."""
+
+    loss: LossType = "hybrid"
+    """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple."""
+    rescale_vlb: bool = True
+    """Weigh the bound's terms as the whole chain's bound: with `hybrid`, lambda = 0.001 on L_vlb."""
+    timestep_sampler: TimestepSamplerName = "uniform"
+
+    total_images: int = Field(ge=1)
+    """Training images after which the run ends, repeats counted."""
+    batch_size: int = Field(default=128, ge=1)
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """Images per forward pass; None: the whole batch. Gradients are averaged over the batch."""
+    lr: float = Field(default=1e-4, gt=0)
+    lr_warmup_images: int = Field(default=0, ge=0)
+    """The learning rate rises linearly over this many images."""
+    lr_schedule: LrSchedule = "constant"
+    """What follows the warm-up: a constant rate, or half a cosine to zero at total_images."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; None: no limit."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay of the averaged weights per optimiser step."""
+    ema_warmup: bool = True
+    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early averages are not the initial noise."""
+    horizontal_flip: bool = False
+    """Mirror images at random."""
+    precision: Precision = "auto"
+    """Autocast; `auto` is bfloat16 where the machine computes in it, else float32."""
+    seed: int = Field(default=0, ge=0, lt=2**53)
+
+    sampling: SamplingDefaults = SamplingDefaults()
+    """Recommended to whoever samples the model; goes into its config.json."""
+
+    checkpoint_every_images: int = Field(default=1_000_000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older checkpoints are deleted."""
+    log_every_batches: int = Field(default=50, ge=1)
+    preview_per_class: int = Field(default=4, ge=1)
+    """Images per class in the sample grid at each checkpoint (times ten for an unconditional model)."""
+    preview_steps: int = Field(default=50, ge=2)
+    """Respaced steps of the sample grid."""
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
+            raise ValueError(f"microbatch_size must divide batch_size ({self.batch_size}); got {self.microbatch_size}")
+        if self.preview_steps > self.diffusion.num_timesteps:
+            raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
+        return self
+
+    def with_overrides(self, assignments: dict[str, Any]) -> Self:
+        """Return a validated copy with fields set by dotted name, e.g. {"model.dropout": 0.1}.
+
+        Raises:
+            ValueError: an unknown name (the message lists the allowed ones) or a value that does not fit.
+        """
+        values = self.model_dump()
+        for name, value in assignments.items():
+            *parents, leaf = name.split(".")
+            node: Any = values
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or leaf not in node:
+                allowed = node if isinstance(node, dict) else values
+                raise ValueError(f"unknown field {name!r}; allowed here: {', '.join(sorted(allowed))}")
+            node[leaf] = value
+        return type(self).model_validate(values)
+
+    def changed_fields(self, other: TrainConfig) -> list[str]:
+        """Name the top-level fields in which two configurations differ."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [name for name in mine if mine[name] != theirs[name]]
