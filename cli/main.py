@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cli.serve_command import serve_command
 from cli.train_command import train_command
 
 app = typer.Typer(
@@ -20,3 +21,4 @@ def main() -> None:
 
 
 app.command("train")(train_command)
+app.command("serve")(serve_command)

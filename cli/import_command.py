@@ -1,0 +1,123 @@
+"""`iddpm import`: from one of OpenAI's `.pt` files to a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from diffusion.checkpoint import AnyCheckpointConfig
+
+
+def import_command(
+    file: Annotated[Path, typer.Argument(help="Weights of improved-diffusion or guided-diffusion, e.g. ema_*.pt.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
+    preset: Annotated[str | None, typer.Option(help="A published checkpoint, e.g. imagenet64-cond-270m.")] = None,
+    repo: Annotated[str | None, typer.Option(help="improved or guided: whose code trained your own model.")] = None,
+    flag: Annotated[list[str] | None, typer.Option(help="With --repo, a flag of its training: name=value.")] = None,
+    flags: Annotated[str, typer.Option(help="With --repo, flags as on its command line: '--image_size 64 ...'.")] = "",
+    class_names: Annotated[
+        Path | None, typer.Option(help="Text file, one class name per line, in label order.")
+    ] = None,
+    allow_failed_sanity_check: Annotated[
+        bool, typer.Option("--allow-failed-sanity-check", help="Write the checkpoint even if its check fails.")
+    ] = False,
+) -> None:
+    """Turn weights of openai/improved-diffusion or openai/guided-diffusion into a checkpoint folder.
+
+    Say what they are by --preset, or by --repo and the flags they were trained with. No code in the file is run.
+    """
+    from diffusion.import_openai import import_checkpoint
+    from diffusion.published import PUBLISHED
+
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out must not exist yet; {out} does")
+        config = _with_class_names(resolve(file, preset, repo, flag or [], flags), class_names)
+        typer.echo(summary(config))
+        if preset is not None:
+            typer.secho(f"licence: {PUBLISHED[preset].licence}", fg="yellow")
+        typer.echo(f"reading and checking {file} ...")
+        report = import_checkpoint(file, config, out, allow_failed_check=allow_failed_sanity_check)
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from error
+
+    if report.passed:
+        typer.echo(f"sanity check: passed. {report.advice}")
+    else:
+        typer.secho(f"sanity check: FAILED. {report.advice}", err=True, fg="red")
+    if not report.passed and not allow_failed_sanity_check:
+        typer.secho("error: nothing was written (--allow-failed-sanity-check writes it anyway)", err=True, fg="red")
+        raise typer.Exit(1)
+    typer.echo(f"imported: {out}")
+
+
+def resolve(
+    file: Path, preset: str | None, repo: str | None, assignments: list[str], flag_line: str
+) -> AnyCheckpointConfig:
+    """Return the configuration that a preset, or a repository and its flags, stand for.
+
+    Raises:
+        ValueError: neither or both were given, or a name or value that is not known; the message lists the known ones.
+    """
+    from diffusion.openai_flags import config_from_flags, parse_flag_line
+    from diffusion.published import PUBLISHED
+
+    presets = ", ".join(PUBLISHED)
+    if preset is not None:
+        if repo is not None or assignments or flag_line:
+            raise ValueError("--preset says everything; --repo, --flag and --flags do not go with it")
+        if preset not in PUBLISHED:
+            raise ValueError(f"unknown preset {preset!r}; allowed: {presets}")
+        return PUBLISHED[preset].config
+    if repo is None:
+        named = [model.name for model in PUBLISHED.values() if model.file_name == file.name]
+        hint = f"{file.name} is the published name of --preset {named[0]}" if named else f"presets: {presets}"
+        raise ValueError(f"say what the weights are: --preset NAME, or --repo improved|guided and flags; {hint}")
+    if repo not in ("improved", "guided"):
+        raise ValueError(f"--repo must be improved or guided; got {repo!r}")
+    given = parse_flag_line(flag_line)
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"--flag takes name=value; got {assignment!r}")
+        given[name.removeprefix("--")] = value
+    return config_from_flags("improved" if repo == "improved" else "guided", given)
+
+
+def _with_class_names(config: AnyCheckpointConfig, path: Path | None) -> AnyCheckpointConfig:
+    from pydantic import ValidationError
+
+    from diffusion.checkpoint import describe_validation_error
+
+    if path is None:
+        return config
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return config.replace(class_names=names)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe_validation_error(error)}") from error
+
+
+def summary(config: AnyCheckpointConfig) -> str:
+    """Describe a configuration in a short table."""
+    model, diffusion = config.model, config.diffusion
+    heads = f"{model.num_head_channels} channels each" if model.num_head_channels else str(model.num_heads)
+    rows = {
+        "kind": config.kind,
+        "image size": f"{model.image_size} px",
+        "width": f"{model.model_channels} x {', '.join(f'{mult:g}' for mult in model.channel_mult)}",
+        "blocks per level": str(model.num_res_blocks),
+        "attention": f"at {', '.join(map(str, model.attention_resolutions)) or 'the middle only'}; heads: {heads}; "
+        f"{model.attention_order} order",
+        "classes": str(model.num_classes or "none"),
+        "process": f"T = {diffusion.num_timesteps}, {diffusion.noise_schedule}, {diffusion.variance}, predicts "
+        f"{diffusion.prediction}{', rescaled timesteps' if diffusion.rescale_timesteps else ''}",
+    }
+    if config.kind == "unet" and config.model.low_res_size is not None:
+        rows["super-resolution"] = f"{config.model.low_res_size} -> {model.image_size} px"
+    lines = [f"{name:<17} {value}" for name, value in rows.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in config.provenance.get("notes", []))])

@@ -1,0 +1,42 @@
+"""`iddpm serve`: models over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def serve_command(
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Model folder; repeat for several, the first is the default.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto or torch; default auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
+) -> None:
+    """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""
+    from pydantic import ValidationError
+
+    from diffusion.checkpoint import describe_validation_error
+    from service.api.app import create_app
+    from service.api.logs import configure_logging
+    from service.api.server import serve
+    from service.errors import ModelError
+    from service.settings import Settings
+
+    flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
+    flags["models"] = tuple(model) if model else None
+    configure_logging()
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        app = create_app(settings)
+    except ValidationError as error:
+        typer.secho(f"error: {describe_validation_error(error)}", err=True, fg="red")
+        raise typer.Exit(2) from error
+    except ModelError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from error
+    serve(app, settings)

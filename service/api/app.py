@@ -1,0 +1,92 @@
+"""create_app(settings): loads the models, wires engine, routes and error handling. No globals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from service.api import generate, info, problems
+from service.api.guard import Guard
+from service.api.observe import Observe
+from service.api.state import ServiceState
+from service.api.translate import ServedModel
+from service.backends.base import Denoiser
+from service.backends.torch_backend import TorchBackend
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.engine import Engine
+from service.engine.runners.torch_runner import TorchRunner
+from service.errors import ModelError
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
+
+    Raises:
+        ModelError: a model folder that cannot be served.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return assemble(settings, {model_name(folder): TorchBackend(folder) for folder in _distinct(settings.models)})
+
+
+def assemble(settings: Settings, denoisers: dict[str, Denoiser] | dict[str, TorchBackend]) -> FastAPI:
+    """Wire an application around networks that are already loaded."""
+    config = settings.engine_config()
+    metrics = Metrics()
+    runners = {name: TorchRunner(denoiser, config) for name, denoiser in denoisers.items()}
+    served = {
+        name: ServedModel(
+            name=name, config=denoiser.config, numerics_id=denoiser.numerics_id, backend=denoiser.description
+        )
+        for name, denoiser in denoisers.items()
+    }
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
+        app.state.service = ServiceState(settings, served, engine, metrics)
+        for model in served.values():
+            log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
+        engine.start()
+        yield
+        await engine.stop()
+
+    app = FastAPI(
+        title="iddpm",
+        version=version("iddpm"),
+        summary="Images from diffusion models of the Improved DDPM family",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.include_router(generate.router)
+    app.include_router(info.router)
+    problems.install(app)
+    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Observe, metrics=metrics)  # outermost: added last
+    return app
+
+
+def model_name(folder: Path) -> str:
+    """Return the name a model folder is served under: the folder's own."""
+    return folder.resolve().name
+
+
+def _distinct(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    names = [model_name(folder) for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ModelError(f"models are served by folder name, which must differ; twice here: {', '.join(sorted(twice))}")
+    return folders
+
+
+def _log_state(state: EngineState) -> None:
+    log.info("engine: %s", state.value)

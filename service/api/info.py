@@ -1,0 +1,62 @@
+"""What can be asked without generating anything: models, health, metrics. None of it runs the network."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from service.api.problems import problem
+from service.api.schemas import ModelInfo, ModelList, Problem, Status
+from service.api.state import ServiceState, service_state
+from service.engine.async_engine import EngineState
+
+router = APIRouter()
+
+State = Annotated[ServiceState, Depends(service_state)]
+_RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}}
+
+
+@router.get("/v1/models", tags=["models"])
+async def models(state: State) -> ModelList:
+    """List the served models, the default one first."""
+    return ModelList(
+        models=[
+            ModelInfo(
+                name=model.name,
+                image_size=model.config.model.image_size,
+                image_channels=model.config.model.image_channels,
+                classes=None if model.class_names is None else list(model.class_names),
+                num_timesteps=model.config.diffusion.num_timesteps,
+                guidance=model.config.model.null_class,
+                default_cfg_scale=model.config.sampling.cfg_scale,
+                numerics_id=model.numerics_id,
+                backend=model.backend,
+            )
+            for model in state.models.values()
+        ]
+    )
+
+
+@router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
+async def healthz(state: State) -> Status | Response:
+    """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
+    if state.engine.state is EngineState.DEAD:
+        return problem(503, "Engine stopped", "the engine has stopped with an error")
+    return Status(status="ok")
+
+
+@router.get("/readyz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
+async def readyz(state: State) -> Status | Response:
+    """Say whether requests are accepted: after warm-up, until shutdown begins."""
+    if state.engine.state is not EngineState.READY:
+        return problem(503, "Not ready", f"the engine is {state.engine.state.value}")
+    return Status(status="ready")
+
+
+@router.get("/metrics", tags=["metrics"], response_class=Response)
+async def metrics(state: State) -> Response:
+    """Answer Prometheus."""
+    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,82 @@
+"""What every request leaves behind: an id in the answer, a log line, a count. A pure ASGI middleware."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics, Outcome
+
+log = logging.getLogger(__name__)
+
+GENERATE_PATH = "/v1/generate"
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked for by machines every few seconds: logged at DEBUG only."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+CLIENT_CLOSED = 499
+
+
+class Observe:
+    """Outermost: whatever the answer is, and whoever gave it, it is named, logged and counted here once."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun = time.perf_counter()
+        status = CLIENT_CLOSED  # unless an answer begins
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._record(scope, status, time.perf_counter() - begun, request_id)
+
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        path = scope["path"]
+        if path == GENERATE_PATH and scope["method"] == "POST":
+            outcome = outcome_of(status)
+            self._metrics.requests.labels(outcome).inc()
+            if outcome == "ok":
+                self._metrics.request_seconds.observe(seconds)
+        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        log.log(level, "%s %s %d %.3fs id=%s", scope["method"], _printable(path), status, seconds, request_id)
+
+
+def outcome_of(status: int) -> Outcome:
+    """Say what became of a generation request, by the status of its answer."""
+    if status < 400:
+        return "ok"
+    if status == CLIENT_CLOSED:
+        return "cancelled"
+    if status < 500:
+        return "invalid"
+    return "rejected" if status == 503 else "failed"
+
+
+def _printable(path: str) -> str:
+    return repr(path[:200]) if not (path.isascii() and path.isprintable()) else path[:200]

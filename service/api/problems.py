@@ -1,0 +1,154 @@
+"""Errors on the wire: RFC 9457 problem+json, one table from exceptions to statuses, no tracebacks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from service.errors import (
+    Aborted,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    NotFinite,
+    QueueFull,
+    ServiceError,
+    Unavailable,
+    UnknownModel,
+)
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Kind(NamedTuple):
+    """How an exception looks on the wire."""
+
+    status: int
+    title: str
+
+
+KINDS: dict[type[ServiceError], Kind] = {
+    InvalidRequest: Kind(422, "Invalid request"),
+    UnknownModel: Kind(404, "Unknown model"),
+    QueueFull: Kind(503, "Queue full"),
+    Draining: Kind(503, "Not accepting requests"),
+    NotFinite: Kind(500, "Image failed"),
+    Aborted: Kind(499, "Client closed request"),
+    EngineDead: Kind(500, "Engine stopped"),
+}
+
+
+def problem(
+    status: int,
+    title: str,
+    detail: str,
+    *,
+    instance: str | None = None,
+    errors: Sequence[dict[str, str]] | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """Build a problem+json answer."""
+    body: dict[str, Any] = {
+        "type": "urn:iddpm:" + title.lower().replace(" ", "-"),
+        "title": title,
+        "status": status,
+        "detail": detail,
+    }
+    if instance is not None:
+        body["instance"] = instance
+    if errors is not None:
+        body["errors"] = list(errors)
+    return JSONResponse(body, status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of an app with problem+json."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def status_of(error: ServiceError) -> int:
+    """Return the HTTP status of an error."""
+    return KINDS[type(error)].status
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)  # noqa: S101  # registered for it
+    kind = KINDS[type(error)]
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    errors = None
+    if isinstance(error, InvalidRequest):
+        errors = [{"field": error.field, "message": error.message}]
+    return problem(kind.status, kind.title, str(error), instance=_instance(request), errors=errors, headers=headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    found = error.errors()
+    if any(item["type"] == "json_invalid" for item in found):
+        reason = found[0].get("ctx", {}).get("error", "syntax error")
+        return problem(400, "Malformed JSON", f"the body is not valid JSON: {reason}", instance=_instance(request))
+    errors = [{"field": _field(item["loc"]), "message": _message(item)} for item in found]
+    unique = list({(e["field"], e["message"]): e for e in errors}.values())
+    detail = "; ".join(f"{e['field']}: {e['message']}" for e in unique)
+    return problem(422, "Invalid request", detail, instance=_instance(request), errors=unique)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    return problem(
+        error.status_code,
+        {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Error"),
+        str(error.detail),
+        instance=_instance(request),
+        headers=dict(error.headers or {}),
+    )
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    return problem(
+        500, "Internal error", "something went wrong here; the log has the details", instance=_instance(request)
+    )
+
+
+def _instance(request: Request) -> str | None:
+    request_id = getattr(request.state, "request_id", None)
+    return None if request_id is None else f"urn:iddpm:request:{request_id}"
+
+
+def _field(location: Sequence[str | int]) -> str:
+    # pydantic puts the member of a union it tried between the field and the error; people know the field only
+    named = [part for part in location if part != "body"]
+    return "body" if not named else str(named[0])
+
+
+def _message(item: dict[str, Any]) -> str:
+    context = item.get("ctx", {})
+    text = str(item["msg"])
+    if item["type"] == "extra_forbidden":
+        from service.api.schemas import GenerateRequest
+
+        known = [field.alias or name for name, field in GenerateRequest.model_fields.items()]
+        return f"unknown field; allowed: {', '.join(known)}"
+    if "expected" in context and item["type"] == "literal_error":
+        return f"must be {context['expected']}; got {_short(item.get('input'))}"
+    return f"{text[:1].lower()}{text[1:]}; got {_short(item.get('input'))}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

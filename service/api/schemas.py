@@ -1,0 +1,130 @@
+"""What goes over the wire: the request's fields and their limits, and the answer's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+
+from diffusion.noise import MAX_SEED
+from diffusion.plans import Sampler
+
+MAX_IMAGES = 64
+DEFAULT_STEPS = 100
+MAX_CFG_SCALE = 20.0
+
+ImageFormat = Literal["png", "webp", "npz"]
+ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=200)]
+
+
+class GenerateRequest(BaseModel):
+    """A request for images."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        populate_by_name=True,
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
+    )
+
+    model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
+    class_: ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+        default=None,
+        alias="class",
+        description="Class by name or index, or a list with one per image; absent: drawn from the seed.",
+    )
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        default=None, description=f"Images, 1..{MAX_IMAGES}; default 1, or the length of `class` if that is a list."
+    )
+    steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        default=None,
+        description=f"Respaced sampling steps, 2..T of the model, 50 to 250 recommended; default {DEFAULT_STEPS}.",
+    )
+    respacing: Annotated[StrictStr, Field(max_length=200)] | None = Field(
+        default=None,
+        description="Instead of `steps`: '100', sections such as '10,10,20,40', or 'ddim25'.",
+    )
+    sampler: Sampler = Field(default="ancestral", description="`ancestral` or `ddim`.")
+    eta: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="Noise of `ddim`, 0..1; default 0."
+    )
+    cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Classifier-free guidance: 1 = off; default: what the model recommends.",
+    )
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None, description="0..2^53-1; absent: random. The same seed gives the same pixels."
+    )
+    image_index: Annotated[StrictInt, Field(ge=0, le=2**31)] = Field(
+        default=0, description="Index of the first image: image k of a seed is the same in any request."
+    )
+    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless) or `npz`.")
+
+
+class GeneratedImage(BaseModel):
+    """One image and what it was made from."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    b64_json: str = Field(description="The image in the requested format, base64.")
+    class_: str | None = Field(alias="class", description="Name of its class; null if the model has none.")
+    class_index: int | None
+    seed: int
+    image_index: int
+    steps: int
+    queue_ms: float = Field(description="From admission to its first network call.")
+    compute_ms: float = Field(description="From its first network call to its last.")
+
+
+class GenerateResponse(BaseModel):
+    """The images of a request, in order."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str
+    images: list[GeneratedImage]
+    numerics_id: str = Field(description="Equal ids give equal pixels for equal requests.")
+
+
+class ModelInfo(BaseModel):
+    """A served model."""
+
+    name: str
+    image_size: int
+    image_channels: int
+    classes: list[str] | None = Field(description="Class names in index order; null if unconditional.")
+    num_timesteps: int = Field(description="T: `steps` may be at most this.")
+    guidance: bool = Field(description="Whether cfg_scale other than 1 is possible.")
+    default_cfg_scale: float
+    numerics_id: str
+    backend: str
+
+
+class ModelList(BaseModel):
+    """The served models, the default one first."""
+
+    models: list[ModelInfo]
+
+
+class FieldProblem(BaseModel):
+    """A field that breaks a rule."""
+
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """An error as application/problem+json (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    errors: list[FieldProblem] | None = None
+
+
+class Status(BaseModel):
+    """Answer of the health routes."""
+
+    status: str

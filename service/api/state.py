@@ -1,0 +1,29 @@
+"""What handlers reach through one typed dependency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from service.api.translate import ServedModel
+from service.engine.async_engine import AsyncEngine
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """The parts of one running service."""
+
+    settings: Settings
+    models: dict[str, ServedModel]
+    engine: AsyncEngine
+    metrics: Metrics
+
+
+def service_state(request: Request) -> ServiceState:
+    """Return the state of the app that a request came to."""
+    state = request.app.state.service
+    assert isinstance(state, ServiceState)  # noqa: S101  # set by create_app's lifespan
+    return state

@@ -1,0 +1,149 @@
+"""From a validated JSON body to a complete request: names to indices, defaults filled in, limits checked."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from dataclasses import dataclass
+
+from diffusion.config import CheckpointConfig
+from diffusion.noise import MAX_SEED, draw_class
+from diffusion.plans import build_plan
+from diffusion.respacing import space_timesteps
+from service.api.schemas import DEFAULT_STEPS, GenerateRequest
+from service.engine.request import GenerationRequest, ImageParams, PlanKey
+from service.errors import InvalidRequest, UnknownModel
+
+NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What routes know of a model."""
+
+    name: str
+    config: CheckpointConfig
+    numerics_id: str
+    backend: str
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class (its index where nobody named it); None if unconditional."""
+        if self.config.model.num_classes is None:
+            return None
+        return self.config.class_names or tuple(str(index) for index in range(self.config.model.num_classes))
+
+
+def find_model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
+    """Return the model of that name, the first one for None.
+
+    Raises:
+        UnknownModel: no such model.
+    """
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        raise UnknownModel(name, list(models))
+    return models[name]
+
+
+def complete(body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int) -> GenerationRequest:
+    """Fill in defaults and check what depends on the model.
+
+    Raises:
+        InvalidRequest: naming field, rule and allowed values.
+    """
+    count = _count(body)
+    seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+    plan, num_steps = _plan(body, model.config)
+    cfg_scale = _cfg_scale(body, model.config)
+    rows = 1 if cfg_scale == 1.0 else 2
+    if count * num_steps * rows > max_row_steps:
+        raise InvalidRequest(
+            "steps",
+            f"images x steps{' x 2 for guidance' if rows == 2 else ''} must be at most {max_row_steps} per request; "
+            f"got {count} x {num_steps}{' x 2' if rows == 2 else ''} = {count * num_steps * rows}",
+        )
+    images = tuple(
+        ImageParams(
+            plan=plan,
+            num_steps=num_steps,
+            seed=seed,
+            image_index=body.image_index + k,
+            class_index=_class_index(body, model, seed, k),
+            cfg_scale=cfg_scale,
+        )
+        for k in range(count)
+    )
+    return GenerationRequest(request_id=request_id, model=model.name, images=images)
+
+
+def _count(body: GenerateRequest) -> int:
+    if not isinstance(body.class_, list):
+        return body.n or 1
+    if body.n is not None and body.n != len(body.class_):
+        raise InvalidRequest(
+            "n", f"must be {len(body.class_)}, the length of the list in `class`, or absent; got {body.n}"
+        )
+    return len(body.class_)
+
+
+def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int]:
+    timesteps = config.diffusion.num_timesteps
+    if body.respacing is not None and body.steps is not None:
+        raise InvalidRequest("respacing", "give either `steps` or `respacing`, not both")
+    if body.respacing is None:
+        steps = min(DEFAULT_STEPS, timesteps) if body.steps is None else body.steps
+        if steps > timesteps:
+            raise InvalidRequest("steps", f"must be 2..{timesteps}, the model's timesteps; got {steps}")
+        spec = str(steps)
+    else:
+        spec = body.respacing
+    if body.eta is not None and body.sampler != "ddim":
+        raise InvalidRequest("eta", f"is a choice of sampler 'ddim' only; sampler is '{body.sampler}'")
+    key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
+    try:
+        num_steps = len(space_timesteps(timesteps, spec))
+        if num_steps < 2:
+            raise InvalidRequest("respacing", f"must keep at least 2 steps; {spec!r} keeps {num_steps}")
+        build_plan(config.diffusion, key.sampler, key.spec, key.eta)
+    except ValueError as error:
+        raise InvalidRequest("steps" if body.respacing is None else "respacing", str(error)) from error
+    return key, num_steps
+
+
+def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
+    if body.cfg_scale is None:
+        return config.sampling.cfg_scale
+    if body.cfg_scale != 1 and not config.model.null_class:
+        raise InvalidRequest(
+            "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
+        )
+    return float(body.cfg_scale)
+
+
+def _class_index(body: GenerateRequest, model: ServedModel, seed: int, k: int) -> int | None:
+    names = model.class_names
+    asked = body.class_[k] if isinstance(body.class_, list) else body.class_
+    if names is None:
+        if asked is not None:
+            raise InvalidRequest("class", f"must be absent: model {model.name!r} is unconditional")
+        return None
+    if asked is None:
+        return draw_class(seed, body.image_index + k, len(names))
+    if isinstance(asked, int):
+        if asked >= len(names):
+            raise InvalidRequest("class", f"index must be 0..{len(names) - 1}; got {asked}")
+        return asked
+    folded = {name.casefold(): index for index, name in enumerate(names)}
+    if asked.casefold() not in folded:
+        raise InvalidRequest("class", f"must be one of {_some(names, asked)}; got {asked!r}")
+    return folded[asked.casefold()]
+
+
+def _some(names: tuple[str, ...], asked: str) -> str:
+    if len(names) <= NAMES_SHOWN:
+        return ", ".join(names)
+    nearest = difflib.get_close_matches(asked, names, n=5, cutoff=0.3)
+    listed = ", ".join(nearest or names[:5])
+    return f"{listed}, ... ({len(names)} in all, see GET /v1/models)"

@@ -1,0 +1,248 @@
+"""AsyncEngine: the engine in a thread of its own, reached from asyncio. It refuses, cancels, drains and reports.
+
+Commands go to the thread through a queue, results come back through `call_soon_threadsafe`; what crosses is plain
+dataclasses. Whatever ends the thread ends every waiting request with it: nothing hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.request import GenerationRequest, ImageResult, ImageStatus
+from service.errors import Aborted, Draining, EngineDead, InvalidRequest, NotFinite, QueueFull, ServiceError
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+RETRY_WHILE_DRAINING_S = 10.0
+"""Told to clients of a replica that shuts down: another one will answer sooner, this address perhaps later."""
+
+
+class EngineState(enum.Enum):
+    """Where the engine is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: GenerationRequest
+    submitted_at: float
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+@dataclass
+class Ticket:
+    """An accepted request: one future per image, in order."""
+
+    request: GenerationRequest
+    images: list[asyncio.Future[ImageResult]]
+    pending: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pending = len(self.images)
+
+
+class AsyncEngine:
+    """Owns the engine's thread. Its methods belong to the event loop that started it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: EngineConfig,
+        metrics: Metrics,
+        on_state: Callable[[EngineState], None] | None = None,
+    ) -> None:
+        self.state = EngineState.STARTING
+        self._engine = engine
+        self._config = config
+        self._metrics = metrics
+        self._on_state = on_state
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._tickets: dict[str, Ticket] = {}
+        self._images_in_flight = 0
+        self._row_steps_accepted = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread: it warms up, then turns the state to READY."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> Ticket:
+        """Accept a request, or refuse it before any work is done.
+
+        Raises:
+            InvalidRequest: more images than could ever be in flight.
+            QueueFull: too many images are in flight.
+            Draining: starting up or shutting down.
+            EngineDead: the engine has stopped with an error.
+        """
+        if self.state is EngineState.DEAD:
+            raise EngineDead("the engine has stopped with an error")
+        if self.state is not EngineState.READY:
+            raise Draining(f"the service is {self.state.value}", RETRY_WHILE_DRAINING_S)
+        count, limit = len(request.images), self._config.max_in_flight
+        if count > limit:
+            raise InvalidRequest("n", f"must be at most {limit}, the images this service can hold; got {count}")
+        if self._images_in_flight + count > limit:
+            raise QueueFull(
+                f"{self._images_in_flight} images are in flight, at most {limit} can be; this request has {count}",
+                self.predicted_wait_s(),
+            )
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(request, [loop.create_future() for _ in request.images])
+        self._tickets[request.request_id] = ticket
+        self._images_in_flight += count
+        self._row_steps_accepted += request.row_steps
+        self._idle.clear()
+        self._commands.put(_Add(request, time.monotonic()))
+        return ticket
+
+    def abort(self, request_id: str) -> None:
+        """Free a request's rows at the next step; its unfinished images end with `Aborted`."""
+        if request_id in self._tickets:
+            self._commands.put(_Abort(request_id))
+
+    def predicted_wait_s(self) -> float:
+        """Predict how long all accepted work will take, at the measured rate; at least a second."""
+        return max(1.0, self._row_steps_accepted * self._engine.seconds_per_row_step)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; accepted ones go on."""
+        if self.state in (EngineState.STARTING, EngineState.READY):
+            self._set_state(EngineState.DRAINING)
+
+    async def stop(self) -> None:
+        """Drain, wait for accepted requests, end the thread."""
+        self.drain()
+        await self._idle.wait()
+        self._commands.put(_Stop())
+        await self._ended.wait()
+
+    async def wait_idle(self) -> None:
+        """Wait until no accepted request is unfinished."""
+        await self._idle.wait()
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._engine.warm_up()
+            self._tell(self._on_warm)
+            while self._take_commands():
+                self._deliver(self._engine.step())
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            log.exception("the engine stopped with an error")
+            message = f"the engine stopped with an error ({type(error).__name__})"
+            self._tell(lambda: self._on_death(message))
+        finally:
+            self._tell(self._ended.set)
+
+    def _take_commands(self) -> bool:
+        """Carry out what was asked for, waiting for something to do; False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_work())
+            except queue.Empty:
+                return True
+            match command:
+                case _Add(request, submitted_at):
+                    self._engine.add(request, submitted_at)
+                case _Abort(request_id):
+                    self._deliver(self._engine.abort(request_id))
+                case _Stop():
+                    return False
+
+    def _deliver(self, results: list[ImageResult]) -> None:
+        if results:
+            self._tell(lambda: self._on_results(results))
+
+    def _tell(self, callback: Callable[[], None]) -> None:
+        if self._loop is None:
+            raise RuntimeError("the engine's thread runs without an event loop")
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            log.warning("the event loop closed before the engine stopped")
+
+    # In the event loop
+
+    def _on_warm(self) -> None:
+        if self.state is EngineState.STARTING:
+            self._set_state(EngineState.READY)
+
+    def _on_results(self, results: list[ImageResult]) -> None:
+        for result in results:
+            ticket = self._tickets.get(result.request_id)
+            if ticket is None:
+                continue
+            future = ticket.images[result.position]
+            params = ticket.request.images[result.position]
+            if result.status is ImageStatus.DONE:
+                self._metrics.queue_seconds.observe(result.queue_s)
+                self._metrics.compute_seconds.observe(result.compute_s)
+                _resolve(future, result)
+            elif result.status is ImageStatus.FAILED:
+                _resolve(future, NotFinite(f"image {params.image_index}: its numbers overflowed while sampling"))
+            else:
+                _resolve(future, Aborted("the request was cancelled"))
+            ticket.pending -= 1
+            self._images_in_flight -= 1
+            self._row_steps_accepted -= params.rows * params.num_steps
+            if ticket.pending == 0:
+                del self._tickets[result.request_id]
+        if not self._tickets:
+            self._idle.set()
+
+    def _on_death(self, message: str) -> None:
+        self._set_state(EngineState.DEAD)
+        for ticket in self._tickets.values():
+            for future in ticket.images:
+                _resolve(future, EngineDead(message))
+        self._tickets.clear()
+        self._images_in_flight = self._row_steps_accepted = 0
+        self._idle.set()
+
+    def _set_state(self, state: EngineState) -> None:
+        self.state = state
+        self._metrics.ready.set(state is EngineState.READY)
+        if self._on_state is not None:
+            self._on_state(state)
+
+
+def _resolve(future: asyncio.Future[ImageResult], outcome: ImageResult | ServiceError) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, ImageResult):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)
+        future.exception()  # read once: a client that went away leaves nobody to retrieve it

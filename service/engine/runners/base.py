@@ -1,0 +1,37 @@
+"""What the engine asks of a runner: it owns every array of a model's images, and moves them a step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.engine.request import Start
+
+
+class Runner(Protocol):
+    """Holds the slots of one model."""
+
+    numerics_id: str
+
+    def warm_up(self) -> None:
+        """Do whatever the first step would otherwise pay for, and check the promises the runner makes."""
+        ...
+
+    def start(self, starts: Sequence[Start]) -> None:
+        """Set slots up: x_T, and the plan's lines where they are not in the table yet."""
+        ...
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        """Advance the images in these slots by one step; says which are still finite."""
+        ...
+
+    def padded_rows(self, rows: int) -> int:
+        """Say how many rows a network call for that many rows computes."""
+        ...
+
+    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Return the images in these slots as pixels, [n, H, W, C]."""
+        ...

@@ -1,0 +1,72 @@
+"""The service's exception tree; `service.api.problems` maps it to HTTP.
+
+ServiceError
+├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
+├── UnknownModel          no model of that name is served
+├── Unavailable           the request was fine, the service cannot take it now
+│   ├── QueueFull
+│   └── Draining
+└── GenerationFailed      accepted, but did not come to pictures
+    ├── NotFinite         this image's numbers overflowed; its neighbours are fine
+    ├── Aborted           the client went away, or asked to stop
+    └── EngineDead        the engine stopped with an error; every request it held gets this
+ModelError                a model folder that cannot be served; ends start-up
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Anything a client can be told."""
+
+
+class InvalidRequest(ServiceError):
+    """A field breaks a rule."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class UnknownModel(ServiceError):
+    """No model of that name."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"model: must be one of {', '.join(known)}; got {name!r}")
+
+
+class Unavailable(ServiceError):
+    """Refused before any work was done; trying again later is safe."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Unavailable):
+    """As many images are in flight as the queue allows."""
+
+
+class Draining(Unavailable):
+    """The service is shutting down, or not ready yet."""
+
+
+class GenerationFailed(ServiceError):
+    """An accepted request did not come to pictures."""
+
+
+class NotFinite(GenerationFailed):
+    """An image's numbers overflowed."""
+
+
+class Aborted(GenerationFailed):
+    """The client went away or cancelled."""
+
+
+class EngineDead(GenerationFailed):
+    """The engine stopped with an error."""
+
+
+class ModelError(Exception):
+    """A model folder that cannot be served."""

@@ -1,0 +1,71 @@
+"""Prometheus metrics: every counter, gauge and histogram of the service, with its unit in its name.
+
+Labels are few and bounded: never a seed, a class or a client. docs/metrics.md lists them for readers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Outcome = Literal["ok", "invalid", "rejected", "failed", "cancelled"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+QUEUE_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The metrics of one service, on a registry of its own, so that two services fit in one process."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.requests = Counter(
+            "iddpm_requests_total",
+            "Generation requests by outcome: ok, invalid (4xx), rejected (503), failed (5xx), cancelled by the client",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+        self.images = Counter("iddpm_images_total", "Images delivered", registry=registry)
+        self.request_seconds = Histogram(
+            "iddpm_request_duration_seconds",
+            "From the request's arrival to its encoded answer, for requests with outcome ok",
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.queue_seconds = Histogram(
+            "iddpm_image_queue_seconds",
+            "From an image's admission to its first network call",
+            buckets=QUEUE_BUCKETS,
+            registry=registry,
+        )
+        self.compute_seconds = Histogram(
+            "iddpm_image_compute_seconds",
+            "From an image's first network call to its last",
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.images_waiting = Gauge("iddpm_images_waiting", "Queue depth: images not yet started", registry=registry)
+        self.images_running = Gauge("iddpm_images_running", "Images that hold a slot", registry=registry)
+        self.network_calls = Counter("iddpm_network_calls_total", "Network calls", ["model"], registry=registry)
+        self.rows_per_call = Histogram(
+            "iddpm_rows_per_network_call",
+            "Rows of a network call: one per image, two with classifier-free guidance; padding not counted",
+            buckets=ROW_BUCKETS,
+            registry=registry,
+        )
+        self.padded_rows = Counter("iddpm_padded_rows_total", "Rows computed for padding only", registry=registry)
+        self.row_steps = Counter("iddpm_row_steps_total", "Rows advanced by one sampling step", registry=registry)
+        self.step_seconds = Histogram(
+            "iddpm_engine_step_seconds",
+            "One engine step: gather, network call, update",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)

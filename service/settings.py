@@ -1,0 +1,47 @@
+"""Settings: environment variables (`IDDPM_*`) and command-line flags, checked once at start-up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.engine.config import EngineConfig
+
+BackendName = Literal["auto", "torch"]
+
+
+class Settings(BaseSettings):
+    """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="IDDPM_", extra="forbid", frozen=True, protected_namespaces=())
+
+    models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), min_length=1)
+    """Model folders, the first one the default (IDDPM_MODELS: comma list)."""
+    backend: BackendName = "auto"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: any free port."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of a network call; None: one per core."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    """Host headers answered to, without port (comma list); `*` answers to all."""
+    max_rows: int = Field(default=8, ge=2, le=1024)
+    """Most rows of a network call."""
+    max_queue: int = Field(default=256, ge=0)
+    """Images accepted beyond the width before requests are refused with 503."""
+    max_body_bytes: int = Field(default=65536, ge=1024)
+    """Longest request body."""
+    max_row_steps: int = Field(default=64_000, ge=2)
+    """Most work of one request: images x steps, twice that with classifier-free guidance."""
+
+    @field_validator("models", "allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    def engine_config(self) -> EngineConfig:
+        """Return what the engine needs of this."""
+        return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue)
