@@ -109,7 +109,7 @@ def normal(
         angle = (words[first + 1] + 0.5) * (2.0**-32 * 2.0 * np.pi)
         normals[:, :, first] = radius * np.cos(angle)
         normals[:, :, first + 1] = radius * np.sin(angle)
-    return normals.reshape(len(seeds), -1)[:, :elements].reshape(-1, *shape)
+    return normals.reshape(len(seeds), ELEMENTS_PER_BLOCK * blocks.shape[1])[:, :elements].reshape(-1, *shape)
 
 
 def draw_class(seed: int, image_index: int, num_classes: int) -> int:

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.config import DiffusionConfig
+from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
+from diffusion.respacing import respace
+
+FloatArray = npt.NDArray[np.float64]
+
+COSINE = DiffusionConfig()
+LINEAR = DiffusionConfig(num_timesteps=1000, noise_schedule="linear", rescale_timesteps=True)
+KNOWS_X0 = DiffusionConfig(prediction="x0", variance="fixed_small")
+
+diffusions = st.builds(
+    DiffusionConfig,
+    num_timesteps=st.sampled_from([250, 1000, 4000]),
+    noise_schedule=st.sampled_from(["linear", "cosine"]),
+    variance=st.sampled_from(["learned_range", "learned", "fixed_small", "fixed_large"]),
+    prediction=st.sampled_from(["eps", "x0"]),
+    rescale_timesteps=st.booleans(),
+)
+steps = st.integers(2, 250)
+etas = st.floats(0.0, 1.0)
+
+
+def _wide(plan: SamplingPlan, name: str) -> FloatArray:
+    return plan.column(name).astype(np.float64)
+
+
+def _abar(diffusion: DiffusionConfig, spec: str) -> tuple[FloatArray, FloatArray]:
+    """alphas_cumprod and alphas_cumprod_prev, in the order of sampling."""
+    schedule = respace(diffusion, spec).schedule
+    return schedule.alphas_cumprod[::-1], schedule.alphas_cumprod_prev[::-1]
+
+
+@given(diffusions, steps, etas, st.booleans())
+def test_plans_are_read_only_float32_tables_of_numbers(
+    diffusion: DiffusionConfig, num_steps: int, eta: float, clip: bool
+) -> None:
+    for plan in (
+        ancestral_plan(diffusion, str(num_steps), clip),
+        ddim_plan(diffusion, str(num_steps), eta, clip),
+    ):
+        assert plan.table.shape == (num_steps, len(PLAN_COLUMNS)) == (plan.num_steps, 12)
+        assert plan.table.dtype == np.float32
+        assert not plan.table.flags.writeable
+        assert (plan.column("clip") == (1.0 if clip else np.inf)).all()
+        assert np.isfinite(np.delete(plan.table, PLAN_COLUMNS.index("clip"), axis=1)).all()
+
+
+@given(diffusions, steps)
+def test_plans_start_at_the_noisiest_step(diffusion: DiffusionConfig, num_steps: int) -> None:
+    told = ancestral_plan(diffusion, str(num_steps)).column("t_model")
+    np.testing.assert_array_equal(told, respace(diffusion, str(num_steps)).model_t[::-1])
+    assert (np.diff(told) < 0).all()
+
+
+@given(diffusions, steps, etas)
+def test_the_last_step_adds_no_noise_and_returns_x0(diffusion: DiffusionConfig, num_steps: int, eta: float) -> None:
+    for plan in (ancestral_plan(diffusion, str(num_steps)), ddim_plan(diffusion, str(num_steps), eta)):
+        last = dict(zip(PLAN_COLUMNS, plan.table[-1].tolist(), strict=True))
+        assert last["noise_scale"] == 0
+        assert last["c_x0"] == pytest.approx(1, abs=1e-6)
+        assert last["c_xt"] == pytest.approx(0, abs=1e-6)
+
+
+@given(diffusions, steps)
+def test_ancestral_sampling_adds_noise_at_all_other_steps(diffusion: DiffusionConfig, num_steps: int) -> None:
+    assert (ancestral_plan(diffusion, str(num_steps)).column("noise_scale")[:-1] == 1).all()
+
+
+@given(diffusions, steps)
+def test_ddim_without_eta_adds_none_at_all(diffusion: DiffusionConfig, num_steps: int) -> None:
+    assert (ddim_plan(diffusion, str(num_steps), 0.0).column("noise_scale") == 0).all()
+
+
+@given(diffusions, steps)
+def test_the_prediction_becomes_x0(diffusion: DiffusionConfig, num_steps: int) -> None:
+    plan = ancestral_plan(diffusion, str(num_steps))
+    abar, _ = _abar(diffusion, str(num_steps))
+    x0, eps = 0.3, -1.2
+    x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps
+    out = eps if diffusion.prediction == "eps" else x0
+
+    # float32 coefficients of up to 1e4 cancel where nearly all is noise: the error is relative to them
+    tolerance = 1e-6 * (1 + np.abs(_wide(plan, "a_x")))
+    assert (np.abs(_wide(plan, "a_x") * x_t + _wide(plan, "a_out") * out - x0) < tolerance).all()
+
+
+@given(diffusions, steps, etas)
+def test_a_step_leads_from_one_noise_level_to_the_next(diffusion: DiffusionConfig, num_steps: int, eta: float) -> None:
+    # With the true x0, x_prev must be distributed as q(x_{t-1} | x_0): the defining property of both samplers
+    # (Song et al. 2021, lemma 1), where the variance is that of the posterior.
+    abar, abar_prev = _abar(diffusion, str(num_steps))
+    posterior = diffusion.replace(variance="fixed_small")
+    for plan in (ancestral_plan(posterior, str(num_steps)), ddim_plan(diffusion, str(num_steps), eta)):
+        c_x0, c_xt = _wide(plan, "c_x0"), _wide(plan, "c_xt")
+        noise_variance = _wide(plan, "noise_scale") ** 2 * np.exp(_wide(plan, "lv_min"))
+        np.testing.assert_allclose(c_x0 + c_xt * np.sqrt(abar), np.sqrt(abar_prev), atol=2e-6)
+        np.testing.assert_allclose(c_xt**2 * (1 - abar) + noise_variance, 1 - abar_prev, atol=2e-6)
+
+
+@given(diffusions, steps)
+def test_ddim_with_eta_one_is_ancestral_sampling_with_the_posterior_variance(
+    diffusion: DiffusionConfig, num_steps: int
+) -> None:
+    ancestral = ancestral_plan(diffusion.replace(variance="fixed_small"), str(num_steps))
+    ddim = ddim_plan(diffusion, str(num_steps), 1.0)
+
+    for name in ("t_model", "a_x", "a_out", "c_x0", "c_xt"):
+        np.testing.assert_allclose(ddim.column(name), ancestral.column(name), rtol=1e-5, atol=1e-6)
+    deviation = _wide(ancestral, "noise_scale") * np.exp(_wide(ancestral, "lv_min") / 2)
+    np.testing.assert_allclose(ddim.column("noise_scale"), deviation, rtol=1e-5, atol=1e-7)
+
+
+def _final_distribution(plan: SamplingPlan, mean: float, deviation: float) -> tuple[float, float]:
+    """Sample N(mean, deviation^2) with its exact denoiser, in closed form: the update is linear in x_t."""
+    abar, _ = _abar(KNOWS_X0, str(plan.num_steps))
+    at, spread = 0.0, 1.0  # of x_t
+    for k in range(plan.num_steps):
+        line = dict(zip(PLAN_COLUMNS, plan.table[k].tolist(), strict=True))
+        gain = deviation**2 * np.sqrt(abar[k]) / (deviation**2 * abar[k] + 1 - abar[k])
+        offset = mean - gain * np.sqrt(abar[k]) * mean  # E[x0 | x_t] = offset + gain * x_t
+        factor = line["c_x0"] * gain + line["c_xt"]
+        at = line["c_x0"] * offset + factor * at
+        spread = factor**2 * spread + line["noise_scale"] ** 2 * np.exp(line["lv_min"])
+    return at, float(np.sqrt(spread))
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.4, 0.3), (-0.2, 1.0), (0.0, 0.05)])
+def test_samplers_converge_to_the_data_distribution(eta: float | None, mean: float, deviation: float) -> None:
+    errors: list[float] = []
+    for spec in ("50", "250", "1000"):
+        plan = ancestral_plan(KNOWS_X0, spec) if eta is None else ddim_plan(KNOWS_X0, spec, eta)
+        at, spread = _final_distribution(plan, mean, deviation)
+        assert at == pytest.approx(mean, abs=1e-3)
+        errors.append(abs(spread - deviation))
+
+    assert errors[0] < 0.05
+    assert errors[2] < 3e-3
+    assert errors == sorted(errors, reverse=True) or max(errors) < 1e-3
+
+
+@given(steps)
+def test_learned_range_lies_between_the_posterior_variance_and_beta(num_steps: int) -> None:
+    schedule = respace(COSINE, str(num_steps)).schedule
+    plan = ancestral_plan(COSINE, str(num_steps))
+    np.testing.assert_allclose(plan.column("lv_min")[::-1], schedule.posterior_log_variance_clipped, rtol=1e-6)
+    np.testing.assert_allclose(plan.column("lv_max")[::-1], np.log(schedule.betas), rtol=1e-6)
+
+
+def test_fixed_variances_leave_the_network_no_choice() -> None:
+    schedule = respace(COSINE, "50").schedule
+    small = ancestral_plan(COSINE.replace(variance="fixed_small"), "50")
+    large = ancestral_plan(COSINE.replace(variance="fixed_large"), "50")
+
+    np.testing.assert_array_equal(small.column("lv_min"), small.column("lv_max"))
+    np.testing.assert_array_equal(large.column("lv_min"), large.column("lv_max"))
+    np.testing.assert_allclose(small.column("lv_min")[::-1], schedule.posterior_log_variance_clipped, rtol=1e-6)
+    np.testing.assert_allclose(large.column("lv_min")[::-1], np.log(schedule.fixed_large_variance), rtol=1e-6)
+
+
+def test_a_learned_log_variance_is_taken_as_it_is() -> None:
+    plan = ancestral_plan(COSINE.replace(variance="learned"), "50")
+    assert (plan.column("lv_min") == -1).all()
+    assert (plan.column("lv_max") == 1).all()
+
+
+def test_guidance_is_scaled_by_the_variance_which_fixed_small_does_not_have_at_the_end() -> None:
+    assert (ancestral_plan(COSINE, "50").column("g_var") == 1).all()
+    small = ancestral_plan(COSINE.replace(variance="fixed_small"), "50").column("g_var")
+    assert (small[:-1] == 1).all()
+    assert small[-1] == 0
+    assert (ancestral_plan(COSINE, "50").column("g_const") == 0).all()
+
+
+def test_guided_ddim_shifts_x0() -> None:
+    abar, _ = _abar(LINEAR, "50")
+    plan = ddim_plan(LINEAR, "50", 0.5)
+    assert (plan.column("g_var") == 0).all()
+    np.testing.assert_allclose(
+        plan.column("g_const"), _wide(plan, "c_x0") * (1 - abar) / np.sqrt(abar), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("eta", [-0.01, 1.01, float("nan"), float("inf")])
+def test_eta_out_of_range_is_refused(eta: float) -> None:
+    with pytest.raises(ValueError, match=r"eta must be in 0\.\.1"):
+        ddim_plan(COSINE, "50", eta)
+
+
+def test_a_plan_is_built_by_the_name_of_its_sampler() -> None:
+    for built, expected in (
+        (build_plan(LINEAR, "ancestral", "10", clip=False), ancestral_plan(LINEAR, "10", clip=False)),
+        (build_plan(LINEAR, "ddim", "ddim10", 0.3), ddim_plan(LINEAR, "ddim10", 0.3)),
+        (build_plan(LINEAR), ancestral_plan(LINEAR, "")),
+    ):
+        np.testing.assert_array_equal(built.table, expected.table)
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(ValueError, match="sampler must be one of ancestral, ddim; got 'euler'"):
+        build_plan(LINEAR, "euler", "10")  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(ValueError, match="eta must be left at 0 for sampler 'ancestral'"):
+        build_plan(LINEAR, "ancestral", "10", eta=0.5)
+    with pytest.raises(ValueError, match="respacing asks for 4001 steps"):
+        build_plan(COSINE, "ancestral", "4001")
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        build_plan(COSINE, "ddim", "1")
+
+
+def test_a_table_of_another_form_is_no_plan() -> None:
+    with pytest.raises(ValueError, match=r"table must be float32 \[num_steps, 12\]"):
+        SamplingPlan(np.zeros((5, 11), dtype=np.float32))

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusion import noise_torch
+from diffusion.config import DiffusionConfig
+from diffusion.noise import STREAM_STEP, STREAM_X_T
+from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
+from diffusion.update import PlanRows, Step, advance, from_uint8, sample_loop, to_uint8
+
+COSINE = DiffusionConfig()
+PLANS = (
+    ancestral_plan(COSINE, "50"),
+    ddim_plan(COSINE, "30", 0.0),
+    ddim_plan(COSINE, "17", 0.5, clip=False),
+    ancestral_plan(COSINE.replace(variance="fixed_large"), "10,5,5"),
+    ancestral_plan(COSINE.replace(variance="learned", prediction="x0"), "7", clip=False),
+)
+
+
+def _rows(lines: np.ndarray[Any, Any]) -> PlanRows:
+    return PlanRows.from_lines(torch.from_numpy(np.array(lines)))
+
+
+def _line(**columns: float) -> PlanRows:
+    line = [columns.get(name, 0.0) for name in PLAN_COLUMNS]
+    return PlanRows.from_lines(torch.tensor([line], dtype=torch.float32))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 33), st.integers(1, 33)),
+    picks=st.lists(st.tuples(st.integers(0, len(PLANS) - 1), st.floats(0, 1)), min_size=2, max_size=9),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60)
+def test_a_row_does_not_know_which_samplers_and_steps_are_beside_it(
+    shape: tuple[int, int, int], picks: list[tuple[int, float]], seed: int
+) -> None:
+    lines = np.stack([PLANS[plan].table[round(at * (PLANS[plan].num_steps - 1))] for plan, at in picks])
+    generator = torch.Generator().manual_seed(seed)
+    arguments = [torch.randn(len(picks), *shape, generator=generator) for _ in range(6)]
+    together = advance(_rows(lines), *arguments)
+
+    for row in range(len(picks)):
+        alone = advance(_rows(lines[row : row + 1]), *(argument[row : row + 1].clone() for argument in arguments))
+        assert torch.equal(alone.x_prev[0], together.x_prev[row])
+        assert torch.equal(alone.x0[0], together.x0[row])
+
+
+def _rowwise_network(x_t: Tensor, t_model: Tensor) -> Tensor:
+    """A network whose answer for a row depends on that row only, to the last bit."""
+    told = (t_model / 4000)[:, None, None, None]
+    return torch.cat([x_t * 0.7 + told, x_t * told - 0.5], dim=1)
+
+
+def _noise_for(seed: int, image_index: int, step: int, stream: int) -> Tensor:
+    key = torch.tensor([seed])
+    return noise_torch.normal(key, torch.tensor([image_index]), torch.tensor([step]), stream, (1, 6, 6))
+
+
+def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
+    """Play a step-level engine: images of five plans start at different times and share each call."""
+    plans = PLANS[:4]
+    starts, seeds = [0, 3, 11, 2], [5, 5, 2**53 - 1, 77]
+    alone: list[Tensor] = []
+    for image, (plan, seed) in enumerate(zip(plans, seeds, strict=True)):
+        alone.append(
+            sample_loop(
+                _rowwise_network,
+                plan,
+                _noise_for(seed, image, 0, STREAM_X_T),
+                lambda step, seed=seed, image=image: _noise_for(seed, image, step, STREAM_STEP),  # type: ignore[misc]
+            )
+        )
+
+    x = torch.cat([_noise_for(seed, image, 0, STREAM_X_T) for image, seed in enumerate(seeds)])
+    for now in range(max(start + plan.num_steps for start, plan in zip(starts, plans, strict=True))):
+        batch = [i for i, plan in enumerate(plans) if 0 <= now - starts[i] < plan.num_steps]
+        steps = torch.tensor([now - starts[i] for i in batch])
+        rows = _rows(np.stack([plans[i].table[now - starts[i]] for i in batch]))
+        output = _rowwise_network(x[batch], rows.t_model.flatten())
+        z = noise_torch.normal(
+            torch.tensor([seeds[i] for i in batch]), torch.tensor(batch), steps, STREAM_STEP, (1, 6, 6)
+        )
+        zeros = torch.zeros_like(z)
+        x[batch] = advance(rows, x[batch], zeros, output[:, :1], output[:, 1:], z, zeros).x_prev
+
+    assert torch.equal(x, torch.cat(alone))
+
+
+def test_a_row_that_is_not_finite_is_told_and_spoils_no_other() -> None:
+    rows = _rows(np.stack([PLANS[0].table[3]] * 3))
+    out = torch.zeros(3, 1, 4, 4)
+    out[1, 0, 2, 2] = torch.nan
+    zeros = torch.zeros_like(out)
+    step = advance(rows, torch.ones_like(out), zeros, out, zeros, zeros, zeros)
+
+    assert step.ok.tolist() == [True, False, True]
+    assert step.x_prev[[0, 2]].isfinite().all()
+
+
+def test_noise_is_not_read_where_the_plan_adds_none() -> None:
+    rows = _rows(PLANS[0].table[-1:])
+    x = torch.full((1, 1, 2, 2), 0.5)
+    zeros = torch.zeros_like(x)
+    step = advance(rows, x, zeros, zeros, zeros, torch.full_like(x, torch.nan), zeros)
+
+    assert step.ok.all()
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1.0, 1.0), (np.inf, 3.0)])
+def test_x0_is_clamped_only_where_the_plan_says_so(clip: float, expected: float) -> None:
+    one = torch.ones(1, 1, 2, 2)
+    step = advance(_line(clip=clip, a_out=1.0, c_x0=1.0), one, one, 3 * one, one, one, one)
+
+    torch.testing.assert_close(step.x0, expected * one)
+    torch.testing.assert_close(step.x_prev, expected * one)
+
+
+def test_every_column_does_what_its_name_says() -> None:
+    one = torch.ones(1, 1, 2, 2)
+    columns = {
+        "a_x": 0.25, "a_out": 0.5, "clip": 10.0, "c_x0": 2.0, "c_xt": 3.0, "c_prev": 5.0,
+        "lv_min": 0.0, "lv_max": float(np.log(4.0)), "noise_scale": 0.5, "g_var": 7.0, "g_const": 11.0,
+    }  # fmt: skip
+    # var_values 1: the variance is 4, its root 2
+    step = advance(_line(**columns), 4 * one, 0.1 * one, 6 * one, one, 3 * one, 0.01 * one)
+
+    x0 = 0.25 * 4 + 0.5 * 6
+    torch.testing.assert_close(step.x0, x0 * one)
+    expected = 2 * x0 + 3 * 4 + 5 * 0.1 + (7 * 4 + 11) * 0.01 + 0.5 * 2 * 3
+    torch.testing.assert_close(step.x_prev, expected * one)
+
+
+@pytest.mark.parametrize("plan", PLANS[:4])
+def test_who_knows_the_image_samples_the_image(plan: SamplingPlan) -> None:
+    image = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    lines = {float(line[0]): line for line in plan.table}
+
+    def ideal(x_t: Tensor, t_model: Tensor) -> Tensor:
+        line = lines[float(t_model[0])]
+        a_x, a_out = float(line[1]), float(line[2])
+        return (image - a_x * x_t) / a_out  # the eps whose x0 is the image
+
+    torch.manual_seed(0)
+    noise = torch.randn(plan.num_steps, 1, 1, 8, 8)
+    x = sample_loop(ideal, plan, torch.randn(1, 1, 8, 8), noise)
+    torch.testing.assert_close(x, image, rtol=0, atol=1e-3)
+
+
+def test_noise_may_be_a_tensor_a_list_or_a_function_of_the_step() -> None:
+    torch.manual_seed(0)
+    plan = PLANS[0]
+    x_T, noise = torch.randn(2, 1, 6, 6), torch.randn(plan.num_steps, 2, 1, 6, 6)
+    given_tensor = sample_loop(_rowwise_network, plan, x_T, noise)
+
+    assert torch.equal(given_tensor, sample_loop(_rowwise_network, plan, x_T, list(noise)))
+    assert torch.equal(given_tensor, sample_loop(_rowwise_network, plan, x_T, lambda step: noise[step]))
+
+
+def test_noise_is_asked_for_only_where_it_is_added() -> None:
+    asked: list[int] = []
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros(1, 1, 6, 6)
+
+    sample_loop(_rowwise_network, build_plan(COSINE, "ancestral", "5"), torch.zeros(1, 1, 6, 6), noise)
+    assert asked == [0, 1, 2, 3]
+    sample_loop(_rowwise_network, build_plan(COSINE, "ddim", "5"), torch.zeros(1, 1, 6, 6), noise)
+    assert asked == [0, 1, 2, 3]
+
+
+def test_the_loop_hands_each_step_the_x0_of_the_step_before() -> None:
+    table = np.zeros((3, len(PLAN_COLUMNS)), dtype=np.float32)
+    for column, value in (("clip", np.inf), ("a_out", 1.0), ("c_prev", 1.0)):
+        table[:, PLAN_COLUMNS.index(column)] = value
+    table[:, PLAN_COLUMNS.index("t_model")] = [7, 5, 2]
+    seen: list[float] = []
+
+    sample_loop(
+        lambda x_t, t_model: torch.ones_like(x_t) * t_model[:, None, None, None],
+        SamplingPlan(table),
+        torch.zeros(1, 1, 2, 2),
+        [],
+        on_step=lambda _, step: seen.append(step.x_prev[0, 0, 0, 0].item()),
+    )
+    assert seen == [0, 7, 5]
+
+
+def test_the_loop_reports_each_step_and_records_no_gradients() -> None:
+    seen: list[tuple[int, Step]] = []
+    weight = torch.ones(1, requires_grad=True)
+    x = sample_loop(
+        lambda x_t, _: x_t * weight,
+        PLANS[3],
+        torch.ones(1, 1, 4, 4),
+        torch.zeros(PLANS[3].num_steps, 1, 1, 4, 4),
+        on_step=lambda index, step: seen.append((index, step)),
+    )
+
+    assert [index for index, _ in seen] == list(range(PLANS[3].num_steps))
+    assert torch.equal(seen[-1][1].x_prev, x)
+    assert not x.requires_grad
+
+
+def test_a_gradient_moves_the_image() -> None:
+    x_T, noise = torch.zeros(1, 1, 4, 4), torch.zeros(50, 1, 1, 4, 4)
+    plain = sample_loop(_rowwise_network, PLANS[0], x_T, noise)
+    pushed = sample_loop(_rowwise_network, PLANS[0], x_T, noise, gradient=lambda x_t, _: torch.ones_like(x_t))
+
+    assert (pushed > plain).all()
+
+
+def test_plan_rows_name_the_columns_in_order() -> None:
+    rows = PlanRows.from_lines(torch.arange(24, dtype=torch.float32).reshape(2, 12))
+    for index, column in enumerate(rows):
+        assert column.shape == (2, 1, 1, 1)
+        assert column.flatten().tolist() == [index, 12 + index]
+
+
+def test_pixels_are_truncated_after_clamping_and_channels_come_last() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0]).reshape(1, 6, 1, 1).expand(1, 6, 2, 3)
+    pixels = to_uint8(x)
+
+    assert pixels.shape == (1, 2, 3, 6)
+    assert pixels.dtype == np.uint8
+    assert pixels[0, 0, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_pixels_become_images_in_channel_order() -> None:
+    pixels = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    x = from_uint8(pixels)
+
+    assert x.shape == (2, 5, 3, 4)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[1, 4, 2, 3].item(), pixels[1, 2, 3, 4] / 127.5 - 1)
+    assert from_uint8(np.array([[[[0, 255]]]], dtype=np.uint8)).flatten().tolist() == [-1, 1]
