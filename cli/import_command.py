@@ -45,7 +45,9 @@ def import_command(
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
 
-    if report.passed:
+    if report.eps_error is None:
+        typer.echo(f"sanity check: not done. {report.advice}")
+    elif report.passed:
         typer.echo(f"sanity check: passed. {report.advice}")
     else:
         typer.secho(f"sanity check: FAILED. {report.advice}", err=True, fg="red")

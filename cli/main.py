@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from cli.import_command import import_command
+from cli.sample_command import sample_command
 from cli.serve_command import serve_command
 from cli.train_command import train_command
 
@@ -22,3 +24,5 @@ def main() -> None:
 
 app.command("train")(train_command)
 app.command("serve")(serve_command)
+app.command("sample")(sample_command)
+app.command("import")(import_command)

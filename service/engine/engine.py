@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from service.engine.config import EngineConfig
 from service.engine.request import GenerationRequest, Image, ImageResult, ImageStatus, StepBatch
 from service.engine.runners.base import Runner
@@ -55,11 +58,15 @@ class Engine:
         """Take a request out; its rows are free at the next step."""
         aborted = self.scheduler.abort(request_id)
         self._count_images()
-        return [self._result(image) for image in aborted]
+        return [self._result(image, self._clock()) for image in aborted]
 
     def has_work(self) -> bool:
         """Say whether any image is in flight."""
         return self.scheduler.has_work()
+
+    def remaining_steps(self) -> int:
+        """Return the sampling steps still to take, summed over the images in flight."""
+        return sum(image.params.num_steps - image.steps_done for image in self.scheduler.in_flight())
 
     def step(self) -> list[ImageResult]:
         """Take one step; returns the images that left with it."""
@@ -77,27 +84,15 @@ class Engine:
         pixels = dict(zip(done, runner.read(slots), strict=True)) if slots else {}
         ended = self._clock()
         self._count_step(batch, runner, ended - begun)
-        results = []
-        for image in left:
-            result = self._result(image, ended)
-            if image in pixels:
-                result = ImageResult(
-                    request_id=result.request_id,
-                    position=result.position,
-                    status=result.status,
-                    pixels=pixels[image],
-                    queue_s=result.queue_s,
-                    compute_s=result.compute_s,
-                )
-            results.append(result)
-        return results
+        return [self._result(image, ended, pixels.get(image)) for image in left]
 
-    def _result(self, image: Image, now: float | None = None) -> ImageResult:
-        started, ended = image.started_at, self._clock() if now is None else now
+    def _result(self, image: Image, ended: float, pixels: npt.NDArray[np.uint8] | None = None) -> ImageResult:
+        started = image.started_at
         return ImageResult(
             request_id=image.request_id,
             position=image.position,
             status=image.status,
+            pixels=pixels,
             queue_s=(ended if started is None else started) - image.submitted_at,
             compute_s=0.0 if started is None else ended - started,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ from service.engine.config import EngineConfig
 from service.engine.request import Start
 from service.engine.slots import SlotTable
 
+log = logging.getLogger(__name__)
+
 
 class TorchRunner:
     """Implements `Runner` with a `SlotTable` on the CPU."""
@@ -42,6 +45,7 @@ class TorchRunner:
     def warm_up(self) -> None:
         """Run every batch size once and keep those that give a row the same bits as the full width."""
         self.batch_sizes = invariant_batch_sizes(self._denoiser, self._max_rows)
+        log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
 
     @torch.inference_mode()
     def start(self, starts: Sequence[Start]) -> None:

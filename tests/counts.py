@@ -1,0 +1,12 @@
+"""How many examples a test runs: the full count with IDDPM_TEST_LONG=1, a tenth otherwise."""
+
+from __future__ import annotations
+
+import os
+
+LONG = os.environ.get("IDDPM_TEST_LONG") == "1"
+
+
+def count(full: int) -> int:
+    """Return the number of examples to run of a full count."""
+    return full if LONG else max(1, full // 10)

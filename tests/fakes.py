@@ -1,0 +1,100 @@
+"""Small stand-ins: a tiny random network in a checkpoint folder, and a runner that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from diffusion.checkpoint import write_checkpoint
+from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, SamplingDefaults
+from diffusion.unet import UNet
+from service.engine.request import GenerationRequest, ImageParams, PlanKey, Start
+
+CLASS_NAMES = ("Ape", "Bee", "Cat", "T-shirt/top")
+
+
+def tiny_config(**changes: object) -> CheckpointConfig:
+    """Describe a class-conditional 8x8 network with T = 1000; changes replace fields of its ModelConfig."""
+    model = ModelConfig(
+        image_size=8,
+        image_channels=1,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_heads=2,
+        num_classes=len(CLASS_NAMES),
+        null_class=True,
+    ).replace(**changes)
+    return CheckpointConfig(
+        model=model,
+        diffusion=DiffusionConfig(num_timesteps=1000),
+        class_names=None if model.num_classes is None else CLASS_NAMES[: model.num_classes],
+        sampling=SamplingDefaults(cfg_scale=1.5) if model.null_class else SamplingDefaults(),
+    )
+
+
+def tiny_network(config: CheckpointConfig) -> UNet:
+    """Build the network with random weights throughout: chaotic, so that the smallest difference shows."""
+    network = UNet(config.model).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    return network
+
+
+def tiny_checkpoint(folder: Path, **changes: object) -> Path:
+    """Write the tiny network as a checkpoint folder."""
+    config = tiny_config(**changes)
+    write_checkpoint(folder, config, tiny_network(config).state_dict())
+    return folder
+
+
+def params(steps: int = 5, cfg_scale: float = 1.0, seed: int = 0) -> ImageParams:
+    """Describe an image of which only the amount of work matters."""
+    key = PlanKey(sampler="ancestral", spec=str(steps))
+    return ImageParams(plan=key, num_steps=steps, seed=seed, image_index=0, class_index=0, cfg_scale=cfg_scale)
+
+
+def generation(request_id: str, *images: ImageParams, model: str = "m") -> GenerationRequest:
+    """Describe a request."""
+    return GenerationRequest(request_id=request_id, model=model, images=images)
+
+
+class CountingRunner:
+    """A runner without a network: checks that it is told sense, and makes images that say how often they moved."""
+
+    numerics_id = "counting"
+
+    def __init__(self, fail_slots_at: dict[int, int] | None = None, error_at: int | None = None) -> None:
+        self.steps: dict[int, int] = {}
+        self.calls: list[list[int]] = []
+        self._fail_slots_at = fail_slots_at or {}
+        self._error_at = error_at
+
+    def warm_up(self) -> None:
+        """Nothing to warm up."""
+
+    def start(self, starts: Sequence[Start]) -> None:
+        for start in starts:
+            self.steps[start.slot] = 0
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        assert len(set(slots)) == len(slots)
+        if len(self.calls) == self._error_at:
+            raise RuntimeError("the device caught fire")
+        self.calls.append(list(slots))
+        for slot in slots:
+            self.steps[slot] += 1
+        return [self._fail_slots_at.get(slot) != self.steps[slot] for slot in slots]
+
+    def padded_rows(self, rows: int) -> int:
+        return rows
+
+    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        return np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)

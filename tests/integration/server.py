@@ -1,0 +1,88 @@
+"""A real server process for tests: `iddpm serve` on a free port, with small help to talk to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+START_SECONDS = 120
+TEST_TIMEOUT = 120.0
+
+
+class Server:
+    """A running service."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+
+    def generate(self, **body: Any) -> httpx.Response:
+        """POST /v1/generate."""
+        return httpx.post(f"{self.url}/v1/generate", json=body, timeout=TEST_TIMEOUT)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=TEST_TIMEOUT)
+
+    def metrics(self) -> dict[str, float]:
+        """Scrape /metrics: samples by name, with label values appended."""
+        samples = {}
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                samples[" ".join([sample.name, *sample.labels.values()])] = sample.value
+        return samples
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        return self.process.wait(TEST_TIMEOUT)
+
+
+@contextmanager
+def running(model: Path, log: Path, *flags: str, **environment: str) -> Iterator[Server]:
+    """Start `iddpm serve` and wait until it is ready; kill it in the end if it still runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("iddpm")), "serve", "--model", str(model), "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *flags],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+    server = Server(process, port, log)
+    try:
+        _wait_ready(server)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            if server.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not become ready:\n{server.log.read_text()}")

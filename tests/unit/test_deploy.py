@@ -1,0 +1,166 @@
+"""The files that people start the service with agree with each other and with the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str) -> str:
+    """Return a program's path; without it, skip, or fail where every test must run (.ci/run)."""
+    if path := shutil.which(name):
+        return path
+    message = f"{name} is not installed"
+    if os.environ.get("IDDPM_REQUIRE_ALL"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if key not in {"HOST", "PORT", "MODEL", "MAKEFLAGS"}}
+    return subprocess.run(  # noqa: S603
+        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    config = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> list[str]:
+    return (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+
+
+def copied_sources(dockerfile: list[str]) -> list[str]:
+    copies = [line.split()[1:-1] for line in dockerfile if line.startswith("COPY ") and "--from=" not in line]
+    return [word for words in copies for word in words if not word.startswith("--")]
+
+
+def seconds(text: str) -> float:
+    """Read a time as HAProxy and compose write it: 500ms, 60s, 15m."""
+    match = re.fullmatch(r"(\d+)(ms|s|m)", text)
+    assert match is not None, text
+    return int(match[1]) * {"ms": 1e-3, "s": 1, "m": 60}[match[2]]
+
+
+def haproxy_time(keyword: str) -> float:
+    match = re.search(rf"^\s*{keyword}\s+(\S+)", (ROOT / "deploy/haproxy/haproxy.cfg").read_text(), re.MULTILINE)
+    assert match is not None, keyword
+    return seconds(match[1])
+
+
+def test_only_loopback_is_published(compose: dict[str, Any]) -> None:
+    published = {name: service.get("ports", []) for name, service in compose["services"].items()}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    assert {name for name, ports in published.items() if ports} == {"proxy", "prometheus"}
+    assert not any(service.get("network_mode") for service in compose["services"].values())
+
+
+def test_mounted_and_built_paths_exist(compose: dict[str, Any]) -> None:
+    mounts = [mount.split(":")[0] for service in compose["services"].values() for mount in service.get("volumes", [])]
+    for path in mounts:
+        assert (ROOT / path).is_file() if path.startswith(".") else path in compose["volumes"]
+    assert compose["services"]["api"]["build"] == "."
+
+
+def test_the_image_finds_all_it_copies(dockerfile: list[str]) -> None:
+    sources = copied_sources(dockerfile)
+    missing = [source for source in sources if not (ROOT / source).exists()]
+    assert not missing
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == set(sources)
+
+
+def test_the_image_holds_every_package(dockerfile: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages <= set(copied_sources(dockerfile))
+
+
+def test_the_image_needs_no_frontend_from_a_registry(dockerfile: list[str]) -> None:
+    assert not dockerfile[0].replace(" ", "").startswith("#syntax=")
+    assert "STOPSIGNAL SIGTERM" in dockerfile
+
+
+def test_a_stop_outlasts_the_longest_request(compose: dict[str, Any]) -> None:
+    longest = haproxy_time("timeout server")
+    assert seconds(compose["services"]["api"]["stop_grace_period"]) > longest
+    assert haproxy_time("hard-stop-after") > longest
+    assert seconds(compose["services"]["proxy"]["stop_grace_period"]) > haproxy_time("hard-stop-after")
+
+
+def test_replicas_accept_any_host_only_behind_a_proxy_that_checks_it(compose: dict[str, Any]) -> None:
+    assert compose["services"]["api"]["environment"]["IDDPM_ALLOWED_HOSTS"] == "*"
+    assert "ports" not in compose["services"]["api"]
+    config = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+    checked = re.search(r"http-request return status 421 .* unless known_host", config)
+    chosen = re.search(r"\buse_backend\b", config)
+    assert checked is not None
+    assert chosen is not None
+    assert checked.start() < chosen.start()
+
+
+def test_haproxy_accepts_its_configuration(compose: dict[str, Any]) -> None:
+    hosts = re.sub(r"^\$\{ALLOWED_HOSTS:-(.*)\}$", r"\1", compose["services"]["proxy"]["environment"]["ALLOWED_HOSTS"])
+    checked = run(tool("haproxy"), "-c", "-f", "deploy/haproxy/haproxy.cfg", ALLOWED_HOSTS=hosts)
+    assert checked.returncode == 0, checked.stderr
+    assert "WARNING" not in checked.stderr
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    checked = run(tool("promtool"), "check", "config", "deploy/prometheus/prometheus.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_prometheus_finds_every_replica_and_the_proxy(compose: dict[str, Any], dockerfile: list[str]) -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    found = {
+        (name, job["job_name"], lookup["type"], lookup["port"])
+        for job in config["scrape_configs"]
+        for lookup in job.get("dns_sd_configs", [])
+        for name in lookup["names"]
+    }
+    assert found == {("api", "api", "A", 8000), ("proxy", "proxy", "A", 8404)}
+    assert {name for name, *_ in found} <= set(compose["services"])
+    assert "EXPOSE 8000" in dockerfile
+    assert "bind :8404" in (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+
+
+def test_make_serve_installs_no_more_than_it_needs_and_listens_on_loopback() -> None:
+    planned = run(tool("make"), "--dry-run", "--always-make", "serve").stdout
+    assert "pip install --disable-pip-version-check -c constraints.txt -e '.[torch]'" in planned
+    assert "[dev]" not in planned
+    assert 'iddpm serve --model "models/fashion32" --host "127.0.0.1" --port "8000"' in planned
+
+
+def test_make_prints_its_targets_by_default() -> None:
+    printed = run(tool("make")).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert re.findall(r"^  ([a-z-]+) ", printed, re.MULTILINE) == phony[1].split()
+
+
+def test_every_direct_dependency_is_pinned_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in wanted} - {project["name"]}
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pinned = [line.partition("==")[0] for line in lines]
+    assert sorted(pinned) == sorted(names)
