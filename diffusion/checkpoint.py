@@ -27,6 +27,7 @@ from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.unet import UNet
 
 AnyCheckpointConfig = CheckpointConfig | ClassifierCheckpointConfig
+Shapes = Mapping[str, tuple[int, ...]]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -48,11 +49,16 @@ def build_network(config: AnyCheckpointConfig) -> UNet | Classifier:
     return Classifier(config.model)
 
 
-def expected_shapes(config: AnyCheckpointConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: AnyCheckpointConfig) -> Shapes:
     """Return the name and shape of every weight that a checkpoint of this configuration holds."""
     with torch.device("meta"):
         network = build_network(config)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return shapes_of(network.state_dict())
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of every weight, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def write_checkpoint(
@@ -79,7 +85,7 @@ def write_checkpoint(
     """
     folder = folder.resolve()
     text = _config_json(config)
-    if problems := shape_differences(expected_shapes(config), weights):
+    if problems := shape_differences(expected_shapes(config), shapes_of(weights)):
         raise CheckpointError(f"{folder}: weights do not fit the configuration: {'; '.join(problems)}")
     if folder.exists() and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is no checkpoint folder (no {CONFIG_FILE}); it was left alone")
@@ -92,6 +98,8 @@ def write_checkpoint(
         if extra is not None:
             extra(temporary)
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # safetensors makes its file readable for its owner only; a service may run as somebody else
+        (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
         _sync_tree(temporary)
         _rename_into_place(temporary, folder)
     except BaseException:
@@ -238,21 +246,20 @@ def load_classifier(folder: Path) -> tuple[ClassifierCheckpointConfig, Classifie
 
 def _load(network: UNet | Classifier, folder: Path) -> None:
     weights = read_weights(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    if problems := shape_differences(shapes, weights):
+    if problems := shape_differences(shapes_of(network.state_dict()), shapes_of(weights)):
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     network.load_state_dict(weights, strict=True, assign=True)
     network.eval().requires_grad_(False)
 
 
-def shape_differences(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> list[str]:
+def shape_differences(expected: Shapes, found: Shapes) -> list[str]:
     """Summarise how weights differ from what a network needs, in at most three phrases; empty where they fit."""
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
     reshaped = [
-        f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
+        f"{name} is {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
+        if name in found and found[name] != shape
     ]
     groups = (("missing", missing), ("not expected", unexpected), ("of another shape", reshaped))
     return [f"{len(names)} {what} ({_some(names)})" for what, names in groups if names]

@@ -13,6 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from cli.import_command import import_command
+from diffusion import sanity_check
 from diffusion.checkpoint import CheckpointError, expected_shapes, load_classifier, read_config, read_weights
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, DiffusionConfig
 from diffusion.import_openai import import_checkpoint, load_state_dict
@@ -345,6 +346,24 @@ def test_a_wrong_prediction_type_fails_and_the_right_one_is_named() -> None:
     report = check_predictions(config, _weights("imp_uncond"))
     assert not report.passed
     assert "with predict_xstart=False it would be" in report.advice
+
+
+def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _golden_config("imp_superres", num_timesteps=1000, noise_schedule="linear", prediction="x0")
+    process = respace(config.diffusion)
+
+    def predict_x0(
+        as_config: CheckpointConfig, weights: Any, x_t: Tensor, told: list[float], brightness: float
+    ) -> Tensor:
+        abar = float(process.schedule.alphas_cumprod[int(abs(process.model_t - told[0]).argmin())])
+        eps = predict(as_config, weights, x_t, told, brightness)
+        return (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
+
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in _weights("imp_superres").items()}
+    assert not check_predictions(config, zeros).passed
+    predict = sanity_check._predict
+    monkeypatch.setattr(sanity_check, "_predict", predict_x0)
+    assert check_predictions(config, _weights("imp_superres")).passed
 
 
 def test_untrained_weights_fail_and_the_flags_in_question_are_listed() -> None:

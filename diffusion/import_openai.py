@@ -1,0 +1,119 @@
+"""OpenAI's `.pt` files (improved-diffusion, guided-diffusion) turned into checkpoint folders.
+
+Reading such a file never runs code from it. What does not fit is said in the words of the flags that the network was
+trained with, because those are what a wrong configuration was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.checkpoint import AnyCheckpointConfig, CheckpointError, shapes_of, write_checkpoint
+from diffusion.config import CheckpointConfig
+from diffusion.openai_shapes import describe_mismatch
+from diffusion.sanity_check import SanityReport, check_predictions
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a `.pt` file: float32 tensors on the CPU, by name.
+
+    Only tensors and plain containers are unpickled (`torch.load(weights_only=True)`); there is no way around it.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is damaged, wants to run code, or holds something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, before the errors handled here
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refused(path, str(error))) from error
+    except Exception as error:  # a damaged pickle may raise anything: KeyError, EOFError, RuntimeError, ...
+        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {_first_sentence(error)}") from error
+    return _checked_weights(path, content)
+
+
+def _refused(path: Path, message: str) -> str:
+    wanted = re.search(r"GLOBAL (\S+)", message)
+    if wanted is None:
+        return f"{path} is damaged, or no file of torch.save"
+    return (
+        f"{path} wants to run code when it is opened ({wanted.group(1)}), so it was not opened any further. OpenAI's "
+        "files and those of its training scripts hold tensors only. If you trust the file, load it where it was made "
+        "and save the tensors alone: torch.save({name: tensor, ...}, path)"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__} {text.splitlines()[0].split('. ')[0]}" if text else type(error).__name__
+
+
+def _checked_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a state dict; it holds a {type(content).__name__}")
+    if {"state", "param_groups"} <= content.keys():
+        raise CheckpointError(f"{path} holds the state of an optimizer (opt*.pt); import the weights, ema_*.pt")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} must hold a state dict, names and tensors; {name!r} is a {type(value).__name__}. "
+                "Save the inner state dict on its own if this file wraps it"
+            )
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: {name} must be floating point; it is {value.dtype}")
+    return {name: value.detach().to(torch.float32).contiguous() for name, value in content.items()}
+
+
+def import_checkpoint(
+    path: Path, config: AnyCheckpointConfig, out: Path, allow_failed_check: bool = False
+) -> SanityReport:
+    """Turn a `.pt` file into a checkpoint folder, unless its network does not predict what it should.
+
+    Args:
+        path: the `.pt` file.
+        config: what the network is and was trained for (`PUBLISHED`, or `config_from_flags`).
+        out: the checkpoint folder to write.
+        allow_failed_check: write the folder even if the sanity check fails.
+
+    Returns:
+        What the sanity check found; the folder was written if it passed, or if that was allowed.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or weights that do not fit the configuration; nothing is written.
+    """
+    weights = load_state_dict(path)
+    if problems := describe_mismatch(config, shapes_of(weights)):
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise CheckpointError(f"{path} does not fit the configuration:{lines}")
+    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path}: {len(damaged)} of {len(weights)} tensors hold NaN or infinity ({damaged[0]})")
+
+    report = SanityReport(None, True, "Classifiers are not checked: nothing is known about what they should answer.")
+    if isinstance(config, CheckpointConfig):
+        report = check_predictions(config, weights)
+
+    if report.passed or allow_failed_check:
+        provenance = {
+            **config.provenance,
+            "file": path.name,
+            "file_sha256": _sha256(path),
+            "sanity_check": report.advice if report.passed else f"FAILED, imported all the same: {report.advice}",
+        }
+        write_checkpoint(out, config.replace(provenance=provenance), weights)
+    return report
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

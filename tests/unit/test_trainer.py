@@ -1,0 +1,218 @@
+"""Training: repeatable, resumable bit for bit, and clear about what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cli.main import app
+from diffusion.checkpoint import load_unet, read_config
+from diffusion.config import CheckpointConfig, ModelConfig
+from diffusion.unet import UNet
+from tests.golden import load
+from trainer.config import TrainConfig
+from trainer.data import DataError, batch_indices, open_dataset
+from trainer.ema import EMA
+from trainer.loop import TrainError, learning_rate, resolve, train
+from trainer.presets import PRESETS, preset
+from trainer.state import checkpoints
+
+IMAGES = 24
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "toy.npz"
+    labels = rng.integers(0, 3, IMAGES)
+    images = rng.integers(0, 256, (IMAGES, 6, 6, 1), dtype=np.uint8)
+    np.savez(path, images=images, labels=labels, classes=np.array(["x", "y", "z"]))
+    return path
+
+
+def tiny(**changes: object) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(
+            image_size=8, image_channels=1, model_channels=32, channel_mult=(1,), num_res_blocks=1,
+            attention_resolutions=(), num_heads=1, dropout=0.1,
+        ),
+        total_images=40,
+        batch_size=4,
+        lr=1e-3,
+        precision="float32",
+        timestep_sampler="loss_second_moment",
+        horizontal_flip=True,
+        preview_per_class=1,
+        preview_steps=2,
+        checkpoint_every_images=20,
+        log_every_batches=2,
+    ).replace(**changes)  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "state" / "train_state.safetensors")}
+
+
+def test_ten_steps_equal_five_and_a_resume_and_five(npz: Path, tmp_path: Path) -> None:
+    train(tiny(), npz, tmp_path / "whole")
+    train(tiny(total_images=20), npz, tmp_path / "halves")
+    train(tiny(), npz, tmp_path / "halves", resume=True)
+    whole, halves = (weights(checkpoints(tmp_path / name)[-1]) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, halves[name]), name
+
+
+def test_a_run_leaves_a_model_a_log_previews_and_its_configuration(npz: Path, tmp_path: Path) -> None:
+    model = train(tiny(), npz, tmp_path / "run", command="iddpm train toy")
+    config, _ = load_unet(model)
+    assert config.class_names == ("x", "y", "z")
+    assert (config.model.num_classes, config.model.null_class) == (3, True)
+    assert config.provenance["images_seen"] == 40
+    assert config.provenance["command"] == "iddpm train toy"
+    assert config.provenance["data"]["file"] == "toy.npz"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [8, 16, 24, 32, 40]
+    assert {"loss", "mse", "vb_bpd", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    saved = TrainConfig.model_validate_json((tmp_path / "run" / "train_config.json").read_text())
+    assert saved == resolve(tiny(), open_dataset(npz, 8, 1))
+    assert not (model / "state").exists()
+
+
+def test_microbatches_average_to_the_whole_batch(npz: Path, tmp_path: Path) -> None:
+    config = tiny(total_images=4, log_every_batches=1, model=tiny().model.replace(dropout=0.0).model_dump())
+    logs = []
+    for name, size in (("whole", None), ("parts", 2)):
+        train(config.replace(microbatch_size=size), npz, tmp_path / name)
+        logs.append(json.loads((tmp_path / name / "log.jsonl").read_text()))
+    for term in ("loss", "mse", "vb_bpd", "grad_norm"):
+        assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-3), term
+
+
+def test_an_unconditional_run_ignores_labels(npz: Path, tmp_path: Path) -> None:
+    config = read_config(train(tiny(total_images=4, class_conditional=False), npz, tmp_path / "run"))
+    assert isinstance(config, CheckpointConfig)
+    assert (config.model.num_classes, config.class_names, config.sampling.cfg_scale) == (None, None, 1.0)
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no checkpoint to resume from"):
+        train(tiny(), npz, tmp_path / "run", resume=True)
+    train(tiny(total_images=20), npz, tmp_path / "run")
+    with pytest.raises(TrainError, match="already holds a run"):
+        train(tiny(), npz, tmp_path / "run")
+    with pytest.raises(TrainError, match="other values of lr"):
+        train(tiny(lr=5.0), npz, tmp_path / "run", resume=True)
+
+
+def test_order_is_a_permutation_per_epoch_and_independent_of_the_batch_size() -> None:
+    order = batch_indices(seed=3, images_seen=0, batch_size=2 * IMAGES, num_images=IMAGES)
+    assert sorted(order[:IMAGES]) == sorted(order[IMAGES:]) == list(range(IMAGES))
+    assert order[:IMAGES].tolist() != order[IMAGES:].tolist()
+    parts = [batch_indices(3, start, 5, IMAGES) for start in range(0, 45, 5)]
+    assert np.concatenate(parts).tolist() == order[:45].tolist()
+
+
+def test_small_images_are_padded_with_black_in_the_middle(npz: Path) -> None:
+    dataset = open_dataset(npz, 8, 1)
+    image = dataset.images(np.array([0]))[0]
+    assert image.shape == (8, 8, 1)
+    assert image[0].max() == image[-1].max() == image[:, 0].max() == image[:, -1].max() == 0
+    assert image[1:-1, 1:-1].max() > 0
+
+
+def test_a_folder_of_class_folders_is_read_scaled_and_cropped(tmp_path: Path) -> None:
+    for name, grey, size in (("b", 200, (40, 20)), ("a", 50, (16, 16))):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", size, (grey, grey, grey)).save(tmp_path / "data" / name / "one.png")
+    dataset = open_dataset(tmp_path / "data", 8, 3)
+    assert dataset.class_names == ("a", "b")
+    assert dataset.labels.tolist() == [0, 1]
+    images = dataset.images(np.array([1, 0]))
+    assert images.shape == (2, 8, 8, 3)
+    assert [int(image.mean()) for image in images] == [200, 50]
+
+
+def test_data_that_cannot_be_trained_on_is_refused_by_name(npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"toy\.npz has 1 channels, model\.image_channels is 3"):
+        open_dataset(npz, 8, 3)
+    with pytest.raises(DataError, match="there is nothing at"):
+        open_dataset(tmp_path / "nowhere", 8, 1)
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    with pytest.raises(DataError, match="cannot be read as an npz file"):
+        open_dataset(tmp_path / "junk.npz", 8, 1)
+    np.savez(tmp_path / "pickled.npz", images=np.array([{}], dtype=object), labels=np.array([0]))
+    with pytest.raises(DataError, match="cannot be read"):
+        open_dataset(tmp_path / "pickled.npz", 8, 1)
+    (tmp_path / "classes" / "empty").mkdir(parents=True)
+    with pytest.raises(DataError, match="holds no image"):
+        open_dataset(tmp_path / "classes", 8, 1)
+
+
+def test_presets_have_the_papers_sizes() -> None:
+    expected = {"cifar10": 52.5e6, "imagenet64-64": 30e6, "imagenet64-96": 68e6, "imagenet64": 120e6,
+                "imagenet64-128": 120e6, "imagenet64-192": 270e6}  # fmt: skip
+    for name, millions in expected.items():
+        with torch.device("meta"):
+            network = UNet(preset(name).model)
+        parameters = sum(p.numel() for p in network.parameters())
+        assert abs(parameters / millions - 1) < 0.02, (name, parameters)
+    assert set(PRESETS) == {*expected, "fashion32"}
+
+
+def test_the_scaling_presets_scale_the_rate_as_section_5_says() -> None:
+    assert preset("imagenet64-64").lr == pytest.approx(1e-4 * 2**0.5)
+    assert preset("imagenet64-128").lr == 1e-4
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = tiny(total_images=1000, batch_size=10, lr=1.0, lr_warmup_images=100, lr_schedule="cosine")
+    rates = [learning_rate(config, images) for images in (0, 50, 90, 100, 550, 990)]
+    assert rates[:4] == pytest.approx([0.1, 0.6, 1.0, 1.0])
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[5] < 1e-3
+
+
+def test_ema_matches_the_reference_and_warms_up() -> None:
+    golden = load("misc")
+    for rate in golden.config["ema"]["rates"]:
+        module = torch.nn.ParameterDict({"p": torch.nn.Parameter(golden.tensor("ema.init0"))})
+        average = EMA(module, rate, warmup=False)
+        for source, target in zip(golden.tensor("ema.source0"), golden.tensor(f"ema.rate{rate}.target0"), strict=True):
+            average.update({"p": source})
+            torch.testing.assert_close(average.weights["p"], target, rtol=1e-6, atol=1e-6)
+    warm = EMA(torch.nn.Linear(1, 1), 0.9999, warmup=True)
+    assert warm.current_decay() == pytest.approx(0.1)
+    warm.num_updates = 10**6
+    assert warm.current_decay() == 0.9999
+
+
+def run_cli(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_command_line_names_what_is_allowed(npz: Path) -> None:
+    code, output = run_cli("train", "fashion99", "--data", str(npz))
+    assert (code, "allowed: cifar10, fashion32" in output) == (1, True)
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "model.dropuot=0.1")
+    assert (code, "unknown field 'model.dropuot'; allowed here:" in output) == (1, True)
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "lr")
+    assert (code, "--set takes name=value" in output) == (1, True)
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "loss=l2")
+    assert (code, "'simple', 'hybrid' or 'vlb'" in output) == (1, True)
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(npz: Path, tmp_path: Path) -> None:
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--out", str(tmp_path / "run"), "--dry-run")
+    assert code == 0
+    assert '"num_classes": 3' in output
+    assert not (tmp_path / "run").exists()
