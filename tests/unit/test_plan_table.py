@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,5 +68,5 @@ def test_ranges_in_use_never_overlap(script: list[tuple[bool, int]]) -> None:
             if references > 1:
                 held[lines] = (offset, references - 1)
         ranges = sorted((offset, offset + size) for size, (offset, _) in held.items())
-        assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
-        assert all(0 <= start and end <= 64 for start, end in ranges)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+        assert all(start >= 0 and end <= 64 for start, end in ranges)
