@@ -21,9 +21,14 @@ def train_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes."""
-    from trainer.data import open_dataset
-    from trainer.loop import resolve, train
-    from trainer.presets import preset as named_preset
+    try:
+        from trainer.data import open_dataset
+        from trainer.loop import resolve, train
+        from trainer.presets import preset as named_preset
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed; training needs: pip install -c constraints.txt -e '.[train]'"
+        typer.secho(f"error: {missing}", err=True, fg="red")
+        raise typer.Exit(1) from error
 
     run = out or Path("runs") / preset
     try:
@@ -34,6 +39,7 @@ def train_command(
             return
         command = ["iddpm", "train", preset, "--data", data.name]
         command += [part for assignment in assignments or [] for part in ("--set", assignment)]
+        command += ["--resume"] if resume else []
         model = train(config, data, run, resume=resume, command=shlex.join(command))
     except ValueError as error:
         typer.secho(f"error: {error}", err=True, fg="red")

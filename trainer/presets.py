@@ -22,14 +22,14 @@ def fashion32() -> TrainConfig:
             attention_resolutions=(8,),
         ),
         timestep_sampler="stratified",
-        total_images=400_000,
+        total_images=200_000,
         batch_size=64,
         lr=1e-3,
         lr_warmup_images=20_000,
         lr_schedule="cosine",
         grad_clip=1.0,
         sampling=SamplingDefaults(cfg_scale=2.0),
-        checkpoint_every_images=50_000,
+        checkpoint_every_images=20_000,
     )
 
 

@@ -69,6 +69,7 @@ async def _run(generation: GenerationRequest, request: Request, state: ServiceSt
     """Submit and wait; frees the rows when the client goes away or any image fails."""
     ticket = state.engine.submit(generation)
     images = asyncio.gather(*ticket.images)
+    images.add_done_callback(_retrieve)
     gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
     try:
         either: list[asyncio.Future[Any]] = [images, gone]
@@ -85,6 +86,12 @@ def _abandon(ticket: Ticket, images: asyncio.Future[list[ImageResult]], state: S
     if not all(future.done() for future in ticket.images):
         images.cancel()
         state.engine.abort(ticket.request.request_id)
+
+
+def _retrieve(images: asyncio.Future[list[ImageResult]]) -> None:
+    """Look at the outcome, which nobody else does once the client has gone."""
+    if not images.cancelled():
+        images.exception()
 
 
 async def _disconnected(request: Request) -> None:

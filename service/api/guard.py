@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +23,7 @@ class Guard:
         self._app = app
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._max_body_bytes = max_body_bytes
+        self._limit = f"the body must be at most {max_body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -32,7 +34,7 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
         else:
-            await self._limited(scope, receive, send)
+            await self._app(scope, self._limited(receive), send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         host = _without_port(headers.get("host", "").lower())
@@ -48,43 +50,23 @@ class Guard:
                 return problem(415, "Unsupported media type", "Content-Type: must be application/json")
             length = headers.get("content-length", "")
             if length.isdigit() and int(length) > self._max_body_bytes:
-                return self._too_large()
+                return problem(413, "Body too large", self._limit, headers={"Connection": "close"})
         return None
 
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app, and stop reading a body without declared length once it is too long."""
+    def _limited(self, receive: Receive) -> Receive:
+        """Stop a body without declared length once it is too long."""
         received = 0
-        too_large = False
-        started = False
 
         async def receive_limited() -> Message:
-            nonlocal received, too_large
+            nonlocal received
             message = await receive()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._max_body_bytes:
-                    too_large = True
-                    return {"type": "http.request", "body": b"", "more_body": False}
+                    raise HTTPException(413, self._limit)
             return message
 
-        async def send_checked(message: Message) -> None:
-            nonlocal started
-            if too_large:
-                if not started:
-                    started = True
-                    await self._too_large()(scope, receive, send)
-                return
-            await send(message)
-
-        await self._app(scope, receive_limited, send_checked)
-
-    def _too_large(self) -> Response:
-        return problem(
-            413,
-            "Body too large",
-            f"the body must be at most {self._max_body_bytes} bytes",
-            headers={"Connection": "close"},
-        )
+        return receive_limited
 
 
 def _without_port(host: str) -> str:

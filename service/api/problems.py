@@ -27,6 +27,7 @@ from service.errors import (
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+HTTP_TITLES = {404: "Not found", 405: "Method not allowed", 413: "Body too large"}
 
 
 class Kind(NamedTuple):
@@ -111,7 +112,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     return problem(
         error.status_code,
-        {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Error"),
+        HTTP_TITLES.get(error.status_code, "Error"),
         str(error.detail),
         instance=_instance(request),
         headers=dict(error.headers or {}),

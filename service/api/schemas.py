@@ -106,13 +106,6 @@ class ModelList(BaseModel):
     models: list[ModelInfo]
 
 
-class FieldProblem(BaseModel):
-    """A field that breaks a rule."""
-
-    field: str
-    message: str
-
-
 class Problem(BaseModel):
     """An error as application/problem+json (RFC 9457)."""
 
@@ -121,7 +114,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     instance: str | None = None
-    errors: list[FieldProblem] | None = None
+    errors: list[dict[str, str]] | None = Field(default=None, description="`field` and `message` of each broken rule.")
 
 
 class Status(BaseModel):

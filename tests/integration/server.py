@@ -17,7 +17,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 120
-TEST_TIMEOUT = 120.0
+TEST_TIMEOUT = 300.0
 
 
 class Server:
