@@ -1,0 +1,68 @@
+# The commands of this repository; CI runs the same ones. `make` alone prints them.
+# Needed on the machine: make and Python 3.11 or newer with venv. Everything else goes into .venv/.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # one pip at a time in .venv
+.PHONY: help serve check test test-long format train-demo clean
+
+VENV := .venv
+PYTHON ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= models/fashion32
+DATA ?=
+
+help:  ## print this list (default)
+	@echo 'make TARGET [NAME=value ...]'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+
+serve: $(VENV)/.installed-torch  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000)
+	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
+
+check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check  ## linters, then all tests with a tenth of the counts (minutes)
+	$(VENV)/bin/pytest
+
+test-long: check  ## linters, then all tests with full counts (for a release)
+	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest
+
+format: $(VENV)/.installed-dev  ## rewrite the code as ruff wants it
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+train-demo: need-data $(VENV)/.installed-train  ## train the bundled model again from DATA (an npz or a folder of class folders)
+	exec $(VENV)/bin/iddpm train fashion32 --data "$(DATA)" --out runs/fashion32
+
+.PHONY: need-data
+need-data:
+	@test -n "$(DATA)" || { echo 'Say which images: make train-demo DATA=path/to/fashion-mnist.npz' >&2; exit 2; }
+
+clean:  ## remove .venv and caches; trained models in runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra (torch, train, dev), all in the same .venv: renewed when what we need or pin changes.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo 'Installing .[$*] into $(VENV)/ (the first time this takes some minutes)'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# The first Python that really runs and is new enough (a version manager's shim may exist and not run).
+$(VENV)/bin/pip:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	        echo "Creating $(VENV)/ with $$("$$python" --version)"; \
+	        "$$python" -m venv $(VENV) && exit 0; \
+	        echo "'$$python -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; \
+	        exit 1; \
+	    fi; \
+	done; \
+	echo "Python 3.11 or newer is needed and was not found (tried python3, python3.11 ... python3.14)." >&2; \
+	echo "Found: $$({ python3 --version; } 2>/dev/null || echo 'no python3'). Name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	exit 1
