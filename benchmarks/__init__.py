@@ -1,0 +1,1 @@
+"""Measurements that stand in RESULTS.md, each a script: `python -m benchmarks.NAME --help`."""

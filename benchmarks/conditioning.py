@@ -1,0 +1,490 @@
+"""Does a class-conditional model draw what it is asked for? A classifier trained on real images is the judge.
+
+    python -m benchmarks.conditioning --model models/fashion32 \
+        --train ../shared/data/fashion_mnist_train.npz --test ../shared/data/fashion_mnist_test.npz
+
+The judge sees the real training split only; its accuracy on the real test split says how far to trust it. Then, for
+each number of steps and each guidance scale, images are sampled (image k: seed k, class k mod C, so that settings
+can be compared image by image) and the judge says what each shows. Progress goes to stderr, the section for
+RESULTS.md to --out-markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from diffusion.checkpoint import checkpoint_sha256, load_unet
+from diffusion.config import CheckpointConfig
+from diffusion.plans import ancestral_plan
+from diffusion.sampling import ImageSpec, sample_images
+from diffusion.unet import UNet
+from diffusion.update import Step, from_uint8
+from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
+
+MIN_JUDGE_ACCURACY = 0.90
+Z_95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+SAMPLE_BATCH = 64
+JUDGE_BATCH = 500
+JUDGE_TRAIN_BATCH = 128
+JUDGE_LR = 4e-3
+WORST_CLASSES = 3
+
+
+class ConditioningError(ValueError):
+    """A model, data or options this benchmark cannot work with; the message says which and why."""
+
+
+# --- Counting ---------------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson 1927), which stays inside 0..1.
+
+    Args:
+        successes: 0..trials.
+        trials: at least 1.
+        z: normal quantile; the default gives 95 %.
+
+    Raises:
+        ValueError: counts out of range.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"successes must be in 0..trials, trials at least 1; got {successes} of {trials}")
+    p = successes / trials
+    shrink = 1 + z**2 / trials
+    centre = (p + z**2 / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
+    # Rounding must not take the interval past the proportion itself, where that is 0 or 1.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """How often the judge saw what was requested."""
+
+    counts: IntArray
+    """int64 [C, C]: images by requested class (row) and judged class (column)."""
+
+    @classmethod
+    def from_predictions(cls, requested: IntArray, judged: IntArray, num_classes: int) -> Self:
+        """Count pairs of labels, each in 0..num_classes-1."""
+        counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+        np.add.at(counts, (requested, judged), 1)
+        return cls(counts)
+
+    @property
+    def total(self) -> int:
+        """Images judged."""
+        return int(self.counts.sum())
+
+    @property
+    def agreed(self) -> int:
+        """Images judged to show the requested class."""
+        return int(np.trace(self.counts))
+
+    @property
+    def rate(self) -> float:
+        """Agreement over all images."""
+        return self.agreed / self.total
+
+    @property
+    def class_rates(self) -> npt.NDArray[np.float64]:
+        """Agreement of each class, float64 [C]; NaN where a class was never requested."""
+        totals = self.counts.sum(axis=1)
+        return np.divide(np.diag(self.counts), totals, out=np.full(len(totals), np.nan), where=totals > 0)
+
+    def worst(self, limit: int) -> list[int]:
+        """Return the classes of lowest agreement below 100 %, worst first."""
+        rates = self.class_rates
+        return [int(c) for c in np.argsort(rates, kind="stable")[:limit] if rates[c] < 1]
+
+    def mistaken_for(self, class_index: int, limit: int = 3) -> list[tuple[int, int]]:
+        """Return (judged class, images) of the commonest disagreements about a class, commonest first."""
+        row = self.counts[class_index].copy()
+        row[class_index] = 0
+        return [(int(c), int(row[c])) for c in np.argsort(-row, kind="stable")[:limit] if row[c]]
+
+
+# --- The judge --------------------------------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """A small convolutional classifier of images [B, C, H, W] where data spans [-1, 1]."""
+
+    def __init__(self, image_size: int, image_channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (image_channels, 16, 32, 64)
+        blocks: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            blocks += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        features = widths[-1] * (image_size >> (len(widths) - 1)) ** 2
+        self.features = nn.Sequential(*blocks, nn.Flatten())
+        self.head = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None:
+    """Train a judge in place on real images; leaves it in eval mode."""
+    torch.manual_seed(seed)
+    labels = torch.from_numpy(data.labels)
+    batches = epochs * len(labels) // JUDGE_TRAIN_BATCH
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=JUDGE_LR, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE_LR, total_steps=batches)
+    judge.train()
+    for batch in tqdm(range(batches), desc="training the judge", unit="batch", mininterval=2):
+        indices = batch_indices(seed, batch * JUDGE_TRAIN_BATCH, JUDGE_TRAIN_BATCH, len(labels))
+        loss = F.cross_entropy(judge(from_uint8(data.images(indices))), labels[torch.from_numpy(indices)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    judge.eval()
+
+
+def load_or_train_judge(path: Path, judge: Judge, data: Path, config: CheckpointConfig, epochs: int) -> None:
+    """Fill a judge with the weights in a file, or train it and write the file.
+
+    Raises:
+        ConditioningError: a file of another judge, or training data whose classes are not the model's.
+    """
+    if path.exists():
+        try:
+            judge.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ConditioningError(f"{path} holds no judge for this model, delete it to train one: {error}") from error
+        judge.eval()
+        return
+    train_judge(judge, open_split(data, config), epochs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, temporary)
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
+    """Return the judge's class for each image, int64 [N], of uint8 [N, H, W, C]."""
+    parts = [
+        judge(from_uint8(pixels[start : start + JUDGE_BATCH])).argmax(dim=1)
+        for start in range(0, len(pixels), JUDGE_BATCH)
+    ]
+    classes: IntArray = torch.cat(parts).numpy()
+    return classes
+
+
+def open_split(path: Path, config: CheckpointConfig) -> Dataset:
+    """Open real images as the trainer does, padded to the model's size.
+
+    Raises:
+        ConditioningError: the classes are not the model's.
+        DataError: nothing that can be read there.
+    """
+    data = open_dataset(path, config.model.image_size, config.model.image_channels)
+    if len(data.class_names) != config.model.num_classes or config.class_names not in (None, data.class_names):
+        raise ConditioningError(
+            f"{path} must hold the classes the model knows, in their order: "
+            f"{config.class_names or config.model.num_classes}; got {data.class_names}"
+        )
+    return data
+
+
+# --- The model --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are sampled."""
+
+    steps: int
+    cfg_scale: float
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, cfg {self.cfg_scale:g}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one setting gave."""
+
+    setting: Setting
+    agreement: Agreement
+    seconds: float
+    """Wall time of sampling all images."""
+
+
+def balanced_labels(images: int, num_classes: int) -> IntArray:
+    """Return the class of each image, int64 [images]: k mod num_classes, each class equally often.
+
+    Raises:
+        ConditioningError: images is no positive multiple of num_classes.
+    """
+    if images < 1 or images % num_classes:
+        raise ConditioningError(f"--images must be a positive multiple of {num_classes}, the classes; got {images}")
+    return np.arange(images) % num_classes
+
+
+def generate(
+    network: UNet, config: CheckpointConfig, setting: Setting, labels: IntArray, bfloat16: bool = False
+) -> Uint8Array:
+    """Sample image k from seed k and class labels[k], uint8 [N, H, W, C]; bfloat16: autocast the network."""
+    plan = ancestral_plan(config.diffusion, str(setting.steps))
+    specs = [ImageSpec(seed=k, class_index=int(label), cfg_scale=setting.cfg_scale) for k, label in enumerate(labels)]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+    with autocast, tqdm(total=len(specs) * setting.steps, desc=str(setting), unit="step", mininterval=2) as bar:
+
+        def count(_index: int, step: Step) -> None:
+            bar.update(len(step.ok))
+
+        parts = [
+            sample_images(network, plan, specs[start : start + SAMPLE_BATCH], on_step=count)
+            for start in range(0, len(specs), SAMPLE_BATCH)
+        ]
+    return np.concatenate(parts)
+
+
+def settings_of(config: CheckpointConfig, steps: Sequence[int], scales: Sequence[float] | None) -> list[Setting]:
+    """Combine steps and guidance scales; by default unguided and what the model recommends.
+
+    Raises:
+        ConditioningError: an unconditional model, or guidance it was not trained for.
+    """
+    if config.model.num_classes is None:
+        raise ConditioningError("the model is unconditional: there is no class to ask for")
+    chosen = dict.fromkeys(scales or (1.0, config.sampling.cfg_scale))
+    if not config.model.null_class and any(scale != 1 for scale in chosen):
+        raise ConditioningError("--cfg other than 1 needs a model with model.null_class")
+    return [Setting(count, scale) for count in dict.fromkeys(steps) for scale in chosen]
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def percent(agreement: Agreement) -> str:
+    """Write an agreement with its 95 % interval."""
+    low, high = wilson_interval(agreement.agreed, agreement.total)
+    return f"{100 * agreement.rate:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a markdown table: the first column to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def confusion_line(agreement: Agreement, class_names: Sequence[str]) -> str:
+    """Say which classes were drawn worst, and what the judge took them for."""
+    phrases = []
+    for worst in agreement.worst(WORST_CLASSES):
+        taken = ", ".join(f"{class_names[c]} {count}" for c, count in agreement.mistaken_for(worst))
+        total = int(agreement.counts[worst].sum())
+        phrases.append(f"{class_names[worst]} {agreement.counts[worst, worst]} of {total} (else {taken})")
+    return "; ".join(phrases) or "none wrong"
+
+
+def report(
+    facts: dict[str, str], class_names: Sequence[str], real: Agreement, outcomes: Sequence[Outcome], command: str
+) -> str:
+    """Write the section for RESULTS.md."""
+    summary = markdown_table(
+        ["steps", "cfg_scale", "images", "agreement (95 % interval)", "worst class", "seconds"],
+        [
+            [
+                str(o.setting.steps),
+                f"{o.setting.cfg_scale:g}",
+                str(o.agreement.total),
+                percent(o.agreement),
+                f"{100 * o.agreement.class_rates.min():.0f} %",
+                f"{o.seconds:.0f}",
+            ]
+            for o in outcomes
+        ],
+    )
+    per_class = markdown_table(
+        ["agreement in %", "real test split", *(str(o.setting) for o in outcomes)],
+        [
+            [name, f"{100 * real.class_rates[c]:.1f}", *(f"{100 * o.agreement.class_rates[c]:.0f}" for o in outcomes)]
+            for c, name in enumerate(class_names)
+        ],
+    )
+    confusions = [f"- real test split: {confusion_line(real, class_names)}"]
+    confusions += [f"- {o.setting}: {confusion_line(o.agreement, class_names)}" for o in outcomes]
+    return "\n".join(
+        [
+            "## Class conditioning",
+            "",
+            "How often a classifier trained on the real training split sees the requested class in generated images.",
+            "",
+            *(f"- {name}: {value}" for name, value in facts.items()),
+            f"- Judge: {percent(real)} of {real.total} real test images right",
+            "",
+            summary,
+            "",
+            per_class,
+            "",
+            "Worst classes, and what they were taken for:",
+            "",
+            *confusions,
+            "",
+            "```",
+            command,
+            "```",
+            "",
+        ]
+    )
+
+
+def describe(model: Path, config: CheckpointConfig) -> dict[str, str]:
+    """Say when, on what and with which model this was measured."""
+    images_seen = config.provenance.get("images_seen")
+    trained = f"{images_seen:,} images seen" if isinstance(images_seen, int) else "images seen unknown"
+    return {
+        "Date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "Commit": commit(),
+        "Machine": f"{cpu_name()}, {os.cpu_count()} cores; {torch.get_num_threads()} torch threads used; "
+        f"torch {torch.__version__}",
+        "Model": f"`{model}`, {trained}, sha256 {checkpoint_sha256(model)[:12]}, "
+        f"recommended cfg_scale {config.sampling.cfg_scale:g}",
+        "Sampling": "ancestral, float32; image k from seed k and class k mod C",
+    }
+
+
+def commit() -> str:
+    """Return the commit of this tree, marked where the tree differs from it."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607  # whichever git the user has
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure, and return the section for RESULTS.md.
+
+    Raises:
+        ValueError: anything the user can put right; the message says what.
+    """
+    torch.set_num_threads(args.threads)
+    config, network = load_unet(args.model)
+    facts = describe(args.model, config)
+    settings = settings_of(config, args.steps, args.cfg)
+    num_classes = config.model.num_classes
+    assert num_classes is not None  # settings_of refuses it
+    labels = balanced_labels(args.images, num_classes)
+    test = open_split(args.test, config)
+
+    judge = Judge(config.model.image_size, config.model.image_channels, num_classes)
+    load_or_train_judge(args.judge, judge, args.train, config, args.judge_epochs)
+    seen = predict(judge, test.images(np.arange(len(test.labels))))
+    real = Agreement.from_predictions(test.labels, seen, num_classes)
+    print(f"judge: {percent(real)} of {real.total} real test images right", file=sys.stderr)
+    if real.rate < MIN_JUDGE_ACCURACY:
+        raise ConditioningError(
+            f"the judge must be right about {100 * MIN_JUDGE_ACCURACY:.0f} % of the real test images; "
+            f"got {100 * real.rate:.1f} %: delete {args.judge} and give more --judge-epochs"
+        )
+
+    outcomes: list[Outcome] = []
+    for setting in settings:
+        started = time.perf_counter()
+        pixels = generate(network, config, setting, labels, args.bfloat16)
+        seconds = time.perf_counter() - started
+        agreement = Agreement.from_predictions(labels, predict(judge, pixels), num_classes)
+        outcomes.append(Outcome(setting, agreement, seconds))
+        print(f"{setting}: {percent(agreement)}", file=sys.stderr)
+        if args.images_out is not None:
+            args.images_out.mkdir(parents=True, exist_ok=True)
+            file = args.images_out / f"steps{setting.steps}_cfg{setting.cfg_scale:g}.npz"
+            np.savez_compressed(file, images=pixels, labels=labels, classes=np.array(test.class_names))
+
+    command = shlex.join(["python", "-m", "benchmarks.conditioning", *sys.argv[1:]])
+    return report(facts, test.class_names, real, outcomes, command)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.conditioning", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder of a class-conditional UNet")
+    parser.add_argument("--train", type=Path, required=True, help="real training split: npz or folder of classes")
+    parser.add_argument("--test", type=Path, required=True, help="real test split, never trained on")
+    parser.add_argument("--images", type=int, default=1000, help="per setting, a multiple of the classes (1000)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100], help="numbers of steps (50 100)")
+    parser.add_argument("--cfg", type=float, nargs="+", help="guidance scales (1 and the model's default)")
+    parser.add_argument(
+        "--judge", type=Path, default=Path("build/judge.safetensors"), help="kept here; trained if absent"
+    )
+    parser.add_argument("--judge-epochs", type=int, default=4, help="how long a judge is trained (4)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16 autocast")
+    parser.add_argument("--images-out", type=Path, help="folder for the generated images, one npz per setting")
+    parser.add_argument("--out-markdown", default="-", help="file for the section, - for stdout (-)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the command; errors a user can make end in one line."""
+    args = parse_arguments()
+    try:
+        text = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.out_markdown == "-":
+        print(text, end="")
+    else:
+        Path(args.out_markdown).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
