@@ -206,7 +206,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated, no safetensors file, or not readable by this user: {error}") from error
+        raise CheckpointError(
+            f"{path} is truncated, no safetensors file, or not readable by this user: {error}"
+        ) from error
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} must be floating point; got {tensor.dtype}")

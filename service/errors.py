@@ -49,7 +49,7 @@ class QueueFull(Unavailable):
 
 
 class Draining(Unavailable):
-    """The service is shutting down, or not ready yet."""
+    """The service is starting up, shutting down, or its engine has stopped."""
 
 
 class GenerationFailed(ServiceError):

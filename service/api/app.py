@@ -55,6 +55,7 @@ def assemble(settings: Settings, denoisers: dict[str, Denoiser] | dict[str, Torc
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
         app.state.service = ServiceState(settings, served, engine, metrics)
+        log.info("settings: %s", settings.model_dump_json())
         for model in served.values():
             log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
         engine.start()

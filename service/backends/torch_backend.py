@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from diffusion.checkpoint import CheckpointError, checkpoint_sha256, load_unet
 from service.errors import ModelError
+
+NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
 
 
 class TorchBackend:
@@ -23,9 +26,9 @@ class TorchBackend:
             raise ModelError(str(error)) from error
         if self.config.model.low_res_size is not None:
             raise ModelError(f"{folder} holds a super-resolution model, which this service cannot serve yet")
-        capability = torch.backends.cpu.get_cpu_capability()
-        self.description = f"torch {torch.__version__} cpu {capability} float32"
-        self.numerics_id = hashlib.sha256(f"{model_hash}\n{self.description}".encode()).hexdigest()[:16]
+        self.description = f"torch {torch.__version__} cpu {torch.backends.cpu.get_cpu_capability()} float32"
+        depends_on = [model_hash, self.description, json.dumps(_processor(), sort_keys=True)]
+        self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Tensor) -> Tensor:
@@ -36,3 +39,8 @@ class TorchBackend:
     def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Run the UNet."""
         return self._network.forward_emb(x_t, emb_t, y)
+
+
+def _processor() -> dict[str, object]:
+    """Return what kernels are chosen by: instruction sets and cache sizes, not names or numbers of cores."""
+    return {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}

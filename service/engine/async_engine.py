@@ -24,7 +24,7 @@ from service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 RETRY_WHILE_DRAINING_S = 10.0
-"""Told to clients of a replica that shuts down: another one will answer sooner, this address perhaps later."""
+"""Told to clients of a replica that is not ready: another one will answer sooner, this address perhaps later."""
 
 
 class EngineState(enum.Enum):
@@ -102,13 +102,10 @@ class AsyncEngine:
         Raises:
             InvalidRequest: more images than could ever be in flight.
             QueueFull: too many images are in flight.
-            Draining: starting up or shutting down.
-            EngineDead: the engine has stopped with an error.
+            Draining: starting up, shutting down, or stopped with an error.
         """
-        if self.state is EngineState.DEAD:
-            raise EngineDead("the engine has stopped with an error")
         if self.state is not EngineState.READY:
-            raise Draining(f"the service is {self.state.value}", RETRY_WHILE_DRAINING_S)
+            raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
         count, limit = len(request.images), self._config.max_in_flight
         if count > limit:
             raise InvalidRequest("n", f"must be at most {limit}, the images this service can hold; got {count}")

@@ -135,7 +135,7 @@ async def test_an_error_in_the_engine_reaches_every_waiting_request() -> None:
         outcomes = {await outcome(future) for ticket in tickets for future in ticket.images}
         assert outcomes == {EngineDead.__name__}
         assert engine.state is EngineState.DEAD
-        with pytest.raises(EngineDead):
+        with pytest.raises(Draining, match="the engine is dead"):
             engine.submit(generation("late", params()))
 
 
