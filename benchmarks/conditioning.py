@@ -362,7 +362,7 @@ def report(
     )
 
 
-def describe(model: Path, config: CheckpointConfig) -> dict[str, str]:
+def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str, str]:
     """Say when, on what and with which model this was measured."""
     images_seen = config.provenance.get("images_seen")
     trained = f"{images_seen:,} images seen" if isinstance(images_seen, int) else "images seen unknown"
@@ -373,7 +373,7 @@ def describe(model: Path, config: CheckpointConfig) -> dict[str, str]:
         f"torch {torch.__version__}",
         "Model": f"`{model}`, {trained}, sha256 {checkpoint_sha256(model)[:12]}, "
         f"recommended cfg_scale {config.sampling.cfg_scale:g}",
-        "Sampling": "ancestral, float32; image k from seed k and class k mod C",
+        "Sampling": f"ancestral, {'bfloat16 autocast' if bfloat16 else 'float32'}; image k: seed k, class k mod C",
     }
 
 
@@ -414,7 +414,7 @@ def run(args: argparse.Namespace) -> str:
     """
     torch.set_num_threads(args.threads)
     config, network = load_unet(args.model)
-    facts = describe(args.model, config)
+    facts = describe(args.model, config, args.bfloat16)
     settings = settings_of(config, args.steps, args.cfg)
     num_classes = config.model.num_classes
     assert num_classes is not None  # settings_of refuses it
