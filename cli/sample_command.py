@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def sample_command(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for SEED_INDEX.png files, or a file: .png (grid) or .npz.")],
+    out: Annotated[Path, typer.Option(help="Folder for SEED_INDEX.png files, or a file: .png, .webp (grid) or .npz.")],
     class_: Annotated[
         str | None, typer.Option("--class", help="Class by name or index; absent: drawn from the seed.")
     ] = None,
@@ -78,21 +78,24 @@ def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImagePara
         body = GenerateRequest.model_validate({**asked, **chunk})
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
-    config = EngineConfig()
-    runner = TorchRunner(backend, config)
-    engine = Engine({"model": runner}, config, Metrics())
+    config = EngineConfig().with_room_for(backend.config.diffusion.num_timesteps)
+    runner, metrics = TorchRunner(backend, config), Metrics()
+    engine = Engine({"model": runner}, config, metrics)
     engine.warm_up()
-    engine.add(GenerationRequest(request_id="cli", model="model", images=tuple(params)), time.monotonic())
+    request = GenerationRequest(request_id="cli", model="model", images=tuple(params))
+    engine.add(request, time.monotonic())
     pixels: dict[int, Uint8Array] = {}
-    with typer.progressbar(length=sum(p.num_steps for p in params), label="sampling", file=sys.stderr) as bar:
+    done = 0
+    with typer.progressbar(length=request.row_steps, label="sampling", file=sys.stderr) as bar:
         while engine.has_work():
-            before = engine.remaining_steps()
             for result in engine.step():
                 if result.status is not ImageStatus.DONE or result.pixels is None:
                     raise ValueError(f"image {params[result.position].image_index}: its numbers overflowed")
                 pixels[result.position] = result.pixels
-            bar.update(before - engine.remaining_steps())
-    typer.echo(f"seed {params[0].seed}, numerics_id {backend.numerics_id}")
+            counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
+            bar.update(counted - done)
+            done = counted
+    typer.echo(f"seed {params[0].seed}, numerics_id {runner.numerics_id}")
     return [(p, pixels[k]) for k, p in enumerate(params)]
 
 

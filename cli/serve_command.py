@@ -25,18 +25,20 @@ def serve_command(
     from service.api.logs import configure_logging
     from service.api.server import serve
     from service.errors import ModelError
-    from service.settings import Settings
+    from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
     flags["models"] = tuple(model) if model else None
     configure_logging()
     try:
+        refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         app = create_app(settings)
     except ValidationError as error:
         typer.secho(f"error: {describe_validation_error(error)}", err=True, fg="red")
         raise typer.Exit(2) from error
-    except ModelError as error:
+    except (ModelError, ValueError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
-    serve(app, settings)
+    if not serve(app, settings):
+        raise typer.Exit(1)

@@ -22,6 +22,9 @@ def train_command(
 ) -> None:
     """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes."""
     try:
+        from pydantic import ValidationError
+
+        from diffusion.checkpoint import describe_validation_error
         from trainer.data import open_dataset
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
@@ -41,7 +44,10 @@ def train_command(
         command += [part for assignment in assignments or [] for part in ("--set", assignment)]
         command += ["--resume"] if resume else []
         model = train(config, data, run, resume=resume, command=shlex.join(command))
-    except ValueError as error:
+    except ValidationError as error:
+        typer.secho(f"error: {describe_validation_error(error)}", err=True, fg="red")
+        raise typer.Exit(1) from error
+    except (ValueError, OSError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
     typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")

@@ -84,7 +84,8 @@ def advance(
         The next images, the x0 they came from, and which rows are finite.
     """
     x0 = torch.clamp(plan.a_x * x_t + plan.a_out * out, -plan.clip, plan.clip)
-    log_variance = torch.lerp(plan.lv_min, plan.lv_max, (var_values + 1) / 2)
+    # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
+    log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) * ((var_values + 1) / 2)
 
     mean = plan.c_x0 * x0 + plan.c_xt * x_t + plan.c_prev * x0_prev
     mean = mean + (plan.g_var * log_variance.exp() + plan.g_const) * grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,12 +12,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.engine.config import EngineConfig
 
 BackendName = Literal["auto", "torch"]
+PREFIX = "IDDPM_"
+OTHER_VARIABLES = frozenset({"IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
+"""Ours, but read by the tests."""
 
 
 class Settings(BaseSettings):
     """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="IDDPM_", extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), min_length=1)
     """Model folders, the first one the default (IDDPM_MODELS: comma list)."""
@@ -26,7 +30,9 @@ class Settings(BaseSettings):
     """0: any free port."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a network call; None: one per core."""
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("localhost", "127.0.0.1", "[::1]"), min_length=1
+    )
     """Host headers answered to, without port (comma list); `*` answers to all."""
     max_rows: int = Field(default=8, ge=2, le=1024)
     """Most rows of a network call."""
@@ -45,3 +51,16 @@ class Settings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
         return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue)
+
+
+def refuse_unknown_variables() -> None:
+    """Refuse environment variables that look like settings and are none: a misspelt limit is no limit.
+
+    Raises:
+        ValueError: naming the variable and those that exist.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        settings = ", ".join(sorted(known - OTHER_VARIABLES))
+        raise ValueError(f"unknown environment variable {', '.join(unknown)}; settings are {settings}")

@@ -14,7 +14,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 LrSchedule = Literal["constant", "cosine"]
 
 MAY_CHANGE_ON_RESUME = frozenset({"total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"})
-"""Fields that a resumed run may set anew; any other change would make it another run."""
+"""Fields that a resumed run may set anew; any other change would make it another run.
+
+With a cosine schedule another total_images changes every later learning rate: longer or shorter, it is the same run
+up to the checkpoint only.
+"""
 
 
 class TrainConfig(FrozenConfig):
@@ -73,6 +77,10 @@ class TrainConfig(FrozenConfig):
     def _check_batches(self) -> Self:
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise ValueError(f"microbatch_size must divide batch_size ({self.batch_size}); got {self.microbatch_size}")
+        if self.loss == "hybrid" and not self.diffusion.learns_variance:
+            raise ValueError(
+                f"loss 'hybrid' needs a learned variance; diffusion.variance is '{self.diffusion.variance}'"
+            )
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self

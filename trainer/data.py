@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -42,15 +45,15 @@ class NpzDataset:
 
     def __init__(self, path: Path, image_size: int, channels: int) -> None:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 missing = {"images", "labels"} - set(arrays.files)
                 if missing:
                     raise DataError(f"{path} must hold the arrays 'images' and 'labels'; missing: {sorted(missing)}")
                 images, labels = arrays["images"], arrays["labels"]
                 names = arrays["classes"] if "classes" in arrays.files else None
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path} cannot be read as an npz file: {error}") from error
         if images.ndim == 3:
             images = images[..., None]
@@ -142,10 +145,14 @@ def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int)
     epochs = positions // num_images
     indices = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng((seed, int(epoch))).permutation(num_images)
         here = epochs == epoch
-        indices[here] = order[positions[here] % num_images]
+        indices[here] = _epoch_order(seed, int(epoch), num_images)[positions[here] % num_images]
     return indices
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_images: int) -> IntArray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(num_images)
 
 
 def _check_channels(what: str, found: int, wanted: int) -> None:

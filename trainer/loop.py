@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import write_checkpoint
+from diffusion.checkpoint import read_config, write_checkpoint
 from diffusion.config import CheckpointConfig
 from diffusion.images import captioned_rows
 from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
@@ -35,6 +35,7 @@ CONFIG_FILE = "train_config.json"
 LOG_FILE = "log.jsonl"
 MODEL_FOLDER = "model"
 QUARTILES = 4
+PREVIEW_ROWS = 10
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
     "uniform": UniformSampler,
     "stratified": StratifiedSampler,
@@ -60,7 +61,7 @@ def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, c
         command: for the provenance.
 
     Raises:
-        TrainError: a run is already there, or none to resume, or it had another configuration.
+        TrainError: a run is already there, or none to resume, or it had another configuration or other data.
         DataError: data that cannot be trained on.
     """
     # Data, and the configuration it completes
@@ -81,7 +82,7 @@ def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, c
     timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](process.num_steps)
     state = TrainState(network, optimizer, EMA(network, config.ema_decay, config.ema_warmup), timestep_sampler)
     if resume:
-        train_state.restore(state, train_state.checkpoints(run)[-1])
+        _resume(state, run, dataset)
 
     # Train
     batches = 0
@@ -155,9 +156,9 @@ def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, c
             (state.images_seen - config.batch_size) // config.checkpoint_every_images
         ):
             described = checkpoint_config(config, dataset, state.images_seen, command, bfloat16)
+            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)  # first: a state implies a model
             train_state.save(state, train_state.checkpoint_folder(run, state.images_seen), described)
             train_state.delete_old(run, config.keep_checkpoints)
-            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)
             _write_preview(config, described, state, run)
     bar.close()
     return run / MODEL_FOLDER
@@ -233,7 +234,7 @@ class Window:
 def preview(network: UNet, config: CheckpointConfig, per_class: int, steps: int) -> Any:
     """Draw a captioned grid of samples, each class a row; always the same seeds, so that grids can be compared."""
     plan = ancestral_plan(config.diffusion, str(steps))
-    names: Sequence[str] = config.class_names or ([""] * 10)
+    names: Sequence[str] = config.class_names[:PREVIEW_ROWS] if config.class_names else [""] * PREVIEW_ROWS
     rows = []
     for index, name in enumerate(names):
         class_index = None if config.model.num_classes is None else index
@@ -260,7 +261,7 @@ def _write_preview(config: TrainConfig, described: CheckpointConfig, state: Trai
 def _claim(run: Path, config: TrainConfig, resume: bool) -> None:
     path = run / CONFIG_FILE
     if not resume:
-        if path.exists():
+        if train_state.checkpoints(run):
             raise TrainError(f"{run} already holds a run; give another --out, or --resume to continue it")
         run.mkdir(parents=True, exist_ok=True)
     else:
@@ -272,7 +273,22 @@ def _claim(run: Path, config: TrainConfig, resume: bool) -> None:
                 f"{run} was started with other values of {', '.join(changed)}; "
                 f"a resumed run may change {', '.join(sorted(MAY_CHANGE_ON_RESUME))} only"
             )
-    path.write_text(config.model_dump_json(indent=2) + "\n")
+    temporary = path.with_suffix(".new")
+    temporary.write_text(config.model_dump_json(indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _resume(state: TrainState, run: Path, dataset: Dataset) -> None:
+    """Go back to the last checkpoint: its data must be this data, and the log must end where it does."""
+    folder = train_state.checkpoints(run)[-1]
+    before = read_config(folder).provenance.get("data")
+    if before != dataset.description:
+        raise TrainError(f"{run} was trained on {before}; this is {dataset.description}")
+    train_state.restore(state, folder)
+    log = run / LOG_FILE
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["images"] <= state.images_seen))
 
 
 def _labels(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,8 +61,8 @@ def restore(state: TrainState, folder: Path) -> None:
         progress = json.loads((folder / "state" / PROGRESS_FILE).read_text())
         tensors = load_file(folder / "state" / TENSORS_FILE)
         averages = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} cannot be resumed from: it has no training state ({error})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be resumed from, its state is missing or damaged: {error}") from error
     state.network.load_state_dict(_below("raw.", tensors))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _below("optimizer.", tensors).items():

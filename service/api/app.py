@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,12 @@ from service.engine.engine import Engine
 from service.engine.runners.torch_runner import TorchRunner
 from service.errors import ModelError
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import BackendName, Settings
 
 log = logging.getLogger(__name__)
+
+BACKENDS: dict[BackendName, Callable[[Path], Denoiser]] = {"auto": TorchBackend, "torch": TorchBackend}
+"""`auto` will choose among several; there is one so far."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -36,17 +39,19 @@ def create_app(settings: Settings) -> FastAPI:
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return assemble(settings, {model_name(folder): TorchBackend(folder) for folder in _distinct(settings.models)})
+    backend = BACKENDS[settings.backend]
+    return assemble(settings, {model_name(folder): backend(folder) for folder in _distinct(settings.models)})
 
 
-def assemble(settings: Settings, denoisers: dict[str, Denoiser] | dict[str, TorchBackend]) -> FastAPI:
+def assemble(settings: Settings, denoisers: Mapping[str, Denoiser]) -> FastAPI:
     """Wire an application around networks that are already loaded."""
-    config = settings.engine_config()
+    longest = max(denoiser.config.diffusion.num_timesteps for denoiser in denoisers.values())
+    config = settings.engine_config().with_room_for(longest)
     metrics = Metrics()
     runners = {name: TorchRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {
         name: ServedModel(
-            name=name, config=denoiser.config, numerics_id=denoiser.numerics_id, backend=denoiser.description
+            name=name, config=denoiser.config, numerics_id=runners[name].numerics_id, backend=denoiser.description
         )
         for name, denoiser in denoisers.items()
     }

@@ -10,6 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.problems import problem
 from service.metrics import Metrics, Outcome
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,13 @@ class Observe:
 
         try:
             await self._app(scope, receive, send_named)
-        except Exception:
-            status = 500
-            raise
+        except Exception as error:
+            log.error("unexpected error, id=%s", request_id, exc_info=error)  # said once, here
+            if status != CLIENT_CLOSED:
+                raise  # an answer had begun: all that is left is to break the connection
+            await problem(500, "Internal error", "something went wrong here; the log has the details")(
+                scope, receive, send_named
+            )
         finally:
             self._record(scope, status, time.perf_counter() - begun, request_id)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,10 +23,10 @@ from service.errors import (
     UnknownModel,
 )
 
-log = logging.getLogger(__name__)
-
+MAX_ERRORS = 10
+"""More are not listed: an answer must not be longer than the request."""
 MEDIA_TYPE = "application/problem+json"
-HTTP_TITLES = {404: "Not found", 405: "Method not allowed", 413: "Body too large"}
+HTTP_TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
 
 
 class Kind(NamedTuple):
@@ -76,12 +75,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
-
-
-def status_of(error: ServiceError) -> int:
-    """Return the HTTP status of an error."""
-    return KINDS[type(error)].status
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
@@ -103,7 +96,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         reason = found[0].get("ctx", {}).get("error", "syntax error")
         return problem(400, "Malformed JSON", f"the body is not valid JSON: {reason}", instance=_instance(request))
     errors = [{"field": _field(item["loc"]), "message": _message(item)} for item in found]
-    unique = list({(e["field"], e["message"]): e for e in errors}.values())
+    unique = list({(e["field"], e["message"]): e for e in errors}.values())[:MAX_ERRORS]
     detail = "; ".join(f"{e['field']}: {e['message']}" for e in unique)
     return problem(422, "Invalid request", detail, instance=_instance(request), errors=unique)
 
@@ -119,13 +112,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("unexpected error", exc_info=error)
-    return problem(
-        500, "Internal error", "something went wrong here; the log has the details", instance=_instance(request)
-    )
-
-
 def _instance(request: Request) -> str | None:
     request_id = getattr(request.state, "request_id", None)
     return None if request_id is None else f"urn:iddpm:request:{request_id}"
@@ -134,7 +120,7 @@ def _instance(request: Request) -> str | None:
 def _field(location: Sequence[str | int]) -> str:
     # pydantic puts the member of a union it tried between the field and the error; people know the field only
     named = [part for part in location if part != "body"]
-    return "body" if not named else str(named[0])
+    return "body" if not named else str(named[0])[:60]
 
 
 def _message(item: dict[str, Any]) -> str:

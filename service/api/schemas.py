@@ -22,7 +22,6 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        populate_by_name=True,
         protected_namespaces=(),
         json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
     )

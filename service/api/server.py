@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import socket
 from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
 from service.api.state import ServiceState
+from service.engine.async_engine import AsyncEngine, EngineState
 from service.settings import Settings
+
+STRAGGLER_SECONDS = 30
+"""After the drain, connections that still send or read (half a body, an answer nobody takes) get this long."""
+DEATH_NOTICE_SECONDS = 2.0
+"""A dead engine's process stays this long, so that answers get out and health checks see red."""
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +32,14 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._drain: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and watch the engine: a process whose engine is dead must end, to be restarted."""
+        await super().startup(sockets)
+        engine = engine_of(self._app)
+        if engine is not None:
+            self._watch = asyncio.get_running_loop().create_task(self._exit_on_death(engine))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,21 +56,31 @@ class DrainingServer(uvicorn.Server):
     def _on_signal(self, number: signal.Signals) -> None:
         if self._drain is not None:
             log.warning("%s again: stopping at once, accepted requests are lost", number.name)
-            self.force_exit = self.should_exit = True
-            return
+            os._exit(1)
         log.info("%s: finishing accepted requests, refusing new ones", number.name)
         self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
 
     async def _drain_then_exit(self) -> None:
-        state = getattr(self._app.state, "service", None)
-        if isinstance(state, ServiceState):
-            state.engine.drain()
-            await state.engine.wait_idle()
+        engine = engine_of(self._app)
+        if engine is not None:
+            engine.drain()
+            await engine.wait_idle()
+        self.should_exit = True
+
+    async def _exit_on_death(self, engine: AsyncEngine) -> None:
+        await engine.died.wait()
+        await asyncio.sleep(DEATH_NOTICE_SECONDS)
         self.should_exit = True
 
 
-def serve(app: FastAPI, settings: Settings) -> None:
-    """Serve until a signal says otherwise."""
+def engine_of(app: FastAPI) -> AsyncEngine | None:
+    """Return the engine of an app that has started."""
+    state = getattr(app.state, "service", None)
+    return state.engine if isinstance(state, ServiceState) else None
+
+
+def serve(app: FastAPI, settings: Settings) -> bool:
+    """Serve until a signal, or the engine's death, ends it; says whether all went well."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -62,7 +88,11 @@ def serve(app: FastAPI, settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",  # the parser that every installation has
         timeout_keep_alive=30,
+        timeout_graceful_shutdown=STRAGGLER_SECONDS,
         h11_max_incomplete_event_size=32768,
     )
     DrainingServer(config, app).run()
+    engine = engine_of(app)
+    return engine is not None and engine.state is EngineState.STOPPED

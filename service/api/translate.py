@@ -6,10 +6,11 @@ import difflib
 import secrets
 from dataclasses import dataclass
 
+import numpy as np
+
 from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
-from diffusion.respacing import space_timesteps
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
 from service.engine.request import GenerationRequest, ImageParams, PlanKey
 from service.errors import InvalidRequest, UnknownModel
@@ -103,13 +104,10 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
         raise InvalidRequest("eta", f"is a choice of sampler 'ddim' only; sampler is '{body.sampler}'")
     key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
     try:
-        num_steps = len(space_timesteps(timesteps, spec))
-        if num_steps < 2:
-            raise InvalidRequest("respacing", f"must keep at least 2 steps; {spec!r} keeps {num_steps}")
-        build_plan(config.diffusion, key.sampler, key.spec, key.eta)
+        plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
     except ValueError as error:
         raise InvalidRequest("steps" if body.respacing is None else "respacing", str(error)) from error
-    return key, num_steps
+    return key, plan.num_steps
 
 
 def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
@@ -119,7 +117,7 @@ def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
         raise InvalidRequest(
             "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
         )
-    return float(body.cfg_scale)
+    return float(np.float32(body.cfg_scale))  # what the engine computes with: 1 + 1e-9 is 1, and takes one row
 
 
 def _class_index(body: GenerateRequest, model: ServedModel, seed: int, k: int) -> int | None:
@@ -135,10 +133,13 @@ def _class_index(body: GenerateRequest, model: ServedModel, seed: int, k: int) -
         if asked >= len(names):
             raise InvalidRequest("class", f"index must be 0..{len(names) - 1}; got {asked}")
         return asked
-    folded = {name.casefold(): index for index, name in enumerate(names)}
-    if asked.casefold() not in folded:
+    matches = [index for index, name in enumerate(names) if name == asked]
+    matches = matches or [index for index, name in enumerate(names) if name.casefold() == asked.casefold()]
+    if not matches:
         raise InvalidRequest("class", f"must be one of {_some(names, asked)}; got {asked!r}")
-    return folded[asked.casefold()]
+    if len(matches) > 1:
+        raise InvalidRequest("class", f"{asked!r} names the classes {matches}: give the index")
+    return matches[0]
 
 
 def _some(names: tuple[str, ...], asked: str) -> str:

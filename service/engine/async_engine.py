@@ -87,6 +87,8 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._ended = asyncio.Event()
+        self.died = asyncio.Event()
+        """Set when the engine has stopped with an error."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -129,7 +131,7 @@ class AsyncEngine:
             self._commands.put(_Abort(request_id))
 
     def predicted_wait_s(self) -> float:
-        """Predict how long all accepted work will take, at the measured rate; at least a second."""
+        """Predict how long it takes until all accepted requests are done, at the measured rate; at least a second."""
         return max(1.0, self._row_steps_accepted * self._engine.seconds_per_row_step)
 
     def drain(self) -> None:
@@ -143,6 +145,8 @@ class AsyncEngine:
         await self._idle.wait()
         self._commands.put(_Stop())
         await self._ended.wait()
+        if self.state is not EngineState.DEAD:
+            self._set_state(EngineState.STOPPED)
 
     async def wait_idle(self) -> None:
         """Wait until no accepted request is unfinished."""
@@ -227,6 +231,7 @@ class AsyncEngine:
         self._tickets.clear()
         self._images_in_flight = self._row_steps_accepted = 0
         self._idle.set()
+        self.died.set()
 
     def _set_state(self, state: EngineState) -> None:
         self.state = state

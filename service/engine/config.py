@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import Field
 
 from diffusion.config import FrozenConfig
@@ -18,6 +20,10 @@ class EngineConfig(FrozenConfig):
     """Images accepted beyond the width before requests are refused."""
     plan_lines: int = Field(default=16384, ge=16)
     """Capacity of a model's table of sampling plans, in lines (one per step of each distinct plan in flight)."""
+
+    def with_room_for(self, num_timesteps: int) -> Self:
+        """Return a configuration whose plan table holds the longest plan of a model with that many timesteps."""
+        return self.replace(plan_lines=max(self.plan_lines, num_timesteps))
 
     @property
     def num_slots(self) -> int:

@@ -64,10 +64,6 @@ class Engine:
         """Say whether any image is in flight."""
         return self.scheduler.has_work()
 
-    def remaining_steps(self) -> int:
-        """Return the sampling steps still to take, summed over the images in flight."""
-        return sum(image.params.num_steps - image.steps_done for image in self.scheduler.in_flight())
-
     def step(self) -> list[ImageResult]:
         """Take one step; returns the images that left with it."""
         begun = self._clock()

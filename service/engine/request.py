@@ -84,11 +84,6 @@ class Image:
     steps_done: int = 0
     started_at: float | None = None
 
-    @property
-    def remaining_row_steps(self) -> int:
-        """Work left."""
-        return self.params.rows * (self.params.num_steps - self.steps_done)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Start:

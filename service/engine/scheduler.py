@@ -111,7 +111,7 @@ class Scheduler:
         starts: list[Start] = []
         started: list[Image] = []
         may_start = True
-        for image in heapq.merge(lane.running, list(lane.waiting), key=_arrival):
+        for image in heapq.merge(lane.running, lane.waiting, key=_arrival):
             if rows_left == 0:
                 break
             if image.params.rows > rows_left:
@@ -125,6 +125,8 @@ class Scheduler:
                 started.append(image)
             images.append(image)
             rows_left -= image.params.rows
+        for image in started:
+            lane.waiting.remove(image)  # it is near the front
         if started:
             lane.running = sorted([*lane.running, *started], key=_arrival)
         return StepBatch(model=model, images=tuple(images), starts=tuple(starts))
@@ -135,7 +137,6 @@ class Scheduler:
         found = lane.plans.acquire(image.params.plan, image.params.num_steps)
         if found is None:
             return None
-        lane.waiting.remove(image)
         image.status = ImageStatus.RUNNING
         image.slot = lane.free_slots.pop()
         image.plan_offset = found.offset

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fastapi.testclient import TestClient
+import httpx
 from torch import Tensor
 
 from service.api.app import assemble
@@ -31,24 +30,32 @@ class Mortal(TorchBackend):
 
 def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_red(tmp_path: Path) -> None:
     backend = Mortal(tiny_checkpoint(tmp_path / "tiny"))
-    settings = Settings(models=(tmp_path / "tiny",))
-    with TestClient(assemble(settings, {"tiny": backend}), base_url="http://localhost") as client:
-        while client.get("/readyz").status_code != 200:
-            time.sleep(0.01)
+    app = assemble(Settings(models=(tmp_path / "tiny",)), {"tiny": backend})
 
-        with ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(client.post, "/v1/generate", json={"steps": 1000, "n": 4}) for _ in range(4)]
-            while "iddpm_images_running 8.0" not in client.get("/metrics").text:
-                time.sleep(0.01)
+    async def check() -> None:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client,
+        ):
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.01)
+
+            body = {"steps": 1000, "n": 4}
+            waiting = [asyncio.create_task(client.post("/v1/generate", json=body)) for _ in range(4)]
+            while "iddpm_images_running 0.0" in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.01)
             backend.doomed.set()
-            answers = [future.result() for future in waiting]
+            answers = await asyncio.gather(*waiting)
 
-        assert [answer.status_code for answer in answers] == [500] * 4
-        assert {answer.json()["title"] for answer in answers} == {"Engine stopped"}
-        assert all("secret" not in answer.text for answer in answers)
-        assert client.get("/readyz").status_code == client.get("/healthz").status_code == 503
-        late = client.post("/v1/generate", json={"steps": 2})
-        assert (late.status_code, "retry-after" in late.headers) == (503, True)
-        counted = client.get("/metrics").text
-        assert 'iddpm_requests_total{outcome="failed"} 4.0' in counted
-        assert "iddpm_ready 0.0" in counted
+            assert [answer.status_code for answer in answers] == [500] * 4
+            assert {answer.json()["title"] for answer in answers} == {"Engine stopped"}
+            assert all("secret" not in answer.text for answer in answers)
+            assert [(await client.get(path)).status_code for path in ("/readyz", "/healthz")] == [503, 503]
+            late = await client.post("/v1/generate", json={"steps": 2})
+            assert (late.status_code, "retry-after" in late.headers) == (503, True)
+            counted = (await client.get("/metrics")).text
+            assert 'iddpm_requests_total{outcome="failed"} 4.0' in counted
+            assert "iddpm_ready 0.0" in counted
+
+    asyncio.run(asyncio.wait_for(check(), timeout=120))

@@ -282,7 +282,7 @@ def wait_for(server: Server, condition: Any) -> None:
 def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log", IDDPM_MAX_QUEUE="2", IDDPM_MAX_ROWS="2") as small:
         with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(lambda k: small.generate(steps=300, cfg_scale=1, seed=k), range(8)))
+            responses = list(pool.map(lambda k: small.generate(steps=500, cfg_scale=1, seed=k), range(8)))
         refused = [response for response in responses if response.status_code == 503]
         assert 1 <= len(refused) <= 4
         for response in refused:
@@ -293,12 +293,28 @@ def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> N
         assert counted["iddpm_requests_total ok"] == 8 - len(refused)
 
 
+def test_a_second_signal_stops_at_once_even_with_work_and_half_a_body_outstanding(model: Path, tmp_path: Path) -> None:
+    head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(model, tmp_path / "log") as leaving, socket.create_connection(("127.0.0.1", leaving.port)) as client:
+        client.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
+        with ThreadPoolExecutor(1) as pool:
+            lost = pool.submit(leaving.generate, steps=1000, n=32, cfg_scale=1)
+            wait_for(leaving, lambda now: now["iddpm_images_running"] > 0)
+            leaving.terminate()
+            while leaving.get("/readyz").status_code == 200:
+                time.sleep(0.01)
+            leaving.terminate()
+            assert leaving.wait() == 1
+            assert isinstance(lost.exception(), httpx.TransportError)
+
+
 def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log") as leaving, ThreadPoolExecutor(6) as pool:
-        accepted = [pool.submit(leaving.generate, steps=250, n=2, cfg_scale=1, seed=k) for k in range(6)]
+        accepted = [pool.submit(leaving.generate, steps=500, n=2, cfg_scale=1, seed=k) for k in range(6)]
         wait_for(leaving, lambda now: now["iddpm_images_running"] + now["iddpm_images_waiting"] == 12)
         leaving.terminate()
-        time.sleep(0.3)
+        while leaving.get("/readyz").status_code == 200:
+            time.sleep(0.01)
         ready, late = leaving.get("/readyz"), leaving.generate(steps=2)
         assert (ready.status_code, late.status_code) == (503, 503)
         assert "retry-after" in late.headers
@@ -316,10 +332,12 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
         (["--port", "70000"], "port: Input should be less than or equal to 65535"),
         (["--backend", "tpu"], "backend: Input should be 'auto' or 'torch'"),
         (["--model", "/nonexistent"], "has no config.json"),
+        ([], "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ALLOWED_HOSTS"),
     ],
 )
 def test_bad_flags_end_start_up_with_one_line(model: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    with pytest.raises(RuntimeError) as error, running(model, tmp_path / "log", *flags):
+    misspelt = {} if flags else {"IDDPM_MAX_ROW": "4"}
+    with pytest.raises(RuntimeError) as error, running(model, tmp_path / "log", *flags, **misspelt):
         pass
     assert message in str(error.value)
     assert "Traceback" not in str(error.value)

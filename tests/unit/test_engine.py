@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
+from service.backends.self_test import candidate_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -144,6 +145,8 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     runner = TorchRunner(BatchDependent(backend(), {1, 3}), CONFIG)
     runner.warm_up()
     assert set(honest.batch_sizes) - set(runner.batch_sizes) == {1, 3} & set(honest.batch_sizes)
+    assert candidate_sizes(16) == [1, 2, 3, 4, 6, 8, 12]
+    assert candidate_sizes(5) == [1, 2, 3, 4]
     assert runner.padded_rows(3) == WIDTH
 
 

@@ -43,7 +43,8 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
     code, output = sample(model, "-n", "70", "--steps", "2", "--seed", "6", "--cfg-scale", "1", "--out", str(out))
     assert (code, "wrote 70 images" in output) == (0, True)
     assert {path.name for path in out.iterdir()} == {f"6_{index}.png" for index in range(70)}
-    assert Image.open(out / "6_69.png").size == (8, 8)
+    with Image.open(out / "6_69.png") as picture:
+        assert picture.size == (8, 8)
 
 
 @pytest.mark.parametrize(

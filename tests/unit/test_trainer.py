@@ -111,6 +111,25 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path
         train(tiny(), npz, tmp_path / "run")
     with pytest.raises(TrainError, match="other values of lr"):
         train(tiny(lr=5.0), npz, tmp_path / "run", resume=True)
+    arrays = dict(np.load(npz))
+    np.savez(npz, **{**arrays, "images": 255 - arrays["images"]})
+    with pytest.raises(TrainError, match="was trained on"):
+        train(tiny(), npz, tmp_path / "run", resume=True)
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_config.json").write_text("half a conf")
+    assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
+
+
+def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None:
+    train(tiny(total_images=20), npz, tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n')
+    train(tiny(), npz, tmp_path / "run", resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [8, 16, 28, 36]
 
 
 def test_order_is_a_permutation_per_epoch_and_independent_of_the_batch_size() -> None:
@@ -146,9 +165,10 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(npz: Path, tmp_path: 
         open_dataset(npz, 8, 3)
     with pytest.raises(DataError, match="there is nothing at"):
         open_dataset(tmp_path / "nowhere", 8, 1)
-    (tmp_path / "junk.npz").write_bytes(b"junk")
-    with pytest.raises(DataError, match="cannot be read as an npz file"):
-        open_dataset(tmp_path / "junk.npz", 8, 1)
+    for name, content in (("junk", b"junk"), ("empty", b""), ("cut", npz.read_bytes()[:300])):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read as an npz file"):
+            open_dataset(tmp_path / f"{name}.npz", 8, 1)
     np.savez(tmp_path / "pickled.npz", images=np.array([{}], dtype=object), labels=np.array([0]))
     with pytest.raises(DataError, match="cannot be read"):
         open_dataset(tmp_path / "pickled.npz", 8, 1)
@@ -207,6 +227,8 @@ def test_the_command_line_names_what_is_allowed(npz: Path) -> None:
     assert (code, "unknown field 'model.dropuot'; allowed here:" in output) == (1, True)
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "lr")
     assert (code, "--set takes name=value" in output) == (1, True)
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "diffusion.variance=fixed_small")
+    assert (code, "loss 'hybrid' needs a learned variance" in output) == (1, True)
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "loss=l2")
     assert (code, "'simple', 'hybrid' or 'vlb'" in output) == (1, True)
 
