@@ -37,6 +37,9 @@ def sample_images(
 ) -> npt.NDArray[np.uint8]:
     """Sample images that share a plan in one batch; a single spec gives the reference pixels for that image.
 
+    Equal to the service's pixels wherever the network gives a single row the bits it gets in a batch, which the
+    service checks at start-up and this does not.
+
     Args:
         network: in eval mode.
         plan: the chain.

@@ -1,0 +1,72 @@
+"""The model that comes with the repository: complete, small, and with equal pixels in any company at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.checkpoint import load_unet
+from diffusion.plans import build_plan
+from diffusion.sampling import ImageSpec, sample_images
+from service.backends.torch_backend import TorchBackend
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.request import ImageParams, PlanKey
+from service.engine.runners.torch_runner import TorchRunner
+from service.metrics import Metrics
+from tests.fakes import generation
+
+MODEL = Path(__file__).parents[2] / "models" / "fashion32"
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
+    config, _ = load_unet(MODEL)
+    assert config.class_names is not None
+    assert config.class_names[:2] == ("T-shirt/top", "Trouser")
+    assert (config.diffusion.num_timesteps, config.diffusion.variance) == (4000, "learned_range")
+    assert {"command", "commit", "images_seen", "data"} <= config.provenance.keys()
+    assert all(path.stat().st_size <= 12 * MEGABYTE for path in MODEL.iterdir())
+
+
+def test_its_pixels_are_the_same_alone_and_in_a_mixture(threads: int) -> None:
+    backend, config = TorchBackend(MODEL), EngineConfig()
+    runner = TorchRunner(backend, config)
+    runner.warm_up()
+    engine = Engine({"m": runner}, config, Metrics())
+    rng = np.random.default_rng(threads)
+    images = [
+        ImageParams(
+            plan=PlanKey(sampler="ancestral", spec=str(steps)),
+            num_steps=steps,
+            seed=int(rng.integers(2**53)),
+            image_index=0,
+            class_index=k % 10,
+            cfg_scale=float(rng.choice([1.0, 2.0])),
+        )
+        for k, steps in enumerate([2, 5, 3, 4, 6, 2, 3])
+    ]
+    engine.add(generation("r", *images), submitted_at=0.0)
+    results = []
+    while engine.has_work():
+        results += engine.step()
+
+    _, network = load_unet(MODEL)
+    for result in results:
+        image = images[result.position]
+        plan = build_plan(backend.config.diffusion, "ancestral", str(image.num_steps))
+        spec = ImageSpec(seed=image.seed, class_index=image.class_index, cfg_scale=image.cfg_scale)
+        assert result.pixels is not None
+        assert np.array_equal(result.pixels, sample_images(network, plan, [spec])[0])
