@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
 from diffusion.update import Step, from_uint8
 from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
+from trainer.provenance import git_commit
 
 MIN_JUDGE_ACCURACY = 0.90
 Z_95 = 1.959963984540054
@@ -368,29 +368,13 @@ def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str,
     trained = f"{images_seen:,} images seen" if isinstance(images_seen, int) else "images seen unknown"
     return {
         "Date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "Commit": commit(),
+        "Commit": git_commit() or "unknown",
         "Machine": f"{cpu_name()}, {os.cpu_count()} cores; {torch.get_num_threads()} torch threads used; "
         f"torch {torch.__version__}",
         "Model": f"`{model}`, {trained}, sha256 {checkpoint_sha256(model)[:12]}, "
         f"recommended cfg_scale {config.sampling.cfg_scale:g}",
         "Sampling": f"ancestral, {'bfloat16 autocast' if bfloat16 else 'float32'}; image k: seed k, class k mod C",
     }
-
-
-def commit() -> str:
-    """Return the commit of this tree, marked where the tree differs from it."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607  # whichever git the user has
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def cpu_name() -> str:

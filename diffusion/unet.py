@@ -230,18 +230,11 @@ class Backbone(nn.Module):
         """Run the encoder and the middle block; returns every block's output, the middle block's last."""
         outputs: list[Tensor] = []
         h = x
-        for index, block in enumerate(self.input_blocks):
-            h = self._first_convolution(h, emb) if index == 0 else block(h, emb)
+        for block in self.input_blocks:
+            h = block(h, emb)
             outputs.append(h)
         outputs.append(self.middle_block(h, emb))
         return outputs
-
-    def _first_convolution(self, x: Tensor, emb: Tensor) -> Tensor:
-        # On a CPU this convolution, with its few input channels, takes another kernel for a single row, whose last
-        # bits differ: run it on two, so that an image alone gets the pixels it gets in company.
-        if x.shape[0] == 1 and x.device.type == "cpu" and not self.training:
-            return self.input_blocks[0](x.expand(2, -1, -1, -1).contiguous(), emb)[:1]
-        return self.input_blocks[0](x, emb)
 
 
 class UNet(Backbone):

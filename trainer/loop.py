@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TimestepSamplerName, TrainConfig
 from trainer.data import Dataset, batch_indices, open_dataset
 from trainer.ema import EMA
+from trainer.provenance import git_commit
 from trainer.state import TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
 
@@ -195,7 +195,7 @@ def checkpoint_config(
         provenance={
             "images_seen": images_seen,
             "command": command,
-            "commit": _commit(),
+            "commit": git_commit(),
             "data": dataset.description,
             "precision": "bfloat16" if bfloat16 else "float32",
             "torch": torch.__version__,
@@ -308,18 +308,3 @@ def _use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607  # whichever git the user has
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
