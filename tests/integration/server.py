@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-START_SECONDS = 120
-TEST_TIMEOUT = 300.0
+START_SECONDS = 240
+PATIENCE = 300.0
+"""Seconds a test waits for an answer: these machines stall at times."""
 
 
 class Server:
@@ -31,10 +32,10 @@ class Server:
 
     def generate(self, **body: Any) -> httpx.Response:
         """POST /v1/generate."""
-        return httpx.post(f"{self.url}/v1/generate", json=body, timeout=TEST_TIMEOUT)
+        return httpx.post(f"{self.url}/v1/generate", json=body, timeout=PATIENCE)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=TEST_TIMEOUT)
+        return httpx.get(self.url + path, timeout=PATIENCE)
 
     def metrics(self) -> dict[str, float]:
         """Scrape /metrics: samples by name, with label values appended."""
@@ -48,7 +49,7 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self.process.wait(TEST_TIMEOUT)
+        return self.process.wait(PATIENCE)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], No
     """Run a test's coroutine, and fail rather than hang."""
 
     def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), timeout=30))
+        asyncio.run(asyncio.wait_for(test(), timeout=120))
 
     return run
 
@@ -37,7 +37,7 @@ class PausedRunner(CountingRunner):
         self.released = threading.Event()
 
     def step(self, slots: list[int]) -> list[bool]:  # type: ignore[override]  # the engine passes lists
-        assert self.released.wait(timeout=20)
+        assert self.released.wait(timeout=100)
         return super().step(slots)
 
 

@@ -29,7 +29,7 @@ def tool(name: str) -> str:
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in {"HOST", "PORT", "MODEL", "MAKEFLAGS"}}
     return subprocess.run(
-        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
