@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.errors import fail
+
 if TYPE_CHECKING:
     from diffusion.checkpoint import AnyCheckpointConfig
 
@@ -42,8 +44,7 @@ def import_command(
         typer.echo(f"reading and checking {file} ...")
         report = import_checkpoint(file, config, out, allow_failed_check=allow_failed_sanity_check)
     except (ValueError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from error
+        fail(error)
 
     if report.eps_error is None:
         typer.echo(f"sanity check: not done. {report.advice}")
@@ -52,8 +53,7 @@ def import_command(
     else:
         typer.secho(f"sanity check: FAILED. {report.advice}", err=True, fg="red")
     if not report.passed and not allow_failed_sanity_check:
-        typer.secho("error: nothing was written (--allow-failed-sanity-check writes it anyway)", err=True, fg="red")
-        raise typer.Exit(1)
+        fail("nothing was written (--allow-failed-sanity-check writes it anyway)")
     typer.echo(f"imported: {out}")
 
 

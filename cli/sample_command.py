@@ -6,10 +6,11 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.errors import fail
 from service.engine.request import GenerationRequest, ImageParams
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def sample_command(
         images = _sample(model, {name: value for name, value in asked.items() if value is not None}, n)
         _write(out, images)
     except ValidationError as error:
-        _fail(describe_validation_error(error))
+        fail(describe_validation_error(error))
     except (ServiceError, ModelError, OSError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImageParams, Uint8Array]]:
@@ -117,8 +118,3 @@ def _write(out: Path, images: list[tuple[ImageParams, Uint8Array]]) -> None:
     for params, pixels in images:
         (out / f"{params.seed}_{params.image_index}.png").write_bytes(encode(pixels))
     typer.echo(f"wrote {len(images)} images to {out}")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"error: {message}", err=True, fg="red")
-    raise typer.Exit(1)

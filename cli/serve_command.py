@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.errors import fail
+
 
 def serve_command(
     model: Annotated[
@@ -35,10 +37,8 @@ def serve_command(
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         app = create_app(settings)
     except ValidationError as error:
-        typer.secho(f"error: {describe_validation_error(error)}", err=True, fg="red")
-        raise typer.Exit(2) from error
+        fail(describe_validation_error(error), code=2)
     except (ModelError, ValueError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from error
+        fail(error)
     if not serve(app, settings):
         raise typer.Exit(1)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.errors import fail
+
 
 def train_command(
     preset: Annotated[str, typer.Argument(help="Named configuration, e.g. fashion32, cifar10, imagenet64.")],
@@ -30,26 +32,24 @@ def train_command(
         from trainer.presets import preset as named_preset
     except ModuleNotFoundError as error:
         missing = f"{error.name} is not installed; training needs: pip install -c constraints.txt -e '.[train]'"
-        typer.secho(f"error: {missing}", err=True, fg="red")
-        raise typer.Exit(1) from error
+        fail(missing)
 
     run = out or Path("runs") / preset
     try:
         config = named_preset(preset).with_overrides(parse_assignments(assignments or []))
-        resolved = resolve(config, open_dataset(data, config.model.image_size, config.model.image_channels))
+        dataset = open_dataset(data, config.model.image_size, config.model.image_channels)
+        resolved = resolve(config, dataset)
         typer.echo(resolved.model_dump_json(indent=2))
         if dry_run:
             return
         command = ["iddpm", "train", preset, "--data", data.name]
         command += [part for assignment in assignments or [] for part in ("--set", assignment)]
         command += ["--resume"] if resume else []
-        model = train(config, data, run, resume=resume, command=shlex.join(command))
+        model = train(resolved, dataset, run, resume=resume, command=shlex.join(command))
     except ValidationError as error:
-        typer.secho(f"error: {describe_validation_error(error)}", err=True, fg="red")
-        raise typer.Exit(1) from error
+        fail(describe_validation_error(error))
     except (ValueError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from error
+        fail(error)
     typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
 
 

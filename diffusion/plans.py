@@ -13,6 +13,7 @@ Every sampler here is linear in the predicted x0, in x_t and in the previous x0,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -71,7 +72,7 @@ def build_plan(
     eta: float = 0.0,
     clip: bool = True,
 ) -> SamplingPlan:
-    """Build the plan of a sampler by name.
+    """Build the plan of a sampler by name; the plans asked for last are kept, and shared: they are read-only.
 
     Args:
         diffusion: the process the network was trained for.
@@ -83,6 +84,11 @@ def build_plan(
     Raises:
         ValueError: an unknown sampler, a spec that cannot be met, eta out of range or given to ancestral sampling.
     """
+    return _cached_plan(diffusion, sampler, spec, eta, clip)
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(diffusion: DiffusionConfig, sampler: Sampler, spec: str, eta: float, clip: bool) -> SamplingPlan:
     if sampler == "ancestral":
         if eta != 0.0:
             raise ValueError(f"eta must be left at 0 for sampler 'ancestral', which has no such choice; got {eta}")

@@ -25,7 +25,7 @@ from diffusion.unet import UNet
 from diffusion.update import from_uint8
 from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TimestepSamplerName, TrainConfig
-from trainer.data import Dataset, batch_indices, open_dataset
+from trainer.data import Dataset, batch_indices
 from trainer.ema import EMA
 from trainer.provenance import git_commit
 from trainer.state import TrainState
@@ -47,15 +47,15 @@ class TrainError(ValueError):
     """A run that cannot start or continue; the message says why."""
 
 
-def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, command: str = "") -> Path:
+def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = False, command: str = "") -> Path:
     """Train a model and return the folder of its finished checkpoint (`RUN/model`).
 
     Exactly repeatable on one machine: order, timesteps, noise, label dropout and dropout are functions of
     (config.seed, images seen), so that a resumed run equals one that was never interrupted.
 
     Args:
-        config: from a preset; see `resolve` for what the data fills in.
-        data: npz file or folder of class subfolders.
+        config: as `resolve` completes it for these data.
+        dataset: from `open_dataset`.
         run: the run's folder: configuration, log, sample grids, checkpoints, finished model.
         resume: continue the run that is there.
         command: for the provenance.
@@ -64,9 +64,6 @@ def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, c
         TrainError: a run is already there, or none to resume, or it had another configuration or other data.
         DataError: data that cannot be trained on.
     """
-    # Data, and the configuration it completes
-    dataset = open_dataset(data, config.model.image_size, config.model.image_channels)
-    config = resolve(config, dataset)
     _claim(run, config, resume)
     num_images = len(dataset.labels)
 

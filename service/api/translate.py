@@ -58,13 +58,6 @@ def complete(body: GenerateRequest, model: ServedModel, request_id: str, max_row
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     plan, num_steps = _plan(body, model.config)
     cfg_scale = _cfg_scale(body, model.config)
-    rows = 1 if cfg_scale == 1.0 else 2
-    if count * num_steps * rows > max_row_steps:
-        raise InvalidRequest(
-            "steps",
-            f"images x steps{' x 2 for guidance' if rows == 2 else ''} must be at most {max_row_steps} per request; "
-            f"got {count} x {num_steps}{' x 2' if rows == 2 else ''} = {count * num_steps * rows}",
-        )
     images = tuple(
         ImageParams(
             plan=plan,
@@ -76,7 +69,15 @@ def complete(body: GenerateRequest, model: ServedModel, request_id: str, max_row
         )
         for k in range(count)
     )
-    return GenerationRequest(request_id=request_id, model=model.name, images=images)
+    request = GenerationRequest(request_id=request_id, model=model.name, images=images)
+    if request.row_steps > max_row_steps:
+        guided = images[0].rows == 2
+        raise InvalidRequest(
+            "steps",
+            f"images x steps{' x 2 for guidance' if guided else ''} must be at most {max_row_steps} per request; "
+            f"got {count} x {num_steps}{' x 2' if guided else ''} = {request.row_steps}",
+        )
+    return request
 
 
 def _count(body: GenerateRequest) -> int:

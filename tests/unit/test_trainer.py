@@ -17,10 +17,11 @@ from diffusion.checkpoint import load_unet, read_config
 from diffusion.config import CheckpointConfig, ModelConfig
 from diffusion.unet import UNet
 from tests.golden import load
+from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import DataError, batch_indices, open_dataset
 from trainer.ema import EMA
-from trainer.loop import TrainError, learning_rate, resolve, train
+from trainer.loop import TrainError, learning_rate, resolve
 from trainer.presets import PRESETS, preset
 from trainer.state import checkpoints
 
@@ -54,6 +55,11 @@ def tiny(**changes: object) -> TrainConfig:
         checkpoint_every_images=20,
         log_every_batches=2,
     ).replace(**changes)  # fmt: skip
+
+
+def train(config: TrainConfig, data: Path, run: Path, *, resume: bool = False, command: str = "") -> Path:
+    dataset = open_dataset(data, config.model.image_size, config.model.image_channels)
+    return loop.train(resolve(config, dataset), dataset, run, resume=resume, command=command)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
