@@ -1,9 +1,9 @@
-"""`iddpm import`: from one of OpenAI's `.pt` files to a checkpoint."""
+"""`iddpm import`: from one of OpenAI's `.pt` files, or a diffusers folder, to a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -11,10 +11,15 @@ from cli.errors import fail
 
 if TYPE_CHECKING:
     from diffusion.checkpoint import AnyCheckpointConfig
+    from diffusion.config import FrozenConfig
+    from diffusion.sanity_check import SanityReport
+
+
+C = TypeVar("C", bound="FrozenConfig")
 
 
 def import_command(
-    file: Annotated[Path, typer.Argument(help="Weights of improved-diffusion or guided-diffusion, e.g. ema_*.pt.")],
+    path: Annotated[Path, typer.Argument(help="OpenAI's weights, e.g. ema_*.pt, or a diffusers folder.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
     preset: Annotated[str | None, typer.Option(help="A published checkpoint, e.g. imagenet64-cond-270m.")] = None,
     repo: Annotated[str | None, typer.Option(help="improved or guided: whose code trained your own model.")] = None,
@@ -23,26 +28,33 @@ def import_command(
     class_names: Annotated[
         Path | None, typer.Option(help="Text file, one class name per line, in label order.")
     ] = None,
+    scheduler: Annotated[
+        Path | None, typer.Option(help="diffusers: the scheduler_config.json, if it is not in the folder.")
+    ] = None,
+    null_class: Annotated[
+        bool, typer.Option("--null-class", help="diffusers: the last label stands for 'no label'.")
+    ] = False,
     allow_failed_sanity_check: Annotated[
         bool, typer.Option("--allow-failed-sanity-check", help="Write the checkpoint even if its check fails.")
     ] = False,
 ) -> None:
-    """Turn weights of openai/improved-diffusion or openai/guided-diffusion into a checkpoint folder.
+    """Turn weights of OpenAI's repositories, or a diffusers UNet2DModel, into a checkpoint folder.
 
-    Say what they are by --preset, or by --repo and the flags they were trained with. No code in the file is run.
+    What openai/improved-diffusion or openai/guided-diffusion trained is described by --preset, or by --repo and the
+    flags it was trained with; a diffusers folder describes itself. No code in a file is run.
     """
-    from diffusion.import_openai import import_checkpoint
-    from diffusion.published import PUBLISHED
-
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out must not exist yet; {out} does")
-        config = _with_class_names(resolve(file, preset, repo, flag or [], flags), class_names)
-        typer.echo(summary(config))
-        if preset is not None:
-            typer.secho(f"licence: {PUBLISHED[preset].licence}", fg="yellow")
-        typer.echo(f"reading and checking {file} ...")
-        report = import_checkpoint(file, config, out, allow_failed_check=allow_failed_sanity_check)
+        if path.is_dir():
+            if preset is not None or repo is not None or flag or flags:
+                raise ValueError("a diffusers folder describes itself; --preset, --repo, --flag, --flags are for files")
+            report = _import_folder(path, scheduler, null_class, class_names, out, allow_failed_sanity_check)
+        else:
+            if scheduler is not None or null_class:
+                raise ValueError(f"--scheduler and --null-class are for diffusers folders; {path} is none")
+            config = _with_class_names(resolve(path, preset, repo, flag or [], flags), class_names)
+            report = _import_file(path, preset, config, out, allow_failed_sanity_check)
     except (ValueError, OSError) as error:
         fail(error)
 
@@ -55,6 +67,31 @@ def import_command(
     if not report.passed and not allow_failed_sanity_check:
         fail("nothing was written (--allow-failed-sanity-check writes it anyway)")
     typer.echo(f"imported: {out}")
+
+
+def _import_file(
+    file: Path, preset: str | None, config: AnyCheckpointConfig, out: Path, allow_failed_check: bool
+) -> SanityReport:
+    from diffusion.import_openai import import_checkpoint
+    from diffusion.published import PUBLISHED
+
+    typer.echo(summary(config))
+    if preset is not None:
+        typer.secho(f"licence: {PUBLISHED[preset].licence}", fg="yellow")
+    typer.echo(f"reading and checking {file} ...")
+    return import_checkpoint(file, config, out, allow_failed_check)
+
+
+def _import_folder(
+    path: Path, scheduler: Path | None, null_class: bool, class_names: Path | None, out: Path, allow_failed_check: bool
+) -> SanityReport:
+    from diffusion.import_diffusers import describe_folder, import_folder, open_folder
+
+    folder = open_folder(path, scheduler)
+    config = _with_class_names(describe_folder(folder, null_class), class_names)
+    typer.echo(summary(config))
+    typer.echo(f"reading and checking {folder.weights} ...")
+    return import_folder(folder, config, out, allow_failed_check)
 
 
 def resolve(
@@ -90,7 +127,7 @@ def resolve(
     return config_from_flags("improved" if repo == "improved" else "guided", given)
 
 
-def _with_class_names(config: AnyCheckpointConfig, path: Path | None) -> AnyCheckpointConfig:
+def _with_class_names(config: C, path: Path | None) -> C:
     from pydantic import ValidationError
 
     from diffusion.checkpoint import describe_validation_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
@@ -19,10 +20,11 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Diffusion models of the Improved DDPM family: train, import, sample, serve."""
+    """Diffusion models of the Improved DDPM family: train, import, export, sample, serve."""
 
 
 app.command("train")(train_command)
 app.command("serve")(serve_command)
 app.command("sample")(sample_command)
 app.command("import")(import_command)
+app.command("export")(export_command)

@@ -205,6 +205,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {path.name}")
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file: float32 tensors on the CPU, by name.
+
+    Raises:
+        CheckpointError: a truncated or damaged file, one that cannot be read, or a tensor that is not floating point.
+    """
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -96,6 +96,27 @@ def import_checkpoint(
     if problems := describe_mismatch(config, shapes_of(weights)):
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise CheckpointError(f"{path} does not fit the configuration:{lines}")
+    return write_if_sane(path, config, weights, out, allow_failed_check)
+
+
+def write_if_sane(
+    path: Path, config: AnyCheckpointConfig, weights: dict[str, Tensor], out: Path, allow_failed_check: bool
+) -> SanityReport:
+    """Write imported weights as a checkpoint folder, unless their network does not predict what it should.
+
+    Args:
+        path: the file that the weights were read from, for the provenance and for errors.
+        config: what the network is and was trained for; the weights must fit it.
+        weights: float32 tensors on the CPU, by our names.
+        out: the checkpoint folder to write.
+        allow_failed_check: write the folder even if the sanity check fails.
+
+    Returns:
+        What the sanity check found; the folder was written if it passed, or if that was allowed.
+
+    Raises:
+        CheckpointError: weights that are not finite; nothing is written.
+    """
     if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path}: {len(damaged)} of {len(weights)} tensors hold NaN or infinity ({damaged[0]})")
 

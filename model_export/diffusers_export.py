@@ -1,0 +1,110 @@
+"""A checkpoint written as a folder that the diffusers library loads; `diffusion.diffusers_config` says what maps.
+
+Everything lies in one folder, as in the first published DDPM repositories, so that UNet2DModel, DDPMScheduler and
+DDPMPipeline all load from the same path:
+
+    config.json  diffusion_pytorch_model.safetensors      the network
+    scheduler_config.json                                 the process
+    model_index.json                                      the pipeline, for an unconditional network
+    iddpm.json                                            our own configuration, for the way back
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from diffusion.checkpoint import CheckpointError, load_unet
+
+# The same two steps make a checkpoint folder appear whole or not at all.
+from diffusion.checkpoint import _rename_into_place as rename_into_place
+from diffusion.checkpoint import _sync_tree as sync_tree
+from diffusion.config import CheckpointConfig
+from diffusion.diffusers_config import (
+    CONFIG_FILE,
+    DIFFUSERS_VERSION,
+    INDEX_FILE,
+    OURS_FILE,
+    SCHEDULER_CLASSES,
+    SCHEDULER_FILE,
+    UNET_CLASS,
+    WEIGHTS_FILE,
+    DoesNotMap,
+    scheduler_json,
+    to_scheduler_config,
+    to_unet_config,
+    unet_json,
+)
+from diffusion.diffusers_weights import to_diffusers
+
+
+def export_diffusers(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint's network and process as a diffusers folder, atomically.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        out: the folder to write; must not exist, or be empty.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, or an `out` that holds something.
+        DoesNotMap: a network or a process that the library has no words for; one line per field.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} must not exist, or be an empty folder; it was left alone")
+    config, network = load_unet(checkpoint)
+    files = _files(config)
+    weights = to_diffusers(network.state_dict(), config.model)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir()
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(contiguous, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, content in files.items():
+            (temporary / name).write_text(_json(content), encoding="utf-8")
+        # safetensors makes its file readable for its owner only; others may have to read it, too
+        (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
+        sync_tree(temporary)
+        rename_into_place(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _files(config: CheckpointConfig) -> dict[str, dict[str, Any]]:
+    problems = []
+    try:
+        unet = to_unet_config(config.model)
+    except DoesNotMap as error:
+        problems.append(str(error))
+    try:
+        scheduler = to_scheduler_config(config.diffusion)
+    except DoesNotMap as error:
+        problems.append(str(error))
+    if problems:
+        raise DoesNotMap("\n".join(problems))
+
+    files = {
+        CONFIG_FILE: unet_json(unet),
+        SCHEDULER_FILE: scheduler_json(scheduler),
+        OURS_FILE: config.model_dump(mode="json"),
+    }
+    if config.model.num_classes is None:  # no pipeline of the library gives labels to a UNet2DModel
+        files[INDEX_FILE] = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "scheduler": ["diffusers", SCHEDULER_CLASSES[0]],
+            "unet": ["diffusers", UNET_CLASS],
+        }
+    return files
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
