@@ -8,7 +8,7 @@ can say and the other cannot is refused, all reasons at once; docs/diffusers.md 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusion.config import GROUP_NORM_GROUPS, DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance
@@ -149,7 +149,7 @@ def parse_scheduler(content: Mapping[str, Any]) -> SchedulerConfig:
     return SchedulerConfig.model_validate(_fields(content, SCHEDULER_CLASSES))
 
 
-def _fields(content: Mapping[str, Any], classes: Iterable[str]) -> dict[str, Any]:
+def _fields(content: Mapping[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
     if content.get("_class_name") not in classes:
         raise DoesNotMap(f"_class_name must be {' or '.join(classes)}; got {content.get('_class_name')!r}")
     return {
@@ -316,8 +316,10 @@ def _level_problems(unet: UNet2DConfig) -> list[str]:
             "block_out_channels, down_block_types and up_block_types must have one entry per level; "
             f"got {len(unet.block_out_channels)}, {len(down)} and {len(up)}"
         ]
-    known = {"down": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")}
-    known["up"] = tuple(kind.replace("Down", "Up") for kind in known["down"])
+    known = {
+        "down": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    }
     problems = [
         f"{side}_block_types must be of {', '.join(known[side])}; got {kind}"
         for side, kinds in (("down", down), ("up", up))
@@ -373,7 +375,10 @@ def _multiple(channels: int, base: int) -> float:
 
 
 def to_scheduler_config(diffusion: DiffusionConfig) -> SchedulerConfig:
-    """Describe a process as a DDPMScheduler, whose chains of N steps are then our ancestral sampling with steps = N.
+    """Describe a process as a DDPMScheduler, whose steps are then those of our ancestral sampling.
+
+    Its chains of N steps visit the timesteps of our respacing "N", but for some that are one off: OpenAI's code adds
+    up strides and so rounds halves by chance (N = 50, 100, 250 agree for T = 1000 and 4000).
 
     A network that is told t * 1000 / T sees the timesteps 0..999 of a process that keeps every T/1000th step; that
     one is described, by its betas, because the library tells a network t itself.
@@ -406,7 +411,7 @@ def to_scheduler_config(diffusion: DiffusionConfig) -> SchedulerConfig:
         trained_betas=betas,
         variance_type=diffusion.variance,
         prediction_type={ours: theirs for theirs, ours in _PREDICTIONS.items()}[diffusion.prediction],
-        timestep_spacing="linspace",  # chooses the timesteps that respacing "N" chooses
+        timestep_spacing="linspace",  # both ends kept, as respacing does
     )
 
 
