@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import PositiveInt
+
 from diffusion.config import GROUP_NORM_GROUPS, DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance
 from diffusion.respacing import respace
 
@@ -45,7 +47,7 @@ class UNet2DConfig(FrozenConfig):
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    block_out_channels: tuple[PositiveInt, ...] = (224, 448, 672, 896)
     layers_per_block: int = 2
     mid_block_scale_factor: float = 1
     downsample_padding: int = 1
@@ -68,7 +70,7 @@ class UNet2DConfig(FrozenConfig):
 class SchedulerConfig(FrozenConfig):
     """`scheduler_config.json` of a DDPMScheduler or a DDIMScheduler: the process, and how it is sampled there."""
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: PositiveInt = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"

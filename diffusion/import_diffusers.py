@@ -172,7 +172,7 @@ def _check_index(index: Path) -> None:
 
 
 def _find_scheduler(path: Path, unet_folder: Path) -> Path:
-    places = (path, path / "scheduler", unet_folder, unet_folder.parent / "scheduler")
+    places = (path, path / "scheduler", unet_folder, unet_folder.resolve().parent / "scheduler")
     for place in places:
         if (place / SCHEDULER_FILE).is_file():
             return place / SCHEDULER_FILE

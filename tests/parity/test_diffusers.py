@@ -35,6 +35,7 @@ from diffusion.import_diffusers import describe_folder, import_folder, open_fold
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.published import PUBLISHED
 from diffusion.respacing import respace
+from diffusion.sanity_check import SanityReport
 from diffusion.unet import UNet
 from diffusion.update import PlanRows, advance, sample_loop
 from model_export.diffusers_export import export_diffusers
@@ -98,8 +99,12 @@ def _relative_error(theirs: UNet2DModel, ours: UNet) -> float:
 
 
 def _import(path: Path, out: Path, **how: Any) -> CheckpointConfig:
+    """Import without the sanity check, which these untrained networks fail and the tests of the commands make."""
     folder = open_folder(path, how.pop("scheduler", None))
-    import_folder(folder, describe_folder(folder, **how), out, allow_failed_check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        report = SanityReport(None, True, "not made")
+        patch.setattr("diffusion.import_openai.check_predictions", lambda *_: report)
+        assert import_folder(folder, describe_folder(folder, **how), out) is report
     config = read_config(out)
     assert isinstance(config, CheckpointConfig)
     return config
@@ -554,9 +559,11 @@ def _folder_with(tmp_path: Path, file: str, **changes: Any) -> Path:
         ("config.json", {"_class_name": "UNet2DConditionModel"}, "_class_name must be UNet2DModel; got 'UNet2DCond"),
         ("config.json", {"cross_attention_dim": 768}, "cross_attention_dim: Extra inputs are not permitted"),
         ("config.json", {"block_out_channels": "many"}, "block_out_channels: "),
+        ("config.json", {"block_out_channels": [0, 0]}, r"block_out_channels\.0: Input should be greater than 0"),
         ("config.json", {"block_out_channels": [40, 64], "norm_eps": 1e-5}, "40 is 40"),
         ("scheduler_config.json", {"_class_name": "PNDMScheduler"}, "_class_name must be DDPMScheduler or DDIMSchedul"),
         ("scheduler_config.json", {"variance_type": "learned_range"}, "variance_type must be of a fixed kind for .* 3"),
+        ("scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps: Input should be greater than 0"),
         ("scheduler_config.json", {"new_in_2030": 1}, "new_in_2030: Extra inputs are not permitted"),
     ],
 )
@@ -718,7 +725,7 @@ def _start(diffusion: DiffusionConfig, spec: str) -> tuple[DDPMScheduler, Sampli
 
 
 def _their_step(scheduler: DDPMScheduler, z: Tensor, output: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-    """Take a step of the library's with the noise of our choice: it draws its own, which its interface cannot change."""
+    """Take a step of the library's with noise of our choice: it draws its own, which no argument changes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: z)
         return scheduler.step(output, t, x_t).prev_sample
