@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from diffusion.checkpoint import checkpoint_sha256, load_unet
+from diffusion.checkpoint import load_unet
+from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.config import CheckpointConfig
 from diffusion.plans import ancestral_plan
 from diffusion.sampling import ImageSpec, sample_images
@@ -162,7 +163,8 @@ def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None
     judge.train()
     for batch in tqdm(range(batches), desc="training the judge", unit="batch", mininterval=2):
         indices = batch_indices(seed, batch * JUDGE_TRAIN_BATCH, JUDGE_TRAIN_BATCH, len(labels))
-        loss = F.cross_entropy(judge(from_uint8(data.images(indices))), labels[torch.from_numpy(indices)])
+        x0 = torch.from_numpy(from_uint8(data.images(indices)))
+        loss = F.cross_entropy(judge(x0), labels[torch.from_numpy(indices)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -194,7 +196,7 @@ def load_or_train_judge(path: Path, judge: Judge, data: Path, config: Checkpoint
 def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
     """Return the judge's class for each image, int64 [N], of uint8 [N, H, W, C]."""
     parts = [
-        judge(from_uint8(pixels[start : start + JUDGE_BATCH])).argmax(dim=1)
+        judge(torch.from_numpy(from_uint8(pixels[start : start + JUDGE_BATCH]))).argmax(dim=1)
         for start in range(0, len(pixels), JUDGE_BATCH)
     ]
     classes: IntArray = torch.cat(parts).numpy()
@@ -261,7 +263,7 @@ def generate(
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
     with autocast, tqdm(total=len(specs) * setting.steps, desc=str(setting), unit="step", mininterval=2) as bar:
 
-        def count(_index: int, step: Step) -> None:
+        def count(_index: int, step: Step[Tensor]) -> None:
             bar.update(len(step.ok))
 
         parts = [

@@ -10,7 +10,7 @@ import typer
 from cli.errors import fail
 
 if TYPE_CHECKING:
-    from diffusion.checkpoint import AnyCheckpointConfig
+    from diffusion.checkpoint_config import AnyCheckpointConfig
     from diffusion.config import FrozenConfig
     from diffusion.sanity_check import SanityReport
 
@@ -130,7 +130,7 @@ def resolve(
 def _with_class_names(config: C, path: Path | None) -> C:
     from pydantic import ValidationError
 
-    from diffusion.checkpoint import describe_validation_error
+    from diffusion.checkpoint_config import describe_validation_error
 
     if path is None:
         return config

@@ -35,7 +35,7 @@ def sample_command(
     """Sample images; the same seed gives the pixels that the service gives for it."""
     from pydantic import ValidationError
 
-    from diffusion.checkpoint import describe_validation_error
+    from diffusion.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
     asked = {
@@ -60,14 +60,16 @@ def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImagePara
     """Run the service's own engine, without the server: what it gives for a seed, this gives too."""
     from service.api.schemas import MAX_IMAGES, GenerateRequest
     from service.api.translate import ServedModel, complete
-    from service.backends.torch_backend import TorchBackend
+    from service.backends.base import BackendOptions
+    from service.backends.select import load_denoiser
     from service.engine.config import EngineConfig
     from service.engine.engine import Engine
     from service.engine.request import ImageStatus
-    from service.engine.runners.torch_runner import TorchRunner
+    from service.engine.runners.array_runner import ArrayRunner
     from service.metrics import Metrics
 
-    backend = TorchBackend(folder)
+    config = EngineConfig()
+    backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
     served = ServedModel(
         name="model", config=backend.config, numerics_id=backend.numerics_id, backend=backend.description
     )
@@ -79,8 +81,8 @@ def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImagePara
         body = GenerateRequest.model_validate({**asked, **chunk})
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
-    config = EngineConfig().with_room_for(backend.config.diffusion.num_timesteps)
-    runner, metrics = TorchRunner(backend, config), Metrics()
+    config = config.with_room_for(backend.config.diffusion.num_timesteps)
+    runner, metrics = ArrayRunner(backend, config), Metrics()
     engine = Engine({"model": runner}, config, metrics)
     engine.warm_up()
     request = GenerationRequest(request_id="cli", model="model", images=tuple(params))

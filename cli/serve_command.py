@@ -22,7 +22,7 @@ def serve_command(
     """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""
     from pydantic import ValidationError
 
-    from diffusion.checkpoint import describe_validation_error
+    from diffusion.checkpoint_config import describe_validation_error
     from service.api.app import create_app
     from service.api.logs import configure_logging
     from service.api.server import serve

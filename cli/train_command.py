@@ -26,7 +26,7 @@ def train_command(
     try:
         from pydantic import ValidationError
 
-        from diffusion.checkpoint import describe_validation_error
+        from diffusion.checkpoint_config import describe_validation_error
         from trainer.data import open_dataset
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset

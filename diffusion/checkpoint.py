@@ -1,45 +1,33 @@
 """The checkpoint folder: `config.json` says what the network is, `model.safetensors` holds its float32 EMA weights.
 
-A folder appears whole or not at all: it is written under a temporary name, fsynced and renamed, `config.json` last,
-so that nothing half-written can be read. Reading never runs code from a file.
+A folder appears whole or not at all (`diffusion.atomic_folder`). Reading never runs code from a file. What needs no
+network, `config.json` and the hash, is read by `diffusion.checkpoint_config`, without torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion.atomic_folder import may_replace, write_folder
+from diffusion.checkpoint_config import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AnyCheckpointConfig,
+    CheckpointError,
+    config_json,
+    read_config,
+)
 from diffusion.classifier import Classifier
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.unet import UNet
 
-AnyCheckpointConfig = CheckpointConfig | ClassifierCheckpointConfig
 Shapes = Mapping[str, tuple[int, ...]]
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-FORMAT_VERSION = 1
-KINDS: dict[str, type[CheckpointConfig] | type[ClassifierCheckpointConfig]] = {
-    "unet": CheckpointConfig,
-    "classifier": ClassifierCheckpointConfig,
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be written or read; the message names the file, the field and the rule."""
 
 
 def build_network(config: AnyCheckpointConfig) -> UNet | Classifier:
@@ -67,11 +55,7 @@ def write_checkpoint(
     weights: Mapping[str, Tensor],
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder atomically; a checkpoint that is already there is replaced.
-
-    Everything goes to a hidden sibling folder first, is fsynced, and takes the name in one rename. An old checkpoint
-    of that name is moved aside just before and deleted just after. If anything fails, the old one is still there
-    and the temporary folder is gone; if the process is killed, a folder named `.NAME.*` may be left over.
+    """Write a checkpoint folder atomically (`write_folder`); a checkpoint that is already there is replaced.
 
     Args:
         folder: where the checkpoint shall be; missing parents are made.
@@ -84,116 +68,25 @@ def write_checkpoint(
             that exists and is no checkpoint. Nothing has been written then.
     """
     folder = folder.resolve()
-    text = _config_json(config)
+    text = config_json(config)
     if problems := shape_differences(expected_shapes(config), shapes_of(weights)):
         raise CheckpointError(f"{folder}: weights do not fit the configuration: {'; '.join(problems)}")
-    if folder.exists() and not _may_replace(folder):
+    if not may_replace(folder, CONFIG_FILE):
         raise CheckpointError(f"{folder} exists and is no checkpoint folder (no {CONFIG_FILE}); it was left alone")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir()
+    def write(temporary: Path) -> None:
         save_file({name: _plain(tensor) for name, tensor in weights.items()}, temporary / WEIGHTS_FILE)
         if extra is not None:
             extra(temporary)
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
         # safetensors makes its file readable for its owner only; a service may run as somebody else
         (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
-        _sync_tree(temporary)
-        _rename_into_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
-
-def _config_json(config: AnyCheckpointConfig) -> str:
-    try:
-        return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    except (PydanticSerializationError, ValueError) as error:
-        raise CheckpointError(f"{CONFIG_FILE}: the configuration cannot be written as JSON: {error}") from error
+    write_folder(folder, write)
 
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _may_replace(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / CONFIG_FILE).is_file() or not any(folder.iterdir()))
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_into_place(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}") if folder.exists() else None
-    if old is not None:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if old is not None:
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def read_config(folder: Path) -> AnyCheckpointConfig:
-    """Read `config.json` of a checkpoint folder.
-
-    Raises:
-        CheckpointError: no such file, not JSON, another format version, an unknown kind, or a field that is missing,
-            unknown or out of range; the message names the file and the field.
-    """
-    path = folder / CONFIG_FILE
-    content = _read_object(path)
-    version = content.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version must be {FORMAT_VERSION}; got {version!r}")
-    kind = content.get("kind", "unet")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise CheckpointError(f"{path}: kind must be one of {sorted(KINDS)}; got {kind!r}")
-    try:
-        return KINDS[kind].model_validate(content)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {describe_validation_error(error)}") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path.parent} is no checkpoint folder: it has no {path.name}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}")
-    return content
-
-
-def describe_validation_error(error: ValidationError) -> str:
-    """Say which fields of a configuration are wrong, and why, in one line."""
-    problems = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        got = "" if problem["type"] in ("value_error", "missing") else f" (got {problem['input']!r})"
-        problems.append(f"{field}: {message}{got}" if field else f"{message}{got}")
-    return "; ".join(problems)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -280,26 +173,3 @@ def shape_differences(expected: Shapes, found: Shapes) -> list[str]:
 
 def _some(names: list[str], limit: int = 2) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def checkpoint_sha256(folder: Path) -> str:
-    """Hash what determines a checkpoint's pictures: its weights file, and model and diffusion of its configuration.
-
-    Class names, provenance and sampling defaults do not count, nor do fields at their defaults (so that a field
-    added to the format later, whose default means what was so before, changes no hash).
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: a folder that cannot be read.
-    """
-    config = read_config(folder)
-    described = config.model_dump(mode="json", include={"model", "diffusion"}, exclude_defaults=True)
-    canonical = json.dumps({"kind": config.kind, **described}, sort_keys=True, separators=(",", ":"))
-    try:
-        with (folder / WEIGHTS_FILE).open("rb") as file:
-            weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no {WEIGHTS_FILE}") from error
-    return hashlib.sha256(f"{canonical}\n{weights_hash}".encode()).hexdigest()

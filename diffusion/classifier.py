@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion.config import GROUP_NORM_GROUPS, ClassifierConfig
 from diffusion.unet import Backbone, RowLinear, attend
@@ -64,6 +67,35 @@ class Classifier(Backbone):
         if self.pools_features:
             features = torch.cat([h.mean(dim=(2, 3)) for h in encoded], dim=1)  # [B, channels of all blocks]
         return self.out(features).float()
+
+
+def classifier_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+) -> Tensor:
+    """Return the gradient of log p(y | x_t) by x_t, times scale (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4).
+
+    Summed over the batch before differentiating, so that each row has the gradient of its own image.
+
+    Args:
+        classifier: (x_t, t) -> logits [B, num_classes].
+        x_t: noisy images [B, C, H, W].
+        t: what the classifier is told of the timestep, [B]: the same as the network (`Process.model_t`).
+        y: labels int64 [B].
+        scale: classifier_scale, a number, or one per row [B]; 0 = off.
+
+    Returns:
+        Shaped like x_t, detached; works under torch.no_grad.
+    """
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_(True)
+        log_p = F.log_softmax(classifier(x, t), dim=-1)
+        chosen = log_p[torch.arange(len(y), device=y.device), y]
+        (gradient,) = torch.autograd.grad(chosen.sum(), x)
+    return gradient * torch.as_tensor(scale, dtype=gradient.dtype, device=gradient.device).reshape(-1, 1, 1, 1)
 
 
 def _map_head(channels: int, config: ClassifierConfig) -> nn.Sequential:

@@ -12,13 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffusion.checkpoint import (
-    CheckpointError,
-    describe_validation_error,
-    read_safetensors,
-    shape_differences,
-    shapes_of,
-)
+from diffusion.checkpoint import read_safetensors, shape_differences, shapes_of
+from diffusion.checkpoint_config import CheckpointError, describe_validation_error
 from diffusion.config import CheckpointConfig
 from diffusion.diffusers_config import (
     CONFIG_FILE,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import AnyCheckpointConfig, CheckpointError, shapes_of, write_checkpoint
+from diffusion.checkpoint import shapes_of, write_checkpoint
+from diffusion.checkpoint_config import AnyCheckpointConfig, CheckpointError
 from diffusion.config import CheckpointConfig
 from diffusion.openai_shapes import describe_mismatch
 from diffusion.sanity_check import SanityReport, check_predictions

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion.config import DiffusionConfig
 from diffusion.respacing import Process
 from diffusion.schedules import FloatArray
-from diffusion.unet import split_output
+from diffusion.update import split_output
 
 LossType = Literal["simple", "hybrid", "vlb"]
 

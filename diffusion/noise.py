@@ -8,17 +8,15 @@ stream); a block is four consecutive elements of an image in C, H, W order. Word
 or a vectorised loop whose remainder takes another path, then still give the same float32 (but for about one element
 in 10^9 that lies at the border of two).
 
-This module needs numpy only; `diffusion.noise_torch` does the same on tensors.
+Arrays and tensors get the same words on every device, and normals that agree to 1e-6.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-
-IntArray = npt.NDArray[np.int64]
+from diffusion.arrays import A, namespace, on_host
 
 STREAM_X_T: Final = 0
 """The image a chain starts from; its step is 0."""
@@ -66,14 +64,11 @@ def philox(counter: Words, key: tuple[Any, Any]) -> Words:
     return c0, c1, c2, c3
 
 
-def normal(
-    seeds: IntArray,
-    image_indices: IntArray,
-    steps: IntArray,
-    stream: int,
-    shape: tuple[int, int, int],
-) -> npt.NDArray[np.float32]:
+def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, int, int]) -> A:
     """Return standard normals for a batch of images; a row depends on its own numbers only.
+
+    Nothing here waits for a device, so it may be captured into a CUDA graph. For the same reason ranges are checked
+    on the host only; numbers that live on another device are checked by whoever puts them there.
 
     Args:
         seeds: int64 [B], 0..2^53-1.
@@ -83,33 +78,37 @@ def normal(
         shape: (C, H, W). The first elements do not depend on it: a larger image begins like a smaller one.
 
     Returns:
-        float32 [B, C, H, W], each within +-6.77 (the price of 32-bit uniforms; one normal in 10^11 lies beyond).
+        float32 [B, C, H, W] on the device of seeds, each within +-6.77 (the price of 32-bit uniforms; one normal in
+        10^11 lies beyond).
 
     Raises:
-        ValueError: a number out of its range, or an array of another type than int64.
+        ValueError: a number out of its range, on the host; an array of another type than int64.
     """
+    xp = namespace(seeds)
     for name, values, limit in (
         ("seeds", seeds, MAX_SEED),
         ("image_indices", image_indices, MAX_WORD),
         ("steps", steps, MAX_WORD),
     ):
-        if values.dtype != np.int64:
+        if values.dtype != xp.int64:
             raise ValueError(f"{name} must be int64, whose products wrap where they should; got {values.dtype}")
-        check_range(name, int(values.min(initial=0)), int(values.max(initial=0)), limit)
+        if on_host(values) and len(values):
+            check_range(name, int(values.min()), int(values.max()), limit)
 
-    elements = shape[0] * shape[1] * shape[2]
-    blocks = np.arange(-(-elements // ELEMENTS_PER_BLOCK), dtype=np.int64)[None]  # [1, blocks]
-    seeds = seeds[:, None]
-    counter = (blocks, steps[:, None], image_indices[:, None], np.array([[stream]], dtype=np.int64))
-    words = philox(counter, (seeds & MAX_WORD, seeds >> 32))
+    elements = math.prod(shape)
+    blocks = xp.arange(-(-elements // ELEMENTS_PER_BLOCK), dtype=xp.int64, device=seeds.device)[None]  # [1, blocks]
+    counter = (blocks, steps[:, None], image_indices[:, None], stream)
+    words = philox(counter, (seeds[:, None] & MAX_WORD, seeds[:, None] >> 32))
 
-    normals = np.empty((len(seeds), blocks.shape[1], ELEMENTS_PER_BLOCK), dtype=np.float32)
+    normals = []
     for first in (0, 2):
-        radius = np.sqrt(-2.0 * np.log((words[first] + 0.5) * 2.0**-32))
-        angle = (words[first + 1] + 0.5) * (2.0**-32 * 2.0 * np.pi)
-        normals[:, :, first] = radius * np.cos(angle)
-        normals[:, :, first + 1] = radius * np.sin(angle)
-    return normals.reshape(len(seeds), ELEMENTS_PER_BLOCK * blocks.shape[1])[:, :elements].reshape(-1, *shape)
+        uniform = (xp.astype(words[first], xp.float64) + 0.5) * 2.0**-32
+        radius = xp.sqrt(-2.0 * xp.log(uniform))
+        angle = (xp.astype(words[first + 1], xp.float64) + 0.5) * (2.0**-32 * 2.0 * math.pi)
+        normals += [radius * xp.cos(angle), radius * xp.sin(angle)]
+    stacked = xp.stack([xp.astype(part, xp.float32) for part in normals], axis=2)  # [B, blocks, 4]
+    flat = xp.reshape(stacked, (len(seeds), blocks.shape[1] * ELEMENTS_PER_BLOCK))
+    return xp.reshape(flat[:, :elements], (len(seeds), *shape))
 
 
 def draw_class(seed: int, image_index: int, num_classes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from diffusion.checkpoint import AnyCheckpointConfig, describe_validation_error
+from diffusion.checkpoint_config import AnyCheckpointConfig, describe_validation_error
 from diffusion.config import (
     CheckpointConfig,
     ClassifierCheckpointConfig,

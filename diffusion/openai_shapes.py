@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from diffusion.checkpoint import AnyCheckpointConfig, Shapes, expected_shapes, shape_differences
+from diffusion.checkpoint import Shapes, expected_shapes, shape_differences
+from diffusion.checkpoint_config import AnyCheckpointConfig
 from diffusion.config import CheckpointConfig
 
 UNET = "UNet"

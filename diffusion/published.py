@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusion.checkpoint import AnyCheckpointConfig
+from diffusion.checkpoint_config import AnyCheckpointConfig
 from diffusion.openai_flags import Repo, config_from_flags, parse_flag_line
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion"

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from diffusion.config import ModelConfig
 from diffusion.guidance import classifier_free
-from diffusion.noise import STREAM_STEP, STREAM_X_T
-from diffusion.noise_torch import normal
+from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan
-from diffusion.unet import UNet
 from diffusion.update import Network, Step, sample_loop, to_uint8
+
+
+class ClassNetwork(Protocol):
+    """What is sampled from: a `UNet` in eval mode, or anything that is called like one."""
+
+    config: ModelConfig
+
+    def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
+        """Run on [B, C, H, W], what it is told of the timesteps, float32 [B], and labels, int64 [B]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +42,13 @@ class ImageSpec:
 
 
 def sample_images(
-    network: UNet, plan: SamplingPlan, specs: list[ImageSpec], on_step: Callable[[int, Step], None] | None = None
+    network: ClassNetwork,
+    plan: SamplingPlan,
+    specs: list[ImageSpec],
+    on_step: Callable[[int, Step[Any]], None] | None = None,
+    *,
+    xp: Any = torch,
+    device: Any = "cpu",
 ) -> npt.NDArray[np.uint8]:
     """Sample images that share a plan in one batch; a single spec gives the reference pixels for that image.
 
@@ -45,6 +60,8 @@ def sample_images(
         plan: the chain.
         specs: at least one.
         on_step: told the index of each step and what it gave.
+        xp: the kind of array that the network takes: `torch` or `numpy`.
+        device: where it takes them.
 
     Returns:
         uint8 [N, H, W, C].
@@ -54,14 +71,14 @@ def sample_images(
         specs = specs * 2  # a CPU's convolutions may round a lone row differently; its pixels are those in company
     config = network.config
     shape = (config.image_channels, config.image_size, config.image_size)
-    seeds = torch.tensor([spec.seed for spec in specs])
-    indices = torch.tensor([spec.image_index for spec in specs])
+    seeds = xp.asarray([spec.seed for spec in specs], dtype=xp.int64, device=device)
+    indices = xp.asarray([spec.image_index for spec in specs], dtype=xp.int64, device=device)
 
-    def noise(step: int, stream: int) -> Tensor:
-        return normal(seeds, indices, torch.full_like(seeds, step), stream, shape)
+    def noise(step: int, stream: int) -> Any:
+        return normal(seeds, indices, xp.full_like(seeds, step), stream, shape)
 
     x = sample_loop(
-        guided_network(network, specs),
+        guided_network(network, specs, xp, device),
         plan,
         noise(0, STREAM_X_T),
         lambda step: noise(step, STREAM_STEP),
@@ -70,18 +87,19 @@ def sample_images(
     return to_uint8(x)[:count]
 
 
-def guided_network(network: UNet, specs: list[ImageSpec]) -> Network:
+def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torch, device: Any = "cpu") -> Network[Any]:
     """Close a network over the classes and guidance scales of a batch, for `sample_loop`."""
     config = network.config
     if config.num_classes is None:
         return lambda x_t, t: network(x_t, t)
-    y = torch.tensor([config.num_classes if spec.class_index is None else spec.class_index for spec in specs])
-    scales = torch.tensor([spec.cfg_scale for spec in specs])
-    if bool((scales == 1).all()):
+    labels = [config.num_classes if spec.class_index is None else spec.class_index for spec in specs]
+    y = xp.asarray(labels, dtype=xp.int64, device=device)
+    if all(spec.cfg_scale == 1 for spec in specs):
         return lambda x_t, t: network(x_t, t, y)
-    null = torch.full_like(y, config.num_classes)
+    scales = xp.asarray([spec.cfg_scale for spec in specs], dtype=xp.float32, device=device)
+    null = xp.full_like(y, config.num_classes)
 
-    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+    def guided(x_t: Any, t: Any) -> Any:
         conditional, unconditional = network(x_t, t, y), network(x_t, t, null)
         return classifier_free(unconditional, conditional, scales, config.image_channels)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.respacing import respace
-from diffusion.unet import UNet, split_output
+from diffusion.unet import UNet
+from diffusion.update import split_output
 
 MAX_EPS_ERROR = 0.1
 """Mean squared error of eps at t = T - 1 above which a network fails; guessing nothing (zeros) scores 1.

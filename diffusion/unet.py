@@ -317,11 +317,3 @@ class UNet(Backbone):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h).float()
-
-
-def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Split a network's output into its prediction and var_values (zeros where it has none), each [B, C, H, W]."""
-    if output.shape[1] == channels:
-        return output, torch.zeros_like(output)
-    prediction, var_values = torch.split(output, channels, dim=1)
-    return prediction, var_values

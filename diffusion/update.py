@@ -3,69 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Generic, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from diffusion.arrays import A, namespace, no_gradients, to_numpy
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan
-from diffusion.unet import split_output
 
-Network = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[[A, A], A]
 """(x_t [B, C, H, W], what the network is told of the timestep, float32 [B]) -> raw output [B, C or 2C, H, W]."""
-StepNoise = Callable[[int], Tensor] | Sequence[Tensor] | Tensor
+StepNoise: TypeAlias = "Callable[[int], A] | Sequence[A] | A"
 """The noise of sampling step k = 0, 1, ..., shaped like x_t: a function of k, or indexed by k."""
-Gradient = Callable[[Tensor, Tensor], Tensor]
+Gradient = Callable[[A, A], A]
 """(x_t, what the network is told, float32 [B]) -> the scaled classifier gradient, shaped like x_t."""
 
 
-class PlanRows(NamedTuple):
+class PlanRows(NamedTuple, Generic[A]):
     """One line of a `SamplingPlan` per row of a batch, each column [B, 1, 1, 1]; the order is PLAN_COLUMNS'."""
 
-    t_model: Tensor
-    a_x: Tensor
-    a_out: Tensor
-    clip: Tensor
-    c_x0: Tensor
-    c_xt: Tensor
-    c_prev: Tensor
-    lv_min: Tensor
-    lv_max: Tensor
-    noise_scale: Tensor
-    g_var: Tensor
-    g_const: Tensor
+    t_model: A
+    a_x: A
+    a_out: A
+    clip: A
+    c_x0: A
+    c_xt: A
+    c_prev: A
+    lv_min: A
+    lv_max: A
+    noise_scale: A
+    g_var: A
+    g_const: A
 
     @classmethod
-    def from_lines(cls, lines: Tensor) -> Self:
+    def from_lines(cls, lines: A) -> Self:
         """Name the columns of gathered lines, float32 [B, 12]."""
-        return cls(*lines[:, :, None, None, None].unbind(1))
+        return cls(*namespace(lines).unstack(lines[:, :, None, None, None], axis=1))
 
 
 assert PlanRows._fields == PLAN_COLUMNS  # noqa: S101  # from_lines relies on it
 
 
-class Step(NamedTuple):
+class Step(NamedTuple, Generic[A]):
     """What one sampling step gives."""
 
-    x_prev: Tensor
+    x_prev: A
     """The less noisy images [B, C, H, W]."""
-    x0: Tensor
+    x0: A
     """The images predicted from x_t, shaped like it, before any classifier guidance."""
-    ok: Tensor
+    ok: A
     """bool [B]: False for rows that are not finite any more."""
 
 
-def advance(
-    plan: PlanRows,
-    x_t: Tensor,
-    x0_prev: Tensor,
-    out: Tensor,
-    var_values: Tensor,
-    z: Tensor,
-    grad: Tensor,
-) -> Step:
+def split_output(output: A, channels: int) -> tuple[A, A]:
+    """Split a network's output into its prediction and var_values (zeros where it has none), each [B, C, H, W]."""
+    if output.shape[1] == channels:
+        return output, namespace(output).zeros_like(output)
+    return output[:, :channels], output[:, channels:]
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a row that stops being finite is told of by `ok`, not by a warning
+def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A) -> Step[A]:
     """Take one sampling step, x_t -> x_prev; every row may be at another step of another sampler.
 
     Samplers differ by the numbers of their plan only (`diffusion.plans` cites them). A row's result depends on
@@ -83,30 +81,31 @@ def advance(
     Returns:
         The next images, the x0 they came from, and which rows are finite.
     """
-    x0 = torch.clamp(plan.a_x * x_t + plan.a_out * out, -plan.clip, plan.clip)
+    xp = namespace(x_t)
+    x0 = xp.minimum(xp.maximum(plan.a_x * x_t + plan.a_out * out, -plan.clip), plan.clip)
     # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
     log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) * ((var_values + 1) / 2)
 
     mean = plan.c_x0 * x0 + plan.c_xt * x_t + plan.c_prev * x0_prev
-    mean = mean + (plan.g_var * log_variance.exp() + plan.g_const) * grad
-    noise = plan.noise_scale * torch.exp(0.5 * log_variance) * z
-    x_prev = mean + torch.where(plan.noise_scale > 0, noise, 0.0)
+    mean = mean + (plan.g_var * xp.exp(log_variance) + plan.g_const) * grad
+    noise = plan.noise_scale * xp.exp(0.5 * log_variance) * z
+    x_prev = mean + xp.where(plan.noise_scale > 0, noise, 0.0)
 
-    return Step(x_prev, x0, x_prev.isfinite().flatten(1).all(dim=1))
+    return Step(x_prev, x0, xp.all(xp.isfinite(x_prev), axis=(1, 2, 3)))
 
 
 def sample_loop(
-    network: Network,
+    network: Network[A],
     plan: SamplingPlan,
-    x_T: Tensor,  # noqa: N803  # the papers' name
-    noise: StepNoise,
+    x_T: A,  # noqa: N803  # the papers' name
+    noise: StepNoise[A],
     *,
-    gradient: Gradient | None = None,
-    on_step: Callable[[int, Step], None] | None = None,
-) -> Tensor:
+    gradient: Gradient[A] | None = None,
+    on_step: Callable[[int, Step[A]], None] | None = None,
+) -> A:
     """Run one chain for a batch whose images all take the same plan: the reference that the engine must equal.
 
-    For pictures that can be repeated, make x_T and the noise with `diffusion.noise_torch.normal` (streams
+    For pictures that can be repeated, make x_T and the noise with `diffusion.noise.normal` (streams
     `STREAM_X_T` and `STREAM_STEP`) and run images one at a time. No gradients are recorded.
 
     Args:
@@ -114,20 +113,21 @@ def sample_loop(
         plan: the chain.
         x_T: where it starts, standard normal [B, C, H, W].
         noise: what each step adds; not asked for where a step adds none.
-        gradient: for classifier guidance, see `classifier_gradient`.
+        gradient: for classifier guidance, see `diffusion.classifier.classifier_gradient`.
         on_step: told the index of each step and what it gave, for progress and tests.
 
     Returns:
         The images, x_0 [B, C, H, W]; about in [-1, 1].
     """
-    lines = torch.from_numpy(plan.table.copy()).to(x_T.device)
+    xp = namespace(x_T)
+    lines = xp.asarray(plan.table.copy(), device=x_T.device)
     batch, channels = x_T.shape[:2]
-    zeros = torch.zeros_like(x_T)
+    zeros = xp.zeros_like(x_T)
     x, x0 = x_T, zeros
     for index in range(plan.num_steps):
-        rows = PlanRows.from_lines(lines[index].expand(batch, -1))
-        t_model = rows.t_model.flatten()
-        with torch.no_grad():
+        rows = PlanRows.from_lines(xp.broadcast_to(lines[index], (batch, len(PLAN_COLUMNS))))
+        t_model = xp.full((batch,), float(plan.column("t_model")[index]), dtype=xp.float32, device=x_T.device)
+        with no_gradients(x_T):
             out, var_values = split_output(network(x, t_model), channels)
             grad = zeros if gradient is None else gradient(x, t_model)
             adds_noise = bool(plan.column("noise_scale")[index] > 0)
@@ -139,7 +139,7 @@ def sample_loop(
     return x
 
 
-def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
+def to_uint8(x: A) -> npt.NDArray[np.uint8]:
     """Turn images into 8-bit pixels as OpenAI's released scripts do: clamp and truncate, never round.
 
     Truncating in float32, a quarter of the levels that come straight from `from_uint8` go back one level lower.
@@ -150,15 +150,15 @@ def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
     Returns:
         uint8 [B, H, W, C].
     """
-    pixels = ((x.detach() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pixels = ((to_numpy(x) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
-def from_uint8(pixels: npt.NDArray[np.uint8]) -> Tensor:
+def from_uint8(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Turn 8-bit pixels [B, H, W, C] into images v / 127.5 - 1, float32 [B, C, H, W]."""
-    x = torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
-    return x.permute(0, 3, 1, 2).contiguous()
+    x = pixels.astype(np.float32) / np.float32(127.5) - 1
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
-def _noise_of(noise: StepNoise, index: int) -> Tensor:
+def _noise_of(noise: StepNoise[A], index: int) -> A:
     return noise(index) if callable(noise) else noise[index]

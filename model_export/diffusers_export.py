@@ -12,18 +12,14 @@ DDPMPipeline all load from the same path:
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from diffusion.checkpoint import CheckpointError, load_unet
-
-# The same two steps make a checkpoint folder appear whole or not at all.
-from diffusion.checkpoint import _rename_into_place as rename_into_place
-from diffusion.checkpoint import _sync_tree as sync_tree
+from diffusion.atomic_folder import write_folder
+from diffusion.checkpoint import load_unet
+from diffusion.checkpoint_config import CheckpointError
 from diffusion.config import CheckpointConfig
 from diffusion.diffusers_config import (
     CONFIG_FILE,
@@ -61,21 +57,15 @@ def export_diffusers(checkpoint: Path, out: Path) -> None:
     files = _files(config)
     weights = to_diffusers(network.state_dict(), config.model)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir()
+    def write(folder: Path) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, content in files.items():
-            (temporary / name).write_text(_json(content), encoding="utf-8")
+            (folder / name).write_text(_json(content), encoding="utf-8")
         # safetensors makes its file readable for its owner only; others may have to read it, too
-        (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
-        sync_tree(temporary)
-        rename_into_place(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
+
+    write_folder(out, write)
 
 
 def _files(config: CheckpointConfig) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.backends.base import BackendOptions, Precision
 from service.engine.config import EngineConfig
 
 BackendName = Literal["auto", "torch"]
@@ -25,6 +26,13 @@ class Settings(BaseSettings):
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), min_length=1)
     """Model folders, the first one the default (IDDPM_MODELS: comma list)."""
     backend: BackendName = "auto"
+    """What runs the network; auto: torch."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """Where the torch backend runs: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: fp32 on a CPU, bf16 on a CUDA device."""
+    torch_compile: bool = False
+    """Compile the network with torch.compile: minutes at start-up for each batch size."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port."""
@@ -51,6 +59,16 @@ class Settings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
         return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue)
+
+    def backend_options(self) -> BackendOptions:
+        """Return what a backend needs of this."""
+        return BackendOptions(
+            max_rows=self.max_rows,
+            threads=self.threads,
+            device=self.device,
+            precision=self.precision,
+            torch_compile=self.torch_compile,
+        )
 
 
 def refuse_unknown_variables() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import read_config, write_checkpoint
+from diffusion.checkpoint import write_checkpoint
+from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig
 from diffusion.images import captioned_rows
 from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
@@ -90,7 +91,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
         rng = np.random.default_rng((config.seed, 1, state.images_seen))
         torch.manual_seed(int(rng.integers(2**63)))
         indices = batch_indices(config.seed, state.images_seen, config.batch_size, num_images)
-        x0 = from_uint8(dataset.images(indices))
+        x0 = torch.from_numpy(from_uint8(dataset.images(indices)))
         if config.horizontal_flip:
             mirrored = torch.from_numpy(rng.random(len(x0)) < 0.5)
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion.checkpoint import CONFIG_FILE, CheckpointError, write_checkpoint
+from diffusion.checkpoint import write_checkpoint
+from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError
 from diffusion.config import CheckpointConfig
 from trainer.ema import EMA
 from trainer.timestep_sampler import TimestepSampler

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
 from fastapi import FastAPI
 
 from service.api import generate, info, problems
@@ -17,38 +17,40 @@ from service.api.observe import Observe
 from service.api.state import ServiceState
 from service.api.translate import ServedModel
 from service.backends.base import Denoiser
-from service.backends.torch_backend import TorchBackend
+from service.backends.select import load_denoiser
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.engine import Engine
-from service.engine.runners.torch_runner import TorchRunner
+from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.metrics import Metrics
-from service.settings import BackendName, Settings
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
-
-BACKENDS: dict[BackendName, Callable[[Path], Denoiser]] = {"auto": TorchBackend, "torch": TorchBackend}
-"""`auto` will choose among several; there is one so far."""
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
 
     Raises:
-        ModelError: a model folder that cannot be served.
+        ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    backend = BACKENDS[settings.backend]
-    return assemble(settings, {model_name(folder): backend(folder) for folder in _distinct(settings.models)})
+    options = settings.backend_options()
+    folders = _distinct(settings.models)
+    return assemble(
+        settings, {model_name(folder): load_denoiser(folder, settings.backend, options) for folder in folders}
+    )
 
 
-def assemble(settings: Settings, denoisers: Mapping[str, Denoiser]) -> FastAPI:
-    """Wire an application around networks that are already loaded."""
+def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> FastAPI:
+    """Wire an application around networks that are already loaded.
+
+    Raises:
+        ModelError: a network that was compiled for batches smaller than `max_rows`.
+    """
     longest = max(denoiser.config.diffusion.num_timesteps for denoiser in denoisers.values())
     config = settings.engine_config().with_room_for(longest)
     metrics = Metrics()
-    runners = {name: TorchRunner(denoiser, config) for name, denoiser in denoisers.items()}
+    runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {
         name: ServedModel(
             name=name, config=denoiser.config, numerics_id=runners[name].numerics_id, backend=denoiser.description

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
+from diffusion.arrays import A
 from diffusion.config import CheckpointConfig
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-class Denoiser(Protocol):
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What an operator says of how networks are to be run; each backend reads what concerns it."""
+
+    max_rows: int = 8
+    """Width of the engine: most rows of a network call."""
+    threads: int | None = None
+    """Threads of a network call; None: one per core."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """Of the network's weights and activations; emb_t, noise and update are float32 always."""
+    torch_compile: bool = False
+    """Whether the torch backend compiles the network."""
+
+
+class Denoiser(Protocol[A]):
     """A network, ready to run. Implementations hold weights and nothing about requests."""
 
     config: CheckpointConfig
@@ -17,11 +35,22 @@ class Denoiser(Protocol):
     """Names everything the pixels depend on besides the request: model, backend, precision, versions, machine."""
     description: str
     """Backend, device and precision, for people."""
+    batch_sizes: tuple[int, ...] | None
+    """The batch sizes that were compiled, ascending, and the only ones that may be run; None: any size may be."""
+    threads: int
+    """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
+    xp: Any
+    """The module that makes the arrays it takes (`asarray`, `zeros`, `int64`, ...): `numpy` or `torch`."""
+    device: Any
+    """Where it takes them; "cpu" for numpy."""
 
-    def embed_timesteps(self, t_model: Tensor) -> Tensor:
-        """Return emb_t, float32 [n, emb_channels], for what the network is told of n timesteps, float32 [n]."""
+    def embed_timesteps(self, t_model: A) -> A:
+        """Return emb_t, float32 [n, emb_channels], for what the network is told of n timesteps, float32 [n]; any n."""
         ...
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
-        """Run the network on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> [n, out_channels, H, W]."""
+    def __call__(self, x_t: A, emb_t: A, y: A | None) -> A:
+        """Run the network on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> float32 [n, out_channels, H, W].
+
+        What it returns is the caller's: a later call does not change it.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Start-up self-test: which batch sizes give a row the same bits as the full width does.
+"""Start-up self-test: which batch sizes give a row the same bits as the largest one does.
 
 The promise that a seed's pixels do not depend on the batch rests on it: only sizes that pass are run, everything
 else is padded up to the next one that does.
@@ -6,44 +6,75 @@ else is padded up to the next one that does.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import logging
+from typing import Generic
 
-from diffusion.noise import STREAM_X_T
-from diffusion.noise_torch import normal
+import numpy as np
+
+from diffusion.arrays import A, namespace
+from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import Denoiser
 
+log = logging.getLogger(__name__)
 
-def invariant_batch_sizes(denoiser: Denoiser, width: int) -> tuple[int, ...]:
-    """Return batch sizes, ascending, whose rows equal those of the full width bit for bit.
 
-    The full width is always among them. Tried are 1, 2, 3, 4, 6, 8, 12, 16, ...: one network call each, twice the
-    full width's rows in all and then some.
+def invariant_batch_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
+    """Return batch sizes, ascending, whose rows equal those of the largest one bit for bit.
+
+    The largest is always among them: the full width, or the largest size that the backend has compiled. Where any
+    size may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tried in one network call each, and those that differ are left
+    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning.
 
     Raises:
-        RuntimeError: a row's result depends on its place in the batch.
+        RuntimeError: a row's result depends on its place in the largest batch.
     """
-    model = denoiser.config.model
-    shape = (model.image_channels, model.image_size, model.image_size)
-    seeds = torch.arange(width)
-    x_t = normal(seeds, seeds, seeds, STREAM_X_T, shape)
-    told = torch.from_numpy(respace(denoiser.config.diffusion).model_t)
-    emb_t = denoiser.embed_timesteps(told[torch.linspace(0, len(told) - 1, width).long()])
-    y = None if model.num_classes is None else seeds % model.num_labels
-
-    def run(rows: Tensor) -> Tensor:
-        return denoiser(x_t[rows], emb_t[rows], None if y is None else y[rows])
-
-    everything = torch.arange(width)
-    full = run(everything)
-    if not torch.equal(run(everything.flip(0)).flip(0), full):
+    compiled = denoiser.batch_sizes
+    largest = width if compiled is None else compiled[-1]
+    rows: _TestRows[A] = _TestRows(denoiser, largest)
+    if not rows.agree(largest, backwards=True):
         raise RuntimeError(f"{denoiser.description}: a row's result depends on its place in the batch")
-    passed = [size for size in candidate_sizes(width) if torch.equal(run(everything[:size]), full[:size])]
-    return (*passed, width)
+    if compiled is None:
+        return (*(size for size in candidate_sizes(width) if rows.agree(size)), width)
+
+    passed: list[int] = [size for size in compiled[:-1] if rows.agree(size) and rows.agree(size, backwards=True)]
+    for size in sorted(set(compiled[:-1]) - set(passed)):
+        log.warning(
+            "%s: a batch of %d gives a row other bits than one of %d does, and is not run",
+            denoiser.description,
+            size,
+            largest,
+        )
+    return (*passed, largest)
 
 
 def candidate_sizes(width: int) -> list[int]:
     """Return the powers of two below a width, and one and a half times each."""
     powers = [1 << k for k in range(width.bit_length())]
     return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
+
+
+class _TestRows(Generic[A]):
+    """Rows of noise, at timesteps from all over the chain and each of another class, and what they give together."""
+
+    def __init__(self, denoiser: Denoiser[A], count: int) -> None:
+        model, xp, device = denoiser.config.model, denoiser.xp, denoiser.device
+        shape = (model.image_channels, model.image_size, model.image_size)
+        self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
+        told = respace(denoiser.config.diffusion).model_t
+        spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
+        self._denoiser: Denoiser[A] = denoiser
+        self._x_t: A = normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape)
+        self._emb_t: A = denoiser.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device))
+        self._y: A | None = None if model.num_classes is None else self._seeds % model.num_labels
+        self._together: A = self._run(self._seeds)
+
+    def agree(self, size: int, *, backwards: bool = False) -> bool:
+        """Say whether the first rows give in a batch of that size, perhaps in reversed order, what they give in all."""
+        xp = namespace(self._seeds)
+        rows = self._seeds[:size]
+        out = xp.flip(self._run(xp.flip(rows, axis=0)), axis=0) if backwards else self._run(rows)
+        return bool(xp.all(out == self._together[:size]))
+
+    def _run(self, rows: A) -> A:
+        return self._denoiser(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])

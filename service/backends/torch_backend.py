@@ -1,46 +1,177 @@
-"""The `torch` backend: a checkpoint's UNet in eager PyTorch, float32."""
+"""The `torch` backend: a checkpoint's UNet in PyTorch, eager on a CPU, as CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion.checkpoint import CheckpointError, checkpoint_sha256, load_unet
+from diffusion.checkpoint import load_unet
+from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
+from diffusion.unet import UNet
+from service.backends.base import BackendOptions, Precision
+from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.errors import ModelError
 
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend:
-    """Implements `Denoiser` on the CPU."""
+    """Implements `Denoiser` on a CPU or a CUDA device."""
 
-    def __init__(self, folder: Path) -> None:
+    xp: Any = torch
+
+    def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
+        options = options or BackendOptions()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         try:
-            self.config, self._network = load_unet(folder)
+            self.config, network = load_unet(folder)
             model_hash = checkpoint_sha256(folder)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
         if self.config.model.low_res_size is not None:
             raise ModelError(f"{folder} holds a super-resolution model, which this service cannot serve yet")
-        self.description = f"torch {torch.__version__} cpu {torch.backends.cpu.get_cpu_capability()} float32"
-        depends_on = [model_hash, self.description, json.dumps(_processor(), sort_keys=True)]
+
+        self.device = choose_device(options.device)
+        self._dtype = choose_dtype(options.precision, self.device)
+        on_cuda = self.device.type == "cuda"
+        self.threads = 0 if on_cuda else torch.get_num_threads()
+        self.description = _describe(self.device, self._dtype, options.torch_compile)
+        facts = _gpu(self.device) if on_cuda else _processor()
+        depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
         self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+
+        if on_cuda:
+            _choose_kernels_repeatably()
+            network = network.to(self.device)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        if self._dtype != torch.float32:
+            lower_weights(network, self._dtype)
+        self._network = network
+        self._forward_emb: EmbNetwork = network.forward_emb
+        self.batch_sizes: tuple[int, ...] | None = None
+        sizes = doubling_sizes(options.max_rows)
+        if options.torch_compile:
+            # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled
+            self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
+                network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=len(sizes)
+            )
+        self._run: EmbNetwork = self._forward
+        if on_cuda or options.torch_compile:
+            self.batch_sizes = sizes
+            capture = cuda_capture(self.device) if on_cuda else call_again
+            self._run = GraphedNetwork(self._forward, sizes, self._zero_inputs, capture)
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Tensor) -> Tensor:
-        """Run the time MLP."""
+        """Run the time MLP, in float32."""
         return self._network.embed_timesteps(t_model)
 
     @torch.inference_mode()
     def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Run the UNet."""
-        return self._network.forward_emb(x_t, emb_t, y)
+        return self._run(x_t, emb_t, y)
+
+    def _forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+        if self.device.type == "cuda":
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        low = self._dtype != torch.float32
+        # The cache would keep casts of one graph's memory for the next graph.
+        with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
+            return self._forward_emb(x_t, emb_t, y)
+
+    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        model = self.config.model
+        x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
+        emb_t = torch.zeros(size, model.emb_channels, device=self.device)
+        y = None if model.num_classes is None else torch.zeros(size, dtype=torch.int64, device=self.device)
+        return x_t, emb_t, y
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+
+    Raises:
+        ModelError: a CUDA device that torch does not see.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ModelError(f"device '{wanted}': torch {torch.__version__} sees no CUDA device; use cpu, or auto")
+    count = torch.cuda.device_count()
+    index = int(wanted.partition(":")[2] or torch.cuda.current_device())
+    if index >= count:
+        raise ModelError(f"device '{wanted}': must be one of cuda:0..cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type that the network computes in; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
+
+    Raises:
+        ModelError: float16 on a CPU.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if precision == "fp16" and device.type != "cuda":
+        raise ModelError("precision 'fp16' needs a CUDA device; on a CPU use fp32 or bf16")
+    return DTYPES[precision]
+
+
+def doubling_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, ... and the width itself."""
+    powers = (1 << k for k in range(max_rows.bit_length()))
+    return (*(size for size in powers if size < max_rows), max_rows)
+
+
+def lower_weights(network: UNet, dtype: torch.dtype) -> None:
+    """Store the weights of convolutions and linear layers in a shorter type, to be run under autocast.
+
+    As in OpenAI's released code, normalisations, the class embedding and the time MLP stay in float32; so do
+    softmax's sums, inside the attention kernels.
+    """
+    time_mlp = set(network.time_embed.modules())
+    for module in network.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) and module not in time_mlp:
+            module.to(dtype)
+
+
+def _choose_kernels_repeatably() -> None:
+    """Let cuDNN and cuBLAS choose by shape, not by stopwatch, and compute float32 in float32; for the whole process."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _describe(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
+    where = (
+        f"cuda {torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
+    words = ["torch", torch.__version__, where, str(dtype).removeprefix("torch.")]
+    return " ".join([*words, "compiled"] if compiled else words)
 
 
 def _processor() -> dict[str, object]:
     """Return what kernels are chosen by: instruction sets and cache sizes, not names or numbers of cores."""
     return {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    """Return what kernels are chosen by: the chip and how much of it there is, and the libraries that choose."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": torch.cuda.get_device_capability(device),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }

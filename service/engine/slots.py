@@ -3,56 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Generic
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from diffusion.arrays import A
 from diffusion.config import CheckpointConfig
-from diffusion.noise import STREAM_X_T
-from diffusion.noise_torch import normal
+from diffusion.noise import MAX_SEED, MAX_WORD, STREAM_X_T, check_range, normal
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan
 from service.engine.request import ImageParams
 
 
-class SlotTable:
-    """Tensors by slot id and by plan line; which ids are in use is the scheduler's business."""
+class SlotTable(Generic[A]):
+    """Arrays by slot id and by plan line; which ids are in use is the scheduler's business."""
 
-    def __init__(self, config: CheckpointConfig, num_slots: int, plan_lines: int) -> None:
+    def __init__(self, config: CheckpointConfig, num_slots: int, plan_lines: int, xp: Any, device: Any) -> None:
         model = config.model
         self.image_shape = (model.image_channels, model.image_size, model.image_size)
-        self.x = torch.zeros(num_slots, *self.image_shape)
+        self._xp = xp
+        self._device = device
+        self.x: A = self._zeros((num_slots, *self.image_shape), xp.float32)
         """x_t."""
-        self.x0 = torch.zeros(num_slots, *self.image_shape)
+        self.x0: A = self._zeros((num_slots, *self.image_shape), xp.float32)
         """The previous step's predicted x0, for multistep solvers."""
-        self.step = torch.zeros(num_slots, dtype=torch.int64)
+        self.step: A = self._zeros((num_slots,), xp.int64)
         """Sampling steps done."""
-        self.plan_offset = torch.zeros(num_slots, dtype=torch.int64)
-        self.y = torch.zeros(num_slots, dtype=torch.int64)
+        self.plan_offset: A = self._zeros((num_slots,), xp.int64)
+        self.y: A = self._zeros((num_slots,), xp.int64)
         """Label; 0 where the model has none."""
-        self.cfg_scale = torch.ones(num_slots)
-        self.seed = torch.zeros(num_slots, dtype=torch.int64)
-        self.image_index = torch.zeros(num_slots, dtype=torch.int64)
-        self.plan = torch.zeros(plan_lines, len(PLAN_COLUMNS))
+        self.cfg_scale: A = self._zeros((num_slots,), xp.float32)
+        self.seed: A = self._zeros((num_slots,), xp.int64)
+        self.image_index: A = self._zeros((num_slots,), xp.int64)
+        self.plan: A = self._zeros((plan_lines, len(PLAN_COLUMNS)), xp.float32)
         """Lines of the sampling plans."""
-        self.emb_t = torch.zeros(plan_lines, model.emb_channels)
+        self.emb_t: A = self._zeros((plan_lines, model.emb_channels), xp.float32)
         """The embedded timestep of each plan line."""
+        self.is_guided = np.zeros(num_slots, dtype=np.bool_)
+        """Whether cfg_scale is not 1: kept on the host, which lays out the batch without waiting for the device."""
 
-    def write_plan(self, offset: int, plan: SamplingPlan, emb_t: Tensor) -> None:
+    def integers(self, values: Sequence[int]) -> A:
+        """Bring integers to where the arrays are: int64 [n]."""
+        array: A = self._xp.asarray(list(values), dtype=self._xp.int64, device=self._device)
+        return array
+
+    def write_plan(self, offset: int, plan: SamplingPlan, emb_t: A) -> None:
         """Put a plan's lines, and their embedded timesteps, into the table."""
         lines = slice(offset, offset + plan.num_steps)
-        self.plan[lines] = torch.from_numpy(plan.table.copy())
+        self.plan[lines] = self._xp.asarray(plan.table.copy(), device=self._device)
         self.emb_t[lines] = emb_t
 
     def start(self, slots: Sequence[int], params: Sequence[ImageParams], plan_offsets: Sequence[int]) -> None:
         """Set slots up for images that begin: x_T is a function of seed and image index."""
-        index = torch.tensor(slots)
-        self.seed[index] = torch.tensor([p.seed for p in params])
-        self.image_index[index] = torch.tensor([p.image_index for p in params])
-        self.y[index] = torch.tensor([p.class_index or 0 for p in params])
-        self.cfg_scale[index] = torch.tensor([p.cfg_scale for p in params], dtype=torch.float32)
-        self.plan_offset[index] = torch.tensor(plan_offsets)
+        seeds, image_indices = [p.seed for p in params], [p.image_index for p in params]
+        check_range("seed", min(seeds), max(seeds), MAX_SEED)
+        check_range("image_index", min(image_indices), max(image_indices), MAX_WORD)
+        scales = np.array([p.cfg_scale for p in params], dtype=np.float32)
+        index = self.integers(slots)
+        self.seed[index] = self.integers(seeds)
+        self.image_index[index] = self.integers(image_indices)
+        self.y[index] = self.integers([p.class_index or 0 for p in params])
+        self.cfg_scale[index] = self._xp.asarray(scales, device=self._device)
+        self.is_guided[list(slots)] = scales != 1
+        self.plan_offset[index] = self.integers(plan_offsets)
         self.step[index] = 0
         self.x[index] = normal(
             self.seed[index], self.image_index[index], self.step[index], STREAM_X_T, self.image_shape
         )
         self.x0[index] = 0.0
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> A:
+        array: A = self._xp.zeros(shape, dtype=dtype, device=self._device)
+        return array

@@ -16,7 +16,7 @@ from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import ImageParams, PlanKey
-from service.engine.runners.torch_runner import TorchRunner
+from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 from tests.fakes import generation
 
@@ -43,7 +43,7 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
 
 def test_its_pixels_are_the_same_alone_and_in_a_mixture(threads: int) -> None:
     backend, config = TorchBackend(MODEL), EngineConfig()
-    runner = TorchRunner(backend, config)
+    runner = ArrayRunner(backend, config)
     runner.warm_up()
     engine = Engine({"m": runner}, config, Metrics())
     rng = np.random.default_rng(threads)

@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from diffusion.arrays import to_numpy
 from diffusion.plans import build_plan
 from diffusion.update import Step, sample_loop, to_uint8
 from tests import golden
+from tests.kinds import KINDS, Kind, of_kind, on_kind
 
 GOLDEN = golden.load("diffusion_loops")
 
 
+@KINDS
 @pytest.mark.parametrize("case", golden.supported_cases(GOLDEN), ids=lambda case: case["key"])
-def test_a_chain_equals_the_reference(case: dict[str, Any]) -> None:
+def test_a_chain_equals_the_reference(case: dict[str, Any], kind: Kind) -> None:
     key = case["key"]
-    network = golden.network(case["model"])
+    network = on_kind(kind, golden.network(case["model"]))
     y, low_res = GOLDEN.optional(f"{key}.y"), GOLDEN.optional(f"{key}.low_res")
     plan = build_plan(
         golden.diffusion_config(case),
@@ -32,23 +33,23 @@ def test_a_chain_equals_the_reference(case: dict[str, Any]) -> None:
         eta=case["eta"] or 0.0,
         clip=case["clip_denoised"],
     )
-    steps: list[Step] = []
+    steps: list[Step[Any]] = []
 
-    def denoise(x_t: Tensor, t_model: Tensor) -> Tensor:
+    def denoise(x_t: Any, t_model: Any) -> Any:
         return network(x_t, t_model, y, low_res)
 
     final = sample_loop(
         denoise,
         plan,
-        GOLDEN.tensor(f"{key}.init_noise"),
-        GOLDEN.tensor(f"{key}.step_noise"),
+        of_kind(kind, GOLDEN[f"{key}.init_noise"]),
+        of_kind(kind, GOLDEN[f"{key}.step_noise"]),
         on_step=lambda _, step: steps.append(step),
     )
 
     np.testing.assert_array_equal(plan.column("t_model"), GOLDEN[f"{key}.model_t"].astype(np.float32))
-    samples = torch.stack([step.x_prev for step in steps])
-    torch.testing.assert_close(samples, GOLDEN.tensor(f"{key}.samples"), rtol=0, atol=3e-4)
-    pred_x0 = torch.stack([step.x0 for step in steps])
-    torch.testing.assert_close(pred_x0, GOLDEN.tensor(f"{key}.pred_xstart"), rtol=0, atol=1.5e-3)
-    torch.testing.assert_close(final, GOLDEN.tensor(f"{key}.final"), rtol=0, atol=8e-5)
+    samples = np.stack([to_numpy(step.x_prev) for step in steps])
+    np.testing.assert_allclose(samples, GOLDEN[f"{key}.samples"], rtol=0, atol=3e-4)
+    pred_x0 = np.stack([to_numpy(step.x0) for step in steps])
+    np.testing.assert_allclose(pred_x0, GOLDEN[f"{key}.pred_xstart"], rtol=0, atol=1.5e-3)
+    np.testing.assert_allclose(to_numpy(final), GOLDEN[f"{key}.final"], rtol=0, atol=8e-5)
     assert np.abs(to_uint8(final).astype(int) - GOLDEN[f"{key}.uint8"]).max() <= 1

@@ -15,7 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.checkpoint import CheckpointError, load_unet, read_config, shapes_of, write_checkpoint
+from diffusion.checkpoint import load_unet, shapes_of, write_checkpoint
+from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, NoiseSchedule
 from diffusion.diffusers_config import (
     DoesNotMap,
@@ -265,7 +266,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("model_export.diffusers_export.sync_tree", fail)
+    monkeypatch.setattr("diffusion.atomic_folder._sync_tree", fail)
     with pytest.raises(OSError, match="disk full"):
         export_diffusers(BUNDLED, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from diffusion.arrays import to_numpy
 from diffusion.config import DiffusionConfig
 from diffusion.plans import SamplingPlan, ancestral_plan, ddim_plan
-from diffusion.unet import split_output
-from diffusion.update import PlanRows, advance
+from diffusion.update import PlanRows, advance, split_output
 from tests import golden
+from tests.kinds import KINDS, Kind, of_kind, on_kind
 
 GOLDEN = golden.load("diffusion_step")
 CASES = pytest.mark.parametrize("case", golden.supported_cases(GOLDEN), ids=lambda case: case["key"])
@@ -20,60 +20,67 @@ CASES = pytest.mark.parametrize("case", golden.supported_cases(GOLDEN), ids=lamb
 
 class Inputs(NamedTuple):
     diffusion: DiffusionConfig
-    x_t: Tensor
-    t: Tensor
-    out: Tensor
-    var_values: Tensor
-    model_t: Tensor
+    x_t: Any
+    t: Any
+    out: Any
+    var_values: Any
+    model_t: Any
 
 
-def _inputs(case: dict[str, Any]) -> Inputs:
+def _inputs(case: dict[str, Any], kind: Kind) -> Inputs:
     """Run the case's network; its batch mixes timesteps, 0 and the last among them."""
     key = case["key"]
     diffusion = golden.diffusion_config(case)
-    x_t, t = GOLDEN.tensor(f"{key}.x"), GOLDEN.tensor(f"{key}.t")
-    model_t = _rows(ancestral_plan(diffusion, case["respacing"]), t).t_model.flatten()
-    output = golden.network(case["model"])(x_t, model_t, GOLDEN.optional(f"{key}.y"))
+    x_t, t = of_kind(kind, GOLDEN[f"{key}.x"]), of_kind(kind, GOLDEN[f"{key}.t"])
+    model_t = _rows(ancestral_plan(diffusion, case["respacing"]), t, kind).t_model.reshape(-1)
+    output = on_kind(kind, golden.network(case["model"]))(x_t, model_t, GOLDEN.optional(f"{key}.y"))
     out, var_values = split_output(output, x_t.shape[1])
     return Inputs(diffusion, x_t, t, out, var_values, model_t)
 
 
-def _rows(plan: SamplingPlan, t: Tensor) -> PlanRows:
-    return PlanRows.from_lines(torch.from_numpy(plan.table.copy())[plan.num_steps - 1 - t])
+def _rows(plan: SamplingPlan, t: Any, kind: Kind) -> PlanRows[Any]:
+    return PlanRows.from_lines(of_kind(kind, plan.table)[plan.num_steps - 1 - t])
 
 
-def _relative_error(actual: Tensor, key: str) -> float:
-    expected = GOLDEN.tensor(key)
-    return float((actual - expected).abs().max() / expected.abs().max())
+def _noiseless(rows: PlanRows[Any]) -> PlanRows[Any]:
+    return rows._replace(noise_scale=0 * rows.noise_scale)
 
 
+def _relative_error(actual: Any, key: str) -> float:
+    expected = GOLDEN[key]
+    return float(np.abs(to_numpy(actual) - expected).max() / np.abs(expected).max())
+
+
+@KINDS
 @CASES
-def test_the_network_is_told_the_same_timestep(case: dict[str, Any]) -> None:
-    assert torch.equal(_inputs(case).model_t, GOLDEN.tensor(f"{case['key']}.model_t").float())
+def test_the_network_is_told_the_same_timestep(case: dict[str, Any], kind: Kind) -> None:
+    told = to_numpy(_inputs(case, kind).model_t)
+    np.testing.assert_array_equal(told, GOLDEN[f"{case['key']}.model_t"].astype(np.float32))
 
 
+@KINDS
 @CASES
-def test_mean_variance_and_x0_equal_the_reference(case: dict[str, Any]) -> None:
+def test_mean_variance_and_x0_equal_the_reference(case: dict[str, Any], kind: Kind) -> None:
     key = case["key"]
-    inputs = _inputs(case)
-    rows = _rows(ancestral_plan(inputs.diffusion, case["respacing"], case["clip_denoised"]), inputs.t)
-    zeros = torch.zeros_like(inputs.x_t)
-    noiseless = rows._replace(noise_scale=torch.zeros_like(rows.noise_scale))
-    step = advance(noiseless, inputs.x_t, zeros, inputs.out, inputs.var_values, zeros, zeros)
+    inputs = _inputs(case, kind)
+    rows = _rows(ancestral_plan(inputs.diffusion, case["respacing"], case["clip_denoised"]), inputs.t, kind)
+    zeros = 0 * inputs.x_t
+    step = advance(_noiseless(rows), inputs.x_t, zeros, inputs.out, inputs.var_values, zeros, zeros)
 
     assert _relative_error(step.x_prev, f"{key}.pmv.mean") < 1e-5
     assert _relative_error(step.x0, f"{key}.pmv.pred_xstart") < 2e-4
-    log_variance = torch.lerp(rows.lv_min, rows.lv_max, (inputs.var_values + 1) / 2)
+    log_variance = rows.lv_min + (rows.lv_max - rows.lv_min) * (inputs.var_values + 1) / 2
     assert _relative_error(log_variance, f"{key}.pmv.log_variance") < 1e-6
 
 
+@KINDS
 @CASES
-def test_an_ancestral_step_equals_the_reference(case: dict[str, Any]) -> None:
+def test_an_ancestral_step_equals_the_reference(case: dict[str, Any], kind: Kind) -> None:
     key = case["key"]
-    inputs = _inputs(case)
-    rows = _rows(ancestral_plan(inputs.diffusion, case["respacing"], case["clip_denoised"]), inputs.t)
-    zeros = torch.zeros_like(inputs.x_t)
-    noise = GOLDEN.tensor(f"{key}.p_sample.noise")
+    inputs = _inputs(case, kind)
+    rows = _rows(ancestral_plan(inputs.diffusion, case["respacing"], case["clip_denoised"]), inputs.t, kind)
+    zeros = 0 * inputs.x_t
+    noise = of_kind(kind, GOLDEN[f"{key}.p_sample.noise"])
     step = advance(rows, inputs.x_t, zeros, inputs.out, inputs.var_values, noise, zeros)
 
     assert _relative_error(step.x_prev, f"{key}.p_sample.sample") < 1e-5
@@ -81,13 +88,14 @@ def test_an_ancestral_step_equals_the_reference(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("eta", ["0.0", "0.5"])
+@KINDS
 @CASES
-def test_a_ddim_step_equals_the_reference(case: dict[str, Any], eta: str) -> None:
+def test_a_ddim_step_equals_the_reference(case: dict[str, Any], eta: str, kind: Kind) -> None:
     key = case["key"]
-    inputs = _inputs(case)
-    rows = _rows(ddim_plan(inputs.diffusion, case["respacing"], float(eta), case["clip_denoised"]), inputs.t)
-    zeros = torch.zeros_like(inputs.x_t)
-    noise = GOLDEN.tensor(f"{key}.ddim{eta}.noise")
+    inputs = _inputs(case, kind)
+    rows = _rows(ddim_plan(inputs.diffusion, case["respacing"], float(eta), case["clip_denoised"]), inputs.t, kind)
+    zeros = 0 * inputs.x_t
+    noise = of_kind(kind, GOLDEN[f"{key}.ddim{eta}.noise"])
     step = advance(rows, inputs.x_t, zeros, inputs.out, inputs.var_values, noise, zeros)
 
     assert _relative_error(step.x_prev, f"{key}.ddim{eta}.sample") < 1e-4

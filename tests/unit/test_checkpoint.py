@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion.checkpoint import (
+    build_network,
+    load_classifier,
+    load_unet,
+    read_weights,
+    write_checkpoint,
+)
+from diffusion.checkpoint_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AnyCheckpointConfig,
     CheckpointError,
-    build_network,
     checkpoint_sha256,
-    load_classifier,
-    load_unet,
     read_config,
-    read_weights,
-    write_checkpoint,
 )
 from diffusion.config import (
     CheckpointConfig,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -15,16 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.plans import Sampler, build_plan
-from diffusion.sampling import ImageSpec, sample_images
-from diffusion.unet import UNet
-from service.backends.self_test import candidate_sizes
+from diffusion.sampling import ClassNetwork, ImageSpec, sample_images
+from service.backends.self_test import candidate_sizes, invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import ImageParams, ImageResult, ImageStatus, PlanKey
-from service.engine.runners.torch_runner import TorchRunner
+from service.engine.runners.array_runner import ArrayRunner
+from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
+from tests.denoisers import AsNetwork, BatchDependent, ExactDenoiser, PlaceDependent
 from tests.fakes import CLASS_NAMES, CountingRunner, generation, params, tiny_checkpoint, tiny_config, tiny_network
 
 WIDTH = 4
@@ -37,25 +39,37 @@ def backend() -> TorchBackend:
         return TorchBackend(tiny_checkpoint(Path(folder) / "tiny"))
 
 
+Subject = Literal["unet", "numpy", "numpy buckets"]
+SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
+"""A torch network, and exact arithmetic on numpy arrays: at any batch size, and compiled for some."""
+
+
 @cache
-def network() -> UNet:
-    return tiny_network(tiny_config())
+def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, Any]:
+    """Return a runner that is warm, the network it runs, and the kind of array it takes."""
+    if subject == "unet":
+        return warm_runner(), tiny_network(tiny_config()), torch
+    exact = ExactDenoiser(tiny_config(), batch_sizes=(1, WIDTH, 2 * WIDTH) if subject == "numpy buckets" else None)
+    runner: ArrayRunner[Any] = ArrayRunner(exact, CONFIG)
+    runner.warm_up()
+    return runner, AsNetwork(exact), np
 
 
-def warm_runner() -> TorchRunner:
-    runner = TorchRunner(backend(), CONFIG)
+def warm_runner() -> ArrayRunner[Tensor]:
+    runner = ArrayRunner(backend(), CONFIG)
     runner.warm_up()
     return runner
 
 
 @cache
-def reference(image: ImageParams) -> bytes:
+def reference(image: ImageParams, subject: Subject = "unet") -> bytes:
     """Sample one image alone, without any engine."""
+    _, network, xp = subject_of(subject)
     plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
         seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
     )
-    return sample_images(network(), plan, [spec])[0].tobytes()
+    return sample_images(network, plan, [spec], xp=xp)[0].tobytes()
 
 
 @st.composite
@@ -84,10 +98,11 @@ SCRIPTS = st.lists(
 )
 
 
+@SUBJECTS
 @settings(max_examples=count(2000))
-@given(SCRIPTS)
-def test_joins_leaves_and_cancels_change_no_pixel(script: list[tuple[str, object]]) -> None:
-    engine = Engine({"m": warm_runner_shared()}, CONFIG, Metrics())
+@given(script=SCRIPTS)
+def test_joins_leaves_and_cancels_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
+    engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
     requests: list[list[ImageParams]] = []
     results: list[ImageResult] = []
     for action, argument in script:
@@ -107,12 +122,7 @@ def test_joins_leaves_and_cancels_change_no_pixel(script: list[tuple[str, object
     for result in results:
         if result.status is ImageStatus.DONE:
             assert result.pixels is not None
-            assert result.pixels.tobytes() == reference(requests[int(result.request_id)][result.position])
-
-
-@cache
-def warm_runner_shared() -> TorchRunner:
-    return warm_runner()
+            assert result.pixels.tobytes() == reference(requests[int(result.request_id)][result.position], subject)
 
 
 def test_a_batch_of_one_costs_no_padding_where_the_self_test_allows_it() -> None:
@@ -121,28 +131,10 @@ def test_a_batch_of_one_costs_no_padding_where_the_self_test_allows_it() -> None
     assert runner.padded_rows(WIDTH) == WIDTH
 
 
-class BatchDependent:
-    """A denoiser whose rows change a little with the batch size, as badly chosen kernels make them."""
-
-    def __init__(self, honest: TorchBackend, dependent_sizes: set[int]) -> None:
-        self.config = honest.config
-        self.numerics_id = honest.numerics_id
-        self.description = "batch dependent"
-        self._honest = honest
-        self._dependent_sizes = dependent_sizes
-
-    def embed_timesteps(self, t_model: Tensor) -> Tensor:
-        return self._honest.embed_timesteps(t_model)
-
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
-        out = self._honest(x_t, emb_t, y)
-        return out * (1 + 1e-6) if len(x_t) in self._dependent_sizes else out
-
-
 def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> None:
-    honest = TorchRunner(BatchDependent(backend(), set()), CONFIG)
+    honest = ArrayRunner(BatchDependent(backend(), set()), CONFIG)
     honest.warm_up()
-    runner = TorchRunner(BatchDependent(backend(), {1, 3}), CONFIG)
+    runner = ArrayRunner(BatchDependent(backend(), {1, 3}), CONFIG)
     runner.warm_up()
     assert set(honest.batch_sizes) - set(runner.batch_sizes) == {1, 3} & set(honest.batch_sizes)
     assert candidate_sizes(16) == [1, 2, 3, 4, 6, 8, 12]
@@ -150,8 +142,59 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     assert runner.padded_rows(3) == WIDTH
 
 
+def test_only_compiled_batch_sizes_are_run_and_one_that_changes_a_row_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    exact = ExactDenoiser(tiny_config(), batch_sizes=(1, 2, 6))
+    runner: ArrayRunner[Any] = ArrayRunner(BatchDependent(exact, {2}, exact.batch_sizes), CONFIG)
+    with caplog.at_level("INFO"):
+        runner.warm_up()
+    assert runner.batch_sizes == (1, 6)
+    assert set(exact.calls) == {1, 2, 6}
+    assert "batch dependent: a batch of 2 gives a row other bits than one of 6 does, and is not run" in caplog.messages
+    assert "batch sizes that give a row equal bits: 1, 6" in caplog.messages
+    assert [runner.padded_rows(rows) for rows in (1, 2, WIDTH)] == [1, 6, 6]
+
+
+def test_a_compiled_size_in_which_a_place_matters_is_not_run_and_the_largest_must_be_free_of_it() -> None:
+    exact = ExactDenoiser(tiny_config(), batch_sizes=(1, 3, 4))
+    assert invariant_batch_sizes(PlaceDependent(exact, {3}, exact.batch_sizes), WIDTH) == (1, 4)
+    with pytest.raises(RuntimeError, match="depends on its place in the batch"):
+        invariant_batch_sizes(PlaceDependent(exact, {4}, exact.batch_sizes), WIDTH)
+
+
+def test_a_width_beyond_the_largest_compiled_size_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"exact arithmetic: max_rows must be at most 2, .*; got 4"):
+        ArrayRunner(ExactDenoiser(tiny_config(), batch_sizes=(1, 2)), CONFIG)
+
+
+def test_the_numerics_id_follows_what_a_row_is_compared_with() -> None:
+    exact, threaded = ExactDenoiser(tiny_config()), ExactDenoiser(tiny_config())
+    threaded.threads = 2
+    runners: list[ArrayRunner[Any]] = [
+        ArrayRunner(exact, CONFIG),
+        ArrayRunner(exact, CONFIG.replace(max_rows=3)),
+        ArrayRunner(threaded, CONFIG),
+    ]
+    assert len({runner.numerics_id for runner in runners}) == 3
+
+
+def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors() -> None:
+    images = [replace(params(steps=6, cfg_scale=scale, seed=seed), class_index=2) for seed, scale in [(1, 1), (2, 2.5)]]
+    pictures = []
+    for xp in (np, torch):
+        runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config(), xp), CONFIG)
+        runner.warm_up()
+        engine = Engine({"m": runner}, CONFIG, Metrics())
+        engine.add(generation("r", *images), submitted_at=0.0)
+        pictures.append([result.pixels for _ in range(6) for result in engine.step()])
+    for of_numpy, of_torch in zip(*pictures, strict=True):
+        assert of_numpy is not None
+        assert of_torch is not None
+        assert len(np.unique(of_numpy)) > 10  # a picture, not a clamped plane
+        assert np.abs(of_numpy.astype(int) - of_torch).max() <= 1
+
+
 def test_padding_changes_no_pixel() -> None:
-    padded = TorchRunner(backend(), CONFIG)  # before its self-test it pads everything to the full width
+    padded = ArrayRunner(backend(), CONFIG)  # before its self-test it pads everything to the full width
     engine = Engine({"m": padded}, CONFIG, Metrics())
     image = replace(params(steps=4, cfg_scale=2.0, seed=3), class_index=2)
     engine.add(generation("r", image), submitted_at=0.0)
@@ -160,8 +203,9 @@ def test_padding_changes_no_pixel() -> None:
     assert results[0].pixels.tobytes() == reference(image)
 
 
-def test_a_row_that_is_not_finite_fails_alone_and_its_slot_serves_again() -> None:
-    runner = warm_runner()
+@SUBJECTS
+def test_a_row_that_is_not_finite_fails_alone_and_its_slot_serves_again(subject: Subject) -> None:
+    runner = subject_of(subject)[0]
     engine = Engine({"m": runner}, CONFIG, Metrics())
     good, bad = params(steps=4, seed=1), params(steps=4, seed=2)
     engine.add(generation("r", good, bad), submitted_at=0.0)
@@ -174,7 +218,7 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_slot_serves_again() -> Non
     for request_id, expected in (("r", good), ("again", bad)):
         pixels = finished[request_id].pixels
         assert pixels is not None
-        assert pixels.tobytes() == reference(expected)
+        assert pixels.tobytes() == reference(expected, subject)
 
 
 def test_metrics_count_calls_rows_and_row_steps() -> None:
@@ -212,7 +256,7 @@ def test_pixels_have_the_shape_of_an_image() -> None:
 @pytest.mark.parametrize("changes", [{"num_classes": None, "null_class": False}, {"image_channels": 3}])
 def test_other_kinds_of_model_run_too(tmp_path: Path, changes: dict[str, object]) -> None:
     other = TorchBackend(tiny_checkpoint(tmp_path / "other", **changes))
-    runner = TorchRunner(other, CONFIG)
+    runner = ArrayRunner(other, CONFIG)
     runner.warm_up()
     engine = Engine({"m": runner}, CONFIG, Metrics())
     conditional = other.config.model.num_classes is not None

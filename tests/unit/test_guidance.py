@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion.guidance import classifier_free, classifier_gradient
+from diffusion.classifier import classifier_gradient
+from diffusion.guidance import classifier_free
 
 
 def _outputs(channels: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,15 @@ def test_every_row_may_have_its_own_scale() -> None:
     for row, scale in enumerate(scales):
         alone = classifier_free(uncond[row : row + 1], cond[row : row + 1], scale, 3)
         assert torch.equal(together[row], alone[0])
+
+
+def test_numpy_arrays_are_guided_alike() -> None:
+    uncond, cond = _outputs(6)
+    scales = torch.tensor([0.0, 1.0, 1.5, 7.0])
+    guided = classifier_free(uncond.numpy(), cond.numpy(), scales.numpy(), 3)
+
+    assert isinstance(guided, np.ndarray)
+    np.testing.assert_array_equal(guided, classifier_free(uncond, cond, scales, 3).numpy())
 
 
 def test_the_gradient_of_a_linear_classifier_is_known() -> None:

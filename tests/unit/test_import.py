@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from cli.import_command import import_command
 from diffusion import sanity_check
-from diffusion.checkpoint import CheckpointError, expected_shapes, load_classifier, read_config, read_weights
+from diffusion.checkpoint import expected_shapes, load_classifier, read_weights
+from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, DiffusionConfig
 from diffusion.import_openai import import_checkpoint, load_state_dict
 from diffusion.openai_flags import config_from_flags, parse_flag_line

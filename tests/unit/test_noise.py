@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from diffusion import noise, noise_torch
+from diffusion import noise
+from diffusion.arrays import to_numpy
 from diffusion.noise import MAX_SEED, MAX_WORD, STREAM_STEP, STREAM_X_T, draw_class, philox
+from tests.kinds import KINDS, Kind, of_kind
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -89,7 +92,7 @@ def test_numpy_and_torch_give_the_same(rows: list[tuple[int, int, int]], shape: 
     columns = [_array(*column) for column in zip(*rows, strict=True)]
     from_numpy = noise.normal(columns[0], columns[1], columns[2], stream, shape)
     tensors = [torch.from_numpy(column) for column in columns]
-    from_torch = noise_torch.normal(tensors[0], tensors[1], tensors[2], stream, shape)
+    from_torch = noise.normal(tensors[0], tensors[1], tensors[2], stream, shape)
 
     assert from_numpy.dtype == np.float32
     assert from_torch.dtype == torch.float32
@@ -97,12 +100,15 @@ def test_numpy_and_torch_give_the_same(rows: list[tuple[int, int, int]], shape: 
     np.testing.assert_allclose(from_torch.numpy(), from_numpy, rtol=0, atol=1e-6)
 
 
-@given(st.lists(st.tuples(seeds, words, words), min_size=2, max_size=9), shapes)
-def test_a_row_does_not_know_the_other_rows(rows: list[tuple[int, int, int]], shape: Shape) -> None:
-    columns = [_array(*column) for column in zip(*rows, strict=True)]
+@KINDS
+@given(rows=st.lists(st.tuples(seeds, words, words), min_size=2, max_size=9), shape=shapes)
+def test_a_row_does_not_know_the_other_rows(kind: Kind, rows: list[tuple[int, int, int]], shape: Shape) -> None:
+    columns = [of_kind(kind, _array(*column)) for column in zip(*rows, strict=True)]
     together = noise.normal(columns[0], columns[1], columns[2], STREAM_STEP, shape)
-    for index, (seed, image_index, step) in enumerate(rows):
-        np.testing.assert_array_equal(together[index], _normal(seed, image_index, step, STREAM_STEP, shape))
+    for index in range(len(rows)):
+        seed, image_index, step = (column[index : index + 1] for column in columns)
+        alone = noise.normal(seed, image_index, step, STREAM_STEP, shape)
+        np.testing.assert_array_equal(to_numpy(together[index]), to_numpy(alone[0]))
 
 
 @settings(max_examples=20)
@@ -171,21 +177,22 @@ def test_numbers_out_of_range_are_refused(name: str, row: tuple[int, int, int]) 
         noise.normal(arrays[0], arrays[1], arrays[2], STREAM_STEP, (1, 2, 2))
     tensors = [torch.from_numpy(array) for array in arrays]
     with pytest.raises(ValueError, match=rf"{name} must be in 0\.\."):
-        noise_torch.normal(tensors[0], tensors[1], tensors[2], STREAM_STEP, (1, 2, 2))
+        noise.normal(tensors[0], tensors[1], tensors[2], STREAM_STEP, (1, 2, 2))
 
 
 def test_arrays_whose_products_would_overflow_are_refused() -> None:
+    narrow: npt.NDArray[Any] = np.zeros(1, dtype=np.int32)
     with pytest.raises(ValueError, match="steps must be int64"):
-        noise.normal(_array(0), _array(0), np.zeros(1, dtype=np.int32), STREAM_STEP, (1, 2, 2))
+        noise.normal(_array(0), _array(0), narrow, STREAM_STEP, (1, 2, 2))
     zero = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="seeds must be int64"):
-        noise_torch.normal(zero.int(), zero, zero, STREAM_STEP, (1, 2, 2))
+        noise.normal(zero.int(), zero, zero, STREAM_STEP, (1, 2, 2))
 
 
 def test_no_rows_give_no_noise() -> None:
     assert noise.normal(_array(), _array(), _array(), STREAM_STEP, (1, 2, 3)).shape == (0, 1, 2, 3)
     none = torch.zeros(0, dtype=torch.int64)
-    assert noise_torch.normal(none, none, none, STREAM_STEP, (1, 2, 3)).shape == (0, 1, 2, 3)
+    assert noise.normal(none, none, none, STREAM_STEP, (1, 2, 3)).shape == (0, 1, 2, 3)
 
 
 @given(seeds, words, st.integers(1, 1000))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.checkpoint import load_unet, read_config
+from diffusion.checkpoint import load_unet
+from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig, ModelConfig
 from diffusion.unet import UNet
 from tests.golden import load

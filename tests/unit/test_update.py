@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion import noise_torch
+from diffusion.arrays import to_numpy
 from diffusion.config import DiffusionConfig
-from diffusion.noise import STREAM_STEP, STREAM_X_T
+from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
 from diffusion.update import PlanRows, Step, advance, from_uint8, sample_loop, to_uint8
+from tests.kinds import KINDS, Kind, of_kind, on_kind
 
 COSINE = DiffusionConfig()
 PLANS = (
@@ -25,15 +26,16 @@ PLANS = (
 )
 
 
-def _rows(lines: np.ndarray[Any, Any]) -> PlanRows:
+def _rows(lines: np.ndarray[Any, Any]) -> PlanRows[Tensor]:
     return PlanRows.from_lines(torch.from_numpy(np.array(lines)))
 
 
-def _line(**columns: float) -> PlanRows:
+def _line(**columns: float) -> PlanRows[Tensor]:
     line = [columns.get(name, 0.0) for name in PLAN_COLUMNS]
     return PlanRows.from_lines(torch.tensor([line], dtype=torch.float32))
 
 
+@KINDS
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 33), st.integers(1, 33)),
     picks=st.lists(st.tuples(st.integers(0, len(PLANS) - 1), st.floats(0, 1)), min_size=2, max_size=9),
@@ -41,17 +43,22 @@ def _line(**columns: float) -> PlanRows:
 )
 @settings(max_examples=60)
 def test_a_row_does_not_know_which_samplers_and_steps_are_beside_it(
-    shape: tuple[int, int, int], picks: list[tuple[int, float]], seed: int
+    kind: Kind, shape: tuple[int, int, int], picks: list[tuple[int, float]], seed: int
 ) -> None:
     lines = np.stack([PLANS[plan].table[round(at * (PLANS[plan].num_steps - 1))] for plan, at in picks])
-    generator = torch.Generator().manual_seed(seed)
-    arguments = [torch.randn(len(picks), *shape, generator=generator) for _ in range(6)]
-    together = advance(_rows(lines), *arguments)
+    rng = np.random.default_rng(seed)
+    arguments = [rng.standard_normal((len(picks), *shape), dtype=np.float32) for _ in range(6)]
+    together = _advance(kind, lines, arguments)
 
     for row in range(len(picks)):
-        alone = advance(_rows(lines[row : row + 1]), *(argument[row : row + 1].clone() for argument in arguments))
-        assert torch.equal(alone.x_prev[0], together.x_prev[row])
-        assert torch.equal(alone.x0[0], together.x0[row])
+        alone = _advance(kind, lines[row : row + 1], [argument[row : row + 1] for argument in arguments])
+        np.testing.assert_array_equal(alone.x_prev[0], together.x_prev[row])
+        np.testing.assert_array_equal(alone.x0[0], together.x0[row])
+
+
+def _advance(kind: Kind, lines: np.ndarray[Any, Any], arguments: list[np.ndarray[Any, Any]]) -> Step[Any]:
+    rows = PlanRows.from_lines(of_kind(kind, lines))
+    return Step(*(to_numpy(part) for part in advance(rows, *(of_kind(kind, argument) for argument in arguments))))
 
 
 def _rowwise_network(x_t: Tensor, t_model: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ def _rowwise_network(x_t: Tensor, t_model: Tensor) -> Tensor:
 
 def _noise_for(seed: int, image_index: int, step: int, stream: int) -> Tensor:
     key = torch.tensor([seed])
-    return noise_torch.normal(key, torch.tensor([image_index]), torch.tensor([step]), stream, (1, 6, 6))
+    return normal(key, torch.tensor([image_index]), torch.tensor([step]), stream, (1, 6, 6))
 
 
 def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
@@ -86,24 +93,37 @@ def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
         steps = torch.tensor([now - starts[i] for i in batch])
         rows = _rows(np.stack([plans[i].table[now - starts[i]] for i in batch]))
         output = _rowwise_network(x[batch], rows.t_model.flatten())
-        z = noise_torch.normal(
-            torch.tensor([seeds[i] for i in batch]), torch.tensor(batch), steps, STREAM_STEP, (1, 6, 6)
-        )
+        z = normal(torch.tensor([seeds[i] for i in batch]), torch.tensor(batch), steps, STREAM_STEP, (1, 6, 6))
         zeros = torch.zeros_like(z)
         x[batch] = advance(rows, x[batch], zeros, output[:, :1], output[:, 1:], z, zeros).x_prev
 
     assert torch.equal(x, torch.cat(alone))
 
 
-def test_a_row_that_is_not_finite_is_told_and_spoils_no_other() -> None:
-    rows = _rows(np.stack([PLANS[0].table[3]] * 3))
-    out = torch.zeros(3, 1, 4, 4)
-    out[1, 0, 2, 2] = torch.nan
-    zeros = torch.zeros_like(out)
-    step = advance(rows, torch.ones_like(out), zeros, out, zeros, zeros, zeros)
+@KINDS
+@pytest.mark.parametrize(("out_value", "var_value"), [(np.nan, 0.0), (np.inf, 0.0), (0.0, 1e30), (0.0, np.inf)])
+def test_a_row_that_is_not_finite_is_told_and_spoils_no_other(kind: Kind, out_value: float, var_value: float) -> None:
+    zeros = np.zeros((3, 1, 4, 4), dtype=np.float32)
+    out, var_values = zeros.copy(), zeros.copy()
+    out[1, 0, 2, 2], var_values[1, 0, 2, 2] = out_value, var_value
+    # Without clipping, which makes an infinite x0 finite again. Warnings are errors here: numpy must not warn of it.
+    lines = np.stack([ancestral_plan(COSINE, "50", clip=False).table[3]] * 3)
+    step = _advance(kind, lines, [zeros + 1, zeros, out, var_values, zeros + 1, zeros])
 
     assert step.ok.tolist() == [True, False, True]
-    assert step.x_prev[[0, 2]].isfinite().all()
+    assert np.isfinite(step.x_prev[[0, 2]]).all()
+
+
+def test_a_chain_of_numpy_arrays_equals_one_of_tensors() -> None:
+    rng = np.random.default_rng(0)
+    plan = ddim_plan(COSINE, "17", 0.5)
+    x_T = rng.standard_normal((2, 1, 6, 6), dtype=np.float32)
+    noise = rng.standard_normal((plan.num_steps, 2, 1, 6, 6), dtype=np.float32)
+    of_torch = sample_loop(_rowwise_network, plan, torch.from_numpy(x_T), torch.from_numpy(noise))
+    of_numpy = sample_loop(on_kind("numpy", _rowwise_network), plan, x_T, noise)
+
+    assert isinstance(of_numpy, np.ndarray)
+    np.testing.assert_allclose(of_numpy, of_torch.numpy(), rtol=0, atol=1e-5)
 
 
 def test_noise_is_not_read_where_the_plan_adds_none() -> None:
@@ -196,7 +216,7 @@ def test_the_loop_hands_each_step_the_x0_of_the_step_before() -> None:
 
 
 def test_the_loop_reports_each_step_and_records_no_gradients() -> None:
-    seen: list[tuple[int, Step]] = []
+    seen: list[tuple[int, Step[Tensor]]] = []
     weight = torch.ones(1, requires_grad=True)
     x = sample_loop(
         lambda x_t, _: x_t * weight,
@@ -226,9 +246,10 @@ def test_plan_rows_name_the_columns_in_order() -> None:
         assert column.flatten().tolist() == [index, 12 + index]
 
 
-def test_pixels_are_truncated_after_clamping_and_channels_come_last() -> None:
-    x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0]).reshape(1, 6, 1, 1).expand(1, 6, 2, 3)
-    pixels = to_uint8(x)
+@KINDS
+def test_pixels_are_truncated_after_clamping_and_channels_come_last(kind: Kind) -> None:
+    x = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0], dtype=np.float32).reshape(1, 6, 1, 1)
+    pixels = to_uint8(of_kind(kind, np.broadcast_to(x, (1, 6, 2, 3))))
 
     assert pixels.shape == (1, 2, 3, 6)
     assert pixels.dtype == np.uint8
@@ -240,6 +261,6 @@ def test_pixels_become_images_in_channel_order() -> None:
     x = from_uint8(pixels)
 
     assert x.shape == (2, 5, 3, 4)
-    assert x.dtype == torch.float32
+    assert x.dtype == np.float32
     torch.testing.assert_close(x[1, 4, 2, 3].item(), pixels[1, 2, 3, 4] / 127.5 - 1)
-    assert from_uint8(np.array([[[[0, 255]]]], dtype=np.uint8)).flatten().tolist() == [-1, 1]
+    assert from_uint8(np.array([[[[0, 255]]]], dtype=np.uint8)).ravel().tolist() == [-1, 1]

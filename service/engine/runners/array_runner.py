@@ -1,0 +1,127 @@
+"""The runner, for numpy arrays and tensors alike: gather, one network call, guidance, noise, one update, scatter."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Generic
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.arrays import A, to_numpy
+from diffusion.guidance import classifier_free
+from diffusion.noise import STREAM_STEP, normal
+from diffusion.plans import build_plan
+from diffusion.update import PlanRows, advance, split_output, to_uint8
+from service.backends.base import Denoiser
+from service.backends.self_test import invariant_batch_sizes
+from service.engine.config import EngineConfig
+from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.slots import SlotTable
+from service.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+class ArrayRunner(Generic[A]):
+    """Implements `Runner` with a `SlotTable` of the kind, and on the device, that its denoiser takes.
+
+    Raises:
+        ModelError: the denoiser was compiled for batches smaller than the engine's width.
+    """
+
+    def __init__(self, denoiser: Denoiser[A], config: EngineConfig) -> None:
+        compiled = denoiser.batch_sizes
+        if compiled is not None and config.max_rows > compiled[-1]:
+            raise ModelError(
+                f"{denoiser.description}: max_rows must be at most {compiled[-1]}, the largest batch that it was "
+                f"compiled for; got {config.max_rows}"
+            )
+        self.numerics_id = _numerics_id(denoiser, config.max_rows)
+        self.batch_sizes: tuple[int, ...] = (config.max_rows if compiled is None else compiled[-1],)
+        """Rows a network call may have; the self-test finds more than the largest."""
+        self._denoiser: Denoiser[A] = denoiser
+        self._max_rows = config.max_rows
+        self._channels = denoiser.config.model.image_channels
+        self._null_class = denoiser.config.model.num_classes or 0
+        self._conditional = denoiser.config.model.num_classes is not None
+        self._slots: SlotTable[A] = SlotTable(
+            denoiser.config, config.num_slots, config.plan_lines, denoiser.xp, denoiser.device
+        )
+
+    def warm_up(self) -> None:
+        """Find the batch sizes that give a row the same bits as the largest, then take a real step."""
+        self.batch_sizes = invariant_batch_sizes(self._denoiser, self._max_rows)
+        params = ImageParams(
+            plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=0
+        )
+        self.start([Start(slot=0, params=params, plan_offset=0, write_plan=True)])
+        self.step([0])
+        self.read([0])
+        log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
+
+    def start(self, starts: Sequence[Start]) -> None:
+        """Set slots up; plans are computed here, once for all images that share one."""
+        xp, device = self._denoiser.xp, self._denoiser.device
+        for start in starts:
+            if start.write_plan:
+                key = start.params.plan
+                plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
+                t_model = xp.asarray(plan.column("t_model").copy(), device=device)
+                self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model))
+        if starts:
+            self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        """Advance the images in these slots by one step. Reading the flags is the only wait for the device."""
+        table = self._slots
+        index = table.integers(slots)
+        x_t, step = table.x[index], table.step[index]
+        line = table.plan_offset[index] + step
+
+        out = self._network(slots, x_t, table.emb_t[line], table.y[index], table.cfg_scale[index])
+        prediction, var_values = split_output(out, self._channels)
+        z = normal(table.seed[index], table.image_index[index], step, STREAM_STEP, table.image_shape)
+        rows = PlanRows.from_lines(table.plan[line])
+        no_gradient = self._denoiser.xp.zeros_like(x_t)
+        result = advance(rows, x_t, table.x0[index], prediction, var_values, z, no_gradient)
+
+        table.x[index] = result.x_prev
+        table.x0[index] = result.x0
+        table.step[index] = step + 1
+        ok: list[bool] = to_numpy(result.ok).tolist()
+        return ok
+
+    def padded_rows(self, rows: int) -> int:
+        """Round up to the next batch size that may be run."""
+        return self.batch_sizes[bisect_left(self.batch_sizes, rows)]
+
+    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Turn finished images into pixels."""
+        return to_uint8(self._slots.x[self._slots.integers(slots)])
+
+    def _network(self, slots: Sequence[int], x_t: A, emb_t: A, y: A, scale: A) -> A:
+        """Call the network on [n] images plus a second row, with the null class, for each guided one."""
+        count: int = len(slots)
+        guided: list[int] = [place for place, slot in enumerate(slots) if self._slots.is_guided[slot]]
+        used = count + len(guided)
+        padding: list[int] = [0] * (self.padded_rows(used) - used)  # any row will do: its result is not looked at
+        rows = self._slots.integers([*range(count), *guided, *padding])
+        labels = y[rows]
+        labels[count:used] = self._null_class
+        out = self._denoiser(x_t[rows], emb_t[rows], labels if self._conditional else None)
+        if not guided:
+            return out[:count]
+        uncond_row = list(range(count))
+        for row, place in enumerate(guided, start=count):
+            uncond_row[place] = row
+        return classifier_free(out[self._slots.integers(uncond_row)], out[:count], scale, self._channels)
+
+
+def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
+    """Add what the runner contributes: the self-test compares with its own full width, at its number of threads."""
+    depends_on = f"{denoiser.numerics_id}\nwidth {max_rows}\nthreads {denoiser.threads}"
+    return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

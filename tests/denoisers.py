@@ -1,0 +1,90 @@
+"""Denoisers for tests of what runs them: exact arithmetic on either kind of array, and backends that misbehave.
+
+No torch is imported here: tests/unit/test_without_torch.py runs them where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffusion.arrays import namespace
+from diffusion.config import CheckpointConfig
+from service.backends.base import Denoiser
+
+
+class ExactDenoiser:
+    """A network of sums, products and bounds, which are rounded alike everywhere: no batch and no library shows.
+
+    It mixes neighbouring pixels and depends on timestep and label, so that a mistaken row shows instead.
+    """
+
+    def __init__(self, config: CheckpointConfig, xp: Any = np, batch_sizes: tuple[int, ...] | None = None) -> None:
+        self.config = config
+        self.numerics_id = "exact"
+        self.description = "exact arithmetic"
+        self.batch_sizes = batch_sizes
+        self.threads = 1
+        self.xp = xp
+        self.device = "cpu"
+        self.calls: list[int] = []
+
+    def embed_timesteps(self, t_model: Any) -> Any:
+        channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
+        return t_model[:, None] / 1024 + channels[None]
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        self.calls.append(len(x_t))
+        xp = namespace(x_t)
+        told = xp.reshape(emb_t[:, 1], (-1, 1, 1, 1))
+        if y is not None:
+            told = told + xp.reshape(xp.astype(y, xp.float32), (-1, 1, 1, 1)) / 8
+        mixed = x_t * 0.75 + xp.roll(x_t, 1, axis=3) * 0.5 - xp.roll(x_t, 1, axis=2) * told
+        out = xp.minimum(xp.maximum(mixed, xp.full_like(mixed, -4)), xp.full_like(mixed, 4))
+        return xp.concat([out, 0.25 * out * told], axis=1)[:, : self.config.model.out_channels]
+
+
+class BatchDependent:
+    """A denoiser whose rows change a little at some batch sizes, as badly chosen kernels make them."""
+
+    def __init__(
+        self, honest: Denoiser[Any], dependent_sizes: set[int], batch_sizes: tuple[int, ...] | None = None
+    ) -> None:
+        self.config = honest.config
+        self.numerics_id = honest.numerics_id
+        self.description = "batch dependent"
+        self.batch_sizes = batch_sizes
+        self.threads = honest.threads
+        self.xp = honest.xp
+        self.device = honest.device
+        self._honest = honest
+        self._dependent_sizes = dependent_sizes
+
+    def embed_timesteps(self, t_model: Any) -> Any:
+        return self._honest.embed_timesteps(t_model)
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        out = self._honest(x_t, emb_t, y)
+        return out * (1 + 1e-6) if len(x_t) in self._dependent_sizes else out
+
+
+class PlaceDependent(BatchDependent):
+    """A denoiser whose last row changes a little at some batch sizes."""
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        out = self._honest(x_t, emb_t, y)
+        if len(x_t) in self._dependent_sizes:
+            out[len(x_t) - 1] *= 1 + 1e-6
+        return out
+
+
+class AsNetwork:
+    """A denoiser that is called like a UNet, for the one-image sampler."""
+
+    def __init__(self, denoiser: Denoiser[Any]) -> None:
+        self.config = denoiser.config.model
+        self._denoiser = denoiser
+
+    def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
+        return self._denoiser(x_t, self._denoiser.embed_timesteps(t), y)
