@@ -3,8 +3,10 @@
 ServiceError
 ├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
 ├── UnknownModel          no model of that name is served
+├── DeadlineUnmeetable    it could not be done in time; says when it would be
 ├── Unavailable           the request was fine, the service cannot take it now
 │   ├── QueueFull
+│   ├── ClientLimit       this client holds its part of the queue
 │   └── Draining
 └── GenerationFailed      accepted, but did not come to pictures
     ├── NotFinite         this image's numbers overflowed; its neighbours are fine
@@ -36,6 +38,15 @@ class UnknownModel(ServiceError):
         super().__init__(f"model: must be one of {', '.join(known)}; got {name!r}")
 
 
+class DeadlineUnmeetable(ServiceError):
+    """The predicted finish is later than the deadline; nothing was done."""
+
+    def __init__(self, deadline_s: float, predicted_s: float) -> None:
+        super().__init__(f"deadline: would be done in {predicted_s:.3g} s, wanted within {deadline_s:.3g} s")
+        self.deadline_s = deadline_s
+        self.predicted_s = predicted_s
+
+
 class Unavailable(ServiceError):
     """Refused before any work was done; trying again later is safe."""
 
@@ -45,7 +56,11 @@ class Unavailable(ServiceError):
 
 
 class QueueFull(Unavailable):
-    """As many images are in flight as the queue allows."""
+    """As much is in flight as the queue allows."""
+
+
+class ClientLimit(Unavailable):
+    """As much of this client's is in flight as one client may hold."""
 
 
 class Draining(Unavailable):

@@ -16,6 +16,7 @@ REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 60
 QUEUE_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 
 
 class Metrics:
@@ -53,6 +54,32 @@ class Metrics:
         )
         self.images_waiting = Gauge("iddpm_images_waiting", "Queue depth: images not yet started", registry=registry)
         self.images_running = Gauge("iddpm_images_running", "Images that hold a slot", registry=registry)
+        self.images_evicted = Gauge(
+            "iddpm_images_evicted", "Images that have started and whose state is in host memory", registry=registry
+        )
+        self.preemptions = Counter(
+            "iddpm_preemptions_total",
+            "Images that could have gone on and were not picked for a step",
+            registry=registry,
+        )
+        self.evictions = Counter(
+            "iddpm_evictions_total", "Images whose state was copied to host memory to free a slot", registry=registry
+        )
+        self.deadline_misses = Counter(
+            "iddpm_deadline_misses_total", "Images delivered after their deadline", registry=registry
+        )
+        self.predicted_wait_seconds = Histogram(
+            "iddpm_predicted_wait_seconds",
+            "Predicted on admission: until a request's first network call",
+            buckets=QUEUE_BUCKETS,
+            registry=registry,
+        )
+        self.finish_over_predicted = Histogram(
+            "iddpm_finish_over_predicted_ratio",
+            "Time from a request's admission to its last image, divided by what was predicted on admission",
+            buckets=RATIO_BUCKETS,
+            registry=registry,
+        )
         self.network_calls = Counter("iddpm_network_calls_total", "Network calls", ["model"], registry=registry)
         self.rows_per_call = Histogram(
             "iddpm_rows_per_network_call",
@@ -62,9 +89,19 @@ class Metrics:
         )
         self.padded_rows = Counter("iddpm_padded_rows_total", "Rows computed for padding only", registry=registry)
         self.row_steps = Counter("iddpm_row_steps_total", "Rows advanced by one sampling step", registry=registry)
+        self.wasted_row_steps = Counter(
+            "iddpm_wasted_row_steps_total",
+            "Row-steps taken for images that were cancelled or failed",
+            registry=registry,
+        )
+        self.remaining_row_steps = Gauge(
+            "iddpm_remaining_row_steps", "Row-steps left of everything in flight", registry=registry
+        )
+        self.width_rows = Gauge("iddpm_width_rows", "Most rows of a step, as chosen", ["model"], registry=registry)
         self.step_seconds = Histogram(
             "iddpm_engine_step_seconds",
-            "One engine step: gather, network call, update",
+            "One engine step: schedule, gather, network call, update; by padded rows",
+            ["model", "padded_rows"],
             buckets=STEP_BUCKETS,
             registry=registry,
         )

@@ -12,7 +12,7 @@ import torch
 from diffusion.checkpoint import write_checkpoint
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, SamplingDefaults
 from diffusion.unet import UNet
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, Start
+from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start
 
 CLASS_NAMES = ("Ape", "Bee", "Cat", "T-shirt/top")
 
@@ -61,9 +61,18 @@ def params(steps: int = 5, cfg_scale: float = 1.0, seed: int = 0) -> ImageParams
     return ImageParams(plan=key, num_steps=steps, seed=seed, image_index=0, class_index=0, cfg_scale=cfg_scale)
 
 
-def generation(request_id: str, *images: ImageParams, model: str = "m") -> GenerationRequest:
+def generation(
+    request_id: str,
+    *images: ImageParams,
+    model: str = "m",
+    client: str = "",
+    priority: Priority = Priority.INTERACTIVE,
+    deadline_s: float | None = None,
+) -> GenerationRequest:
     """Describe a request."""
-    return GenerationRequest(request_id=request_id, model=model, images=images)
+    return GenerationRequest(
+        request_id=request_id, model=model, images=images, client=client, priority=priority, deadline_s=deadline_s
+    )
 
 
 class CountingRunner:
@@ -92,6 +101,14 @@ class CountingRunner:
         for slot in slots:
             self.steps[slot] += 1
         return [self._fail_slots_at.get(slot) != self.steps[slot] for slot in slots]
+
+    def evict(self, slots: Sequence[int]) -> list[object]:
+        return [self.steps.pop(slot) for slot in slots]
+
+    def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
+        for slot, steps in zip(slots, saved, strict=True):
+            assert isinstance(steps, int)
+            self.steps[slot] = steps
 
     def padded_rows(self, rows: int) -> int:
         return rows

@@ -12,13 +12,25 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest, ImageResult, ImageStatus
-from service.errors import Aborted, Draining, EngineDead, InvalidRequest, NotFinite, QueueFull, ServiceError
+from service.engine.forecast import Forecast, Prediction
+from service.engine.request import GenerationRequest, ImageResult, ImageStatus, Priority, images_of
+from service.errors import (
+    Aborted,
+    ClientLimit,
+    DeadlineUnmeetable,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    NotFinite,
+    QueueFull,
+    ServiceError,
+)
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -59,6 +71,10 @@ class Ticket:
 
     request: GenerationRequest
     images: list[asyncio.Future[ImageResult]]
+    submitted_at: float
+    """time.monotonic() at admission."""
+    prediction: Prediction
+    """Made at admission; `AsyncEngine.eta` has a newer one."""
     pending: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +98,8 @@ class AsyncEngine:
         self._on_state = on_state
         self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
-        self._images_in_flight = 0
-        self._row_steps_accepted = 0
+        self._forecast = Forecast(config, engine.costs)
+        self._rows_in_flight: Counter[str] = Counter()  # by client
         self._idle = asyncio.Event()
         self._idle.set()
         self._ended = asyncio.Event()
@@ -103,36 +119,78 @@ class AsyncEngine:
 
         Raises:
             InvalidRequest: more images than could ever be in flight.
-            QueueFull: too many images are in flight.
+            QueueFull: too many rows are in flight, or the predicted wait is too long.
+            ClientLimit: too many of them are this client's.
+            DeadlineUnmeetable: it would not be done in time.
             Draining: starting up, shutting down, or stopped with an error.
         """
         if self.state is not EngineState.READY:
             raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
-        count, limit = len(request.images), self._config.max_in_flight
-        if count > limit:
-            raise InvalidRequest("n", f"must be at most {limit}, the images this service can hold; got {count}")
-        if self._images_in_flight + count > limit:
-            raise QueueFull(
-                f"{self._images_in_flight} images are in flight, at most {limit} can be; this request has {count}",
-                self.predicted_wait_s(),
-            )
+        self._check_room(request)
+        now = time.monotonic()
+        images, view = images_of(request, now), self._engine.view()
+        prediction = self._forecast.predict(images, view)
+        self._check_prediction(request, prediction)
+
         loop = asyncio.get_running_loop()
-        ticket = Ticket(request, [loop.create_future() for _ in request.images])
-        self._tickets[request.request_id] = ticket
-        self._images_in_flight += count
-        self._row_steps_accepted += request.row_steps
+        futures: list[asyncio.Future[ImageResult]] = [loop.create_future() for _ in images]
+        self._tickets[request.request_id] = Ticket(request, futures, now, prediction)
+        self._forecast.add(images, view)
+        self._rows_in_flight[request.client] += request.rows
+        self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
         self._idle.clear()
-        self._commands.put(_Add(request, time.monotonic()))
-        return ticket
+        self._commands.put(_Add(request, now))
+        return self._tickets[request.request_id]
+
+    def _check_room(self, request: GenerationRequest) -> None:
+        """Refuse by rows: what is in flight in all, and of this client."""
+        rows, limit = request.rows, self._config.max_in_flight
+        in_flight = self._rows_in_flight.total()
+        if rows > limit:
+            count = limit * len(request.images) // rows
+            raise InvalidRequest(
+                "n", f"must be at most {count}, the images this service can hold; got {len(request.images)}"
+            )
+        if in_flight + rows > limit:
+            raise QueueFull(
+                f"{in_flight} rows are in flight, at most {limit} can be; this request has {rows}",
+                self._until_free_s(in_flight + rows - limit),
+            )
+        own, part = self._rows_in_flight[request.client], int(limit * self._config.client_share)
+        if request.client and own and own + rows > part:  # whoever has nothing in flight is never refused here
+            raise ClientLimit(
+                f"{own} rows of this client are in flight, at most {part} can be; this request has {rows}",
+                self._until_free_s(own + rows - part),
+            )
+
+    def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:
+        """Refuse by predicted time: waits that are too long, and deadlines that cannot be met."""
+        too_long = prediction.wait_s - self._config.max_wait_s
+        if too_long > 0 and request.priority is Priority.INTERACTIVE:
+            raise QueueFull(
+                f"the predicted wait is {prediction.wait_s:.3g} s, at most {self._config.max_wait_s:.3g} s can be",
+                max(1.0, too_long),
+            )
+        if request.deadline_s is not None and prediction.finish_s > request.deadline_s:
+            raise DeadlineUnmeetable(request.deadline_s, prediction.finish_s)
+
+    def _until_free_s(self, rows: int) -> float:
+        """Predict when so many of the rows in flight will have left, taking all to be alike; at least a second."""
+        return max(1.0, self._forecast.backlog_s(self._engine.view()) * rows / max(rows, self._rows_in_flight.total()))
 
     def abort(self, request_id: str) -> None:
         """Free a request's rows at the next step; its unfinished images end with `Aborted`."""
         if request_id in self._tickets:
             self._commands.put(_Abort(request_id))
 
+    def eta(self, request_id: str) -> Prediction | None:
+        """Say how many images come before a request's and when it will be done; None: it is, or was never accepted."""
+        ticket = self._tickets.get(request_id)
+        return None if ticket is None else self._forecast.eta(request_id, len(ticket.images), self._engine.view())
+
     def predicted_wait_s(self) -> float:
         """Predict how long it takes until all accepted requests are done, at the measured rate; at least a second."""
-        return max(1.0, self._row_steps_accepted * self._engine.seconds_per_row_step)
+        return max(1.0, self._forecast.backlog_s(self._engine.view()))
 
     def drain(self) -> None:
         """Refuse new requests from now on; accepted ones go on."""
@@ -157,6 +215,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             self._engine.warm_up()
+            self._engine.measure()
             self._tell(self._on_warm)
             while self._take_commands():
                 self._deliver(self._engine.step())
@@ -210,18 +269,30 @@ class AsyncEngine:
             if result.status is ImageStatus.DONE:
                 self._metrics.queue_seconds.observe(result.queue_s)
                 self._metrics.compute_seconds.observe(result.compute_s)
+                self._metrics.deadline_misses.inc(result.late_s > 0)
                 _resolve(future, result)
             elif result.status is ImageStatus.FAILED:
                 _resolve(future, NotFinite(f"image {params.image_index}: its numbers overflowed while sampling"))
             else:
                 _resolve(future, Aborted("the request was cancelled"))
             ticket.pending -= 1
-            self._images_in_flight -= 1
-            self._row_steps_accepted -= params.rows * params.num_steps
+            self._forecast.remove(result.request_id, result.position)
+            self._rows_in_flight[ticket.request.client] -= params.rows
             if ticket.pending == 0:
-                del self._tickets[result.request_id]
+                self._end(ticket)
         if not self._tickets:
             self._idle.set()
+
+    def _end(self, ticket: Ticket) -> None:
+        """Forget a request that has ended, and note how true its prediction was if it came to all its pictures."""
+        request = ticket.request
+        del self._tickets[request.request_id]
+        if not self._rows_in_flight[request.client]:
+            del self._rows_in_flight[request.client]
+        complete = all(future.done() and not future.cancelled() and not future.exception() for future in ticket.images)
+        if complete and ticket.prediction.finish_s > 0:
+            took = time.monotonic() - ticket.submitted_at
+            self._metrics.finish_over_predicted.observe(took / ticket.prediction.finish_s)
 
     def _on_death(self, message: str) -> None:
         self._set_state(EngineState.DEAD)
@@ -229,7 +300,6 @@ class AsyncEngine:
             for future in ticket.images:
                 _resolve(future, EngineDead(message))
         self._tickets.clear()
-        self._images_in_flight = self._row_steps_accepted = 0
         self._idle.set()
         self.died.set()
 

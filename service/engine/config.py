@@ -1,4 +1,4 @@
-"""EngineConfig: how wide, how long a queue, how many slots."""
+"""EngineConfig: how wide, how long a queue, how many slots, in which order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field
 
 from diffusion.config import FrozenConfig
+from service.engine.policies import PolicyName
 
 
 class EngineConfig(FrozenConfig):
@@ -17,7 +18,23 @@ class EngineConfig(FrozenConfig):
     slots_per_row: int = Field(default=4, ge=1)
     """Slots (images in flight that have started) per row of width."""
     max_queue: int = Field(default=256, ge=0)
-    """Images accepted beyond the width before requests are refused."""
+    """Rows accepted beyond the width before requests are refused; an image with guidance takes two."""
+    max_wait_s: float = Field(default=600.0, gt=0)
+    """Longest predicted wait of an interactive request before it is refused; what is alone never waits."""
+    client_share: float = Field(default=0.5, gt=0, le=1)
+    """Part of all accepted rows that one named client may hold."""
+    policy: PolicyName = "srw"
+    """Who is served next within a priority, see `service.engine.policies`."""
+    ageing: float = Field(default=0.5, gt=0)
+    """Row-steps of remaining work that a step of waiting makes up for under srw; chosen in docs/decisions/0005."""
+    client_allowance: int = Field(default=500, ge=1)
+    """Row-steps a client may have had beyond an equal part before it lets others go first; a long image takes 500."""
+    batch_share: float = Field(default=0.125, ge=0, lt=1)
+    """Part of the row-steps that batch work gets, if it wants them, however much interactive work there is."""
+    width_efficiency: float = Field(default=0.95, gt=0, le=1)
+    """Run at the smallest width whose row rate is at least this part of the best one."""
+    timed_calls: int = Field(default=3, ge=0)
+    """Steps timed at start-up per batch size; 0: learn what a step costs from the first ones."""
     plan_lines: int = Field(default=16384, ge=16)
     """Capacity of a model's table of sampling plans, in lines (one per step of each distinct plan in flight)."""
 
@@ -32,5 +49,5 @@ class EngineConfig(FrozenConfig):
 
     @property
     def max_in_flight(self) -> int:
-        """Images accepted and not finished, at most."""
+        """Rows accepted and not finished, at most."""
         return self.max_rows + self.max_queue

@@ -40,6 +40,13 @@ class ImageParams:
         return 1 if self.cfg_scale == 1.0 else 2
 
 
+class Priority(enum.Enum):
+    """Who goes first: batch work takes what interactive work leaves, and never less than its share."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One call of a client, checked and complete: n images of one model."""
@@ -47,6 +54,16 @@ class GenerationRequest:
     request_id: str
     model: str
     images: tuple[ImageParams, ...]
+    client: str = ""
+    """Who asks, for fairness; requests without a name share one. Opaque: an address, the hash of a key."""
+    priority: Priority = Priority.INTERACTIVE
+    deadline_s: float | None = None
+    """Seconds from its admission within which every image is wanted; None: whenever."""
+
+    @property
+    def rows(self) -> int:
+        """Network rows per step of all its images."""
+        return sum(image.rows for image in self.images)
 
     @property
     def row_steps(self) -> int:
@@ -58,7 +75,11 @@ class ImageStatus(enum.Enum):
     """Where an image is in its life."""
 
     WAITING = "waiting"
+    """Not started: holds nothing."""
     RUNNING = "running"
+    """Holds a slot, whether or not it takes part in this step."""
+    EVICTED = "evicted"
+    """Started; its state is in host memory, its slot serves another."""
     DONE = "done"
     FAILED = "failed"
     ABORTED = "aborted"
@@ -66,7 +87,7 @@ class ImageStatus(enum.Enum):
 
 @dataclass(eq=False, kw_only=True)
 class Image:
-    """An image in flight. The scheduler writes everything below `sequence`."""
+    """An image in flight. The scheduler writes `sequence` and everything below it."""
 
     request_id: str
     position: int
@@ -75,14 +96,52 @@ class Image:
     params: ImageParams
     submitted_at: float
     """time.monotonic() at admission."""
+    rows: int = field(init=False)
+    """Network rows per step."""
+    client: str = ""
+    priority: Priority = Priority.INTERACTIVE
+    deadline: float | None = None
+    """On the clock of `submitted_at`."""
     sequence: int = -1
     """Order of arrival at the scheduler."""
+    arrival_step: int = 0
+    """Steps its model had taken when it arrived: age is counted in steps, so that no clock decides an order."""
+    order: tuple[float, int] = (0.0, -1)
+    """Its policy's sort key (least first), then `sequence`; changes only when the image takes a step."""
     status: ImageStatus = ImageStatus.WAITING
     slot: int | None = None
     plan_offset: int | None = None
     """First line of its plan in the model's table."""
+    plan_fresh: bool = False
+    """Whether those lines had yet to be written when it started."""
     steps_done: int = 0
     started_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.rows = self.params.rows
+
+    @property
+    def remaining_row_steps(self) -> int:
+        """Work left: rows times steps."""
+        return self.rows * (self.params.num_steps - self.steps_done)
+
+
+def images_of(request: GenerationRequest, submitted_at: float) -> list[Image]:
+    """Return a request's images, none of them started."""
+    deadline = None if request.deadline_s is None else submitted_at + request.deadline_s
+    return [
+        Image(
+            request_id=request.request_id,
+            position=position,
+            model=request.model,
+            params=params,
+            submitted_at=submitted_at,
+            client=request.client,
+            priority=request.priority,
+            deadline=deadline,
+        )
+        for position, params in enumerate(request.images)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +156,32 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Move:
+    """Tells a runner to copy a slot to host memory, or back into a slot (perhaps another one)."""
+
+    image: Image
+    slot: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One network call: which images of which model advance by a step, and which of them begin with it."""
+    """One network call: which images of which model advance by a step, and what becomes of slots before it.
+
+    In this order: evictions, restores, starts, the step.
+    """
 
     model: str
     images: tuple[Image, ...]
     starts: tuple[Start, ...]
+    evictions: tuple[Move, ...] = ()
+    restores: tuple[Move, ...] = ()
+    preempted: int = 0
+    """Images of the model's last step that could have gone on and were not picked."""
 
     @property
     def rows(self) -> int:
         """Network rows, padding not counted."""
-        return sum(image.params.rows for image in self.images)
+        return sum(image.rows for image in self.images)
 
     @property
     def slots(self) -> list[int]:
@@ -126,3 +200,5 @@ class ImageResult:
     """uint8 [H, W, C] where status is DONE."""
     queue_s: float = 0.0
     compute_s: float = 0.0
+    late_s: float = 0.0
+    """How long after its deadline it finished."""

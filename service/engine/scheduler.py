@@ -2,75 +2,171 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 
+from service.engine.client_shares import ClientShares
 from service.engine.config import EngineConfig
 from service.engine.plan_table import PlanTable
-from service.engine.request import Image, ImageStatus, Start, StepBatch
+from service.engine.policies import policy_named
+from service.engine.request import Image, ImageStatus, Move, Priority, Start, StepBatch
+from service.engine.waiting_line import WaitingLine
+
+
+class _Queue:
+    """The images of one model and priority."""
+
+    def __init__(self, client_allowance: float) -> None:
+        self.shares = ClientShares(client_allowance)
+        self.waiting = WaitingLine(self.shares.ahead)
+        self.evicted = WaitingLine(self.shares.ahead)
+        self.running: list[Image] = []
+        self.blocked = False
+        """This step's most urgent waiting image found no plan lines: later ones must not take what it waits for."""
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.evicted) + len(self.running)
+
+    def sort(self) -> None:
+        """Put running images in order of urgency."""
+        self.running.sort(key=self.urgency if self.shares.ahead else _ORDER)
+
+    def urgency(self, image: Image) -> tuple[bool, tuple[float, int]]:
+        """Return what the queue is sorted by."""
+        return image.client in self.shares.ahead, image.order
+
+    def next_in_line(self, rows: int) -> Image | None:
+        """Return the most urgent image without a slot that takes at most so many rows and may go on."""
+        evicted = self.evicted.first(rows)
+        waiting = None if self.blocked else self.waiting.first(rows)
+        if evicted is None or waiting is None:
+            return evicted or waiting
+        return min(evicted, waiting, key=self.urgency)
+
+    def served(self, rows: Mapping[str, int]) -> None:
+        """Take in a step's rows by client, before the images that finished leave."""
+        for client in self.shares.serve(rows):
+            self.waiting.moved(client)
+            self.evicted.moved(client)
 
 
 class _Lane:
     """The images of one model, and the slots and plan lines they hold."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.waiting: deque[Image] = deque()
-        self.running: list[Image] = []  # by arrival
+        self.interactive = _Queue(config.client_allowance)
+        self.batch = _Queue(config.client_allowance)
+        self.width = config.max_rows
         self.free_slots = list(range(config.num_slots))
         self.plans = PlanTable(config.plan_lines)
+        self.steps = 0
+        self.batch_credit = 0.0
+        """Row-steps that batch work may claim before interactive work."""
+        self.last: tuple[Image, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.interactive) + len(self.batch)
+
+    def queue(self, image: Image) -> _Queue:
+        return self.batch if image.priority is Priority.BATCH else self.interactive
 
 
 class Scheduler:
-    """First come, first served, a step at a time.
+    """Picks the most urgent images, a step at a time.
 
-    Images are served in the order of their arrival; each step takes as many rows as the width allows. An image
-    with two rows that finds only one left is passed over for that step, and comes before later ones as soon as
-    two are free: nobody is overtaken for longer than it takes those before it to finish. Pre-emption is not being
-    picked: the image keeps its slot, and nothing is computed again. Models take turns, step by step.
+    Who goes first:
+
+    1. Models take turns, step by step.
+    2. Batch work claims `batch_share` of the row-steps; the rest is for interactive work, and what that leaves
+       is for batch work again. Over any number of steps in which batch work could fill it, batch work gets at least
+       `batch_share * width` rows a step, less one step's worth and 2 rows.
+    3. Within a priority, clients that have had much more than an equal part let the others go first
+       (`service.engine.client_shares`); otherwise the order is the policy's, which also says who can overtake whom
+       (`service.engine.policies`).
+    4. An image with two rows that finds only one left is passed over for that step, and comes before later ones as
+       soon as two are free.
+
+    Pre-emption is not being picked: the image keeps its slot, and nothing is computed again. When an image that should
+    start finds no slot, the least urgent image that is not in the step gives its own up: its state goes to host memory
+    and returns, perhaps to another slot, when its turn comes.
     """
 
     def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
         self._config = config
+        self._policy = policy_named(config.policy, config.ageing)
         self._lanes = {model: _Lane(config) for model in models}
         self._turn = deque(self._lanes)
         self._arrivals = 0
+        self._by_request: defaultdict[str, set[Image]] = defaultdict(set)
+        self.remaining_row_steps = 0
+        """Work left of everything in flight."""
 
     @property
     def num_waiting(self) -> int:
         """Images that have not started."""
-        return sum(len(lane.waiting) for lane in self._lanes.values())
+        return sum(len(queue.waiting) for queue in self._queues())
+
+    @property
+    def num_evicted(self) -> int:
+        """Images that have started and whose state is in host memory."""
+        return sum(len(queue.evicted) for queue in self._queues())
 
     @property
     def num_running(self) -> int:
         """Images that hold a slot."""
-        return sum(len(lane.running) for lane in self._lanes.values())
+        return sum(len(queue.running) for queue in self._queues())
 
     def has_work(self) -> bool:
         """Say whether any image is in flight."""
-        return any(lane.waiting or lane.running for lane in self._lanes.values())
+        return bool(self._by_request)
 
     def in_flight(self) -> list[Image]:
-        """Return every image in flight, by model and arrival."""
-        return [image for lane in self._lanes.values() for image in (*lane.running, *lane.waiting)]
+        """Return every image in flight; first those that hold a slot."""
+        lines = [line for queue in self._queues() for line in (queue.evicted, queue.waiting)]
+        return self.running() + [image for line in lines for image in sorted(line, key=_ORDER)]
+
+    def running(self) -> list[Image]:
+        """Return the images that hold a slot."""
+        return [image for queue in self._queues() for image in queue.running]
+
+    def steps(self, model: str) -> int:
+        """Return how many steps a model has taken: the clock that images age by."""
+        return self._lanes[model].steps
+
+    def width(self, model: str) -> int:
+        """Return the most rows of a model's step."""
+        return self._lanes[model].width
+
+    def set_width(self, model: str, rows: int) -> None:
+        """Change a model's width from its next step on.
+
+        Raises:
+            ValueError: not within 2 and the configured `max_rows`.
+        """
+        if not 2 <= rows <= self._config.max_rows:
+            raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {rows}")
+        self._lanes[model].width = rows
 
     def add(self, images: Iterable[Image]) -> None:
         """Let images wait for their first step."""
         for image in images:
+            lane = self._lanes[image.model]
             image.sequence = self._arrivals
+            image.arrival_step = lane.steps
+            self._set_order(image)
             self._arrivals += 1
-            self._lanes[image.model].waiting.append(image)
+            queue = lane.queue(image)
+            queue.waiting.push(image)
+            queue.shares.enter(image.client)
+            self._by_request[image.request_id].add(image)
+            self.remaining_row_steps += image.remaining_row_steps
 
     def abort(self, request_id: str) -> list[Image]:
         """Take a request's images out, whatever they were doing; their rows are free at the next step."""
-        aborted = [image for image in self.in_flight() if image.request_id == request_id]
+        aborted = sorted(self._by_request.get(request_id, ()), key=lambda image: image.position)
         for image in aborted:
-            lane = self._lanes[image.model]
-            if image.status is ImageStatus.WAITING:
-                lane.waiting.remove(image)
-                image.status = ImageStatus.ABORTED
-            else:
-                self._leave(lane, image, ImageStatus.ABORTED)
+            self._leave(self._lanes[image.model], image, ImageStatus.ABORTED)
         return aborted
 
     def schedule(self, now: float) -> StepBatch | None:
@@ -83,8 +179,8 @@ class Scheduler:
             model = self._turn[0]
             self._turn.rotate(-1)
             lane = self._lanes[model]
-            if lane.waiting or lane.running:
-                return self._fill(model, lane, now)
+            if len(lane):
+                return self._place(model, lane, self._pick(lane), now)
         return None
 
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
@@ -94,64 +190,170 @@ class Scheduler:
             The images that left, in the batch's order; their `slot` is what they held, free from now on.
         """
         lane = self._lanes[batch.model]
+        lane.steps += 1
+        rows = {Priority.INTERACTIVE: Counter[str](), Priority.BATCH: Counter[str]()}
+        for image in batch.images:
+            rows[image.priority][image.client] += image.rows
+        lane.interactive.served(rows[Priority.INTERACTIVE])
+        lane.batch.served(rows[Priority.BATCH])
         left = []
         for image, fine in zip(batch.images, ok, strict=True):
             image.steps_done += 1
-            if not fine:
-                self._leave(lane, image, ImageStatus.FAILED)
-                left.append(image)
-            elif image.steps_done == image.params.num_steps:
-                self._leave(lane, image, ImageStatus.DONE)
+            self.remaining_row_steps -= image.rows
+            if fine and image.steps_done < image.params.num_steps:
+                self._set_order(image)
+            else:
+                self._leave(lane, image, ImageStatus.DONE if fine else ImageStatus.FAILED)
                 left.append(image)
         return left
 
-    def _fill(self, model: str, lane: _Lane, now: float) -> StepBatch:
-        rows_left = self._config.max_rows
-        images: list[Image] = []
-        starts: list[Start] = []
-        started: list[Image] = []
-        may_start = True
-        for image in heapq.merge(lane.running, lane.waiting, key=_arrival):
-            if rows_left == 0:
-                break
-            if image.params.rows > rows_left:
-                continue
-            if image.status is ImageStatus.WAITING:
-                start = self._start(lane, image, now) if may_start else None
-                if start is None:
-                    may_start = False  # no slot or no plan lines: later arrivals must not overtake it
-                    continue
-                starts.append(start)
-                started.append(image)
-            images.append(image)
-            rows_left -= image.params.rows
-        for image in started:
-            lane.waiting.remove(image)  # it is near the front
-        if started:
-            lane.running = sorted([*lane.running, *started], key=_arrival)
-        return StepBatch(model=model, images=tuple(images), starts=tuple(starts))
+    # Picking: who takes part
 
-    def _start(self, lane: _Lane, image: Image, now: float) -> Start | None:
-        if not lane.free_slots:
-            return None
-        found = lane.plans.acquire(image.params.plan, image.params.num_steps)
-        if found is None:
-            return None
-        image.status = ImageStatus.RUNNING
-        image.slot = lane.free_slots.pop()
-        image.plan_offset = found.offset
-        image.started_at = now
-        return Start(slot=image.slot, params=image.params, plan_offset=found.offset, write_plan=found.fresh)
+    def _pick(self, lane: _Lane) -> list[Image]:
+        """Choose the images of the next step, most urgent first within each priority."""
+        interactive, batch = lane.interactive, lane.batch
+        interactive.blocked = batch.blocked = False
+        for queue in (interactive, batch):
+            queue.sort()
+        picked: dict[Image, None] = {}
+        rows = lane.width
+        if len(interactive) and len(batch):
+            share = self._config.batch_share * lane.width
+            lane.batch_credit = min(lane.batch_credit + share, share + 2)
+            claimed = min(rows, int(lane.batch_credit))
+            rows -= claimed - self._take(lane, batch, claimed, picked)
+        rows = self._take(lane, interactive, rows, picked)
+        batch.blocked |= interactive.blocked
+        self._take(lane, batch, rows, picked)
+        if lane.batch_credit:
+            given = sum(image.rows for image in picked if image.priority is Priority.BATCH)
+            lane.batch_credit = max(0.0, lane.batch_credit - given)
+        return list(picked)
+
+    def _take(self, lane: _Lane, queue: _Queue, rows: int, picked: dict[Image, None]) -> int:
+        """Pick images of a queue, the most urgent first, up to so many rows; returns how many are left."""
+        running = [image for image in queue.running if image not in picked]
+        at = 0
+        newcomer = queue.next_in_line(rows)
+        while rows:
+            while at < len(running) and running[at].rows > rows:
+                at += 1
+            image = running[at] if at < len(running) else None
+            if newcomer is not None and newcomer.rows > rows:
+                newcomer = queue.next_in_line(rows)
+            if newcomer is not None and (image is None or queue.urgency(newcomer) < queue.urgency(image)):
+                if self._may_take_part(lane, queue, newcomer):
+                    picked[newcomer] = None
+                    rows -= newcomer.rows
+                else:
+                    queue.blocked = True
+                newcomer = queue.next_in_line(rows)
+            elif image is not None:
+                picked[image] = None
+                rows -= image.rows
+                at += 1
+            else:
+                break
+        return rows
 
     @staticmethod
-    def _leave(lane: _Lane, image: Image, status: ImageStatus) -> None:
-        if image.slot is None:
-            raise RuntimeError(f"image {image.position} of {image.request_id} left without having a slot")
-        lane.running.remove(image)
-        lane.free_slots.append(image.slot)
-        lane.plans.release(image.params.plan)
+    def _may_take_part(lane: _Lane, queue: _Queue, image: Image) -> bool:
+        """Take an image out of its line, with plan lines if it is to start; False: there is no room for its plan."""
+        if image.status is ImageStatus.EVICTED:
+            queue.evicted.remove(image)
+        elif image.status is ImageStatus.WAITING:
+            found = lane.plans.acquire(image.params.plan, image.params.num_steps)
+            if found is None:
+                return False
+            image.plan_offset = found.offset
+            image.plan_fresh = found.fresh
+            queue.waiting.remove(image)
+        return True
+
+    # Placing: who gets which slot
+
+    def _place(self, model: str, lane: _Lane, images: list[Image], now: float) -> StepBatch:
+        """Give every picked image a slot; there are never fewer slots than rows in a step."""
+        newcomers = [image for image in images if image.status is not ImageStatus.RUNNING]
+        picked = set(images)
+        evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
+        starts, restores = [], []
+        for image in newcomers:
+            image.slot = slot = lane.free_slots.pop()
+            if image.status is ImageStatus.EVICTED:
+                restores.append(Move(image=image, slot=slot))
+            else:
+                image.started_at = now
+                starts.append(self._start(image, slot))
+            image.status = ImageStatus.RUNNING
+            lane.queue(image).running.append(image)
+        preempted = sum(image not in picked and image.status in _STARTED for image in lane.last)
+        lane.last = tuple(images)
+        return StepBatch(
+            model=model,
+            images=lane.last,
+            starts=tuple(starts),
+            evictions=tuple(evictions),
+            restores=tuple(restores),
+            preempted=preempted,
+        )
+
+    @staticmethod
+    def _make_room(lane: _Lane, slots: int, picked: set[Image]) -> list[Move]:
+        """Evict the least urgent images that are not in the step, batch work first."""
+        evictions: list[Move] = []
+        for queue in (lane.batch, lane.interactive):
+            for image in reversed(queue.running.copy()):
+                if len(lane.free_slots) >= slots:
+                    return evictions
+                if image not in picked and image.slot is not None:
+                    evictions.append(Move(image=image, slot=image.slot))
+                    lane.free_slots.append(image.slot)
+                    image.slot = None
+                    image.status = ImageStatus.EVICTED
+                    queue.running.remove(image)
+                    queue.evicted.push(image)
+        return evictions
+
+    @staticmethod
+    def _start(image: Image, slot: int) -> Start:
+        if image.plan_offset is None:
+            raise RuntimeError(f"image {image.position} of {image.request_id} starts without plan lines")
+        return Start(slot=slot, params=image.params, plan_offset=image.plan_offset, write_plan=image.plan_fresh)
+
+    def _leave(self, lane: _Lane, image: Image, status: ImageStatus) -> None:
+        queue = lane.queue(image)
+        if image.status is ImageStatus.WAITING:
+            queue.waiting.remove(image)
+        else:
+            lane.plans.release(image.params.plan)
+            if image.status is ImageStatus.EVICTED:
+                queue.evicted.remove(image)
+            else:
+                queue.running.remove(image)
+                lane.free_slots.append(_slot(image))
         image.status = status
+        self.remaining_row_steps -= image.remaining_row_steps
+        queue.shares.leave(image.client)
+        siblings = self._by_request[image.request_id]
+        siblings.remove(image)
+        if not siblings:
+            del self._by_request[image.request_id]
+
+    def _set_order(self, image: Image) -> None:
+        image.order = (self._policy(image), image.sequence)
+
+    def _queues(self) -> Iterable[_Queue]:
+        for lane in self._lanes.values():
+            yield lane.interactive
+            yield lane.batch
 
 
-def _arrival(image: Image) -> int:
-    return image.sequence
+_ORDER = attrgetter("order")
+_STARTED = (ImageStatus.RUNNING, ImageStatus.EVICTED)
+
+
+def _slot(image: Image) -> int:
+    if image.slot is None:
+        raise RuntimeError(f"image {image.position} of {image.request_id} runs without a slot")
+    return image.slot

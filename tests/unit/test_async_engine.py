@@ -15,7 +15,7 @@ from service.errors import Draining, EngineDead, InvalidRequest, NotFinite, Queu
 from service.metrics import Metrics
 from tests.fakes import CountingRunner, generation, params
 
-CONFIG = EngineConfig(max_rows=2, max_queue=3)
+CONFIG = EngineConfig(max_rows=2, max_queue=3, policy="fifo", timed_calls=0)
 
 
 def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
@@ -153,7 +153,7 @@ async def test_a_failing_warm_up_is_reported_too() -> None:
 async def test_the_predicted_wait_grows_with_accepted_work() -> None:
     runner = PausedRunner()
     async with started(runner) as engine:
-        engine._engine.seconds_per_row_step = 0.5
+        engine._engine.costs["m"].observe(2, 1.0)
         engine.submit(generation("r", params(steps=100)))
         before = engine.predicted_wait_s()
         engine.submit(generation("s", params(steps=100, cfg_scale=2.0)))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.config import EngineConfig
+from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageStatus, StepBatch
 from service.engine.scheduler import Scheduler
 from tests.counts import count
@@ -15,8 +16,9 @@ from tests.fakes import params
 WIDTH = 4
 
 
-def make(models: tuple[str, ...] = ("m",), **changes: int) -> Scheduler:
-    return Scheduler(EngineConfig(**{"max_rows": WIDTH, "slots_per_row": 2, **changes}), models)
+def make(models: tuple[str, ...] = ("m",), policy: PolicyName = "fifo", **changes: int) -> Scheduler:
+    sizes = {"max_rows": WIDTH, "slots_per_row": 2, **changes}
+    return Scheduler(EngineConfig(policy=policy).replace(**sizes), models)
 
 
 def image(name: str, steps: int = 3, guided: bool = False, model: str = "m") -> Image:

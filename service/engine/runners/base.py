@@ -28,6 +28,14 @@ class Runner(Protocol):
         """Advance the images in these slots by one step; says which are still finite."""
         ...
 
+    def evict(self, slots: Sequence[int]) -> list[object]:
+        """Copy what these slots hold to host memory, one opaque state per slot; the slots are free afterwards."""
+        ...
+
+    def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
+        """Put states that `evict` returned into these slots, which need not be the ones they came from."""
+        ...
+
     def padded_rows(self, rows: int) -> int:
         """Say how many rows a network call for that many rows computes."""
         ...

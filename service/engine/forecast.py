@@ -1,0 +1,201 @@
+"""Forecast: when accepted work will be done, and when new work would be. Steps are known at arrival, so this is sums.
+
+The model, and what it leaves out:
+
+- A step of a model takes c(rows), as measured; models with work take turns.
+- What is ahead of an image, by its policy's order, keeps the width full until it runs out; then its last rows drain
+  while the image runs. So it waits for (work ahead) / width, less what is left of the rows that run last, which is
+  taken to be what is left, on average, of those that run now.
+- Interactive work gets what the share of batch work leaves, where there is any; batch work waits for all interactive
+  work, or gets its share, whichever is sooner. Nobody waits for more than his client's work and the allowance of
+  `ClientShares`, times the clients there are.
+- Nobody else comes. Later work that goes first (shorter under srw, sooner due under deadline, interactive before
+  batch) makes predictions too early. Failed and cancelled work makes them too late.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from service.engine.config import EngineConfig
+from service.engine.ordered_work import OrderedWork
+from service.engine.policies import policy_named
+from service.engine.request import Image, Priority
+from service.engine.step_costs import StepCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What to expect of images; all zero where no step has been timed yet."""
+
+    position: int
+    """Images that come before the first of them."""
+    wait_s: float
+    """Until the first of them takes a step."""
+    finish_s: float
+    """Until the last of them is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceView:
+    """What a forecast is told of the device."""
+
+    running: Sequence[Image]
+    """Images that hold a slot, of all models."""
+    steps: Mapping[str, int]
+    """Steps that each model has taken."""
+    widths: Mapping[str, int]
+    costs: Mapping[str, StepCosts]
+
+
+class Forecast:
+    """Accepted images that are not done, as they were on arrival; what has become of them since is in `DeviceView`.
+
+    It sees every image the scheduler sees, in the same order, a moment sooner.
+    """
+
+    def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
+        self._policy = policy_named(config.policy, config.ageing)
+        self._batch_share = config.batch_share
+        self._client_allowance = config.client_allowance
+        self._lines = {(model, priority): OrderedWork() for model in models for priority in Priority}
+        self._images: dict[tuple[str, int], Image] = {}
+        self._client_work: Counter[tuple[str, Priority, str]] = Counter()
+        self._clients: Counter[tuple[str, Priority]] = Counter()
+        self._arrivals = 0
+
+    def predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
+        """Say when new images of one request would be done if they were accepted now."""
+        self._arrive(images, view)
+        return self._predict(images, view)
+
+    def add(self, images: Sequence[Image], view: DeviceView) -> None:
+        """Take accepted images in."""
+        self._arrive(images, view)
+        self._arrivals += len(images)
+        for image in images:
+            self._lines[image.model, image.priority].add(image.order, image.remaining_row_steps)
+            self._images[image.request_id, image.position] = image
+            client = (image.model, image.priority, image.client)
+            self._clients[image.model, image.priority] += client not in self._client_work
+            self._client_work[client] += image.remaining_row_steps
+
+    def remove(self, request_id: str, position: int) -> None:
+        """Forget an image that is done, whatever its end."""
+        image = self._images.pop((request_id, position))
+        self._lines[image.model, image.priority].remove(image.order)
+        client = (image.model, image.priority, image.client)
+        self._client_work[client] -= image.remaining_row_steps
+        if not self._client_work[client]:
+            del self._client_work[client]
+            self._clients[image.model, image.priority] -= 1
+
+    def eta(self, request_id: str, count: int, view: DeviceView) -> Prediction | None:
+        """Say when an accepted request of so many images will be done; None: it is."""
+        running = {(image.request_id, image.position): image for image in view.running}
+        ids = [(request_id, position) for position in range(count)]
+        images = [running.get(i, self._images[i]) for i in ids if i in self._images]
+        return self._predict(images, view) if images else None
+
+    def backlog_s(self, view: DeviceView) -> float:
+        """Say how long everything accepted will take."""
+        done = self._progress(view)
+        total = 0.0
+        for model, width in view.widths.items():
+            work = sum(self._lines[model, priority].work for priority in Priority) - done[model]
+            total += work / width * view.costs[model].seconds(width)
+        return total
+
+    def _arrive(self, images: Sequence[Image], view: DeviceView) -> None:
+        for sequence, image in enumerate(images, self._arrivals):
+            image.sequence = sequence
+            image.arrival_step = view.steps[image.model]
+            image.order = (self._policy(image), sequence)
+
+    def _predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
+        predicted = []
+        before = 0
+        for image in sorted(images, key=lambda image: image.order):
+            new = (image.request_id, image.position) not in self._images
+            predicted.append(self._predict_image(image, before, view))
+            before += image.remaining_row_steps if new else 0
+        return Prediction(
+            position=min(p.position for p in predicted),
+            wait_s=min(p.wait_s for p in predicted),
+            finish_s=max(p.finish_s for p in predicted),
+        )
+
+    def _predict_image(self, image: Image, siblings: int, view: DeviceView) -> Prediction:
+        model, priority, width = image.model, image.priority, view.widths[image.model]
+        running = sorted((i for i in view.running if i.model == model), key=lambda i: i.order)
+        position, ahead = self._ahead(image, running)
+        ahead += siblings
+        interactive = self._lines[model, Priority.INTERACTIVE].work - self._done(running, Priority.INTERACTIVE)
+        batch = self._lines[model, Priority.BATCH].work - self._done(running, Priority.BATCH)
+
+        clients = self._clients[model, priority]
+        own = self._client_work[model, priority, image.client] + siblings
+        if (image.request_id, image.position) in self._images:
+            own -= self._images[image.request_id, image.position].remaining_row_steps
+        else:
+            clients += (model, priority, image.client) not in self._client_work
+        ahead = min(ahead, (own + image.remaining_row_steps + self._client_allowance) * clients)
+
+        rate: float = width
+        if priority is Priority.INTERACTIVE:
+            rate -= self._batch_share * width if batch > 0 else 0.0
+            wait_steps = ahead / rate
+        else:
+            wait_steps = (ahead + interactive) / width
+            if interactive > 0 and self._batch_share > 0:
+                wait_steps = min(wait_steps, ahead / (self._batch_share * width))
+        wait_steps = max(0.0, wait_steps - _mean_left(running, image, width))
+
+        rows = min(width, -(-(interactive + batch + siblings) // image.params.num_steps) + image.rows)
+        step_s = view.costs[model].seconds(width if wait_steps > 0 else rows)
+        if step_s:
+            step_s += sum(
+                view.costs[other].seconds(view.widths[other])
+                for other in view.widths
+                if other != model and any(self._lines[other, p].work for p in Priority)
+            )
+        steps = image.remaining_row_steps / image.rows
+        return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=(wait_steps + steps) * step_s)
+
+    def _ahead(self, image: Image, running: Sequence[Image]) -> tuple[int, int]:
+        """Return images and row-steps of the image's priority that come before it."""
+        count, work = self._lines[image.model, image.priority].before(image.order)
+        for other in running:
+            known = self._images.get((other.request_id, other.position))
+            if known is None or other.priority is not image.priority:
+                continue
+            if known.order < image.order:
+                count, work = count - 1, work - known.remaining_row_steps
+            if other.order < image.order:
+                count, work = count + 1, work + other.remaining_row_steps
+        return count, work
+
+    def _done(self, running: Iterable[Image], priority: Priority) -> int:
+        known = ((self._images.get((i.request_id, i.position)), i) for i in running if i.priority is priority)
+        return sum(k.remaining_row_steps - i.remaining_row_steps for k, i in known if k is not None)
+
+    def _progress(self, view: DeviceView) -> Counter[str]:
+        done: Counter[str] = Counter()
+        for image in view.running:
+            known = self._images.get((image.request_id, image.position))
+            if known is not None:
+                done[image.model] += known.remaining_row_steps - image.remaining_row_steps
+        return done
+
+
+def _mean_left(running: Iterable[Image], image: Image, width: int) -> float:
+    """Return the steps left, on average by row, of what runs now and comes before the image."""
+    rows = work = 0
+    for other in running:
+        if rows >= width or other.order >= image.order:
+            break
+        rows += other.rows
+        work += other.remaining_row_steps
+    return work / rows if rows else 0.0

@@ -1,0 +1,66 @@
+"""OrderedWork: how much work lies before a place in an order, of thousands of entries, quickly."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+_Order = tuple[float, int]
+BLOCK = 256
+
+
+class OrderedWork:
+    """Entries (order, work), sorted, in blocks whose sums are kept: adding, removing and asking cost a block each."""
+
+    def __init__(self) -> None:
+        self._blocks: list[list[tuple[_Order, int]]] = []
+        self._lasts: list[_Order] = []
+        self._sums: list[int] = []
+        self.work = 0
+        """Work of all entries."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks))
+
+    def add(self, order: _Order, work: int) -> None:
+        """Put an entry in its place; no other may have this order."""
+        self.work += work
+        at = min(bisect_left(self._lasts, order), len(self._blocks) - 1)
+        if at < 0:
+            self._replace(0, 0, [[(order, work)]])
+            return
+        block = self._blocks[at]
+        insort(block, (order, work))
+        middle = len(block) // 2
+        self._replace(at, 1, [block] if len(block) <= BLOCK else [block[:middle], block[middle:]])
+
+    def remove(self, order: _Order) -> None:
+        """Take an entry out.
+
+        Raises:
+            KeyError: there is none with this order.
+        """
+        at = bisect_left(self._lasts, order)
+        block = self._blocks[at] if at < len(self._blocks) else []
+        place = bisect_left(block, (order,))
+        if place == len(block) or block[place][0] != order:
+            raise KeyError(order)
+        self.work -= block.pop(place)[1]
+        self._replace(at, 1, [block] if block else [])
+
+    def before(self, order: _Order) -> tuple[int, int]:
+        """Return how many entries come before a place in the order, and their work."""
+        at = bisect_left(self._lasts, order)
+        count = sum(map(len, self._blocks[:at]))
+        work = sum(self._sums[:at])
+        if at < len(self._blocks):
+            block = self._blocks[at]
+            place = bisect_left(block, (order,))
+            count += place
+            work += sum(work for _, work in block[:place])
+        return count, work
+
+    def _replace(self, at: int, count: int, blocks: list[list[tuple[_Order, int]]]) -> None:
+        end = at + count
+        self._blocks[at:end] = blocks
+        self._lasts[at:end] = [block[-1][0] for block in blocks]
+        self._sums[at:end] = [sum(work for _, work in block) for block in blocks]

@@ -1,0 +1,83 @@
+"""StepCosts: how long a step of so many rows takes, as measured, and the width that makes the most of it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+SMOOTHING = 0.05
+"""Weight of the newest step in the running mean of its batch size."""
+
+
+class StepCosts:
+    """c(n): seconds of an engine step by padded rows, a running mean per batch size; holds no clock.
+
+    More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
+    cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Take in a step of so many rows, padding counted.
+
+        Raises:
+            ValueError: no rows, or time running backwards.
+        """
+        if rows < 1 or seconds < 0:
+            raise ValueError(f"a step has at least 1 row and takes at least 0 s; got {rows} rows, {seconds} s")
+        known = self._seconds.get(rows)
+        self._seconds[rows] = seconds if known is None else known + SMOOTHING * (seconds - known)
+        self._curve = None
+
+    def seconds(self, rows: int) -> float:
+        """Return what a step of so many rows takes; 0 before anything was measured."""
+        sizes, costs = self._monotone()
+        if not sizes:
+            return 0.0
+        at = bisect_left(sizes, rows)
+        if at == len(sizes):
+            return costs[-1] * rows / sizes[-1]
+        if at == 0 or sizes[at] == rows:
+            return costs[at]
+        part = (rows - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+        return costs[at - 1] + part * (costs[at] - costs[at - 1])
+
+    def table(self) -> dict[int, float]:
+        """Return the measured sizes and their pooled seconds."""
+        return dict(zip(*self._monotone(), strict=True))
+
+    def _monotone(self) -> tuple[list[int], list[float]]:
+        """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
+        if self._curve is None:
+            sizes = sorted(self._seconds)
+            pools: list[tuple[float, int]] = []  # mean, sizes in it
+            for size in sizes:
+                mean, count = self._seconds[size], 1
+                while pools and pools[-1][0] > mean:
+                    before, number = pools.pop()
+                    mean = (mean * count + before * number) / (count + number)
+                    count += number
+                pools.append((mean, count))
+            self._curve = (sizes, [mean for mean, count in pools for _ in range(count)])
+        return self._curve
+
+
+def knee(costs: StepCosts, max_rows: int, efficiency: float, least: int = 2) -> int:
+    """Return the smallest measured width whose rows per second are within `efficiency` of the best one's.
+
+    Beyond it a step takes longer for everybody in it and hardly more comes out.
+
+    Args:
+        costs: what steps take; `max_rows` while nothing that wide has been measured.
+        max_rows: the widest allowed.
+        efficiency: part of the best row rate that will do, in (0, 1].
+        least: the narrowest allowed; an image with classifier-free guidance takes 2 rows.
+    """
+    table = costs.table()
+    if max(table, default=0) < max_rows or not all(table.values()):
+        return max_rows
+    widths = sorted({rows for rows in table if least <= rows < max_rows} | {max_rows})
+    rates = [rows / min(seconds for size, seconds in table.items() if size >= rows) for rows in widths]
+    return next(rows for rows, rate in zip(widths, rates, strict=True) if rate >= efficiency * max(rates))
