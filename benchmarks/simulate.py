@@ -14,7 +14,7 @@ with one row. Load is offered row-steps per unit of time over W / c(W), what the
 Latency is from arrival to the last image of the request. Slowdown is latency over what the request takes alone. Goodput
 is row-steps of requests with a slowdown of at most `SLO`, over what the device could do until the last arrival. A
 quarter of the requests wants to be done within 4 times what it takes alone (nothing is refused); `late` is the part of
-them that is not. `ratio` is actual over predicted time to finish, as predicted on arrival (10th, 50th, 90th percentile).
+them that is not. `ratio` is actual over predicted time to finish, as predicted on arrival: 10th, 50th, 90th percentile.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.backends.base import BackendOptions, Precision
 from service.engine.config import EngineConfig
+from service.engine.policies import PolicyName
 
 BackendName = Literal["auto", "torch"]
 PREFIX = "IDDPM_"
@@ -45,7 +46,9 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=8, ge=2, le=1024)
     """Most rows of a network call."""
     max_queue: int = Field(default=256, ge=0)
-    """Images accepted beyond the width before requests are refused with 503."""
+    """Rows accepted beyond the width before requests are refused with 503; an image with guidance takes two."""
+    policy: PolicyName = "srw"
+    """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
     max_body_bytes: int = Field(default=65536, ge=1024)
     """Longest request body."""
     max_row_steps: int = Field(default=64_000, ge=2)
@@ -58,7 +61,7 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
-        return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue)
+        return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue, policy=self.policy)
 
     def backend_options(self) -> BackendOptions:
         """Return what a backend needs of this."""

@@ -5,7 +5,7 @@ The model, and what it leaves out:
 - A step of a model takes c(rows), as measured; models with work take turns.
 - What is ahead of an image, by its policy's order, keeps the width full until it runs out; then its last rows drain
   while the image runs. So it waits for (work ahead) / width, less what is left of the rows that run last, which is
-  taken to be what is left, on average, of those that run now.
+  taken to be what is left, on average, of those that run now; and at least until the first of these is done.
 - Interactive work gets what the share of batch work leaves, where there is any; batch work waits for all interactive
   work, or gets its share, whichever is sooner. Nobody waits for more than his client's work and the allowance of
   `ClientShares`, times the clients there are.
@@ -15,6 +15,7 @@ The model, and what it leaves out:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,27 +117,30 @@ class Forecast:
 
     def _predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
         predicted = []
-        before = 0
+        siblings: list[Image] = []
         for image in sorted(images, key=lambda image: image.order):
             new = (image.request_id, image.position) not in self._images
-            predicted.append(self._predict_image(image, before, view))
-            before += image.remaining_row_steps if new else 0
+            predicted.append(self._predict_image(image, siblings, view))
+            if new:
+                siblings.append(image)
         return Prediction(
             position=min(p.position for p in predicted),
             wait_s=min(p.wait_s for p in predicted),
             finish_s=max(p.finish_s for p in predicted),
         )
 
-    def _predict_image(self, image: Image, siblings: int, view: DeviceView) -> Prediction:
+    def _predict_image(self, image: Image, siblings: Sequence[Image], view: DeviceView) -> Prediction:
         model, priority, width = image.model, image.priority, view.widths[image.model]
         running = sorted((i for i in view.running if i.model == model), key=lambda i: i.order)
         position, ahead = self._ahead(image, running)
-        ahead += siblings
+        taking_part = sorted([*running, *siblings], key=lambda i: i.order)
+        newer = sum(sibling.remaining_row_steps for sibling in siblings)
+        ahead += newer
         interactive = self._lines[model, Priority.INTERACTIVE].work - self._done(running, Priority.INTERACTIVE)
         batch = self._lines[model, Priority.BATCH].work - self._done(running, Priority.BATCH)
 
         clients = self._clients[model, priority]
-        own = self._client_work[model, priority, image.client] + siblings
+        own = self._client_work[model, priority, image.client] + newer
         if (image.request_id, image.position) in self._images:
             own -= self._images[image.request_id, image.position].remaining_row_steps
         else:
@@ -151,9 +155,10 @@ class Forecast:
             wait_steps = (ahead + interactive) / width
             if interactive > 0 and self._batch_share > 0:
                 wait_steps = min(wait_steps, ahead / (self._batch_share * width))
-        wait_steps = max(0.0, wait_steps - _mean_left(running, image, width))
+        mean_left, least_left = _drain(taking_part, image, width)
+        wait_steps = max(least_left, wait_steps - mean_left)
 
-        rows = min(width, -(-(interactive + batch + siblings) // image.params.num_steps) + image.rows)
+        rows = min(width, sum(other.rows for other in {*taking_part, image}))
         step_s = view.costs[model].seconds(width if wait_steps > 0 else rows)
         if step_s:
             step_s += sum(
@@ -190,12 +195,14 @@ class Forecast:
         return done
 
 
-def _mean_left(running: Iterable[Image], image: Image, width: int) -> float:
-    """Return the steps left, on average by row, of what runs now and comes before the image."""
+def _drain(taking_part: Iterable[Image], image: Image, width: int) -> tuple[float, float]:
+    """Return the mean steps left, by row, of what comes before an image, and how long until a row is free for it."""
     rows = work = 0
-    for other in running:
+    least = math.inf
+    for other in taking_part:
         if rows >= width or other.order >= image.order:
             break
         rows += other.rows
         work += other.remaining_row_steps
-    return work / rows if rows else 0.0
+        least = min(least, other.remaining_row_steps / other.rows)
+    return work / rows if rows else 0.0, least if rows + image.rows > width else 0.0

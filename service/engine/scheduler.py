@@ -62,7 +62,7 @@ class _Lane:
         self.plans = PlanTable(config.plan_lines)
         self.steps = 0
         self.batch_credit = 0.0
-        """Row-steps that batch work may claim before interactive work."""
+        """Row-steps that batch work may claim before interactive work; saved up for images of two rows."""
         self.last: tuple[Image, ...] = ()
 
     def __len__(self) -> int:
@@ -78,8 +78,8 @@ class Scheduler:
     Who goes first:
 
     1. Models take turns, step by step.
-    2. Batch work claims `batch_share` of the row-steps; the rest is for interactive work, and what that leaves
-       is for batch work again. Over any number of steps in which batch work could fill it, batch work gets at least
+    2. Batch work claims `batch_share` of the row-steps; the rest is for interactive work, and what that leaves is for
+       batch work again. Over any number of steps in which it could fill them, batch work gets at least
        `batch_share * width` rows a step, less one step's worth and 2 rows.
     3. Within a priority, clients that have had much more than an equal part let the others go first
        (`service.engine.client_shares`); otherwise the order is the policy's, which also says who can overtake whom
@@ -221,39 +221,43 @@ class Scheduler:
             share = self._config.batch_share * lane.width
             lane.batch_credit = min(lane.batch_credit + share, share + 2)
             claimed = min(rows, int(lane.batch_credit))
-            rows -= claimed - self._take(lane, batch, claimed, picked)
+            taken = claimed - self._take(lane, batch, claimed, picked, in_full=True)
+            lane.batch_credit -= taken
+            rows -= taken
         rows = self._take(lane, interactive, rows, picked)
         batch.blocked |= interactive.blocked
         self._take(lane, batch, rows, picked)
-        if lane.batch_credit:
-            given = sum(image.rows for image in picked if image.priority is Priority.BATCH)
-            lane.batch_credit = max(0.0, lane.batch_credit - given)
         return list(picked)
 
-    def _take(self, lane: _Lane, queue: _Queue, rows: int, picked: dict[Image, None]) -> int:
-        """Pick images of a queue, the most urgent first, up to so many rows; returns how many are left."""
+    def _take(self, lane: _Lane, queue: _Queue, rows: int, picked: dict[Image, None], in_full: bool = False) -> int:
+        """Pick images of a queue, the most urgent first, up to so many rows; returns how many are left.
+
+        With `in_full`, an image that is too wide ends it: rows that are saved up must not go to narrower ones.
+        """
         running = [image for image in queue.running if image not in picked]
         at = 0
-        newcomer = queue.next_in_line(rows)
+        newcomer = queue.next_in_line(2 if in_full else rows)
         while rows:
-            while at < len(running) and running[at].rows > rows:
+            widest = 2 if in_full else rows
+            while at < len(running) and running[at].rows > widest:
                 at += 1
+            if newcomer is not None and newcomer.rows > widest:
+                newcomer = queue.next_in_line(widest)
             image = running[at] if at < len(running) else None
-            if newcomer is not None and newcomer.rows > rows:
-                newcomer = queue.next_in_line(rows)
             if newcomer is not None and (image is None or queue.urgency(newcomer) < queue.urgency(image)):
-                if self._may_take_part(lane, queue, newcomer):
-                    picked[newcomer] = None
-                    rows -= newcomer.rows
-                else:
-                    queue.blocked = True
-                newcomer = queue.next_in_line(rows)
-            elif image is not None:
-                picked[image] = None
-                rows -= image.rows
-                at += 1
-            else:
+                image = newcomer
+            if image is None or image.rows > rows:
                 break
+            if image is not newcomer:
+                at += 1
+            elif not self._may_take_part(lane, queue, image):
+                queue.blocked = True
+                newcomer = queue.next_in_line(widest)
+                continue
+            else:
+                newcomer = queue.next_in_line(widest)
+            picked[image] = None
+            rows -= image.rows
         return rows
 
     @staticmethod

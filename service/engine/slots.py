@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import numpy as np
+import numpy.typing as npt
 
-from diffusion.arrays import A
+from diffusion.arrays import A, to_numpy
 from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_SEED, MAX_WORD, STREAM_X_T, check_range, normal
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan
 from service.engine.request import ImageParams
+
+
+BY_SLOT = ("x", "x0", "step", "plan_offset", "y", "cfg_scale", "seed", "image_index")
+"""The arrays that hold something of an image. Plans stay where they are: an evicted image keeps its lines."""
+
+
+@dataclass(frozen=True)
+class SavedSlot:
+    """What a slot held, in host memory."""
+
+    arrays: dict[str, npt.NDArray[Any]]
 
 
 class SlotTable(Generic[A]):
@@ -70,6 +83,21 @@ class SlotTable(Generic[A]):
             self.seed[index], self.image_index[index], self.step[index], STREAM_X_T, self.image_shape
         )
         self.x0[index] = 0.0
+
+    def save(self, slots: Sequence[int]) -> list[SavedSlot]:
+        """Copy what slots hold to host memory, bit for bit."""
+        index = self.integers(slots)
+        rows = {name: to_numpy(getattr(self, name)[index]) for name in BY_SLOT}
+        # Copies, or one image that stays away would keep the memory of all that left with it
+        return [SavedSlot({name: array[k].copy() for name, array in rows.items()}) for k in range(len(slots))]
+
+    def load(self, slots: Sequence[int], saved: Sequence[SavedSlot]) -> None:
+        """Put what `save` returned into slots, bit for bit; perhaps other ones."""
+        index = self.integers(slots)
+        for name in BY_SLOT:
+            rows = np.stack([state.arrays[name] for state in saved])
+            getattr(self, name)[index] = self._xp.asarray(rows, device=self._device)
+        self.is_guided[list(slots)] = [state.arrays["cfg_scale"] != 1 for state in saved]
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> A:
         array: A = self._xp.zeros(shape, dtype=dtype, device=self._device)

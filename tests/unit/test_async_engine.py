@@ -11,7 +11,8 @@ import pytest
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.errors import Draining, EngineDead, InvalidRequest, NotFinite, QueueFull
+from service.engine.request import Priority
+from service.errors import ClientLimit, DeadlineUnmeetable, Draining, EngineDead, InvalidRequest, NotFinite, QueueFull
 from service.metrics import Metrics
 from tests.fakes import CountingRunner, generation, params
 
@@ -42,8 +43,11 @@ class PausedRunner(CountingRunner):
 
 
 @asynccontextmanager
-async def started(runner: CountingRunner) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(Engine({"m": runner}, CONFIG, Metrics()), CONFIG, Metrics())
+async def started(
+    runner: CountingRunner, config: EngineConfig = CONFIG, metrics: Metrics | None = None
+) -> AsyncIterator[AsyncEngine]:
+    metrics = metrics or Metrics()
+    engine = AsyncEngine(Engine({"m": runner}, config, metrics), config, metrics)
     engine.start()
     await until(lambda: engine.state is not EngineState.STARTING)
     yield engine
@@ -160,3 +164,64 @@ async def test_the_predicted_wait_grows_with_accepted_work() -> None:
         assert (before, engine.predicted_wait_s()) == (50.0, 150.0)
         engine.abort("r")
         engine.abort("s")
+
+
+@runs
+async def test_guided_images_count_twice_against_the_limit() -> None:
+    async with started(PausedRunner()) as engine:
+        engine.submit(generation("a", params(cfg_scale=2.0), params(cfg_scale=2.0)))
+        with pytest.raises(QueueFull, match="4 rows are in flight, at most 5 can be; this request has 2"):
+            engine.submit(generation("b", params(cfg_scale=2.0)))
+        engine.submit(generation("c", params()))
+        with pytest.raises(InvalidRequest, match="n: must be at most 2"):
+            engine.submit(generation("big", *[params(cfg_scale=2.0)] * 3))
+
+
+@runs
+async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() -> None:
+    async with started(PausedRunner()) as engine:
+        engine.submit(generation("a", params(), params(), client="crowd"))
+        with pytest.raises(ClientLimit, match="2 rows of this client are in flight, at most 2 can be") as refusal:
+            engine.submit(generation("b", params(), client="crowd"))
+        assert refusal.value.retry_after_s >= 1
+        engine.submit(generation("c", params(), params(), params(), client="other"))  # the first of a client may be big
+
+
+@runs
+async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finish() -> None:
+    async with started(PausedRunner()) as engine:
+        engine._engine.costs["m"].observe(2, 1.0)
+        engine.submit(generation("a", params(steps=100), params(steps=100)))
+        with pytest.raises(DeadlineUnmeetable, match="would be done in 125 s, wanted within 124 s") as refusal:
+            engine.submit(generation("b", *[params(steps=25)], deadline_s=124.0))
+        assert (refusal.value.predicted_s, refusal.value.deadline_s) == (125.0, 124.0)
+        ticket = engine.submit(generation("c", params(steps=25), deadline_s=126.0))
+        assert ticket.prediction.finish_s == 125.0
+        assert engine.eta("a") is not None
+        assert engine.eta("unknown") is None
+
+
+@runs
+async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() -> None:
+    async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0)) as engine:
+        engine._engine.costs["m"].observe(2, 1.0)
+        engine.submit(generation("a", params(steps=1000)))  # alone, whatever it takes
+        engine.submit(generation("b", params(steps=200)))  # the second row is free
+        with pytest.raises(QueueFull, match="the predicted wait is 200 s, at most 60 s can be") as refusal:
+            engine.submit(generation("c", params(steps=9)))
+        assert refusal.value.retry_after_s > 1
+        engine.submit(generation("d", params(steps=9), priority=Priority.BATCH))
+
+
+@runs
+async def test_predictions_are_compared_with_what_came_of_them() -> None:
+    metrics = Metrics()
+    async with started(CountingRunner(), metrics=metrics) as engine:
+        engine._engine.costs["m"].observe(2, 1e-9)
+        ticket = engine.submit(generation("r", params(), params(), deadline_s=1e-6))
+        await asyncio.gather(*ticket.images)
+        value = metrics.registry.get_sample_value
+        assert value("iddpm_finish_over_predicted_ratio_count") == 1
+        assert value("iddpm_predicted_wait_seconds_count") == 1
+        assert value("iddpm_deadline_misses_total") == 2
+        assert engine.eta("r") is None

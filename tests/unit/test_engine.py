@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusion.sampling import ClassNetwork, ImageSpec, sample_images
 from service.backends.self_test import candidate_sizes, invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine
+from service.engine.engine import WIDTH_INTERVAL, Engine
 from service.engine.request import ImageParams, ImageResult, ImageStatus, PlanKey
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
@@ -267,3 +268,119 @@ def test_other_kinds_of_model_run_too(tmp_path: Path, changes: dict[str, object]
     alone = sample_images(tiny_network(other.config), plan, [ImageSpec(seed=5, class_index=image.class_index)])
     assert results[0].pixels is not None
     assert np.array_equal(results[0].pixels, alone[0])
+
+
+@SUBJECTS
+def test_images_that_were_evicted_come_back_with_their_pixels(subject: Subject) -> None:
+    config = CONFIG.replace(slots_per_row=1)
+    metrics = Metrics()
+    engine = Engine({"m": subject_of(subject)[0]}, config, metrics)
+    long = [replace(params(steps=12, seed=seed, cfg_scale=scale), class_index=1) for seed, scale in enumerate([1, 1.5])]
+    short = [replace(params(steps=3, seed=9), image_index=k) for k in range(4)]
+    engine.add(generation("long", *long, *long), submitted_at=0.0)
+    results = engine.step() + engine.step()
+    engine.add(generation("short", *short), submitted_at=0.0)
+    while engine.has_work():
+        results += engine.step()
+    assert metrics.registry.get_sample_value("iddpm_evictions_total") == 3
+    assert [result.request_id for result in results[:4]] == ["short"] * 4
+    for result in results:
+        expected = short[result.position] if result.request_id == "short" else long[result.position % 2]
+        assert result.pixels is not None
+        assert result.pixels.tobytes() == reference(expected, subject)
+
+
+def test_only_what_was_evicted_can_be_restored() -> None:
+    with pytest.raises(TypeError, match="only what `evict` returned"):
+        warm_runner().restore([0], ["nonsense"])
+
+
+class Clock:
+    """Time that passes only while a runner works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedRunner(CountingRunner):
+    """Takes fixed + per_row * rows on a clock."""
+
+    def __init__(self, clock: Clock, fixed: float, per_row: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._fixed = fixed
+        self._per_row = per_row
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        self._clock.now += self._fixed + self._per_row * len(slots)
+        return super().step(slots)
+
+
+@pytest.mark.parametrize(("fixed", "per_row", "width"), [(1.0, 0.0, 8), (0.0, 1.0, 2)])
+def test_what_steps_cost_is_measured_at_start_up_and_chooses_the_width(
+    fixed: float, per_row: float, width: int
+) -> None:
+    clock, metrics = Clock(), Metrics()
+    engine = Engine({"m": TimedRunner(clock, fixed, per_row)}, EngineConfig(max_rows=8), metrics, clock)
+    engine.measure()
+    assert engine.costs["m"].table() == {rows: fixed + per_row * rows for rows in range(1, 9)}
+    assert engine.scheduler.width("m") == width
+    assert metrics.registry.get_sample_value("iddpm_width_rows", {"model": "m"}) == width
+    engine.add(generation("r", params()), submitted_at=0.0)
+    with pytest.raises(RuntimeError, match="only while nothing is in flight"):
+        engine.measure()
+
+
+def test_the_width_follows_costs_that_change() -> None:
+    clock = Clock()
+    runner = TimedRunner(clock, 0.0, 1.0)
+    engine = Engine({"m": runner}, EngineConfig(max_rows=8), Metrics(), clock)
+    engine.measure()
+    assert engine.scheduler.width("m") == 2
+    for rows in range(1, 9):  # somebody else used the device at start-up
+        for _ in range(200):
+            engine.costs["m"].observe(rows, 1.0)
+    runner._fixed, runner._per_row = 1.0, 0.0
+    engine.add(generation("r", params(steps=WIDTH_INTERVAL)), submitted_at=0.0)
+    while engine.has_work():
+        engine.step()
+    assert engine.scheduler.width("m") == 8
+
+
+def test_timing_steps_leaves_no_trace_in_pictures() -> None:
+    runner = warm_runner()
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    engine.measure()
+    image = replace(params(steps=4, cfg_scale=2.0, seed=3), class_index=2)
+    engine.add(generation("r", image), submitted_at=0.0)
+    results = [result for _ in range(4) for result in engine.step()]
+    assert results[0].pixels is not None
+    assert results[0].pixels.tobytes() == reference(image)
+
+
+def test_work_done_for_nothing_and_work_left_are_counted() -> None:
+    metrics = Metrics()
+    engine = Engine({"m": CountingRunner(fail_slots_at={CONFIG.num_slots - 1: 2})}, CONFIG, metrics)
+    engine.add(generation("fails", params(steps=3)), submitted_at=0.0)
+    engine.add(generation("aborted", params(steps=9, cfg_scale=2.0)), submitted_at=0.0)
+    value = metrics.registry.get_sample_value
+    assert value("iddpm_remaining_row_steps") == 3 + 18
+    for _ in range(3):
+        engine.step()
+    engine.abort("aborted")
+    assert value("iddpm_wasted_row_steps_total") == 2 + 3 * 2
+    assert value("iddpm_remaining_row_steps") == 0
+    counts = [value("iddpm_engine_step_seconds_count", {"model": "m", "padded_rows": rows}) for rows in ("2", "3")]
+    assert counts == [1, 2]
+
+
+def test_an_image_says_how_late_it_is() -> None:
+    clock = Clock()
+    engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, CONFIG, Metrics(), clock)
+    engine.add(generation("late", params(steps=3), deadline_s=2.0), submitted_at=0.0)
+    engine.add(generation("in time", params(steps=3), deadline_s=4.0), submitted_at=0.0)
+    results = [result for _ in range(3) for result in engine.step()]
+    assert [(result.request_id, result.late_s) for result in results] == [("late", 1.0), ("in time", 0.0)]

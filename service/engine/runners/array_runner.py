@@ -20,7 +20,7 @@ from service.backends.base import Denoiser
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
-from service.engine.slots import SlotTable
+from service.engine.slots import SavedSlot, SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,21 @@ class ArrayRunner(Generic[A]):
         table.step[index] = step + 1
         ok: list[bool] = to_numpy(result.ok).tolist()
         return ok
+
+    def evict(self, slots: Sequence[int]) -> list[object]:
+        """Copy slots to host memory; that they are free is known to the scheduler."""
+        return [*self._slots.save(slots)]
+
+    def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
+        """Put evicted images back.
+
+        Raises:
+            TypeError: a state that `evict` did not return.
+        """
+        states = [state for state in saved if isinstance(state, SavedSlot)]
+        if len(states) != len(saved):
+            raise TypeError("only what `evict` returned can be restored")
+        self._slots.load(slots, states)
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next batch size that may be run."""

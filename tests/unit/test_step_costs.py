@@ -1,0 +1,67 @@
+"""Costs of steps: running means, never falling with rows; the knee is where more rows stop paying."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.step_costs import SMOOTHING, StepCosts, knee
+
+
+def measured(table: dict[int, float]) -> StepCosts:
+    costs = StepCosts()
+    for rows, seconds in table.items():
+        costs.observe(rows, seconds)
+    return costs
+
+
+def test_between_sizes_costs_are_interpolated_and_beyond_them_they_grow_by_row() -> None:
+    costs = measured({2: 1.0, 4: 3.0})
+    assert [costs.seconds(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 1.0, 2.0, 3.0, 6.0]
+    assert StepCosts().seconds(3) == 0.0
+
+
+def test_a_cost_follows_new_measurements() -> None:
+    costs = measured({2: 1.0})
+    costs.observe(2, 2.0)
+    assert costs.seconds(2) == 1.0 + SMOOTHING
+    for _ in range(200):
+        costs.observe(2, 2.0)
+    assert costs.seconds(2) == pytest.approx(2.0, abs=1e-3)
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(0.001, 10), min_size=1))
+def test_more_rows_never_take_less_time_and_the_mean_is_kept(table: dict[int, float]) -> None:
+    costs = measured(table)
+    curve = [costs.seconds(rows) for rows in range(1, 80)]
+    assert all(b >= a * (1 - 1e-12) for a, b in itertools.pairwise(curve))
+    assert sum(costs.table().values()) == pytest.approx(sum(table.values()))
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(0, 1.0), (1, -1.0)])
+def test_a_measurement_that_cannot_be_is_refused(rows: int, seconds: float) -> None:
+    with pytest.raises(ValueError, match="at least 1 row"):
+        StepCosts().observe(rows, seconds)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_row", "width"),
+    [(0.95, 0.05, 32), (0.8, 0.2, 24), (0.05, 0.95, 2), (1.0, 0.0, 32)],
+)
+def test_the_knee_is_wide_where_rows_are_cheap_and_narrow_where_they_are_not(
+    fixed: float, per_row: float, width: int
+) -> None:
+    costs = measured({n: fixed + per_row * n for n in (1, 2, 4, 8, 12, 16, 24, 32)})
+    assert knee(costs, 32, 0.95) == width
+
+
+def test_the_knee_is_the_maximum_until_that_has_been_measured() -> None:
+    assert knee(StepCosts(), 8, 0.95) == 8
+    assert knee(measured({1: 1.0, 2: 2.0}), 8, 0.95) == 8
+
+
+def test_a_maximum_that_is_padded_pays_for_its_padding() -> None:
+    assert knee(measured({8: 1.0, 16: 2.0}), 9, 0.95) == 8
