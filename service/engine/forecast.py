@@ -65,6 +65,7 @@ class Forecast:
         self._images: dict[tuple[str, int], Image] = {}
         self._client_work: Counter[tuple[str, Priority, str]] = Counter()
         self._clients: Counter[tuple[str, Priority]] = Counter()
+        self._rows: Counter[str] = Counter()
         self._arrivals = 0
 
     def predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
@@ -79,6 +80,7 @@ class Forecast:
         for image in images:
             self._lines[image.model, image.priority].add(image.order, image.remaining_row_steps)
             self._images[image.request_id, image.position] = image
+            self._rows[image.model] += image.rows
             client = (image.model, image.priority, image.client)
             self._clients[image.model, image.priority] += client not in self._client_work
             self._client_work[client] += image.remaining_row_steps
@@ -87,6 +89,7 @@ class Forecast:
         """Forget an image that is done, whatever its end."""
         image = self._images.pop((request_id, position))
         self._lines[image.model, image.priority].remove(image.order)
+        self._rows[image.model] -= image.rows
         client = (image.model, image.priority, image.client)
         self._client_work[client] -= image.remaining_row_steps
         if not self._client_work[client]:
@@ -119,9 +122,8 @@ class Forecast:
         predicted = []
         siblings: list[Image] = []
         for image in sorted(images, key=lambda image: image.order):
-            new = (image.request_id, image.position) not in self._images
             predicted.append(self._predict_image(image, siblings, view))
-            if new:
+            if not self._knows(image):
                 siblings.append(image)
         return Prediction(
             position=min(p.position for p in predicted),
@@ -141,7 +143,7 @@ class Forecast:
 
         clients = self._clients[model, priority]
         own = self._client_work[model, priority, image.client] + newer
-        if (image.request_id, image.position) in self._images:
+        if self._knows(image):
             own -= self._images[image.request_id, image.position].remaining_row_steps
         else:
             clients += (model, priority, image.client) not in self._client_work
@@ -156,10 +158,10 @@ class Forecast:
             if interactive > 0 and self._batch_share > 0:
                 wait_steps = min(wait_steps, ahead / (self._batch_share * width))
         mean_left, least_left = _drain(taking_part, image, width)
-        wait_steps = max(least_left, wait_steps - mean_left)
+        rows = self._rows[model] + sum(i.rows for i in {*siblings, image} if not self._knows(i))
+        wait_steps = max(least_left, wait_steps - mean_left) if rows > width else 0.0
 
-        rows = min(width, sum(other.rows for other in {*taking_part, image}))
-        step_s = view.costs[model].seconds(width if wait_steps > 0 else rows)
+        step_s = view.costs[model].seconds(min(rows, width))
         if step_s:
             step_s += sum(
                 view.costs[other].seconds(view.widths[other])
@@ -168,6 +170,9 @@ class Forecast:
             )
         steps = image.remaining_row_steps / image.rows
         return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=(wait_steps + steps) * step_s)
+
+    def _knows(self, image: Image) -> bool:
+        return (image.request_id, image.position) in self._images
 
     def _ahead(self, image: Image, running: Sequence[Image]) -> tuple[int, int]:
         """Return images and row-steps of the image's priority that come before it."""

@@ -205,9 +205,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() -> None:
     async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0)) as engine:
         engine._engine.costs["m"].observe(2, 1.0)
-        engine.submit(generation("a", params(steps=1000)))  # alone, whatever it takes
-        engine.submit(generation("b", params(steps=200)))  # the second row is free
-        with pytest.raises(QueueFull, match="the predicted wait is 200 s, at most 60 s can be") as refusal:
+        engine.submit(generation("a", params(steps=500)))  # alone, whatever it takes
+        engine.submit(generation("b", params(steps=500)))  # the second row is free
+        with pytest.raises(QueueFull, match="the predicted wait is 500 s, at most 60 s can be") as refusal:
             engine.submit(generation("c", params(steps=9)))
         assert refusal.value.retry_after_s > 1
         engine.submit(generation("d", params(steps=9), priority=Priority.BATCH))
