@@ -27,8 +27,8 @@ class EngineConfig(FrozenConfig):
     """Who is served next within a priority, see `service.engine.policies`."""
     ageing: float = Field(default=0.5, gt=0)
     """Row-steps of remaining work that a step of waiting makes up for under srw; chosen in docs/decisions/0005."""
-    client_allowance: int = Field(default=500, ge=1)
-    """Row-steps a client may have had beyond an equal part before it lets others go first; a long image takes 500."""
+    client_allowance: int = Field(default=1000, ge=1)
+    """Row-steps a client may have had beyond an equal part before it lets others go first: four long images."""
     batch_share: float = Field(default=0.125, ge=0, lt=1)
     """Part of the row-steps that batch work gets, if it wants them, however much interactive work there is."""
     width_efficiency: float = Field(default=0.95, gt=0, le=1)

@@ -88,8 +88,9 @@ def test_a_request_of_many_images_finishes_with_its_last(policy: PolicyName) -> 
 
 def test_short_work_is_predicted_to_go_before_long_work_under_srw_only() -> None:
     predicted = {}
-    for policy in ("fifo", "srw"):
-        device = Device4(policy)  # type: ignore[arg-type]  # a literal, one at a time
+    policies: tuple[PolicyName, ...] = ("fifo", "srw")
+    for policy in policies:
+        device = Device4(policy)
         device.add("long", *[params(250)] * 8)
         predicted[policy] = device.add("short", params(10))[1]
         device.run()
