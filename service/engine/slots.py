@@ -15,7 +15,6 @@ from diffusion.noise import MAX_SEED, MAX_WORD, STREAM_X_T, check_range, normal
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan
 from service.engine.request import ImageParams
 
-
 BY_SLOT = ("x", "x0", "step", "plan_offset", "y", "cfg_scale", "seed", "image_index")
 """The arrays that hold something of an image. Plans stay where they are: an evicted image keeps its lines."""
 
