@@ -9,8 +9,10 @@ ServiceError
 │   ├── ClientLimit       this client holds its part of the queue
 │   └── Draining
 └── GenerationFailed      accepted, but did not come to pictures
+    ├── ImageFailed       the network raised on this image; its neighbours are fine
     ├── NotFinite         this image's numbers overflowed; its neighbours are fine
     ├── Aborted           the client went away, or asked to stop
+    ├── TimedOut          it took longer than the service allows
     └── EngineDead        the engine stopped with an error; every request it held gets this
 ModelError                a model folder that cannot be served; ends start-up
 """
@@ -42,7 +44,7 @@ class DeadlineUnmeetable(ServiceError):
     """The predicted finish is later than the deadline; nothing was done."""
 
     def __init__(self, deadline_s: float, predicted_s: float) -> None:
-        super().__init__(f"deadline: would be done in {predicted_s:.3g} s, wanted within {deadline_s:.3g} s")
+        super().__init__(f"deadline_s: would be done in {predicted_s:.3g} s, wanted within {deadline_s:.3g} s")
         self.deadline_s = deadline_s
         self.predicted_s = predicted_s
 
@@ -71,6 +73,10 @@ class GenerationFailed(ServiceError):
     """An accepted request did not come to pictures."""
 
 
+class ImageFailed(GenerationFailed):
+    """The network raised on an image, also without others beside it."""
+
+
 class NotFinite(GenerationFailed):
     """An image's numbers overflowed."""
 
@@ -79,8 +85,12 @@ class Aborted(GenerationFailed):
     """The client went away or cancelled."""
 
 
+class TimedOut(GenerationFailed):
+    """The request took longer than the service allows; its rows are free."""
+
+
 class EngineDead(GenerationFailed):
-    """The engine stopped with an error."""
+    """The engine stopped with an error, or hangs."""
 
 
 class ModelError(Exception):

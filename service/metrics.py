@@ -27,7 +27,7 @@ class Metrics:
         self.registry = registry
         self.requests = Counter(
             "iddpm_requests_total",
-            "Generation requests by outcome: ok, invalid (4xx), rejected (503), failed (5xx), cancelled by the client",
+            "Generation requests by outcome: ok, invalid (4xx), rejected (429, 503), failed (5xx), cancelled",
             ["outcome"],
             registry=registry,
         )
@@ -85,6 +85,18 @@ class Metrics:
             "iddpm_rows_per_network_call",
             "Rows of a network call: one per image, two with classifier-free guidance; padding not counted",
             buckets=ROW_BUCKETS,
+            registry=registry,
+        )
+        self.failed_attempts = Counter(
+            "iddpm_failed_attempts_total",
+            "Attempts at an engine step that raised and were repeated in halves: error, out_of_memory",
+            ["kind"],
+            registry=registry,
+        )
+        self.images_failed = Counter(
+            "iddpm_images_failed_total",
+            "Images that failed alone: not_finite, error, out_of_memory",
+            ["reason"],
             registry=registry,
         )
         self.padded_rows = Counter("iddpm_padded_rows_total", "Rows computed for padding only", registry=registry)

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig
-from service.backends.base import Denoiser
+from service.backends.base import Denoiser, FailureKind, classify_synchronous
 
 
 class ExactDenoiser:
@@ -33,6 +33,9 @@ class ExactDenoiser:
     def embed_timesteps(self, t_model: Any) -> Any:
         channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
         return t_model[:, None] / 1024 + channels[None]
+
+    def classify(self, error: Exception) -> FailureKind:
+        return classify_synchronous(error)
 
     def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
         self.calls.append(len(x_t))
@@ -63,6 +66,9 @@ class BatchDependent:
 
     def embed_timesteps(self, t_model: Any) -> Any:
         return self._honest.embed_timesteps(t_model)
+
+    def classify(self, error: Exception) -> FailureKind:
+        return self._honest.classify(error)
 
     def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
         out = self._honest(x_t, emb_t, y)

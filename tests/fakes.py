@@ -12,6 +12,7 @@ import torch
 from diffusion.checkpoint import write_checkpoint
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, SamplingDefaults
 from diffusion.unet import UNet
+from service.backends.base import FailureKind, classify_synchronous
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start
 
 CLASS_NAMES = ("Ape", "Bee", "Cat", "T-shirt/top")
@@ -95,12 +96,19 @@ class CountingRunner:
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         assert len(set(slots)) == len(slots)
-        if len(self.calls) == self._error_at:
+        if self._error_at is not None and len(self.calls) >= self._error_at:
             raise RuntimeError("the device caught fire")
         self.calls.append(list(slots))
         for slot in slots:
             self.steps[slot] += 1
         return [self._fail_slots_at.get(slot) != self.steps[slot] for slot in slots]
+
+    def classify(self, error: Exception) -> FailureKind:
+        return classify_synchronous(error)
+
+    def probe(self) -> None:
+        if self._error_at is not None and len(self.calls) >= self._error_at:
+            raise RuntimeError("the device is still on fire")
 
     def evict(self, slots: Sequence[int]) -> list[object]:
         return [self.steps.pop(slot) for slot in slots]

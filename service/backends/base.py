@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,22 @@ class BackendOptions:
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
+
+
+class FailureKind(enum.Enum):
+    """What an error raised by a network call means for taking the step again."""
+
+    ROWS = "error"
+    """Some row may be the reason; the backend is synchronous, so that a call without that row would not have raised."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """Nothing was computed; a smaller batch may fit."""
+    DEVICE = "device"
+    """Nothing on the device can be trusted any more, and the error may be that of an earlier call."""
+
+
+def classify_synchronous(error: Exception) -> FailureKind:
+    """Classify an error of a backend that has no device of its own and returns when it has computed."""
+    return FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ROWS
 
 
 class Denoiser(Protocol[A]):
@@ -53,4 +70,8 @@ class Denoiser(Protocol[A]):
 
         What it returns is the caller's: a later call does not change it.
         """
+        ...
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Say what an error means that was raised while a step was computed with this network."""
         ...

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
 from diffusion.unet import UNet
-from service.backends.base import BackendOptions, Precision
+from service.backends.base import BackendOptions, FailureKind, Precision, classify_synchronous
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.errors import ModelError
 
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""torch has no exception of its own for it."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,6 +80,12 @@ class TorchBackend:
     def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Run the UNet."""
         return self._run(x_t, emb_t, y)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Tell memory from the rest; on a CUDA device all the rest is the device's, whose errors come late."""
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
+            return FailureKind.OUT_OF_MEMORY
+        return FailureKind.DEVICE if self.device.type == "cuda" else classify_synchronous(error)
 
     def _forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         if self.device.type == "cuda":

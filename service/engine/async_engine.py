@@ -1,7 +1,8 @@
 """AsyncEngine: the engine in a thread of its own, reached from asyncio. It refuses, cancels, drains and reports.
 
 Commands go to the thread through a queue, results come back through `call_soon_threadsafe`; what crosses is plain
-dataclasses. Whatever ends the thread ends every waiting request with it: nothing hangs.
+dataclasses. Whatever ends the thread ends every waiting request with it, and so does a step that hangs: nobody waits
+for ever.
 """
 
 from __future__ import annotations
@@ -19,13 +20,23 @@ from dataclasses import dataclass, field
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.forecast import Forecast, Prediction
-from service.engine.request import GenerationRequest, ImageResult, ImageStatus, Priority, images_of
+from service.engine.request import (
+    FailureReason,
+    GenerationRequest,
+    ImageResult,
+    ImageStatus,
+    Priority,
+    images_of,
+)
+from service.engine.watchdog import LOOK_EVERY_S, Watchdog
 from service.errors import (
     Aborted,
     ClientLimit,
     DeadlineUnmeetable,
     Draining,
     EngineDead,
+    GenerationFailed,
+    ImageFailed,
     InvalidRequest,
     NotFinite,
     QueueFull,
@@ -104,13 +115,15 @@ class AsyncEngine:
         self._idle.set()
         self._ended = asyncio.Event()
         self.died = asyncio.Event()
-        """Set when the engine has stopped with an error."""
+        """Set when the engine has stopped with an error, or hangs."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start the thread: it warms up, then turns the state to READY."""
         self._loop = asyncio.get_running_loop()
+        self._watch = self._loop.create_task(self._watch_for_hangs())
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -198,11 +211,13 @@ class AsyncEngine:
             self._set_state(EngineState.DRAINING)
 
     async def stop(self) -> None:
-        """Drain, wait for accepted requests, end the thread."""
+        """Drain, wait for accepted requests, end the thread; one that hangs is left behind."""
         self.drain()
         await self._idle.wait()
         self._commands.put(_Stop())
         await self._ended.wait()
+        if self._watch is not None:
+            self._watch.cancel()
         if self.state is not EngineState.DEAD:
             self._set_state(EngineState.STOPPED)
 
@@ -228,7 +243,7 @@ class AsyncEngine:
 
     def _take_commands(self) -> bool:
         """Carry out what was asked for, waiting for something to do; False: stop."""
-        while True:
+        while self.state is not EngineState.DEAD:
             try:
                 command = self._commands.get(block=not self._engine.has_work())
             except queue.Empty:
@@ -240,6 +255,7 @@ class AsyncEngine:
                     self._deliver(self._engine.abort(request_id))
                 case _Stop():
                     return False
+        return False
 
     def _deliver(self, results: list[ImageResult]) -> None:
         if results:
@@ -254,6 +270,15 @@ class AsyncEngine:
             log.warning("the event loop closed before the engine stopped")
 
     # In the event loop
+
+    async def _watch_for_hangs(self) -> None:
+        watchdog = Watchdog()
+        while self.state is not EngineState.DEAD:
+            if watchdog.hangs(self._engine.under_way, self._engine.clock()):
+                log.critical("a step of the engine hangs")
+                self._on_death("a step of the engine hangs")
+                self._ended.set()  # whatever becomes of the thread, nobody waits for it
+            await asyncio.sleep(LOOK_EVERY_S)
 
     def _on_warm(self) -> None:
         if self.state is EngineState.STARTING:
@@ -271,8 +296,8 @@ class AsyncEngine:
                 self._metrics.compute_seconds.observe(result.compute_s)
                 self._metrics.deadline_misses.inc(result.late_s > 0)
                 _resolve(future, result)
-            elif result.status is ImageStatus.FAILED:
-                _resolve(future, NotFinite(f"image {params.image_index}: its numbers overflowed while sampling"))
+            elif result.failure is not None:
+                _resolve(future, _failure(params.image_index, result.failure))
             else:
                 _resolve(future, Aborted("the request was cancelled"))
             ticket.pending -= 1
@@ -295,6 +320,8 @@ class AsyncEngine:
             self._metrics.finish_over_predicted.observe(took / ticket.prediction.finish_s)
 
     def _on_death(self, message: str) -> None:
+        if self.state is EngineState.DEAD:
+            return
         self._set_state(EngineState.DEAD)
         for ticket in self._tickets.values():
             for future in ticket.images:
@@ -318,3 +345,11 @@ def _resolve(future: asyncio.Future[ImageResult], outcome: ImageResult | Service
     else:
         future.set_exception(outcome)
         future.exception()  # read once: a client that went away leaves nobody to retrieve it
+
+
+def _failure(image_index: int, reason: FailureReason) -> GenerationFailed:
+    if reason == "not_finite":
+        return NotFinite(f"image {image_index}: its numbers overflowed while sampling")
+    if reason == "out_of_memory":
+        return ImageFailed(f"image {image_index}: it does not fit the memory that is left, not even alone")
+    return ImageFailed(f"image {image_index}: the network failed on it, also alone; the log has the details")

@@ -21,8 +21,8 @@ class EngineConfig(FrozenConfig):
     """Rows accepted beyond the width before requests are refused; an image with guidance takes two."""
     max_wait_s: float = Field(default=600.0, gt=0)
     """Longest predicted wait of an interactive request before it is refused; what is alone never waits."""
-    client_share: float = Field(default=0.5, gt=0, le=1)
-    """Part of all accepted rows that one named client may hold."""
+    client_share: float = Field(default=1.0, gt=0, le=1)
+    """Part of all accepted rows that one named client may hold; 1: no limit of its own."""
     policy: PolicyName = "srw"
     """Who is served next within a priority, see `service.engine.policies`."""
     ageing: float = Field(default=0.5, gt=0)

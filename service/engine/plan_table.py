@@ -13,6 +13,7 @@ class _Entry:
     offset: int
     lines: int
     references: int = 0
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class PlanRange:
 
     offset: int
     fresh: bool
-    """Whether its lines have yet to be written."""
+    """Whether its lines are not known to be written."""
 
 
 class PlanTable:
@@ -44,14 +45,17 @@ class PlanTable:
         if lines > self.capacity:
             raise ValueError(f"a plan of {lines} steps does not fit a table of {self.capacity} lines")
         entry = self._entries.get(key)
-        fresh = entry is None
         if entry is None:
             offset = self._make_room(lines)
             if offset is None:
                 return None
             entry = self._entries[key] = _Entry(offset, lines)
         entry.references += 1
-        return PlanRange(entry.offset, fresh)
+        return PlanRange(entry.offset, fresh=not entry.written)
+
+    def confirm(self, key: PlanKey) -> None:
+        """Take note that the lines of a plan in use are written."""
+        self._entries[key].written = True
 
     def release(self, key: PlanKey) -> None:
         """Give back one reference."""

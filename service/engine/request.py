@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.plans import Sampler
+
+FailureReason = Literal["not_finite", "error", "out_of_memory"]
+"""Why an image failed: its numbers overflowed; the network raised on it; not even it alone fitted memory."""
+FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ class Image:
     plan_offset: int | None = None
     """First line of its plan in the model's table."""
     plan_fresh: bool = False
-    """Whether those lines had yet to be written when it started."""
+    """Whether those lines were not known to be written when it started."""
     steps_done: int = 0
     started_at: float | None = None
 
@@ -152,7 +157,7 @@ class Start:
     params: ImageParams
     plan_offset: int
     write_plan: bool
-    """Whether the plan's lines are not in the table yet."""
+    """Whether the plan's lines are not known to be in the table: every image that starts without says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +203,8 @@ class ImageResult:
     status: ImageStatus
     pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
     """uint8 [H, W, C] where status is DONE."""
+    failure: FailureReason | None = None
+    """Where status is FAILED."""
     queue_s: float = 0.0
     compute_s: float = 0.0
     late_s: float = 0.0

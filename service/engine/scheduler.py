@@ -184,7 +184,11 @@ class Scheduler:
         return None
 
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
-        """Write a step back: count it, and take out the images that finished or are not finite any more.
+        """Write a step back: count it, and take out the images that finished and those that failed.
+
+        Args:
+            batch: what `schedule` returned last.
+            ok: of each of its images, whether it took the step and is still finite.
 
         Returns:
             The images that left, in the batch's order; their `slot` is what they held, free from now on.
@@ -196,8 +200,11 @@ class Scheduler:
             rows[image.priority][image.client] += image.rows
         lane.interactive.served(rows[Priority.INTERACTIVE])
         lane.batch.served(rows[Priority.BATCH])
+        started = {start.slot for start in batch.starts}
         left = []
         for image, fine in zip(batch.images, ok, strict=True):
+            if fine and image.slot in started:
+                lane.plans.confirm(image.params.plan)
             image.steps_done += 1
             self.remaining_row_steps -= image.rows
             if fine and image.steps_done < image.params.num_steps:

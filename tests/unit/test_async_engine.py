@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import wraps
+from typing import ParamSpec
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from service.engine.async_engine import AsyncEngine, EngineState
+from service.backends.base import FailureKind
+from service.engine import async_engine
+from service.engine.async_engine import AsyncEngine, EngineState, Ticket
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import Priority
-from service.errors import ClientLimit, DeadlineUnmeetable, Draining, EngineDead, InvalidRequest, NotFinite, QueueFull
+from service.engine.watchdog import HANG_FLOOR_S
+from service.errors import (
+    ClientLimit,
+    DeadlineUnmeetable,
+    Draining,
+    EngineDead,
+    ImageFailed,
+    InvalidRequest,
+    NotFinite,
+    QueueFull,
+)
 from service.metrics import Metrics
+from tests.counts import count
 from tests.fakes import CountingRunner, generation, params
 
 CONFIG = EngineConfig(max_rows=2, max_queue=3, policy="fifo", timed_calls=0)
 
 
-def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
+P = ParamSpec("P")
+
+
+def runs(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:
     """Run a test's coroutine, and fail rather than hang."""
 
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), timeout=120))
+    @wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), timeout=120))
 
     return run
 
@@ -37,7 +59,7 @@ class PausedRunner(CountingRunner):
 
         self.released = threading.Event()
 
-    def step(self, slots: list[int]) -> list[bool]:  # type: ignore[override]  # the engine passes lists
+    def step(self, slots: Sequence[int]) -> list[bool]:
         assert self.released.wait(timeout=100)
         return super().step(slots)
 
@@ -144,6 +166,124 @@ async def test_an_error_in_the_engine_reaches_every_waiting_request() -> None:
 
 
 @runs
+async def test_an_error_of_the_device_is_tried_once_and_ends_the_engine() -> None:
+    class Lost(CountingRunner):
+        def classify(self, error: Exception) -> FailureKind:
+            return FailureKind.DEVICE
+
+    runner = Lost(error_at=1)
+    async with started(runner) as engine:
+        tickets = [engine.submit(generation(str(k), params(), params())) for k in range(2)]
+        outcomes = {await outcome(future) for ticket in tickets for future in ticket.images}
+        assert outcomes == {EngineDead.__name__}
+        assert engine.state is EngineState.DEAD
+        assert len(runner.calls) == 1
+
+
+@runs
+async def test_an_image_that_the_network_raises_on_fails_alone_with_a_reason() -> None:
+    class Raising(CountingRunner):
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            if CONFIG.num_slots - 1 in slots:  # the first slot given out
+                raise ValueError("secret detail")
+            return super().step(slots)
+
+    async with started(Raising()) as engine:
+        ticket = engine.submit(generation("r", params(), params()))
+        with pytest.raises(ImageFailed, match="image 0: the network failed on it, also alone") as failure:
+            await ticket.images[0]
+        assert "secret" not in str(failure.value)
+        assert (await ticket.images[1]).pixels is not None
+        assert engine.state is EngineState.READY
+
+
+@runs
+async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_the_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(async_engine, "LOOK_EVERY_S", 0.002)
+    runner = PausedRunner()
+    engine = AsyncEngine(Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: now), CONFIG, Metrics())
+    engine.start()
+    await until(lambda: engine.state is EngineState.READY)
+    tickets = [engine.submit(generation(str(k), params())) for k in range(3)]
+    await until(lambda: engine._engine.under_way is not None)
+    now = HANG_FLOOR_S - 0.5
+    await asyncio.sleep(0.02)
+    assert engine.state is EngineState.READY
+    while engine.state is EngineState.READY:  # each look counts a second at most
+        now += 0.25
+        await asyncio.sleep(0.001)
+    assert now > HANG_FLOOR_S
+    outcomes = [await outcome(future) for ticket in tickets for future in ticket.images]
+    assert outcomes == [EngineDead.__name__] * 3
+    assert engine.died.is_set()
+    await engine.stop()
+    assert engine.state is EngineState.DEAD
+    runner.released.set()
+    assert engine._thread is not None
+    await asyncio.to_thread(engine._thread.join)  # it ends by itself, should it ever come back
+    assert [future.done() for ticket in tickets for future in ticket.images] == [True] * 3
+
+
+class UnluckyRunner(CountingRunner):
+    """Raises whenever certain slots take part, and with more than a few at all; some rows overflow."""
+
+    def __init__(self, raising: set[int], overflowing: set[int], fits: int) -> None:
+        super().__init__(dict.fromkeys(overflowing, 2))
+        self._raising = raising
+        self._fits = fits
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        if len(slots) > self._fits:
+            raise MemoryError
+        if self._raising & set(slots):
+            raise ValueError
+        return super().step(slots)
+
+
+@settings(max_examples=count(200))
+@given(
+    script=st.lists(st.tuples(st.sampled_from(["submit", "abort", "pause"]), st.integers(0, 5)), max_size=12),
+    raising=st.sets(st.integers(0, CONFIG.num_slots - 1), max_size=2),
+    overflowing=st.sets(st.integers(0, CONFIG.num_slots - 1), max_size=2),
+    fits=st.integers(1, 2),
+)
+def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
+    script: list[tuple[str, int]], raising: set[int], overflowing: set[int], fits: int
+) -> None:
+    async def check() -> None:
+        resolved: Counter[int] = Counter()
+        tickets: list[Ticket] = []
+        async with started(UnluckyRunner(raising, overflowing, fits)) as engine:
+            for action, number in script:
+                if action == "submit":
+                    try:
+                        tickets.append(engine.submit(generation(str(len(tickets)), *[params()] * (1 + number % 3))))
+                    except QueueFull:
+                        continue
+                    for future in tickets[-1].images:
+                        future.add_done_callback(lambda future: resolved.update([id(future)]))
+                elif action == "abort":
+                    engine.abort(str(number))
+                else:
+                    await asyncio.sleep(0)
+            ends = {await outcome(future) for ticket in tickets for future in ticket.images}
+            await engine.wait_idle()
+            await asyncio.sleep(0)  # what futures call when they are done runs after whoever awaited them
+            assert ends <= {"done", "Aborted", "NotFinite", "ImageFailed"}
+            assert [resolved[id(future)] for ticket in tickets for future in ticket.images] == [1] * resolved.total()
+            assert resolved.total() == sum(len(ticket.images) for ticket in tickets)
+            assert not engine._tickets
+            assert not engine._rows_in_flight
+            assert not engine._forecast._images
+            assert engine.state is EngineState.READY
+
+    asyncio.run(asyncio.wait_for(check(), timeout=120))
+
+
+@runs
 async def test_a_failing_warm_up_is_reported_too() -> None:
     class Broken(CountingRunner):
         def warm_up(self) -> None:
@@ -179,7 +319,7 @@ async def test_guided_images_count_twice_against_the_limit() -> None:
 
 @runs
 async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() -> None:
-    async with started(PausedRunner()) as engine:
+    async with started(PausedRunner(), CONFIG.replace(client_share=0.5)) as engine:
         engine.submit(generation("a", params(), params(), client="crowd"))
         with pytest.raises(ClientLimit, match="2 rows of this client are in flight, at most 2 can be") as refusal:
             engine.submit(generation("b", params(), client="crowd"))

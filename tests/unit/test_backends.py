@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from service.backends.base import BackendOptions
+from service.backends.base import BackendOptions, FailureKind
 from service.backends.cuda_graphs import GraphedNetwork
 from service.backends.select import BACKENDS, Backend, load_denoiser
 from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype, doubling_sizes
@@ -60,6 +60,24 @@ def test_an_error_inside_an_installed_backend_is_not_taken_for_a_missing_package
     monkeypatch.setitem(BACKENDS, "broken", broken)
     with pytest.raises(ModuleNotFoundError, match=r"service\.backends\.none"):
         load_denoiser(folder, "broken", BackendOptions())
+
+
+def out_of_memory_on_the_cpu() -> Exception:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    return raised.value
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_torch_backend_tells_memory_from_rows_and_on_a_cuda_device_from_the_device(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = TorchBackend(folder, BackendOptions(device="cpu"))
+    monkeypatch.setattr(backend, "device", torch.device(device))
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), out_of_memory_on_the_cpu()):
+        assert backend.classify(error) is FailureKind.OUT_OF_MEMORY
+    others = [backend.classify(error) for error in (ValueError("x"), RuntimeError("CUDA error: device-side assert"))]
+    assert others == [FailureKind.ROWS if device == "cpu" else FailureKind.DEVICE] * 2
 
 
 def test_settings_reach_the_backend() -> None:

@@ -21,9 +21,13 @@ def test_a_plan_in_use_is_shared_and_an_unused_one_is_found_again() -> None:
     second = table.acquire(key(50), 50)
     assert first is not None
     assert second is not None
-    assert (first.fresh, second.fresh) == (True, False)
-    table.release(key(50))
-    table.release(key(50))
+    assert (first.offset, first.fresh) == (second.offset, second.fresh) == (0, True)
+    table.confirm(key(50))
+    third = table.acquire(key(50), 50)
+    assert third is not None
+    assert not third.fresh
+    for _ in range(3):
+        table.release(key(50))
     again = table.acquire(key(50), 50)
     assert again is not None
     assert not again.fresh
@@ -43,6 +47,7 @@ def test_the_plan_unused_for_longest_goes_first() -> None:
     table = PlanTable(100)
     for lines in (30, 31, 32):
         table.acquire(key(lines), lines)
+        table.confirm(key(lines))
     for lines in (31, 30):
         table.release(key(lines))
     table.acquire(key(29), 29)  # takes the room of 31, unused for longer than 30

@@ -84,13 +84,18 @@ def test_an_image_waits_for_a_plan_table_that_is_full_and_is_not_overtaken_meanw
     assert run_step(scheduler)[0] == ["big", "small"]
 
 
-def test_images_that_share_a_plan_write_it_once() -> None:
+def test_images_that_share_a_plan_write_it_until_one_of_them_has_taken_a_step() -> None:
     scheduler = make()
     scheduler.add([image("a", 5), image("b", 5), image("c", 6)])
     batch = scheduler.schedule(now=0.0)
     assert batch is not None
-    assert [start.write_plan for start in batch.starts] == [True, False, True]
+    assert [start.write_plan for start in batch.starts] == [True, True, True]
     assert batch.starts[0].plan_offset == batch.starts[1].plan_offset != batch.starts[2].plan_offset
+    scheduler.complete(batch, [False, True, False])
+    scheduler.add([image("d", 5), image("e", 6)])
+    batch = scheduler.schedule(now=0.0)
+    assert batch is not None
+    assert [(start.params.num_steps, start.write_plan) for start in batch.starts] == [(5, False), (6, True)]
 
 
 def test_models_take_turns() -> None:

@@ -16,7 +16,7 @@ from diffusion.guidance import classifier_free
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.plans import build_plan
 from diffusion.update import PlanRows, advance, split_output, to_uint8
-from service.backends.base import Denoiser
+from service.backends.base import Denoiser, FailureKind
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
@@ -66,17 +66,19 @@ class ArrayRunner(Generic[A]):
     def start(self, starts: Sequence[Start]) -> None:
         """Set slots up; plans are computed here, once for all images that share one."""
         xp, device = self._denoiser.xp, self._denoiser.device
-        for start in starts:
-            if start.write_plan:
-                key = start.params.plan
-                plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
-                t_model = xp.asarray(plan.column("t_model").copy(), device=device)
-                self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model))
+        for start in {start.plan_offset: start for start in starts if start.write_plan}.values():
+            key = start.params.plan
+            plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
+            t_model = xp.asarray(plan.column("t_model").copy(), device=device)
+            self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model))
         if starts:
             self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
 
     def step(self, slots: Sequence[int]) -> list[bool]:
-        """Advance the images in these slots by one step. Reading the flags is the only wait for the device."""
+        """Advance the images in these slots by one step. Reading the flags is the only wait for the device.
+
+        All is computed before anything is written, so that a step that raised can be taken again.
+        """
         table = self._slots
         index = table.integers(slots)
         x_t, step = table.x[index], table.step[index]
@@ -88,10 +90,11 @@ class ArrayRunner(Generic[A]):
         rows = PlanRows.from_lines(table.plan[line])
         no_gradient = self._denoiser.xp.zeros_like(x_t)
         result = advance(rows, x_t, table.x0[index], prediction, var_values, z, no_gradient)
+        next_step = step + 1
 
         table.x[index] = result.x_prev
         table.x0[index] = result.x0
-        table.step[index] = step + 1
+        table.step[index] = next_step
         ok: list[bool] = to_numpy(result.ok).tolist()
         return ok
 
@@ -109,6 +112,18 @@ class ArrayRunner(Generic[A]):
         if len(states) != len(saved):
             raise TypeError("only what `evict` returned can be restored")
         self._slots.load(slots, states)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Ask the denoiser."""
+        return self._denoiser.classify(error)
+
+    def probe(self) -> None:
+        """Call the network on zeros, and wait for what it returns."""
+        xp, device = self._denoiser.xp, self._denoiser.device
+        rows = self.padded_rows(1)
+        emb_t = self._denoiser.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
+        x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
+        to_numpy(self._denoiser(x_t, emb_t, self._slots.integers([0] * rows) if self._conditional else None))
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next batch size that may be run."""

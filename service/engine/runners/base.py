@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from service.backends.base import FailureKind
 from service.engine.request import Start
 
 
@@ -21,11 +22,23 @@ class Runner(Protocol):
         ...
 
     def start(self, starts: Sequence[Start]) -> None:
-        """Set slots up: x_T, and the plan's lines where they are not in the table yet."""
+        """Set slots up: x_T, and the plan's lines where they are not known to be in the table. May be repeated."""
         ...
 
     def step(self, slots: Sequence[int]) -> list[bool]:
-        """Advance the images in these slots by one step; says which are still finite."""
+        """Advance the images in these slots by one step; says which are still finite.
+
+        Writes nothing before all is computed: where it raises, the same step can be taken again, with all or some of
+        these slots.
+        """
+        ...
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Say what an error means that `start` or `step` raised."""
+        ...
+
+    def probe(self) -> None:
+        """Call the network on a row that is nobody's; raises what it raises. Touches no slot."""
         ...
 
     def evict(self, slots: Sequence[int]) -> list[object]:

@@ -1,0 +1,327 @@
+"""Whatever fails, whoever comes and goes: no pixel differs, no row leaks, every image ends exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion.plans import Sampler, build_plan
+from diffusion.sampling import ImageSpec, sample_images
+from service.backends.base import FailureKind
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.policies import PolicyName
+from service.engine.recovery import STEPS_BEFORE_GROWING
+from service.engine.request import ImageParams, ImageResult, ImageStatus, PlanKey, Priority
+from service.engine.runners.array_runner import ArrayRunner
+from service.metrics import Metrics
+from tests.counts import count
+from tests.denoisers import AsNetwork, ExactDenoiser
+from tests.fakes import CountingRunner, generation, params, tiny_config
+
+WIDTH = 4
+CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1, plan_lines=32)
+FINE, OVERFLOWS, RAISES = 1, 2, 3
+"""Classes of images: what the network does with them in the second half of the chain."""
+Buckets = Literal["any size", "buckets"]
+
+
+class DeviceLost(Exception):
+    """An error of the device."""
+
+
+class FaultyDenoiser(ExactDenoiser):
+    """Overflows on some rows, raises on others, runs out of memory, and has passing troubles."""
+
+    def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
+        super().__init__(tiny_config(), batch_sizes=batch_sizes)
+        self.armed = False
+        self.most_rows = 1000
+        self.next_error: Exception | None = None
+
+    def classify(self, error: Exception) -> FailureKind:
+        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().classify(error)
+
+    def embed_timesteps(self, t_model: Any) -> Any:
+        self._have_trouble()
+        return super().embed_timesteps(t_model)
+
+    def _have_trouble(self) -> None:
+        if self.next_error is not None:
+            error, self.next_error = self.next_error, None
+            raise error
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        if not self.armed:
+            return super().__call__(x_t, emb_t, y)
+        self._have_trouble()
+        if len(x_t) > self.most_rows:
+            raise MemoryError
+        late = emb_t[:, 1] < 1.5  # t below 500
+        if np.any(late & (y == RAISES)):
+            raise ValueError("this row cannot be computed")
+        out = super().__call__(x_t, emb_t, y)
+        out[late & (y == OVERFLOWS)] = np.nan
+        return out
+
+
+@cache
+def faulty(buckets: Buckets) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
+    """Return a network that fails, and a runner of it that is warm."""
+    denoiser = FaultyDenoiser((1, WIDTH, 2 * WIDTH) if buckets == "buckets" else None)
+    runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
+    runner.warm_up()
+    return denoiser, runner
+
+
+@cache
+def reference(image: ImageParams) -> bytes:
+    """Sample one image alone, by a network that does not fail."""
+    plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
+    spec = ImageSpec(
+        seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
+    )
+    return sample_images(AsNetwork(ExactDenoiser(tiny_config())), plan, [spec], xp=np)[0].tobytes()
+
+
+@st.composite
+def image_params(draw: st.DrawFn) -> ImageParams:
+    steps = draw(st.sampled_from([2, 3, 12]))
+    sampler: Sampler = draw(st.sampled_from(["ancestral", "ddim"]))
+    return ImageParams(
+        plan=PlanKey(sampler=sampler, spec=str(steps)),
+        num_steps=steps,
+        seed=draw(st.sampled_from([0, 7])),
+        image_index=draw(st.integers(0, 2)),
+        class_index=draw(st.sampled_from([0, FINE, FINE, OVERFLOWS, RAISES])),
+        cfg_scale=draw(st.sampled_from([1.0, 1.0, 2.5])),
+    )
+
+
+Request = tuple[list[ImageParams], Priority, str, float | None]
+REQUESTS: st.SearchStrategy[Request] = st.tuples(
+    st.lists(image_params(), min_size=1, max_size=4),
+    st.sampled_from(Priority),
+    st.sampled_from(["", "a", "b"]),
+    st.sampled_from([None, 5.0, 50.0]),
+)
+SCRIPTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add and step"), REQUESTS),
+        st.tuples(st.just("add and step"), REQUESTS),
+        st.tuples(st.just("add"), REQUESTS),
+        st.tuples(st.just("abort"), st.integers(0, 6)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+        st.tuples(st.just("memory"), st.sampled_from([1, 2, 3, 1000])),
+        st.tuples(st.just("trouble"), st.sampled_from([RuntimeError("passing"), MemoryError()])),
+    ),
+    min_size=4,
+    max_size=20,
+)
+
+
+def check_nothing_is_left(engine: Engine) -> None:
+    scheduler = engine.scheduler
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_evicted) == (0, 0, 0)
+    assert scheduler.remaining_row_steps == 0
+    assert engine._saved == {}
+    assert engine.under_way is None
+    for lane in scheduler._lanes.values():
+        assert sorted(lane.free_slots) == list(range(CONFIG.num_slots))
+        assert all(entry.references == 0 for entry in lane.plans._entries.values())
+
+
+@pytest.mark.parametrize("buckets", get_args(Buckets))
+@settings(max_examples=count(2000))
+@given(script=SCRIPTS, policy=st.sampled_from(get_args(PolicyName)))
+def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
+    buckets: Buckets, script: list[tuple[str, Any]], policy: PolicyName
+) -> None:
+    denoiser, runner = faulty(buckets)
+    denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
+    least_memory = 1000
+    metrics = Metrics()
+    engine = Engine({"m": runner}, CONFIG.replace(policy=policy), metrics, clock=lambda: 0.0)
+    requests: list[list[ImageParams]] = []
+    results: list[ImageResult] = []
+    for action, argument in script:
+        if action in ("add", "add and step"):
+            images, priority, client, deadline_s = argument
+            request_id = str(len(requests))
+            requests.append(images)
+            engine.add(generation(request_id, *images, priority=priority, client=client, deadline_s=deadline_s), 0.0)
+        elif action == "abort":
+            results += engine.abort(str(argument))
+        elif action == "memory":
+            denoiser.most_rows = argument
+            least_memory = min(least_memory, argument)
+        elif action == "trouble":
+            denoiser.next_error = argument
+        if action == "add and step":
+            results += engine.step()
+        elif action == "step":
+            for _ in range(argument):
+                results += engine.step()
+    while engine.has_work():
+        results += engine.step()
+
+    ends = [(result.request_id, result.position) for result in results]
+    assert sorted(ends) == sorted((str(r), k) for r, images in enumerate(requests) for k in range(len(images)))
+    for result in results:
+        image = requests[int(result.request_id)][result.position]
+        may_not_fit = runner.padded_rows(image.rows) > least_memory
+        if result.status is ImageStatus.DONE:
+            assert image.class_index in (0, FINE)
+            assert result.pixels is not None
+            assert result.pixels.tobytes() == reference(image)
+        elif result.failure == "not_finite":
+            assert image.class_index == OVERFLOWS
+        elif result.failure == "error":
+            assert image.class_index == RAISES
+        elif result.failure == "out_of_memory":
+            assert may_not_fit
+        else:
+            assert result.status is ImageStatus.ABORTED
+    failed = [result for result in results if result.status is ImageStatus.FAILED]
+    value = metrics.registry.get_sample_value
+    reasons = ("not_finite", "error", "out_of_memory")
+    counted = [value("iddpm_images_failed_total", {"reason": reason}) for reason in reasons]
+    assert counted == [sum(result.failure == reason for result in failed) for reason in reasons]
+    check_nothing_is_left(engine)
+
+
+def test_the_scripts_do_evict_fail_and_retry() -> None:
+    """One script by hand, to show that what the others are made of happens."""
+    denoiser, runner = faulty("any size")
+    denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 3, None
+    metrics = Metrics()
+    engine = Engine({"m": runner}, CONFIG, metrics, clock=lambda: 0.0)
+    long = [_image(9, class_index) for class_index in (FINE, OVERFLOWS, RAISES, FINE)]
+    engine.add(generation("long", *long), 0.0)
+    results = engine.step()
+    engine.add(generation("short", *[_image(2, FINE)] * 4), 0.0)
+    denoiser.most_rows = 1000
+    while engine.has_work():
+        results += engine.step()
+    outcomes = {(result.request_id, result.position): result.failure for result in results}
+    assert [outcomes["long", k] for k in range(4)] == [None, "not_finite", "error", None]
+    value = metrics.registry.get_sample_value
+    assert value("iddpm_evictions_total") == 2  # the width is 2 after running out of memory
+    assert value("iddpm_failed_attempts_total", {"kind": "out_of_memory"}) == 1
+    # With its neighbour, alone and alone again
+    assert value("iddpm_failed_attempts_total", {"kind": "error"}) == 3
+    for result in results:
+        if result.pixels is not None:
+            assert result.pixels.tobytes() == reference(
+                (long if result.request_id == "long" else [_image(2, FINE)] * 4)[result.position]
+            )
+
+
+def _image(steps: int, class_index: int) -> ImageParams:
+    return replace(params(steps=steps, seed=steps), class_index=class_index)
+
+
+def test_out_of_memory_halves_the_width_costs_no_image_and_the_width_comes_back() -> None:
+    denoiser, runner = faulty("any size")
+    denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 3, None
+    metrics = Metrics()
+    engine = Engine({"m": runner}, CONFIG, metrics, clock=lambda: 0.0)
+    engine.add(generation("r", *[_image(5, FINE)] * 4), 0.0)
+    denoiser.calls.clear()
+    results = engine.step()
+    assert denoiser.calls == [2, 2]  # the same step, in halves
+    assert engine.scheduler.width("m") == 2
+    denoiser.most_rows = 1000
+    while engine.has_work():
+        results += engine.step()
+    assert [result.pixels is not None and result.pixels.tobytes() for result in results] == [
+        reference(_image(5, FINE))
+    ] * 4
+    while engine.scheduler.steps("m") < STEPS_BEFORE_GROWING:
+        assert engine.scheduler.width("m") == 2
+        if not engine.has_work():
+            engine.add(generation("more", _image(9, FINE)), 0.0)
+        engine.step()
+    assert engine.scheduler.width("m") == WIDTH
+    assert metrics.registry.get_sample_value("iddpm_width_rows", {"model": "m"}) == WIDTH
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_image_that_fails_before_its_plan_is_written_leaves_it_for_others_to_write(together: bool) -> None:
+    denoiser, runner = faulty("any size")
+    denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
+    engine = Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: 0.0)
+    runner._slots.plan[:] = np.nan
+    embed, failures = denoiser.embed_timesteps, 3 if together else 2
+
+    def fails_at_first(t_model: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise ValueError("not now")
+        return embed(t_model)
+
+    image = _image(3, FINE)
+    denoiser.embed_timesteps = fails_at_first  # type: ignore[method-assign]
+    try:
+        engine.add(generation("first", image), 0.0)
+        if together:
+            engine.add(generation("second", image), 0.0)
+        results = engine.step()
+        if not together:
+            engine.add(generation("second", image), 0.0)
+        while engine.has_work():
+            results += engine.step()
+    finally:
+        denoiser.embed_timesteps = embed  # type: ignore[method-assign]
+    first, second = results
+    assert (first.request_id, first.failure) == ("first", "error")
+    assert second.pixels is not None
+    assert second.pixels.tobytes() == reference(image)
+
+
+@pytest.mark.parametrize("error", [DeviceLost("gone"), KeyboardInterrupt()])
+def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) -> None:
+    class Lost(CountingRunner):
+        def classify(self, error: Exception) -> FailureKind:
+            return FailureKind.DEVICE
+
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            self.calls.append(list(slots))
+            raise error
+
+    runner = Lost()
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    engine.add(generation("r", params(), params()), 0.0)
+    with pytest.raises(type(error)):
+        engine.step()
+    assert len(runner.calls) == 1
+    assert engine.under_way is None
+
+
+def test_a_network_that_runs_for_nobody_ends_the_engine() -> None:
+    engine = Engine({"m": CountingRunner(error_at=1)}, CONFIG, Metrics())
+    engine.add(generation("r", params(), params()), 0.0)
+    engine.step()
+    with pytest.raises(RuntimeError, match="still on fire"):
+        engine.step()
+
+
+def test_only_steps_taken_at_once_say_what_a_step_costs() -> None:
+    denoiser, runner = faulty("any size")
+    denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
+    ticks = iter(range(100))
+    engine = Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: float(next(ticks)))
+    engine.add(generation("r", _image(5, FINE)), 0.0)
+    denoiser.next_error = RuntimeError("passing")
+    engine.step()
+    assert engine.costs["m"].table() == {}
+    engine.step()
+    assert engine.costs["m"].table() == {1: 1.0}
