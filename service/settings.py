@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,25 +44,33 @@ class Settings(BaseSettings):
         default=("localhost", "127.0.0.1", "[::1]"), min_length=1
     )
     """Host headers answered to, without port (comma list); `*` answers to all."""
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    """Addresses or networks (comma list) whose X-Forwarded-For says who the client is; of others it is ignored."""
     max_rows: int = Field(default=8, ge=2, le=1024)
     """Most rows of a network call."""
     max_queue: int = Field(default=256, ge=0)
     """Rows accepted beyond the width before requests are refused with 503; an image with guidance takes two."""
     policy: PolicyName = "srw"
     """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
+    client_share: float = Field(default=1.0, gt=0, le=1)
+    """Part of all accepted rows that one client (an address) may hold before it is refused with 429; 1: no limit."""
+    max_request_s: float = Field(default=3600.0, gt=0)
+    """Longest time from a request's admission to its images; then its rows are freed, and it gets 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
     """Longest request body."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Most work of one request: images x steps, twice that with classifier-free guidance."""
 
-    @field_validator("models", "allowed_hosts", mode="before")
+    @field_validator("models", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
-        return EngineConfig(max_rows=self.max_rows, max_queue=self.max_queue, policy=self.policy)
+        return EngineConfig(
+            max_rows=self.max_rows, max_queue=self.max_queue, policy=self.policy, client_share=self.client_share
+        )
 
     def backend_options(self) -> BackendOptions:
         """Return what a backend needs of this."""

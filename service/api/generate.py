@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 import uuid
 from typing import Annotated, Any
 
@@ -11,19 +12,20 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from service.api.client import client_of
 from service.api.encoding import MEDIA_TYPES, encode_one, encode_picture
-from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Problem
+from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Problem, Timing
 from service.api.state import ServiceState, service_state
 from service.api.translate import ServedModel, complete, find_model
 from service.engine.async_engine import Ticket
 from service.engine.request import GenerationRequest, ImageResult
-from service.errors import Aborted
+from service.errors import Aborted, TimedOut
 
 router = APIRouter(prefix="/v1", tags=["generate"])
 
 State = Annotated[ServiceState, Depends(service_state)]
 
-_EXAMPLE = {"images": [], "model": "fashion32", "numerics_id": "0123456789abcdef"}
+_EXAMPLE = {"images": [], "model": "fashion32", "numerics_id": "0123456789abcdef", "timing": {}}
 _RESPONSES = {
     200: {
         "content": {
@@ -41,9 +43,11 @@ _RESPONSES = {
             413: "The body is too long",
             415: "The body is not declared as JSON",
             421: "Not a name of this service",
-            422: "A field breaks a rule",
+            422: "A field breaks a rule, or the deadline cannot be met",
+            429: "This client has too much in flight; Retry-After says when there will be room",
             500: "An image or the engine failed",
             503: "Queue full or shutting down; Retry-After says when to try again",
+            504: "It took longer than the service allows",
         }.items()
     },
 }
@@ -58,22 +62,31 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     """
     model = find_model(state.models, body.model)
     # An id of our own: two clients may send the same X-Request-ID
-    generation = complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps)
-    results = await _run(generation, request, state)
-    answer = await asyncio.to_thread(_answer, body, request, model, generation, results)
+    generation = complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps, _client(request, state))
+    ticket = state.engine.submit(generation)
+    results = await _wait(ticket, request, state)
+    timing = _timing(ticket, results)
+    answer = await asyncio.to_thread(_answer, body, request, model, generation, results, timing)
     state.metrics.images.inc(len(results))
     return answer
 
 
-async def _run(generation: GenerationRequest, request: Request, state: ServiceState) -> list[ImageResult]:
-    """Submit and wait; frees the rows when the client goes away or any image fails."""
-    ticket = state.engine.submit(generation)
+def _client(request: Request, state: ServiceState) -> str:
+    peer = "" if request.client is None else request.client.host
+    return client_of(peer, request.headers.getlist("x-forwarded-for"), state.settings.trusted_proxies)
+
+
+async def _wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:
+    """Wait for the images; frees the rows when the client goes away, any image fails or it takes too long."""
+    longest = state.settings.max_request_s
     images = asyncio.gather(*ticket.images)
     images.add_done_callback(_retrieve)
     gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
     try:
         either: list[asyncio.Future[Any]] = [images, gone]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(either, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimedOut(f"the images were not done within {longest:g} s, the longest that the service allows")
         if not images.done():
             raise Aborted("the client closed the connection")
         return images.result()
@@ -106,6 +119,7 @@ def _answer(
     model: ServedModel,
     generation: GenerationRequest,
     results: list[ImageResult],
+    timing: Timing,
 ) -> Response:
     pixels = [result.pixels for result in results if result.pixels is not None]
     params = generation.images
@@ -127,8 +141,19 @@ def _answer(
         )
         for image, p, result in zip(pixels, params, results, strict=True)
     ]
-    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id)
+    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
     return Response(response.model_dump_json(by_alias=True), media_type="application/json")
+
+
+def _timing(ticket: Ticket, results: list[ImageResult]) -> Timing:
+    predicted = ticket.prediction
+    return Timing(
+        images_ahead=predicted.position,
+        predicted_wait_s=round(predicted.wait_s, 6),
+        wait_s=round(min(result.queue_s for result in results), 6),
+        predicted_finish_s=round(predicted.finish_s, 6),
+        finish_s=round(time.monotonic() - ticket.submitted_at, 6),
+    )
 
 
 def _accepted_picture(request: Request, wanted: ImageFormat) -> ImageFormat | None:

@@ -44,7 +44,7 @@ async def models(state: State) -> ModelList:
 async def healthz(state: State) -> Status | Response:
     """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
     if state.engine.state is EngineState.DEAD:
-        return problem(503, "Engine stopped", "the engine has stopped with an error")
+        return problem(503, "Engine stopped", "the engine has stopped with an error, or hangs")
     return Status(status="ok")
 
 

@@ -20,6 +20,8 @@ QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for by machines every few seconds: logged at DEBUG only."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 CLIENT_CLOSED = 499
+REFUSED = frozenset({429, 503})
+"""Nothing was wrong with the request; it may be sent again."""
 
 
 class Observe:
@@ -78,9 +80,9 @@ def outcome_of(status: int) -> Outcome:
         return "ok"
     if status == CLIENT_CLOSED:
         return "cancelled"
-    if status < 500:
-        return "invalid"
-    return "rejected" if status == 503 else "failed"
+    if status in REFUSED:
+        return "rejected"
+    return "invalid" if status < 500 else "failed"
 
 
 def _printable(path: str) -> str:

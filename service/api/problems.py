@@ -13,12 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import (
     Aborted,
+    ClientLimit,
+    DeadlineUnmeetable,
     Draining,
     EngineDead,
+    ImageFailed,
     InvalidRequest,
     NotFinite,
     QueueFull,
     ServiceError,
+    TimedOut,
     Unavailable,
     UnknownModel,
 )
@@ -39,10 +43,14 @@ class Kind(NamedTuple):
 KINDS: dict[type[ServiceError], Kind] = {
     InvalidRequest: Kind(422, "Invalid request"),
     UnknownModel: Kind(404, "Unknown model"),
+    DeadlineUnmeetable: Kind(422, "Deadline cannot be met"),
     QueueFull: Kind(503, "Queue full"),
+    ClientLimit: Kind(429, "Too many requests"),
     Draining: Kind(503, "Not accepting requests"),
+    ImageFailed: Kind(500, "Image failed"),
     NotFinite: Kind(500, "Image failed"),
     Aborted: Kind(499, "Client closed request"),
+    TimedOut: Kind(504, "Took too long"),
     EngineDead: Kind(500, "Engine stopped"),
 }
 
@@ -55,8 +63,9 @@ def problem(
     instance: str | None = None,
     errors: Sequence[dict[str, str]] | None = None,
     headers: dict[str, str] | None = None,
+    **more: float,
 ) -> JSONResponse:
-    """Build a problem+json answer."""
+    """Build a problem+json answer, with more members if there are any."""
     body: dict[str, Any] = {
         "type": "urn:iddpm:" + title.lower().replace(" ", "-"),
         "title": title,
@@ -67,6 +76,7 @@ def problem(
         body["instance"] = instance
     if errors is not None:
         body["errors"] = list(errors)
+    body |= more
     return JSONResponse(body, status, headers, MEDIA_TYPE)
 
 
@@ -86,7 +96,9 @@ async def _service_error(request: Request, error: Exception) -> Response:
     errors = None
     if isinstance(error, InvalidRequest):
         errors = [{"field": error.field, "message": error.message}]
-    return problem(kind.status, kind.title, str(error), instance=_instance(request), errors=errors, headers=headers)
+    more = {"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable) else {}
+    instance = _instance(request)
+    return problem(kind.status, kind.title, str(error), instance=instance, errors=errors, headers=headers, **more)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

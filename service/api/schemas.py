@@ -13,7 +13,10 @@ MAX_IMAGES = 64
 DEFAULT_STEPS = 100
 MAX_CFG_SCALE = 20.0
 
+MAX_DEADLINE_S = 86400.0
+
 ImageFormat = Literal["png", "webp", "npz"]
+PriorityName = Literal["interactive", "batch"]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=200)]
 
 
@@ -58,6 +61,13 @@ class GenerateRequest(BaseModel):
         default=0, description="Index of the first image: image k of a seed is the same in any request."
     )
     format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless) or `npz`.")
+    priority: PriorityName = Field(
+        default="interactive", description="`batch` work takes what interactive work leaves, and a share."
+    )
+    deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Seconds within which all images are wanted; refused at once (422) if that is predicted to fail.",
+    )
 
 
 class GeneratedImage(BaseModel):
@@ -75,6 +85,16 @@ class GeneratedImage(BaseModel):
     compute_ms: float = Field(description="From its first network call to its last.")
 
 
+class Timing(BaseModel):
+    """What was predicted on admission, and what it came to. Predictions are 0 before any step was timed."""
+
+    images_ahead: int = Field(description="Images that came before this request's first one, on admission.")
+    predicted_wait_s: float = Field(description="From admission to the first network call.")
+    wait_s: float
+    predicted_finish_s: float = Field(description="From admission to the last image.")
+    finish_s: float
+
+
 class GenerateResponse(BaseModel):
     """The images of a request, in order."""
 
@@ -83,6 +103,7 @@ class GenerateResponse(BaseModel):
     model: str
     images: list[GeneratedImage]
     numerics_id: str = Field(description="Equal ids give equal pixels for equal requests.")
+    timing: Timing
 
 
 class ModelInfo(BaseModel):
@@ -114,6 +135,9 @@ class Problem(BaseModel):
     detail: str
     instance: str | None = None
     errors: list[dict[str, str]] | None = Field(default=None, description="`field` and `message` of each broken rule.")
+    predicted_finish_s: float | None = Field(
+        default=None, description="When the images would be done, where a deadline cannot be met."
+    )
 
 
 class Status(BaseModel):

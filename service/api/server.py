@@ -70,7 +70,7 @@ class DrainingServer(uvicorn.Server):
     async def _exit_on_death(self, engine: AsyncEngine) -> None:
         await engine.died.wait()
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
-        self.should_exit = True
+        self.should_exit = self.force_exit = True  # without waiting for connections, or for a thread that hangs
 
 
 def engine_of(app: FastAPI) -> AsyncEngine | None:
@@ -88,6 +88,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # uvicorn would believe X-Forwarded-For of anybody on this machine; see api/client.py
         http="h11",  # the parser that every installation has
         timeout_keep_alive=30,
         timeout_graceful_shutdown=STRAGGLER_SECONDS,
@@ -95,4 +96,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
     )
     DrainingServer(config, app).run()
     engine = engine_of(app)
+    if engine is not None and engine.state is EngineState.DEAD:
+        logging.shutdown()
+        os._exit(1)  # a thread that hangs inside a library could keep the interpreter from ending
     return engine is not None and engine.state is EngineState.STOPPED

@@ -12,7 +12,7 @@ from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
-from service.engine.request import GenerationRequest, ImageParams, PlanKey
+from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest, UnknownModel
 
 NAMES_SHOWN = 20
@@ -48,7 +48,9 @@ def find_model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
     return models[name]
 
 
-def complete(body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int) -> GenerationRequest:
+def complete(
+    body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int, client: str = ""
+) -> GenerationRequest:
     """Fill in defaults and check what depends on the model.
 
     Raises:
@@ -69,7 +71,14 @@ def complete(body: GenerateRequest, model: ServedModel, request_id: str, max_row
         )
         for k in range(count)
     )
-    request = GenerationRequest(request_id=request_id, model=model.name, images=images)
+    request = GenerationRequest(
+        request_id=request_id,
+        model=model.name,
+        images=images,
+        client=client,
+        priority=Priority(body.priority),
+        deadline_s=None if body.deadline_s is None else float(body.deadline_s),
+    )
     if request.row_steps > max_row_steps:
         guided = images[0].rows == 2
         raise InvalidRequest(

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 from torch import Tensor
 
 from service.api.app import assemble
@@ -59,3 +66,67 @@ def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_r
             assert "iddpm_ready 0.0" in counted
 
     asyncio.run(asyncio.wait_for(check(), timeout=300))
+
+
+DOOMED = """
+import sys, time
+from pathlib import Path
+from service.api.app import assemble
+from service.api.logs import configure_logging
+from service.api.server import serve
+from service.engine import watchdog
+from service.settings import Settings
+from tests.denoisers import ExactDenoiser
+from tests.fakes import tiny_config
+
+watchdog.HANG_FLOOR_S = 0.5
+
+class Doomed(ExactDenoiser):
+    def __call__(self, x_t, emb_t, y):
+        if Path(sys.argv[2]).exists():
+            if sys.argv[1] == "raises":
+                raise RuntimeError("the device is gone")
+            time.sleep(1000)
+        return super().__call__(x_t, emb_t, y)
+
+configure_logging()
+settings = Settings(models=(Path("doomed"),), port=int(sys.argv[3]))
+sys.exit(0 if serve(assemble(settings, {"doomed": Doomed(tiny_config())}), settings) else 1)
+"""
+
+
+@pytest.mark.parametrize(("fate", "said"), [("raises", "stopped with an error (RuntimeError)"), ("hangs", "hangs")])
+def test_the_process_ends_with_an_error_after_it_has_told_everybody(tmp_path: Path, fate: str, said: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, mark, log = f"http://127.0.0.1:{port}", tmp_path / "doomed", tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DOOMED, fate, str(mark), str(port)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        while _status(f"{url}/readyz") != 200:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        mark.touch()
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(httpx.post, f"{url}/v1/generate", json={"steps": 9}, timeout=100) for _ in range(4)]
+            answers = [future.result() for future in waiting]
+        assert _status(f"{url}/healthz") in (503, None)  # None: it has ended already
+        assert process.wait(100) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert {answer.status_code for answer in answers} <= {500, 503}  # 503 for those that came after its death
+    assert said in next(answer.json()["detail"] for answer in answers if answer.status_code == 500)
+
+
+def _status(url: str) -> int | None:
+    try:
+        return httpx.get(url, timeout=100).status_code
+    except httpx.TransportError:
+        return None

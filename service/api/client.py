@@ -1,0 +1,47 @@
+"""Who asks: the address that fairness between clients goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+Network = IPv4Network | IPv6Network
+IPV6_PREFIX = 64
+"""What one household or machine gets: its addresses are one client."""
+
+
+def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collection[Network]) -> str:
+    """Return whom a request is from: the peer, or whom a chain of trusted proxies names.
+
+    Every proxy appends whom it was asked by, so the chain is believed from its end, and only as far as the proxies
+    that say so are trusted: anybody can send the header.
+
+    Args:
+        peer: address of the connection's other end; "" where there is none.
+        forwarded_for: values of the X-Forwarded-For headers, in order.
+        trusted_proxies: addresses of proxies.
+
+    Returns:
+        An address; of IPv6, its network. What is no address is returned as it is.
+    """
+    chain = [name.strip() for value in forwarded_for for name in value.split(",")]
+    address = _address(peer)
+    while chain and address is not None and any(address in network for network in trusted_proxies):
+        named = _address(chain.pop())
+        if named is None:
+            break
+        address = named
+    if address is None:
+        return peer
+    if isinstance(address, IPv6Address):
+        return str(ip_network((address, IPV6_PREFIX), strict=False))
+    return str(address)
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address

@@ -1,0 +1,182 @@
+"""What is refused, when and how: a whole app in this process, around a network that computes when it is let."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.api.app import assemble
+from service.settings import Settings
+from tests.denoisers import ExactDenoiser
+from tests.fakes import tiny_config
+
+WIDTH, QUEUE, LATE = 2, 5, 4
+
+
+class PausedDenoiser(ExactDenoiser):
+    """Computes only while it is let; it is, at start-up."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_config())
+        self.let = threading.Event()
+        self.let.set()
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        assert self.let.wait(timeout=100)
+        return super().__call__(x_t, emb_t, y)
+
+
+class Service:
+    """A running app, and clients that reach it from any address."""
+
+    def __init__(self, app: Any, denoiser: PausedDenoiser) -> None:
+        self.denoiser = denoiser
+        self._app = app
+
+    async def ask(self, method: str, path: str, peer: str = "192.0.2.1", **options: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self._app, client=(peer, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100) as client:
+            return await client.request(method, path, **options)
+
+    async def generate(self, peer: str = "192.0.2.1", forwarded_for: str | None = None, **body: Any) -> httpx.Response:
+        headers = {} if forwarded_for is None else {"X-Forwarded-For": forwarded_for}
+        return await self.ask("POST", "/v1/generate", peer, json=body, headers=headers)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        text = (await self.ask("GET", "/metrics")).text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
+        return next(sample.value for sample in samples if sample.labels == labels)
+
+    async def until(self, condition: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[Service]:
+    denoiser = PausedDenoiser()
+    app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH, max_queue=QUEUE, **settings), {"m": denoiser})
+    async with app.router.lifespan_context(app):
+        service = Service(app, denoiser)
+        while (await service.ask("GET", "/readyz")).status_code != 200:
+            await asyncio.sleep(0.005)
+        try:
+            yield service
+        finally:
+            denoiser.let.set()
+
+
+def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
+    """Run a test's coroutine, and fail rather than hang."""
+
+    @wraps(test)
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), timeout=120))
+
+    return run
+
+
+@runs
+async def test_exactly_the_requests_beyond_width_and_queue_are_refused() -> None:
+    async with running() as service:
+        service.denoiser.let.clear()
+        asked = [
+            asyncio.create_task(service.generate(n=1, cfg_scale=1, steps=3, seed=k))
+            for k in range(WIDTH + QUEUE + LATE)
+        ]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+
+        async def refused() -> bool:
+            return await service.metric("iddpm_requests_total", outcome="rejected") == LATE
+
+        await service.until(refused)
+        service.denoiser.let.set()
+        answers = await asyncio.gather(*asked)
+        assert sorted(answer.status_code for answer in answers) == [200] * (WIDTH + QUEUE) + [503] * LATE
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.json()["title"] == "Queue full"
+                assert int(answer.headers["retry-after"]) >= 1
+
+
+@runs
+async def test_a_client_that_holds_its_part_gets_429_and_others_get_in() -> None:
+    async with running(client_share=0.5, trusted_proxies="10.0.0.0/8") as service:
+        service.denoiser.let.clear()
+        body: dict[str, Any] = {"cfg_scale": 1, "steps": 3}
+        accepted = [asyncio.create_task(service.generate(**body, n=3))]
+
+        async def in_flight() -> bool:
+            waiting, held = await asyncio.gather(
+                service.metric("iddpm_images_waiting"), service.metric("iddpm_images_running")
+            )
+            return waiting + held == 3 * len(accepted)
+
+        await service.until(in_flight)
+        for peer, forwarded_for in (("192.0.2.1", None), ("10.0.0.1", "192.0.2.1"), ("192.0.2.1", "192.0.2.9")):
+            refused = await service.generate(peer, forwarded_for, **body)
+            assert (refused.status_code, refused.json()["title"]) == (429, "Too many requests")
+            assert int(refused.headers["retry-after"]) >= 1
+        accepted.append(asyncio.create_task(service.generate("10.0.0.1", "192.0.2.9", **body, n=3)))
+        assert await service.metric("iddpm_requests_total", outcome="rejected") == 3
+        service.denoiser.let.set()
+        assert [answer.status_code for answer in await asyncio.gather(*accepted)] == [200, 200]
+
+
+@runs
+async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finish() -> None:
+    async with running() as service:
+        refused = await service.generate(steps=50, deadline_s=1e-9)
+        assert (refused.status_code, refused.json()["title"]) == (422, "Deadline cannot be met")
+        assert refused.json()["predicted_finish_s"] > 1e-9
+        assert "deadline_s: would be done in" in refused.json()["detail"]
+        assert (await service.generate(steps=3, deadline_s=3600)).status_code == 200
+
+
+@runs
+async def test_answers_say_what_was_predicted_and_what_came_of_it() -> None:
+    async with running() as service:
+        answer = await service.generate(steps=5, n=2, priority="batch")
+        timing = answer.json()["timing"]
+        assert timing["images_ahead"] == timing["predicted_wait_s"] == 0
+        assert timing["predicted_finish_s"] > 0
+        assert 0 <= timing["wait_s"] < timing["finish_s"]
+
+
+@runs
+async def test_a_request_that_takes_too_long_gets_504_and_its_rows_are_free() -> None:
+    async with running(max_request_s=0.05) as service:
+        service.denoiser.let.clear()
+        late = await service.generate(steps=1000, n=4, cfg_scale=1)
+        assert (late.status_code, late.json()["title"]) == (504, "Took too long")
+        assert await service.metric("iddpm_remaining_row_steps") == 4 * 1000
+        service.denoiser.let.set()
+
+        async def empty() -> bool:
+            return await service.metric("iddpm_remaining_row_steps") == 0
+
+        await service.until(empty)
+        assert await service.metric("iddpm_images_running") == 0
+        assert await service.metric("iddpm_wasted_row_steps_total") == WIDTH  # the one step under way
+        assert await service.metric("iddpm_requests_total", outcome="failed") == 1
+
+
+@pytest.mark.parametrize("body", [{"priority": "urgent"}, {"deadline_s": 0}, {"deadline_s": "1"}, {"deadline_s": 1e9}])
+def test_priorities_and_deadlines_have_limits(body: dict[str, Any]) -> None:
+    @runs
+    async def check() -> None:
+        async with running() as service:
+            refused = await service.generate(**body)
+            assert refused.status_code == 422
+            assert {error["field"] for error in refused.json()["errors"]} == set(body)
+
+    check()
