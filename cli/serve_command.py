@@ -16,7 +16,7 @@ def serve_command(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto or torch; default auto.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, openvino, onnxruntime or torch; default auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
 ) -> None:
     """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""

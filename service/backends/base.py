@@ -25,6 +25,14 @@ class BackendOptions:
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
+    cache_dir: str | None = None
+    """Where compiled graphs are kept for the next start; None: the user's cache folder; "": nowhere."""
+
+
+def doubling_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, ... and the width itself: the batch sizes that a backend compiles."""
+    powers = (1 << k for k in range(max_rows.bit_length()))
+    return (*(size for size in powers if size < max_rows), max_rows)
 
 
 class Denoiser(Protocol[A]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
 from diffusion.unet import UNet
-from service.backends.base import BackendOptions, Precision
+from service.backends.base import BackendOptions, Precision, doubling_sizes
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.errors import ModelError
 
@@ -123,12 +123,6 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "fp16" and device.type != "cuda":
         raise ModelError("precision 'fp16' needs a CUDA device; on a CPU use fp32 or bf16")
     return DTYPES[precision]
-
-
-def doubling_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... and the width itself."""
-    powers = (1 << k for k in range(max_rows.bit_length()))
-    return (*(size for size in powers if size < max_rows), max_rows)
 
 
 def lower_weights(network: UNet, dtype: torch.dtype) -> None:
