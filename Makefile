@@ -11,13 +11,14 @@ PYTHON ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= models/fashion32
+EXTRA ?= base
 DATA ?=
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
-serve: $(VENV)/.installed-torch  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000)
+serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve plain checkpoints
 	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
 check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions
@@ -47,10 +48,10 @@ clean:  ## remove .venv and caches; trained models in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per extra (torch, train, dev), all in the same .venv: renewed when what we need or pin changes.
+# One stamp per extra (torch, train, export, dev; base: none), all in the same .venv: renewed when what we need or pin changes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	@echo 'Installing .[$*] into $(VENV)/ (the first time this takes some minutes)'
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@echo 'Installing iddpm ($*) into $(VENV)/ (the first time this takes a while)'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'
 	@touch $@
 
 # The first Python that really runs and is new enough (a version manager's shim may exist and not run).

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cli.errors import fail
+from cli.errors import fail, needs_extra
 
 if TYPE_CHECKING:
     from diffusion.artifact import ChainParity, NetworkParity, Precision
@@ -37,14 +37,13 @@ def export_command(
     if chosen is None:
         fail(f"--precision must be one of {', '.join(get_args(Precision))}; got {precision!r}", code=2)
     try:
-        if format_ == "diffusers":
-            from model_export.diffusers_export import export_diffusers
+        with needs_extra("export"):
+            if format_ == "diffusers":
+                from model_export.diffusers_export import export_diffusers
 
-            export_diffusers(checkpoint, out)
-        else:
-            _export_onnx(checkpoint, out, chosen, parse_buckets(buckets))
-    except ModuleNotFoundError as error:
-        fail(f"exporting needs {error.name}, which is not installed: pip install 'iddpm[export]'")
+                export_diffusers(checkpoint, out)
+            else:
+                _export_onnx(checkpoint, out, chosen, parse_buckets(buckets))
     except (ValueError, OSError) as error:
         fail(error)
     typer.echo(f"exported: {out}")
