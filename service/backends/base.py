@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig
+from diffusion.tensorrt_files import BuildEngines
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -25,6 +26,8 @@ class BackendOptions:
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
+    build_engines: BuildEngines | None = None
+    """Builds the engines that the TensorRT backend lacks; None: nobody asked for that, and lacking one is an error."""
     cache_dir: str | None = None
     """Where compiled graphs are kept for the next start; None: the user's cache folder; "": nowhere."""
 

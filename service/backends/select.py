@@ -36,6 +36,9 @@ BACKENDS: dict[str, Backend] = {
         module="service.backends.onnxruntime_backend", factory="OnnxRuntimeBackend", requires="onnxruntime"
     ),
     "torch": Backend(module="service.backends.torch_backend", factory="TorchBackend", requires="torch", extra="torch"),
+    "tensorrt": Backend(
+        module="service.backends.tensorrt_backend", factory="TensorRTBackend", requires="torch", extra="tensorrt"
+    ),
 }
 
 
