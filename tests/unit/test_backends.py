@@ -42,7 +42,7 @@ def test_a_backend_is_chosen_by_name(folder: Path, name: str) -> None:
 
 
 def test_an_unknown_backend_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="backend must be one of auto, openvino, onnxruntime, torch, tensorrt; got 'jax'"):
+    with pytest.raises(ModelError, match="one of auto, openvino, onnxruntime, torch, tensorrt; got 'jax'"):
         load_denoiser(folder, "jax", BackendOptions())
 
 
