@@ -12,22 +12,26 @@ from cli.errors import fail, needs_extra
 if TYPE_CHECKING:
     from diffusion.artifact import ChainParity, NetworkParity, Precision
 
-FORMATS = ("onnx", "diffusers")
+FORMATS = ("onnx", "tensorrt", "diffusers")
 
 
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder to read.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, e.g. CHECKPOINT/artifact, where the service finds it.")],
     format_: Annotated[
-        str, typer.Option("--format", help="onnx, for the service; diffusers, for UNet2DModel.from_pretrained.")
+        str, typer.Option("--format", help="onnx or tensorrt, for the service; diffusers, for UNet2DModel.")
     ] = "onnx",
     precision: Annotated[str, typer.Option(help="What the graph computes in: fp32, bf16 or fp16.")] = "fp32",
     buckets: Annotated[str, typer.Option(help="Batch sizes it will be compiled for.")] = "1,2,4,8,16,32,64",
+    gpu: Annotated[
+        str | None, typer.Option(help="tensorrt: compute capability to build for, e.g. sm89; default: the GPU here.")
+    ] = None,
 ) -> None:
     """Compile a checkpoint for the service, with proof of parity; or write it for another tool.
 
     An ONNX artifact is compared with PyTorch before it is written: network calls by timestep, and pixels of whole
-    chains. Nothing is written where they differ by more than the limits in the table.
+    chains. Nothing is written where they differ by more than the limits in the table. For tensorrt, engines are then
+    built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept and added to.
     """
     from diffusion.artifact import Precision
 
@@ -42,6 +46,8 @@ def export_command(
                 from model_export.diffusers_export import export_diffusers
 
                 export_diffusers(checkpoint, out)
+            elif format_ == "tensorrt":
+                _export_tensorrt(checkpoint, out, chosen, parse_buckets(buckets), gpu)
             else:
                 _export_onnx(checkpoint, out, chosen, parse_buckets(buckets))
     except (ValueError, OSError) as error:
@@ -70,6 +76,40 @@ def _export_onnx(checkpoint: Path, out: Path, precision: Precision, buckets: tup
         typer.echo(parity_table(error.parity, error.chains))
         raise
     typer.echo(parity_table(manifest.parity, manifest.chains))
+
+
+def _export_tensorrt(
+    checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...], gpu: str | None
+) -> None:
+    import torch
+
+    from cli.engines import measure_engines, show_phase
+    from model_export.tensorrt_build import build_missing, find_target
+
+    target = find_target(gpu)
+    if not _is_current(checkpoint, out, precision, buckets):
+        _export_onnx(checkpoint, out, precision, buckets)
+    build_missing(out, target, buckets, say=typer.echo, progress=show_phase)
+    if gpu is None and torch.cuda.is_available():
+        measured = measure_engines(checkpoint, out)
+        typer.echo(parity_table(tuple(measured.values()), ()))
+    else:
+        typer.echo(f"built for {target}; not compared with PyTorch: that needs the GPU they are for")
+
+
+def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
+    """Say whether an artifact is already what would be exported, so that engines can be added to it."""
+    from diffusion.artifact import ArtifactError, find_artifact, read_artifact, refuse_foreign
+
+    if find_artifact(out) != out:
+        return False
+    try:
+        manifest = read_artifact(out)
+        refuse_foreign(out, manifest, checkpoint)
+    except ArtifactError as error:
+        typer.echo(f"exporting anew: {error}")
+        return False
+    return (manifest.precision, manifest.buckets) == (precision, buckets)
 
 
 def parity_table(parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...]) -> str:

@@ -17,7 +17,9 @@ def serve_command(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
     build: Annotated[
         bool | None, typer.Option("--build", help="Build the TensorRT engines that are missing: minutes each.")

@@ -58,7 +58,7 @@ def write_artifact(
     rng = np.random.default_rng(0)
     shapes = [(wide, narrow), (wide,), (wide, wide), (wide,)]
     weights = {
-        name: rng.standard_normal(shape).astype(np.float32) / 9 for name, shape in zip(WEIGHTS, shapes, strict=True)
+        name: (rng.standard_normal(shape) / 9).astype(np.float32) for name, shape in zip(WEIGHTS, shapes, strict=True)
     }
     TimeMLP(weights).write(folder / TIME_MLP_FILE)
     manifest = Manifest(
@@ -161,7 +161,7 @@ class IExecutionContext:
         shape, dtype = self._description["tensors"][name]
         item = np.dtype(DataType[dtype].value)
         size = int(np.prod(shape)) * item.itemsize
-        memory = (ctypes.c_char * size).from_address(self._addresses[name])
+        memory = memoryview((ctypes.c_char * size).from_address(self._addresses[name])).cast("B")
         return np.frombuffer(memory, dtype=item).reshape(shape)
 
 

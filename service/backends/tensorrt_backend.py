@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.artifact import TIME_MLP_FILE, ArtifactError, Manifest, find_artifact, read_artifact
+from diffusion.artifact import ArtifactError, Manifest
 from diffusion.config import CheckpointConfig, ModelConfig
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
@@ -30,8 +30,8 @@ from diffusion.tensorrt_files import (
     unusable_engines,
 )
 from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour
-from diffusion.time_mlp import TimeMLP
-from service.backends.base import BackendOptions
+from service.backends.artifact_model import ArtifactModel, open_artifact
+from service.backends.base import BackendOptions, Precision
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
@@ -58,16 +58,19 @@ class TensorRTBackend:
             ModelError: no TensorRT, no GPU, or an artifact or an engine that cannot be used; says why, and what to do.
         """
         options = options or BackendOptions()
-        artifact, manifest = _read_model(folder, options)
-        self.config = _unet_config(artifact, manifest)
+        model = open_artifact(folder, "tensorrt")
+        _refuse_precision(model, options.precision)
+        artifact, manifest = model.graph.parent, model.manifest
+        self.config = model.config
         flavour = _flavour()
         self.device = _cuda_device(options.device)
         trt = importlib.import_module(flavour)
         capability, gpu = torch.cuda.get_device_capability(self.device), torch.cuda.get_device_name(self.device)
         target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
-        wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
+        self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
+        """What the engines are."""
         sizes = needed_buckets(manifest.buckets, options.max_rows)
-        engines = load_engines(artifact, wanted, sizes, options, self.device)
+        engines = load_engines(artifact, self.wanted, sizes, options, self.device)
 
         with torch.cuda.device(self.device):
             network = EngineNetwork(trt, self.device)
@@ -81,7 +84,7 @@ class TensorRTBackend:
             self._run: EmbNetwork = GraphedNetwork(network, sizes, self._zero_inputs, capture)
 
         self.batch_sizes: tuple[int, ...] | None = sizes
-        self._time_mlp = TimeMLP.read(artifact / TIME_MLP_FILE)
+        self.time_mlp = model.time_mlp
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}
@@ -91,7 +94,7 @@ class TensorRTBackend:
 
     def embed_timesteps(self, t_model: Tensor) -> Tensor:
         """Run the time MLP, on the CPU."""
-        return torch.from_numpy(self._time_mlp(t_model.cpu().numpy())).to(t_model.device)
+        return torch.from_numpy(self.time_mlp(t_model.cpu().numpy())).to(t_model.device)
 
     def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Run the engine of the batch's size."""
@@ -190,29 +193,13 @@ def numerics_id(description: str, manifest: Manifest, records: dict[int, EngineR
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_model(folder: Path, options: BackendOptions) -> tuple[Path, Manifest]:
-    artifact = find_artifact(folder)
-    if artifact is None:
-        raise ModelError(f"{folder} is no artifact, which TensorRT needs: iddpm export {folder} OUT --format onnx")
-    try:
-        manifest = read_artifact(artifact)
-    except ArtifactError as error:
-        raise ModelError(str(error)) from error
-    if options.precision not in ("auto", manifest.precision):
+def _refuse_precision(model: ArtifactModel, wanted: Precision) -> None:
+    precision = model.manifest.precision
+    if wanted not in ("auto", precision):
         raise ModelError(
-            f"precision '{options.precision}': the graph in {artifact} computes in {manifest.precision}, and TensorRT "
-            f"keeps to that; export it with --precision {options.precision}"
+            f"precision '{wanted}': the graph in {model.graph.parent} computes in {precision}, and TensorRT keeps to "
+            f"that; export it with --precision {wanted}"
         )
-    return artifact, manifest
-
-
-def _unet_config(artifact: Path, manifest: Manifest) -> CheckpointConfig:
-    config = manifest.checkpoint
-    if not isinstance(config, CheckpointConfig):
-        raise ModelError(f"{artifact} holds a classifier, which makes no pictures")
-    if config.model.low_res_size is not None:
-        raise ModelError(f"{artifact} holds a super-resolution model, which this service cannot serve yet")
-    return config
 
 
 def _flavour() -> Flavour:

@@ -79,7 +79,9 @@ class EngineNetwork:
         tensors = {"x_t": x_t, "emb_t": emb_t, "y": y, OUTPUT: out}
         placed = [context.set_tensor_address(name, t.data_ptr()) for name, t in tensors.items() if t is not None]
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        if not all(placed) or not context.execute_async_v3(stream):
+        with torch.cuda.device(self._device):
+            started = all(placed) and context.execute_async_v3(stream)
+        if not started:
             raise RuntimeError(f"TensorRT did not run the engine for batches of {size}{self._logger.said()}")
         return out
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.engines import build_engines
 from diffusion.artifact import MODEL_FILE, Precision
 from diffusion.tensorrt_files import Target, Wanted, engine_folder, read_engine, unusable_engines
 from diffusion.tensorrt_package import EngineError, logger_of
@@ -162,6 +163,16 @@ def test_progress_is_told(tmp_path: Path) -> None:
     assert [done for done, _ in whole] == sorted(done for done, _ in whole)
 
 
+def test_the_command_line_shows_what_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "artifact"
+    wanted = artifact_of(folder, small_graph())
+    build_engines(folder, SM89, (2,))
+    read_engine(folder, wanted, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"building {SM89.name}, batches of 2: ")
+    assert any(line.startswith("  Building engine (") for line in lines[1:])
+
+
 def test_an_exception_of_progress_ends_the_build_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
@@ -260,7 +271,7 @@ def test_the_data_centre_build_asks_for_the_gpu_at_hand(tmp_path: Path, monkeypa
     wanted = artifact_of(folder, small_graph())
     target = Target(flavour="tensorrt", version=trt.__version__, compute_capability="sm90", gpu="H200")
     monkeypatch.setattr(tensorrt_build, "installed_flavour", lambda: "tensorrt")
-    monkeypatch.setattr(tensorrt_build.importlib, "import_module", lambda name: trt)
+    monkeypatch.setattr("importlib.import_module", lambda name: trt)
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="tensorrt builds for the GPU at hand, and torch sees none"):
             build_engine(folder, Wanted(target, "fp32", wanted.onnx_sha256), 1)

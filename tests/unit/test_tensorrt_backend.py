@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from diffusion.artifact import MODEL_FILE, Manifest
+from cli.engines import as_graph, build_engines, measure_engines
+from cli.main import app
+from diffusion.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json
+from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.tensorrt_files import Target
 from diffusion.tensorrt_package import EngineError, logger_of
 from service.api.app import create_app
@@ -200,7 +204,7 @@ def test_a_precision_that_the_graph_has_not_is_refused(engines: Path) -> None:
 
 
 def test_a_checkpoint_is_no_artifact(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no artifact, which TensorRT needs: iddpm export"):
+    with pytest.raises(ModelError, match=r"'tensorrt' serves exported artifacts, and .* has none: iddpm export"):
         TensorRTBackend(tiny_checkpoint(tmp_path / "tiny"), OPTIONS)
 
 
@@ -270,3 +274,51 @@ def test_the_builder_reaches_the_backend_only_when_the_settings_say_so(artifact:
         create_app(settings, build)
     create_app(settings.model_copy(update={"build_engines": True}), build)
     assert asked == [(1, 2, 4)]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.MonkeyPatch, flag: bool) -> None:
+    given = []
+
+    def create(settings: Settings, builder: object) -> None:
+        given.append((settings.build_engines, builder))
+        raise ModelError("far enough")
+
+    monkeypatch.setattr("service.api.app.create_app", create)
+    arguments = ["serve", "--model", str(artifact), "--backend", "tensorrt", *(["--build"] if flag else [])]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert given == [(flag, build_engines)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_graph_of_any_rows_is_run_in_batches_of_one_size(engines: Path, size: int) -> None:
+    graph = as_graph(TensorRTBackend(engines, OPTIONS), size)
+    rng = np.random.default_rng(0)
+    x_t, emb_t = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 1, 8, 8), (5, 128)))
+    y = np.arange(5)
+    out = graph({"x_t": x_t, "emb_t": emb_t, "y": y})
+    np.testing.assert_allclose(out, expected_output(x_t, emb_t, y, 2), rtol=1e-6)
+
+
+def test_an_engine_far_from_pytorch_is_refused_once_it_is_measured(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    artifact = tmp_path / "artifact"
+    manifest = write_artifact(artifact, tiny_config())
+    manifest = manifest.replace(checkpoint_sha256=checkpoint_sha256(checkpoint))
+    (artifact / MANIFEST_FILE).write_text(manifest_json(manifest))
+    for bucket in manifest.buckets:
+        write_fake_engine(artifact, manifest, bucket)
+    TensorRTBackend(artifact, OPTIONS)
+    found = measure_engines(checkpoint, artifact)
+    assert list(found) == [1, 2, 4]
+    for measured in found.values():
+        assert measured.backend == "tensorrt 10.99.0.1"
+        assert len(measured.bands) == 5
+        assert not measured.passed  # the fake is no UNet
+    with pytest.raises(ModelError, match=r"4\.plan is too far from PyTorch"):
+        TensorRTBackend(artifact, OPTIONS)
+
+
+def test_engines_of_another_checkpoint_are_not_measured(engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was exported from another checkpoint"):
+        measure_engines(tiny_checkpoint(tmp_path / "tiny"), engines)
