@@ -31,7 +31,7 @@ def export_command(
 
     An ONNX artifact is compared with PyTorch before it is written: network calls by timestep, and pixels of whole
     chains. Nothing is written where they differ by more than the limits in the table. For tensorrt, engines are then
-    built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept and added to.
+    built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
     """
     from diffusion.artifact import Precision
 
