@@ -94,7 +94,7 @@ def _export_tensorrt(
         measured = measure_engines(checkpoint, out)
         typer.echo(parity_table(tuple(measured.values()), ()))
     else:
-        typer.echo(f"built for {target}; not compared with PyTorch: that needs the GPU they are for")
+        typer.echo(f"built for {target.name}; not compared with PyTorch: that needs the GPU they are for")
 
 
 def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
