@@ -22,7 +22,7 @@ from service.backends.artifact_model import (
     open_artifact,
     refuse_unfit_options,
 )
-from service.backends.base import BackendOptions, doubling_sizes
+from service.backends.base import BackendOptions
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
 
@@ -46,7 +46,7 @@ class OpenVinoBackend:
         self.description = f"openvino {version} cpu {precision} static"
         self.numerics_id = self._model.numerics_id(self.description)
 
-        sizes = doubling_sizes(options.max_rows)
+        sizes = options.sizes_to_compile
         self.batch_sizes: tuple[int, ...] | None = sizes
         core = openvino.Core()
         settings: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
 from diffusion.unet import UNet
-from service.backends.base import BackendOptions, Precision, doubling_sizes
+from service.backends.base import BackendOptions, Precision
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.errors import ModelError
 
@@ -57,7 +57,7 @@ class TorchBackend:
         self._network = network
         self._forward_emb: EmbNetwork = network.forward_emb
         self.batch_sizes: tuple[int, ...] | None = None
-        sizes = doubling_sizes(options.max_rows)
+        sizes = options.sizes_to_compile
         if options.torch_compile:
             # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled
             self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
