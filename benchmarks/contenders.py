@@ -16,7 +16,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.networks import BenchNetwork
 from diffusion.arrays import to_numpy
@@ -71,12 +71,13 @@ class Entry:
         """
         kind, colon, precision = text.partition(":")
         kinds = (*BACKENDS, COMPILED, *PEERS)
-        if not colon or kind not in kinds or precision not in get_args(Precision):
+        precisions: dict[str, Precision] = {name: name for name in get_args(Precision)}
+        if not colon or kind not in kinds or precision not in precisions:
             raise ValueError(
                 f"a contender is KIND:PRECISION, KIND one of {', '.join(kinds)}, "
-                f"PRECISION one of {', '.join(get_args(Precision))}; got {text!r}"
+                f"PRECISION one of {', '.join(precisions)}; got {text!r}"
             )
-        return cls(kind, precision)
+        return cls(kind, precisions[precision])
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.precision}"
@@ -238,7 +239,7 @@ class EagerUNet:
         return self.forward_emb(x_t, self.embed_timesteps(t), y)
 
 
-def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> nn.Module:
+def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
     """Load the network as a UNet2DModel.
 
     Raises:
@@ -253,10 +254,10 @@ def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> nn.Modu
         folder = network.diffusers_folder()
     except (ModelError, DoesNotMap) as error:
         raise Absent(" ".join(str(error).split())) from error
-    unet: nn.Module = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    unet: Any = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     unet = unet.eval().requires_grad_(False).to(place.device)
     if place.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        unet.to(memory_format=torch.channels_last)
     return unet
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.contenders import Absent, EagerUNet, Entry, Place, load_diffusers, open_denoiser
 from benchmarks.engine_sampler import EngineSampler
@@ -30,8 +31,10 @@ from benchmarks.networks import NETWORKS, BenchNetwork, open_network
 from benchmarks.options import add_place_options, place_of
 from benchmarks.reporting import command_line, describe_run, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
+from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import build_plan
-from diffusion.sampling import ImageSpec, sample_images
+from diffusion.sampling import ImageSpec, guided_network
+from diffusion.update import sample_loop, to_uint8
 from service.backends.base import BackendOptions
 
 CPU_CONTENDERS = (
@@ -95,17 +98,27 @@ def open_sampler(entry: Entry, network: BenchNetwork, place: Place, width: int) 
 
 def _eager_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sampler:
     unet = EagerUNet(entry, network, place)
+    model = network.config.model
 
     def sample(steps: int, images: int) -> Any:
         plan = build_plan(network.config.diffusion, "ancestral", str(steps))
         specs = [ImageSpec(seed=k, class_index=label) for k, label in enumerate(labels_of(network, images))]
-        return sample_images(unet, plan, specs, device=place.device)
+        # Not `sample_images`, which samples a lone image in company, for its bits: a peer would not.
+        seeds = torch.arange(images, device=place.device)
+        shape = (model.image_channels, model.image_size, model.image_size)
+
+        def noise(step: int, stream: int) -> Tensor:
+            return normal(seeds, torch.zeros_like(seeds), torch.full_like(seeds, step), stream, shape)
+
+        guided = guided_network(unet, specs, device=place.device)
+        x = sample_loop(guided, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP))
+        return to_uint8(x)
 
     return sample
 
 
 def _diffusers_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sampler:
-    unet: Any = load_diffusers(entry, network, place)
+    unet = load_diffusers(entry, network, place)
     from diffusers import DDPMScheduler  # load_diffusers has found the package
 
     scheduler = DDPMScheduler.from_pretrained(network.diffusers_folder())
