@@ -80,9 +80,17 @@ def _convolution_backward(  # the operation's own arguments
     groups: int,
     _mask: list[bool],
 ) -> tuple[Tensor, None, None]:
-    """Return the gradient by the input only: a transposed convolution whose output has the input's size."""
+    """Return the gradient by the input only.
+
+    A transposed convolution whose output has the input's size. With stride 1 it is written as the convolution with
+    mirrored weights that it is: OpenVINO 2026.4 gave wrong numbers for it transposed, inside this graph.
+    """
     if transposed or groups != 1:
         raise NotImplementedError("the classifier has plain convolutions only")
+    if all(s == 1 for s in stride):
+        mirrored = weight.transpose(0, 1).flip(2, 3)
+        margin = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+        return aten.convolution.default(grad, mirrored, None, [1, 1], margin, dilation, False, [0, 0], 1), None, None
     sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     missing = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
     by_input = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, missing, groups)

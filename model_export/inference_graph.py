@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from diffusion.classifier import AttentionPool, Classifier
 from diffusion.config import AttentionOrder
-from diffusion.unet import AttentionBlock, EmbedSequential, ResBlock, UNet
+from diffusion.unet import AttentionBlock, EmbedSequential, ResBlock, RowLinear, UNet
 
 N = TypeVar("N", UNet, Classifier)
 
@@ -46,6 +46,8 @@ def rewrite(network: N, dtype: torch.dtype = torch.float32) -> N:
                 setattr(parent, name, InferenceAttention(child))
             elif isinstance(child, AttentionPool):
                 setattr(parent, name, InferenceAttentionPool(child))
+            elif isinstance(child, RowLinear):
+                setattr(parent, name, _plain_linear(child))
     if isinstance(copied.out, nn.Sequential) and isinstance(copied.out[0], nn.GroupNorm):
         copied.out = nn.Sequential(NormSiLU(copied.out[0]), *list(copied.out.children())[2:])
     if dtype != torch.float32:
@@ -207,6 +209,13 @@ class InferenceAttentionPool(nn.Module):
 def _group_norm(module: nn.Module) -> nn.GroupNorm:
     assert isinstance(module, nn.GroupNorm)  # noqa: S101  # the layers of a ResBlock
     return module
+
+
+def _plain_linear(rows: RowLinear) -> nn.Linear:
+    """Return the layer without its blocks of rows, which would tie the graph to the batch size it was traced at."""
+    linear = nn.Linear(rows.in_features, rows.out_features)
+    linear.load_state_dict(rows.state_dict())
+    return linear.requires_grad_(False)
 
 
 def _linear(conv: nn.Conv1d) -> nn.Linear:
