@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -59,7 +61,7 @@ class BandError(FrozenConfig):
     @property
     def worst(self) -> float:
         """The larger of the two."""
-        return max(self.prediction, self.variance or 0.0)
+        return _largest([self.prediction, self.variance or 0.0])
 
 
 class NetworkParity(FrozenConfig):
@@ -78,12 +80,16 @@ class NetworkParity(FrozenConfig):
     @property
     def worst(self) -> float:
         """The largest relative error of any band."""
-        return max(band.worst for band in self.bands)
+        return _largest(band.worst for band in self.bands)
 
     @property
     def passed(self) -> bool:
         """Whether every band is inside the limit."""
         return self.worst <= self.limit
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == ("fp32" if self.file == GRADIENT_FILE else precision)
 
 
 class ChainParity(FrozenConfig):
@@ -104,6 +110,10 @@ class ChainParity(FrozenConfig):
     def passed(self) -> bool:
         """Whether the pixels are inside the limit."""
         return self.limit is None or self.beyond_2 <= self.limit
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == precision
 
 
 class Manifest(FrozenConfig):
@@ -142,6 +152,13 @@ class Manifest(FrozenConfig):
         """Return the measured parity of a runtime (its name without version) in a precision."""
         of_model = (p for p in self.parity if p.file == MODEL_FILE and p.precision == precision)
         return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
+
+
+def failures(
+    precision: Precision, parity: Iterable[NetworkParity], chains: Iterable[ChainParity]
+) -> list[NetworkParity | ChainParity]:
+    """Return what keeps a graph of a precision from being an artifact; empty where everything is inside its limit."""
+    return [p for p in (*parity, *chains) if p.gates(precision) and not p.passed]
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -183,10 +200,11 @@ def read_artifact(folder: Path) -> Manifest:
             raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it is damaged")
         if file_entry(file).sha256 != entry.sha256:
             raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
-    if failed := [p for p in manifest.parity if p.precision == manifest.precision and not p.passed]:
-        raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit ({failed[0].worst:.1e})")
-    if folder.name == INSIDE_CHECKPOINT and (folder.parent / CONFIG_FILE).is_file():
-        refuse_foreign(folder, manifest, folder.parent)
+    if failed := failures(manifest.precision, manifest.parity, manifest.chains):
+        raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit; export the checkpoint again")
+    whole = folder.resolve()
+    if whole.name == INSIDE_CHECKPOINT and (whole.parent / CONFIG_FILE).is_file():
+        refuse_foreign(whole, manifest, whole.parent)
     return manifest
 
 
@@ -223,3 +241,8 @@ def _parse(path: Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         raise ArtifactError(f"{path}: {describe_validation_error(error)}") from error
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """Return the largest error; one that is not a number is beyond every limit (`max` would skip it)."""
+    return max(math.inf if math.isnan(error) else error for error in errors)

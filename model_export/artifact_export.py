@@ -16,6 +16,7 @@ from diffusion.artifact import (
     Manifest,
     NetworkParity,
     Precision,
+    failures,
     file_entry,
     manifest_json,
 )
@@ -97,8 +98,7 @@ def export_artifact(
             export_classifier(network, folder / MODEL_FILE, dtype)
             export_classifier_gradient(network, folder / GRADIENT_FILE)
         parity, chains = _measure(folder, network, config, time_mlp, precision, say)
-        measured: list[NetworkParity | ChainParity] = [*parity, *chains]
-        if any(p.precision == precision and not p.passed for p in measured):
+        if failures(precision, parity, chains):
             raise ParityError(parity, chains)
         manifest = Manifest(
             checkpoint=config,

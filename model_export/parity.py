@@ -78,7 +78,7 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
     """Classify noise of every level with PyTorch; returns the calls for the logits, and those for the gradient."""
-    told = respace(diffusion, str(STEPS)).model_t.astype(np.float32)
+    told = respace(diffusion, str(_steps(diffusion))).model_t
     ids = np.arange(ROWS)
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
@@ -103,13 +103,15 @@ def network_parity(
 ) -> NetworkParity:
     """Compare a graph with the reference's calls, band by band."""
     split = config.model.image_channels if config.kind == "unet" and config.model.learn_sigma else None
-    # every band's (squared difference, squared norm) of the two halves
-    sums = np.zeros((BANDS, 2, 2))
     told = respace(config.diffusion).model_t
-    edges = np.linspace(0, len(told), BANDS + 1).astype(int)
+    count = min(BANDS, len(told))
+    sums = np.zeros((count, 2, 2))  # every band's (squared difference, squared norm) of the two halves
+    met = np.zeros(count, dtype=np.bool_)
+    edges = np.linspace(0, len(told), count + 1).astype(int)
     highest = told[edges[1:] - 1]
     for call in calls:
-        band = min(int(np.searchsorted(highest, call.t)), BANDS - 1)
+        band = min(int(np.searchsorted(highest, call.t)), count - 1)
+        met[band] = True
         out = graph(call.inputs)
         halves: tuple[tuple[FloatArray, FloatArray], ...] = ((out, call.expected),)
         if split is not None:
@@ -124,8 +126,7 @@ def network_parity(
             prediction=_relative(sums[band, 0]),
             variance=None if split is None else _relative(sums[band, 1]),
         )
-        for band in range(BANDS)
-        if sums[band, 0].any()
+        for band in np.flatnonzero(met)
     ]
     return NetworkParity(
         backend=runtime.backend,
@@ -148,7 +149,7 @@ def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime:
     return ChainParity(
         backend=runtime.backend,
         precision=runtime.precision,
-        steps=STEPS,
+        steps=_steps(reference.config.diffusion),
         images=ROWS,
         beyond_1=float((difference > 1).mean()),
         beyond_2=float((difference > 2).mean()),
@@ -159,7 +160,7 @@ def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime:
 
 def _chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
     ids = xp.arange(ROWS)
-    plan = build_plan(config.diffusion, "ancestral", str(min(STEPS, config.diffusion.num_timesteps)))
+    plan = build_plan(config.diffusion, "ancestral", str(_steps(config.diffusion)))
 
     def noise(step: int, stream: int) -> Any:
         return normal(ids, ids, xp.full_like(ids, step), stream, _shape(config.model))
@@ -178,6 +179,10 @@ def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
         shape = (model.image_channels, model.low_res_size, model.low_res_size)
         conditions["low_res"] = np.clip(normal(ids, ids + ROWS, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
     return conditions
+
+
+def _steps(diffusion: DiffusionConfig) -> int:
+    return min(STEPS, diffusion.num_timesteps)
 
 
 def _shape(model: BackboneConfig) -> tuple[int, int, int]:
