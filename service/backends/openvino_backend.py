@@ -85,14 +85,15 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
     if wanted == "auto":
         measured = model.manifest.parity_of("openvino", "bf16")
         good = measured is not None and measured.passed and has_bfloat16(vector_instructions())
-        return "bf16" if good or model.manifest.precision == "bf16" else "fp32"
+        wanted = "bf16" if good or model.manifest.precision == "bf16" else "fp32"
     if wanted not in precisions:
         raise ModelError(f"backend 'openvino' computes in fp32 or bf16; got precision '{wanted}'")
     precision = precisions[wanted]
     measured = model.manifest.parity_of("openvino", precision)
     if measured is None:
         raise ModelError(
-            f"{model.graph.parent}: the manifest has no parity of openvino in {precision}; export it again"
+            f"{model.graph.parent}: the manifest has no parity of openvino in {precision}; export the checkpoint "
+            f"again, with --precision fp32"
         )
     if not measured.passed:
         raise ModelError(
@@ -113,17 +114,20 @@ def compile_cache(wanted: str | None) -> Path | None:
     """
     if wanted == "":
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(wanted) if wanted else home / "iddpm" / "openvino"
     try:
+        folder = Path(wanted) if wanted else _user_cache() / "iddpm" / "openvino"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         if wanted:
             raise ModelError(f"cache_dir cannot be used: {error}") from error
         return None
     return folder
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _compile(core: openvino.Core, graph: Path, size: int, settings: dict[str, Any]) -> openvino.InferRequest:

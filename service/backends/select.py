@@ -104,5 +104,7 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
         raise ModelError(
             f"backend '{name}' needs {error.name}, which is not installed: pip install '{package}'"
         ) from error
+    except ImportError as error:  # a system library that is missing or too old
+        raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
     denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
     return denoiser
