@@ -132,8 +132,11 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _write(model: onnx.ModelProto, path: Path) -> None:
-    if model.ByteSize() > MAX_PROTOBUF:
-        onnx.save_model(model, path, save_as_external_data=True, location=path.name + DATA_SUFFIX)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    data.unlink(missing_ok=True)  # it would be appended to
+    # not ByteSize(), which serialises, and so fails where it matters
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_PROTOBUF:
+        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
         onnx.checker.check_model(path, full_check=True)
     else:
         onnx.checker.check_model(model, full_check=True)
