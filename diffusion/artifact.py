@@ -158,7 +158,8 @@ def failures(
     precision: Precision, parity: Iterable[NetworkParity], chains: Iterable[ChainParity]
 ) -> list[NetworkParity | ChainParity]:
     """Return what keeps a graph of a precision from being an artifact; empty where everything is inside its limit."""
-    return [p for p in (*parity, *chains) if p.gates(precision) and not p.passed]
+    measured: list[NetworkParity | ChainParity] = [*parity, *chains]
+    return [p for p in measured if p.gates(precision) and not p.passed]
 
 
 def file_entry(path: Path) -> FileEntry:

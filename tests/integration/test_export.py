@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from diffusion.artifact import ArtifactError, read_artifact
+from diffusion.checkpoint import load_unet, write_checkpoint
 from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.unet import UNet
 from model_export import artifact_export, parity
 from tests.exports import Exports, golden_checkpoint
-from tests.fakes import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,10 +100,12 @@ def test_a_graph_outside_tolerance_is_not_written(
 
 
 @pytest.mark.usefixtures("traced")
-def test_the_wrong_graph_is_not_written(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = tiny_checkpoint(tmp_path / "other", image_channels=3, channel_mult=(1, 1), num_classes=10, null_class=False)
-    monkeypatch.setattr(artifact_export, "checkpoint_sha256", checkpoint_sha256)
-    code, output = export(other, tmp_path / "out")  # its network, the golden network's graph
+def test_another_network_s_graph_is_not_written(checkpoint: Path, tmp_path: Path) -> None:
+    config, network = load_unet(checkpoint)
+    weights = network.state_dict()
+    weights["out.2.weight"] *= 1.001
+    write_checkpoint(tmp_path / "other", config, weights)
+    code, output = export(tmp_path / "other", tmp_path / "out")  # with the graph of the first
     assert (code, "TOO FAR" in output) == (1, True), output
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def run(network: UNet | Classifier, name: str, t: Tensor) -> Tensor:
     return network(x, t)
 
 
-def plain(name: str) -> UNet | Classifier:
+def plain(name: str) -> Any:
     return golden.network(name) if name in UNETS else golden.classifier(name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,16 @@ def test_a_classifier_s_gradient_is_pytorch_s(exports: Exports, name: str) -> No
         for rows in SIZES:
             inputs = inputs_of(classifier, rows)
             x_t, emb_t, y = (torch.from_numpy(inputs[key]) for key in ("x_t", "emb_t", "y"))
-            expected = classifier_gradient(lambda x, _, emb=emb_t: classifier.forward_emb(x, emb), x_t, y, y, 1.0)
+            expected = classifier_gradient(partial(_of_embedding, classifier, emb_t), x_t, y, y, 1.0)
             assert relative(graph(inputs), expected.numpy()) < 2e-5, (runtime, rows)
-        check_rows(graph, lambda rows: inputs_of(classifier, rows), runtime)
+        # ONNX Runtime gives the rows of a gradient other last bits (5e-7): not a row that knows nothing of the others
+        inputs = inputs_of(classifier, 5)
+        alone, together = (graph(repeat_row(inputs, 3, rows)) for rows in (1, 4))
+        assert relative(together, np.repeat(alone, 4, axis=0)) < (2e-6 if "onnx" in runtime.backend else 1e-30), runtime
+
+
+def _of_embedding(classifier: Classifier, emb_t: torch.Tensor, x_t: torch.Tensor, _t: torch.Tensor) -> torch.Tensor:
+    return classifier.forward_emb(x_t, emb_t)
 
 
 def graphs(exports: Exports) -> dict[Path, tuple[list[str], str]]:

@@ -91,7 +91,7 @@ def test_files_that_hold_no_time_mlp_are_refused(tmp_path: Path) -> None:
     TimeMLP(random_weights(32, 128)).write(path)
     whole = path.read_bytes()
     np.save(tmp_path / "array.npy", np.zeros(3))
-    np.savez(tmp_path / "pickled.npz", **{FIRST: np.array([object()])})
+    np.savez(tmp_path / "pickled.npz", weight=np.array([object()]))
     contents = [
         b"",
         b"no archive",
