@@ -64,7 +64,7 @@ def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtyp
     for t in ("t", "t_frac"):
         times = golden.load(name).tensor(t)
         # random weights amplify every error: only networks that were trained meet what an export must
-        limit = LOW[dtype] if golden.load(name).config["trained_on_toy_images"] else 2 * LOW[dtype]
+        limit = LOW[dtype] if golden.load(name).config["trained_on_toy_images"] else 3 * LOW[dtype]
         assert 1e-6 < relative(run(low, name, times), run(network, name, times)) < limit
 
     rows = len(golden.load(name).tensor("x"))

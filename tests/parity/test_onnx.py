@@ -85,7 +85,7 @@ def test_a_unet_gives_what_pytorch_gives(exports: Exports, name: str) -> None:
     for runtime in runtimes_for("fp32"):
         graph = runtime.open(path)
         # random weights amplify every error: bfloat16 is bounded where the network was trained
-        limit = LIMITS[runtime.precision] * (1 if trained or runtime.precision == "fp32" else 2)
+        limit = LIMITS[runtime.precision] * (1 if trained or runtime.precision == "fp32" else 3)
         for rows in SIZES:
             inputs = inputs_of(network, rows)
             assert relative(graph(inputs), expected_of(network, inputs)) < limit, (runtime, rows)
