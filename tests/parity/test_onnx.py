@@ -26,7 +26,9 @@ from tests.parity.test_networks import CLASSIFIERS, UNETS
 Inputs = dict[str, npt.NDArray[Any]]
 
 SOME_UNETS = UNETS if LONG else (EXPORTED, "imp_superres")
-SOME_CLASSIFIERS = CLASSIFIERS if LONG else ("clf_attention",)
+SOME_LOGITS = CLASSIFIERS if LONG else ()
+SOME_GRADIENTS = CLASSIFIERS if LONG else ("clf_spatial",)
+LONG_ONLY = pytest.mark.skipif(not LONG, reason="traces more graphs: IDDPM_TEST_LONG=1")
 SIZES = (1, 2, 3, 5, 7, 17)
 LIMITS = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
 FLOATS = {
@@ -92,7 +94,8 @@ def test_a_unet_gives_what_pytorch_gives(exports: Exports, name: str) -> None:
         check_rows(graph, lambda rows: inputs_of(network, rows), runtime)
 
 
-@pytest.mark.parametrize("name", SOME_CLASSIFIERS)
+@LONG_ONLY
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_gives_what_pytorch_gives(exports: Exports, name: str) -> None:
     classifier, path = golden.classifier(name), exports.logits(name)
     for runtime in runtimes_for("fp32"):
@@ -104,7 +107,7 @@ def test_a_classifier_gives_what_pytorch_gives(exports: Exports, name: str) -> N
         check_rows(graph, lambda rows: inputs_of(classifier, rows, labels=False), runtime)
 
 
-@pytest.mark.parametrize("name", SOME_CLASSIFIERS)
+@pytest.mark.parametrize("name", SOME_GRADIENTS)
 def test_a_classifier_s_gradient_is_pytorch_s(exports: Exports, name: str) -> None:
     classifier, path = golden.classifier(name), exports.gradient(name)
     for runtime in runtimes_for("fp32"):
@@ -133,8 +136,9 @@ def graphs(exports: Exports) -> dict[Path, tuple[list[str], str]]:
         config = golden.model_config(name)
         extra = [("y", config.num_classes), ("low_res", config.low_res_size)]
         found[exports.unet(name)] = ["x_t", "emb_t", *(key for key, value in extra if value is not None)], "out"
-    for name in SOME_CLASSIFIERS:
+    for name in SOME_LOGITS:
         found[exports.logits(name)] = ["x_t", "emb_t"], "logits"
+    for name in SOME_GRADIENTS:
         found[exports.gradient(name)] = ["x_t", "emb_t", "y"], "gradient"
     return found
 
@@ -183,7 +187,8 @@ def _named(path: Path, trace: bytes) -> bool:
     return trace in model.SerializeToString()
 
 
-@pytest.mark.parametrize("precision", ["bf16", *(["fp16"] if LONG else [])])
+@LONG_ONLY
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_graph_of_lower_precision_computes_in_it(exports: Exports, precision: str) -> None:
     path = exports.unet(EXPORTED, precision)
     model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
@@ -231,7 +236,7 @@ def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
         np.testing.assert_array_equal(runtime.open(path)(inputs), runtime.open(exports.unet("imp_superres"))(inputs))
 
 
-@pytest.mark.skipif(not LONG, reason="traces twice more")
+@LONG_ONLY
 def test_two_exports_are_the_same_bytes(exports: Exports, tmp_path: Path) -> None:
     export_unet(golden.network("imp_superres"), tmp_path / "unet.onnx")
     assert (tmp_path / "unet.onnx").read_bytes() == exports.unet("imp_superres").read_bytes()
