@@ -154,7 +154,7 @@ def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> N
     ("arguments", "code", "message"),
     [
         (["--precision", "int8"], 2, "--precision must be one of fp32, bf16, fp16; got 'int8'"),
-        (["--format", "tflite"], 2, "--format must be one of onnx, diffusers; got 'tflite'"),
+        (["--format", "tflite"], 2, "--format must be one of onnx, tensorrt, diffusers; got 'tflite'"),
         (["--buckets", "0"], 1, "--buckets must be numbers in 1..1024, separated by commas; got '0'"),
         (["--buckets", "1,two"], 1, "--buckets must be numbers in 1..1024"),
         (["--buckets", ""], 1, "--buckets must be numbers in 1..1024"),
