@@ -97,8 +97,10 @@ def _convolution_backward(  # the operation's own arguments
     return by_input, None, None
 
 
-def _avg_pool2d_backward(grad: Tensor, _x: Tensor, kernel: list[int], *_: object) -> Tensor:
-    """Spread each pooled value over its 2 x 2 pixels, as the only pooling of the networks needs."""
-    if list(kernel) != [2, 2]:
-        raise NotImplementedError("the classifier pools 2 x 2 only")
-    return F.interpolate(grad, scale_factor=2.0, mode="nearest") / 4
+def _avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: list[int], *_: object) -> Tensor:
+    """Spread each pooled value over its pixels: over the whole map, or over 2 x 2, as the networks pool."""
+    if list(kernel) == list(x.shape[2:]):
+        return (grad / (kernel[0] * kernel[1])).expand(x.shape)
+    if list(kernel) == [2, 2]:
+        return F.interpolate(grad, scale_factor=2.0, mode="nearest") / 4
+    raise NotImplementedError("the classifier pools 2 x 2, or whole maps")
