@@ -1,17 +1,19 @@
 # The service with the bundled model, for CPUs: docker build -t iddpm . && docker run -p 127.0.0.1:8000:8000 iddpm
 # Only loopback names are accepted in the Host header; for others: docker run -e IDDPM_ALLOWED_HOSTS=name,name ...
-# Where a plain `pip install torch` brings CUDA packages (gigabytes), name an index with CPU wheels:
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=... -t iddpm .
+# It serves artifacts (iddpm export) and has no torch; EXTRA=torch serves plain checkpoints too, and where a plain
+# `pip install torch` brings CUDA packages (gigabytes), name an index with CPU wheels:
+#   docker build --build-arg EXTRA=torch --build-arg PIP_EXTRA_INDEX_URL=... -t iddpm .
 
 FROM python:3.11-slim AS build
 ARG PIP_EXTRA_INDEX_URL
+ARG EXTRA=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The environment that is copied below has no pip: the one of the base image installs into it.
 RUN python -m venv --without-pip /opt/iddpm
 WORKDIR /src
 # Dependencies first, in a layer that survives every change of our own code.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN pip --python /opt/iddpm/bin/python install -c constraints.txt '.[torch]'
+RUN pip --python /opt/iddpm/bin/python install -c constraints.txt ".${EXTRA:+[$EXTRA]}"
 COPY cli cli
 COPY diffusion diffusion
 COPY trainer trainer

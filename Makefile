@@ -4,20 +4,21 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time in .venv
-.PHONY: help serve check test test-long format train-demo clean
+.PHONY: help serve check test test-long format train-demo bench clean
 
 VENV := .venv
 PYTHON ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= models/fashion32
+EXTRA ?= base
 DATA ?=
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
-serve: $(VENV)/.installed-torch  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000)
+serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve plain checkpoints
 	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
 check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions
@@ -39,6 +40,14 @@ format: $(VENV)/.installed-dev  ## rewrite the code as ruff wants it
 train-demo: need-data $(VENV)/.installed-train  ## train the bundled model again from DATA (an npz or a folder of class folders)
 	exec $(VENV)/bin/iddpm train fashion32 --data "$(DATA)" --out runs/fashion32
 
+bench: $(VENV)/.installed-bench  ## quick benchmark of a denoising step (minutes); prints how to run the long ones
+	$(VENV)/bin/python -m benchmarks.denoise_step --quick
+	@echo
+	@echo 'The long ones, for a quiet machine (hours; add --device cuda for a GPU):'
+	@echo '  $(VENV)/bin/python -m benchmarks.denoise_step'
+	@echo '  $(VENV)/bin/python -m benchmarks.sample'
+	@echo '  $(VENV)/bin/python -m benchmarks.precision --judge build/judge.safetensors'
+
 .PHONY: need-data
 need-data:
 	@test -n "$(DATA)" || { echo 'Say which images: make train-demo DATA=path/to/fashion-mnist.npz' >&2; exit 2; }
@@ -47,10 +56,10 @@ clean:  ## remove .venv and caches; trained models in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per extra (torch, train, dev), all in the same .venv: renewed when what we need or pin changes.
+# One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when what we need or pin changes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	@echo 'Installing .[$*] into $(VENV)/ (the first time this takes some minutes)'
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@echo 'Installing iddpm ($*) into $(VENV)/ (the first time this takes a while)'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'
 	@touch $@
 
 # The first Python that really runs and is new enough (a version manager's shim may exist and not run).

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import math
 import os
-import platform
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from benchmarks.reporting import cpu_name, markdown_table
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.config import CheckpointConfig
@@ -296,12 +296,6 @@ def percent(agreement: Agreement) -> str:
     return f"{100 * agreement.rate:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a markdown table: the first column to the left, numbers to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
 def confusion_line(agreement: Agreement, class_names: Sequence[str]) -> str:
     """Say which classes were drawn worst, and what the judge took them for."""
     phrases = []
@@ -377,16 +371,6 @@ def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str,
         f"recommended cfg_scale {config.sampling.cfg_scale:g}",
         "Sampling": f"ancestral, {'bfloat16 autocast' if bfloat16 else 'float32'}; image k: seed k, class k mod C",
     }
-
-
-def cpu_name() -> str:
-    """Return what the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -11,3 +13,12 @@ def fail(message: object, code: int = 1) -> NoReturn:
     """Print an error in one line and end the command."""
     typer.secho(f"error: {message}", err=True, fg="red")
     raise typer.Exit(code)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """End the command with what to install, if something inside needs a package that is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; this needs: pip install 'iddpm[{extra}]'")

@@ -1,29 +1,132 @@
-"""`iddpm export`: from a checkpoint to the files of another tool."""
+"""`iddpm export`: from a checkpoint to an artifact that the service runs, or to the files of another tool."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cli.errors import fail
+from cli.errors import fail, needs_extra
 
-FORMATS = ("diffusers",)
+if TYPE_CHECKING:
+    from diffusion.artifact import ChainParity, NetworkParity, Precision
+
+FORMATS = ("onnx", "tensorrt", "diffusers")
 
 
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder to read.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    format_: Annotated[str, typer.Option("--format", help="diffusers: a folder for UNet2DModel.from_pretrained.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, e.g. CHECKPOINT/artifact, where the service finds it.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="onnx or tensorrt, for the service; diffusers, for UNet2DModel.")
+    ] = "onnx",
+    precision: Annotated[str, typer.Option(help="What the graph computes in: fp32, bf16 or fp16.")] = "fp32",
+    buckets: Annotated[str, typer.Option(help="Batch sizes it will be compiled for.")] = "1,2,4,8,16,32,64",
+    gpu: Annotated[
+        str | None, typer.Option(help="tensorrt: compute capability to build for, e.g. sm89; default: the GPU here.")
+    ] = None,
 ) -> None:
-    """Write a checkpoint in the format of another tool."""
-    from model_export.diffusers_export import export_diffusers
+    """Compile a checkpoint for the service, with proof of parity; or write it for another tool.
+
+    An ONNX artifact is compared with PyTorch before it is written: network calls by timestep, and pixels of whole
+    chains. Nothing is written where they differ by more than the limits in the table. For tensorrt, engines are then
+    built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
+    """
+    from diffusion.artifact import Precision
 
     if format_ not in FORMATS:
         fail(f"--format must be one of {', '.join(FORMATS)}; got {format_!r}", code=2)
+    chosen: Precision | None = next((p for p in get_args(Precision) if p == precision), None)
+    if chosen is None:
+        fail(f"--precision must be one of {', '.join(get_args(Precision))}; got {precision!r}", code=2)
     try:
-        export_diffusers(checkpoint, out)
+        with needs_extra("export"):
+            if format_ == "diffusers":
+                from model_export.diffusers_export import export_diffusers
+
+                export_diffusers(checkpoint, out)
+            elif format_ == "tensorrt":
+                _export_tensorrt(checkpoint, out, chosen, parse_buckets(buckets), gpu)
+            else:
+                _export_onnx(checkpoint, out, chosen, parse_buckets(buckets))
     except (ValueError, OSError) as error:
         fail(error)
     typer.echo(f"exported: {out}")
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """Read batch sizes from a comma list.
+
+    Raises:
+        ValueError: naming the option and the rule.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
+        raise ValueError(f"--buckets must be numbers in 1..1024, separated by commas; got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _export_onnx(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> None:
+    from model_export.artifact_export import ParityError, export_artifact
+
+    try:
+        manifest = export_artifact(checkpoint, out, precision, buckets, say=lambda what: typer.echo(f"{what} ..."))
+    except ParityError as error:
+        typer.echo(parity_table(error.parity, error.chains))
+        raise
+    typer.echo(parity_table(manifest.parity, manifest.chains))
+
+
+def _export_tensorrt(
+    checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...], gpu: str | None
+) -> None:
+    import torch
+
+    from cli.engines import measure_engines, show_phase
+    from model_export.tensorrt_build import build_missing, find_target
+
+    target = find_target(gpu)
+    if not _is_current(checkpoint, out, precision, buckets):
+        _export_onnx(checkpoint, out, precision, buckets)
+    build_missing(out, target, buckets, say=typer.echo, progress=show_phase)
+    if gpu is None and torch.cuda.is_available():
+        measured = measure_engines(checkpoint, out)
+        typer.echo(parity_table(tuple(measured.values()), ()))
+    else:
+        typer.echo(f"built for {target.name}; not compared with PyTorch: that needs the GPU they are for")
+
+
+def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
+    """Say whether an artifact is already what would be exported, so that engines can be added to it."""
+    from diffusion.artifact import ArtifactError, find_artifact, read_artifact, refuse_foreign
+
+    if find_artifact(out) != out:
+        return False
+    try:
+        manifest = read_artifact(out)
+        refuse_foreign(out, manifest, checkpoint)
+    except ArtifactError as error:
+        typer.echo(f"exporting anew: {error}")
+        return False
+    return (manifest.precision, manifest.buckets) == (precision, buckets)
+
+
+def parity_table(parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...]) -> str:
+    """Lay out a parity report: relative errors per band of timesteps, then pixels of chains."""
+    lines = ["", "relative error against PyTorch in float32 (prediction / variance), by timestep:"]
+    for p in parity:
+        verdict = "ok" if p.passed else "TOO FAR"
+        lines.append(f"  {p.file}, {p.backend}, {p.precision}: at most {p.worst:.1e}, limit {p.limit:.0e}: {verdict}")
+        for band in p.bands:
+            variance = "" if band.variance is None else f" / {band.variance:.1e}"
+            lines.append(f"    t {band.t_min:>4}..{band.t_max:<4}  {band.prediction:.1e}{variance}")
+    if chains:
+        lines.append("8-bit values that differ after whole chains, by more than 1, 2, 4 levels:")
+    for c in chains:
+        verdict = (
+            "reported only" if c.limit is None else f"limit {c.limit:.1%} beyond 2: {'ok' if c.passed else 'TOO FAR'}"
+        )
+        shares = ", ".join(f"{share:.2%}" for share in (c.beyond_1, c.beyond_2, c.beyond_4))
+        lines.append(f"  {c.backend}, {c.precision}, {c.steps} steps, {c.images} images: {shares} ({verdict})")
+    return "\n".join([*lines, ""])

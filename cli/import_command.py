@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from cli.errors import fail
+from cli.errors import fail, needs_extra
 
 if TYPE_CHECKING:
     from diffusion.checkpoint_config import AnyCheckpointConfig
@@ -49,12 +49,14 @@ def import_command(
         if path.is_dir():
             if preset is not None or repo is not None or flag or flags:
                 raise ValueError("a diffusers folder describes itself; --preset, --repo, --flag, --flags are for files")
-            report = _import_folder(path, scheduler, null_class, class_names, out, allow_failed_sanity_check)
+            with needs_extra("torch"):
+                report = _import_folder(path, scheduler, null_class, class_names, out, allow_failed_sanity_check)
         else:
             if scheduler is not None or null_class:
                 raise ValueError(f"--scheduler and --null-class are for diffusers folders; {path} is none")
-            config = _with_class_names(resolve(path, preset, repo, flag or [], flags), class_names)
-            report = _import_file(path, preset, config, out, allow_failed_sanity_check)
+            with needs_extra("torch"):
+                config = _with_class_names(resolve(path, preset, repo, flag or [], flags), class_names)
+                report = _import_file(path, preset, config, out, allow_failed_sanity_check)
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.engines import build_engines
 from cli.errors import fail
 
 
@@ -16,8 +17,13 @@ def serve_command(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto or torch; default auto.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
+    build: Annotated[
+        bool | None, typer.Option("--build", help="Build the TensorRT engines that are missing: minutes each.")
+    ] = None,
 ) -> None:
     """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""
     from pydantic import ValidationError
@@ -30,12 +36,13 @@ def serve_command(
     from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
+    flags["build_engines"] = build
     flags["models"] = tuple(model) if model else None
     configure_logging()
     try:
         refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        app = create_app(settings)
+        app = create_app(settings, build_engines)
     except ValidationError as error:
         fail(describe_validation_error(error), code=2)
     except (ModelError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.errors import fail
+from cli.errors import fail, needs_extra
 
 
 def train_command(
@@ -23,16 +23,13 @@ def train_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes."""
-    try:
+    with needs_extra("train"):
         from pydantic import ValidationError
 
         from diffusion.checkpoint_config import describe_validation_error
         from trainer.data import open_dataset
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
-    except ModuleNotFoundError as error:
-        missing = f"{error.name} is not installed; training needs: pip install -c constraints.txt -e '.[train]'"
-        fail(missing)
 
     run = out or Path("runs") / preset
     try:

@@ -14,7 +14,7 @@ from service.backends.base import BackendOptions, Precision
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 
-BackendName = Literal["auto", "torch"]
+BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
 OTHER_VARIABLES = frozenset({"IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
 """Ours, but read by the tests."""
@@ -28,11 +28,16 @@ class Settings(BaseSettings):
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), min_length=1)
     """Model folders, the first one the default (IDDPM_MODELS: comma list)."""
     backend: BackendName = "auto"
-    """What runs the network; auto: torch."""
+    """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    """Where the torch backend runs: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
+    """Where the torch and TensorRT backends run: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: fp32 on a CPU, bf16 on a CUDA device."""
+    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
+    processor has it and the artifact was measured in it, else fp32."""
+    cache_dir: str | None = None
+    """Where openvino keeps compiled graphs for the next start; None: the user's cache folder; empty: nowhere."""
+    build_engines: bool = False
+    """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
     torch_compile: bool = False
     """Compile the network with torch.compile: minutes at start-up for each batch size."""
     host: str = "127.0.0.1"
@@ -80,6 +85,7 @@ class Settings(BaseSettings):
             device=self.device,
             precision=self.precision,
             torch_compile=self.torch_compile,
+            cache_dir=self.cache_dir,
         )
 
 

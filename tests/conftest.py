@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.exports import Exports
 
 # No deadlines: how long an example takes says more about what else the machine is doing.
 settings.register_profile("iddpm", deadline=None)
@@ -11,3 +17,11 @@ settings.load_profile("iddpm")
 
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Graphs that many tests read."""
+    from tests.exports import Exports  # the exporter's packages take seconds to import
+
+    return Exports(tmp_path_factory.mktemp("exports"))

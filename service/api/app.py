@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
+from diffusion.tensorrt_files import BuildEngines
 from service.api import generate, info, problems
 from service.api.guard import Guard
 from service.api.observe import Observe
@@ -28,13 +30,19 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, build_engines: BuildEngines | None = None) -> FastAPI:
     """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
+
+    Args:
+        settings: what the operator said.
+        build_engines: what builds engines of TensorRT, where the settings ask for that: the service cannot.
 
     Raises:
         ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
     """
-    options = settings.backend_options()
+    if settings.build_engines and build_engines is None:
+        raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
+    options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     folders = _distinct(settings.models)
     return assemble(
         settings, {model_name(folder): load_denoiser(folder, settings.backend, options) for folder in folders}

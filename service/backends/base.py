@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig
+from diffusion.tensorrt_files import BuildEngines
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -18,6 +19,8 @@ class BackendOptions:
 
     max_rows: int = 8
     """Width of the engine: most rows of a network call."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Batch sizes to compile, ascending, where a backend compiles; None: 1, 2, 4, ... and the width."""
     threads: int | None = None
     """Threads of a network call; None: one per core."""
     device: str = "auto"
@@ -26,6 +29,21 @@ class BackendOptions:
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
+    build_engines: BuildEngines | None = None
+    """Builds the engines that the TensorRT backend lacks; None: nobody asked for that, and lacking one is an error."""
+    cache_dir: str | None = None
+    """Where compiled graphs are kept for the next start; None: the user's cache folder; "": nowhere."""
+
+    @property
+    def sizes_to_compile(self) -> tuple[int, ...]:
+        """The batch sizes that a backend compiles, ascending."""
+        return doubling_sizes(self.max_rows) if self.batch_sizes is None else self.batch_sizes
+
+
+def doubling_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, ... and the width itself: the batch sizes that a backend compiles, if nobody says others."""
+    powers = (1 << k for k in range(max_rows.bit_length()))
+    return (*(size for size in powers if size < max_rows), max_rows)
 
 
 class FailureKind(enum.Enum):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.artifact import find_artifact
 from service.backends.base import BackendOptions, Denoiser
+from service.backends.self_test import invariant_batch_sizes
 from service.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +26,27 @@ class Backend:
     factory: str
     requires: str
     """The package that it cannot do without, by the name it is imported under."""
-    extra: str
-    """The extra of ours that installs it."""
+    extra: str | None = None
+    """The extra of ours that installs it; None: the base installation."""
 
 
 BACKENDS: dict[str, Backend] = {
+    "openvino": Backend(module="service.backends.openvino_backend", factory="OpenVinoBackend", requires="openvino"),
+    "onnxruntime": Backend(
+        module="service.backends.onnxruntime_backend", factory="OnnxRuntimeBackend", requires="onnxruntime"
+    ),
     "torch": Backend(module="service.backends.torch_backend", factory="TorchBackend", requires="torch", extra="torch"),
+    "tensorrt": Backend(
+        module="service.backends.tensorrt_backend", factory="TensorRTBackend", requires="torch", extra="tensorrt"
+    ),
 }
-AUTO = "torch"
-"""What `auto` means, while there is one backend."""
 
 
 def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denoiser[Any]:
     """Load a model folder with a backend.
 
     Args:
-        folder: a checkpoint, or whatever else the backend serves.
+        folder: a checkpoint, an artifact, or a checkpoint with its artifact inside.
         backend: a name in `BACKENDS`, or `auto`.
         options: how to run it.
 
@@ -42,15 +54,57 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
         ModelError: a folder that cannot be served, options that the backend cannot meet, an unknown backend, or one
             whose package is not installed; the message says what to install.
     """
-    name = AUTO if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend == "auto":
+        return _fastest(folder, options)
+    if backend not in BACKENDS:
         raise ModelError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
+    return _load(folder, backend, options)
+
+
+def preference(folder: Path, device: str, has_gpu: bool) -> list[str]:
+    """Return the backends that can serve a folder, fastest first, as benchmarks/RESULTS.md measured them.
+
+    Args:
+        folder: a model folder.
+        device: what the operator wants: auto, cpu, cuda or cuda:N.
+        has_gpu: whether the machine has an NVIDIA device.
+    """
+    if device.startswith("cuda"):
+        return ["torch"]
+    on_cpu = ["openvino", "onnxruntime"] if find_artifact(folder) is not None else []
+    if has_gpu and device == "auto":
+        return ["torch", *on_cpu]
+    return [*on_cpu, "torch"]
+
+
+def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
+    """Load with the first backend of `preference` that is installed, can do it, and passes its self-test."""
+    passed_over: list[str] = []
+    for name in preference(folder, options.device, NVIDIA_DEVICE.exists()):
+        try:
+            denoiser = _load(folder, name, options)
+            invariant_batch_sizes(denoiser, options.max_rows)
+        except (ModelError, RuntimeError) as error:
+            passed_over.append(f"{name}: {error}")
+            continue
+        reasons = f"; passed over {'; '.join(passed_over)}" if passed_over else ", the fastest for this machine"
+        log.info("backend auto: %s%s", denoiser.description, reasons)
+        return denoiser
+    if len(passed_over) == 1:
+        raise ModelError(passed_over[0].partition(": ")[2])
+    raise ModelError(f"no backend can serve {folder}. " + "; ".join(passed_over))
+
+
+def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
     chosen = BACKENDS[name]
     try:
         importlib.import_module(chosen.requires)
     except ModuleNotFoundError as error:
+        package = "iddpm" if chosen.extra is None else f"iddpm[{chosen.extra}]"
         raise ModelError(
-            f"backend '{name}' needs {error.name}, which is not installed: pip install 'iddpm[{chosen.extra}]'"
+            f"backend '{name}' needs {error.name}, which is not installed: pip install '{package}'"
         ) from error
+    except ImportError as error:  # a system library that is missing or too old
+        raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
     denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
     return denoiser

@@ -59,7 +59,7 @@ class TorchBackend:
         self._network = network
         self._forward_emb: EmbNetwork = network.forward_emb
         self.batch_sizes: tuple[int, ...] | None = None
-        sizes = doubling_sizes(options.max_rows)
+        sizes = options.sizes_to_compile
         if options.torch_compile:
             # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled
             self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
@@ -131,12 +131,6 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "fp16" and device.type != "cuda":
         raise ModelError("precision 'fp16' needs a CUDA device; on a CPU use fp32 or bf16")
     return DTYPES[precision]
-
-
-def doubling_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... and the width itself."""
-    powers = (1 << k for k in range(max_rows.bit_length()))
-    return (*(size for size in powers if size < max_rows), max_rows)
 
 
 def lower_weights(network: UNet, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,21 @@ class Server:
 
 
 @contextmanager
-def running(model: Path, log: Path, *flags: str, **environment: str) -> Iterator[Server]:
-    """Start `iddpm serve` and wait until it is ready; kill it in the end if it still runs."""
+def running(
+    model: Path, log: Path, *flags: str, iddpm: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Start `iddpm serve` (ours, or another installation's) and wait until it is ready; kill it in the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("iddpm")), "serve", "--model", str(model), "--port", str(port)]
+    program = iddpm or Path(sys.executable).with_name("iddpm")
+    command = [str(program), "serve", "--model", str(model), "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
     server = Server(process, port, log)
     try:

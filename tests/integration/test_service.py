@@ -286,7 +286,7 @@ def wait_for(server: Server, condition: Any) -> None:
 
 
 def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> None:
-    with running(model, tmp_path / "log", IDDPM_MAX_QUEUE="2", IDDPM_MAX_ROWS="2") as small:
+    with running(model, tmp_path / "log", environment={"IDDPM_MAX_QUEUE": "2", "IDDPM_MAX_ROWS": "2"}) as small:
         with ThreadPoolExecutor(8) as pool:
             responses = list(pool.map(lambda k: small.generate(steps=500, cfg_scale=1, seed=k), range(8)))
         refused = [response for response in responses if response.status_code == 503]
@@ -333,17 +333,18 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "environment", "message"),
     [
-        (["--port", "70000"], "port: Input should be less than or equal to 65535"),
-        (["--backend", "tpu"], "backend: Input should be 'auto' or 'torch'"),
-        (["--model", "/nonexistent"], "has no config.json"),
-        ([], "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ALLOWED_HOSTS"),
+        (["--port", "70000"], {}, "port: Input should be less than or equal to 65535"),
+        (["--backend", "tpu"], {}, "backend: Input should be 'auto', 'openvino', 'onnxruntime' or 'torch'"),
+        (["--model", "/nonexistent"], {}, "has no config.json"),
+        ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ALLOWED_HOSTS"),
     ],
 )
-def test_bad_flags_end_start_up_with_one_line(model: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    misspelt = {} if flags else {"IDDPM_MAX_ROW": "4"}
-    with pytest.raises(RuntimeError) as error, running(model, tmp_path / "log", *flags, **misspelt):
+def test_bad_flags_end_start_up_with_one_line(
+    model: Path, tmp_path: Path, flags: list[str], environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RuntimeError) as error, running(model, tmp_path / "log", *flags, environment=environment):
         pass
     assert message in str(error.value)
     assert "Traceback" not in str(error.value)

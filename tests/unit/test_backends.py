@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from service.backends.base import BackendOptions, FailureKind
+from service.backends.base import BackendOptions, FailureKind, doubling_sizes
 from service.backends.cuda_graphs import GraphedNetwork
 from service.backends.select import BACKENDS, Backend, load_denoiser
-from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype, doubling_sizes
+from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
@@ -42,7 +42,7 @@ def test_a_backend_is_chosen_by_name(folder: Path, name: str) -> None:
 
 
 def test_an_unknown_backend_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="backend must be one of auto, torch; got 'jax'"):
+    with pytest.raises(ModelError, match="one of auto, openvino, onnxruntime, torch, tensorrt; got 'jax'"):
         load_denoiser(folder, "jax", BackendOptions())
 
 

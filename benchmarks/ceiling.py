@@ -1,0 +1,131 @@
+"""What the machine can do at most: the rates that convolutions and products reach alone, measured, not looked up.
+
+On a CPU, 3x3 convolutions of 256 channels at 32x32, batch 8, by PyTorch (channels last) and by OpenVINO; on a GPU the
+same at batch 256, and a product of two 8192 x 8192 matrices. A precision's ceiling is the best of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from torch.nn import functional as F
+
+from benchmarks.contenders import Place
+from benchmarks.rounds import Timing
+from diffusion.artifact import Precision
+from service.backends.openvino_backend import HINTS
+from service.backends.torch_backend import DTYPES
+
+CHANNELS, SIZE, KERNEL = 256, 32, 3
+CPU_ROWS, CUDA_ROWS = 8, 256
+IN_A_ROW = 4
+"""Convolutions in one call, so that bringing the input into a runtime's own layout counts for little."""
+MATRIX = 8192
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Work that does nothing else but what is to be measured."""
+
+    name: str
+    precision: Precision
+    flops: int
+    """Of one call; a multiply-add counts two."""
+    call: Callable[[], Any]
+
+
+def probes(precisions: set[Precision], place: Place) -> list[Probe]:
+    """Make the probes of the precisions, each ready to be called."""
+    made = []
+    for precision in sorted(precisions):
+        made.append(_torch_convolution(precision, place))
+        if place.device.type == "cuda":
+            made.append(_torch_product(precision, place))
+        else:
+            made.append(_openvino_convolution(precision, place))
+    return made
+
+
+def ceilings(made: list[Probe], timings: dict[str, Timing]) -> dict[Precision, float]:
+    """Return the highest median rate of each precision's probes, in FLOP/s."""
+    best: dict[Precision, float] = {}
+    for probe in made:
+        rate = probe.flops / timings[probe.name].median
+        best[probe.precision] = max(rate, best.get(probe.precision, 0.0))
+    return best
+
+
+def _convolution_flops(rows: int) -> int:
+    return IN_A_ROW * 2 * rows * SIZE * SIZE * CHANNELS * CHANNELS * KERNEL * KERNEL
+
+
+def _weight(generator: np.random.Generator) -> Any:
+    shape = (CHANNELS, CHANNELS, KERNEL, KERNEL)
+    return generator.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(CHANNELS * KERNEL * KERNEL))
+
+
+def _torch_convolution(precision: Precision, place: Place) -> Probe:
+    generator = np.random.default_rng(0)
+    rows = CUDA_ROWS if place.device.type == "cuda" else CPU_ROWS
+    dtype = DTYPES[precision]
+    x = torch.from_numpy(generator.standard_normal((rows, CHANNELS, SIZE, SIZE), dtype=np.float32))
+    x = x.to(place.device, dtype).contiguous(memory_format=torch.channels_last)
+    weights = [
+        torch.from_numpy(_weight(generator)).to(place.device, dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(IN_A_ROW)
+    ]
+
+    @torch.inference_mode()
+    def call() -> Any:
+        h = x
+        for weight in weights:
+            h = F.conv2d(h, weight, padding=KERNEL // 2)
+        place.wait()
+        return h
+
+    return Probe(f"convolution torch {precision}", precision, _convolution_flops(rows), call)
+
+
+def _torch_product(precision: Precision, place: Place) -> Probe:
+    generator = torch.Generator(place.device).manual_seed(0)
+    a, b = (
+        torch.randn(MATRIX, MATRIX, generator=generator, device=place.device).to(DTYPES[precision]) for _ in range(2)
+    )
+
+    @torch.inference_mode()
+    def call() -> Any:
+        out = a @ b
+        place.wait()
+        return out
+
+    return Probe(f"product torch {precision}", precision, 2 * MATRIX**3, call)
+
+
+def _openvino_convolution(precision: Precision, place: Place) -> Probe:
+    ops = openvino.opset13
+    generator = np.random.default_rng(0)
+    shape = [CPU_ROWS, CHANNELS, SIZE, SIZE]
+    parameter = ops.parameter(shape, np.float32)
+    h, pad = parameter, [KERNEL // 2] * 2
+    for _ in range(IN_A_ROW):
+        h = ops.convolution(h, ops.constant(_weight(generator)), [1, 1], pad, pad, [1, 1])
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": place.threads,
+        "ENABLE_CPU_PINNING": False,
+    }
+    model = openvino.Model([h], [parameter])
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    x = generator.standard_normal(shape, dtype=np.float32)
+
+    def call() -> Any:
+        return request.infer([x], share_inputs=True, share_outputs=True)
+
+    return Probe(f"convolution openvino {precision}", precision, _convolution_flops(CPU_ROWS), call)

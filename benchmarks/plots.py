@@ -1,0 +1,56 @@
+"""Curves as a PNG file, by matplotlib: extra `bench`, imported when something is drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line with its spread."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def draw_curves(plots: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, path: Path) -> bool:
+    """Draw one plot per title, side by side, both axes from 1 in powers of two.
+
+    Returns:
+        Whether anything was drawn: not without matplotlib, which is said on stderr.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib import pyplot as plt
+    except ModuleNotFoundError as error:
+        print(f"{path.name} was not drawn: {error.name} is missing; pip install 'iddpm[bench]'", file=sys.stderr)
+        return False
+    if not plots:
+        return False
+    mpl.use("Agg")
+    names = list(dict.fromkeys(curve.name for lines in plots.values() for curve in lines))
+    figure, axes = plt.subplots(1, len(plots), figsize=(6.5 * len(plots), 5), squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], plots.items(), strict=True):
+        for curve in lines:
+            colour = f"C{names.index(curve.name) % 10}"
+            style = "-" if names.index(curve.name) < 10 else "--"
+            axis.plot(curve.x, curve.y, style, marker="o", markersize=3, color=colour, label=curve.name)
+            axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({x for curve in lines for x in curve.x}))
+        axis.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(x_label)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(y_label)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

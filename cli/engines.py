@@ -1,0 +1,95 @@
+"""Engines of TensorRT: built with progress for people, and compared with PyTorch on the GPU they are for."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from diffusion.tensorrt_files import Target
+
+if TYPE_CHECKING:
+    from diffusion.artifact import NetworkParity
+    from model_export.runtimes import Graph
+    from service.backends.base import Denoiser
+
+
+def build_engines(artifact: Path, target: Target, buckets: tuple[int, ...]) -> None:
+    """Build the engines of some batch sizes that are missing or would be refused: what the service may be given.
+
+    Raises:
+        ArtifactError: an artifact that cannot be read.
+        EngineError: a build that failed.
+    """
+    from model_export.tensorrt_build import build_missing
+
+    build_missing(artifact, target, buckets, say=lambda line: typer.echo(line, err=True), progress=show_phase)
+
+
+def show_phase(phase: str, done: int, of: int) -> None:
+    """Say what TensorRT is at: each phase as it begins, on a line of its own."""
+    if done == 0:
+        typer.echo(f"  {phase} ({of} steps)", err=True)
+
+
+def measure_engines(checkpoint: Path, artifact: Path, device: str = "auto") -> dict[int, NetworkParity]:
+    """Compare an artifact's engines for a GPU with PyTorch, and note the result in their records.
+
+    From then on the service refuses those outside the limit of their precision.
+
+    Args:
+        checkpoint: what the artifact was exported from.
+        artifact: the artifact folder, with engines for all of its batch sizes.
+        device: the CUDA device to run them on.
+
+    Returns:
+        By batch size: the relative error by band of timesteps.
+
+    Raises:
+        ArtifactError: an artifact of another checkpoint.
+        ModelError: engines that cannot be run.
+    """
+    from diffusion.artifact import MODEL_FILE, read_artifact, refuse_foreign
+    from diffusion.checkpoint import load_unet
+    from diffusion.tensorrt_files import record_parity
+    from model_export.parity import network_parity, unet_reference
+    from model_export.runtimes import Runtime
+    from service.backends.base import BackendOptions
+    from service.backends.tensorrt_backend import TensorRTBackend
+
+    manifest = read_artifact(artifact)
+    refuse_foreign(artifact, manifest, checkpoint)
+    config, network = load_unet(checkpoint)
+    backend = TensorRTBackend(artifact, BackendOptions(max_rows=manifest.buckets[-1], device=device))
+    reference = unet_reference(network, config, backend.time_mlp)
+    target = backend.wanted.target
+    found = {}
+    for size in manifest.buckets:
+        graph = as_graph(backend, size)
+        runtime = Runtime(f"{target.flavour} {target.version}", manifest.precision, functools.partial(_opened, graph))
+        found[size] = network_parity(graph, reference.calls, config, runtime, MODEL_FILE)
+        record_parity(artifact, backend.wanted, size, found[size])
+    return found
+
+
+def _opened(graph: Graph, _: Path) -> Graph:
+    return graph
+
+
+def as_graph(denoiser: Denoiser[Any], size: int) -> Graph:
+    """Let a denoiser on torch tensors take numpy arrays of any number of rows, in batches of one size, padded."""
+    import numpy as np
+    import torch
+
+    def run(inputs: Any) -> Any:
+        rows = len(inputs["x_t"])
+        outputs = []
+        for first in range(0, rows, size):
+            taken = np.minimum(np.arange(first, first + size), rows - 1)
+            batch = {name: torch.from_numpy(values[taken]).to(denoiser.device) for name, values in inputs.items()}
+            outputs.append(denoiser(batch["x_t"], batch["emb_t"], batch.get("y")).cpu().numpy()[: rows - first])
+        return np.concatenate(outputs)
+
+    return run

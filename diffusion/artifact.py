@@ -1,0 +1,249 @@
+"""The artifact folder: a network compiled for runtimes other than PyTorch, and `manifest.json`, which vouches for it.
+
+    manifest.json   what the network is, where it came from, how far it is from PyTorch, a hash of every file
+    model.onnx      the graph (and model.onnx.data, weights beyond protobuf's 2 GiB)
+    gradient.onnx   a classifier's gradient
+    time_mlp.npz    the embedding of timesteps, which is an input of the graph
+
+A manifest is written only where parity was inside tolerance, and last. Reading checks every file's size and hash, and
+that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, describe_validation_error
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+GRADIENT_FILE = "gradient.onnx"
+TIME_MLP_FILE = "time_mlp.npz"
+FORMAT_VERSION = 1
+INSIDE_CHECKPOINT = "artifact"
+"""A checkpoint folder may hold its artifact under this name."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ArtifactError(ValueError):
+    """An artifact folder that cannot be written or read; the message names the file, the field and the rule."""
+
+
+class FileEntry(FrozenConfig):
+    """One file of the folder."""
+
+    sha256: Sha256
+    size: int = Field(ge=0)
+    """Bytes."""
+
+
+class BandError(FrozenConfig):
+    """How far outputs are from PyTorch's float32 over a band of timesteps: norm of the difference / norm."""
+
+    t_min: int
+    t_max: int
+    """Inclusive."""
+    prediction: float
+    """Of eps (or x0), of logits, or of a gradient."""
+    variance: float | None = None
+    """Of var_values, where the network has them."""
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return _largest([self.prediction, self.variance or 0.0])
+
+
+class NetworkParity(FrozenConfig):
+    """A runtime's network calls against PyTorch's, along chains of the reference."""
+
+    backend: str
+    """Runtime and version."""
+    precision: Precision
+    """What the runtime computes in."""
+    file: str = MODEL_FILE
+    """Which graph of the folder."""
+    limit: float
+    """Largest relative error allowed in any band."""
+    bands: tuple[BandError, ...] = Field(min_length=1)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of any band."""
+        return _largest(band.worst for band in self.bands)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every band is inside the limit."""
+        return self.worst <= self.limit
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == ("fp32" if self.file == GRADIENT_FILE else precision)
+
+
+class ChainParity(FrozenConfig):
+    """Whole ancestral chains of a runtime against PyTorch's, with the same noise: how many 8-bit values differ."""
+
+    backend: str
+    precision: Precision
+    steps: int
+    images: int
+    beyond_1: float
+    """Fraction of values that differ by more than 1 level of 255."""
+    beyond_2: float
+    beyond_4: float
+    limit: float | None = None
+    """Largest `beyond_2` allowed; None: reported only."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the pixels are inside the limit."""
+        return self.limit is None or self.beyond_2 <= self.limit
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == precision
+
+
+class Manifest(FrozenConfig):
+    """The content of `manifest.json`."""
+
+    format_version: Literal[1] = 1
+    checkpoint: Annotated[CheckpointConfig | ClassifierCheckpointConfig, Field(discriminator="kind")]
+    """The `config.json` of the checkpoint this came from."""
+    checkpoint_sha256: Sha256
+    """See `diffusion.checkpoint_config.checkpoint_sha256`."""
+    precision: Precision = "fp32"
+    """What the graph computes in."""
+    opset: int
+    buckets: tuple[int, ...] = Field(min_length=1)
+    """Batch sizes it is meant to be compiled for, ascending."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that made it."""
+    files: dict[str, FileEntry]
+    """Every file but the manifest, by name."""
+    parity: tuple[NetworkParity, ...] = Field(min_length=1)
+    chains: tuple[ChainParity, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.files:
+            if not name or Path(name).name != name or name in (".", "..") or "\\" in name:
+                raise ValueError(f"files must be plain names inside the folder; got {name!r}")
+        needed = {MODEL_FILE, TIME_MLP_FILE} | ({GRADIENT_FILE} if self.checkpoint.kind == "classifier" else set())
+        if missing := sorted(needed - set(self.files)):
+            raise ValueError(f"files must list {', '.join(missing)}")
+        if list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1:
+            raise ValueError(f"buckets must be ascending and at least 1; got {list(self.buckets)}")
+        return self
+
+    def parity_of(self, runtime: str, precision: Precision) -> NetworkParity | None:
+        """Return the measured parity of a runtime (its name without version) in a precision."""
+        of_model = (p for p in self.parity if p.file == MODEL_FILE and p.precision == precision)
+        return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
+
+
+def failures(
+    precision: Precision, parity: Iterable[NetworkParity], chains: Iterable[ChainParity]
+) -> list[NetworkParity | ChainParity]:
+    """Return what keeps a graph of a precision from being an artifact; empty where everything is inside its limit."""
+    measured: list[NetworkParity | ChainParity] = [*parity, *chains]
+    return [p for p in measured if p.gates(precision) and not p.passed]
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Measure and hash a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(sha256=digest, size=path.stat().st_size)
+
+
+def manifest_json(manifest: Manifest) -> str:
+    """Return the text of a `manifest.json`."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def find_artifact(folder: Path) -> Path | None:
+    """Return the artifact of a model folder: itself, or what lies in it as `artifact`; None where there is none."""
+    for candidate in (folder, folder / INSIDE_CHECKPOINT):
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
+    return None
+
+
+def read_artifact(folder: Path) -> Manifest:
+    """Read and check an artifact folder.
+
+    One that lies inside a checkpoint folder must have been made from that checkpoint.
+
+    Raises:
+        ArtifactError: no manifest, a manifest that is wrong, a file that is missing, damaged or of another
+            checkpoint; the message names the file and what to do.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = _parse(path)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or file.is_symlink():
+            raise ArtifactError(f"{file} is missing (or no plain file); export the checkpoint again")
+        if file.stat().st_size != entry.size:
+            raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it is damaged")
+        if file_entry(file).sha256 != entry.sha256:
+            raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
+    if failed := failures(manifest.precision, manifest.parity, manifest.chains):
+        raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit; export the checkpoint again")
+    whole = folder.resolve()
+    if whole.name == INSIDE_CHECKPOINT and (whole.parent / CONFIG_FILE).is_file():
+        refuse_foreign(whole, manifest, whole.parent)
+    return manifest
+
+
+def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
+    """Refuse an artifact that was made from another checkpoint than this one.
+
+    Raises:
+        ArtifactError: saying so; also a checkpoint that cannot be read.
+    """
+    try:
+        found = checkpoint_sha256(checkpoint)
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    if found != manifest.checkpoint_sha256:
+        raise ArtifactError(
+            f"{folder} was exported from another checkpoint ({manifest.checkpoint_sha256[:12]}...) than the one in "
+            f"{checkpoint} ({found[:12]}...); export it again"
+        )
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"{path.parent} is no artifact folder: it has no {MANIFEST_FILE}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path}: format_version must be {FORMAT_VERSION}; got {version!r}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {describe_validation_error(error)}") from error
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """Return the largest error; one that is not a number is beyond every limit (`max` would skip it)."""
+    return max(math.inf if math.isnan(error) else error for error in errors)

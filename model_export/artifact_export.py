@@ -1,0 +1,147 @@
+"""A checkpoint compiled into an artifact folder: graph, time MLP, proof of parity, and the manifest last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusion.artifact import (
+    GRADIENT_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    TIME_MLP_FILE,
+    ArtifactError,
+    ChainParity,
+    Manifest,
+    NetworkParity,
+    Precision,
+    failures,
+    file_entry,
+    manifest_json,
+)
+from diffusion.atomic_folder import may_replace, write_folder
+from diffusion.checkpoint import load_classifier, load_unet
+from diffusion.checkpoint_config import AnyCheckpointConfig, checkpoint_sha256, read_config
+from diffusion.classifier import Classifier
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from diffusion.unet import UNet
+from model_export.onnx_export import (
+    OPSET,
+    PRECISIONS,
+    export_classifier,
+    export_classifier_gradient,
+    export_unet,
+)
+from model_export.parity import chain_parity, classifier_calls, network_parity, unet_reference
+from model_export.runtimes import runtimes_for
+
+MADE_BY = ("torch", "onnx", "onnxscript")
+DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+Say = Callable[[str], None]
+
+
+class ParityError(ArtifactError):
+    """A graph that is too far from PyTorch; no artifact was written."""
+
+    def __init__(self, parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...]) -> None:
+        self.parity, self.chains = parity, chains
+        super().__init__("the graph is too far from PyTorch, see the table; nothing was written")
+
+
+def export_artifact(
+    checkpoint: Path,
+    out: Path,
+    precision: Precision = "fp32",
+    buckets: tuple[int, ...] = DEFAULT_BUCKETS,
+    say: Say = lambda _: None,
+) -> Manifest:
+    """Write a checkpoint's network as an artifact folder, atomically; an artifact that is already there is replaced.
+
+    Args:
+        checkpoint: the checkpoint folder, of a UNet or a noisy classifier.
+        out: the folder to write.
+        precision: what the graph computes in.
+        buckets: batch sizes it shall be compiled for, ascending.
+        say: told what is being done, in words.
+
+    Returns:
+        What was written as `manifest.json`.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read.
+        ArtifactError: an `out` that holds something else.
+        ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
+            bfloat16 is recorded, and refused by the service where it did not pass.
+    """
+    if not may_replace(out, MANIFEST_FILE):
+        raise ArtifactError(f"{out} exists and is no artifact folder; it was left alone")
+    config = read_config(checkpoint)
+    sha256 = checkpoint_sha256(checkpoint)
+    manifest: Manifest | None = None
+
+    def write(folder: Path) -> None:
+        nonlocal manifest
+        if isinstance(config, CheckpointConfig):
+            network: UNet | Classifier = load_unet(checkpoint)[1]
+        else:
+            network = load_classifier(checkpoint)[1]
+        say("tracing the network")
+        time_mlp = TimeMLP({name: network.state_dict()[name].numpy() for name in WEIGHTS})
+        time_mlp.write(folder / TIME_MLP_FILE)
+        dtype = PRECISIONS[precision]
+        if isinstance(network, UNet):
+            export_unet(network, folder / MODEL_FILE, dtype)
+        else:
+            export_classifier(network, folder / MODEL_FILE, dtype)
+            export_classifier_gradient(network, folder / GRADIENT_FILE)
+        parity, chains = _measure(folder, network, config, time_mlp, precision, say)
+        if failures(precision, parity, chains):
+            raise ParityError(parity, chains)
+        manifest = Manifest(
+            checkpoint=config,
+            checkpoint_sha256=sha256,
+            precision=precision,
+            opset=OPSET,
+            buckets=buckets,
+            versions={name: version(name) for name in MADE_BY},
+            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+            parity=parity,
+            chains=chains,
+        )
+        (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
+
+    write_folder(out, write)
+    assert manifest is not None  # noqa: S101  # write was called
+    return manifest
+
+
+def _measure(
+    folder: Path,
+    network: UNet | Classifier,
+    config: AnyCheckpointConfig,
+    time_mlp: TimeMLP,
+    precision: Precision,
+    say: Say,
+) -> tuple[tuple[NetworkParity, ...], tuple[ChainParity, ...]]:
+    parity: list[NetworkParity] = []
+    chains: list[ChainParity] = []
+    say("sampling with PyTorch")
+    if isinstance(network, UNet):
+        assert isinstance(config, CheckpointConfig)  # noqa: S101  # a UNet's
+        reference = unet_reference(network, config, time_mlp)
+        calls = {MODEL_FILE: reference.calls}
+    else:
+        assert isinstance(config, ClassifierCheckpointConfig)  # noqa: S101  # a classifier's
+        logits, gradients = classifier_calls(network, config.diffusion, time_mlp)
+        calls = {MODEL_FILE: logits, GRADIENT_FILE: gradients}
+    for file, expected in calls.items():
+        for runtime in runtimes_for("fp32" if file == GRADIENT_FILE else precision):
+            say(f"comparing {file} with {runtime.backend} {runtime.precision}")
+            graph = runtime.open(folder / file)
+            parity.append(network_parity(graph, expected, config, runtime, file))
+            if isinstance(network, UNet):
+                chains.append(chain_parity(graph, reference, time_mlp, runtime))
+    return tuple(parity), tuple(chains)

@@ -1,0 +1,157 @@
+"""A network written as an ONNX file: dynamic batch, fixed names and opset, the same bytes for the same input.
+
+Graphs, all with the embedded timestep as an input (a raw t inside a bfloat16 graph is silently rounded):
+
+    UNet                  x_t, emb_t[, y][, low_res] -> out
+    Classifier            x_t, emb_t                 -> logits
+    Classifier's gradient x_t, emb_t, y              -> gradient
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from diffusion.classifier import Classifier
+from diffusion.config import BackboneConfig
+from diffusion.unet import UNet
+from model_export.classifier_gradient import gradient_graph
+from model_export.inference_graph import rewrite
+
+OPSET = 22
+"""Old enough for every runtime; newer ones have fused operations (GroupNormalization, Attention) that are slower."""
+DATA_SUFFIX = ".data"
+MAX_PROTOBUF = 2**31 - 2**24
+"""Weights beyond this many bytes lie in a second file: protobuf's limit is 2 GiB."""
+EXAMPLE_ROWS = 2
+
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a UNet, super-resolution included.
+
+    Args:
+        network: in eval mode.
+        path: the file; a network beyond 2 GiB puts its weights beside it, with the suffix `.data`.
+        dtype: precision that the graph computes in; inputs and output are float32 (y: int64) always.
+    """
+    config = network.config
+    examples = _image_and_embedding(config)
+    if config.num_classes is not None:
+        examples["y"] = torch.arange(EXAMPLE_ROWS) % config.num_labels
+    if config.low_res_size is not None:
+        examples["low_res"] = torch.zeros(EXAMPLE_ROWS, config.image_channels, config.low_res_size, config.low_res_size)
+    _export(_UNetGraph(rewrite(network, dtype), tuple(examples)), examples, "out", path)
+
+
+def export_classifier(classifier: Classifier, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a noisy classifier's logits; arguments as for `export_unet`."""
+    _export(_ClassifierGraph(rewrite(classifier, dtype)), _image_and_embedding(classifier.config), "logits", path)
+
+
+def export_classifier_gradient(classifier: Classifier, path: Path) -> None:
+    """Write the gradient of a noisy classifier's log p(y | x_t) by x_t, in float32; arguments as for `export_unet`."""
+    examples = _image_and_embedding(classifier.config)
+    examples["y"] = torch.arange(EXAMPLE_ROWS) % classifier.config.num_classes
+    _export(gradient_graph(rewrite(classifier), *examples.values()), examples, "gradient", path)
+
+
+class _UNetGraph(nn.Module):
+    def __init__(self, network: UNet, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.network.forward_emb(**dict(zip(self.names, inputs, strict=True)))
+
+
+class _ClassifierGraph(nn.Module):
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
+        return self.classifier.forward_emb(x_t, emb_t)
+
+
+def _image_and_embedding(config: BackboneConfig) -> dict[str, Tensor]:
+    return {
+        "x_t": torch.zeros(EXAMPLE_ROWS, config.image_channels, config.image_size, config.image_size),
+        "emb_t": torch.zeros(EXAMPLE_ROWS, config.emb_channels),
+    }
+
+
+def _export(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Path) -> None:
+    batch = torch.export.Dim.DYNAMIC
+    shapes = tuple({0: batch} for _ in examples)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            graph.eval(),
+            tuple(examples.values()),
+            dynamo=True,
+            input_names=list(examples),
+            output_names=[output],
+            dynamic_shapes=(shapes,) if isinstance(graph, _UNetGraph) else shapes,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101  # what dynamo=True returns
+    model = program.model_proto
+    _strip(model)
+    _write(model, path)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Take out what the exporter says of itself and of its source files, and name the batch dimension."""
+    for field in ("producer_name", "producer_version", "domain", "doc_string", "metadata_props"):
+        model.ClearField(field)
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        graph.ClearField("doc_string")
+        graph.ClearField("metadata_props")
+        for node in graph.node:
+            node.ClearField("doc_string")
+            node.ClearField("metadata_props")
+        graph.ClearField("value_info")
+    values = [*model.graph.input, *model.graph.output]
+    for entry in [*values, *model.graph.initializer]:
+        entry.ClearField("doc_string")
+        entry.ClearField("metadata_props")
+    for value in values:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _write(model: onnx.ModelProto, path: Path) -> None:
+    data = path.with_name(path.name + DATA_SUFFIX)
+    data.unlink(missing_ok=True)  # it would be appended to
+    # not ByteSize(), which serialises, and so fails where it matters
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_PROTOBUF:
+        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
+        onnx.checker.check_model(path, full_check=True)
+    else:
+        onnx.checker.check_model(model, full_check=True)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter prints about itself; its errors are exceptions."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,194 @@
+"""How far an exported graph is from PyTorch in float32: network calls by timestep, and pixels after whole chains.
+
+The reference is the unrewritten network. Network calls are compared at the inputs that a chain of the reference really
+has, so every timestep is met with images of its own noise level. Calls gate in every precision; pixels gate in float32
+only, and are reported otherwise (an ancestral chain in lower precision is another, equally good sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffusion.artifact import BandError, ChainParity, NetworkParity, Precision
+from diffusion.checkpoint_config import AnyCheckpointConfig
+from diffusion.classifier import Classifier, classifier_gradient
+from diffusion.config import BackboneConfig, CheckpointConfig, DiffusionConfig
+from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
+from diffusion.plans import build_plan
+from diffusion.respacing import respace
+from diffusion.time_mlp import TimeMLP
+from diffusion.unet import UNet
+from diffusion.update import sample_loop, to_uint8
+from model_export.runtimes import Arrays, Graph, Runtime
+
+STEPS = 50
+"""Length of the chains."""
+ROWS = 4
+"""Images in a chain."""
+BANDS = 5
+"""Equal bands of timesteps."""
+LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest relative error of a network call in any band: some 50 times what float32 measures, 5 times the others."""
+PIXEL_LIMIT = 1e-3
+"""Largest fraction of 8-bit values that may differ by more than 2 levels after a float32 chain."""
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call of the reference."""
+
+    t: float
+    """What the network was told of the timestep."""
+    inputs: Arrays
+    """What the graph is given, emb_t computed by the artifact's own time MLP."""
+    expected: FloatArray
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A chain of the reference: its calls, and its pixels."""
+
+    config: CheckpointConfig
+    calls: Sequence[Call]
+    pixels: npt.NDArray[np.uint8]
+
+
+def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> Reference:
+    """Sample images with PyTorch, and keep every network call."""
+    conditions = _conditions(config)
+    calls: list[Call] = []
+
+    def run(x_t: Tensor, t: Tensor) -> Tensor:
+        out = network(x_t, t, *(torch.from_numpy(conditions[k]) if k in conditions else None for k in ("y", "low_res")))
+        inputs = {"x_t": x_t.numpy().copy(), "emb_t": time_mlp(t.numpy()), **conditions}
+        calls.append(Call(float(t[0]), inputs, out.numpy()))
+        return out
+
+    return Reference(config, calls, _chain(config, run, torch))
+
+
+def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
+    """Classify noise of every level with PyTorch; returns the calls for the logits, and those for the gradient."""
+    told = respace(diffusion, str(_steps(diffusion))).model_t
+    ids = np.arange(ROWS)
+    y = ids % classifier.config.num_classes
+    logits, gradients = [], []
+    for k, t in enumerate(told):
+        x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, _shape(classifier.config)))
+        t_rows = np.full(ROWS, t, dtype=np.float32)
+        inputs = {"x_t": x_t.numpy(), "emb_t": time_mlp(t_rows)}
+        with torch.no_grad():
+            out = classifier(x_t, torch.from_numpy(t_rows))
+        logits.append(Call(float(t), inputs, out.numpy()))
+        gradient = classifier_gradient(classifier, x_t, torch.from_numpy(t_rows), torch.from_numpy(y), 1.0)
+        gradients.append(Call(float(t), {**inputs, "y": y}, gradient.numpy()))
+    return logits, gradients
+
+
+def network_parity(
+    graph: Graph,
+    calls: Sequence[Call],
+    config: AnyCheckpointConfig,
+    runtime: Runtime,
+    file: str,
+) -> NetworkParity:
+    """Compare a graph with the reference's calls, band by band."""
+    split = config.model.image_channels if config.kind == "unet" and config.model.learn_sigma else None
+    told = respace(config.diffusion).model_t
+    count = min(BANDS, len(told))
+    sums = np.zeros((count, 2, 2))  # every band's (squared difference, squared norm) of the two halves
+    met = np.zeros(count, dtype=np.bool_)
+    edges = np.linspace(0, len(told), count + 1).astype(int)
+    highest = told[edges[1:] - 1]
+    for call in calls:
+        band = min(int(np.searchsorted(highest, call.t)), count - 1)
+        met[band] = True
+        out = graph(call.inputs)
+        halves: tuple[tuple[FloatArray, FloatArray], ...] = ((out, call.expected),)
+        if split is not None:
+            halves = ((out[:, :split], call.expected[:, :split]), (out[:, split:], call.expected[:, split:]))
+        for half, (actual, expected) in enumerate(halves):
+            difference = np.square(actual.astype(np.float64) - expected).sum()
+            sums[band, half] += difference, np.square(expected.astype(np.float64)).sum()
+    bands = [
+        BandError(
+            t_min=int(edges[band]),
+            t_max=int(edges[band + 1]) - 1,
+            prediction=_relative(sums[band, 0]),
+            variance=None if split is None else _relative(sums[band, 1]),
+        )
+        for band in np.flatnonzero(met)
+    ]
+    return NetworkParity(
+        backend=runtime.backend,
+        precision=runtime.precision,
+        file=file,
+        limit=LIMITS[runtime.precision],
+        bands=tuple(bands),
+    )
+
+
+def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime: Runtime) -> ChainParity:
+    """Sample the reference's images with a graph, and compare pixels."""
+    conditions = _conditions(reference.config)
+
+    def run(x_t: FloatArray, t: FloatArray) -> FloatArray:
+        return graph({"x_t": x_t, "emb_t": time_mlp(t), **conditions})
+
+    pixels = _chain(reference.config, run, np)
+    difference = np.abs(pixels.astype(int) - reference.pixels)
+    return ChainParity(
+        backend=runtime.backend,
+        precision=runtime.precision,
+        steps=_steps(reference.config.diffusion),
+        images=ROWS,
+        beyond_1=float((difference > 1).mean()),
+        beyond_2=float((difference > 2).mean()),
+        beyond_4=float((difference > 4).mean()),
+        limit=PIXEL_LIMIT if runtime.precision == "fp32" else None,
+    )
+
+
+def _chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
+    ids = xp.arange(ROWS)
+    plan = build_plan(config.diffusion, "ancestral", str(_steps(config.diffusion)))
+
+    def noise(step: int, stream: int) -> Any:
+        return normal(ids, ids, xp.full_like(ids, step), stream, _shape(config.model))
+
+    return to_uint8(sample_loop(network, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP)))
+
+
+def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs that stay the same along a chain: labels spread over all, random low-resolution images."""
+    model = config.model
+    ids = np.arange(ROWS)
+    conditions: dict[str, npt.NDArray[Any]] = {}
+    if model.num_classes is not None:
+        conditions["y"] = np.linspace(0, model.num_labels - 1, ROWS).astype(np.int64)
+    if model.low_res_size is not None:
+        shape = (model.image_channels, model.low_res_size, model.low_res_size)
+        conditions["low_res"] = np.clip(normal(ids, ids + ROWS, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
+    return conditions
+
+
+def _steps(diffusion: DiffusionConfig) -> int:
+    return min(STEPS, diffusion.num_timesteps)
+
+
+def _shape(model: BackboneConfig) -> tuple[int, int, int]:
+    return model.image_channels, model.image_size, model.image_size
+
+
+def _relative(sums: npt.NDArray[np.float64]) -> float:
+    difference, norm = sums
+    return float(np.sqrt(difference / max(norm, 1e-30)))

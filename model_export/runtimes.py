@@ -1,0 +1,70 @@
+"""The runtimes that an exported graph is tried with before anybody serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import openvino
+
+from diffusion.artifact import Precision
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Graph = Callable[[Arrays], npt.NDArray[np.float32]]
+"""Inputs by name, of any number of rows -> the graph's one output."""
+
+HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+"""How OpenVINO calls precisions."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime in a precision."""
+
+    backend: str
+    """Name and version."""
+    precision: Precision
+    open: Callable[[Path], Graph]
+
+
+def runtimes_for(precision: Precision) -> list[Runtime]:
+    """Return what a graph of a precision is tried with here.
+
+    A float32 graph is what the CPU runtimes serve, OpenVINO also in bfloat16, which it turns the graph into itself.
+    A graph of lower precision is TensorRT's, which needs a GPU; here it is tried with the runtime that knows its
+    types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO makes float32 of float16.
+    """
+    onnx_runtime = Runtime(f"onnxruntime {onnxruntime.__version__}", precision, _open_onnxruntime)
+    version = openvino.get_version().split("-")[0]
+    in_fp32, in_bf16 = (Runtime(f"openvino {version}", p, _openvino(p)) for p in HINTS)
+    return {"fp32": [onnx_runtime, in_fp32, in_bf16], "bf16": [in_bf16], "fp16": [onnx_runtime]}[precision]
+
+
+def _open_onnxruntime(path: Path) -> Graph:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Arrays) -> npt.NDArray[np.float32]:
+        return session.run(None, dict(inputs))[0]
+
+    return run
+
+
+def _openvino(precision: Precision) -> Callable[[Path], Graph]:
+    def open_graph(path: Path) -> Graph:
+        compiled = openvino.Core().compile_model(
+            path, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        )
+
+        def run(inputs: Arrays) -> npt.NDArray[np.float32]:
+            return compiled(dict(inputs))[0].copy()
+
+        return run
+
+    return open_graph

@@ -1,0 +1,84 @@
+"""An artifact folder opened for serving: checked, described, with what every ONNX runtime needs of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.artifact import MODEL_FILE, TIME_MLP_FILE, ArtifactError, Manifest, find_artifact, read_artifact
+from diffusion.config import CheckpointConfig
+from diffusion.time_mlp import TimeMLP
+from service.backends.processor import vector_instructions
+from service.errors import ModelError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ArtifactModel:
+    """What was found in an artifact folder."""
+
+    graph: Path
+    manifest: Manifest
+    config: CheckpointConfig
+    time_mlp: TimeMLP
+
+    def numerics_id(self, description: str) -> str:
+        """Hash what pixels depend on: the very graph, the runtime and how it runs, and the processor."""
+        files = [f"{name} {entry.sha256}" for name, entry in sorted(self.manifest.files.items())]
+        depends_on = [self.manifest.checkpoint_sha256, *files, description, *vector_instructions()]
+        return hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+
+    def inputs(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> dict[str, Any]:
+        """Name the graph's inputs."""
+        return {"x_t": x_t, "emb_t": emb_t, **({} if y is None else {"y": y})}
+
+
+def open_artifact(folder: Path, backend: str) -> ArtifactModel:
+    """Open a model folder's artifact: the folder itself, or `artifact` in a checkpoint folder.
+
+    Raises:
+        ModelError: no artifact, one that is damaged or foreign, or one that this service cannot serve.
+    """
+    found = find_artifact(folder)
+    if found is None:
+        raise ModelError(
+            f"backend '{backend}' serves exported artifacts, and {folder} has none: "
+            f"iddpm export {folder} {folder / 'artifact'} (or serve the checkpoint with backend 'torch')"
+        )
+    try:
+        manifest = read_artifact(found)
+        time_mlp = TimeMLP.read(found / TIME_MLP_FILE)
+    except (ArtifactError, ValueError) as error:
+        raise ModelError(str(error)) from error
+    config = manifest.checkpoint
+    if not isinstance(config, CheckpointConfig):
+        raise ModelError(f"{found} holds a classifier, which guides a model and makes no images of its own")
+    if config.model.low_res_size is not None:
+        raise ModelError(f"{found} holds a super-resolution model, which this service cannot serve yet")
+    return ArtifactModel(found / MODEL_FILE, manifest, config, time_mlp)
+
+
+def cpu_threads(wanted: int | None) -> int:
+    """Return how many threads a network call shall take: what was asked for, or one per core that we may use."""
+    if wanted is not None:
+        return wanted
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_unfit_options(backend: str, device: str, torch_compile: bool) -> None:
+    """Refuse what a runtime on the CPU cannot do.
+
+    Raises:
+        ModelError: naming the option.
+    """
+    if device not in ("auto", "cpu"):
+        raise ModelError(f"backend '{backend}' runs on the CPU; device must be auto or cpu; got '{device}'")
+    if torch_compile:
+        raise ModelError(f"torch_compile is for backend 'torch'; backend '{backend}' compiles by itself")

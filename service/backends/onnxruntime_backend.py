@@ -1,0 +1,57 @@
+"""The `onnxruntime` backend: an artifact's graph in float32, any batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from service.backends.artifact_model import FloatArray, cpu_threads, open_artifact, refuse_unfit_options
+from service.backends.base import BackendOptions, FailureKind, classify_synchronous
+from service.errors import ModelError
+
+
+class OnnxRuntimeBackend:
+    """Implements `Denoiser` with numpy arrays on the CPU."""
+
+    xp: Any = np
+    device: Any = "cpu"
+
+    def __init__(self, folder: Path, options: BackendOptions) -> None:
+        refuse_unfit_options("onnxruntime", options.device, options.torch_compile)
+        if options.precision not in ("auto", "fp32"):
+            raise ModelError(f"backend 'onnxruntime' computes in fp32; got precision '{options.precision}'")
+        self._model = open_artifact(folder, "onnxruntime")
+        if self._model.manifest.precision != "fp32":
+            raise ModelError(f"{folder}: backend 'onnxruntime' needs an artifact exported with --precision fp32")
+        self.config = self._model.config
+        self.threads = cpu_threads(options.threads)
+        self.batch_sizes: tuple[int, ...] | None = None
+        self.description = f"onnxruntime {onnxruntime.__version__} cpu fp32"
+        self.numerics_id = self._model.numerics_id(self.description)
+
+        session_options = onnxruntime.SessionOptions()
+        session_options.intra_op_num_threads = self.threads
+        session_options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self._model.graph, session_options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions have no base class of their own
+            raise ModelError(f"{self._model.graph}: ONNX Runtime cannot load it: {error}") from error
+
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Run the time MLP."""
+        return self._model.time_mlp(t_model)
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+        """Run the graph."""
+        out: FloatArray = self._session.run(None, self._model.inputs(x_t, emb_t, y))[0]
+        return out
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Tell memory from the rest: the call is over when it returns."""
+        return classify_synchronous(error)

@@ -1,0 +1,145 @@
+"""The `openvino` backend: an artifact's graph compiled for a few static batch sizes, in float32 or bfloat16.
+
+Static shapes are worth a third more speed than one dynamic graph, and agree bit for bit among each other; dynamic and
+static ones do not, so there is no dynamic fall-back.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from diffusion.artifact import Precision
+from service.backends.artifact_model import (
+    ArtifactModel,
+    FloatArray,
+    cpu_threads,
+    open_artifact,
+    refuse_unfit_options,
+)
+from service.backends.base import BackendOptions, FailureKind, classify_synchronous
+from service.backends.processor import has_bfloat16, vector_instructions
+from service.errors import ModelError
+
+HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+"""How OpenVINO calls the precisions it has on a CPU."""
+
+
+class OpenVinoBackend:
+    """Implements `Denoiser` with numpy arrays on the CPU."""
+
+    xp: Any = np
+    device: Any = "cpu"
+
+    def __init__(self, folder: Path, options: BackendOptions) -> None:
+        refuse_unfit_options("openvino", options.device, options.torch_compile)
+        self._model = open_artifact(folder, "openvino")
+        precision = choose_precision(self._model, options.precision)
+        self.config = self._model.config
+        self.threads = cpu_threads(options.threads)
+        version = openvino.get_version().split("-")[0]
+        self.description = f"openvino {version} cpu {precision} static"
+        self.numerics_id = self._model.numerics_id(self.description)
+
+        sizes = options.sizes_to_compile
+        self.batch_sizes: tuple[int, ...] | None = sizes
+        core = openvino.Core()
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
+        }
+        if (cache := compile_cache(options.cache_dir)) is not None:
+            core.set_property({"CACHE_DIR": str(cache)})
+        try:
+            self._requests = {size: _compile(core, self._model.graph, size, settings) for size in sizes}
+        except RuntimeError as error:
+            raise ModelError(f"{self._model.graph}: OpenVINO cannot compile it: {error}") from error
+
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Run the time MLP."""
+        return self._model.time_mlp(t_model)
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+        """Run the graph that was compiled for this many rows."""
+        request = self._requests[len(x_t)]
+        inputs = {name: np.ascontiguousarray(value) for name, value in self._model.inputs(x_t, emb_t, y).items()}
+        out: FloatArray = request.infer(inputs, share_inputs=True)[0]
+        return out
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Tell memory from the rest: the call is over when it returns."""
+        return classify_synchronous(error)
+
+
+def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
+    """Return what to compute in; `auto` is bfloat16 where the processor has it and the artifact vouches for it.
+
+    Raises:
+        ModelError: a precision that this backend does not have, or that the artifact's parity report does not cover.
+    """
+    precisions: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
+    if wanted == "auto":
+        measured = model.manifest.parity_of("openvino", "bf16")
+        good = measured is not None and measured.passed and has_bfloat16(vector_instructions())
+        wanted = "bf16" if good or model.manifest.precision == "bf16" else "fp32"
+    if wanted not in precisions:
+        raise ModelError(f"backend 'openvino' computes in fp32 or bf16; got precision '{wanted}'")
+    precision = precisions[wanted]
+    measured = model.manifest.parity_of("openvino", precision)
+    if measured is None:
+        raise ModelError(
+            f"{model.graph.parent}: the manifest has no parity of openvino in {precision}; export the checkpoint "
+            f"again, with --precision fp32"
+        )
+    if not measured.passed:
+        raise ModelError(
+            f"{model.graph.parent}: openvino in {precision} is too far from PyTorch for this network: relative error "
+            f"{measured.worst:.1e}, at most {measured.limit:.0e} is allowed; use precision fp32"
+        )
+    return precision
+
+
+def compile_cache(wanted: str | None) -> Path | None:
+    """Return the folder for compiled graphs, which save most of the compile time at the next start.
+
+    Args:
+        wanted: a folder; "" for none; None for the user's cache folder, if it can be written to.
+
+    Raises:
+        ModelError: a folder that was asked for and cannot be written to.
+    """
+    if wanted == "":
+        return None
+    try:
+        folder = Path(wanted) if wanted else _user_cache() / "iddpm" / "openvino"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        if wanted:
+            raise ModelError(f"cache_dir cannot be used: {error}") from error
+        return None
+    return folder
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _compile(core: openvino.Core, graph: Path, size: int, settings: dict[str, Any]) -> openvino.InferRequest:
+    network = core.read_model(graph)
+    network.reshape(
+        {
+            node.get_any_name(): [size, *(extent.get_length() for extent in list(node.get_partial_shape())[1:])]
+            for node in network.inputs
+        }
+    )
+    return core.compile_model(network, "CPU", settings).create_infer_request()

@@ -1,0 +1,221 @@
+"""The `tensorrt` backend: an artifact's engines, one per batch size, each in a CUDA graph.
+
+Everything but the engines' own calls is checked without a GPU. Those were never made so far (docs/tensorrt.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.artifact import ArtifactError, Manifest
+from diffusion.config import CheckpointConfig, ModelConfig
+from diffusion.noise import STREAM_X_T, normal
+from diffusion.respacing import respace
+from diffusion.tensorrt_files import (
+    EngineRecord,
+    Target,
+    Wanted,
+    graph_sha256,
+    needed_buckets,
+    read_engine,
+    unusable_engines,
+)
+from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour
+from service.backends.artifact_model import ArtifactModel, open_artifact
+from service.backends.base import BackendOptions, FailureKind, Precision
+from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
+from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
+from service.backends.torch_backend import choose_device
+from service.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+class TensorRTBackend:
+    """Implements `Denoiser` on a CUDA device, with the package `tensorrt` or `tensorrt_rtx`."""
+
+    xp: Any = torch
+    threads = 0
+
+    def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
+        """Load the engines of an artifact for the GPU at hand, and test each.
+
+        Args:
+            folder: an artifact, or a checkpoint folder with one inside.
+            options: `max_rows` says which batch sizes are needed. Missing engines are built only by
+                `options.build_engines`.
+
+        Raises:
+            ModelError: no TensorRT, no GPU, or an artifact or an engine that cannot be used; says why, and what to do.
+        """
+        options = options or BackendOptions()
+        model = open_artifact(folder, "tensorrt")
+        _refuse_precision(model, options.precision)
+        artifact, manifest = model.graph.parent, model.manifest
+        self.config = model.config
+        flavour = _flavour()
+        self.device = _cuda_device(options.device)
+        trt = importlib.import_module(flavour)
+        capability, gpu = torch.cuda.get_device_capability(self.device), torch.cuda.get_device_name(self.device)
+        target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
+        self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
+        """What the engines are."""
+        sizes = needed_buckets(manifest.buckets, options.max_rows)
+        engines = load_engines(artifact, self.wanted, sizes, options, self.device)
+
+        with torch.cuda.device(self.device):
+            network = EngineNetwork(trt, self.device)
+            for size, (_, plan) in engines.items():
+                network.load(plan, size, graph_shapes(self.config.model, size))
+            # not the default stream, which cannot be captured
+            graphs = network.capturable(torch.cuda.Stream(self.device).cuda_stream)  # type: ignore[no-untyped-call]
+            if not graphs:
+                log.warning("%s: no CUDA graphs can be made of these engines", target.name)
+            capture = cuda_capture(self.device) if graphs else call_again
+            self._run: EmbNetwork = GraphedNetwork(network, sizes, self._zero_inputs, capture)
+
+        self.batch_sizes: tuple[int, ...] | None = sizes
+        self.time_mlp = model.time_mlp
+        words = [flavour, target.version, "cuda", gpu, manifest.precision]
+        self.description = " ".join(words if graphs else [*words, "without graphs"])
+        records = {size: record for size, (record, _) in engines.items()}
+        self.numerics_id = numerics_id(self.description, manifest, records, self.device)
+        for size in sizes:
+            refuse_unequal_rows(self._run, self.embed_timesteps, self.config, size, self.device)
+
+    def embed_timesteps(self, t_model: Tensor) -> Tensor:
+        """Run the time MLP, on the CPU."""
+        return torch.from_numpy(self.time_mlp(t_model.cpu().numpy())).to(t_model.device)
+
+    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+        """Run the engine of the batch's size."""
+        return self._run(x_t, emb_t, y)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Tell memory from the rest, which is the device's: its errors come late."""
+        lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
+
+    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        shapes = graph_shapes(self.config.model, size)
+        zeros = {
+            name: torch.zeros(shape, dtype=dtype, device=self.device)
+            for name, (shape, dtype) in shapes.items()
+            if name != OUTPUT
+        }
+        return zeros["x_t"], zeros["emb_t"], zeros.get("y")
+
+
+def load_engines(
+    artifact: Path, wanted: Wanted, sizes: tuple[int, ...], options: BackendOptions, device: torch.device
+) -> dict[int, tuple[EngineRecord, bytes]]:
+    """Read the engines of some batch sizes; build those that cannot be used, where the operator asked for that.
+
+    Returns:
+        By batch size: what is known of the engine, and its bytes, checked.
+
+    Raises:
+        ModelError: engines that are missing, damaged, stale or foreign, each with its reason, and what builds them.
+    """
+    if options.build_engines is not None and (lacking := unusable_engines(artifact, wanted, sizes)):
+        try:
+            with torch.cuda.device(device):
+                options.build_engines(artifact, wanted.target, tuple(lacking))
+        except (EngineError, ArtifactError) as error:
+            raise ModelError(str(error)) from error
+    engines, reasons = {}, []
+    for size in sizes:
+        try:
+            engines[size] = read_engine(artifact, wanted, size)
+        except EngineError as error:
+            reasons.append(str(error))
+    if reasons:
+        command = f"iddpm serve --model {artifact} --backend tensorrt --build"
+        raise ModelError("\n".join([*reasons, f"To build engines here, which takes minutes each: {command}"]))
+    if unmeasured := [str(size) for size, (record, _) in engines.items() if record.parity is None]:
+        log.warning(
+            "%s: the distance from PyTorch was never measured of engines for batches of %s",
+            wanted.target.name,
+            ", ".join(unmeasured),
+        )
+    return engines
+
+
+def graph_shapes(model: ModelConfig, size: int) -> Shapes:
+    """Return the tensors that the graph of a model has at a batch size."""
+    image = (size, model.image_channels, model.image_size, model.image_size)
+    shapes = {
+        "x_t": (image, torch.float32),
+        "emb_t": ((size, model.emb_channels), torch.float32),
+        OUTPUT: ((size, model.out_channels, *image[2:]), torch.float32),
+    }
+    return shapes if model.num_classes is None else {**shapes, "y": ((size,), torch.int64)}
+
+
+def refuse_unequal_rows(
+    run: EmbNetwork, embed_timesteps: Any, config: CheckpointConfig, size: int, device: torch.device
+) -> None:
+    """Refuse an engine that gives the rows of a batch, all the same, different outputs (NVIDIA/TensorRT, issue 4813).
+
+    Tried at the first, a middle and the last timestep.
+
+    Raises:
+        ModelError: naming the batch size; also outputs that are not finite.
+    """
+    model = config.model
+    row = torch.zeros(size, dtype=torch.int64, device=device)
+    x_t = normal(row, row, row, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
+    told = respace(config.diffusion).model_t
+    for t in told[np.linspace(0, len(told) - 1, 3).astype(np.int64)]:
+        emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
+        out = run(x_t, emb_t, None if model.num_classes is None else row)
+        if not bool(out.isfinite().all()):
+            raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
+        if not bool((out == out[:1]).all()):
+            raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it anew")
+
+
+def numerics_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
+    """Hash what pixels depend on: two builds of a graph may compute in another order, so the plans count."""
+    properties = torch.cuda.get_device_properties(device)
+    facts = {
+        "description": description,
+        "files": {name: entry.sha256 for name, entry in manifest.files.items()},
+        "diffusion": manifest.checkpoint.diffusion.model_dump(mode="json"),
+        "plans": {size: record.plan.sha256 for size, record in records.items()},
+        "capability": torch.cuda.get_device_capability(device),
+        "multiprocessors": properties.multi_processor_count,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_precision(model: ArtifactModel, wanted: Precision) -> None:
+    precision = model.manifest.precision
+    if wanted not in ("auto", precision):
+        raise ModelError(
+            f"precision '{wanted}': the graph in {model.graph.parent} computes in {precision}, and TensorRT keeps to "
+            f"that; export it with --precision {wanted}"
+        )
+
+
+def _flavour() -> Flavour:
+    try:
+        return installed_flavour()
+    except EngineError as error:
+        raise ModelError(str(error)) from error
+
+
+def _cuda_device(wanted: str) -> torch.device:
+    device = choose_device(wanted)
+    if device.type != "cuda":
+        raise ModelError(f"device '{wanted}': TensorRT needs a CUDA device, and torch {torch.__version__} offers none")
+    return device

@@ -1,0 +1,115 @@
+"""Engines of TensorRT, loaded: one per batch size, run on torch's tensors and torch's current stream.
+
+Never run so far: no GPU that the installed packages serve was at hand (docs/tensorrt.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.tensorrt_package import logger_of
+from service.errors import ModelError
+
+OUTPUT = "out"
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Tensors of a graph by name: shape and type, batch included."""
+
+
+class EngineNetwork:
+    """Engines by batch size, called like a network."""
+
+    def __init__(self, trt: Any, device: torch.device) -> None:
+        """Start TensorRT's runtime on a device.
+
+        Args:
+            trt: the package.
+            device: a CUDA device.
+        """
+        self._trt = trt
+        self._device = device
+        self._logger = logger_of(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self._contexts: dict[int, Any] = {}
+        self._outputs: dict[int, tuple[int, ...]] = {}
+
+    def load(self, plan: bytes, size: int, shapes: Shapes) -> None:
+        """Deserialise the engine for a batch size. Its plan is code: only what was checked by hash comes here.
+
+        Raises:
+            ModelError: one that TensorRT refuses, that has other tensors than it should, or that finds no memory.
+        """
+        self._logger.errors.clear()
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise ModelError(f"TensorRT cannot load the engine for batches of {size}{self._logger.said()}")
+        if problem := mismatch(engine_shapes(self._trt, engine), shapes):
+            raise ModelError(f"the engine for batches of {size} is not this model's: {problem}")
+        context = engine.create_execution_context()
+        if context is None:
+            raise ModelError(f"TensorRT cannot prepare the engine for batches of {size}{self._logger.said()}")
+        self._contexts[size] = context  # keeps its engine
+        self._outputs[size] = shapes[OUTPUT][0]
+
+    def capturable(self, stream: int) -> bool:
+        """Say whether all engines can be captured in CUDA graphs. TensorRT-RTX can tell; of others it is assumed.
+
+        Args:
+            stream: handle of the stream that is captured.
+        """
+        asked = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
+        return all(ask is None or ask(stream) for ask in asked)
+
+    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+        """Run the engine of the batch's size on the current stream; nothing waits for it.
+
+        The arguments must be contiguous, of the types of the graph, and stay where they are until it has run.
+
+        Raises:
+            RuntimeError: TensorRT could not start it.
+        """
+        size = len(x_t)
+        context = self._contexts[size]
+        self._logger.errors.clear()
+        out = torch.empty(self._outputs[size], device=self._device)
+        tensors = {"x_t": x_t, "emb_t": emb_t, "y": y, OUTPUT: out}
+        placed = [context.set_tensor_address(name, t.data_ptr()) for name, t in tensors.items() if t is not None]
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        with torch.cuda.device(self._device):
+            started = all(placed) and context.execute_async_v3(stream)
+        if not started:
+            raise RuntimeError(f"TensorRT did not run the engine for batches of {size}{self._logger.said()}")
+        return out
+
+
+def engine_shapes(trt: Any, engine: Any) -> Shapes:
+    """Return the inputs and outputs of a deserialised engine."""
+    types = {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.BF16: torch.bfloat16,
+        trt.DataType.INT64: torch.int64,
+        trt.DataType.INT32: torch.int32,
+    }
+    names = [engine.get_tensor_name(k) for k in range(engine.num_io_tensors)]
+    return {name: (tuple(engine.get_tensor_shape(name)), types[engine.get_tensor_dtype(name)]) for name in names}
+
+
+def mismatch(found: Shapes, expected: Shapes) -> str | None:
+    """Say how an engine's tensors differ from those expected; None: they do not. TensorRT checks no address."""
+    for name in sorted({*found, *expected}):
+        if name not in expected:
+            return f"it has a tensor {name}"
+        if name not in found:
+            return f"it has no tensor {name}"
+        if found[name] != expected[name]:
+            return f"{name} is {_shown(found[name])} instead of {_shown(expected[name])}"
+    return None
+
+
+def _shown(tensor: tuple[tuple[int, ...], torch.dtype]) -> str:
+    return f"{list(tensor[0])} {str(tensor[1]).removeprefix('torch.')}"

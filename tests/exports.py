@@ -1,0 +1,88 @@
+"""Exported graphs of the golden networks, shared by all tests: tracing one takes 20 seconds of a processor and more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cli.main import app
+from diffusion.artifact import MODEL_FILE
+from diffusion.checkpoint import write_checkpoint
+from diffusion.config import CheckpointConfig, DiffusionConfig
+from model_export.onnx_export import PRECISIONS, export_classifier, export_classifier_gradient, export_unet
+from tests import golden
+
+BUNDLED = Path(__file__).parents[1] / "models" / "fashion32"
+EXPORTED = "imp_cond_ls"
+"""The golden network that goes through `iddpm export`."""
+
+
+def golden_checkpoint(folder: Path) -> Path:
+    """Write a golden network, trained a little, as a checkpoint folder."""
+    diffusion = DiffusionConfig(num_timesteps=4000, rescale_timesteps=True)
+    config = CheckpointConfig(model=golden.model_config(EXPORTED), diffusion=diffusion)
+    write_checkpoint(folder, config, load_file(golden.GOLDEN_DIR / f"{EXPORTED}.safetensors"))
+    return folder
+
+
+class Exports:
+    """Makes each graph when it is first asked for, and keeps it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._output = ""
+
+    def checkpoint(self) -> Path:
+        """Return the golden checkpoint, its artifact inside, as `iddpm export` wrote it."""
+        return self._exported()[0]
+
+    def output(self) -> str:
+        """Return what `iddpm export` printed."""
+        return self._exported()[1]
+
+    def unet(self, name: str, precision: str = "fp32") -> Path:
+        """Return a golden UNet's graph."""
+        if (name, precision) == (EXPORTED, "fp32"):
+            return self.checkpoint() / "artifact" / MODEL_FILE
+        return self._once(
+            f"{name}-{precision}", lambda path: export_unet(golden.network(name), path, PRECISIONS[precision])
+        )
+
+    def logits(self, name: str) -> Path:
+        """Return a golden classifier's graph."""
+        return self._once(f"{name}-logits", lambda path: export_classifier(golden.classifier(name), path))
+
+    def gradient(self, name: str) -> Path:
+        """Return the graph of a golden classifier's gradient."""
+        return self._once(f"{name}-gradient", lambda path: export_classifier_gradient(golden.classifier(name), path))
+
+    def bundled(self) -> Path:
+        """Return the artifact of the bundled model; one is made where the repository has none."""
+        if (BUNDLED / "artifact").is_dir():
+            return BUNDLED / "artifact"
+        out = self._folder / "bundled"
+        if not out.exists():
+            _export(BUNDLED, out, "1,2,4,8")
+        return out
+
+    def _exported(self) -> tuple[Path, str]:
+        folder = self._folder / "golden"
+        if not folder.exists():
+            golden_checkpoint(folder)
+            self._output = _export(folder, folder / "artifact", "4,1,2")
+        return folder, self._output
+
+    def _once(self, name: str, export: Callable[[Path], None]) -> Path:
+        path = self._folder / f"{name}.onnx"
+        if not path.exists():
+            export(path)
+        return path
+
+
+def _export(checkpoint: Path, out: Path, buckets: str) -> str:
+    result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), "--buckets", buckets])
+    assert result.exit_code == 0, result.output
+    return result.output

@@ -1,0 +1,219 @@
+"""`iddpm export` from a checkpoint to an artifact, and everything that must leave no artifact behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli.main import app
+from diffusion.artifact import ArtifactError, read_artifact
+from diffusion.checkpoint import load_unet, write_checkpoint
+from diffusion.checkpoint_config import checkpoint_sha256
+from diffusion.unet import UNet
+from model_export import artifact_export, parity
+from tests.exports import Exports, golden_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def export(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return golden_checkpoint(tmp_path / "golden")
+
+
+@pytest.fixture
+def traced(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exporting take the graph that was traced before."""
+    graph = exports.checkpoint() / "artifact" / "model.onnx"
+
+    def copy(network: UNet, path: Path, dtype: torch.dtype) -> None:
+        assert dtype == torch.float32
+        shutil.copy(graph, path)
+
+    monkeypatch.setattr(artifact_export, "export_unet", copy)
+    monkeypatch.setattr(parity, "STEPS", 5)
+    monkeypatch.setattr(parity, "ROWS", 2)
+
+
+def test_an_exported_checkpoint_is_proven_described_and_read_back(exports: Exports) -> None:
+    folder = exports.checkpoint()
+    manifest = read_artifact(folder / "artifact")
+    assert sorted(path.name for path in (folder / "artifact").iterdir()) == [
+        "manifest.json", "model.onnx", "time_mlp.npz",
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == ["artifact", "config.json", "model.safetensors"]
+    assert (manifest.precision, manifest.opset, manifest.buckets) == ("fp32", 22, (1, 2, 4))
+    assert manifest.checkpoint_sha256 == checkpoint_sha256(folder)
+    assert set(manifest.versions) == {"torch", "onnx", "onnxscript"}
+    measured = [(p.backend.split(" ")[0], p.precision) for p in manifest.parity]
+    assert measured == [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+    for p in manifest.parity:
+        assert [(band.t_min, band.t_max) for band in p.bands] == [(800 * k, 800 * k + 799) for k in range(5)]
+        assert 0 < p.worst < p.limit
+    assert [c.limit for c in manifest.chains] == [1e-3, 1e-3, None]
+    assert all((c.steps, c.images) == (50, 4) for c in manifest.chains)
+
+
+def test_the_table_shows_every_band_and_chain(exports: Exports) -> None:
+    lines = [" ".join(line.split()) for line in exports.output().splitlines()]
+    assert lines[-1].startswith("exported: ")
+    for p in read_artifact(exports.checkpoint() / "artifact").parity:
+        head = f"model.onnx, {p.backend}, {p.precision}: at most {p.worst:.1e}, limit {p.limit:.0e}: ok"
+        start = lines.index(head)
+        for line, band in zip(lines[start + 1 :], p.bands, strict=False):
+            assert line == f"t {band.t_min}..{band.t_max} {band.prediction:.1e} / {band.variance:.1e}"
+    assert sum("50 steps, 4 images" in line for line in lines) == 3
+    assert sum("limit 0.1% beyond 2: ok" in line for line in lines) == 2
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("limit", ["call", "pixel"])
+def test_a_graph_outside_tolerance_is_not_written(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    if limit == "call":
+        monkeypatch.setitem(parity.LIMITS, "fp32", 1e-9)
+    else:
+        monkeypatch.setattr(parity, "PIXEL_LIMIT", -1.0)
+    out = checkpoint / "artifact"
+    code, output = export(checkpoint, out)
+    assert code == 1
+    assert "TOO FAR" in output
+    assert "model.onnx, openvino" in output
+    assert "error: the graph is too far from PyTorch, see the table; nothing was written" in output
+    assert "exported" not in output
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_another_network_s_graph_is_not_written(checkpoint: Path, tmp_path: Path) -> None:
+    config, network = load_unet(checkpoint)
+    weights = network.state_dict()
+    weights["out.2.weight"] *= 1.001
+    write_checkpoint(tmp_path / "other", config, weights)
+    code, output = export(tmp_path / "other", tmp_path / "out")  # with the graph of the first
+    assert (code, "TOO FAR" in output) == (1, True), output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("traced")
+def test_bfloat16_outside_tolerance_is_written_down_and_does_not_hinder(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.LIMITS, "bf16", 1e-9)
+    code, output = export(checkpoint, checkpoint / "artifact")
+    assert (code, "bf16" in output and "TOO FAR" in output) == (0, True), output
+    measured = read_artifact(checkpoint / "artifact").parity_of("openvino", "bf16")
+    assert measured is not None
+    assert not measured.passed
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_artifact_is_replaced_whole_or_stays(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = checkpoint / "artifact"
+    assert export(checkpoint, out, "--buckets", "1,2")[0] == 0
+    first = read_artifact(out)
+
+    monkeypatch.setitem(parity.LIMITS, "fp32", 1e-9)
+    assert export(checkpoint, out, "--buckets", "1,4")[0] == 1
+    assert read_artifact(out) == first
+
+    monkeypatch.setitem(parity.LIMITS, "fp32", 1e-4)
+    assert export(checkpoint, out, "--buckets", "4,1,4")[0] == 0
+    assert read_artifact(out).buckets == (1, 4)
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["artifact", "config.json", "model.safetensors"]
+
+
+def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"cat")
+    for out in (photos, photos / "cat.jpg", checkpoint):
+        code, output = export(checkpoint, out)
+        assert code == 1
+        assert "exists and is no artifact folder; it was left alone" in " ".join(output.split())
+    assert (photos / "cat.jpg").read_bytes() == b"cat"
+    assert [path.name for path in photos.iterdir()] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--precision", "int8"], 2, "--precision must be one of fp32, bf16, fp16; got 'int8'"),
+        (["--format", "tflite"], 2, "--format must be one of onnx, tensorrt, diffusers; got 'tflite'"),
+        (["--buckets", "0"], 1, "--buckets must be numbers in 1..1024, separated by commas; got '0'"),
+        (["--buckets", "1,two"], 1, "--buckets must be numbers in 1..1024"),
+        (["--buckets", ""], 1, "--buckets must be numbers in 1..1024"),
+        (["--buckets", "1,,2"], 1, "--buckets must be numbers in 1..1024"),
+        (["--buckets", "2000"], 1, "--buckets must be numbers in 1..1024"),
+        (["--buckets=-1"], 1, "--buckets must be numbers in 1..1024"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    checkpoint: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    found, output = export(checkpoint, tmp_path / "out", *arguments)
+    assert (found, message in " ".join(output.split())) == (code, True), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_checkpoint_ends_in_one_line(tmp_path: Path) -> None:
+    code, output = export(tmp_path / "nowhere", tmp_path / "out")
+    assert (code, "has no config.json" in " ".join(output.split())) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("moment", ["graph", "manifest"])
+def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, moment: str) -> None:
+    out = checkpoint / "artifact"
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from diffusion import atomic_folder
+        from model_export import artifact_export
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def graph(network, path, dtype):
+            path.write_bytes(b"half a graph")
+            if {moment!r} == "graph":
+                die()
+
+        artifact_export.export_unet = graph
+        artifact_export._measure = lambda *_: (MEASURED, ())
+        atomic_folder._rename_into_place = die
+        from diffusion.artifact import BandError, NetworkParity
+        band = BandError(t_min=0, t_max=1, prediction=0.0)
+        MEASURED = (NetworkParity(backend="none", precision="fp32", limit=1.0, bands=(band,)),)
+        artifact_export.export_artifact(Path({str(checkpoint)!r}), Path({str(out)!r}))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    assert not out.exists()
+    with pytest.raises(ArtifactError, match="is no artifact folder"):
+        read_artifact(out)
+    left = [path for path in checkpoint.iterdir() if path.is_dir()]
+    assert [path.name.startswith(".artifact.new-") for path in left] == [True]
+    assert (left[0] / "model.onnx").read_bytes() == b"half a graph"
+    assert (left[0] / "manifest.json").exists() == (moment == "manifest")

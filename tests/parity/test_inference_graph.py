@@ -1,0 +1,134 @@
+"""Networks rewritten for compilers against the networks themselves: the same function."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion.classifier import Classifier
+from diffusion.config import ClassifierConfig
+from diffusion.unet import RowLinear, UNet
+from model_export.classifier_gradient import _avg_pool2d_backward, _convolution_backward
+from model_export.inference_graph import normalize, rewrite, silu_of_twice
+from tests import golden
+from tests.parity.test_networks import CLASSIFIERS, UNETS
+
+LOW = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative error allowed, as `model_export.parity.LIMITS`."""
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype == torch.float32
+    return float((actual - expected).norm() / expected.norm())
+
+
+def run(network: UNet | Classifier, name: str, t: Tensor) -> Tensor:
+    data = golden.load(name)
+    x = data.tensor("x")
+    if isinstance(network, UNet):
+        return network(x, t, data.optional("y"), data.optional("low_res"))
+    return network(x, t)
+
+
+def plain(name: str) -> Any:
+    return golden.network(name) if name in UNETS else golden.classifier(name)
+
+
+@pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
+def test_a_rewritten_network_is_the_same_function(name: str) -> None:
+    network = plain(name)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    rewritten = rewrite(network)
+    for t in ("t", "t_frac"):
+        times = golden.load(name).tensor(t)
+        assert relative(run(rewritten, name, times), run(network, name, times)) < 1e-5
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert not [m for m in rewritten.modules() if isinstance(m, RowLinear)]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
+def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtype: torch.dtype) -> None:
+    network = plain(name)
+    low = rewrite(network, dtype)
+    for module in low.modules():
+        if isinstance(module, nn.Conv2d) and not (isinstance(network, Classifier) and module.kernel_size == (1, 1)):
+            assert module.weight.dtype == dtype
+        elif isinstance(module, nn.Linear) and module in set(low.time_embed.modules()):
+            assert module.weight.dtype == torch.float32
+    for t in ("t", "t_frac"):
+        times = golden.load(name).tensor(t)
+        # random weights amplify every error: only networks that were trained meet what an export must
+        limit = LOW[dtype] if golden.load(name).config["trained_on_toy_images"] else 3 * LOW[dtype]
+        assert 1e-6 < relative(run(low, name, times), run(network, name, times)) < limit
+
+    rows = len(golden.load(name).tensor("x"))
+    outputs = [run(low, name, torch.full((rows,), t)) for t in (500.0, 500.25, 501.0, 998.0, 999.0)]
+    for first, second in pairwise(outputs):
+        assert not torch.equal(first, second)
+
+
+def test_a_head_that_no_golden_network_has_is_the_same_function() -> None:
+    config = ClassifierConfig(
+        image_size=8,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_classes=5,
+        pool="spatial_v2",
+    )
+    torch.manual_seed(0)
+    classifier = Classifier(config).eval().requires_grad_(False)
+    for parameter in classifier.parameters():
+        parameter.copy_(torch.randn_like(parameter) / (parameter[0].numel() if parameter.ndim > 1 else 4) ** 0.5)
+    x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0.5, 100, 999])
+    assert relative(rewrite(classifier)(x_t, t), classifier(x_t, t)) < 1e-5
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_normalisation_is_group_normalisation(mean: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.GroupNorm(32, 64).requires_grad_(False)
+    norm.weight.copy_(torch.randn(64, generator=generator))
+    norm.bias.copy_(torch.randn(64, generator=generator))
+    x = torch.randn(2, 64, 4, 4, generator=generator) + mean
+    scale, shift = torch.randn(2, 2, 64, generator=generator)
+    exact = norm.double()(x.double())
+
+    expected = 0.5 * (exact * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    actual = normalize(x, norm.float(), scale, shift, factor=0.5)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * max(mean, 5))
+    torch.testing.assert_close(normalize(x, norm).double(), exact, rtol=0, atol=1e-6 * max(mean, 5))
+
+
+def test_silu_by_the_hyperbolic_tangent() -> None:
+    v = torch.linspace(-30, 30, 1001)
+    torch.testing.assert_close(silu_of_twice(v / 2), nn.functional.silu(v), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1)])
+def test_the_gradient_of_a_convolution(kernel: int, stride: int, padding: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, size, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4, kernel, kernel, generator=generator, dtype=torch.float64)
+    out = nn.functional.conv2d(x, weight, stride=stride, padding=padding)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(out, x, grad)
+    pair = [stride, stride], [padding, padding], [1, 1]
+    actual, _, _ = _convolution_backward(grad, x, weight, None, *pair, False, [0, 0], 1, [True, False, False])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_gradient_of_pooling() -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    out = nn.functional.avg_pool2d(x, 2)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    (expected,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(_avg_pool2d_backward(grad, x, [2, 2]), expected)

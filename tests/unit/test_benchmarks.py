@@ -1,0 +1,305 @@
+"""The timing benchmarks, with counted calls and fake clocks: nothing here looks at how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import denoise_step, precision, sample
+from benchmarks.ceiling import Probe, ceilings, probes
+from benchmarks.contenders import (
+    Absent,
+    EagerUNet,
+    Entry,
+    Place,
+    Rows,
+    open_contender,
+    reference_output,
+    relative_error,
+)
+from benchmarks.denoise_step import Absence, Cell, Outcome
+from benchmarks.engine_sampler import EngineSampler
+from benchmarks.networks import NETWORKS, RANDOM_NETWORKS, BenchNetwork, count_flops, open_network, random_network
+from benchmarks.rounds import Pace, Timing, take_turns
+from diffusion.artifact import read_artifact
+from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from diffusion.plans import build_plan
+from diffusion.sampling import ImageSpec, sample_images
+from service.backends.base import BackendOptions
+from service.backends.torch_backend import TorchBackend
+
+PLACE = Place(device=torch.device("cpu"), threads=1)
+CONFIG = CheckpointConfig(
+    model=ModelConfig(
+        image_size=8,
+        image_channels=1,
+        model_channels=32,
+        channel_mult=(1,),  # small: exporting it is what takes time here
+        num_res_blocks=1,
+        attention_resolutions=(),
+        num_heads=2,
+        num_classes=3,
+        null_class=True,
+    ),
+    diffusion=DiffusionConfig(num_timesteps=100),
+)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> BenchNetwork:
+    return random_network("tiny", CONFIG, tmp_path_factory.mktemp("work"))
+
+
+# --- turns
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def work(self, name: str, seconds: float) -> None:
+        self.order.append(name)
+        self.now += seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def turns(pace: Pace, **seconds: float) -> tuple[FakeClock, dict[str, Timing]]:
+    clock = FakeClock()
+    calls = {name: lambda name=name, s=s: clock.work(name, s) for name, s in seconds.items()}
+    return clock, take_turns(calls, pace, clock=lambda: clock.now, sleep=clock.sleep)
+
+
+def test_contenders_take_turns_and_another_one_begins_each_round() -> None:
+    clock, timings = turns(Pace(rounds=3, max_seconds=100, warm_up_calls=1), a=1, b=2)
+    assert clock.order == [*"ab", *"ab", *"ba", *"ab"]
+    assert timings["a"].seconds == pytest.approx((1, 1, 1))
+    assert timings["b"].seconds == pytest.approx((2, 2, 2))
+
+
+def test_only_quick_contenders_settle_before_each_timed_call() -> None:
+    clock, timings = turns(Pace(rounds=1, max_seconds=100), quick=0.1, slow=1)
+    assert clock.order == ["quick", "quick", "slow", "slow", "quick", "quick", "slow"]
+    assert len(timings["quick"].seconds) == 1
+
+
+def test_time_ends_the_rounds_but_not_the_first_three() -> None:
+    assert len(turns(Pace(rounds=9, max_seconds=1), a=1)[1]["a"].seconds) == 3
+    assert len(turns(Pace(rounds=9, max_seconds=4.5), a=1)[1]["a"].seconds) == 5
+    assert len(turns(Pace(rounds=2, max_seconds=0), a=1)[1]["a"].seconds) == 2
+
+
+def test_a_timing_has_a_middle_and_a_spread() -> None:
+    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0))
+    assert (timing.best, timing.median, timing.quartiles) == (1, 3, (2, 4))
+
+
+# --- networks
+
+
+def test_the_networks_have_the_sizes_they_are_known_for(tmp_path: Path) -> None:
+    model = RANDOM_NETWORKS["c64"]().model
+    assert count_flops(model) == 3_255_500_800
+    bundled = open_network("fashion32", tmp_path)
+    assert (bundled.parameters, bundled.trained) == (1_905_890, True)
+    assert set(NETWORKS) == {"fashion32", *RANDOM_NETWORKS}
+    with pytest.raises(ValueError, match="network must be one of fashion32, c64"):
+        open_network("c65", tmp_path)
+
+
+def test_a_random_network_is_written_once_and_leaves_no_output_at_zero(network: BenchNetwork) -> None:
+    weights = network.checkpoint / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = random_network("tiny", CONFIG, network.work.parent)
+    assert weights.stat().st_mtime_ns == before
+    out = reference_output(again, Rows.make(CONFIG, 2))
+    assert 0.01 < np.abs(out).mean() < 100
+
+
+def test_another_configuration_replaces_the_network(tmp_path: Path) -> None:
+    random_network("n", CONFIG, tmp_path)
+    changed = CONFIG.replace(model=CONFIG.model.replace(num_res_blocks=2))
+    assert random_network("n", changed, tmp_path).config.model.num_res_blocks == 2
+
+
+def test_the_artifact_for_timing_reports_what_was_measured(network: BenchNetwork) -> None:
+    manifest = read_artifact(network.artifact())
+    assert manifest.checkpoint.provenance["weights"] == "random weights, for timing only"
+    assert {(p.backend.split()[0], p.precision) for p in manifest.parity} == {
+        ("onnxruntime", "fp32"),
+        ("openvino", "fp32"),
+        ("openvino", "bf16"),
+    }
+    assert all(p.limit >= p.worst and len(p.bands) == 5 for p in manifest.parity)
+
+
+# --- contenders
+
+
+@pytest.mark.parametrize(
+    ("text", "tolerance"),
+    [
+        ("torch:fp32", 1e-5),
+        ("eager:fp32", 1e-5),
+        ("onnxruntime:fp32", 1e-5),
+        ("openvino:fp32", 1e-5),
+        ("diffusers:fp32", 1e-5),
+        ("torch:bf16", 0.1),
+        ("eager:bf16", 0.1),
+        ("diffusers:bf16", 0.1),
+    ],
+)
+def test_every_contender_computes_the_same_network(network: BenchNetwork, text: str, tolerance: float) -> None:
+    rows = Rows.make(CONFIG, 3)
+    out = open_contender(Entry.parse(text), network, rows, PLACE)()
+    assert tuple(out.shape) == (3, 2, 8, 8)
+    assert relative_error(out, reference_output(network, rows)) < tolerance
+
+
+def test_a_row_is_the_same_in_every_batch() -> None:
+    few, many = Rows.make(CONFIG, 2), Rows.make(CONFIG, 5)
+    np.testing.assert_array_equal(few.x_t, many.x_t[:2])
+    np.testing.assert_array_equal(few.t, many.t[:2])
+    assert len(set(many.t)) == 5
+
+
+@pytest.mark.parametrize("text", ["torch", "keras:fp32", "openvino:int8", "openvino:auto"])
+def test_what_is_no_contender_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a contender is KIND:PRECISION"):
+        Entry.parse(text)
+
+
+@pytest.mark.parametrize("text", ["onnxruntime:bf16", "openvino:fp16", "torch:fp16", "eager:fp16", "diffusers:fp16"])
+def test_what_a_cpu_does_not_have_is_absent(network: BenchNetwork, text: str) -> None:
+    with pytest.raises(Absent, match="fp"):
+        open_contender(Entry.parse(text), network, Rows.make(CONFIG, 1), PLACE)
+
+
+def test_a_network_without_a_diffusers_form_is_absent_with_the_reason(tmp_path: Path) -> None:
+    model = CONFIG.model.replace(channel_mult=(1, 2, 3), attention_resolutions=(4, 2))
+    unmapped = random_network("n", CONFIG.replace(model=model), tmp_path)
+    with pytest.raises(Absent, match="attention_head_dim is one number for all levels"):
+        open_contender(Entry.parse("diffusers:fp32"), unmapped, Rows.make(CONFIG, 1), PLACE)
+
+
+def test_a_backend_compiles_the_sizes_it_is_told_and_no_others(network: BenchNetwork) -> None:
+    assert BackendOptions(max_rows=6).sizes_to_compile == (1, 2, 4, 6)
+    from service.backends.openvino_backend import OpenVinoBackend
+
+    options = BackendOptions(max_rows=3, batch_sizes=(3,), device="cpu", precision="fp32", threads=1, cache_dir="")
+    assert OpenVinoBackend(network.artifact(), options).batch_sizes == (3,)
+    assert TorchBackend(network.checkpoint, options).batch_sizes is None
+
+
+# --- ceiling
+
+
+def test_the_ceiling_is_the_best_probe_of_each_precision() -> None:
+    made = [
+        Probe("a", "fp32", 100, lambda: None),
+        Probe("b", "fp32", 100, lambda: None),
+        Probe("c", "bf16", 100, lambda: None),
+    ]
+    timings = {"a": Timing((2.0,)), "b": Timing((1.0,)), "c": Timing((0.5,))}
+    assert ceilings(made, timings) == {"fp32": 100, "bf16": 200}
+
+
+def test_both_probes_compute_the_same_convolutions() -> None:
+    torch_probe, openvino_probe = probes({"fp32"}, PLACE)
+    assert torch_probe.flops == openvino_probe.flops == 4 * 2 * 8 * 32 * 32 * 256 * 256 * 9
+    assert tuple(torch_probe.call().shape) == openvino_probe.call()[0].shape == (8, 256, 32, 32)
+
+
+# --- reports
+
+
+def _cell(contender: str, rows: int, seconds: float, row_0: str = "x") -> Cell:
+    return Cell(
+        network="tiny",
+        rows=rows,
+        contender=contender,
+        flops=rows * 1000,
+        timing=Timing((seconds,)),
+        ceiling=4000,
+        error=1e-6,
+        row_0=row_0,
+    )
+
+
+def test_the_knee_is_where_more_rows_give_little() -> None:
+    assert denoise_step.knee([_cell("a", 1, 1.0), _cell("a", 2, 1.2), _cell("a", 4, 2.0), _cell("a", 8, 3.9)]) == 4
+    assert denoise_step.knee([_cell("a", 1, 1.0), _cell("a", 2, 2.0)]) == 1
+
+
+def test_batches_with_other_bits_are_named() -> None:
+    assert denoise_step.equal_bits([_cell("a", 1, 1, "y"), _cell("a", 2, 1), _cell("a", 4, 1)]) == "all but 1"
+    assert denoise_step.equal_bits([_cell("a", 1, 1), _cell("a", 2, 1)]) == "all"
+
+
+def test_the_section_has_every_number_and_every_absence(network: BenchNetwork, tmp_path: Path) -> None:
+    outcomes: list[Outcome] = [
+        _cell("openvino:fp32", 1, 0.5),
+        _cell("openvino:fp32", 2, 0.5),
+        Absence("tiny", 1, "diffusers:fp32", "no such thing"),
+        Absence("tiny", 2, "diffusers:fp32", "no such thing"),
+    ]
+    denoise_step.write_results(tmp_path, {"Machine": "small"}, [network], outcomes, [])
+    text = (tmp_path / "denoise_step.md").read_text()
+    assert "- Machine: small" in text
+    assert "| openvino:fp32 | 2.0 (50 %) | 4.0 (100 %) | 2 | all |" in text
+    assert "- diffusers:fp32 took no part (batch 1, 2): no such thing" in text
+    raw = json.loads((tmp_path / "denoise_step.json").read_text())
+    assert raw["outcomes"][1]["timing"]["seconds"] == [0.5]
+
+
+def test_measuring_gives_a_cell_for_whoever_takes_part(network: BenchNetwork) -> None:
+    entries = [Entry.parse("torch:fp32"), Entry.parse("torch:fp16")]
+    pace = Pace(rounds=1, max_seconds=1, warm_up_calls=0, pause=0)
+    (cell, absence), probed = denoise_step.measure(network, 2, entries, PLACE, pace)
+    assert isinstance(cell, Cell)
+    assert (cell.rows, cell.flops, len(cell.timing.seconds)) == (2, 2 * network.flops, 1)
+    assert isinstance(absence, Absence)
+    assert "fp16" in absence.reason
+    assert set(probed) == {"convolution torch fp32", "convolution openvino fp32"}
+
+
+# --- whole images
+
+
+def test_the_engine_sampler_gives_the_pixels_of_the_reference_loop(network: BenchNetwork) -> None:
+    denoiser = TorchBackend(network.checkpoint, BackendOptions(max_rows=2, device="cpu"))
+    finished: list[int] = []
+    pixels = EngineSampler(denoiser, 2)(3, [0, 1, 2], on_image=lambda: finished.append(1))
+    plan = build_plan(CONFIG.diffusion, "ancestral", "3")
+    unet = EagerUNet(Entry.parse("eager:fp32"), network, PLACE)
+    expected = [sample_images(unet, plan, [ImageSpec(seed=k, class_index=k)])[0] for k in range(3)]
+    np.testing.assert_array_equal(pixels, expected)
+    assert len(finished) == 3
+
+
+@pytest.mark.parametrize("text", ["eager:fp32", "torch:fp32", "openvino:fp32", "diffusers:fp32"])
+def test_every_sampler_gives_images(network: BenchNetwork, text: str) -> None:
+    pixels = sample.open_sampler(Entry.parse(text), network, PLACE, width=2)(3, 3)
+    assert (pixels.shape, pixels.dtype) == ((3, 8, 8, 1), np.uint8)
+    assert pixels.std() > 1
+
+
+def test_distances_count_levels() -> None:
+    reference = np.zeros((2, 1, 2, 1), dtype=np.uint8)
+    pixels = np.array([[[[0], [0]]], [[[3], [255]]]], dtype=np.uint8)
+    distance = precision.Distance.between(pixels, reference)
+    assert distance.beyond == (0.5, 0.5, 0.25, 0.25)
+    assert distance.identical == 1
+    assert distance.psnr_db == pytest.approx(10 * np.log10(255**2 / ((9 + 255**2) / 4)))
+    assert precision.Distance.between(reference, reference).psnr_db is None
+
+
+def test_precision_needs_a_judge_and_trains_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; python -m benchmarks\.conditioning trains one"):
+        precision.open_judge(tmp_path / "judge.safetensors", open_network("fashion32", tmp_path))

@@ -1,0 +1,108 @@
+"""The time MLP without the network: the network's numbers, whatever is computed with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from diffusion.unet import timestep_embedding
+from tests import golden
+from tests.parity.test_networks import CLASSIFIERS, UNETS
+
+TIMES = np.array([0, 0.25, 1, 7.5, 308.625, 999.75, 3999], dtype=np.float32)
+FIRST, LAST = "time_embed.0.weight", "time_embed.2.bias"
+
+
+def golden_weights(name: str) -> dict[str, npt.NDArray[np.float32]]:
+    network = golden.network(name) if name in UNETS else golden.classifier(name)
+    return {weight: network.state_dict()[weight].numpy() for weight in WEIGHTS}
+
+
+def random_weights(narrow: int, wide: int) -> dict[str, npt.NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    shapes = {name: tuple((wide, narrow)[i] for i in dims) for name, dims in WEIGHTS.items()}
+    return {name: (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
+def test_it_equals_the_network_s_own(name: str) -> None:
+    network = golden.network(name) if name in UNETS else golden.classifier(name)
+    expected = network.embed_timesteps(torch.from_numpy(TIMES)).numpy()
+
+    actual = TimeMLP(golden_weights(name))(TIMES)
+
+    assert actual.dtype == np.float32
+    errors = np.linalg.norm(actual.astype(np.float64) - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert (errors[TIMES <= 1000] < 1e-6).all()
+    assert (errors < 3e-6).all()  # the last bit of float32's exp, which differs between libraries, times 3999
+    assert len(np.unique(actual, axis=0)) == len(TIMES)
+
+
+@pytest.mark.parametrize("narrow", [5, 32, 33])
+def test_an_odd_width_ends_in_a_column_of_zeros(narrow: int) -> None:
+    weights = random_weights(narrow, 4 * narrow)
+    tensors = {name: torch.from_numpy(array).double() for name, array in weights.items()}
+    embedding = timestep_embedding(torch.from_numpy(TIMES), narrow).double()
+    hidden = torch.nn.functional.silu(embedding @ tensors[FIRST].T + tensors["time_embed.0.bias"])
+    expected = (hidden @ tensors["time_embed.2.weight"].T + tensors[LAST]).numpy()
+
+    np.testing.assert_allclose(TimeMLP(weights)(TIMES), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+def test_a_timestep_has_the_same_bits_in_any_company(size: int) -> None:
+    mlp = TimeMLP(golden_weights("imp_cond_ls"))
+    t = np.arange(0, 4000, 8.25, dtype=np.float32)
+    together = mlp(t)
+    apart = np.concatenate([mlp(t[start : start + size]) for start in range(0, len(t), size)])
+    np.testing.assert_array_equal(apart, together)
+    np.testing.assert_array_equal(mlp(t[::-1])[::-1], together)
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    mlp = TimeMLP(golden_weights("adm_superres"))
+    mlp.write(tmp_path / "time_mlp.npz")
+    np.testing.assert_array_equal(TimeMLP.read(tmp_path / "time_mlp.npz")(TIMES), mlp(TIMES))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {name: array for name, array in random_weights(32, 128).items() if name != LAST},
+        {**random_weights(32, 128), "extra": np.zeros(1, dtype=np.float32)},
+        {**random_weights(32, 128), LAST: np.zeros(127, dtype=np.float32)},
+        {**random_weights(32, 128), FIRST: np.zeros((128, 0), dtype=np.float32)},
+    ],
+    ids=["empty", "missing", "unknown", "shape", "no columns"],
+)
+def test_weights_that_are_no_time_mlp_are_refused(weights: dict[str, npt.NDArray[np.float32]]) -> None:
+    with pytest.raises(ValueError, match="a time MLP has time_embed"):
+        TimeMLP(weights)
+
+
+def test_files_that_hold_no_time_mlp_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "time_mlp.npz"
+    TimeMLP(random_weights(32, 128)).write(path)
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "pickled.npz", weight=np.array([object()]))
+    contents = [
+        b"",
+        b"no archive",
+        whole[:1000],
+        whole[:-10],
+        (tmp_path / "array.npy").read_bytes(),
+        (tmp_path / "pickled.npz").read_bytes(),
+    ]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"time_mlp\.npz holds no time MLP"):
+            TimeMLP.read(path)
+    with pytest.raises(ValueError, match="holds no time MLP"):
+        TimeMLP.read(tmp_path / "nowhere.npz")
