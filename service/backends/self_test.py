@@ -70,11 +70,14 @@ class _TestRows(Generic[A]):
         self._together: A = self._run(self._seeds)
 
     def agree(self, size: int, *, backwards: bool = False) -> bool:
-        """Say whether the first rows give in a batch of that size, perhaps in reversed order, what they give in all."""
+        """Say whether rows give in batches of that size, perhaps in reversed order, what they give all together."""
         xp = namespace(self._seeds)
-        rows = self._seeds[:size]
-        out = xp.flip(self._run(xp.flip(rows, axis=0)), axis=0) if backwards else self._run(rows)
-        return bool(xp.all(out == self._together[:size]))
+        for first in range(0, len(self._seeds) - size + 1, size):
+            rows = self._seeds[first : first + size]
+            out = xp.flip(self._run(xp.flip(rows, axis=0)), axis=0) if backwards else self._run(rows)
+            if not bool(xp.all(out == self._together[first : first + size])):
+                return False
+        return True
 
     def _run(self, rows: A) -> A:
         return self._denoiser(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])

@@ -336,7 +336,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
     ("flags", "environment", "message"),
     [
         (["--port", "70000"], {}, "port: Input should be less than or equal to 65535"),
-        (["--backend", "tpu"], {}, "backend: Input should be 'auto', 'openvino', 'onnxruntime' or 'torch'"),
+        (["--backend", "tpu"], {}, "backend: Input should be 'auto', 'openvino', 'onnxruntime', 'torch' or 'tensorrt'"),
         (["--model", "/nonexistent"], {}, "has no config.json"),
         ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ALLOWED_HOSTS"),
     ],

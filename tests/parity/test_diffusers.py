@@ -825,7 +825,7 @@ def test_a_network_that_predicts_nothing_is_not_imported(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["export", str(BUNDLED), "OUT", "--format", "png"], 2, "--format must be one of diffusers; got 'png'"),
+        (["export", str(BUNDLED), "OUT", "--format", "png"], 2, "one of onnx, tensorrt, diffusers; got 'png'"),
         (["export", "nowhere", "OUT", "--format", "diffusers"], 1, "nowhere is no checkpoint folder"),
         (["import", str(BUNDLED), "--out", "OUT"], 1, "is a checkpoint folder already"),
         (["import", str(BUNDLED), "--repo", "guided", "--out", "OUT"], 1, "a diffusers folder describes itself"),

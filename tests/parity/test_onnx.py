@@ -27,7 +27,7 @@ Inputs = dict[str, npt.NDArray[Any]]
 
 SOME_UNETS = UNETS if LONG else (EXPORTED, "imp_superres")
 SOME_LOGITS = CLASSIFIERS if LONG else ()
-SOME_GRADIENTS = CLASSIFIERS if LONG else ("clf_spatial",)
+SOME_GRADIENTS = CLASSIFIERS if LONG else ()
 LONG_ONLY = pytest.mark.skipif(not LONG, reason="traces more graphs: IDDPM_TEST_LONG=1")
 SIZES = (1, 2, 3, 5, 7, 17)
 LIMITS = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
@@ -107,7 +107,8 @@ def test_a_classifier_gives_what_pytorch_gives(exports: Exports, name: str) -> N
         check_rows(graph, lambda rows: inputs_of(classifier, rows, labels=False), runtime)
 
 
-@pytest.mark.parametrize("name", SOME_GRADIENTS)
+@LONG_ONLY
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_s_gradient_is_pytorch_s(exports: Exports, name: str) -> None:
     classifier, path = golden.classifier(name), exports.gradient(name)
     for runtime in runtimes_for("fp32"):
