@@ -31,6 +31,7 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
 from service.backends.torch_backend import TorchBackend
+from tests.counts import LONG
 
 PLACE = Place(device=torch.device("cpu"), threads=1)
 CONFIG = CheckpointConfig(
@@ -128,6 +129,7 @@ def test_another_configuration_replaces_the_network(tmp_path: Path) -> None:
     assert random_network("n", changed, tmp_path).config.model.num_res_blocks == 2
 
 
+@pytest.mark.skipif(not LONG, reason="traces a graph: IDDPM_TEST_LONG=1")
 def test_the_artifact_for_timing_reports_what_was_measured(network: BenchNetwork) -> None:
     manifest = read_artifact(network.artifact())
     assert manifest.checkpoint.provenance["weights"] == "random weights, for timing only"
