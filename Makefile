@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check  ## linters, then all tests with a tenth of the counts (minutes)
+test: check  ## linters, then all tests with a part of the counts (minutes)
 	$(VENV)/bin/pytest
 
 test-long: check  ## linters, then all tests with full counts (for a release)

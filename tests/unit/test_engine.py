@@ -100,7 +100,7 @@ SCRIPTS = st.lists(
 
 
 @SUBJECTS
-@settings(max_examples=count(2000))
+@settings(max_examples=count(2000, 20))
 @given(script=SCRIPTS)
 def test_joins_leaves_and_cancels_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
     engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())

@@ -139,7 +139,7 @@ def check_nothing_is_left(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("buckets", get_args(Buckets))
-@settings(max_examples=count(2000))
+@settings(max_examples=count(2000, 20))
 @given(script=SCRIPTS, policy=st.sampled_from(get_args(PolicyName)))
 def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
     buckets: Buckets, script: list[tuple[str, Any]], policy: PolicyName
