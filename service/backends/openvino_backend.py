@@ -59,7 +59,8 @@ class OpenVinoBackend:
         if (cache := compile_cache(options.cache_dir)) is not None:
             core.set_property({"CACHE_DIR": str(cache)})
         try:
-            self._requests = {size: _compile(core, self._model.graph, size, settings) for size in sizes}
+            network = core.read_model(self._model.graph)
+            self._requests = {size: _compile(core, network, size, settings) for size in sizes}
         except RuntimeError as error:
             raise ModelError(f"{self._model.graph}: OpenVINO cannot compile it: {error}") from error
 
@@ -134,8 +135,10 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _compile(core: openvino.Core, graph: Path, size: int, settings: dict[str, Any]) -> openvino.InferRequest:
-    network = core.read_model(graph)
+def _compile(
+    core: openvino.Core, network: openvino.Model, size: int, settings: dict[str, Any]
+) -> openvino.InferRequest:
+    """Compile a network for one batch size; what was compiled of it before is not touched."""
     network.reshape(
         {
             node.get_any_name(): [size, *(extent.get_length() for extent in list(node.get_partial_shape())[1:])]

@@ -7,7 +7,8 @@ else is padded up to the next one that does.
 from __future__ import annotations
 
 import logging
-from typing import Generic
+from typing import Any, Generic
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,17 +19,34 @@ from service.backends.base import Denoiser
 
 log = logging.getLogger(__name__)
 
+_found: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
+"""By denoiser and width: what chooses a backend asks first, then what runs it."""
+
 
 def invariant_batch_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
     """Return batch sizes, ascending, whose rows equal those of the largest one bit for bit.
 
     The largest is always among them: the full width, or the largest size that the backend has compiled. Where any
     size may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tried in one network call each, and those that differ are left
-    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning.
+    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning. A denoiser is
+    tried once per width.
 
     Raises:
         RuntimeError: a row's result depends on its place in the largest batch.
     """
+    found = _found.setdefault(denoiser, {})
+    if width not in found:
+        found[width] = _find_sizes(denoiser, width)
+    return found[width]
+
+
+def candidate_sizes(width: int) -> list[int]:
+    """Return the powers of two below a width, and one and a half times each."""
+    powers = [1 << k for k in range(width.bit_length())]
+    return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
+
+
+def _find_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
     compiled = denoiser.batch_sizes
     largest = width if compiled is None else compiled[-1]
     rows: _TestRows[A] = _TestRows(denoiser, largest)
@@ -46,12 +64,6 @@ def invariant_batch_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
             largest,
         )
     return (*passed, largest)
-
-
-def candidate_sizes(width: int) -> list[int]:
-    """Return the powers of two below a width, and one and a half times each."""
-    powers = [1 << k for k in range(width.bit_length())]
-    return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
 
 
 class _TestRows(Generic[A]):

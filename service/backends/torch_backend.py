@@ -51,7 +51,7 @@ class TorchBackend:
         self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
         if on_cuda:
-            _choose_kernels_repeatably()
+            choose_kernels_repeatably()
             network = network.to(self.device)
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         if self._dtype != torch.float32:
@@ -145,7 +145,7 @@ def lower_weights(network: UNet, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _choose_kernels_repeatably() -> None:
+def choose_kernels_repeatably() -> None:
     """Let cuDNN and cuBLAS choose by shape, not by stopwatch, and compute float32 in float32; for the whole process."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

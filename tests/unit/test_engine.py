@@ -162,6 +162,15 @@ def test_a_compiled_size_in_which_a_place_matters_is_not_run_and_the_largest_mus
         invariant_batch_sizes(PlaceDependent(exact, {4}, exact.batch_sizes), WIDTH)
 
 
+def test_a_denoiser_is_tried_once_however_often_its_batch_sizes_are_asked_for() -> None:
+    exact = ExactDenoiser(tiny_config())
+    found = invariant_batch_sizes(exact, WIDTH)
+    calls = len(exact.calls)
+    assert invariant_batch_sizes(exact, WIDTH) == found
+    assert len(exact.calls) == calls
+    assert invariant_batch_sizes(exact, WIDTH - 1) != found  # another width is another question
+
+
 def test_a_width_beyond_the_largest_compiled_size_is_refused() -> None:
     with pytest.raises(ModelError, match=r"exact arithmetic: max_rows must be at most 2, .*; got 4"):
         ArrayRunner(ExactDenoiser(tiny_config(), batch_sizes=(1, 2)), CONFIG)
