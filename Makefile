@@ -13,6 +13,8 @@ PORT ?= 8000
 MODEL ?= models/fashion32
 EXTRA ?= base
 DATA ?=
+# Whole files go to one process, which then makes a file's fixtures once; beyond four, memory is what lacks
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'
@@ -28,10 +30,10 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/lint-imports
 
 test: check  ## linters, then all tests with a part of the counts (minutes)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(PARALLEL)
 
 test-long: check  ## linters, then all tests with full counts (for a release)
-	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest
+	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
 
 format: $(VENV)/.installed-dev  ## rewrite the code as ruff wants it
 	$(VENV)/bin/ruff check --fix

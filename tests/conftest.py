@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,4 +25,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Graphs that many tests read."""
     from tests.exports import Exports  # the exporter's packages take seconds to import
 
-    return Exports(tmp_path_factory.mktemp("exports"))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exports"
+    folder.mkdir(exist_ok=True)
+    return Exports(folder)

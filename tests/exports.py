@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -29,11 +30,10 @@ def golden_checkpoint(folder: Path) -> Path:
 
 
 class Exports:
-    """Makes each graph when it is first asked for, and keeps it."""
+    """Makes each graph when it is first asked for, and keeps it; processes that test in parallel share a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._output = ""
 
     def checkpoint(self) -> Path:
         """Return the golden checkpoint, its artifact inside, as `iddpm export` wrote it."""
@@ -48,37 +48,39 @@ class Exports:
         if (name, precision) == (EXPORTED, "fp32"):
             return self.checkpoint() / "artifact" / MODEL_FILE
         return self._once(
-            f"{name}-{precision}", lambda path: export_unet(golden.network(name), path, PRECISIONS[precision])
+            f"{name}-{precision}.onnx", lambda path: export_unet(golden.network(name), path, PRECISIONS[precision])
         )
 
     def logits(self, name: str) -> Path:
         """Return a golden classifier's graph."""
-        return self._once(f"{name}-logits", lambda path: export_classifier(golden.classifier(name), path))
+        return self._once(f"{name}-logits.onnx", lambda path: export_classifier(golden.classifier(name), path))
 
     def gradient(self, name: str) -> Path:
         """Return the graph of a golden classifier's gradient."""
-        return self._once(f"{name}-gradient", lambda path: export_classifier_gradient(golden.classifier(name), path))
+        classifier = golden.classifier(name)
+        return self._once(f"{name}-gradient.onnx", lambda path: export_classifier_gradient(classifier, path))
 
     def bundled(self) -> Path:
         """Return the artifact of the bundled model; one is made where the repository has none."""
         if (BUNDLED / "artifact").is_dir():
             return BUNDLED / "artifact"
-        out = self._folder / "bundled"
-        if not out.exists():
-            _export(BUNDLED, out, "1,2,4,8")
-        return out
+        return self._once("bundled", lambda path: _export(BUNDLED, path, "1,2,4,8"))
 
     def _exported(self) -> tuple[Path, str]:
-        folder = self._folder / "golden"
-        if not folder.exists():
-            golden_checkpoint(folder)
-            self._output = _export(folder, folder / "artifact", "4,1,2")
-        return folder, self._output
+        output = self._folder / "golden.txt"
 
-    def _once(self, name: str, export: Callable[[Path], None]) -> Path:
-        path = self._folder / f"{name}.onnx"
-        if not path.exists():
-            export(path)
+        def export(folder: Path) -> None:
+            golden_checkpoint(folder)
+            output.write_text(_export(folder, folder / "artifact", "4,1,2"), encoding="utf-8")
+
+        folder = self._once("golden", export)
+        return folder, output.read_text(encoding="utf-8")
+
+    def _once(self, name: str, export: Callable[[Path], object]) -> Path:
+        path = self._folder / name
+        with FileLock(self._folder / f"{name}.lock"):
+            if not path.exists():
+                export(path)
         return path
 
 

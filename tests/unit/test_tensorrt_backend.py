@@ -285,6 +285,7 @@ def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.M
         raise ModelError("far enough")
 
     monkeypatch.setattr("service.api.app.create_app", create)
+    monkeypatch.setattr("service.api.logs.configure_logging", lambda: None)  # it would keep the runner's stderr
     arguments = ["serve", "--model", str(artifact), "--backend", "tensorrt", *(["--build"] if flag else [])]
     assert CliRunner().invoke(app, arguments).exit_code == 1
     assert given == [(flag, build_engines)]
