@@ -36,7 +36,7 @@ from benchmarks.contenders import (
     relative_error,
 )
 from benchmarks.networks import NETWORKS, BenchNetwork, open_network
-from benchmarks.options import add_place_options, place_of
+from benchmarks.options import add_place_options, exit_status, place_of, say
 from benchmarks.plots import Curve, draw_curves
 from benchmarks.reporting import command_line, describe_run, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
@@ -109,7 +109,7 @@ def measure(
     absent: dict[str, str] = {}
     for entry in entries:
         name = str(entry)
-        _say(f"{network.name}, batch {count}: loading {name}")
+        say(f"{network.name}, batch {count}: loading {name}")
         try:
             call = open_contender(entry, network, rows, place)
         except Absent as reason:
@@ -120,7 +120,7 @@ def measure(
         seen[name] = relative_error(out[: len(expected)], expected), hashlib.sha256(out[0].tobytes()).hexdigest()[:12]
 
     made = probes({entry.precision for entry in entries if str(entry) in calls}, place)
-    _say(f"{network.name}, batch {count}: {pace.rounds} rounds, or {pace.max_seconds:.0f} s")
+    say(f"{network.name}, batch {count}: {pace.rounds} rounds, or {pace.max_seconds:.0f} s")
     timings = take_turns({**calls, **{probe.name: probe.call for probe in made}}, pace)
     reached = ceilings(made, timings)
     outcomes: list[Outcome] = []
@@ -332,10 +332,6 @@ def run(args: argparse.Namespace) -> None:
     print((args.out / "denoise_step.md").read_text(encoding="utf-8"), end="")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -353,16 +349,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run the command; errors a user can make end in one line."""
-    args = parse_arguments()
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(run, parse_arguments()))

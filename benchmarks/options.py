@@ -1,15 +1,17 @@
-"""Options that the timing benchmarks share: where they run, and where their files go."""
+"""What the timing benchmarks share as commands: where they run, where their files go, how they speak and end."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import Place
 from service.backends.artifact_model import cpu_threads
-from service.backends.torch_backend import choose_device
+from service.backends.torch_backend import choose_device, choose_kernels_repeatably
 
 WORK = Path("build/bench")
 
@@ -25,8 +27,7 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
 def place_of(args: argparse.Namespace) -> Place:
     """Choose device and threads for the whole process, PyTorch's included.
 
-    On a GPU everybody gets the settings of the service's torch backend, which are process-wide: kernels chosen by
-    shape, float32 in float32.
+    On a GPU everybody gets the settings of the service's torch backend, which are process-wide.
 
     Raises:
         ModelError: a device that is not there.
@@ -35,8 +36,20 @@ def place_of(args: argparse.Namespace) -> Place:
     threads = cpu_threads(args.threads)
     torch.set_num_threads(threads)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        choose_kernels_repeatably()
     return Place(device=device, threads=threads)
+
+
+def exit_status(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
+    """Run a command; errors that its user can make end in one line."""
+    try:
+        run(args)
+    except ValueError as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+def say(text: str) -> None:
+    """Say what is going on, where it does not mix with the results."""
+    print(text, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from benchmarks.conditioning import Agreement, Judge, balanced_labels, percent, 
 from benchmarks.contenders import Absent, Entry, Place, open_denoiser
 from benchmarks.engine_sampler import EngineSampler
 from benchmarks.networks import BenchNetwork, open_network
-from benchmarks.options import add_place_options, place_of
+from benchmarks.options import add_place_options, exit_status, place_of
 from benchmarks.reporting import command_line, describe_run, markdown_table
 from service.backends.base import BackendOptions
 from trainer.data import IntArray, Uint8Array
@@ -254,16 +254,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run the command; errors a user can make end in one line."""
-    args = parse_arguments()
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(run, parse_arguments()))

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.contenders import Absent, EagerUNet, Entry, Place, load_diffusers, open_denoiser
 from benchmarks.engine_sampler import EngineSampler
 from benchmarks.networks import NETWORKS, BenchNetwork, open_network
-from benchmarks.options import add_place_options, place_of
+from benchmarks.options import add_place_options, exit_status, place_of, say
 from benchmarks.reporting import command_line, describe_run, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
     for network in networks:
         samplers: dict[str, Sampler] = {}
         for entry in entries:
-            _say(f"{network.name}: loading {entry}")
+            say(f"{network.name}: loading {entry}")
             try:
                 samplers[str(entry)] = open_sampler(entry, network, place, args.width)
             except Absent as reason:
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
             for sampler in samplers.values():
                 sampler(WARM_UP_STEPS, images)
             for count in steps:
-                _say(f"{network.name}: {images} images of {count} steps")
+                say(f"{network.name}: {images} images of {count} steps")
                 calls = {name: partial(sampler, count, images) for name, sampler in samplers.items()}
                 for name, timing in take_turns(calls, pace).items():
                     sampled.append(
@@ -262,10 +262,6 @@ def write_results(
     (out / "sample.md").write_text(report(facts, networks, sampled, missing, command), encoding="utf-8")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=(__doc__ or "").split("\n")[0])
@@ -283,16 +279,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run the command; errors a user can make end in one line."""
-    args = parse_arguments()
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(run, parse_arguments()))

@@ -16,12 +16,13 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, describe_validation_error
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
+from diffusion.json_files import read_object
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -228,14 +229,14 @@ def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
 
 def _parse(path: Path) -> Manifest:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{path.parent} is no artifact folder: it has no {MANIFEST_FILE}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else None
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    version = content.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path}: format_version must be {FORMAT_VERSION}; got {version!r}")
     try:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.json_files import read_object
 
 AnyCheckpointConfig = CheckpointConfig | ClassifierCheckpointConfig
 
@@ -50,16 +51,13 @@ def read_config(folder: Path) -> AnyCheckpointConfig:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path.parent} is no checkpoint folder: it has no {path.name}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def describe_validation_error(error: ValidationError) -> str:

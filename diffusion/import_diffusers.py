@@ -5,7 +5,6 @@ Only JSON and safetensors are read; the library is not needed, and nothing is un
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from diffusion.diffusers_config import (
 )
 from diffusion.diffusers_weights import expected_weights, from_diffusers, with_current_names
 from diffusion.import_openai import write_if_sane
+from diffusion.json_files import read_object
 from diffusion.sanity_check import SanityReport
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -210,14 +210,11 @@ def _read_ours(path: Path, unet: UNet2DConfig, scheduler: SchedulerConfig) -> Ch
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _in_words(error: DoesNotMap | ValidationError) -> str:

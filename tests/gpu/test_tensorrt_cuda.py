@@ -6,7 +6,6 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,12 +18,9 @@ from model_export.tensorrt_build import build_missing
 from service.backends.base import BackendOptions
 from service.backends.tensorrt_backend import TensorRTBackend
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine
-from service.engine.request import ImageResult
-from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
-from service.metrics import Metrics
-from tests.fakes import generation, params, tiny_config, tiny_network
+from tests.fakes import tiny_config, tiny_network
+from tests.gpu.company import assert_pixels_do_not_depend_on_company
 from tests.tensorrt_fakes import write_artifact
 
 
@@ -102,20 +98,4 @@ def test_an_output_outlives_the_next_call(served: tuple[TensorRTBackend, float])
 
 
 def test_pixels_do_not_depend_on_company(served: tuple[TensorRTBackend, float]) -> None:
-    runner: ArrayRunner[Any] = ArrayRunner(served[0], CONFIG)
-    runner.warm_up()
-    images = [params(steps=4 + k, cfg_scale=1.0 + k % 2, seed=k) for k in range(5)]
-
-    def run(*chosen: int) -> list[ImageResult]:
-        engine = Engine({"m": runner}, CONFIG, Metrics())
-        engine.add(generation("r", *(images[k] for k in chosen)), submitted_at=0.0)
-        results: list[ImageResult] = []
-        while engine.has_work():
-            results += engine.step()
-        return sorted(results, key=lambda result: result.position)
-
-    for result in run(*range(5)):
-        (alone,) = run(result.position)
-        assert result.pixels is not None
-        assert alone.pixels is not None
-        np.testing.assert_array_equal(result.pixels, alone.pixels)
+    assert_pixels_do_not_depend_on_company(served[0], CONFIG)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from service.backends.base import BackendOptions, Precision
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine
-from service.engine.request import ImageResult
-from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
-from service.metrics import Metrics
-from tests.fakes import generation, params, tiny_checkpoint
+from tests.fakes import tiny_checkpoint
+from tests.gpu.company import assert_pixels_do_not_depend_on_company
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -58,23 +53,7 @@ def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
 
 @PRECISIONS
 def test_pixels_do_not_depend_on_company(folder: Path, precision: Precision, tolerance: float) -> None:
-    runner: ArrayRunner[Any] = ArrayRunner(backend(folder, precision), CONFIG)
-    runner.warm_up()
-    images = [params(steps=4 + k, cfg_scale=1.0 + k % 2, seed=k) for k in range(5)]
-
-    def run(*chosen: int) -> list[ImageResult]:
-        engine = Engine({"m": runner}, CONFIG, Metrics())
-        engine.add(generation("r", *(images[k] for k in chosen)), submitted_at=0.0)
-        results: list[ImageResult] = []
-        while engine.has_work():
-            results += engine.step()
-        return sorted(results, key=lambda result: result.position)
-
-    for result in run(*range(5)):
-        (alone,) = run(result.position)
-        assert result.pixels is not None
-        assert alone.pixels is not None
-        np.testing.assert_array_equal(result.pixels, alone.pixels)
+    assert_pixels_do_not_depend_on_company(backend(folder, precision), CONFIG)
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
