@@ -4,6 +4,7 @@
     model.onnx      the graph (and model.onnx.data, weights beyond protobuf's 2 GiB)
     gradient.onnx   a classifier's gradient
     time_mlp.npz    the embedding of timesteps, which is an input of the graph
+    classifier/     the artifact of the noisy classifier that guides the network, where it has one
 
 A manifest is written only where parity was inside tolerance, and last. Reading checks every file's size and hash, and
 that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
@@ -21,6 +22,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, describe_validation_error
+from diffusion.classifier_folder import CLASSIFIER_FOLDER, find_classifier, misfit
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
 from diffusion.json_files import read_object
 
@@ -149,9 +151,9 @@ class Manifest(FrozenConfig):
             raise ValueError(f"buckets must be ascending and at least 1; got {list(self.buckets)}")
         return self
 
-    def parity_of(self, runtime: str, precision: Precision) -> NetworkParity | None:
+    def parity_of(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> NetworkParity | None:
         """Return the measured parity of a runtime (its name without version) in a precision."""
-        of_model = (p for p in self.parity if p.file == MODEL_FILE and p.precision == precision)
+        of_model = (p for p in self.parity if p.file == file and p.precision == precision)
         return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
 
 
@@ -224,6 +226,52 @@ def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
         raise ArtifactError(
             f"{folder} was exported from another checkpoint ({manifest.checkpoint_sha256[:12]}...) than the one in "
             f"{checkpoint} ({found[:12]}...); export it again"
+        )
+
+
+def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpointConfig] | None:
+    """Read and check the artifact of the classifier that guides an artifact's model; None where there is none.
+
+    Inside a checkpoint folder, model and classifier must have been exported together.
+
+    Args:
+        folder: the model's artifact.
+
+    Returns:
+        The classifier's manifest, and the checkpoint in it.
+
+    Raises:
+        ArtifactError: as `read_artifact`; also something else than a classifier, and one that does not fit the model.
+    """
+    whole = folder.resolve()
+    if whole.name == INSIDE_CHECKPOINT and (whole.parent / CONFIG_FILE).is_file():
+        refuse_foreign_classifier(whole, whole.parent)
+    classifier = find_classifier(folder)
+    if classifier is None:
+        return None
+    manifest, model = read_artifact(classifier), _parse(folder / MANIFEST_FILE).checkpoint
+    if manifest.checkpoint.kind != "classifier" or model.kind != "unet":
+        raise ArtifactError(f"{classifier} must hold the classifier of a UNet; it holds a {manifest.checkpoint.kind}")
+    if problem := misfit(model, manifest.checkpoint):
+        raise ArtifactError(f"{classifier} cannot guide the model in {folder}: {problem}")
+    return manifest, manifest.checkpoint
+
+
+def refuse_foreign_classifier(folder: Path, checkpoint: Path) -> None:
+    """Refuse an artifact whose classifier was made from another one than guides this checkpoint.
+
+    Raises:
+        ArtifactError: saying so; also where only one of the two has a classifier.
+    """
+    exported, original = find_classifier(folder), find_classifier(checkpoint)
+    if exported is not None and original is not None:
+        refuse_foreign(exported, _parse(exported / MANIFEST_FILE), original)
+    elif original is not None:
+        raise ArtifactError(f"{folder} was exported without the classifier in {original}; export {checkpoint} again")
+    elif exported is not None:
+        raise ArtifactError(
+            f"{folder} was exported with a classifier, and {checkpoint} has no {CLASSIFIER_FOLDER} folder; "
+            f"export it again"
         )
 
 

@@ -24,6 +24,7 @@ from diffusion.checkpoint_config import (
     read_config,
 )
 from diffusion.classifier import Classifier
+from diffusion.classifier_folder import find_classifier, misfit
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.unet import UNet
 
@@ -148,6 +149,21 @@ def load_classifier(folder: Path) -> tuple[ClassifierCheckpointConfig, Classifie
         network = Classifier(config.model)
     _load(network, folder)
     return config, network
+
+
+def load_guide(folder: Path, model: CheckpointConfig) -> tuple[ClassifierCheckpointConfig, Classifier] | None:
+    """Rebuild the classifier that guides a checkpoint's model, as `load_classifier`; None where there is none.
+
+    Raises:
+        CheckpointError: as `load_classifier`; also a classifier that does not fit the model.
+    """
+    found = find_classifier(folder)
+    if found is None:
+        return None
+    config, classifier = load_classifier(found)
+    if problem := misfit(model, config):
+        raise CheckpointError(f"{found} cannot guide the model in {folder}: {problem}")
+    return config, classifier
 
 
 def _load(network: UNet | Classifier, folder: Path) -> None:

@@ -78,8 +78,6 @@ def classifier_gradient(
 ) -> Tensor:
     """Return the gradient of log p(y | x_t) by x_t, times scale (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4).
 
-    Summed over the batch before differentiating, so that each row has the gradient of its own image.
-
     Args:
         classifier: (x_t, t) -> logits [B, num_classes].
         x_t: noisy images [B, C, H, W].
@@ -90,12 +88,22 @@ def classifier_gradient(
     Returns:
         Shaped like x_t, detached; works under torch.no_grad.
     """
-    with torch.enable_grad():
-        x = x_t.detach().requires_grad_(True)
-        log_p = F.log_softmax(classifier(x, t), dim=-1)
-        chosen = log_p[torch.arange(len(y), device=y.device), y]
-        (gradient,) = torch.autograd.grad(chosen.sum(), x)
+    gradient = log_p_gradient(classifier, x_t, t, y)
     return gradient * torch.as_tensor(scale, dtype=gradient.dtype, device=gradient.device).reshape(-1, 1, 1, 1)
+
+
+def log_p_gradient(classifier: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of log p(y | x_t) by x_t, unscaled; arguments as for `classifier_gradient`.
+
+    Summed over the batch before differentiating, so that each row has the gradient of its own image. Works in
+    inference mode too: copies of its arguments leave it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_t.detach().clone().requires_grad_(True)
+        log_p = F.log_softmax(classifier(x, t.clone()), dim=-1)
+        chosen = log_p[torch.arange(len(y), device=y.device), y.clone()]
+        (gradient,) = torch.autograd.grad(chosen.sum(), x)
+    return gradient
 
 
 def _map_head(channels: int, config: ClassifierConfig) -> nn.Sequential:

@@ -161,6 +161,11 @@ class ClassifierConfig(BackboneConfig):
     pool: ClassifierPool = "attention"
     """How features become logits."""
 
+    @property
+    def num_labels(self) -> int:
+        """Labels it can be asked about: every class."""
+        return self.num_classes
+
     @model_validator(mode="after")
     def _check_pool(self) -> Self:
         if self.pool == "attention" and self.num_head_channels is None:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: towards a class, by the model itself (a classifier's gradient: `diffusion.classifier`)."""
+"""Guidance towards a class: by the model itself, and by a classifier's gradient (made by `diffusion.classifier`)."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def classifier_free(out_uncond: A, out_cond: A, cfg_scale: A | float, channels: 
     cond, _ = split_output(out_cond, channels)
     guided = xp.where(scale == 1, cond, uncond + scale * (cond - uncond))
     return xp.concat([guided, out_cond[:, channels:]], axis=1)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # as above
+def scaled_gradient(gradient: A, classifier_scale: A) -> A:
+    """Multiply the gradient of log p(y | x_t), [B, C, H, W], by each row's classifier_scale, [B]."""
+    return gradient * namespace(gradient).reshape(classifier_scale, (-1, 1, 1, 1))

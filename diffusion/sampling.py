@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 
 from diffusion.config import ModelConfig
-from diffusion.guidance import classifier_free
+from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan
-from diffusion.update import Network, Step, sample_loop, to_uint8
+from diffusion.update import Gradient, Network, Step, sample_loop, to_uint8
 
 
 class ClassNetwork(Protocol):
@@ -39,6 +39,16 @@ class ImageSpec:
     """Label; None for an unconditional model (or, where there is a null class, for no label)."""
     cfg_scale: float = 1.0
     """Classifier-free guidance; 1 = off."""
+    classifier_scale: float = 0.0
+    """Classifier guidance; 0 = off."""
+
+
+class ClassGradient(Protocol):
+    """A noisy classifier's gradient, see `diffusion.classifier.log_p_gradient`."""
+
+    def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
+        """Run on [B, C, H, W], what it is told of the timesteps, float32 [B], and labels, int64 [B]."""
+        ...
 
 
 def sample_images(
@@ -47,6 +57,7 @@ def sample_images(
     specs: list[ImageSpec],
     on_step: Callable[[int, Step[Any]], None] | None = None,
     *,
+    gradient: ClassGradient | None = None,
     xp: Any = torch,
     device: Any = "cpu",
 ) -> npt.NDArray[np.uint8]:
@@ -60,6 +71,7 @@ def sample_images(
         plan: the chain.
         specs: at least one.
         on_step: told the index of each step and what it gave.
+        gradient: of the classifier, where a spec has a classifier_scale.
         xp: the kind of array that the network takes: `torch` or `numpy`.
         device: where it takes them.
 
@@ -82,9 +94,17 @@ def sample_images(
         plan,
         noise(0, STREAM_X_T),
         lambda step: noise(step, STREAM_STEP),
+        gradient=None if gradient is None else _guiding(gradient, specs, xp, device),
         on_step=on_step,
     )
     return to_uint8(x)[:count]
+
+
+def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: Any) -> Gradient[Any]:
+    """Close a classifier's gradient over the classes and scales of a batch, for `sample_loop`."""
+    y = xp.asarray([spec.class_index or 0 for spec in specs], dtype=xp.int64, device=device)
+    scales = xp.asarray([spec.classifier_scale for spec in specs], dtype=xp.float32, device=device)
+    return lambda x_t, t: scaled_gradient(gradient(x_t, t, y), scales)
 
 
 def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torch, device: Any = "cpu") -> Network[Any]:
