@@ -81,6 +81,15 @@ class Metrics:
             registry=registry,
         )
         self.network_calls = Counter("iddpm_network_calls_total", "Network calls", ["model"], registry=registry)
+        self.classifier_calls = Counter(
+            "iddpm_classifier_calls_total", "Calls of a model's noisy classifier", ["model"], registry=registry
+        )
+        self.classified_rows = Counter(
+            "iddpm_classified_rows_total",
+            "Rows of classifier calls: one per image with classifier guidance; padding not counted",
+            ["model"],
+            registry=registry,
+        )
         self.rows_per_call = Histogram(
             "iddpm_rows_per_network_call",
             "Rows of a network call: one per image, two with classifier-free guidance; padding not counted",

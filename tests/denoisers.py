@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from diffusion.arrays import namespace
-from diffusion.config import CheckpointConfig
-from service.backends.base import Denoiser, FailureKind, classify_synchronous
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from service.backends.base import Denoiser, FailureKind, GuidingClassifier, classify_synchronous
 
 
 class ExactDenoiser:
@@ -20,10 +20,17 @@ class ExactDenoiser:
     It mixes neighbouring pixels and depends on timestep and label, so that a mistaken row shows instead.
     """
 
-    def __init__(self, config: CheckpointConfig, xp: Any = np, batch_sizes: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        xp: Any = np,
+        batch_sizes: tuple[int, ...] | None = None,
+        classifier: GuidingClassifier[Any] | None = None,
+    ) -> None:
         self.config = config
         self.numerics_id = "exact"
         self.description = "exact arithmetic"
+        self.classifier = classifier
         self.batch_sizes = batch_sizes
         self.threads = 1
         self.xp = xp
@@ -48,6 +55,31 @@ class ExactDenoiser:
         return xp.concat([out, 0.25 * out * told], axis=1)[:, : self.config.model.out_channels]
 
 
+class ExactClassifier:
+    """A classifier whose gradient is exact arithmetic too, and depends on image, timestep and label."""
+
+    def __init__(
+        self, config: ClassifierCheckpointConfig, xp: Any = np, batch_sizes: tuple[int, ...] | None = None
+    ) -> None:
+        self.config = config
+        self.description = "exact classifier"
+        self.batch_sizes = batch_sizes
+        self.xp = xp
+        self.device = "cpu"
+        self.calls: list[int] = []
+
+    def embed_timesteps(self, t_model: Any) -> Any:
+        channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
+        return t_model[:, None] / 512 + channels[None]
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        self.calls.append(len(x_t))
+        xp = namespace(x_t)
+        told = xp.reshape(emb_t[:, 2] + xp.astype(y, xp.float32) / 4, (-1, 1, 1, 1))
+        pulled = xp.roll(x_t, 1, axis=2) * 0.5 - x_t * told
+        return xp.minimum(xp.maximum(pulled, xp.full_like(pulled, -2)), xp.full_like(pulled, 2))
+
+
 class BatchDependent:
     """A denoiser whose rows change a little at some batch sizes, as badly chosen kernels make them."""
 
@@ -57,6 +89,7 @@ class BatchDependent:
         self.config = honest.config
         self.numerics_id = honest.numerics_id
         self.description = "batch dependent"
+        self.classifier = honest.classifier
         self.batch_sizes = batch_sizes
         self.threads = honest.threads
         self.xp = honest.xp
@@ -83,6 +116,17 @@ class PlaceDependent(BatchDependent):
         if len(x_t) in self._dependent_sizes:
             out[len(x_t) - 1] *= 1 + 1e-6
         return out
+
+
+class AsGradient:
+    """A denoiser's classifier, called as the one-image sampler does."""
+
+    def __init__(self, denoiser: Denoiser[Any]) -> None:
+        assert denoiser.classifier is not None
+        self._classifier: GuidingClassifier[Any] = denoiser.classifier
+
+    def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
+        return self._classifier(x_t, self._classifier.embed_timesteps(t), y)
 
 
 class AsNetwork:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from diffusion.checkpoint import write_checkpoint
-from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, SamplingDefaults
+from diffusion.classifier import Classifier
+from diffusion.classifier_folder import CLASSIFIER_FOLDER
+from diffusion.config import (
+    CheckpointConfig,
+    ClassifierCheckpointConfig,
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SamplingDefaults,
+)
 from diffusion.unet import UNet
 from service.backends.base import FailureKind, classify_synchronous
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start
+
+N = TypeVar("N", bound=nn.Module)
 
 CLASS_NAMES = ("Ape", "Bee", "Cat", "T-shirt/top")
 
@@ -41,7 +54,11 @@ def tiny_config(**changes: object) -> CheckpointConfig:
 
 def tiny_network(config: CheckpointConfig) -> UNet:
     """Build the network with random weights throughout: chaotic, so that the smallest difference shows."""
-    network = UNet(config.model).eval().requires_grad_(False)
+    return _randomised(UNet(config.model))
+
+
+def _randomised(network: N) -> N:
+    network.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
@@ -56,10 +73,46 @@ def tiny_checkpoint(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def params(steps: int = 5, cfg_scale: float = 1.0, seed: int = 0) -> ImageParams:
+def tiny_classifier_config(**changes: object) -> ClassifierCheckpointConfig:
+    """Describe a noisy classifier that fits the tiny network; changes replace fields of its ClassifierConfig."""
+    model = ClassifierConfig(
+        image_size=8,
+        image_channels=1,
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        num_heads=2,
+        num_classes=len(CLASS_NAMES),
+        pool="adaptive",
+    ).replace(**changes)
+    return ClassifierCheckpointConfig(model=model, diffusion=DiffusionConfig(num_timesteps=1000))
+
+
+def tiny_classifier(config: ClassifierCheckpointConfig) -> Classifier:
+    """Build the classifier with random weights throughout."""
+    return _randomised(Classifier(config.model))
+
+
+def tiny_guided_checkpoint(folder: Path, **changes: object) -> Path:
+    """Write the tiny network as a checkpoint folder, and in it the classifier that guides it."""
+    tiny_checkpoint(folder, **changes)
+    config = tiny_classifier_config()
+    write_checkpoint(folder / CLASSIFIER_FOLDER, config, tiny_classifier(config).state_dict())
+    return folder
+
+
+def params(steps: int = 5, cfg_scale: float = 1.0, seed: int = 0, classifier_scale: float = 0.0) -> ImageParams:
     """Describe an image of which only the amount of work matters."""
-    key = PlanKey(sampler="ancestral", spec=str(steps))
-    return ImageParams(plan=key, num_steps=steps, seed=seed, image_index=0, class_index=0, cfg_scale=cfg_scale)
+    return ImageParams(
+        plan=PlanKey(sampler="ancestral", spec=str(steps)),
+        num_steps=steps,
+        seed=seed,
+        image_index=0,
+        class_index=0,
+        cfg_scale=cfg_scale,
+        classifier_scale=classifier_scale,
+    )
 
 
 def generation(
@@ -120,6 +173,9 @@ class CountingRunner:
 
     def padded_rows(self, rows: int) -> int:
         return rows
+
+    def padded_classified_rows(self, rows: int) -> int:
+        return 0
 
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         return np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)

@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.artifact import MODEL_FILE, TIME_MLP_FILE, ArtifactError, Manifest, find_artifact, read_artifact
-from diffusion.config import CheckpointConfig
+from diffusion.artifact import (
+    GRADIENT_FILE,
+    MODEL_FILE,
+    TIME_MLP_FILE,
+    ArtifactError,
+    Manifest,
+    find_artifact,
+    read_artifact,
+    read_classifier_artifact,
+)
+from diffusion.classifier_folder import CLASSIFIER_FOLDER
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.time_mlp import TimeMLP
 from service.backends.processor import vector_instructions
 from service.errors import ModelError
@@ -21,23 +31,40 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class ArtifactModel:
-    """What was found in an artifact folder."""
+class ArtifactGraph:
+    """A graph of an artifact, and what it is run with."""
 
     graph: Path
     manifest: Manifest
-    config: CheckpointConfig
     time_mlp: TimeMLP
-
-    def numerics_id(self, description: str) -> str:
-        """Hash what pixels depend on: the very graph, the runtime and how it runs, and the processor."""
-        files = [f"{name} {entry.sha256}" for name, entry in sorted(self.manifest.files.items())]
-        depends_on = [self.manifest.checkpoint_sha256, *files, description, *vector_instructions()]
-        return hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
     def inputs(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> dict[str, Any]:
         """Name the graph's inputs."""
         return {"x_t": x_t, "emb_t": emb_t, **({} if y is None else {"y": y})}
+
+
+@dataclass(frozen=True)
+class ArtifactClassifier(ArtifactGraph):
+    """The classifier's gradient that was found in an artifact folder."""
+
+    config: ClassifierCheckpointConfig
+
+
+@dataclass(frozen=True)
+class ArtifactModel(ArtifactGraph):
+    """What was found in an artifact folder."""
+
+    config: CheckpointConfig
+    classifier: ArtifactClassifier | None
+
+    def numerics_id(self, description: str) -> str:
+        """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
+        hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
+        return hashlib.sha256("\n".join([*hashes, description, *vector_instructions()]).encode()).hexdigest()[:16]
+
+
+def _hashes(manifest: Manifest) -> list[str]:
+    return [manifest.checkpoint_sha256, *(f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items()))]
 
 
 def open_artifact(folder: Path, backend: str) -> ArtifactModel:
@@ -55,6 +82,7 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
     try:
         manifest = read_artifact(found)
         time_mlp = TimeMLP.read(found / TIME_MLP_FILE)
+        classifier = _classifier(found)
     except (ArtifactError, ValueError) as error:
         raise ModelError(str(error)) from error
     config = manifest.checkpoint
@@ -62,7 +90,16 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
         raise ModelError(f"{found} holds a classifier, which guides a model and makes no images of its own")
     if config.model.low_res_size is not None:
         raise ModelError(f"{found} holds a super-resolution model, which this service cannot serve yet")
-    return ArtifactModel(found / MODEL_FILE, manifest, config, time_mlp)
+    return ArtifactModel(found / MODEL_FILE, manifest, time_mlp, config, classifier)
+
+
+def _classifier(artifact: Path) -> ArtifactClassifier | None:
+    found = read_classifier_artifact(artifact)
+    if found is None:
+        return None
+    manifest, config = found
+    folder = artifact / CLASSIFIER_FOLDER
+    return ArtifactClassifier(folder / GRADIENT_FILE, manifest, TimeMLP.read(folder / TIME_MLP_FILE), config)
 
 
 def cpu_threads(wanted: int | None) -> int:

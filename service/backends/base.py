@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from diffusion.arrays import A
-from diffusion.config import CheckpointConfig
+from diffusion.checkpoint_config import AnyCheckpointConfig
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.tensorrt_files import BuildEngines
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -62,18 +63,18 @@ def classify_synchronous(error: Exception) -> FailureKind:
     return FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ROWS
 
 
-class Denoiser(Protocol[A]):
-    """A network, ready to run. Implementations hold weights and nothing about requests."""
+class RowNetwork(Protocol[A]):
+    """What is run on batches of rows, and must give each row the same bits in every batch."""
 
-    config: CheckpointConfig
-    numerics_id: str
-    """Names everything the pixels depend on besides the request: model, backend, precision, versions, machine."""
+    @property
+    def config(self) -> AnyCheckpointConfig:
+        """What it is."""
+        ...
+
     description: str
     """Backend, device and precision, for people."""
     batch_sizes: tuple[int, ...] | None
     """The batch sizes that were compiled, ascending, and the only ones that may be run; None: any size may be."""
-    threads: int
-    """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
     xp: Any
     """The module that makes the arrays it takes (`asarray`, `zeros`, `int64`, ...): `numpy` or `torch`."""
     device: Any
@@ -84,12 +85,31 @@ class Denoiser(Protocol[A]):
         ...
 
     def __call__(self, x_t: A, emb_t: A, y: A | None) -> A:
-        """Run the network on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> float32 [n, out_channels, H, W].
+        """Run it on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> float32 [n, ...].
 
         What it returns is the caller's: a later call does not change it.
         """
         ...
 
+
+class GuidingClassifier(RowNetwork[A], Protocol[A]):
+    """A noisy classifier's gradient of log p(y | x_t) by x_t, ready to run: called, it returns [n, C, H, W]."""
+
+    config: ClassifierCheckpointConfig
+
+
+class Denoiser(RowNetwork[A], Protocol[A]):
+    """A network, ready to run: returns [n, out_channels, H, W]. Holds weights and nothing about requests."""
+
+    config: CheckpointConfig
+    numerics_id: str
+    """Names everything the pixels depend on besides the request: model, classifier, backend, precision, versions,
+    machine."""
+    threads: int
+    """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
+    classifier: GuidingClassifier[A] | None
+    """Guides the network's images; takes the same arrays, on the same device. None: the model folder has none."""
+
     def classify(self, error: Exception) -> FailureKind:
-        """Say what an error means that was raised while a step was computed with this network."""
+        """Say what an error means that was raised while a step was computed with this network or its classifier."""
         ...

@@ -1,4 +1,4 @@
-"""The `onnxruntime` backend: an artifact's graph in float32, any batch size."""
+"""The `onnxruntime` backend: an artifact's graphs in float32, any batch size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from service.backends.artifact_model import FloatArray, cpu_threads, open_artifact, refuse_unfit_options
-from service.backends.base import BackendOptions, FailureKind, classify_synchronous
+from service.backends.artifact_model import (
+    ArtifactClassifier,
+    FloatArray,
+    cpu_threads,
+    open_artifact,
+    refuse_unfit_options,
+)
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 from service.errors import ModelError
 
 
@@ -33,15 +39,11 @@ class OnnxRuntimeBackend:
         self.description = f"onnxruntime {onnxruntime.__version__} cpu fp32"
         self.numerics_id = self._model.numerics_id(self.description)
 
-        session_options = onnxruntime.SessionOptions()
-        session_options.intra_op_num_threads = self.threads
-        session_options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                self._model.graph, session_options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions have no base class of their own
-            raise ModelError(f"{self._model.graph}: ONNX Runtime cannot load it: {error}") from error
+        self._session = _open(self._model.graph, self.threads)
+        classifier = self._model.classifier
+        self.classifier: GuidingClassifier[npt.NDArray[Any]] | None = (
+            None if classifier is None else OnnxRuntimeClassifier(classifier, self.threads)
+        )
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
         """Run the time MLP."""
@@ -55,3 +57,40 @@ class OnnxRuntimeBackend:
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
         return classify_synchronous(error)
+
+
+class OnnxRuntimeClassifier:
+    """Implements `GuidingClassifier`, a row at a time.
+
+    In a batch, ONNX Runtime's convolutions give a row of a gradient other last bits by its place (docs/decisions/0007).
+    """
+
+    xp: Any = np
+    device: Any = "cpu"
+
+    def __init__(self, classifier: ArtifactClassifier, threads: int) -> None:
+        self.config = classifier.config
+        self.description = f"classifier, onnxruntime {onnxruntime.__version__} cpu fp32"
+        self.batch_sizes: tuple[int, ...] | None = None
+        self._classifier = classifier
+        self._session = _open(classifier.graph, threads)
+
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Run the time MLP."""
+        return self._classifier.time_mlp(t_model)
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+        """Run the gradient's graph on each row."""
+        inputs = self._classifier.inputs(x_t, emb_t, y)
+        rows = [{name: values[k : k + 1] for name, values in inputs.items()} for k in range(len(x_t))]
+        return np.concatenate([self._session.run(None, row)[0] for row in rows])
+
+
+def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no base class of their own
+        raise ModelError(f"{graph}: ONNX Runtime cannot load it: {error}") from error

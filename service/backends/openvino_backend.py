@@ -14,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from diffusion.artifact import Precision
+from diffusion.artifact import GRADIENT_FILE, Precision
 from service.backends.artifact_model import (
+    ArtifactClassifier,
+    ArtifactGraph,
     ArtifactModel,
     FloatArray,
     cpu_threads,
     open_artifact,
     refuse_unfit_options,
 )
-from service.backends.base import BackendOptions, FailureKind, classify_synchronous
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
 
@@ -42,27 +44,19 @@ class OpenVinoBackend:
         precision = choose_precision(self._model, options.precision)
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
-        version = openvino.get_version().split("-")[0]
-        self.description = f"openvino {version} cpu {precision} static"
+        self.description = f"openvino {_version()} cpu {precision} static"
         self.numerics_id = self._model.numerics_id(self.description)
 
         sizes = options.sizes_to_compile
         self.batch_sizes: tuple[int, ...] | None = sizes
         core = openvino.Core()
-        settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self.threads,
-            "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
-        }
         if (cache := compile_cache(options.cache_dir)) is not None:
             core.set_property({"CACHE_DIR": str(cache)})
-        try:
-            network = core.read_model(self._model.graph)
-            self._requests = {size: _compile(core, network, size, settings) for size in sizes}
-        except RuntimeError as error:
-            raise ModelError(f"{self._model.graph}: OpenVINO cannot compile it: {error}") from error
+        self._network = _StaticGraph(core, self._model, sizes, precision, self.threads)
+        classifier = self._model.classifier
+        self.classifier: GuidingClassifier[npt.NDArray[Any]] | None = (
+            None if classifier is None else OpenVinoClassifier(core, classifier, sizes, self.threads)
+        )
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
         """Run the time MLP."""
@@ -70,14 +64,65 @@ class OpenVinoBackend:
 
     def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
         """Run the graph that was compiled for this many rows."""
-        request = self._requests[len(x_t)]
-        inputs = {name: np.ascontiguousarray(value) for name, value in self._model.inputs(x_t, emb_t, y).items()}
-        out: FloatArray = request.infer(inputs, share_inputs=True)[0]
-        return out
+        return self._network(x_t, emb_t, y)
 
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
         return classify_synchronous(error)
+
+
+class OpenVinoClassifier:
+    """Implements `GuidingClassifier`; in float32, which the gradient's graph was exported and measured in."""
+
+    xp: Any = np
+    device: Any = "cpu"
+
+    def __init__(
+        self, core: openvino.Core, classifier: ArtifactClassifier, sizes: tuple[int, ...], threads: int
+    ) -> None:
+        measured = classifier.manifest.parity_of("openvino", "fp32", GRADIENT_FILE)
+        if measured is None:
+            raise ModelError(f"{classifier.graph.parent}: the manifest has no parity of openvino; export it again")
+        self.config = classifier.config
+        self.description = f"classifier, openvino {_version()} cpu fp32 static"
+        self.batch_sizes: tuple[int, ...] | None = sizes
+        self._classifier = classifier
+        self._gradient = _StaticGraph(core, classifier, sizes, "fp32", threads)
+
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Run the time MLP."""
+        return self._classifier.time_mlp(t_model)
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+        """Run the gradient's graph that was compiled for this many rows."""
+        return self._gradient(x_t, emb_t, y)
+
+
+class _StaticGraph:
+    """A graph of an artifact, compiled for some batch sizes."""
+
+    def __init__(
+        self, core: openvino.Core, artifact: ArtifactGraph, sizes: tuple[int, ...], precision: Precision, threads: int
+    ) -> None:
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
+        }
+        self._artifact = artifact
+        try:
+            network = core.read_model(artifact.graph)
+            self._requests = {size: _compile(core, network, size, settings) for size in sizes}
+        except RuntimeError as error:
+            raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+        request = self._requests[len(x_t)]
+        inputs = {name: np.ascontiguousarray(value) for name, value in self._artifact.inputs(x_t, emb_t, y).items()}
+        out: FloatArray = request.infer(inputs, share_inputs=True)[0]
+        return out
 
 
 def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
@@ -129,6 +174,10 @@ def compile_cache(wanted: str | None) -> Path | None:
             raise ModelError(f"cache_dir cannot be used: {error}") from error
         return None
     return folder
+
+
+def _version() -> str:
+    return openvino.get_version().split("-")[0]
 
 
 def _user_cache() -> Path:

@@ -83,7 +83,9 @@ def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
     for name in preference(folder, options.device, NVIDIA_DEVICE.exists()):
         try:
             denoiser = _load(folder, name, options)
-            invariant_batch_sizes(denoiser, options.max_rows)
+            for network in (denoiser, denoiser.classifier):
+                if network is not None:
+                    invariant_batch_sizes(network, options.max_rows)
         except (ModelError, RuntimeError) as error:
             passed_over.append(f"{name}: {error}")
             continue

@@ -15,15 +15,15 @@ import numpy as np
 from diffusion.arrays import A, namespace
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
-from service.backends.base import Denoiser
+from service.backends.base import RowNetwork
 
 log = logging.getLogger(__name__)
 
 _found: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
-"""By denoiser and width: what chooses a backend asks first, then what runs it."""
+"""By network and width: what chooses a backend asks first, then what runs it."""
 
 
-def invariant_batch_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
+def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     """Return batch sizes, ascending, whose rows equal those of the largest one bit for bit.
 
     The largest is always among them: the full width, or the largest size that the backend has compiled. Where any
@@ -34,9 +34,9 @@ def invariant_batch_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
     Raises:
         RuntimeError: a row's result depends on its place in the largest batch.
     """
-    found = _found.setdefault(denoiser, {})
+    found = _found.setdefault(network, {})
     if width not in found:
-        found[width] = _find_sizes(denoiser, width)
+        found[width] = _find_sizes(network, width)
     return found[width]
 
 
@@ -46,12 +46,12 @@ def candidate_sizes(width: int) -> list[int]:
     return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
 
 
-def _find_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
-    compiled = denoiser.batch_sizes
+def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
+    compiled = network.batch_sizes
     largest = width if compiled is None else compiled[-1]
-    rows: _TestRows[A] = _TestRows(denoiser, largest)
+    rows: _TestRows[A] = _TestRows(network, largest)
     if not rows.agree(largest, backwards=True):
-        raise RuntimeError(f"{denoiser.description}: a row's result depends on its place in the batch")
+        raise RuntimeError(f"{network.description}: a row's result depends on its place in the batch")
     if compiled is None:
         return (*(size for size in candidate_sizes(width) if rows.agree(size)), width)
 
@@ -59,7 +59,7 @@ def _find_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
     for size in sorted(set(compiled[:-1]) - set(passed)):
         log.warning(
             "%s: a batch of %d gives a row other bits than one of %d does, and is not run",
-            denoiser.description,
+            network.description,
             size,
             largest,
         )
@@ -69,15 +69,15 @@ def _find_sizes(denoiser: Denoiser[A], width: int) -> tuple[int, ...]:
 class _TestRows(Generic[A]):
     """Rows of noise, at timesteps from all over the chain and each of another class, and what they give together."""
 
-    def __init__(self, denoiser: Denoiser[A], count: int) -> None:
-        model, xp, device = denoiser.config.model, denoiser.xp, denoiser.device
+    def __init__(self, network: RowNetwork[A], count: int) -> None:
+        model, xp, device = network.config.model, network.xp, network.device
         shape = (model.image_channels, model.image_size, model.image_size)
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
-        told = respace(denoiser.config.diffusion).model_t
+        told = respace(network.config.diffusion).model_t
         spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
-        self._denoiser: Denoiser[A] = denoiser
+        self._network: RowNetwork[A] = network
         self._x_t: A = normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape)
-        self._emb_t: A = denoiser.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device))
+        self._emb_t: A = network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device))
         self._y: A | None = None if model.num_classes is None else self._seeds % model.num_labels
         self._together: A = self._run(self._seeds)
 
@@ -92,4 +92,4 @@ class _TestRows(Generic[A]):
         return True
 
     def _run(self, rows: A) -> A:
-        return self._denoiser(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])
+        return self._network(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])

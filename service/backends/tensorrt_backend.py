@@ -31,7 +31,7 @@ from diffusion.tensorrt_files import (
 )
 from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
-from service.backends.base import BackendOptions, FailureKind, Precision
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
@@ -62,6 +62,9 @@ class TensorRTBackend:
         _refuse_precision(model, options.precision)
         artifact, manifest = model.graph.parent, model.manifest
         self.config = model.config
+        self.classifier: GuidingClassifier[Tensor] | None = None
+        if model.classifier is not None:
+            log.warning("%s: backend 'tensorrt' runs no classifiers; classifier_scale will be refused", artifact)
         flavour = _flavour()
         self.device = _cuda_device(options.device)
         trt = importlib.import_module(flavour)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
 from diffusion.unet import UNet
-from service.backends.base import BackendOptions, FailureKind, Precision, classify_synchronous
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
+from service.backends.torch_classifier import load_torch_classifier
 from service.errors import ModelError
 
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
@@ -33,25 +34,30 @@ class TorchBackend:
         options = options or BackendOptions()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        self.device = choose_device(options.device)
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            choose_kernels_repeatably()  # before anything is captured
         try:
             self.config, network = load_unet(folder)
             model_hash = checkpoint_sha256(folder)
+            classifier = load_torch_classifier(folder, self.config, self.device, options.sizes_to_compile)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
         if self.config.model.low_res_size is not None:
             raise ModelError(f"{folder} holds a super-resolution model, which this service cannot serve yet")
 
-        self.device = choose_device(options.device)
         self._dtype = choose_dtype(options.precision, self.device)
-        on_cuda = self.device.type == "cuda"
         self.threads = 0 if on_cuda else torch.get_num_threads()
         self.description = _describe(self.device, self._dtype, options.torch_compile)
         facts = _gpu(self.device) if on_cuda else _processor()
         depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
+        if classifier is not None:
+            depends_on.append(classifier.sha256)
+        self.classifier: GuidingClassifier[Tensor] | None = classifier
         self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
         if on_cuda:
-            choose_kernels_repeatably()
             network = network.to(self.device)
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         if self._dtype != torch.float32:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ _TIMED = ImageParams(
     plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=None, cfg_scale=1.0
 )
 """An image that only takes time; every model has a plan of two steps."""
+_TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
 
 class Engine:
@@ -84,15 +86,28 @@ class Engine:
         if self.scheduler.has_work():
             raise RuntimeError("steps can be timed only while nothing is in flight")
         for model, runner in self._runners.items():
-            for rows in sorted({runner.padded_rows(rows) for rows in range(1, self._config.max_rows + 1)}):
-                slots = range(min(rows, self._config.num_slots))
-                for _ in range(self._config.timed_calls):
-                    # The plan is written over each time; the scheduler, which knows of none, will write its own
-                    runner.start([Start(slot=s, params=_TIMED, plan_offset=0, write_plan=s == 0) for s in slots])
-                    begun = self.clock()
-                    runner.step(list(slots))
-                    self.costs[model].observe(rows, self.clock() - begun)
+            widths = range(1, self._config.max_rows + 1)
+            for rows in sorted({runner.padded_rows(rows) for rows in widths}):
+                self._time(model, rows, _TIMED)
+            for rows in sorted({runner.padded_classified_rows(rows) for rows in widths} - {0}):
+                self._time(model, rows, _TIMED_CLASSIFIED)
             self._choose_width(model)
+
+    def _time(self, model: str, rows: int, params: ImageParams) -> None:
+        runner = self._runners[model]
+        slots = range(min(rows, self._config.max_rows, self._config.num_slots))
+        for _ in range(self._config.timed_calls):
+            # The plan is written over each time; the scheduler, which knows of none, will write its own
+            runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
+            begun = self.clock()
+            runner.step(list(slots))
+            self._observe(model, len(slots), len(slots) * params.classified_rows, self.clock() - begun)
+
+    def _observe(self, model: str, rows: int, classified: int, seconds: float) -> None:
+        """Take in what a step of so many rows took, padding not counted."""
+        runner = self._runners[model]
+        padded = runner.padded_classified_rows(classified) if classified else 0
+        self.costs[model].observe(runner.padded_rows(rows), seconds, padded)
 
     def view(self) -> DeviceView:
         """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
@@ -169,12 +184,16 @@ class Engine:
         metrics.network_calls.labels(batch.model).inc()
         metrics.rows_per_call.observe(rows)
         metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
+        if classified := sum(image.classified_rows for image in images):
+            metrics.classifier_calls.labels(batch.model).inc()
+            metrics.classified_rows.labels(batch.model).inc(classified)
         runner.start([start for start in batch.starts if start.slot in slots])
         return runner.step(slots)
 
     def _begin(self, batch: StepBatch, images: Sequence[Image]) -> None:
         rows = self._runners[batch.model].padded_rows(sum(image.rows for image in images))
-        self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(rows))
+        classified = sum(image.classified_rows for image in images)
+        self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(rows, classified))
 
     def _move(self, batch: StepBatch, runner: Runner) -> None:
         """Copy images out of their slots, then others back into slots."""
@@ -234,7 +253,7 @@ class Engine:
         metrics.evictions.inc(len(batch.evictions))
         self._count_images()
         if outcome.attempts == 1:
-            self.costs[batch.model].observe(padded, seconds)
+            self._observe(batch.model, batch.rows, batch.classified_rows, seconds)
         if self._memory[batch.model].count_step() or self.scheduler.steps(batch.model) % WIDTH_INTERVAL == 0:
             self._choose_width(batch.model)
 

@@ -2,7 +2,8 @@
 
 The model, and what it leaves out:
 
-- A step of a model takes c(rows), as measured; models with work take turns.
+- A step of a model takes c(rows), as measured, and g(rows) for its classifier, as many as the mean of accepted work
+  has; models with work take turns.
 - What is ahead of an image, by its policy's order, keeps the width full until it runs out; then its last rows drain
   while the image runs. So it waits for (work ahead) / width, less what is left of the rows that run last, which is
   taken to be what is left, on average, of those that run now; and at least until the first of these is done.
@@ -66,6 +67,7 @@ class Forecast:
         self._client_work: Counter[tuple[str, Priority, str]] = Counter()
         self._clients: Counter[tuple[str, Priority]] = Counter()
         self._rows: Counter[str] = Counter()
+        self._classified_rows: Counter[str] = Counter()
         self._arrivals = 0
 
     def predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
@@ -81,6 +83,7 @@ class Forecast:
             self._lines[image.model, image.priority].add(image.order, image.remaining_row_steps)
             self._images[image.request_id, image.position] = image
             self._rows[image.model] += image.rows
+            self._classified_rows[image.model] += image.classified_rows
             client = (image.model, image.priority, image.client)
             self._clients[image.model, image.priority] += client not in self._client_work
             self._client_work[client] += image.remaining_row_steps
@@ -90,6 +93,7 @@ class Forecast:
         image = self._images.pop((request_id, position))
         self._lines[image.model, image.priority].remove(image.order)
         self._rows[image.model] -= image.rows
+        self._classified_rows[image.model] -= image.classified_rows
         client = (image.model, image.priority, image.client)
         self._client_work[client] -= image.remaining_row_steps
         if not self._client_work[client]:
@@ -109,8 +113,14 @@ class Forecast:
         total = 0.0
         for model, width in view.widths.items():
             work = sum(self._lines[model, priority].work for priority in Priority) - done[model]
-            total += work / width * view.costs[model].seconds(width)
+            total += work / width * self._step_s(model, width, view)
         return total
+
+    def _step_s(self, model: str, rows: int, view: DeviceView, new: Sequence[Image] = ()) -> float:
+        """Say how long a step of so many rows takes, where the classifier is asked as often as in all accepted work."""
+        all_rows = self._rows[model] + sum(image.rows for image in new)
+        classified = self._classified_rows[model] + sum(image.classified_rows for image in new)
+        return view.costs[model].seconds(rows, rows * classified / all_rows if classified else 0)
 
     def _arrive(self, images: Sequence[Image], view: DeviceView) -> None:
         for sequence, image in enumerate(images, self._arrivals):
@@ -158,13 +168,14 @@ class Forecast:
             if interactive > 0 and self._batch_share > 0:
                 wait_steps = min(wait_steps, ahead / (self._batch_share * width))
         mean_left, least_left = _drain(taking_part, image, width)
-        rows = self._rows[model] + sum(i.rows for i in {*siblings, image} if not self._knows(i))
+        new = [i for i in {*siblings, image} if not self._knows(i)]
+        rows = self._rows[model] + sum(i.rows for i in new)
         wait_steps = max(least_left, wait_steps - mean_left) if rows > width else 0.0
 
-        step_s = view.costs[model].seconds(min(rows, width))
+        step_s = self._step_s(model, min(rows, width), view, new)
         if step_s:
             step_s += sum(
-                view.costs[other].seconds(view.widths[other])
+                self._step_s(other, view.widths[other], view)
                 for other in view.widths
                 if other != model and any(self._lines[other, p].work for p in Priority)
             )

@@ -36,13 +36,19 @@ class ImageParams:
     seed: int
     image_index: int
     class_index: int | None
-    """None for an unconditional model."""
+    """None for an unconditional model, unless a classifier guides it."""
     cfg_scale: float = 1.0
+    classifier_scale: float = 0.0
 
     @property
     def rows(self) -> int:
         """Network rows per step: two with classifier-free guidance."""
         return 1 if self.cfg_scale == 1.0 else 2
+
+    @property
+    def classified_rows(self) -> int:
+        """Rows per step that the classifier is called on: one with classifier guidance."""
+        return 0 if self.classifier_scale == 0.0 else 1
 
 
 class Priority(enum.Enum):
@@ -103,6 +109,8 @@ class Image:
     """time.monotonic() at admission."""
     rows: int = field(init=False)
     """Network rows per step."""
+    classified_rows: int = field(init=False)
+    """Rows per step that the classifier is called on."""
     client: str = ""
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None = None
@@ -124,6 +132,7 @@ class Image:
 
     def __post_init__(self) -> None:
         self.rows = self.params.rows
+        self.classified_rows = self.params.classified_rows
 
     @property
     def remaining_row_steps(self) -> int:
@@ -187,6 +196,11 @@ class StepBatch:
     def rows(self) -> int:
         """Network rows, padding not counted."""
         return sum(image.rows for image in self.images)
+
+    @property
+    def classified_rows(self) -> int:
+        """Rows that the classifier is called on, padding not counted."""
+        return sum(image.classified_rows for image in self.images)
 
     @property
     def slots(self) -> list[int]:

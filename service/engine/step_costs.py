@@ -1,4 +1,4 @@
-"""StepCosts: how long a step of so many rows takes, as measured, and the width that makes the most of it."""
+"""StepCosts: how long a step takes, as measured, by the rows in it, and the width that makes the most of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,40 @@ SMOOTHING = 0.05
 
 
 class StepCosts:
-    """c(n): seconds of an engine step by padded rows, a running mean per batch size; holds no clock.
+    """Seconds of an engine step: c(rows) of the network's call and all else, and g(classified) of the classifier's.
+
+    g is what a step with a classifier call takes beyond one without, which is all that a clock outside the step can
+    tell. Rows count with padding.
+    """
+
+    def __init__(self) -> None:
+        self._network = _Curve()
+        self._classifier = _Curve()
+
+    def observe(self, rows: int, seconds: float, classified: int = 0) -> None:
+        """Take in a step of so many rows, of which the classifier was called on some.
+
+        Raises:
+            ValueError: no rows, or time running backwards.
+        """
+        if rows < 1 or seconds < 0:
+            raise ValueError(f"a step has at least 1 row and takes at least 0 s; got {rows} rows, {seconds} s")
+        if classified == 0:
+            self._network.observe(rows, seconds)
+        else:
+            self._classifier.observe(classified, max(0.0, seconds - self._network.seconds(rows)))
+
+    def seconds(self, rows: float, classified: float = 0) -> float:
+        """Return what a step of so many rows takes; 0 before anything was measured."""
+        return self._network.seconds(rows) + (self._classifier.seconds(classified) if classified else 0.0)
+
+    def table(self) -> dict[int, float]:
+        """Return the measured sizes of network calls and their pooled seconds."""
+        return self._network.table()
+
+
+class _Curve:
+    """Seconds by padded rows, a running mean per batch size; holds no clock.
 
     More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
     cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
@@ -20,19 +53,11 @@ class StepCosts:
         self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Take in a step of so many rows, padding counted.
-
-        Raises:
-            ValueError: no rows, or time running backwards.
-        """
-        if rows < 1 or seconds < 0:
-            raise ValueError(f"a step has at least 1 row and takes at least 0 s; got {rows} rows, {seconds} s")
         known = self._seconds.get(rows)
         self._seconds[rows] = seconds if known is None else known + SMOOTHING * (seconds - known)
         self._curve = None
 
-    def seconds(self, rows: int) -> float:
-        """Return what a step of so many rows takes; 0 before anything was measured."""
+    def seconds(self, rows: float) -> float:
         sizes, costs = self._monotone()
         if not sizes:
             return 0.0
@@ -45,7 +70,6 @@ class StepCosts:
         return costs[at - 1] + part * (costs[at] - costs[at - 1])
 
     def table(self) -> dict[int, float]:
-        """Return the measured sizes and their pooled seconds."""
         return dict(zip(*self._monotone(), strict=True))
 
     def _monotone(self) -> tuple[list[int], list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusion.classifier import log_p_gradient
 from diffusion.plans import Sampler, build_plan
-from diffusion.sampling import ClassNetwork, ImageSpec, sample_images
+from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
 from service.backends.self_test import candidate_sizes, invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
@@ -27,8 +28,19 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
-from tests.denoisers import AsNetwork, BatchDependent, ExactDenoiser, PlaceDependent
-from tests.fakes import CLASS_NAMES, CountingRunner, generation, params, tiny_checkpoint, tiny_config, tiny_network
+from tests.denoisers import AsGradient, AsNetwork, BatchDependent, ExactClassifier, ExactDenoiser, PlaceDependent
+from tests.fakes import (
+    CLASS_NAMES,
+    CountingRunner,
+    generation,
+    params,
+    tiny_checkpoint,
+    tiny_classifier,
+    tiny_classifier_config,
+    tiny_config,
+    tiny_guided_checkpoint,
+    tiny_network,
+)
 
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64)
@@ -37,7 +49,7 @@ CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64)
 @cache
 def backend() -> TorchBackend:
     with TemporaryDirectory() as folder:
-        return TorchBackend(tiny_checkpoint(Path(folder) / "tiny"))
+        return TorchBackend(tiny_guided_checkpoint(Path(folder) / "tiny"))
 
 
 Subject = Literal["unet", "numpy", "numpy buckets"]
@@ -46,14 +58,17 @@ SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
 
 
 @cache
-def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, Any]:
-    """Return a runner that is warm, the network it runs, and the kind of array it takes."""
+def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassGradient, Any]:
+    """Return a runner that is warm, the network and the classifier's gradient it runs, and the kind of array."""
     if subject == "unet":
-        return warm_runner(), tiny_network(tiny_config()), torch
-    exact = ExactDenoiser(tiny_config(), batch_sizes=(1, WIDTH, 2 * WIDTH) if subject == "numpy buckets" else None)
+        classifier = tiny_classifier(tiny_classifier_config())
+        return warm_runner(), tiny_network(tiny_config()), partial(log_p_gradient, classifier), torch
+    sizes = (1, WIDTH, 2 * WIDTH) if subject == "numpy buckets" else None
+    guide = ExactClassifier(tiny_classifier_config(), batch_sizes=sizes)
+    exact = ExactDenoiser(tiny_config(), batch_sizes=sizes, classifier=guide)
     runner: ArrayRunner[Any] = ArrayRunner(exact, CONFIG)
     runner.warm_up()
-    return runner, AsNetwork(exact), np
+    return runner, AsNetwork(exact), AsGradient(exact), np
 
 
 def warm_runner() -> ArrayRunner[Tensor]:
@@ -65,12 +80,17 @@ def warm_runner() -> ArrayRunner[Tensor]:
 @cache
 def reference(image: ImageParams, subject: Subject = "unet") -> bytes:
     """Sample one image alone, without any engine."""
-    _, network, xp = subject_of(subject)
+    _, network, gradient, xp = subject_of(subject)
     plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
-        seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
+        seed=image.seed,
+        image_index=image.image_index,
+        class_index=image.class_index,
+        cfg_scale=image.cfg_scale,
+        classifier_scale=image.classifier_scale,
     )
-    return sample_images(network, plan, [spec], xp=xp)[0].tobytes()
+    asked = gradient if spec.classifier_scale else None
+    return sample_images(network, plan, [spec], gradient=asked, xp=xp)[0].tobytes()
 
 
 @st.composite
@@ -85,6 +105,7 @@ def image_params(draw: st.DrawFn) -> ImageParams:
         image_index=draw(st.integers(0, 2)),
         class_index=draw(st.integers(0, len(CLASS_NAMES) - 1)),
         cfg_scale=draw(st.sampled_from([1.0, 1.0, 2.5])),
+        classifier_scale=draw(st.sampled_from([0.0, 0.0, 3.0])),
     )
 
 
@@ -188,10 +209,14 @@ def test_the_numerics_id_follows_what_a_row_is_compared_with() -> None:
 
 
 def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors() -> None:
-    images = [replace(params(steps=6, cfg_scale=scale, seed=seed), class_index=2) for seed, scale in [(1, 1), (2, 2.5)]]
+    images = [
+        replace(params(steps=6, cfg_scale=scale, seed=seed, classifier_scale=2 * scale), class_index=2)
+        for seed, scale in [(1, 1), (2, 2.5)]
+    ]
     pictures = []
     for xp in (np, torch):
-        runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config(), xp), CONFIG)
+        guide = ExactClassifier(tiny_classifier_config(), xp)
+        runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config(), xp, classifier=guide), CONFIG)
         runner.warm_up()
         engine = Engine({"m": runner}, CONFIG, Metrics())
         engine.add(generation("r", *images), submitted_at=0.0)
@@ -284,7 +309,10 @@ def test_images_that_were_evicted_come_back_with_their_pixels(subject: Subject) 
     config = CONFIG.replace(slots_per_row=1)
     metrics = Metrics()
     engine = Engine({"m": subject_of(subject)[0]}, config, metrics)
-    long = [replace(params(steps=12, seed=seed, cfg_scale=scale), class_index=1) for seed, scale in enumerate([1, 1.5])]
+    long = [
+        replace(params(steps=12, seed=seed, cfg_scale=scale, classifier_scale=4 * seed), class_index=1)
+        for seed, scale in enumerate([1, 1.5])
+    ]
     short = [replace(params(steps=3, seed=9), image_index=k) for k in range(4)]
     engine.add(generation("long", *long, *long), submitted_at=0.0)
     results = engine.step() + engine.step()

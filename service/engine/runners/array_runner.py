@@ -1,4 +1,4 @@
-"""The runner, for numpy arrays and tensors alike: gather, one network call, guidance, noise, one update, scatter."""
+"""The runner, for numpy arrays and tensors alike: gather, network, guidance, noise, one update, scatter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
-from diffusion.guidance import classifier_free
+from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.plans import build_plan
 from diffusion.update import PlanRows, advance, split_output, to_uint8
-from service.backends.base import Denoiser, FailureKind
+from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
@@ -34,34 +34,46 @@ class ArrayRunner(Generic[A]):
     """
 
     def __init__(self, denoiser: Denoiser[A], config: EngineConfig) -> None:
-        compiled = denoiser.batch_sizes
-        if compiled is not None and config.max_rows > compiled[-1]:
-            raise ModelError(
-                f"{denoiser.description}: max_rows must be at most {compiled[-1]}, the largest batch that it was "
-                f"compiled for; got {config.max_rows}"
-            )
+        classifier: GuidingClassifier[A] | None = denoiser.classifier
         self.numerics_id = _numerics_id(denoiser, config.max_rows)
-        self.batch_sizes: tuple[int, ...] = (config.max_rows if compiled is None else compiled[-1],)
+        self.batch_sizes = _largest_size(denoiser, config.max_rows)
         """Rows a network call may have; the self-test finds more than the largest."""
+        self.classifier_batch_sizes = () if classifier is None else _largest_size(classifier, config.max_rows)
+        """Rows a classifier call may have, likewise; none where there is no classifier."""
         self._denoiser: Denoiser[A] = denoiser
+        self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
         self._channels = denoiser.config.model.image_channels
         self._null_class = denoiser.config.model.num_classes or 0
         self._conditional = denoiser.config.model.num_classes is not None
         self._slots: SlotTable[A] = SlotTable(
-            denoiser.config, config.num_slots, config.plan_lines, denoiser.xp, denoiser.device
+            denoiser.config,
+            config.num_slots,
+            config.plan_lines,
+            denoiser.xp,
+            denoiser.device,
+            None if classifier is None else classifier.config,
         )
 
     def warm_up(self) -> None:
         """Find the batch sizes that give a row the same bits as the largest, then take a real step."""
         self.batch_sizes = invariant_batch_sizes(self._denoiser, self._max_rows)
+        if self._classifier is not None:
+            self.classifier_batch_sizes = invariant_batch_sizes(self._classifier, self._max_rows)
         params = ImageParams(
-            plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=0
+            plan=PlanKey(sampler="ancestral", spec="2"),
+            num_steps=2,
+            seed=0,
+            image_index=0,
+            class_index=0,
+            classifier_scale=0.0 if self._classifier is None else 1.0,
         )
         self.start([Start(slot=0, params=params, plan_offset=0, write_plan=True)])
         self.step([0])
         self.read([0])
         log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
+        if self._classifier is not None:
+            log.info("%s: %s", self._classifier.description, ", ".join(map(str, self.classifier_batch_sizes)))
 
     def start(self, starts: Sequence[Start]) -> None:
         """Set slots up; plans are computed here, once for all images that share one."""
@@ -70,7 +82,8 @@ class ArrayRunner(Generic[A]):
             key = start.params.plan
             plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
             t_model = xp.asarray(plan.column("t_model").copy(), device=device)
-            self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model))
+            classifier_emb_t = None if self._classifier is None else self._classifier.embed_timesteps(t_model)
+            self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model), classifier_emb_t)
         if starts:
             self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
 
@@ -88,8 +101,8 @@ class ArrayRunner(Generic[A]):
         prediction, var_values = split_output(out, self._channels)
         z = normal(table.seed[index], table.image_index[index], step, STREAM_STEP, table.image_shape)
         rows = PlanRows.from_lines(table.plan[line])
-        no_gradient = self._denoiser.xp.zeros_like(x_t)
-        result = advance(rows, x_t, table.x0[index], prediction, var_values, z, no_gradient)
+        gradient = self._gradient(slots, x_t, line, table.y[index], table.classifier_scale[index])
+        result = advance(rows, x_t, table.x0[index], prediction, var_values, z, gradient)
         next_step = step + 1
 
         table.x[index] = result.x_prev
@@ -118,16 +131,19 @@ class ArrayRunner(Generic[A]):
         return self._denoiser.classify(error)
 
     def probe(self) -> None:
-        """Call the network on zeros, and wait for what it returns."""
-        xp, device = self._denoiser.xp, self._denoiser.device
-        rows = self.padded_rows(1)
-        emb_t = self._denoiser.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
-        x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
-        to_numpy(self._denoiser(x_t, emb_t, self._slots.integers([0] * rows) if self._conditional else None))
+        """Call the network, and its classifier, on zeros, and wait for what they return."""
+        self._call_on_zeros(self._denoiser, self.padded_rows(1))
+        if self._classifier is not None:
+            self._call_on_zeros(self._classifier, self.padded_classified_rows(1))
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next batch size that may be run."""
         return self.batch_sizes[bisect_left(self.batch_sizes, rows)]
+
+    def padded_classified_rows(self, rows: int) -> int:
+        """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
+        sizes = self.classifier_batch_sizes
+        return sizes[bisect_left(sizes, rows)] if sizes else 0
 
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Turn finished images into pixels."""
@@ -149,6 +165,47 @@ class ArrayRunner(Generic[A]):
         for row, place in enumerate(guided, start=count):
             uncond_row[place] = row
         return classifier_free(out[self._slots.integers(uncond_row)], out[:count], scale, self._channels)
+
+    def _gradient(self, slots: Sequence[int], x_t: A, line: A, y: A, scale: A) -> A:
+        """Call the classifier on the images that ask for it; the others' gradient is zero, and nobody's costs nothing.
+
+        Raises:
+            ModelError: an image that asks for a classifier that is not there.
+        """
+        gradient = self._denoiser.xp.zeros_like(x_t)
+        asking: list[int] = [place for place, slot in enumerate(slots) if self._slots.is_classified[slot]]
+        if not asking:
+            return gradient
+        if self._classifier is None:
+            raise ModelError(
+                f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
+            )
+        count: int = len(asking)
+        padding: list[int] = [asking[0]] * (self.padded_classified_rows(count) - count)
+        rows = self._slots.integers([*asking, *padding])
+        out = self._classifier(x_t[rows], self._slots.classifier_emb_t[line[rows]], y[rows])
+        gradient[rows[:count]] = scaled_gradient(out[:count], scale[rows[:count]])
+        return gradient
+
+    def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
+        xp, device = network.xp, network.device
+        emb_t = network.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
+        x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
+        labelled = network.config.model.num_classes is not None
+        to_numpy(network(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None))
+
+
+def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
+    """Return the one batch size that needs no self-test: the largest that was compiled, or the engine's width."""
+    compiled = network.batch_sizes
+    if compiled is None:
+        return (max_rows,)
+    if max_rows > compiled[-1]:
+        raise ModelError(
+            f"{network.description}: max_rows must be at most {compiled[-1]}, the largest batch that it was "
+            f"compiled for; got {max_rows}"
+        )
+    return (compiled[-1],)
 
 
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:

@@ -38,7 +38,7 @@ class Runner(Protocol):
         ...
 
     def probe(self) -> None:
-        """Call the network on a row that is nobody's; raises what it raises. Touches no slot."""
+        """Call the network, and its classifier, on a row that is nobody's; raises what they raise. Touches no slot."""
         ...
 
     def evict(self, slots: Sequence[int]) -> list[object]:
@@ -51,6 +51,10 @@ class Runner(Protocol):
 
     def padded_rows(self, rows: int) -> int:
         """Say how many rows a network call for that many rows computes."""
+        ...
+
+    def padded_classified_rows(self, rows: int) -> int:
+        """Say how many rows a classifier call for that many computes; 0 where there is no classifier."""
         ...
 
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
