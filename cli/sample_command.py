@@ -30,6 +30,9 @@ def sample_command(
     sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ancestral",
     eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0..1; default 0.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance, 1 = off; default: the model's own.")] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option(help="Guidance by the model's noisy classifier, 0 = off, the default.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="0..2^53-1; absent: random.")] = None,
 ) -> None:
     """Sample images; the same seed gives the pixels that the service gives for it."""
@@ -45,6 +48,7 @@ def sample_command(
         "sampler": sampler,
         "eta": eta,
         "cfg_scale": cfg_scale,
+        "classifier_scale": classifier_scale,
         "seed": secrets.randbelow(2**53) if seed is None else seed,
     }
     try:
@@ -71,7 +75,11 @@ def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImagePara
     config = EngineConfig()
     backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
     served = ServedModel(
-        name="model", config=backend.config, numerics_id=backend.numerics_id, backend=backend.description
+        name="model",
+        config=backend.config,
+        numerics_id=backend.numerics_id,
+        backend=backend.description,
+        classifier=None if backend.classifier is None else backend.classifier.config,
     )
     if asked.get("class", "").isdigit() and asked["class"] not in (served.class_names or ()):
         asked["class"] = int(asked["class"])

@@ -61,7 +61,11 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {
         name: ServedModel(
-            name=name, config=denoiser.config, numerics_id=runners[name].numerics_id, backend=denoiser.description
+            name=name,
+            config=denoiser.config,
+            numerics_id=runners[name].numerics_id,
+            backend=denoiser.description,
+            classifier=None if denoiser.classifier is None else denoiser.classifier.config,
         )
         for name, denoiser in denoisers.items()
     }

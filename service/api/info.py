@@ -32,6 +32,7 @@ async def models(state: State) -> ModelList:
                 num_timesteps=model.config.diffusion.num_timesteps,
                 guidance=model.config.model.null_class,
                 default_cfg_scale=model.config.sampling.cfg_scale,
+                classifier_guidance=model.classifier is not None,
                 numerics_id=model.numerics_id,
                 backend=model.backend,
             )

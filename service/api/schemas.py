@@ -12,6 +12,7 @@ from diffusion.plans import Sampler
 MAX_IMAGES = 64
 DEFAULT_STEPS = 100
 MAX_CFG_SCALE = 20.0
+MAX_CLASSIFIER_SCALE = 100.0
 
 MAX_DEADLINE_S = 86400.0
 
@@ -53,6 +54,12 @@ class GenerateRequest(BaseModel):
     cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Classifier-free guidance: 1 = off; default: what the model recommends.",
+    )
+    classifier_scale: (
+        Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
+    ) = Field(
+        default=None,
+        description="Classifier guidance, where the model has a noisy classifier: 0 = off, the default.",
     )
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="0..2^53-1; absent: random. The same seed gives the same pixels."
@@ -112,10 +119,13 @@ class ModelInfo(BaseModel):
     name: str
     image_size: int
     image_channels: int
-    classes: list[str] | None = Field(description="Class names in index order; null if unconditional.")
+    classes: list[str] | None = Field(
+        description="Class names in index order; null if unconditional. Of a classifier, where only that has classes."
+    )
     num_timesteps: int = Field(description="T: `steps` may be at most this.")
     guidance: bool = Field(description="Whether cfg_scale other than 1 is possible.")
     default_cfg_scale: float
+    classifier_guidance: bool = Field(description="Whether classifier_scale other than 0 is possible.")
     numerics_id: str
     backend: str
 

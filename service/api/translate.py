@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion.config import CheckpointConfig
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
@@ -26,13 +26,22 @@ class ServedModel:
     config: CheckpointConfig
     numerics_id: str
     backend: str
+    classifier: ClassifierCheckpointConfig | None = None
+    """The noisy classifier that guides it."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One name per class (its index where nobody named it); None if unconditional."""
-        if self.config.model.num_classes is None:
+        """One name per class (its index where nobody named it); None if neither the model nor its classifier has any.
+
+        The classes of a model and its classifier are the same, where both have some.
+        """
+        of_classifier = None if self.classifier is None else self.classifier.class_names
+        count = self.config.model.num_classes
+        if count is None and self.classifier is not None:
+            count = self.classifier.model.num_classes
+        if count is None:
             return None
-        return self.config.class_names or tuple(str(index) for index in range(self.config.model.num_classes))
+        return self.config.class_names or of_classifier or tuple(str(index) for index in range(count))
 
 
 def find_model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
@@ -60,14 +69,16 @@ def complete(
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     plan, num_steps = _plan(body, model.config)
     cfg_scale = _cfg_scale(body, model.config)
+    classifier_scale = _classifier_scale(body, model)
     images = tuple(
         ImageParams(
             plan=plan,
             num_steps=num_steps,
             seed=seed,
             image_index=body.image_index + k,
-            class_index=_class_index(body, model, seed, k),
+            class_index=_class_index(body, model, classifier_scale, seed, k),
             cfg_scale=cfg_scale,
+            classifier_scale=classifier_scale,
         )
         for k in range(count)
     )
@@ -130,12 +141,20 @@ def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
     return float(np.float32(body.cfg_scale))  # what the engine computes with: 1 + 1e-9 is 1, and takes one row
 
 
-def _class_index(body: GenerateRequest, model: ServedModel, seed: int, k: int) -> int | None:
+def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
+    scale = body.classifier_scale or 0
+    if scale != 0 and model.classifier is None:
+        raise InvalidRequest("classifier_scale", f"must be 0: the model has no noisy classifier; got {scale:g}")
+    return float(np.float32(scale))  # what the engine computes with
+
+
+def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:
     names = model.class_names
     asked = body.class_[k] if isinstance(body.class_, list) else body.class_
-    if names is None:
+    if names is None or (model.config.model.num_classes is None and classifier_scale == 0):
         if asked is not None:
-            raise InvalidRequest("class", f"must be absent: model {model.name!r} is unconditional")
+            unless = "" if names is None else ", and only its classifier knows classes: ask for classifier_scale too"
+            raise InvalidRequest("class", f"must be absent: model {model.name!r} is unconditional{unless}")
         return None
     if asked is None:
         return draw_class(seed, body.image_index + k, len(names))
