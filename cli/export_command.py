@@ -30,8 +30,9 @@ def export_command(
     """Compile a checkpoint for the service, with proof of parity; or write it for another tool.
 
     An ONNX artifact is compared with PyTorch before it is written: network calls by timestep, and pixels of whole
-    chains. Nothing is written where they differ by more than the limits in the table. For tensorrt, engines are then
-    built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
+    chains. Nothing is written where they differ by more than the limits in the table. A noisy classifier in
+    CHECKPOINT/classifier, which guides the model, is exported with it, into OUT/classifier. For tensorrt, engines are
+    then built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
     """
     from diffusion.artifact import Precision
 
@@ -71,11 +72,12 @@ def _export_onnx(checkpoint: Path, out: Path, precision: Precision, buckets: tup
     from model_export.artifact_export import ParityError, export_artifact
 
     try:
-        manifest = export_artifact(checkpoint, out, precision, buckets, say=lambda what: typer.echo(f"{what} ..."))
+        manifests = export_artifact(checkpoint, out, precision, buckets, say=lambda what: typer.echo(f"{what} ..."))
     except ParityError as error:
         typer.echo(parity_table(error.parity, error.chains))
         raise
-    typer.echo(parity_table(manifest.parity, manifest.chains))
+    for manifest in manifests:
+        typer.echo(parity_table(manifest.parity, manifest.chains))
 
 
 def _export_tensorrt(
@@ -99,13 +101,20 @@ def _export_tensorrt(
 
 def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
     """Say whether an artifact is already what would be exported, so that engines can be added to it."""
-    from diffusion.artifact import ArtifactError, find_artifact, read_artifact, refuse_foreign
+    from diffusion.artifact import (
+        ArtifactError,
+        find_artifact,
+        read_artifact,
+        refuse_foreign,
+        refuse_foreign_classifier,
+    )
 
     if find_artifact(out) != out:
         return False
     try:
         manifest = read_artifact(out)
         refuse_foreign(out, manifest, checkpoint)
+        refuse_foreign_classifier(out, checkpoint)
     except ArtifactError as error:
         typer.echo(f"exporting anew: {error}")
         return False

@@ -1,4 +1,7 @@
-"""A checkpoint compiled into an artifact folder: graph, time MLP, proof of parity, and the manifest last."""
+"""A checkpoint compiled into an artifact folder: graph, time MLP, proof of parity, and the manifest last.
+
+Where a noisy classifier guides the checkpoint's model, its artifact lies inside, as its checkpoint does.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ from diffusion.artifact import (
     manifest_json,
 )
 from diffusion.atomic_folder import may_replace, write_folder
-from diffusion.checkpoint import load_classifier, load_unet
+from diffusion.checkpoint import load_classifier, load_guide, load_unet
 from diffusion.checkpoint_config import AnyCheckpointConfig, checkpoint_sha256, read_config
 from diffusion.classifier import Classifier
+from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.time_mlp import WEIGHTS, TimeMLP
 from diffusion.unet import UNet
@@ -57,21 +61,22 @@ def export_artifact(
     precision: Precision = "fp32",
     buckets: tuple[int, ...] = DEFAULT_BUCKETS,
     say: Say = lambda _: None,
-) -> Manifest:
+) -> tuple[Manifest, ...]:
     """Write a checkpoint's network as an artifact folder, atomically; an artifact that is already there is replaced.
 
     Args:
-        checkpoint: the checkpoint folder, of a UNet or a noisy classifier.
+        checkpoint: the checkpoint folder, of a UNet, with the classifier that guides it if it has one, or of a noisy
+            classifier.
         out: the folder to write.
-        precision: what the graph computes in.
+        precision: what the graph computes in; a classifier's gradient is in float32 always.
         buckets: batch sizes it shall be compiled for, ascending.
         say: told what is being done, in words.
 
     Returns:
-        What was written as `manifest.json`.
+        What was written as `manifest.json`, and as that of the classifier inside.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be read.
+        CheckpointError: a checkpoint that cannot be read, or a classifier that does not fit.
         ArtifactError: an `out` that holds something else.
         ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
             bfloat16 is recorded, and refused by the service where it did not pass.
@@ -79,42 +84,52 @@ def export_artifact(
     if not may_replace(out, MANIFEST_FILE):
         raise ArtifactError(f"{out} exists and is no artifact folder; it was left alone")
     config = read_config(checkpoint)
-    sha256 = checkpoint_sha256(checkpoint)
-    manifest: Manifest | None = None
+    guide = load_guide(checkpoint, config) if isinstance(config, CheckpointConfig) else None
+    manifests: list[Manifest] = []
 
     def write(folder: Path) -> None:
-        nonlocal manifest
-        if isinstance(config, CheckpointConfig):
-            network: UNet | Classifier = load_unet(checkpoint)[1]
-        else:
-            network = load_classifier(checkpoint)[1]
-        say("tracing the network")
-        time_mlp = TimeMLP({name: network.state_dict()[name].numpy() for name in WEIGHTS})
-        time_mlp.write(folder / TIME_MLP_FILE)
-        dtype = PRECISIONS[precision]
-        if isinstance(network, UNet):
-            export_unet(network, folder / MODEL_FILE, dtype)
-        else:
-            export_classifier(network, folder / MODEL_FILE, dtype)
-            export_classifier_gradient(network, folder / GRADIENT_FILE)
-        parity, chains = _measure(folder, network, config, time_mlp, precision, say)
-        if failures(precision, parity, chains):
-            raise ParityError(parity, chains)
-        manifest = Manifest(
-            checkpoint=config,
-            checkpoint_sha256=sha256,
-            precision=precision,
-            opset=OPSET,
-            buckets=buckets,
-            versions={name: version(name) for name in MADE_BY},
-            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
-            parity=parity,
-            chains=chains,
-        )
-        (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
+        manifests.append(_write(checkpoint, folder, precision, buckets, say))
+        if guide is not None:
+            say("now the classifier")
+            inside = folder / CLASSIFIER_FOLDER
+            inside.mkdir()
+            manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, buckets, say))
 
     write_folder(out, write)
-    assert manifest is not None  # noqa: S101  # write was called
+    return tuple(manifests)
+
+
+def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[int, ...], say: Say) -> Manifest:
+    """Write the files of one network's artifact into an empty folder."""
+    config = read_config(checkpoint)
+    if isinstance(config, CheckpointConfig):
+        network: UNet | Classifier = load_unet(checkpoint)[1]
+    else:
+        network = load_classifier(checkpoint)[1]
+    say("tracing the network")
+    time_mlp = TimeMLP({name: network.state_dict()[name].numpy() for name in WEIGHTS})
+    time_mlp.write(folder / TIME_MLP_FILE)
+    dtype = PRECISIONS[precision]
+    if isinstance(network, UNet):
+        export_unet(network, folder / MODEL_FILE, dtype)
+    else:
+        export_classifier(network, folder / MODEL_FILE, dtype)
+        export_classifier_gradient(network, folder / GRADIENT_FILE)
+    parity, chains = _measure(folder, network, config, time_mlp, precision, say)
+    if failures(precision, parity, chains):
+        raise ParityError(parity, chains)
+    manifest = Manifest(
+        checkpoint=config,
+        checkpoint_sha256=checkpoint_sha256(checkpoint),
+        precision=precision,
+        opset=OPSET,
+        buckets=buckets,
+        versions={name: version(name) for name in MADE_BY},
+        files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+        parity=parity,
+        chains=chains,
+    )
+    (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
     return manifest
 
 
