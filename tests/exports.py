@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,32 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.artifact import MODEL_FILE
-from diffusion.checkpoint import write_checkpoint
-from diffusion.config import CheckpointConfig, DiffusionConfig
-from model_export.onnx_export import PRECISIONS, export_classifier, export_classifier_gradient, export_unet
+from diffusion.artifact import (
+    GRADIENT_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    TIME_MLP_FILE,
+    BandError,
+    Manifest,
+    NetworkParity,
+    file_entry,
+    manifest_json,
+)
+from diffusion.checkpoint import load_classifier, write_checkpoint
+from diffusion.checkpoint_config import checkpoint_sha256
+from diffusion.classifier_folder import CLASSIFIER_FOLDER
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, DiffusionConfig
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from model_export.onnx_export import OPSET, PRECISIONS, export_classifier, export_classifier_gradient, export_unet
 from tests import golden
 
 BUNDLED = Path(__file__).parents[1] / "models" / "fashion32"
 EXPORTED = "imp_cond_ls"
 """The golden network that goes through `iddpm export`."""
+CLASSIFIER = "clf_attention"
+"""The golden classifier that guides it, and that guides in the golden file `guidance`."""
+GRADIENT = Path(__file__).parent / "data" / f"{CLASSIFIER}_gradient.onnx"
+"""The graph of its gradient."""
 
 
 def golden_checkpoint(folder: Path) -> Path:
@@ -27,6 +45,39 @@ def golden_checkpoint(folder: Path) -> Path:
     config = CheckpointConfig(model=golden.model_config(EXPORTED), diffusion=diffusion)
     write_checkpoint(folder, config, load_file(golden.GOLDEN_DIR / f"{EXPORTED}.safetensors"))
     return folder
+
+
+def write_golden_classifier(folder: Path, diffusion: DiffusionConfig | None = None) -> None:
+    """Write the golden classifier of the golden guidance as a checkpoint folder."""
+    config = ClassifierCheckpointConfig(
+        model=golden.classifier_config(CLASSIFIER), diffusion=diffusion or DiffusionConfig(num_timesteps=1000)
+    )
+    write_checkpoint(folder, config, load_file(golden.GOLDEN_DIR / f"{CLASSIFIER}.safetensors"))
+
+
+def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
+    """Write the artifact of a golden classifier's checkpoint, its parity made up: tests/parity/test_onnx.py has it."""
+    config, classifier = load_classifier(checkpoint)
+    folder.mkdir()
+    shutil.copy(GRADIENT, folder / GRADIENT_FILE)
+    (folder / MODEL_FILE).write_bytes(b"logits that nobody computes")
+    TimeMLP({name: classifier.state_dict()[name].numpy() for name in WEIGHTS}).write(folder / TIME_MLP_FILE)
+    parity = NetworkParity(
+        backend="openvino 0",
+        precision="fp32",
+        file=GRADIENT_FILE,
+        limit=1e-4,
+        bands=(BandError(t_min=0, t_max=999, prediction=0.0),),
+    )
+    manifest = Manifest(
+        checkpoint=config,
+        checkpoint_sha256=checkpoint_sha256(checkpoint),
+        opset=OPSET,
+        buckets=(1, 2, 4),
+        files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+        parity=(parity,),
+    )
+    (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
 
 
 class Exports:
@@ -65,6 +116,18 @@ class Exports:
         if (BUNDLED / "artifact").is_dir():
             return BUNDLED / "artifact"
         return self._once("bundled", lambda path: _export(BUNDLED, path, "1,2,4,8"))
+
+    def guided(self) -> Path:
+        """Return the golden checkpoint and artifact again, with a golden classifier in both.
+
+        The gradient's graph is read, not traced (tests/data/README.md); nobody opens the graph of its logits.
+        """
+        folder = self._folder / "guided"
+        if not folder.exists():
+            shutil.copytree(self.checkpoint(), folder)
+            write_golden_classifier(folder / CLASSIFIER_FOLDER)
+            write_golden_gradient(folder / "artifact" / CLASSIFIER_FOLDER, folder / CLASSIFIER_FOLDER)
+        return folder
 
     def _exported(self) -> tuple[Path, str]:
         output = self._folder / "golden.txt"

@@ -9,18 +9,29 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.artifact import ArtifactError, read_artifact
+from diffusion.artifact import (
+    GRADIENT_FILE,
+    ArtifactError,
+    BandError,
+    NetworkParity,
+    read_artifact,
+    read_classifier_artifact,
+)
 from diffusion.checkpoint import load_unet, write_checkpoint
 from diffusion.checkpoint_config import checkpoint_sha256
+from diffusion.classifier import Classifier
 from diffusion.unet import UNet
 from model_export import artifact_export, parity
-from tests.exports import Exports, golden_checkpoint
+from tests.counts import LONG
+from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
+from tests.fakes import tiny_guided_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +147,61 @@ def test_an_artifact_is_replaced_whole_or_stays(checkpoint: Path, monkeypatch: p
     assert export(checkpoint, out, "--buckets", "4,1,4")[0] == 0
     assert read_artifact(out).buckets == (1, 4)
     assert sorted(path.name for path in checkpoint.iterdir()) == ["artifact", "config.json", "model.safetensors"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_model_is_exported_with_the_classifier_that_guides_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_logits(network: Classifier, path: Path, dtype: torch.dtype) -> None:
+        path.write_bytes(b"logits that nobody compares")
+
+    measure = artifact_export._measure
+
+    def measure_unets(folder: Path, network: UNet | Classifier, *others: Any) -> Any:
+        if isinstance(network, UNet):
+            return measure(folder, network, *others)
+        band = BandError(t_min=0, t_max=999, prediction=gradient_error)
+        return (NetworkParity(backend="none 1", precision="fp32", file=GRADIENT_FILE, limit=1e-4, bands=(band,)),), ()
+
+    monkeypatch.setattr(artifact_export, "export_classifier", write_logits)
+    monkeypatch.setattr(artifact_export, "export_classifier_gradient", lambda _, path: shutil.copy(GRADIENT, path))
+    monkeypatch.setattr(artifact_export, "_measure", measure_unets)
+    write_golden_classifier(checkpoint / "classifier")
+    out, gradient_error = checkpoint / "artifact", 0.5
+    code, output = export(checkpoint, out)
+    assert (code, "gradient.onnx, none 1, fp32: at most 5.0e-01, limit 1e-04: TOO FAR" in output) == (1, True), output
+    assert not out.exists()
+
+    gradient_error = 1e-6
+    code, output = export(checkpoint, out)
+    assert (code, "gradient.onnx, none 1, fp32: at most 1.0e-06, limit 1e-04: ok" in output) == (0, True), output
+    found = read_classifier_artifact(out)
+    assert found is not None
+    assert found[0].checkpoint_sha256 == checkpoint_sha256(checkpoint / "classifier")
+    assert sorted(read_artifact(out).files) == ["model.onnx", "time_mlp.npz"]
+    assert sorted(found[0].files) == ["gradient.onnx", "model.onnx", "time_mlp.npz"]
+
+
+@pytest.mark.skipif(not LONG, reason="traces a classifier and its gradient: IDDPM_TEST_LONG=1")
+def test_a_classifier_is_proven_with_its_model(checkpoint: Path) -> None:
+    write_golden_classifier(checkpoint / "classifier")
+    code, output = export(checkpoint, checkpoint / "artifact")
+    assert code == 0, output
+    found = read_classifier_artifact(checkpoint / "artifact")
+    assert found is not None
+    measured = [(p.file, p.backend.split(" ")[0], p.precision) for p in found[0].parity if p.passed]
+    assert [m for m in measured if m[2] == "fp32"] == [
+        (file, runtime, "fp32") for file in ("model.onnx", "gradient.onnx") for runtime in ("onnxruntime", "openvino")
+    ]
+
+
+def test_a_classifier_that_does_not_fit_its_model_is_not_exported(checkpoint: Path) -> None:
+    tiny_guided_checkpoint(checkpoint.parent / "tiny")
+    shutil.move(checkpoint.parent / "tiny" / "classifier", checkpoint / "classifier")
+    code, output = export(checkpoint, checkpoint / "artifact")
+    assert (code, "cannot guide the model" in " ".join(output.split())) == (1, True), output
+    assert not (checkpoint / "artifact").exists()
 
 
 def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

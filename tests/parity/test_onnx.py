@@ -20,7 +20,7 @@ from model_export.onnx_export import OPSET, PRECISIONS, export_classifier, expor
 from model_export.runtimes import Graph, Runtime, runtimes_for
 from tests import golden
 from tests.counts import LONG
-from tests.exports import EXPORTED, Exports
+from tests.exports import CLASSIFIER, EXPORTED, GRADIENT, Exports
 from tests.parity.test_networks import CLASSIFIERS, UNETS
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -124,6 +124,14 @@ def test_a_classifier_s_gradient_is_pytorch_s(exports: Exports, name: str) -> No
         inputs = inputs_of(classifier, 5)
         alone, together = (graph(repeat_row(inputs, 3, rows)) for rows in (1, 4))
         assert relative(together, np.repeat(alone, 4, axis=0)) < (2e-6 if "onnx" in runtime.backend else 1e-30), runtime
+
+
+@LONG_ONLY
+def test_the_gradient_that_tests_read_is_the_one_that_is_exported(exports: Exports) -> None:
+    inputs = inputs_of(golden.classifier(CLASSIFIER), 3)
+    for runtime in runtimes_for("fp32"):
+        read, traced = (runtime.open(path)(inputs) for path in (GRADIENT, exports.gradient(CLASSIFIER)))
+        np.testing.assert_array_equal(read, traced)
 
 
 def _of_embedding(classifier: Classifier, emb_t: torch.Tensor, x_t: torch.Tensor, _t: torch.Tensor) -> torch.Tensor:
