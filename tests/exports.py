@@ -122,12 +122,13 @@ class Exports:
 
         The gradient's graph is read, not traced (tests/data/README.md); nobody opens the graph of its logits.
         """
-        folder = self._folder / "guided"
-        if not folder.exists():
+
+        def add_classifier(folder: Path) -> None:
             shutil.copytree(self.checkpoint(), folder)
             write_golden_classifier(folder / CLASSIFIER_FOLDER)
             write_golden_gradient(folder / "artifact" / CLASSIFIER_FOLDER, folder / CLASSIFIER_FOLDER)
-        return folder
+
+        return self._once("guided", add_classifier)
 
     def _exported(self) -> tuple[Path, str]:
         output = self._folder / "golden.txt"

@@ -28,7 +28,7 @@ def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]
 
     The largest is always among them: the full width, or the largest size that the backend has compiled. Where any
     size may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tried in one network call each, and those that differ are left
-    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning. A denoiser is
+    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning. A network is
     tried once per width.
 
     Raises:

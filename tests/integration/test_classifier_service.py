@@ -128,8 +128,8 @@ def test_the_sample_command_guides_too(tmp_path: Path) -> None:
         pictures.append(pixels_of(out.read_bytes()))
     denoiser = load_denoiser(folder, "torch", BackendOptions(device="cpu"))
     plan = build_plan(denoiser.config.diffusion, "ancestral", "4")
-    for scale, picture in zip((0.0, 20.0), pictures, strict=True):
-        spec = ImageSpec(seed=6, class_index=1, classifier_scale=scale)
+    for classifier_scale, picture in zip((0.0, 20.0), pictures, strict=True):
+        spec = ImageSpec(seed=6, class_index=1, classifier_scale=classifier_scale)
         np.testing.assert_array_equal(
             picture, sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser))
         )

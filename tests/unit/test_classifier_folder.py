@@ -131,9 +131,7 @@ def test_what_cannot_guide_is_refused(model: Path) -> None:
     shutil.move(tiny_guided_checkpoint(model.parent / "other") / CLASSIFIER_FOLDER, classifier)
     tiny_checkpoint(model.parent / "rgb", image_channels=3)
     shutil.move(classifier, model.parent / "rgb" / CLASSIFIER_FOLDER)
-    with pytest.raises(
-        CheckpointError, match=r"cannot guide the model in .*: its image_channels is 1, the"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot guide the model in .*: its image_channels is 1, the"):
         guide_of(model.parent / "rgb")
 
 
