@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
+from service.backends.cuda_graphs import GraphedNetwork, call_again
 from service.backends.select import load_denoiser
 from service.backends.torch_backend import TorchBackend
+from service.backends.torch_classifier import load_torch_classifier
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.forecast import DeviceView, Forecast
@@ -184,6 +187,18 @@ def test_the_numerics_id_depends_on_the_classifier(tmp_path: Path) -> None:
     ids = {plain.numerics_id, with_classifier.numerics_id, TorchBackend(other).numerics_id}
     assert len(ids) == 3
     assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).numerics_id in ids
+
+
+def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path) -> None:
+    folder = tiny_guided_checkpoint(tmp_path / "guided")
+    classifier = load_torch_classifier(folder, tiny_config(), torch.device("cpu"), (1, 2))
+    assert classifier is not None
+    graphed = GraphedNetwork(classifier._gradient, (1, 2), classifier._zero_inputs, call_again)
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    emb_t, y = classifier.embed_timesteps(torch.tensor([3.0, 900.0])), torch.tensor([1, 3])
+    gradient = classifier(x_t, emb_t, y)
+    assert gradient.abs().max() > 0
+    assert torch.equal(graphed(x_t, emb_t, y), gradient)
 
 
 def test_a_damaged_classifier_is_refused_at_start_up(tmp_path: Path) -> None:
