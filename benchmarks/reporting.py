@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +37,12 @@ def describe_run(device: torch.device, threads: int) -> dict[str, str]:
 def command_line(module: str) -> str:
     """Return the command that is running."""
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def markdown_section(facts: Mapping[str, str], table: str, module: str) -> str:
+    """Write the body of a section of RESULTS.md: the facts, a table, and the command that is running."""
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join([*lines, "", table, "", "```", command_line(module), "```", ""])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

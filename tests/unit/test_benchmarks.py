@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import denoise_step, precision, sample
+from benchmarks import bookkeeping, denoise_step, precision, sample
 from benchmarks.ceiling import Probe, ceilings, probes
 from benchmarks.contenders import (
     Absent,
@@ -305,3 +305,19 @@ def test_distances_count_levels() -> None:
 def test_precision_needs_a_judge_and_trains_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist; python -m benchmarks\.conditioning trains one"):
         precision.open_judge(tmp_path / "judge.safetensors", open_network("fashion32", tmp_path))
+
+
+# --- the engine's own costs
+
+
+def test_bookkeeping_times_every_step_of_every_policy_and_what_is_asked_between_them() -> None:
+    costs = bookkeeping.measure(waiting=40, width=4, steps=60, repeats=2)
+    assert {policy for policy, _ in costs} == {"fifo", "srw", "deadline"}
+    for (_, call), repeats in costs.items():
+        assert len(repeats) == 2
+        for seconds in repeats:
+            assert len(seconds) == 60 if call != "submit" else 0 < len(seconds) < 60
+    lines = bookkeeping.table(costs, step_s=0.01).splitlines()
+    assert len(lines) == 2 + 3 * 3
+    assert lines[2].startswith("| fifo | step |")
+    assert lines[2].endswith("% |")
