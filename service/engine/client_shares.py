@@ -45,11 +45,12 @@ class ClientShares:
     def serve(self, rows: Mapping[str, int]) -> list[str]:
         """Take in a step's rows by client, before finished images leave; returns who began or ceased to be ahead."""
         self._fair += sum(rows.values()) / max(1, len(self._images))
+        least, most = self._fair - self._allowance, self._fair + self._allowance
         changed = []
         for client, count in rows.items():
-            had = max(self._had[client], self._fair - self._allowance) + count
+            had = max(self._had[client], least) + count
             self._had[client] = had
-            if had > self._fair + self._allowance and client not in self.ahead:
+            if had > most and client not in self.ahead:
                 self.ahead.add(client)
                 heappush(self._returns, (had - self._allowance, client))
                 changed.append(client)

@@ -13,7 +13,6 @@ How long an image can be overtaken within its priority, by images of clients tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, assert_never
 
 from service.engine.request import Image
@@ -50,7 +49,7 @@ def policy_named(name: PolicyName, ageing: float) -> Policy:
         case "fifo":
             return fifo
         case "srw":
-            return partial(srw, ageing=ageing)
+            return lambda image: srw(image, ageing)
         case "deadline":
             return deadline
         case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -192,7 +193,7 @@ class StepBatch:
     preempted: int = 0
     """Images of the model's last step that could have gone on and were not picked."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Network rows, padding not counted."""
         return sum(image.rows for image in self.images)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
+from typing import Any
 
 from service.engine.client_shares import ClientShares
 from service.engine.config import EngineConfig
@@ -28,13 +29,11 @@ class _Queue:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.evicted) + len(self.running)
 
-    def sort(self) -> None:
-        """Put running images in order of urgency."""
-        self.running.sort(key=self.urgency if self.shares.ahead else _ORDER)
-
-    def urgency(self, image: Image) -> tuple[bool, tuple[float, int]]:
-        """Return what the queue is sorted by."""
-        return image.client in self.shares.ahead, image.order
+    @property
+    def urgency(self) -> Callable[[Image], Any]:
+        """What the queue is sorted by, until the next step is done; least first."""
+        ahead = self.shares.ahead
+        return (lambda image: (image.client in ahead, image.order)) if ahead else _ORDER
 
     def next_in_line(self, rows: int) -> Image | None:
         """Return the most urgent image without a slot that takes at most so many rows and may go on."""
@@ -195,18 +194,18 @@ class Scheduler:
         """
         lane = self._lanes[batch.model]
         lane.steps += 1
-        rows = {Priority.INTERACTIVE: Counter[str](), Priority.BATCH: Counter[str]()}
+        served: dict[_Queue, defaultdict[str, int]] = {q: defaultdict(int) for q in (lane.interactive, lane.batch)}
         for image in batch.images:
-            rows[image.priority][image.client] += image.rows
-        lane.interactive.served(rows[Priority.INTERACTIVE])
-        lane.batch.served(rows[Priority.BATCH])
+            served[lane.queue(image)][image.client] += image.rows
+        for queue, rows in served.items():
+            queue.served(rows)
         started = {start.slot for start in batch.starts}
+        self.remaining_row_steps -= batch.rows
         left = []
         for image, fine in zip(batch.images, ok, strict=True):
             if fine and image.slot in started:
                 lane.plans.confirm(image.params.plan)
             image.steps_done += 1
-            self.remaining_row_steps -= image.rows
             if fine and image.steps_done < image.params.num_steps:
                 self._set_order(image)
             else:
@@ -221,7 +220,7 @@ class Scheduler:
         interactive, batch = lane.interactive, lane.batch
         interactive.blocked = batch.blocked = False
         for queue in (interactive, batch):
-            queue.sort()
+            queue.running.sort(key=queue.urgency)
         picked: dict[Image, None] = {}
         rows = lane.width
         if len(interactive) and len(batch):
@@ -242,6 +241,7 @@ class Scheduler:
         With `in_full`, an image that is too wide ends it: rows that are saved up must not go to narrower ones.
         """
         running = [image for image in queue.running if image not in picked]
+        urgency = queue.urgency
         at = 0
         newcomer = queue.next_in_line(2 if in_full else rows)
         while rows:
@@ -251,7 +251,7 @@ class Scheduler:
             if newcomer is not None and newcomer.rows > widest:
                 newcomer = queue.next_in_line(widest)
             image = running[at] if at < len(running) else None
-            if newcomer is not None and (image is None or queue.urgency(newcomer) < queue.urgency(image)):
+            if newcomer is not None and (image is None or urgency(newcomer) < urgency(image)):
                 image = newcomer
             if image is None or image.rows > rows:
                 break
