@@ -12,6 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
+
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.metrics import Metrics
+from tests.fakes import CountingRunner, generation, params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,6 +130,23 @@ def test_haproxy_accepts_its_configuration(compose: dict[str, Any]) -> None:
 def test_prometheus_accepts_its_configuration() -> None:
     checked = run(tool("promtool"), "check", "config", "deploy/prometheus/prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_prometheus_finds_nothing_wrong_with_the_metrics() -> None:
+    config, metrics = EngineConfig(), Metrics()
+    engine = Engine({"m": CountingRunner()}, config, metrics)
+    engine.warm_up()
+    engine.measure()
+    engine.add(generation("r", params(steps=2)), submitted_at=0.0)  # so that every label has values
+    while engine.has_work():
+        engine.step()
+    checked = subprocess.run(
+        [tool("promtool"), "check", "metrics"],
+        input=generate_latest(metrics.registry),
+        capture_output=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
 def test_prometheus_finds_every_replica_and_the_proxy(compose: dict[str, Any], dockerfile: list[str]) -> None:
