@@ -37,9 +37,8 @@ import numpy as np
 import torch
 
 from benchmarks.engine_process import EngineProcess
+from benchmarks.null_network import NullDenoiser
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
-from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
-from service.backends.base import FailureKind, classify_synchronous
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -52,49 +51,21 @@ Place = Literal["thread", "thread, interval", "process"]
 
 MODEL = "m"
 WIDTH = 8
-GROUPS = 5
-GROUP_S = 0.15
+GROUPS = 4
+GROUP_S = 0.06
 """As long as a width of images takes, about, so that there are equally many results with every device."""
 BURST_S = 0.004
 """The event loop works for a part of this, then lets others run: about what a request takes to be handled."""
 ENGINE = EngineConfig(max_rows=WIDTH, timed_calls=0)
-CONFIG = CheckpointConfig(
-    model=ModelConfig(
-        image_size=32,
-        image_channels=3,
-        model_channels=32,
-        channel_mult=(1,),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        num_heads=1,
-        num_classes=None,
-        null_class=False,
-    ),
-    diffusion=DiffusionConfig(num_timesteps=1000),
-)
 
 
-class Device:
-    """A network that takes its time and predicts no noise."""
+class Device(NullDenoiser):
+    """A network that takes its time."""
 
     def __init__(self, kind: Kind, seconds: float, rate: float) -> None:
-        self.config = CONFIG
-        self.numerics_id = "device"
-        self.description = kind
-        self.batch_sizes = (WIDTH,)
-        self.threads = 1
-        self.xp = np
-        self.device = "cpu"
+        super().__init__(image_size=32, max_rows=WIDTH)
         self._seconds = seconds
         self._rounds = max(1, int(rate * seconds)) if kind == "computes" else 0
-
-    def embed_timesteps(self, t_model: Any) -> Any:
-        """Nobody reads it."""
-        return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
-
-    def classify(self, error: Exception) -> FailureKind:
-        """Nothing raises here."""
-        return classify_synchronous(error)
 
     def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
         """Let the time pass, without the interpreter's lock."""
@@ -102,7 +73,7 @@ class Device:
             compute(self._rounds)
         else:
             time.sleep(self._seconds)
-        return np.zeros((len(x_t), self.config.model.out_channels, *x_t.shape[2:]), dtype=np.float32)
+        return super().__call__(x_t, emb_t, y)
 
 
 class Runner(ArrayRunner[Any]):

@@ -1,0 +1,246 @@
+"""What does HTTP cost? The service around a network that does nothing, a bare FastAPI app, and LitServe.
+
+    python -m benchmarks.http --litserve-python path/to/its/venv/bin/python
+
+Each server is a process of its own on a loopback port, started anew for every repeat, in turns. A request is for one
+image of 32 x 32 pixels and 2 steps; FastAPI and LitServe have no engine and answer with a picture made beforehand, so
+they show what is left when all of the service's work is taken away. Measured from this process, over connections that
+stay open:
+
+- alone: the latency of one request after the other; of the service also without its engine steps, which is what HTTP,
+  admission, the engine's queue, encoding and the way back add to them (goal: 5 ms);
+- loaded: requests per second, and their latency, with as many requests always in flight as `--clients` says;
+- loop lag under that load: how late a sleep of 5 ms returns in the server's event loop (goal: 99 % below 20 ms). The
+  service is also asked for pictures of 64 x 64 pixels, whose encoding takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.options import WORK
+from benchmarks.reporting import describe_run, markdown_section, markdown_table
+
+HERE = Path(__file__).parent / "null_servers"
+BODY = json.dumps({"steps": 2, "seed": 1}).encode()
+WARM_UP = 50
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server, by how it is started: command, port, arguments."""
+
+    name: str
+    command: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    has_engine: bool = False
+    has_lag: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of one repeat."""
+
+    alone_ms: tuple[float, ...]
+    engine_ms: float
+    """Mean time of a lone request's engine steps; 0 without an engine."""
+    per_second: float
+    loaded_ms: tuple[float, ...]
+    lag_ms: tuple[float, ...]
+
+
+class Connection:
+    """HTTP/1.1 over one connection that stays open, as little of it as these servers need."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._host = f"Host: 127.0.0.1:{port}\r\n".encode()
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """Send a request and return the answer's body.
+
+        Raises:
+            RuntimeError: the answer is not 200.
+        """
+        head = f"{method} {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self._writer.write(head.encode() + self._host + b"\r\n" + body)
+        answer = await self._reader.readuntil(b"\r\n\r\n")
+        status, *lines = answer.lower().split(b"\r\n")
+        length = next(int(line[15:]) for line in lines if line.startswith(b"content-length:"))
+        content = await self._reader.readexactly(length)
+        if b" 200" not in status:
+            raise RuntimeError(f"{method} {path}: {status.decode()} {content[:200]!r}")
+        return content
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+
+async def connect(port: int) -> Connection:
+    """Open a connection."""
+    return Connection(*await asyncio.open_connection("127.0.0.1", port), port)
+
+
+@asynccontextmanager
+async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
+    """Start a server and wait until it is ready; yields its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603  # a program of ours, or the Python that was named
+            [*contender.command, str(port), *contender.arguments], stdout=output, stderr=output
+        )
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"{contender.name} did not start; see {log}")
+            try:
+                connection = await connect(port)
+                await connection.ask("GET", "/readyz")
+                break
+            except (OSError, RuntimeError, asyncio.IncompleteReadError):
+                await asyncio.sleep(0.1)
+        connection.close()
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def measure(contender: Contender, log: Path, alone: int, clients: int, seconds: float) -> Measured:
+    """Start a server, ask it one request after the other, then many at a time."""
+    async with started(contender, log) as port:
+        connection = await connect(port)
+        for _ in range(WARM_UP):
+            await connection.ask("POST", "/v1/generate", BODY)
+        before = await _engine_seconds(connection) if contender.has_engine else 0.0
+        alone_ms = [await _timed(connection) for _ in range(alone)]
+        steps_s = await _engine_seconds(connection) - before if contender.has_engine else 0.0
+        if contender.has_lag:
+            await connection.ask("GET", "/lag")
+
+        connections = [await connect(port) for _ in range(clients)]
+        loaded_ms: list[float] = []
+        begun = time.perf_counter()
+
+        async def keep_asking(mine: Connection) -> None:
+            while time.perf_counter() - begun < seconds:
+                loaded_ms.append(await _timed(mine))
+
+        await asyncio.gather(*map(keep_asking, connections))
+        took = time.perf_counter() - begun
+        lag_ms = json.loads(await connection.ask("GET", "/lag")) if contender.has_lag else []
+        for one in (connection, *connections):
+            one.close()
+    return Measured(tuple(alone_ms), 1000 * steps_s / alone, len(loaded_ms) / took, tuple(loaded_ms), tuple(lag_ms))
+
+
+async def _timed(connection: Connection) -> float:
+    begun = time.perf_counter()
+    await connection.ask("POST", "/v1/generate", BODY)
+    return 1000 * (time.perf_counter() - begun)
+
+
+async def _engine_seconds(connection: Connection) -> float:
+    text = (await connection.ask("GET", "/metrics")).decode()
+    families = text_string_to_metric_families(text)
+    samples = (sample for family in families for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == "iddpm_engine_step_seconds_sum")
+
+
+def table(results: Mapping[str, Sequence[Measured]]) -> str:
+    """Write a row per server: the repeats' middle, and their least and most."""
+
+    def spread(values: Sequence[float], digits: int = 2) -> str:
+        return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+    def quantile(values: Sequence[Sequence[float]], part: float) -> str:
+        return spread([float(np.percentile(one, part)) for one in values]) if values[0] else "-"
+
+    rows = []
+    for name, repeats in results.items():
+        alone = [one.alone_ms for one in repeats]
+        beyond = [[ms - one.engine_ms for ms in one.alone_ms] for one in repeats] if repeats[0].engine_ms else [[]]
+        rows.append(
+            [
+                name,
+                quantile(alone, 50),
+                quantile(beyond, 50),
+                quantile(beyond, 99),
+                spread([one.per_second for one in repeats], 0),
+                quantile([one.loaded_ms for one in repeats], 50),
+                quantile([one.loaded_ms for one in repeats], 99),
+                quantile([one.lag_ms for one in repeats], 99),
+            ]
+        )
+    header = (
+        "server",
+        "alone ms p50",
+        "without engine steps p50",
+        "p99",
+        "loaded: requests/s",
+        "ms p50",
+        "ms p99",
+        "loop lag ms p99",
+    )
+    return markdown_table(header, rows)
+
+
+def contenders(litserve_python: Path | None) -> list[Contender]:
+    """Name the servers that can be started."""
+    ours = (sys.executable, "-m", "benchmarks.null_servers.iddpm_server")
+    found = [
+        Contender("iddpm", ours, has_engine=True),
+        Contender("FastAPI alone", (sys.executable, "-m", "benchmarks.null_servers.fastapi_server")),
+        Contender("iddpm, 64 x 64", ours, ("64",), has_engine=True),
+    ]
+    if litserve_python is not None:
+        program = str(HERE / "litserve_server.py")
+        found.insert(2, Contender("LitServe", (str(litserve_python), program), has_lag=False))
+    return found
+
+
+def main() -> None:
+    """Print the table, and write it as a section of RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--alone", type=int, default=200, help="requests one after the other (200)")
+    parser.add_argument("--clients", type=int, default=16, help="requests in flight under load (16)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long the load lasts (2)")
+    parser.add_argument("--litserve-python", type=Path, help="Python that has LitServe; left out without it")
+    parser.add_argument("--out", type=Path, default=WORK)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    facts = describe_run(torch.device("cpu"), threads=1)
+    facts["Load"] = f"{asked.clients} clients; middle (least-most) of {asked.repeats} repeats"
+    results: dict[str, list[Measured]] = {}
+    for _ in range(asked.repeats):
+        for contender in contenders(asked.litserve_python):
+            measured = asyncio.run(
+                measure(contender, asked.out / "http.log", asked.alone, asked.clients, asked.seconds)
+            )
+            results.setdefault(contender.name, []).append(measured)
+    section = markdown_section(facts, table(results), "benchmarks.http")
+    (asked.out / "http.md").write_text(section)
+    print(section)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A network that computes nothing, for benchmarks of what is around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from service.backends.base import FailureKind, classify_synchronous
+
+
+class NullDenoiser:
+    """Predicts no noise, at once."""
+
+    def __init__(self, image_size: int, max_rows: int) -> None:
+        """Describe an unconditional network of RGB images, compiled for one batch size."""
+        self.config = CheckpointConfig(
+            model=ModelConfig(
+                image_size=image_size,
+                image_channels=3,
+                model_channels=32,
+                channel_mult=(1,),
+                num_res_blocks=1,
+                attention_resolutions=(),
+                num_heads=1,
+                num_classes=None,
+                null_class=False,
+            ),
+            diffusion=DiffusionConfig(num_timesteps=1000),
+        )
+        self.numerics_id = "null"
+        self.description = "nothing"
+        self.batch_sizes: tuple[int, ...] | None = (max_rows,)
+        self.threads = 1
+        self.xp: Any = np
+        self.device: Any = "cpu"
+
+    def embed_timesteps(self, t_model: Any) -> Any:
+        """Nobody reads it."""
+        return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Nothing raises here."""
+        return classify_synchronous(error)
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        """Predict no noise."""
+        return np.zeros((len(x_t), self.config.model.out_channels, *x_t.shape[2:]), dtype=np.float32)

@@ -1,0 +1,169 @@
+"""Clients that go away at random moments, behind the whole stack of middlewares; counted in engine steps."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message
+
+from service.api.app import assemble
+from service.api.state import ServiceState
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.counts import count
+from tests.denoisers import ExactDenoiser
+from tests.fakes import tiny_config
+
+REQUESTS = count(4000, 20)
+IN_FLIGHT = 20
+WIDTH = 4
+GONE = 499
+
+
+class GatedDenoiser(ExactDenoiser):
+    """Once it is gated, it says when a network call has come, and waits to be let."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_config())
+        self.gated = False
+        self.arrived = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        if self.gated:
+            self.arrived.release()
+            assert self.let.acquire(timeout=100)
+        return super().__call__(x_t, emb_t, y)
+
+
+class Client:
+    """A connection with one request, which may be cut."""
+
+    def __init__(self, number: int, draw: random.Random) -> None:
+        self.number = number
+        steps, n, cfg_scale = draw.randint(2, 12), draw.randint(1, 3), draw.choice((1, 2))
+        self.row_steps = steps * n * cfg_scale
+        self.body = {"seed": number, "steps": steps, "n": n, "cfg_scale": cfg_scale, "class": 0}
+        self.gone = asyncio.Event()
+        self.status: int | None = None
+        self._sent = False
+
+    async def ask(self, app: ASGIApp) -> None:
+        """Send the request, as a server does that has read it from a socket."""
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/generate",
+            "raw_path": b"/v1/generate",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": headers,
+            "client": ("192.0.2.1", 1234),
+            "server": ("localhost", 80),
+        }
+        await app(scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        if not self._sent:
+            self._sent = True
+            return {"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+
+
+def test_rows_of_clients_that_go_away_are_free_at_the_next_step_and_none_leaks() -> None:
+    async def check() -> None:
+        denoiser = GatedDenoiser()
+        app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH), {"m": denoiser})
+        async with app.router.lifespan_context(app):
+            service: ServiceState = app.state.service
+            while service.engine.state is not EngineState.READY:
+                await asyncio.sleep(0.001)
+            denoiser.gated = True
+            clients = await storm(app, denoiser, service.engine, random.Random(0))
+            await service.engine.wait_idle()
+            check_nothing_is_left(service.engine)
+            check_metrics(service.metrics, clients)
+
+    asyncio.run(asyncio.wait_for(check(), timeout=1000))
+
+
+async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw: random.Random) -> list[Client]:
+    """Keep clients in flight, half of which go away at some step or before the first, until all have ended."""
+    clients = [Client(number, draw) for number in range(REQUESTS)]
+    doomed = set(draw.sample(clients, REQUESTS // 2))
+    coming = iter(clients)
+    asking: dict[asyncio.Task[None], Client] = {}
+    freed: set[int] = set()
+    arrival = asyncio.ensure_future(asyncio.to_thread(denoiser.arrived.acquire))
+    while True:
+        for client in itertools.islice(coming, IN_FLIGHT - len(asking)):
+            asking[asyncio.create_task(client.ask(app))] = client
+            if client in doomed and draw.random() < 0.1:
+                client.gone.set()
+        if not asking:
+            break
+        done, _ = await asyncio.wait({arrival, *asking}, return_when=asyncio.FIRST_COMPLETED)
+        for task in [task for task in asking if task.done()]:
+            del asking[task]
+        if arrival in done:  # the engine stands still in a network call
+            assert not freed & {image.params.seed for image in engine._engine.scheduler.in_flight()}
+            leaving = [task for task, client in asking.items() if client in doomed and draw.random() < 0.3]
+            for task in leaving:
+                asking[task].gone.set()
+            if leaving:
+                await asyncio.wait(leaving)
+            freed = {client.number for client in clients if client.status == GONE}
+            denoiser.let.release()
+            arrival = asyncio.ensure_future(asyncio.to_thread(denoiser.arrived.acquire))
+    denoiser.gated = False
+    denoiser.arrived.release()  # for the thread that waits for another call
+    await arrival
+    assert {client.status for client in clients} == {200, GONE}
+    assert {client.status for client in clients if client not in doomed} == {200}
+    return clients
+
+
+def check_nothing_is_left(engine: AsyncEngine) -> None:
+    scheduler = engine._engine.scheduler
+    assert not scheduler.has_work()
+    lane = scheduler._lanes["m"]
+    assert sorted(lane.free_slots) == list(range(engine._config.num_slots))
+    assert all(entry.references == 0 for entry in lane.plans._entries.values())
+    assert not engine._engine._saved
+    assert not engine._tickets
+    assert not engine._rows_in_flight
+    assert not engine._forecast._images
+
+
+def check_metrics(metrics: Metrics, clients: list[Client]) -> None:
+    def value(name: str, **labels: str) -> float:
+        found = metrics.registry.get_sample_value(name, labels)
+        assert found is not None
+        return found
+
+    gone = sum(client.status == GONE for client in clients)
+    assert gone > REQUESTS // 4
+    assert value("iddpm_requests_total", outcome="cancelled") == gone
+    assert value("iddpm_requests_total", outcome="ok") == REQUESTS - gone
+    useful = sum(client.row_steps for client in clients if client.status == 200)
+    # Those of clients that went away after the last step of their images are useful to nobody, and not wasted
+    assert value("iddpm_row_steps_total") >= useful + value("iddpm_wasted_row_steps_total")
+    assert value("iddpm_wasted_row_steps_total") > 0
+    for gauge in ("images_waiting", "images_running", "images_evicted", "remaining_row_steps"):
+        assert value(f"iddpm_{gauge}") == 0
