@@ -19,12 +19,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +107,10 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
         port: int = probe.getsockname()[1]
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # a program of ours, or the Python that was named
-            [*contender.command, str(port), *contender.arguments], stdout=output, stderr=output
+            [*contender.command, str(port), *contender.arguments],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         while True:
@@ -122,6 +127,8 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
     finally:
         process.terminate()
         process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves processes behind, which spin
 
 
 async def measure(contender: Contender, log: Path, alone: int, clients: int, seconds: float) -> Measured:

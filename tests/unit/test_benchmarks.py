@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bookkeeping, denoise_step, precision, sample
+from benchmarks import bookkeeping, denoise_step, http, precision, sample, thread_or_process
 from benchmarks.ceiling import Probe, ceilings, probes
 from benchmarks.contenders import (
     Absent,
@@ -22,6 +25,7 @@ from benchmarks.contenders import (
     relative_error,
 )
 from benchmarks.denoise_step import Absence, Cell, Outcome
+from benchmarks.engine_process import run_engine
 from benchmarks.engine_sampler import EngineSampler
 from benchmarks.networks import NETWORKS, RANDOM_NETWORKS, BenchNetwork, count_flops, open_network, random_network
 from benchmarks.rounds import Pace, Timing, take_turns
@@ -31,7 +35,12 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
 from service.backends.torch_backend import TorchBackend
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.request import ImageStatus
+from service.metrics import Metrics
 from tests.counts import LONG
+from tests.fakes import CountingRunner, generation, params
 
 PLACE = Place(device=torch.device("cpu"), threads=1)
 CONFIG = CheckpointConfig(
@@ -321,3 +330,49 @@ def test_bookkeeping_times_every_step_of_every_policy_and_what_is_asked_between_
     assert len(lines) == 2 + 3 * 3
     assert lines[2].startswith("| fifo | step |")
     assert lines[2].endswith("% |")
+
+
+# --- thread or process
+
+
+def test_the_engine_answers_over_a_pipe_and_ends_when_told() -> None:
+    ours, theirs = Pipe()
+    engine = threading.Thread(
+        target=run_engine, args=(lambda: Engine({"m": CountingRunner()}, EngineConfig(), Metrics()), theirs)
+    )
+    engine.start()
+    assert ours.recv() == []  # warm
+    ours.send((generation("r", params(steps=3)), 0.0))
+    (result,) = ours.recv()
+    assert (result.request_id, result.status, int(result.pixels[0, 0, 0])) == ("r", ImageStatus.DONE, 3)
+    ours.send(None)
+    engine.join()
+
+
+def test_a_step_takes_at_least_what_its_device_does() -> None:
+    load = thread_or_process.Load("sleeps", step_ms=20, busy=0.1, place="thread")
+    run = asyncio.run(thread_or_process.measure(load, rate=1.0, switch_interval=0.001))
+    assert run.step_ms >= 20
+    assert run.hand_over_ms > 0
+    runs = {
+        thread_or_process.Load("sleeps", 20, 0.1, place): [thread_or_process.Run(21.0 + k, 0.5) for k in range(3)]
+        for place in ("thread", "thread, interval", "process")
+    }
+    table = thread_or_process.table(runs).splitlines()
+    assert table[2] == "| sleeps, 20 ms | 10% |" + " 22.0 (21.0-23.0) |" * 3 + " 0.5 |" * 3
+
+
+# --- HTTP
+
+
+def test_a_server_is_started_asked_and_ended(tmp_path: Path) -> None:
+    (contender,) = (one for one in http.contenders(None) if one.name == "FastAPI alone")
+    measured = asyncio.run(http.measure(contender, tmp_path / "log", alone=3, clients=2, seconds=0.1))
+    assert len(measured.alone_ms) == 3
+    assert len(measured.loaded_ms) >= 2
+    assert measured.engine_ms == 0
+    table = http.table({"a": [measured], "b": [http.Measured((3.0, 3.0), 1.0, 100.0, (5.0,), ())]})
+    assert table.splitlines()[3] == (
+        "| b | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 2.00 (2.00-2.00) | 100 (100-100) "
+        "| 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | - |"
+    )
