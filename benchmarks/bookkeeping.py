@@ -78,6 +78,10 @@ class NullRunner:
         """Round up to a power of two, as compiled networks do."""
         return 1 << (rows - 1).bit_length()
 
+    def padded_classified_rows(self, rows: int) -> int:
+        """There is no classifier."""
+        return 0
+
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Return pixels of the smallest size."""
         return np.zeros((len(slots), 1, 1, 1), dtype=np.uint8)

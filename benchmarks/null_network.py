@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
-from service.backends.base import FailureKind, classify_synchronous
+from service.backends.base import FailureKind, GuidingClassifier, classify_synchronous
 
 
 class NullDenoiser:
@@ -35,6 +35,7 @@ class NullDenoiser:
         self.threads = 1
         self.xp: Any = np
         self.device: Any = "cpu"
+        self.classifier: GuidingClassifier[Any] | None = None
 
     def embed_timesteps(self, t_model: Any) -> Any:
         """Nobody reads it."""
