@@ -24,7 +24,7 @@ from diffusion.config import (
 )
 from diffusion.unet import UNet
 from service.backends.base import FailureKind, classify_synchronous
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start
+from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start, Watch
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -122,10 +122,17 @@ def generation(
     client: str = "",
     priority: Priority = Priority.INTERACTIVE,
     deadline_s: float | None = None,
+    watch: Watch | None = None,
 ) -> GenerationRequest:
     """Describe a request."""
     return GenerationRequest(
-        request_id=request_id, model=model, images=images, client=client, priority=priority, deadline_s=deadline_s
+        request_id=request_id,
+        model=model,
+        images=images,
+        client=client,
+        priority=priority,
+        deadline_s=deadline_s,
+        watch=watch,
     )
 
 
@@ -179,3 +186,6 @@ class CountingRunner:
 
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         return np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)
+
+    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        return self.read(slots) + np.uint8(100)

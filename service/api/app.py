@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from diffusion.tensorrt_files import BuildEngines
 from service.api import generate, info, problems
+from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
 from service.api.observe import Observe
 from service.api.state import ServiceState
@@ -73,13 +74,15 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
-        app.state.service = ServiceState(settings, served, engine, metrics)
+        encoding = EncodingPool()
+        app.state.service = ServiceState(settings, served, engine, metrics, encoding)
         log.info("settings: %s", settings.model_dump_json())
         for model in served.values():
             log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
         engine.start()
         yield
         await engine.stop()
+        encoding.close()
 
     app = FastAPI(
         title="iddpm",

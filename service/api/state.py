@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from service.api.encoding_pool import EncodingPool
 from service.api.translate import ServedModel
 from service.engine.async_engine import AsyncEngine
 from service.metrics import Metrics
@@ -20,6 +21,7 @@ class ServiceState:
     models: dict[str, ServedModel]
     engine: AsyncEngine
     metrics: Metrics
+    encoding: EncodingPool
 
 
 def service_state(request: Request) -> ServiceState:

@@ -19,12 +19,15 @@ from dataclasses import dataclass, field
 
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.event_stream import EventStream
 from service.engine.forecast import Forecast, Prediction
+from service.engine.mailbox import Mailbox
 from service.engine.request import (
     FailureReason,
     GenerationRequest,
     ImageResult,
     ImageStatus,
+    Observation,
     Priority,
     images_of,
 )
@@ -40,7 +43,6 @@ from service.errors import (
     InvalidRequest,
     NotFinite,
     QueueFull,
-    ServiceError,
 )
 from service.metrics import Metrics
 
@@ -86,6 +88,8 @@ class Ticket:
     """time.monotonic() at admission."""
     prediction: Prediction
     """Made at admission; `AsyncEngine.eta` has a newer one."""
+    events: EventStream | None
+    """For one reader; None where the request has no `watch`."""
     pending: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +112,7 @@ class AsyncEngine:
         self._metrics = metrics
         self._on_state = on_state
         self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._mailbox = Mailbox()
         self._tickets: dict[str, Ticket] = {}
         self._forecast = Forecast(config, engine.costs)
         self._rows_in_flight: Counter[str] = Counter()  # by client
@@ -147,13 +152,16 @@ class AsyncEngine:
 
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[ImageResult]] = [loop.create_future() for _ in images]
-        self._tickets[request.request_id] = Ticket(request, futures, now, prediction)
+        events = None
+        if request.watch is not None:
+            events = EventStream(len(images), prediction, lambda: self.eta(request.request_id))
+        ticket = self._tickets[request.request_id] = Ticket(request, futures, now, prediction, events)
         self._forecast.add(images, view)
         self._rows_in_flight[request.client] += request.rows
         self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
         self._idle.clear()
         self._commands.put(_Add(request, now))
-        return self._tickets[request.request_id]
+        return ticket
 
     def _check_room(self, request: GenerationRequest) -> None:
         """Refuse by rows: what is in flight in all, and of this client."""
@@ -192,9 +200,12 @@ class AsyncEngine:
         return max(1.0, self._forecast.backlog_s(self._engine.view()) * rows / max(rows, self._rows_in_flight.total()))
 
     def abort(self, request_id: str) -> None:
-        """Free a request's rows at the next step; its unfinished images end with `Aborted`."""
-        if request_id in self._tickets:
+        """Free a request's rows at the next step; its unfinished images end with `Aborted`, its events end here."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
             self._commands.put(_Abort(request_id))
+            if ticket.events is not None:
+                ticket.events.close()
 
     def eta(self, request_id: str) -> Prediction | None:
         """Say how many images come before a request's and when it will be done; None: it is, or was never accepted."""
@@ -234,6 +245,7 @@ class AsyncEngine:
             self._tell(self._on_warm)
             while self._take_commands():
                 self._deliver(self._engine.step())
+                self._show(self._engine.observations)
         except BaseException as error:  # whatever it is, nobody may wait for ever
             log.exception("the engine stopped with an error")
             message = f"the engine stopped with an error ({type(error).__name__})"
@@ -261,6 +273,11 @@ class AsyncEngine:
         if results:
             self._tell(lambda: self._on_results(results))
 
+    def _show(self, observations: list[Observation]) -> None:
+        """Leave what a step showed, however busy the event loop is: at most one call of this kind waits there."""
+        if observations and self._mailbox.put(observations):
+            self._tell(self._on_observations)
+
     def _tell(self, callback: Callable[[], None]) -> None:
         if self._loop is None:
             raise RuntimeError("the engine's thread runs without an event loop")
@@ -284,22 +301,27 @@ class AsyncEngine:
         if self.state is EngineState.STARTING:
             self._set_state(EngineState.READY)
 
+    def _on_observations(self) -> None:
+        for seen in self._mailbox.take():
+            ticket = self._tickets.get(seen.request_id)
+            if ticket is not None and ticket.events is not None:
+                ticket.events.observe(seen)
+
     def _on_results(self, results: list[ImageResult]) -> None:
         for result in results:
             ticket = self._tickets.get(result.request_id)
             if ticket is None:
                 continue
-            future = ticket.images[result.position]
             params = ticket.request.images[result.position]
             if result.status is ImageStatus.DONE:
                 self._metrics.queue_seconds.observe(result.queue_s)
                 self._metrics.compute_seconds.observe(result.compute_s)
                 self._metrics.deadline_misses.inc(result.late_s > 0)
-                _resolve(future, result)
+                _resolve(ticket, result.position, result)
             elif result.failure is not None:
-                _resolve(future, _failure(params.image_index, result.failure))
+                _resolve(ticket, result.position, _failure(params.image_index, result.failure))
             else:
-                _resolve(future, Aborted("the request was cancelled"))
+                _resolve(ticket, result.position, Aborted("the request was cancelled"))
             ticket.pending -= 1
             self._forecast.remove(result.request_id, result.position)
             self._rows_in_flight[ticket.request.client] -= params.rows
@@ -324,8 +346,8 @@ class AsyncEngine:
             return
         self._set_state(EngineState.DEAD)
         for ticket in self._tickets.values():
-            for future in ticket.images:
-                _resolve(future, EngineDead(message))
+            for position in range(len(ticket.images)):
+                _resolve(ticket, position, EngineDead(message))
         self._tickets.clear()
         self._idle.set()
         self.died.set()
@@ -337,9 +359,12 @@ class AsyncEngine:
             self._on_state(state)
 
 
-def _resolve(future: asyncio.Future[ImageResult], outcome: ImageResult | ServiceError) -> None:
+def _resolve(ticket: Ticket, position: int, outcome: ImageResult | GenerationFailed) -> None:
+    future = ticket.images[position]
     if future.done():
         return
+    if ticket.events is not None:
+        ticket.events.image_ended(position, outcome)
     if isinstance(outcome, ImageResult):
         future.set_result(outcome)
     else:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from service.backends.base import FailureKind
 from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView
+from service.engine.observing import observe
 from service.engine.recovery import MemoryLimit, Outcome, take_step
 from service.engine.request import (
     FAILURE_REASONS,
@@ -25,6 +26,7 @@ from service.engine.request import (
     ImageParams,
     ImageResult,
     ImageStatus,
+    Observation,
     PlanKey,
     Start,
     StepBatch,
@@ -60,6 +62,8 @@ class Engine:
         """What a step of each model takes, by padded rows."""
         self.under_way: StepUnderWay | None = None
         """The step being taken: another thread may look, to tell one that hangs."""
+        self.observations: list[Observation] = []
+        """What the last step showed of watched images."""
         self.clock = clock
         self._config = config
         self._runners = runners
@@ -143,6 +147,7 @@ class Engine:
                 after that but to tell everybody who waits.
         """
         begun = self.clock()
+        self.observations = []
         batch = self.scheduler.schedule(begun)
         if batch is None:
             return []
@@ -166,6 +171,7 @@ class Engine:
         done = [image for image in left if image.status is ImageStatus.DONE]
         slots = [image.slot for image in done if image.slot is not None]
         pixels = dict(zip(done, runner.read(slots), strict=True)) if slots else {}
+        self.observations = observe(batch.images, runner)
         ended = self.clock()
         self._forget(left)
         self._count_step(batch, outcome, ended - begun)

@@ -60,6 +60,14 @@ class Priority(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is to be told of a request's images while they are made."""
+
+    preview_every: int | None = None
+    """Show what an image is predicted to become every so many of its steps; None: never. At least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One call of a client, checked and complete: n images of one model."""
 
@@ -71,6 +79,8 @@ class GenerationRequest:
     priority: Priority = Priority.INTERACTIVE
     deadline_s: float | None = None
     """Seconds from its admission within which every image is wanted; None: whenever."""
+    watch: Watch | None = None
+    """None: nobody is told before an image is done."""
 
     @property
     def rows(self) -> int:
@@ -116,6 +126,7 @@ class Image:
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None = None
     """On the clock of `submitted_at`."""
+    watch: Watch | None = None
     sequence: int = -1
     """Order of arrival at the scheduler."""
     arrival_step: int = 0
@@ -154,6 +165,7 @@ def images_of(request: GenerationRequest, submitted_at: float) -> list[Image]:
             client=request.client,
             priority=request.priority,
             deadline=deadline,
+            watch=request.watch,
         )
         for position, params in enumerate(request.images)
     ]
@@ -207,6 +219,32 @@ class StepBatch:
     def slots(self) -> list[int]:
         """Slot of each image."""
         return [image.slot for image in self.images if image.slot is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStep:
+    """What the engine says of a watched image that took a step, and not its last one."""
+
+    request_id: str
+    position: int
+    step: int
+    """Steps taken."""
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreview:
+    """What a watched image is predicted to become, after some of its steps."""
+
+    request_id: str
+    position: int
+    step: int
+    steps: int
+    pixels: npt.NDArray[np.uint8] = field(repr=False)
+    """uint8 [H, W, C] of the predicted x0."""
+
+
+Observation = ImageStep | ImagePreview
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -23,7 +24,16 @@ from service.backends.self_test import candidate_sizes, invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import WIDTH_INTERVAL, Engine
-from service.engine.request import ImageParams, ImageResult, ImageStatus, PlanKey
+from service.engine.request import (
+    ImageParams,
+    ImagePreview,
+    ImageResult,
+    ImageStatus,
+    ImageStep,
+    PlanKey,
+    Start,
+    Watch,
+)
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.metrics import Metrics
@@ -111,7 +121,7 @@ def image_params(draw: st.DrawFn) -> ImageParams:
 
 SCRIPTS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.lists(image_params(), min_size=1, max_size=3)),
+        st.tuples(st.sampled_from(["add", "add watched"]), st.lists(image_params(), min_size=1, max_size=3)),
         st.tuples(st.just("abort"), st.integers(0, 8)),
         st.tuples(st.just("step"), st.integers(1, 3)),
     ),
@@ -123,13 +133,14 @@ SCRIPTS = st.lists(
 @SUBJECTS
 @settings(max_examples=count(2000, 20))
 @given(script=SCRIPTS)
-def test_joins_leaves_and_cancels_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
+def test_joins_leaves_cancels_and_watchers_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
     engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
     requests: list[list[ImageParams]] = []
     results: list[ImageResult] = []
     for action, argument in script:
-        if action == "add" and isinstance(argument, list):
-            engine.add(generation(str(len(requests)), *argument), submitted_at=0.0)
+        if isinstance(argument, list):
+            watch = Watch(preview_every=1 + len(argument)) if action == "add watched" else None
+            engine.add(generation(str(len(requests)), *argument, watch=watch), submitted_at=0.0)
             requests.append(argument)
         elif action == "abort":
             results += engine.abort(str(argument))
@@ -226,6 +237,36 @@ def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors()
         assert of_torch is not None
         assert len(np.unique(of_numpy)) > 10  # a picture, not a clamped plane
         assert np.abs(of_numpy.astype(int) - of_torch).max() <= 1
+
+
+@SUBJECTS
+def test_what_the_last_step_of_ancestral_sampling_predicts_is_the_image(subject: Subject) -> None:
+    runner = subject_of(subject)[0]
+    image = replace(params(steps=3, cfg_scale=2.0, seed=3), class_index=2)
+    runner.start([Start(slot=1, params=image, plan_offset=0, write_plan=True)])
+    previews = []
+    for _ in range(3):
+        runner.step([1])
+        previews.append(runner.preview([1])[0].tobytes())
+    assert previews[-1] == runner.read([1])[0].tobytes() == reference(image, subject)
+    assert len(set(previews)) == 3
+
+
+def test_steps_of_watched_images_are_told_previews_when_due_and_nothing_of_others() -> None:
+    engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
+    engine.add(generation("seen", params(steps=5), params(steps=2), watch=Watch(preview_every=2)), submitted_at=0.0)
+    engine.add(generation("unseen", params(steps=9)), submitted_at=0.0)
+    told = []
+    while engine.has_work():
+        engine.step()
+        told.append(engine.observations)
+    assert all(seen.request_id == "seen" for step in told for seen in step)
+    steps = [[(type(seen), seen.position, seen.step, seen.steps) for seen in step] for step in told]
+    assert sorted(steps[0], key=itemgetter(1)) == [(ImageStep, 0, 1, 5), (ImageStep, 1, 1, 2)]
+    assert steps[1] == [(ImageStep, 0, 2, 5), (ImagePreview, 0, 2, 5)]
+    assert isinstance(told[1][1], ImagePreview)
+    assert told[1][1].pixels.tolist() == [[[102]]]
+    assert [len(step) for step in steps] == [2, 2, 1, 2, 0, 0, 0, 0, 0]
 
 
 def test_padding_changes_no_pixel() -> None:

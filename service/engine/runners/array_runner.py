@@ -149,6 +149,10 @@ class ArrayRunner(Generic[A]):
         """Turn finished images into pixels."""
         return to_uint8(self._slots.x[self._slots.integers(slots)])
 
+    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Turn the predicted x0 into pixels."""
+        return to_uint8(self._slots.x0[self._slots.integers(slots)])
+
     def _network(self, slots: Sequence[int], x_t: A, emb_t: A, y: A, scale: A) -> A:
         """Call the network on [n] images plus a second row, with the null class, for each guided one."""
         count: int = len(slots)

@@ -60,3 +60,7 @@ class Runner(Protocol):
     def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Return the images in these slots as pixels, [n, H, W, C]."""
         ...
+
+    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Return what the images in these slots were predicted to become at their last step, as pixels."""
+        ...

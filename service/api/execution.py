@@ -1,0 +1,145 @@
+"""What all interfaces do with a validated body: submit it, wait for its images or follow its events, let go of it.
+
+Whatever ends the waiting early frees the rows at the next step: a client that goes away, an image that fails, a limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request
+from starlette.types import Receive
+
+from service.api.client import client_of
+from service.api.schemas import GenerateRequest, Timing
+from service.api.state import ServiceState
+from service.api.translate import ServedModel, complete, find_model
+from service.engine.async_engine import Ticket
+from service.engine.events import Event, ImageFailed
+from service.engine.request import ImageParams, ImageResult, Watch
+from service.errors import Aborted, TimedOut
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request that the engine has taken."""
+
+    model: ServedModel
+    ticket: Ticket
+
+    @property
+    def images(self) -> tuple[ImageParams, ...]:
+        """What each image is made from."""
+        return self.ticket.request.images
+
+    def timing(self, results: list[ImageResult]) -> Timing:
+        """Compare what was predicted on admission with what it came to; all images are done."""
+        predicted = self.ticket.prediction
+        return Timing(
+            images_ahead=predicted.position,
+            predicted_wait_s=round(predicted.wait_s, 6),
+            wait_s=round(min(result.queue_s for result in results), 6),
+            predicted_finish_s=round(predicted.finish_s, 6),
+            finish_s=round(time.monotonic() - self.ticket.submitted_at, 6),
+        )
+
+
+def submit(body: GenerateRequest, request: Request, state: ServiceState, watch: Watch | None = None) -> Accepted:
+    """Complete a body by its model, and hand it to the engine.
+
+    Args:
+        body: what is asked for.
+        request: who asks.
+        state: the service.
+        watch: what `follow` is to tell; None for requests that are waited for.
+
+    Raises:
+        InvalidRequest: naming field, rule and allowed values.
+        UnknownModel: no such model.
+        DeadlineUnmeetable: it would not be done in time.
+        Unavailable: the service cannot take it now; says when to try again.
+    """
+    model = find_model(state.models, body.model)
+    peer = "" if request.client is None else request.client.host
+    client = client_of(peer, request.headers.getlist("x-forwarded-for"), state.settings.trusted_proxies)
+    # An id of our own: two clients may send the same X-Request-ID
+    generation = complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps, client)
+    return Accepted(model, state.engine.submit(replace(generation, watch=watch)))
+
+
+async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:
+    """Wait for all images, in order.
+
+    Raises:
+        GenerationFailed: an image failed, the engine stopped, it took too long, or the client went away.
+    """
+    longest = state.settings.max_request_s
+    images = asyncio.gather(*ticket.images)
+    images.add_done_callback(_retrieve)
+    gone: asyncio.Future[None] = asyncio.ensure_future(disconnected(request.receive))
+    try:
+        either: list[asyncio.Future[Any]] = [images, gone]
+        done, _ = await asyncio.wait(either, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise _timed_out(longest)
+        if not images.done():
+            raise Aborted("the client closed the connection")
+        return images.result()
+    finally:
+        gone.cancel()
+        _abandon(ticket, state)
+
+
+async def follow(ticket: Ticket, state: ServiceState) -> AsyncIterator[Event]:
+    """Yield the events of a request that was submitted with a watch, up to `Completed`.
+
+    Close it (`contextlib.aclosing`) when the reader goes away: that is what frees the rows.
+
+    Raises:
+        GenerationFailed: an image failed, the engine stopped, or it took too long.
+        RuntimeError: nobody said what to watch.
+    """
+    if ticket.events is None:
+        raise RuntimeError("only requests that were submitted with a watch have events")
+    longest = state.settings.max_request_s
+    try:
+        while True:
+            async with asyncio.timeout(ticket.submitted_at + longest - time.monotonic()):
+                event = await anext(ticket.events, None)
+            if event is None:
+                return
+            if isinstance(event, ImageFailed):
+                raise event.error
+            yield event
+    except TimeoutError as error:
+        raise _timed_out(longest) from error
+    finally:
+        _abandon(ticket, state)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone; the body has been read, so that is all there is left to receive."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _abandon(ticket: Ticket, state: ServiceState) -> None:
+    if not all(future.done() for future in ticket.images):
+        for future in ticket.images:
+            future.cancel()
+        state.engine.abort(ticket.request.request_id)
+
+
+def _retrieve(images: asyncio.Future[list[ImageResult]]) -> None:
+    """Look at the outcome, which nobody else does once the client has gone."""
+    if not images.cancelled():
+        images.exception()
+
+
+def _timed_out(longest: float) -> TimedOut:
+    return TimedOut(f"the images were not done within {longest:g} s, the longest that the service allows")
