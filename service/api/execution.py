@@ -21,8 +21,16 @@ from service.api.state import ServiceState
 from service.api.translate import ServedModel, complete, find_model
 from service.engine.async_engine import Ticket
 from service.engine.events import Event, ImageFailed
-from service.engine.request import ImageParams, ImageResult, Watch
+from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
 from service.errors import Aborted, TimedOut
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is valid and complete, and that the engine has not seen."""
+
+    model: ServedModel
+    request: GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -49,27 +57,34 @@ class Accepted:
         )
 
 
-def submit(body: GenerateRequest, request: Request, state: ServiceState, watch: Watch | None = None) -> Accepted:
-    """Complete a body by its model, and hand it to the engine.
-
-    Args:
-        body: what is asked for.
-        request: who asks.
-        state: the service.
-        watch: what `follow` is to tell; None for requests that are waited for.
+def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Prepared:
+    """Complete a body by its model, and by who asks.
 
     Raises:
         InvalidRequest: naming field, rule and allowed values.
         UnknownModel: no such model.
-        DeadlineUnmeetable: it would not be done in time.
-        Unavailable: the service cannot take it now; says when to try again.
     """
     model = find_model(state.models, body.model)
     peer = "" if request.client is None else request.client.host
     client = client_of(peer, request.headers.getlist("x-forwarded-for"), state.settings.trusted_proxies)
     # An id of our own: two clients may send the same X-Request-ID
-    generation = complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps, client)
-    return Accepted(model, state.engine.submit(replace(generation, watch=watch)))
+    return Prepared(model, complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps, client))
+
+
+def submit(prepared: Prepared, state: ServiceState, watch: Watch | None = None) -> Accepted:
+    """Hand a request to the engine.
+
+    Args:
+        prepared: what is asked for.
+        state: the service.
+        watch: what `follow` is to tell; None for requests that are waited for.
+
+    Raises:
+        DeadlineUnmeetable: it would not be done in time.
+        InvalidRequest: more images than could ever be in flight.
+        Unavailable: the service cannot take it now; says when to try again.
+    """
+    return Accepted(prepared.model, state.engine.submit(replace(prepared.request, watch=watch)))
 
 
 async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:

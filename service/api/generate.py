@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from service.api.encoding import MEDIA_TYPES, encode_one, encode_picture
-from service.api.execution import Accepted, submit, wait
+from service.api.execution import Accepted, prepare, submit, wait
 from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Problem, Timing
 from service.api.state import ServiceState, service_state
 from service.engine.request import ImageResult
@@ -54,7 +54,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     Answers JSON with base64 images; with `Accept: image/png`, `image/webp` or `application/x-npz` the picture
     itself (a grid if there are several).
     """
-    accepted = submit(body, request, state)
+    accepted = submit(prepare(body, request, state), state)
     results = await wait(accepted.ticket, request, state)
     timing = accepted.timing(results)
     answer = await state.encoding.run(_answer, body, request, accepted, results, timing)

@@ -191,17 +191,8 @@ async def test_a_reader_that_keeps_up_sees_every_step_and_every_preview() -> Non
                 told.append((type(event).__name__, event.step))
         runner.allowed.release()
         last = await rest(ticket.events)
-        progress, preview = "Progress", "Preview"
-        expected = [
-            (progress, 1),
-            (progress, 2),
-            (preview, 2),
-            (progress, 3),
-            (progress, 4),
-            (preview, 4),
-            (progress, 5),
-        ]
-        assert told == expected
+        assert [step for kind, step in told if kind == "Progress"] == [1, 2, 3, 4, 5]
+        assert [step for kind, step in told if kind == "Preview"] == [2, 4]
         assert kinds(last) == ["ImageDone", "Completed"]
         assert isinstance(last[0], ImageDone)
         assert last[0].result.pixels is not None
