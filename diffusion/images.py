@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 Uint8Array = npt.NDArray[np.uint8]
-PictureFormat = Literal["png", "webp"]
+PictureFormat = Literal["png", "webp", "jpeg"]
 
 GRID_GAP = 2
 CAPTION_HEIGHT = 14
+JPEG_QUALITY = 90
 
 
-def encode(pixels: Uint8Array, picture_format: PictureFormat = "png") -> bytes:
-    """Encode one image [H, W, 1, 3 or 4 channels], uint8, losslessly.
+def encode(
+    pixels: Uint8Array,
+    picture_format: PictureFormat = "png",
+    *,
+    quality: int | None = None,
+    compression: int | None = None,
+) -> bytes:
+    """Encode one image [H, W, 1, 3 or 4 channels], uint8: losslessly, but for JPEG, which takes no 4 channels.
+
+    Args:
+        pixels: the image.
+        picture_format: what to make of it.
+        quality: of JPEG, 1..100; None: 90.
+        compression: of the others, 0 (fast) .. 9 (small): the pixels are the same; None: the encoder's default.
 
     Raises:
         ValueError: another number of channels.
     """
+    options: dict[str, Any] = {}
+    if picture_format == "jpeg":
+        options = {"quality": quality or JPEG_QUALITY, "subsampling": 0}  # as many colours as pixels
+    elif picture_format == "webp":
+        options = {"lossless": True, "exact": True}
+        if compression is not None:
+            options |= {"quality": 100 * compression // 9, "method": 6 * compression // 9}  # lossless: efforts
+    elif compression is not None:
+        options = {"compress_level": compression}
     buffer = io.BytesIO()
-    options = {"lossless": True, "exact": True} if picture_format == "webp" else {"optimize": False}
     _picture(pixels).save(buffer, format=picture_format, **options)
     return buffer.getvalue()
 

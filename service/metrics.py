@@ -15,6 +15,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 QUEUE_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 
@@ -36,7 +37,7 @@ class Metrics:
         self.images = Counter("iddpm_images_total", "Images delivered", registry=registry)
         self.request_seconds = Histogram(
             "iddpm_request_duration_seconds",
-            "From the request's arrival to its encoded answer, for requests with outcome ok",
+            "From the request's arrival to the end of its answer, for requests with outcome ok",
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
@@ -124,6 +125,12 @@ class Metrics:
             "One engine step: schedule, gather, network call, update; by padded rows",
             ["model", "padded_rows"],
             buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.loop_lag_seconds = Histogram(
+            "iddpm_event_loop_lag_seconds",
+            "How much later than asked for the event loop came back, looked at ten times a second",
+            buckets=LAG_BUCKETS,
             registry=registry,
         )
         self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)

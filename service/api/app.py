@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from diffusion.tensorrt_files import BuildEngines
 from service.api import generate, info, problems
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
+from service.api.loop_lag import measure_loop_lag
 from service.api.observe import Observe
 from service.api.state import ServiceState
 from service.api.translate import ServedModel
@@ -80,8 +82,10 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
         for model in served.values():
             log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
         engine.start()
+        lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield
         await engine.stop()
+        lag.cancel()
         encoding.close()
 
     app = FastAPI(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[Im
         _abandon(ticket, state)
 
 
-async def follow(ticket: Ticket, state: ServiceState) -> AsyncIterator[Event]:
+async def follow(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
     """Yield the events of a request that was submitted with a watch, up to `Completed`.
 
     Close it (`contextlib.aclosing`) when the reader goes away: that is what frees the rows.

@@ -1,32 +1,35 @@
-"""POST /v1/generate: validate, submit, wait for the pictures or for the client to go away, encode."""
+"""POST /v1/generate: validate, submit, wait for the pictures and encode them, or tell how they come about."""
 
 from __future__ import annotations
 
-import base64
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from service.api.encoding import MEDIA_TYPES, encode_one, encode_picture
-from service.api.execution import Accepted, prepare, submit, wait
-from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Problem, Timing
+from service.api.answers import answer, form_of
+from service.api.encoding import MEDIA_TYPES, ZIP_MEDIA_TYPE
+from service.api.event_schemas import EVENT_SCHEMA
+from service.api.event_source import MEDIA_TYPE as EVENT_STREAM
+from service.api.event_source import EventSource
+from service.api.execution import prepare, submit, wait
+from service.api.schemas import GenerateRequest, GenerateResponse, Problem
 from service.api.state import ServiceState, service_state
-from service.engine.request import ImageResult
+from service.api.streaming import stream_events
+from service.engine.request import Watch
 
 router = APIRouter(prefix="/v1", tags=["generate"])
 
 State = Annotated[ServiceState, Depends(service_state)]
 
 _EXAMPLE = {"images": [], "model": "fashion32", "numerics_id": "0123456789abcdef", "timing": {}}
+_FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _RESPONSES = {
     200: {
         "content": {
             "application/json": {"example": _EXAMPLE},
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "image/webp": {"schema": {"type": "string", "format": "binary"}},
-            "application/x-npz": {"schema": {"type": "string", "format": "binary"}},
+            EVENT_STREAM: {"itemSchema": EVENT_SCHEMA},
+            **dict.fromkeys([*MEDIA_TYPES.values(), ZIP_MEDIA_TYPE], _FILE),
         }
     },
     **{
@@ -51,57 +54,18 @@ _RESPONSES = {
 async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
     """Generate images.
 
-    Answers JSON with base64 images; with `Accept: image/png`, `image/webp` or `application/x-npz` the picture
-    itself (a grid if there are several).
+    Answers JSON with base64 images; with `Accept: image/png`, `image/webp` or `image/jpeg` the picture itself (a grid
+    if there are several), with `application/zip` a picture per image, with `application/x-npz` all of them as arrays.
+    With `stream`, answers Server-Sent Events: `queued` at once and while it waits, then `progress` and `preview` of
+    its images, and last `completed`, with what the JSON answer would hold, or `failed`, with a problem.
     """
-    accepted = submit(prepare(body, request, state), state)
+    prepared = prepare(body, request, state)
+    form = form_of(body, request.headers.get("accept", ""), prepared.model.config.model.image_channels)
+    if body.stream:
+        accepted = submit(prepared, state, Watch(preview_every=body.preview_every))
+        return EventSource(stream_events(accepted, form, request, state))
+    accepted = submit(prepared, state)
     results = await wait(accepted.ticket, request, state)
-    timing = accepted.timing(results)
-    answer = await state.encoding.run(_answer, body, request, accepted, results, timing)
+    response = await state.encoding.run(answer, form, accepted, results, accepted.timing(results))
     state.metrics.images.inc(len(results))
-    return answer
-
-
-def _answer(
-    body: GenerateRequest,
-    request: Request,
-    accepted: Accepted,
-    results: list[ImageResult],
-    timing: Timing,
-) -> Response:
-    pixels = [result.pixels for result in results if result.pixels is not None]
-    model, params = accepted.model, accepted.images
-    if (wanted := _accepted_picture(request, body.format)) is not None:
-        content = encode_picture(np.stack(pixels), [p.class_index for p in params], wanted)
-        headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": model.numerics_id}
-        return Response(content, media_type=MEDIA_TYPES[wanted], headers=headers)
-    names = model.class_names
-    images = [
-        GeneratedImage(
-            b64_json=base64.b64encode(encode_one(image, p.class_index, body.format)).decode(),
-            class_=None if names is None or p.class_index is None else names[p.class_index],
-            class_index=p.class_index,
-            seed=p.seed,
-            image_index=p.image_index,
-            steps=p.num_steps,
-            queue_ms=round(result.queue_s * 1000, 3),
-            compute_ms=round(result.compute_s * 1000, 3),
-        )
-        for image, p, result in zip(pixels, params, results, strict=True)
-    ]
-    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
-    return Response(response.model_dump_json(by_alias=True), media_type="application/json")
-
-
-def _accepted_picture(request: Request, wanted: ImageFormat) -> ImageFormat | None:
-    """Return the picture format that the Accept header names first; None for JSON."""
-    for part in request.headers.get("accept", "").split(","):
-        media_type = part.partition(";")[0].strip().lower()
-        if media_type in ("application/json", "*/*"):
-            return None
-        if media_type == "image/*":
-            return "png" if wanted == "npz" else wanted
-        for image_format, known in MEDIA_TYPES.items():
-            if media_type == known:
-                return image_format
-    return None
+    return response

@@ -23,6 +23,8 @@ CLIENT_CLOSED = 499
 REFUSED = frozenset({429, 503})
 """Nothing was wrong with the request; it may be sent again."""
 
+_ENDED_AS = "ended_as"
+
 
 class Observe:
     """Outermost: whatever the answer is, and whoever gave it, it is named, logged and counted here once."""
@@ -61,6 +63,7 @@ class Observe:
                 scope, receive, send_named
             )
         finally:
+            status = scope["state"].get(_ENDED_AS, status)
             self._record(scope, status, time.perf_counter() - begun, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
@@ -72,6 +75,11 @@ class Observe:
                 self._metrics.request_seconds.observe(seconds)
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         log.log(level, "%s %s %d %.3fs id=%s", scope["method"], _printable(path), status, seconds, request_id)
+
+
+def ended_as(scope: Scope, status: int) -> None:
+    """Say what an answer that had begun came to: the status it would have had, had it been known then."""
+    scope["state"][_ENDED_AS] = status
 
 
 def outcome_of(status: int) -> Outcome:

@@ -63,21 +63,19 @@ def problem(
     instance: str | None = None,
     errors: Sequence[dict[str, str]] | None = None,
     headers: dict[str, str] | None = None,
-    **more: float,
 ) -> JSONResponse:
-    """Build a problem+json answer, with more members if there are any."""
-    body: dict[str, Any] = {
-        "type": "urn:iddpm:" + title.lower().replace(" ", "-"),
-        "title": title,
-        "status": status,
-        "detail": detail,
-    }
-    if instance is not None:
-        body["instance"] = instance
-    if errors is not None:
-        body["errors"] = list(errors)
-    body |= more
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+    """Build a problem+json answer."""
+    return JSONResponse(_members(status, title, detail, instance, errors), status, headers, MEDIA_TYPE)
+
+
+def members_of(error: ServiceError, request: Request) -> dict[str, Any]:
+    """Return the members of the problem that an error is told as."""
+    kind = KINDS[type(error)]
+    errors = [{"field": error.field, "message": error.message}] if isinstance(error, InvalidRequest) else None
+    members = _members(kind.status, kind.title, str(error), _instance(request), errors)
+    if isinstance(error, DeadlineUnmeetable):
+        members["predicted_finish_s"] = error.predicted_s
+    return members
 
 
 def install(app: FastAPI) -> None:
@@ -89,16 +87,8 @@ def install(app: FastAPI) -> None:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)  # noqa: S101  # registered for it
-    kind = KINDS[type(error)]
-    headers = {}
-    if isinstance(error, Unavailable):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    errors = None
-    if isinstance(error, InvalidRequest):
-        errors = [{"field": error.field, "message": error.message}]
-    more = {"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable) else {}
-    instance = _instance(request)
-    return problem(kind.status, kind.title, str(error), instance=instance, errors=errors, headers=headers, **more)
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Unavailable) else None
+    return JSONResponse(members_of(error, request), KINDS[type(error)].status, headers, MEDIA_TYPE)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -151,3 +141,19 @@ def _message(item: dict[str, Any]) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _members(
+    status: int, title: str, detail: str, instance: str | None, errors: Sequence[dict[str, str]] | None
+) -> dict[str, Any]:
+    members: dict[str, Any] = {
+        "type": "urn:iddpm:" + title.lower().replace(" ", "-"),
+        "title": title,
+        "status": status,
+        "detail": detail,
+    }
+    if instance is not None:
+        members["instance"] = instance
+    if errors is not None:
+        members["errors"] = list(errors)
+    return members

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
+from diffusion.images import JPEG_QUALITY
 from diffusion.noise import MAX_SEED
 from diffusion.plans import Sampler
 
@@ -15,8 +16,9 @@ MAX_CFG_SCALE = 20.0
 MAX_CLASSIFIER_SCALE = 100.0
 
 MAX_DEADLINE_S = 86400.0
+MAX_PREVIEW_EVERY = 10_000
 
-ImageFormat = Literal["png", "webp", "npz"]
+ImageFormat = Literal["png", "webp", "jpeg", "npz"]
 PriorityName = Literal["interactive", "batch"]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=200)]
 
@@ -67,7 +69,22 @@ class GenerateRequest(BaseModel):
     image_index: Annotated[StrictInt, Field(ge=0, le=2**31)] = Field(
         default=0, description="Index of the first image: image k of a seed is the same in any request."
     )
-    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless) or `npz`.")
+    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy) or `npz`.")
+    quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
+        default=None, description=f"Of format `jpeg`, 1..100; default {JPEG_QUALITY}."
+    )
+    compression: Annotated[StrictInt, Field(ge=0, le=9)] | None = Field(
+        default=None,
+        description="Of the other formats, 0 (fast) to 9 (small): the pixels are the same; default: the encoder's.",
+    )
+    stream: StrictBool = Field(
+        default=False, description="Answer with Server-Sent Events: queued, progress, preview, completed, failed."
+    )
+    preview_every: Annotated[StrictInt, Field(ge=1, le=MAX_PREVIEW_EVERY)] | None = Field(
+        default=None,
+        description="With `stream`: show what an image is going to be every so many of its steps; default: never. "
+        "Slow readers get fewer.",
+    )
     priority: PriorityName = Field(
         default="interactive", description="`batch` work takes what interactive work leaves, and a share."
     )

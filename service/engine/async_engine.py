@@ -313,6 +313,7 @@ class AsyncEngine:
             if ticket is None:
                 continue
             params = ticket.request.images[result.position]
+            self._forecast.remove(result.request_id, result.position)  # first: events tell when the rest will be done
             if result.status is ImageStatus.DONE:
                 self._metrics.queue_seconds.observe(result.queue_s)
                 self._metrics.compute_seconds.observe(result.compute_s)
@@ -323,7 +324,6 @@ class AsyncEngine:
             else:
                 _resolve(ticket, result.position, Aborted("the request was cancelled"))
             ticket.pending -= 1
-            self._forecast.remove(result.request_id, result.position)
             self._rows_in_flight[ticket.request.client] -= params.rows
             if ticket.pending == 0:
                 self._end(ticket)

@@ -90,7 +90,8 @@ class EventStream:
             self._steps.pop((kind, position), None)
         self._unfinished -= 1
         if isinstance(outcome, ImageResult):
-            self._news.append(ImageDone(position=position, result=outcome))
+            eta_s = self._eta_s() if self._unfinished else 0.0
+            self._news.append(ImageDone(position=position, eta_s=eta_s, result=outcome))
         else:
             self._all_done = False
             self._news.append(ImageFailed(position=position, error=outcome))

@@ -52,6 +52,8 @@ class ImageDone:
     """An image has taken its last step."""
 
     position: int
+    eta_s: float
+    """0 for the last one."""
     result: ImageResult
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import httpx
 import numpy as np
@@ -139,6 +141,53 @@ def test_npz_holds_images_and_labels_as_the_adm_evaluator_reads_them(server: Ser
         assert arrays["arr_0"].shape == (1, 8, 8, 1)
 
 
+def test_a_zip_holds_a_picture_per_image_under_names_that_are_safe(server: Server) -> None:
+    body = {"class": ["T-shirt/top", "T-shirt/top", 0], "steps": 4, "seed": 9, "cfg_scale": 1, "format": "webp"}
+    response = httpx.post(
+        f"{server.url}/v1/generate", json=body, headers={"Accept": "application/zip"}, timeout=PATIENCE
+    )
+    assert response.headers["content-disposition"] == 'attachment; filename="iddpm-9.zip"'
+    with ZipFile(io.BytesIO(response.content)) as archive:
+        assert archive.namelist() == [
+            "0000-T-shirt-top-seed9-0.webp", "0001-T-shirt-top-seed9-1.webp", "0002-Ape-seed9-2.webp",
+        ]  # fmt: skip
+        second = np.asarray(Image.open(io.BytesIO(archive.read("0001-T-shirt-top-seed9-1.webp"))))
+    assert second[..., :1].tobytes() == reference(9, 1, 3, 4, 1.0)
+
+
+def test_jpeg_is_made_when_asked_for(server: Server) -> None:
+    body = {"class": 1, "steps": 4, "seed": 9, "cfg_scale": 1}
+    response = httpx.post(
+        f"{server.url}/v1/generate", json={**body, "quality": 95}, headers={"Accept": "image/jpeg"}, timeout=PATIENCE
+    )
+    assert response.headers["content-type"] == "image/jpeg"
+    raw = Image.open(io.BytesIO(response.content))
+    assert (raw.format, raw.size) == ("JPEG", (8, 8))
+    image = server.generate(**body, format="jpeg", quality=95).json()["images"][0]
+    assert base64.b64decode(image["b64_json"]) == response.content
+
+
+def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_frees_its_rows(server: Server) -> None:
+    body = {"class": 2, "steps": 40, "seed": 11, "cfg_scale": 1, "stream": True, "preview_every": 10}
+    before = server.metrics()
+    with httpx.stream("POST", f"{server.url}/v1/generate", json=body, timeout=PATIENCE) as response:
+        lines = list(response.iter_lines())
+    assert response.headers["transfer-encoding"] == "chunked"
+    events = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    assert (events[0], events[-1]) == ("queued", "completed")
+    last = json.loads([line for line in lines if line.startswith("data: ")][-1].removeprefix("data: "))
+    assert decode(last["images"][0]["b64_json"]).tobytes() == reference(11, 0, 2, 40, 1.0)
+
+    with httpx.stream("POST", f"{server.url}/v1/generate", json={**body, "n": 32, "steps": 1000}) as response:
+        next(response.iter_lines())
+    wait_for(server, lambda now: now["iddpm_images_running"] == now["iddpm_images_waiting"] == 0)
+    after = server.metrics()
+    assert after["iddpm_requests_total cancelled"] - before["iddpm_requests_total cancelled"] == 1
+    assert after["iddpm_requests_total ok"] - before["iddpm_requests_total ok"] == 1
+    assert after["iddpm_event_loop_lag_seconds_count"] > 0
+    assert "Traceback" not in server.log.read_text()
+
+
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"class": "Dog"}, "class", "must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
     ({"class": 4}, "class", "index must be 0..3; got 4"),
@@ -163,7 +212,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"cfg_scale": 21}, "cfg_scale", "less than or equal to 20"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2**53}, "seed", "9007199254740991"),
-    ({"format": "gif"}, "format", "'png', 'webp' or 'npz'"),
+    ({"format": "gif"}, "format", "'png', 'webp', 'jpeg' or 'npz'"),
+    ({"quality": 90}, "quality", "format 'jpeg' only; format is 'png'"),
+    ({"format": "jpeg", "quality": 0}, "quality", "greater than or equal to 1; got 0"),
+    ({"format": "jpeg", "compression": 5}, "compression", "no choice of format 'jpeg'"),
+    ({"compression": 10}, "compression", "less than or equal to 9; got 10"),
+    ({"preview_every": 5}, "preview_every", "`stream` only"),
+    ({"stream": True, "preview_every": 0}, "preview_every", "greater than or equal to 1; got 0"),
     ({"stepz": 50}, "stepz", "unknown field; allowed: model, class, n, steps"),
     ({"n": 64, "steps": 1000, "cfg_scale": 2}, "steps", "at most 64000 per request"),
 ]

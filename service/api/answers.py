@@ -1,0 +1,137 @@
+"""Which form an answer takes, and the answer in that form."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from starlette.responses import Response
+
+from service.api.encoding import (
+    CHANNELS,
+    MEDIA_TYPES,
+    PICTURE_FORMATS,
+    ZIP_MEDIA_TYPE,
+    encode_one,
+    encode_picture,
+    encode_zip,
+    file_name,
+)
+from service.api.execution import Accepted
+from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Timing
+from service.engine.request import ImageParams, ImageResult
+from service.errors import InvalidRequest
+
+Body = Literal["json", "file", "zip"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer looks like."""
+
+    body: Body
+    """JSON with base64 images; the picture or npz itself; a zip of pictures."""
+    format: ImageFormat
+    quality: int | None
+    compression: int | None
+
+
+def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
+    """Choose the form of an answer.
+
+    Args:
+        body: asks for a format of images, and perhaps for a stream, which is always JSON.
+        accept: the Accept header; the first form that it names and that there is decides.
+        channels: of the model's images.
+
+    Raises:
+        InvalidRequest: options that contradict each other, or that the model's images cannot have.
+    """
+    kind, image_format = _accepted("" if body.stream else accept, body.format)
+    if body.preview_every is not None and not body.stream:
+        raise InvalidRequest("preview_every", "is a choice of `stream` only, which is false")
+    if body.quality is not None and image_format != "jpeg":
+        raise InvalidRequest("quality", f"is a choice of format 'jpeg' only; format is '{image_format}'")
+    if body.compression is not None and image_format == "jpeg":
+        raise InvalidRequest("compression", "is no choice of format 'jpeg', which has `quality`")
+    if kind == "zip" and image_format == "npz":
+        raise InvalidRequest("format", f"must be {_or(PICTURE_FORMATS)} in a zip; an npz holds all images by itself")
+    if channels not in CHANNELS.get(image_format, (channels,)):
+        fit = [name for name in MEDIA_TYPES if channels in CHANNELS.get(name, (channels,))]
+        raise InvalidRequest("format", f"must be {_or(fit)} for images of {channels} channels; got '{image_format}'")
+    return Form(kind, image_format, body.quality, body.compression)
+
+
+def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
+    """Encode what came of a request."""
+    if form.body == "json":
+        return Response(answer_json(form, accepted, results, timing), media_type="application/json")
+    params = accepted.images
+    headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
+    if form.body == "zip":
+        files = [
+            (file_name(k, _class_name(accepted, p), p.seed, p.image_index, form.format), _encode(form, p, result))
+            for k, (p, result) in enumerate(zip(params, results, strict=True))
+        ]
+        headers["Content-Disposition"] = f'attachment; filename="iddpm-{params[0].seed}.zip"'
+        return Response(encode_zip(files), media_type=ZIP_MEDIA_TYPE, headers=headers)
+    pixels = np.stack([result.pixels for result in results if result.pixels is not None])
+    content = encode_picture(
+        pixels, [p.class_index for p in params], form.format, quality=form.quality, compression=form.compression
+    )
+    return Response(content, media_type=MEDIA_TYPES[form.format], headers=headers)
+
+
+def answer_json(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> str:
+    """Encode what came of a request as JSON with base64 images."""
+    images = [
+        GeneratedImage(
+            b64_json=base64.b64encode(_encode(form, p, result)).decode(),
+            class_=_class_name(accepted, p),
+            class_index=p.class_index,
+            seed=p.seed,
+            image_index=p.image_index,
+            steps=p.num_steps,
+            queue_ms=round(result.queue_s * 1000, 3),
+            compute_ms=round(result.compute_s * 1000, 3),
+        )
+        for p, result in zip(accepted.images, results, strict=True)
+    ]
+    model = accepted.model
+    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
+    return response.model_dump_json(by_alias=True)
+
+
+def _encode(form: Form, params: ImageParams, result: ImageResult) -> bytes:
+    if result.pixels is None:
+        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
+    return encode_one(
+        result.pixels, params.class_index, form.format, quality=form.quality, compression=form.compression
+    )
+
+
+def _class_name(accepted: Accepted, params: ImageParams) -> str | None:
+    names = accepted.model.class_names
+    return None if names is None or params.class_index is None else names[params.class_index]
+
+
+def _accepted(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
+    for part in accept.split(","):
+        media_type = part.partition(";")[0].strip().lower()
+        if media_type in ("application/json", "*/*"):
+            return "json", wanted
+        if media_type == ZIP_MEDIA_TYPE:
+            return "zip", wanted
+        if media_type == "image/*":
+            return "file", "png" if wanted == "npz" else wanted
+        for image_format, known in MEDIA_TYPES.items():
+            if media_type == known:
+                return "file", image_format
+    return "json", wanted
+
+
+def _or(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]

@@ -1,0 +1,96 @@
+"""A whole app in this process, around a network that computes when it is let."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.api.app import assemble
+from service.settings import Settings
+from tests.denoisers import ExactDenoiser
+from tests.fakes import tiny_config
+
+WIDTH, QUEUE, LATE = 2, 5, 4
+
+
+class PausedDenoiser(ExactDenoiser):
+    """Computes only while it is let; it is, at start-up."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_config())
+        self.let = threading.Event()
+        self.let.set()
+        self._steps = threading.Semaphore(0)
+
+    def let_steps(self, count: int) -> None:
+        """Let so many calls through while the rest waits."""
+        self._steps.release(count)
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        if not self.let.is_set():
+            self._wait()
+        return super().__call__(x_t, emb_t, y)
+
+    def _wait(self) -> None:
+        for _ in range(100_000):
+            if self._steps.acquire(timeout=0.001) or self.let.is_set():
+                return
+        raise TimeoutError("nobody lets the network compute")
+
+
+class Service:
+    """A running app, and clients that reach it from any address."""
+
+    def __init__(self, app: Any, denoiser: PausedDenoiser) -> None:
+        self.denoiser = denoiser
+        self.app = app
+
+    async def ask(self, method: str, path: str, peer: str = "192.0.2.1", **options: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app, client=(peer, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100) as client:
+            return await client.request(method, path, **options)
+
+    async def generate(self, peer: str = "192.0.2.1", forwarded_for: str | None = None, **body: Any) -> httpx.Response:
+        headers = {} if forwarded_for is None else {"X-Forwarded-For": forwarded_for}
+        return await self.ask("POST", "/v1/generate", peer, json=body, headers=headers)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        text = (await self.ask("GET", "/metrics")).text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
+        return next(sample.value for sample in samples if sample.labels == labels)
+
+    async def until(self, condition: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(denoiser: PausedDenoiser | None = None, **settings: Any) -> AsyncIterator[Service]:
+    denoiser = denoiser or PausedDenoiser()
+    app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH, max_queue=QUEUE, **settings), {"m": denoiser})
+    async with app.router.lifespan_context(app):
+        service = Service(app, denoiser)
+        while (await service.ask("GET", "/readyz")).status_code != 200:
+            await asyncio.sleep(0.005)
+        try:
+            yield service
+        finally:
+            denoiser.let.set()
+
+
+def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
+    """Run a test's coroutine, and fail rather than hang."""
+
+    @wraps(test)
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), timeout=120))
+
+    return run
