@@ -13,7 +13,7 @@ EventName = Literal["queued", "progress", "preview", "completed", "failed"]
 
 
 class QueuedEvent(BaseModel):
-    """The request was accepted; again every second until its first image has taken a step."""
+    """The request was accepted; again about every second until its first image has taken a step."""
 
     images_ahead: int = Field(description="Images that come before this request's first one.")
     predicted_wait_s: float = Field(description="From now to its first network call.")

@@ -16,8 +16,10 @@ from service.errors import GenerationFailed
 ROUND_EVERY_S = 0.05
 """Least time between two rounds of progress and previews: more than people can see would only slow the engine down."""
 QUEUED_EVERY_S = 1.0
-ETA_EVERY_S = 0.5
-"""A prediction serves so long, counting down: one for 64 images costs about as much as a short step."""
+ETA_EVERY_S = 1.0
+"""A prediction serves so long, counting down."""
+ETA_SHARE = 0.01
+"""Or longer: making predictions takes at most this part of the time. One for 64 images costs 14 ms or more."""
 
 
 class EventStream:
@@ -54,6 +56,7 @@ class EventStream:
         self._round_at = 0.0
         self._eta_at = 0.0
         self._finish_at = 0.0
+        self._queued_every_s = QUEUED_EVERY_S
         self._changed = asyncio.Event()
         self._put_queued(prediction)
 
@@ -115,13 +118,17 @@ class EventStream:
         if self._steps:
             seconds = self._round_at - self._clock()
         elif self._in_queue:
-            seconds = QUEUED_EVERY_S
+            seconds = self._queued_every_s
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
                 return
-        if self._in_queue and (prediction := self._predict()) is not None:
-            self._put_queued(prediction)
+        if self._in_queue:
+            begun = self._clock()
+            prediction = self._predict()
+            self._queued_every_s = max(QUEUED_EVERY_S, (self._clock() - begun) / ETA_SHARE)
+            if prediction is not None:
+                self._put_queued(prediction)
 
     def _newest_step(self) -> Progress | Preview | None:
         """Return what is left of a round of progress and previews, or begin a round if it is time for one."""
@@ -141,7 +148,7 @@ class EventStream:
     def _eta_s(self) -> float:
         now = self._clock()
         if now >= self._eta_at and (prediction := self._predict()) is not None:
-            self._eta_at = now + ETA_EVERY_S
+            self._eta_at = now + max(ETA_EVERY_S, (self._clock() - now) / ETA_SHARE)
             self._finish_at = now + prediction.finish_s
         return max(0.0, self._finish_at - now)
 

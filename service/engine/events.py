@@ -13,7 +13,7 @@ from service.errors import GenerationFailed
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """Accepted; told at once, and every second until the first image has taken a step."""
+    """Accepted; told at once, and about every second until the first image has taken a step."""
 
     images_ahead: int
     """Images that come before the request's first one."""
