@@ -86,6 +86,10 @@ class NullRunner:
         """Return pixels of the smallest size."""
         return np.zeros((len(slots), 1, 1, 1), dtype=np.uint8)
 
+    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Return pixels of the smallest size."""
+        return self.read(slots)
+
 
 class GatedRunner(NullRunner):
     """Takes a step when it is let, so that the engine's thread stands still while the event loop is timed."""
