@@ -6,6 +6,7 @@ import typer
 
 from cli.export_command import export_command
 from cli.import_command import import_command
+from cli.keys_command import keys_app
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
 from cli.train_command import train_command
@@ -28,3 +29,4 @@ app.command("serve")(serve_command)
 app.command("sample")(sample_command)
 app.command("import")(import_command)
 app.command("export")(export_command)
+app.add_typer(keys_app, name="keys")

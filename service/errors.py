@@ -15,6 +15,7 @@ ServiceError
     ├── TimedOut          it took longer than the service allows
     └── EngineDead        the engine stopped with an error; every request it held gets this
 ModelError                a model folder that cannot be served; ends start-up
+KeysError                 a keys file that cannot be read or written; ends start-up, and `iddpm keys`
 """
 
 from __future__ import annotations
@@ -95,3 +96,7 @@ class EngineDead(GenerationFailed):
 
 class ModelError(Exception):
     """A model folder that cannot be served."""
+
+
+class KeysError(Exception):
+    """A keys file that cannot be read or written."""

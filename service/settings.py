@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.backends.base import BackendOptions, Precision
@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port."""
+    keys_file: Path | None = None
+    """API keys (`iddpm keys`), read again whenever the file changes; None: nobody needs one."""
+    allow_keyless: bool = False
+    """Listen on an address that others can reach although no key is needed."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a network call; None: one per core."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -58,11 +62,15 @@ class Settings(BaseSettings):
     policy: PolicyName = "srw"
     """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
     client_share: float = Field(default=1.0, gt=0, le=1)
-    """Part of all accepted rows that one client (an address) may hold before it is refused with 429; 1: no limit."""
+    """Part of all accepted rows that one client (a key, or an address) may hold before it gets 429; 1: no limit."""
     max_request_s: float = Field(default=3600.0, gt=0)
     """Longest time from a request's admission to its images; then its rows are freed, and it gets 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
     """Longest request body."""
+    read_timeout_s: float = Field(default=10.0, gt=0)
+    """Longest time from a request's first byte to its last; then it gets 408."""
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest time in which a client takes nothing of its answer; then its connection is cut."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Most work of one request: images x steps, twice that with classifier-free guidance."""
 
@@ -70,6 +78,15 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _refuse_to_be_open_unasked(self) -> Settings:
+        if self.keys_file is None and not self.allow_keyless and not _is_loopback(self.host):
+            raise ValueError(
+                f"host: {self.host!r} can be reached by others, who would need no key: name a keys file "
+                "(IDDPM_KEYS_FILE, see iddpm keys), or say that none is wanted (IDDPM_ALLOW_KEYLESS=true)"
+            )
+        return self
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
@@ -87,6 +104,13 @@ class Settings(BaseSettings):
             torch_compile=self.torch_compile,
             cache_dir=self.cache_dir,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def refuse_unknown_variables() -> None:

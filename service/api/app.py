@@ -14,9 +14,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from diffusion.tensorrt_files import BuildEngines
-from service.api import generate, info, problems
+from service.api import docs_page, generate, info, problems
+from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
+from service.api.identify import Identify
+from service.api.keys import KeyRing
 from service.api.loop_lag import measure_loop_lag
 from service.api.observe import Observe
 from service.api.state import ServiceState
@@ -42,6 +45,7 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
 
     Raises:
         ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
+        KeysError: a keys file that cannot be read.
     """
     if settings.build_engines and build_engines is None:
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
@@ -57,6 +61,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
 
     Raises:
         ModelError: a network that was compiled for batches smaller than `max_rows`.
+        KeysError: a keys file that cannot be read.
     """
     longest = max(denoiser.config.diffusion.num_timesteps for denoiser in denoisers.values())
     config = settings.engine_config().with_room_for(longest)
@@ -93,13 +98,19 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
         version=version("iddpm"),
         summary="Images from diffusion models of the Improved DDPM family",
         lifespan=lifespan,
+        docs_url=None,  # api/docs_page.py
         redoc_url=None,
     )
     app.include_router(generate.router)
     app.include_router(info.router)
+    app.include_router(docs_page.router)
     problems.install(app)
-    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(Observe, metrics=metrics)  # outermost: added last
+    keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
+    # From the inside out: a request passes the last one first.
+    app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(Observe, metrics=metrics)
     return app
 
 

@@ -1,13 +1,25 @@
-"""Who asks: the address that fairness between clients goes by."""
+"""Who asks: the key, or the address, that fairness between clients goes by."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from service.api.keys import Limits
 
 Network = IPv4Network | IPv6Network
 IPV6_PREFIX = 64
 """What one household or machine gets: its addresses are one client."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks, and what it may."""
+
+    name: str
+    """`key:NAME`, or an address; "" where nothing is known."""
+    limits: Limits = field(default_factory=Limits)
 
 
 def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collection[Network]) -> str:

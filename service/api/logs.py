@@ -11,6 +11,7 @@ import structlog
 def configure_logging(level: str = "INFO") -> None:
     """Send all records to standard error, one line each."""
     shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

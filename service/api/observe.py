@@ -7,10 +7,13 @@ import re
 import time
 import uuid
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.client import Client
 from service.api.problems import problem
+from service.api.security_headers import SECURITY_HEADERS
 from service.metrics import Metrics, Outcome
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,10 @@ class Observe:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        with structlog.contextvars.bound_contextvars(request_id=request_id):  # for every log line from here on
+            await self._serve(scope, receive, send, request_id)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         begun = time.perf_counter()
         status = CLIENT_CLOSED  # unless an answer begins
 
@@ -50,13 +57,14 @@ class Observe:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         except Exception as error:
-            log.error("unexpected error, id=%s", request_id, exc_info=error)  # said once, here
+            log.error("unexpected error", exc_info=error)  # said once, here
             if status != CLIENT_CLOSED:
                 raise  # an answer had begun: all that is left is to break the connection
             await problem(500, "Internal error", "something went wrong here; the log has the details")(
@@ -64,9 +72,9 @@ class Observe:
             )
         finally:
             status = scope["state"].get(_ENDED_AS, status)
-            self._record(scope, status, time.perf_counter() - begun, request_id)
+            self._record(scope, status, time.perf_counter() - begun)
 
-    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
         if path == GENERATE_PATH and scope["method"] == "POST":
             outcome = outcome_of(status)
@@ -74,7 +82,9 @@ class Observe:
             if outcome == "ok":
                 self._metrics.request_seconds.observe(seconds)
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
-        log.log(level, "%s %s %d %.3fs id=%s", scope["method"], _printable(path), status, seconds, request_id)
+        client = scope["state"].get("client")  # nobody was identified where the request was refused before
+        who = client.name if isinstance(client, Client) else "-"
+        log.log(level, "%s %s %d %.3fs %s", scope["method"], _printable(path), status, seconds, who)
 
 
 def ended_as(scope: Scope, status: int) -> None:

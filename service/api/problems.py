@@ -105,6 +105,9 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
+    if error.status_code == 400 and error.__cause__ is not None:  # how FastAPI says that it could not read a body
+        detail = f"the body is not valid JSON: {_unreadable(error.__cause__)}"
+        return problem(400, "Malformed JSON", detail, instance=_instance(request))
     return problem(
         error.status_code,
         HTTP_TITLES.get(error.status_code, "Error"),
@@ -112,6 +115,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
         instance=_instance(request),
         headers=dict(error.headers or {}),
     )
+
+
+def _unreadable(cause: BaseException) -> str:
+    if isinstance(cause, RecursionError):
+        return "nested too deeply"
+    return "not UTF-8" if isinstance(cause, UnicodeDecodeError) else "a number is too long"
 
 
 def _instance(request: Request) -> str | None:

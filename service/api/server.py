@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.connection import timed_protocol
+from service.api.guard import MAX_HEADER_BYTES
 from service.api.state import ServiceState
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.settings import Settings
@@ -89,10 +91,11 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # uvicorn would believe X-Forwarded-For of anybody on this machine; see api/client.py
-        http="h11",  # the parser that every installation has
+        http=timed_protocol(settings.read_timeout_s, settings.write_timeout_s),
+        ws="none",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=STRAGGLER_SECONDS,
-        h11_max_incomplete_event_size=32768,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     DrainingServer(config, app).run()
     engine = engine_of(app)

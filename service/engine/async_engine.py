@@ -165,6 +165,7 @@ class AsyncEngine:
 
     def _check_room(self, request: GenerationRequest) -> None:
         """Refuse by rows: what is in flight in all, and of this client."""
+        self._check_client_images(request)
         rows, limit = request.rows, self._config.max_in_flight
         in_flight = self._rows_in_flight.total()
         if rows > limit:
@@ -182,6 +183,23 @@ class AsyncEngine:
             raise ClientLimit(
                 f"{own} rows of this client are in flight, at most {part} can be; this request has {rows}",
                 self._until_free_s(own + rows - part),
+            )
+
+    def _check_client_images(self, request: GenerationRequest) -> None:
+        """Refuse by the limit that a client brings along."""
+        limit, count = request.max_client_images, len(request.images)
+        if limit is None:
+            return
+        if count > limit:
+            raise InvalidRequest(
+                "n", f"must be at most {limit}, the images this client may have in flight; got {count}"
+            )
+        own = [ticket for ticket in self._tickets.values() if ticket.request.client == request.client]
+        in_flight = sum(ticket.pending for ticket in own)
+        if in_flight + count > limit:
+            raise ClientLimit(
+                f"{in_flight} images of this client are in flight, at most {limit} can be; this request has {count}",
+                self._until_free_s((in_flight + count - limit) * request.rows // count),
             )
 
     def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:

@@ -75,7 +75,9 @@ class GenerationRequest:
     model: str
     images: tuple[ImageParams, ...]
     client: str = ""
-    """Who asks, for fairness; requests without a name share one. Opaque: an address, the hash of a key."""
+    """Who asks, for fairness; requests without a name share one. Opaque: an address, the name of a key."""
+    max_client_images: int | None = None
+    """Most images that this client may have in flight, this request's among them; None: no limit of its own."""
     priority: Priority = Priority.INTERACTIVE
     deadline_s: float | None = None
     """Seconds from its admission within which every image is wanted; None: whenever."""
