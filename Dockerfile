@@ -1,4 +1,6 @@
-# The service with the bundled model, for CPUs: docker build -t iddpm . && docker run -p 127.0.0.1:8000:8000 iddpm
+# The service with the bundled model, for CPUs, for this machine only and without keys (docs/security.md):
+#   docker build -t iddpm . && docker run -e IDDPM_ALLOW_KEYLESS=true -p 127.0.0.1:8000:8000 iddpm
+# With keys: docker run -e IDDPM_KEYS_FILE=/keys/keys.json -v "$PWD/deploy/keys:/keys:ro" ...
 # Only loopback names are accepted in the Host header; for others: docker run -e IDDPM_ALLOWED_HOSTS=name,name ...
 # It serves artifacts (iddpm export) and has no torch; EXTRA=torch serves plain checkpoints too, and where a plain
 # `pip install torch` brings CUDA packages (gigabytes), name an index with CPU wheels:

@@ -67,6 +67,10 @@ class Settings(BaseSettings):
     """Longest time from a request's admission to its images; then its rows are freed, and it gets 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
     """Longest request body."""
+    keep_answers_s: float = Field(default=600.0, gt=0)
+    """How long an answer is kept for requests with the same Idempotency-Key."""
+    max_kept_bytes: int = Field(default=64 << 20, ge=0)
+    """Most memory that such answers take; the oldest go first."""
     read_timeout_s: float = Field(default=10.0, gt=0)
     """Longest time from a request's first byte to its last; then it gets 408."""
     write_timeout_s: float = Field(default=60.0, gt=0)

@@ -18,6 +18,7 @@ from service.api import docs_page, generate, info, problems
 from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
+from service.api.idempotency import Idempotency
 from service.api.identify import Identify
 from service.api.keys import KeyRing
 from service.api.loop_lag import measure_loop_lag
@@ -107,6 +108,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     problems.install(app)
     keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
     # From the inside out: a request passes the last one first.
+    app.add_middleware(Idempotency, max_bytes=settings.max_kept_bytes, keep_s=settings.keep_answers_s)
     app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)

@@ -6,6 +6,7 @@ Whatever ends the waiting early frees the rows at the next step: a client that g
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -15,14 +16,14 @@ from typing import Any
 from fastapi import Request
 from starlette.types import Receive
 
-from service.api.client import client_of
+from service.api.idempotency import derived_seed
 from service.api.schemas import GenerateRequest, Timing
-from service.api.state import ServiceState
+from service.api.state import ServiceState, asking_client
 from service.api.translate import ServedModel, complete, find_model
 from service.engine.async_engine import Ticket
 from service.engine.events import Event, ImageFailed
 from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
-from service.errors import Aborted, TimedOut
+from service.errors import Aborted, InvalidRequest, TimedOut
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Prepared:
 
     model: ServedModel
     request: GenerationRequest
+    idempotent: bool
+    """Whether it carries an Idempotency-Key."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Accepted:
     def images(self) -> tuple[ImageParams, ...]:
         """What each image is made from."""
         return self.ticket.request.images
+
+    def server_timing(self, results: list[ImageResult], encode_s: float) -> str:
+        """Return the value of the header Server-Timing: milliseconds in the queue, of sampling, and of encoding."""
+        begun = min(result.queue_s for result in results)
+        done = max(result.queue_s + result.compute_s for result in results)
+        phases = {"queue": begun, "denoise": done - begun, "encode": encode_s}
+        return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in phases.items())
 
     def timing(self, results: list[ImageResult]) -> Timing:
         """Compare what was predicted on admission with what it came to; all images are done."""
@@ -64,11 +74,15 @@ def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Pre
         InvalidRequest: naming field, rule and allowed values.
         UnknownModel: no such model.
     """
-    model = find_model(state.models, body.model)
-    peer = "" if request.client is None else request.client.host
-    client = client_of(peer, request.headers.getlist("x-forwarded-for"), state.settings.trusted_proxies)
+    model, client = find_model(state.models, body.model), asking_client(request)
+    key = getattr(request.state, "idempotency_key", None)
+    if key is not None and body.seed is None:
+        body = body.model_copy(update={"seed": derived_seed(client.name, key)})
+    most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
     # An id of our own: two clients may send the same X-Request-ID
-    return Prepared(model, complete(body, model, uuid.uuid4().hex, state.settings.max_row_steps, client))
+    completed = complete(body, model, uuid.uuid4().hex, most, client.name)
+    limited = replace(completed, max_client_images=client.limits.images_in_flight)
+    return Prepared(model, limited, idempotent=key is not None)
 
 
 def submit(prepared: Prepared, state: ServiceState, watch: Watch | None = None) -> Accepted:
@@ -81,9 +95,11 @@ def submit(prepared: Prepared, state: ServiceState, watch: Watch | None = None) 
 
     Raises:
         DeadlineUnmeetable: it would not be done in time.
-        InvalidRequest: more images than could ever be in flight.
+        InvalidRequest: more images than could ever be in flight; a stream with an Idempotency-Key.
         Unavailable: the service cannot take it now; says when to try again.
     """
+    if prepared.idempotent and watch is not None:
+        raise InvalidRequest("Idempotency-Key", "a stream cannot be answered twice; leave it out, and give a seed")
     return Accepted(prepared.model, state.engine.submit(replace(prepared.request, watch=watch)))
 
 

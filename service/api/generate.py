@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -36,12 +37,15 @@ _RESPONSES = {
         status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
         for status, text in {
             400: "The body is not JSON",
+            401: "No valid API key, where the service wants one",
             404: "No such model",
+            408: "The request did not arrive in time",
             413: "The body is too long",
             415: "The body is not declared as JSON",
             421: "Not a name of this service",
-            422: "A field breaks a rule, or the deadline cannot be met",
-            429: "This client has too much in flight; Retry-After says when there will be room",
+            422: "A field breaks a rule, the deadline cannot be met, or the Idempotency-Key is another request's",
+            429: "This client has too much in flight, or asks too often; Retry-After says when to try again",
+            431: "The headers are too long",
             500: "An image or the engine failed",
             503: "Queue full or shutting down; Retry-After says when to try again",
             504: "It took longer than the service allows",
@@ -66,6 +70,8 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
         return EventSource(stream_events(accepted, form, request, state))
     accepted = submit(prepared, state)
     results = await wait(accepted.ticket, request, state)
-    response = await state.encoding.run(answer, form, accepted, results, accepted.timing(results))
+    timing, done = accepted.timing(results), time.monotonic()
+    response = await state.encoding.run(answer, form, accepted, results, timing)
+    response.headers["Server-Timing"] = accepted.server_timing(results, time.monotonic() - done)
     state.metrics.images.inc(len(results))
     return response

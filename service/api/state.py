@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from service.api.client import Client
 from service.api.encoding_pool import EncodingPool
 from service.api.translate import ServedModel
 from service.engine.async_engine import AsyncEngine
@@ -22,6 +23,13 @@ class ServiceState:
     engine: AsyncEngine
     metrics: Metrics
     encoding: EncodingPool
+
+
+def asking_client(request: Request) -> Client:
+    """Return who a request is from."""
+    client = request.state.client
+    assert isinstance(client, Client)  # noqa: S101  # set by Identify
+    return client
 
 
 def service_state(request: Request) -> ServiceState:

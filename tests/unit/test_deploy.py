@@ -76,6 +76,15 @@ def test_only_loopback_is_published(compose: dict[str, Any]) -> None:
     assert not any(service.get("network_mode") for service in compose["services"].values())
 
 
+def test_replicas_need_no_keys_only_while_nobody_else_reaches_them(
+    compose: dict[str, Any], dockerfile: list[str]
+) -> None:
+    environment = compose["services"]["api"]["environment"]
+    assert environment["IDDPM_ALLOW_KEYLESS"] == "true"
+    assert "IDDPM_KEYS_FILE" in environment  # passed on when set: keys are asked for all the same
+    assert not [line for line in dockerfile if "ALLOW_KEYLESS" in line and not line.startswith("#")]
+
+
 def test_mounted_and_built_paths_exist(compose: dict[str, Any]) -> None:
     mounts = [mount.split(":")[0] for service in compose["services"].values() for mount in service.get("volumes", [])]
     for path in mounts:
