@@ -22,7 +22,7 @@ class WholeBody:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
+        if declared.isdecimal() and int(declared) > self._max_bytes:
             await self._too_long(Connection="close")(scope, receive, send)  # before any of it is read
             return
         body = bytearray()
