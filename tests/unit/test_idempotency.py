@@ -65,9 +65,9 @@ class Door:
     async def post(
         self, key: str | None, body: str = "{}", client: str = "alice", accept: str = "*/*"
     ) -> httpx.Response:
-        headers = {"Accept": accept.encode()}
+        headers = [(b"Accept", accept.encode())]
         if key is not None:
-            headers["Idempotency-Key"] = key.encode("latin-1")
+            headers.append((b"Idempotency-Key", key.encode("latin-1")))
         transport = httpx.ASGITransport(self, client=(client, 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.post("/", content=body, headers=headers)
