@@ -55,10 +55,12 @@ async def serving(app: App, read_seconds: float = HOUR, write_seconds: float = H
     task = asyncio.create_task(server._serve([listener]))  # serve() would take the test's signals
     while not server.started:
         await asyncio.sleep(0.001)
-    yield lambda: asyncio.open_connection(*listener.getsockname(), limit=4 << 20)
-    server.should_exit = server.force_exit = True
-    await task
-    listener.close()
+    try:
+        yield lambda: asyncio.open_connection(*listener.getsockname(), limit=4 << 20)
+    finally:
+        server.should_exit = server.force_exit = True
+        await task
+        listener.close()
 
 
 def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
@@ -102,8 +104,10 @@ async def test_a_byte_now_and_then_buys_no_time() -> None:
         while not ended.done():
             writer.write(b"G")
             await asyncio.sleep(0.01)
-        assert ended.result().startswith(b"HTTP/1.1 408 ")
+        with suppress(ConnectionError):  # who still writes when the connection closes may miss the answer
+            assert ended.result().startswith(b"HTTP/1.1 408 ")
         writer.close()
+    assert app.seen == []
 
 
 @runs
