@@ -17,9 +17,9 @@ from service.api.idempotency import derived_seed
 from service.api.keys import ApiKey, Limits, hash_of, new_key, write_keys
 from service.api.security_headers import SECURITY_HEADERS
 from tests.fakes import tiny_checkpoint
+from tests.integration.in_process import Service, running, runs
 from tests.integration.server import PATIENCE, Server
 from tests.integration.server import running as running_process
-from tests.integration.test_admission import Service, running, runs
 
 SHORT: dict[str, Any] = {"cfg_scale": 1, "steps": 3}
 JSON = {"Content-Type": "application/json"}
