@@ -24,9 +24,11 @@ import itertools
 import random
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks import traffic
+from benchmarks.traffic import MIX, SLO, draw_arrival, mean_row_steps, percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView, Forecast
 from service.engine.policies import PolicyName
@@ -34,8 +36,6 @@ from service.engine.request import GenerationRequest, ImageParams, PlanKey, imag
 from service.engine.scheduler import Scheduler
 from service.engine.step_costs import StepCosts
 
-MIX = {50: 0.5, 100: 0.3, 250: 0.2}
-SLO = 10.0
 HURRIED, HURRY = 0.25, 4.0
 UNIT_S = 0.02
 """Seconds of a call with one row: what patience is measured by that has none stated."""
@@ -65,18 +65,11 @@ DEVICES = (Device("GPU-like", 0.95, 0.05, 32), Device("middling", 0.8, 0.2, 16),
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """A request."""
+class Arrival(traffic.Arrival):
+    """A request that may be in a hurry."""
 
-    at: float
-    steps: int
-    rows: int
     patience: float | None
     """How long after its arrival it is wanted; None: it does not say."""
-
-    @property
-    def row_steps(self) -> int:
-        return self.steps * self.rows
 
 
 @dataclass
@@ -94,15 +87,14 @@ Server = Callable[[Device, Sequence[Arrival]], Outcome]
 def arrivals(device: Device, load: float, count: int, seed: int) -> list[Arrival]:
     """Draw requests that offer this load."""
     draw = random.Random(seed)  # noqa: S311  # nothing secret
-    mean_work = sum(steps * part for steps, part in MIX.items()) * 2.5
-    rate = load * device.capacity / mean_work
+    rate = load * device.capacity / mean_row_steps()
     at, requests = 0.0, []
     for _ in range(count):
-        at += draw.expovariate(rate)
-        (steps,) = draw.choices(list(MIX), list(MIX.values()))
-        rows = draw.randint(1, 4)
+        drawn = draw_arrival(draw, at, rate)
+        at = drawn.at
         hurried = draw.random() < HURRIED
-        requests.append(Arrival(at, steps, rows, HURRY * steps * device.seconds(rows) if hurried else None))
+        patience = HURRY * drawn.steps * device.seconds(drawn.rows) if hurried else None
+        requests.append(Arrival(at, drawn.steps, drawn.rows, patience))
     return requests
 
 
@@ -225,12 +217,6 @@ def one_at_a_time(device: Device, requests: Sequence[Arrival]) -> Outcome:
 def latencies(requests: Sequence[Arrival], outcome: Outcome) -> list[float]:
     """Return arrival to last image, by request."""
     return [end - arrival.at for end, arrival in zip(outcome.finished, requests, strict=True)]
-
-
-def percentile(values: Iterable[float], part: float) -> float:
-    """Return the value that this part of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 def line(name: str, device: Device, requests: Sequence[Arrival], outcome: Outcome) -> str:

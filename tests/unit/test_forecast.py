@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from benchmarks.simulate import DEVICES, Arrival, Device, Outcome, arrivals, best_batcher, latencies, step_level
-from benchmarks.simulate import percentile as percentile_of
+from benchmarks.traffic import percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView, Forecast
 from service.engine.policies import PolicyName
@@ -155,4 +155,4 @@ def test_at_load_08_joining_at_any_step_beats_batching_requests() -> None:
     requests, outcome = simulated(device, EngineConfig().policy)
     ours, theirs = latencies(requests, outcome), latencies(requests, best_batcher(device, requests))
     assert statistics.fmean(ours) <= 0.6 * statistics.fmean(theirs)
-    assert percentile_of(ours, 0.99) <= percentile_of(theirs, 0.99)
+    assert percentile(ours, 0.99) <= percentile(theirs, 0.99)
