@@ -49,6 +49,7 @@ bench: $(VENV)/.installed-bench  ## quick benchmark of a denoising step (minutes
 	@echo '  $(VENV)/bin/python -m benchmarks.denoise_step'
 	@echo '  $(VENV)/bin/python -m benchmarks.sample'
 	@echo '  $(VENV)/bin/python -m benchmarks.precision --judge build/judge.safetensors'
+	@echo '  $(VENV)/bin/python -m benchmarks.serving  # benchmarks/peers/requirements-*.txt: how to install Triton and LitServe'
 
 .PHONY: need-data
 need-data:

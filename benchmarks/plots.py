@@ -19,8 +19,17 @@ class Curve:
     high: Sequence[float]
 
 
-def draw_curves(plots: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, path: Path) -> bool:
-    """Draw one plot per title, side by side, both axes from 1 in powers of two.
+def draw_curves(
+    plots: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, path: Path, *, powers_of_two: bool = True
+) -> bool:
+    """Draw one plot per title, side by side.
+
+    Args:
+        plots: curves by title.
+        x_label: of all plots.
+        y_label: of all plots; that axis begins at 0.
+        path: where to.
+        powers_of_two: whether x counts something that doubles.
 
     Returns:
         Whether anything was drawn: not without matplotlib, which is said on stderr.
@@ -42,7 +51,8 @@ def draw_curves(plots: Mapping[str, Sequence[Curve]], x_label: str, y_label: str
             style = "-" if names.index(curve.name) < 10 else "--"
             axis.plot(curve.x, curve.y, style, marker="o", markersize=3, color=colour, label=curve.name)
             axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-        axis.set_xscale("log", base=2)
+        if powers_of_two:
+            axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({x for curve in lines for x in curve.x}))
         axis.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
         axis.set_ylim(bottom=0)

@@ -1,0 +1,25 @@
+"""A lock between threads and processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class FileLock:
+    """A lock on a file. Each thread and process makes one for itself: it belongs to whoever opened the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT)  # open until the process ends
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Wait for it, and hold it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)

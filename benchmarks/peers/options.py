@@ -1,0 +1,48 @@
+"""The command line that all peers have; `benchmarks.servers` writes it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from benchmarks.peers.request_sampler import RequestSampler, Turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions:
+    """What a peer is told."""
+
+    model: Path
+    port: int
+    meter: Path
+    width: int
+    threads: int
+    steps: tuple[int, ...]
+    """The numbers of steps that will be asked for: peers that batch by it make a queue for each."""
+    turns: Turns
+    delay_ms: float
+    """How long a request waits for company."""
+    batch: int
+    """What a batch is filled up to, in the server's own unit; 0: to the width."""
+
+    def sampler(self) -> RequestSampler:
+        """Open the network; for one thread."""
+        return RequestSampler(self.model, self.meter, width=self.width, threads=self.threads, turns=self.turns)
+
+
+def parse_peer_options(description: str | None) -> PeerOptions:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--meter", type=Path, required=True, help="file that the network's time is counted in")
+    parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
+    parser.add_argument("--threads", type=int, default=1, help="of a network call (1)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 250], help="(50 100 250)")
+    parser.add_argument("--turns", choices=get_args(Turns), default="batch", help="(batch)")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="(0)")
+    parser.add_argument("--batch", type=int, default=0, help="(the width)")
+    read = vars(parser.parse_args())
+    return PeerOptions(**{**read, "steps": tuple(read["steps"])})

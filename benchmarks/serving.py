@@ -1,0 +1,271 @@
+"""How do requests fare under load? The service over HTTP against servers that batch requests or do not batch at all.
+
+    python -m benchmarks.serving --loads 0.8 1.3 --seeds 1 2 3 --venvs build/venvs    # measure, then report
+    python -m benchmarks.serving --report                                             # report what was measured
+    python -m benchmarks.serving --quick                                              # half a minute, no other venvs
+
+Open loop: requests come as a Poisson process (`benchmarks.traffic`), the same for every server. Load is offered
+row-steps per second over W / c(W): W rows per network call at most, c(n) the median time of a call with n rows, timed
+anew before each round. All servers run the artifact through the service's OpenVINO backend with the same precision,
+static batch sizes and threads (but diffusers, which is PyTorch), one network call at a time; before anything is timed
+their pixels are compared. They take turns: a round is a load and a seed, and another server begins each; who waits is
+suspended. Every run is appended to serving.jsonl in the folder --out, so that a long comparison can be made in pieces;
+the report is of all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from benchmarks.contenders import Absent
+from benchmarks.networks import open_network
+from benchmarks.open_loop import PATIENCE_S, PLAIN, Answer, offer, open_client
+from benchmarks.options import WORK, exit_status, say
+from benchmarks.peers.meter import Reading
+from benchmarks.reporting import describe_run
+from benchmarks.servers import KINDS, Entry, Server, Site, started
+from benchmarks.traffic import MIX, Arrival, draw_arrivals
+from diffusion.noise import STREAM_X_T, normal
+from service.backends.base import BackendOptions
+from service.backends.openvino_backend import OpenVinoBackend
+
+DEFAULT_SERVERS = ("iddpm", "triton", "litserve", "one-at-a-time")
+QUICK_SERVERS = ("iddpm", "one-at-a-time")
+QUICK_MIX = {2: 0.5, 4: 0.3, 10: 0.2}
+TIMED_CALLS, QUICK_TIMED_CALLS = 150, 3
+"""Of each size, before a round: for seconds, as a moment says little of a shared machine."""
+WARM_UP = 0.25
+"""Part of a run before its rate and the network's busy time are looked at."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a network had done at a moment of a run."""
+
+    at: float
+    reading: Reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One server under one load."""
+
+    server: str
+    load: float
+    seed: int
+    seconds: float
+    """How long requests came."""
+    width: int
+    costs: Mapping[int, float]
+    """c(n): seconds of a network call by rows, timed before the round."""
+    answers: Sequence[Answer]
+    marks: Sequence[Mark]
+    """At the begin, when the warm-up was over, when the last request had come, when all was answered."""
+    facts: Mapping[str, str]
+
+    @property
+    def capacity(self) -> float:
+        """Row-steps per second of the network alone at full width."""
+        return self.width / self.costs[self.width]
+
+
+RUNS = TypeAdapter(Run)
+
+
+def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
+    """Return the median seconds of a network call, by rows, the sizes in turns."""
+    model = backend.config.model
+    shape = (model.image_channels, model.image_size, model.image_size)
+    taken: dict[int, list[float]] = {rows: [] for rows in backend.batch_sizes or ()}
+    for _ in range(calls):
+        for rows, seconds in taken.items():
+            zeros = np.zeros(rows, dtype=np.int64)
+            x_t, emb_t = normal(zeros, zeros, zeros, STREAM_X_T, shape), backend.embed_timesteps(np.full(rows, 500.0))
+            begun = time.perf_counter()
+            backend(x_t, emb_t, zeros)
+            seconds.append(time.perf_counter() - begun)
+    return {rows: float(np.median(seconds)) for rows, seconds in taken.items()}
+
+
+async def measure(server: Server, arrivals: Sequence[Arrival], seconds: float) -> tuple[list[Answer], list[Mark]]:
+    """Put a server under load, until all is answered."""
+    async with open_client(server.url) as client:
+        marks: list[Mark] = []
+        begun = time.perf_counter()
+
+        async def mark() -> None:
+            reading = await server.read(client)
+            marks.append(Mark(time.perf_counter() - begun, reading))
+
+        await mark()
+        begun = time.perf_counter()
+        looks = [(WARM_UP * seconds, mark), (seconds, mark)]
+        answers = await offer(client, arrivals, server.entry.kind.ask, looks)
+        await mark()
+        return answers, marks
+
+
+def check_pixels(servers: Sequence[Server], steps: int) -> None:
+    """Let every server make the same images, and compare: only the serving may differ.
+
+    Raises:
+        ValueError: a server whose pixels are not the first one's.
+    """
+    expected = None
+    for server in servers:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE_S, headers=PLAIN) as client:
+            pixels = server.picture(client, Arrival(0.0, steps, 2))
+        if server.entry.kind.diffusers:
+            continue
+        if expected is not None and not np.array_equal(pixels, expected):
+            raise ValueError(f"{server.entry.text} makes other pixels than {servers[0].entry.text}")
+        expected = pixels
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, then write the report.
+
+    Raises:
+        ValueError: anything the user can put right; the message says what.
+    """
+    from benchmarks.serving_report import write_report
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = args.out / "serving.jsonl"
+    if not args.report:
+        compare(args, record)
+    write_report(args.out, read_runs(record))
+    print((args.out / "serving.md").read_text(encoding="utf-8"), end="")
+
+
+def compare(args: argparse.Namespace, record: Path) -> None:
+    """Start the servers, and let them take turns."""
+    mix = QUICK_MIX if args.quick else MIX
+    site = Site(
+        network=open_network("fashion32", args.work),
+        work=args.out / "servers",
+        width=args.width,
+        threads=args.threads,
+        steps=tuple(mix),
+        venvs={kind.venv: args.venvs / kind.venv for kind in KINDS.values() if kind.venv is not None},
+    )
+    facts = describe_run(torch.device("cpu"), args.threads)
+    options = BackendOptions(max_rows=args.width, threads=args.threads, device="cpu")
+    backend = OpenVinoBackend(site.network.checkpoint, options)
+    entries = [Entry.parse(text) for text in args.servers or (QUICK_SERVERS if args.quick else DEFAULT_SERVERS)]
+    with ready_servers(entries, site) as servers:
+        for seed in args.seeds:
+            for load in args.loads:
+                costs = time_network(backend, QUICK_TIMED_CALLS if args.quick else TIMED_CALLS)
+                for done in take_round(servers, costs, load, seed, args.seconds, mix, facts):
+                    append_run(record, done)
+
+
+@contextmanager
+def ready_servers(entries: Sequence[Entry], site: Site) -> Iterator[list[Server]]:
+    """Start servers, check that they make the same pixels, and suspend them; who does not start takes no part."""
+    with ExitStack() as stack:
+        servers = []
+        for number, entry in enumerate(entries):
+            try:
+                servers.append(stack.enter_context(started(entry, site, number)))
+            except Absent as reason:
+                say(f"{entry.text} takes no part: {reason}")
+        for server in [*servers]:
+            try:
+                server.wait_ready(site.steps)
+            except Absent as reason:
+                say(str(reason))
+                servers.remove(server)
+        check_pixels(servers, min(site.steps))
+        for server in servers:
+            server.suspend()
+        yield servers
+
+
+def take_round(
+    servers: Sequence[Server],
+    costs: Mapping[int, float],
+    load: float,
+    seed: int,
+    seconds: float,
+    mix: Mapping[int, float],
+    facts: Mapping[str, str],
+) -> Iterator[Run]:
+    """Put one server after the other under the same load, the others suspended; the network was timed before."""
+    width = max(costs)
+    arrivals = draw_arrivals(load * width / costs[width], seconds, seed, mix)
+    first = seed % len(servers)
+    for server in [*servers[first:], *servers[:first]]:
+        say(f"load {load}, seed {seed}: {server.entry.text}, {len(arrivals)} requests")
+        server.resume()
+        answers, marks = asyncio.run(measure(server, arrivals, seconds))
+        server.suspend()
+        yield Run(
+            server=server.entry.text,
+            load=load,
+            seed=seed,
+            seconds=seconds,
+            width=width,
+            costs=costs,
+            answers=answers,
+            marks=marks,
+            facts=facts,
+        )
+
+
+def append_run(record: Path, done: Run) -> None:
+    """Add a line to the record."""
+    with record.open("ab") as file:
+        file.write(RUNS.dump_json(done) + b"\n")
+
+
+def read_runs(record: Path) -> list[Run]:
+    """Read the record back.
+
+    Raises:
+        ValueError: there is none, or something else.
+    """
+    if not record.exists():
+        raise ValueError(f"{record} is not there: nothing was measured yet")
+    return [RUNS.validate_json(line) for line in record.read_bytes().splitlines()]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="ours and one at a time, chains of at most 10 steps")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the report of what was measured")
+    parser.add_argument(
+        "--servers", nargs="+", metavar="KIND[,NAME=VALUE]", help=f"of {', '.join(KINDS)} ({' '.join(DEFAULT_SERVERS)})"
+    )
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.8, 1.3], help="(0.8 1.3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one round each per load (1)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests come in a run (60)")
+    parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a network call (1)")
+    parser.add_argument("--venvs", type=Path, default=Path("build/venvs"), help="folder of the peers' (build/venvs)")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder for networks and artifacts ({WORK})")
+    parser.add_argument("--out", type=Path, default=WORK / "serving", help=f"folder for results ({WORK / 'serving'})")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the servers are ended
+    sys.exit(exit_status(run, parse_arguments()))
