@@ -14,7 +14,18 @@ from benchmarks.serving import Run
 from benchmarks.traffic import SLO, percentile
 
 HEADER = (
-    *("server", "requests", "refused", "mean s (runs)", "p50", "p95", "p99", "slowdown by steps", f"within {SLO:g}x"),
+    *(
+        "server",
+        "requests",
+        "offered",
+        "refused",
+        "mean s (runs)",
+        "p50",
+        "p95",
+        "p99",
+        "slowdown by steps",
+        f"within {SLO:g}x",
+    ),
     *("goodput", "busy", "rows/call", "c(W) in the run"),
 )
 
@@ -83,11 +94,12 @@ def write_report(out: Path, runs: Sequence[Run]) -> None:
         "Open loop: requests of 50, 100 and 250 steps (.5, .3, .2) and 1 to 4 images come as a Poisson process, the "
         "same for every server; latency counts from when a request was due. Load is offered row-steps per second over "
         "W / c(W), W rows per call at most, c(n) the median time of a network call with n rows, timed before each "
-        "round. Servers take turns. Mean: median over runs, in brackets the smallest and largest; "
-        "percentiles are of all runs together. Slowdown: latency over the network's time for the request alone. "
-        f"Within {SLO:g}x: part of all requests with at most that slowdown. Goodput: row-steps per second over "
-        "W / c(W), and busy: part of the time that the network ran, both from a quarter of the run to its last "
-        "request, and of requests that were answered, all of them in the end. rows/call: mean rows, padding left out.",
+        "round; offered is what came of it in runs of this length. Servers take turns. Mean: median over runs, in "
+        "brackets the smallest and largest; percentiles are of all runs together. Slowdown: latency over the network's "
+        f"time for the request alone. Within {SLO:g}x: part of all requests with at most that slowdown. Goodput: "
+        "row-steps per second over W / c(W), and busy: part of the time that the network ran, both from a quarter of "
+        "the run to its last request, and of requests that were answered, all of them in the end. rows/call: mean "
+        "rows, padding left out.",
         "",
         *(f"- {name}: {value}" for name, value in facts(runs).items()),
         "",
@@ -143,6 +155,7 @@ def line(runs: Sequence[Run]) -> list[str]:
     return [
         runs[0].server,
         str(total),
+        f"{statistics.median(sum(a.row_steps for a in r.answers) / r.seconds / r.capacity for r in runs):.2f}",
         str(total - len(good)),
         median_and_range([mean_latency(run) for run in runs], "{:.2f}"),
         *(f"{percentile(latencies, part):.2f}" for part in (0.5, 0.95, 0.99)),
