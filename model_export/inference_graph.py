@@ -7,7 +7,10 @@ What the CPU profile of the plain graph showed, and what is done about it (docs/
   channels of a group, and normalisation, affine and timestep conditioning are one multiply-add per element.
 - The sigmoid of SiLU is the dearest thing per element. silu(v) = h + h tanh(h) with h = v / 2, and the half is folded
   into the multiply-add, exactly.
-- Attention is written on tokens, in the pattern that runtimes fuse; the scale lies in the weights of q.
+- Attention is written on tokens, in the pattern that runtimes fuse; the scale lies in the weights of q. q, k and v
+  are three products: cutting one into three costs more than it saves.
+- A convolution after upsampling sees each pixel four times: on the small map it is one of 2x2 with four times the
+  channels, which are the pixels' four places.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 
 from diffusion.classifier import AttentionPool, Classifier
 from diffusion.config import AttentionOrder
-from diffusion.unet import AttentionBlock, EmbedSequential, ResBlock, RowLinear, UNet
+from diffusion.unet import AttentionBlock, EmbedSequential, ResBlock, RowLinear, UNet, Upsample
 
 N = TypeVar("N", UNet, Classifier)
 
@@ -46,6 +49,8 @@ def rewrite(network: N, dtype: torch.dtype = torch.float32) -> N:
                 setattr(parent, name, InferenceAttention(child))
             elif isinstance(child, AttentionPool):
                 setattr(parent, name, InferenceAttentionPool(child))
+            elif isinstance(child, Upsample) and child.conv is not None:
+                setattr(parent, name, InferenceUpsample(child.conv))
             elif isinstance(child, RowLinear):
                 setattr(parent, name, _plain_linear(child))
     if isinstance(copied.out, nn.Sequential) and isinstance(copied.out[0], nn.GroupNorm):
@@ -70,16 +75,16 @@ def normalize(
     Returns:
         Shaped like x, of x's precision; moments are float32.
     """
-    mean = _group_mean(_map_mean(x.float()), norm.num_groups)  # [B, C]
-    centred = x - mean[:, :, None, None].to(x.dtype)
-    variance = _group_mean(_map_mean(torch.square(centred.float())), norm.num_groups)
+    mean = _group_mean(_map_mean(x.float()), norm.num_groups)[:, :, None, None].to(x.dtype)  # [B, C, 1, 1]
+    # The other way round than below: a runtime would keep x - mean, and writing it costs more than subtracting again
+    variance = _group_mean(_map_mean(torch.square((mean - x).float())), norm.num_groups)  # [B, C]
     a = torch.rsqrt(variance + norm.eps) * norm.weight
     b = norm.bias[None]
     if scale is not None and shift is not None:
         gain = 1 + scale
         a, b = a * gain, b * gain + shift
     a, b = (factor * a).to(x.dtype), (factor * b).to(x.dtype)
-    return centred * a[:, :, None, None] + b[:, :, None, None]
+    return (x - mean) * a[:, :, None, None] + b[:, :, None, None]
 
 
 def silu_of_twice(h: Tensor) -> Tensor:
@@ -138,77 +143,82 @@ class InferenceResBlock(ResBlock):
         return self.skip_connection(x) + h
 
 
-def token_attention(tokens: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    """Self-attention of tokens [B, L, C] whose scale is already in weight and bias; returns [B, L, C].
+class TokenAttention(nn.Module):
+    """Self-attention of tokens [B, L, C], from a layer of q, k and v for all; its scale ch^-1/2 lies in q."""
 
-    Args:
-        tokens: the sequence.
-        weight: [3C, C], rows laid out [q|k|v][head].
-        bias: [3C].
-        num_heads: heads.
-    """
-    _, length, channels = tokens.shape
-    qkv = F.linear(tokens, weight, bias).reshape(-1, length, 3, num_heads, channels // num_heads)
-    q, k, v = qkv.unbind(2)  # each [B, L, heads, ch]
-    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)  # [B, heads, L, L]
-    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-    return (weights @ v.transpose(1, 2)).transpose(1, 2).reshape(-1, length, channels)
+    def __init__(self, qkv: nn.Conv1d, num_heads: int, order: AttentionOrder) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        channels = qkv.in_channels
+        ch = channels // num_heads
+        assert qkv.bias is not None  # noqa: S101  # ours always have one
+        both = torch.cat([qkv.weight[:, :, 0], qkv.bias[:, None]], dim=1)  # [3C, C + 1]
+        if order == "legacy":
+            both = both.reshape(num_heads, 3, ch, channels + 1).transpose(0, 1).reshape(3 * channels, channels + 1)
+        q, k, v = both.chunk(3)  # each [heads * ch, C + 1]
+        self.q, self.k, self.v = (_linear(part[:, :channels], part[:, channels]) for part in (q * ch**-0.5, k, v))
 
-
-def _token_weights(qkv: nn.Conv1d, num_heads: int, order: AttentionOrder) -> tuple[Tensor, Tensor]:
-    """Return weight [3C, C] and bias [3C] in the layout [q|k|v][head], the scale ch^-1/2 multiplied into q."""
-    channels = qkv.in_channels
-    ch = channels // num_heads
-    assert qkv.bias is not None  # noqa: S101  # ours always have one
-    both = torch.cat([qkv.weight[:, :, 0], qkv.bias[:, None]], dim=1)  # [3C, C + 1]
-    if order == "legacy":
-        both = both.reshape(num_heads, 3, ch, channels + 1).transpose(0, 1).reshape(3 * channels, channels + 1)
-    both = torch.cat([both[:channels] * ch**-0.5, both[channels:]])
-    return both[:, :channels].contiguous(), both[:, channels].contiguous()
+    def forward(self, tokens: Tensor) -> Tensor:
+        _, length, channels = tokens.shape
+        shape = (-1, length, self.num_heads, channels // self.num_heads)
+        q, k, v = (layer(tokens).reshape(shape) for layer in (self.q, self.k, self.v))
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)  # [B, heads, L, L]
+        weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
+        return (weights @ v.transpose(1, 2)).transpose(1, 2).reshape(-1, length, channels)
 
 
 class InferenceAttention(nn.Module):
     """An `AttentionBlock` on tokens."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, block: AttentionBlock) -> None:
         super().__init__()
-        self.num_heads = block.num_heads
         self.norm = block.norm
-        weight, bias = _token_weights(block.qkv, block.num_heads, block.order)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.proj_out = _linear(block.proj_out)
+        self.attention = TokenAttention(block.qkv, block.num_heads, block.order)
+        self.proj_out = _pointwise(block.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
         tokens = normalize(x, self.norm).permute(0, 2, 3, 1).reshape(-1, height * width, channels)  # [B, L, C]
-        out = self.proj_out(token_attention(tokens, self.weight, self.bias, self.num_heads))
+        out = self.proj_out(self.attention(tokens))
         return x + out.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 class InferenceAttentionPool(nn.Module):
     """An `AttentionPool` on tokens."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, pool: AttentionPool) -> None:
         super().__init__()
-        self.num_heads = pool.num_heads
         self.positional_embedding = pool.positional_embedding
-        weight, bias = _token_weights(pool.qkv_proj, pool.num_heads, "new")
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.c_proj = _linear(pool.c_proj)
+        self.attention = TokenAttention(pool.qkv_proj, pool.num_heads, "new")
+        self.c_proj = _pointwise(pool.c_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)  # [B, C, L]
         tokens = torch.cat([flat.mean(dim=2, keepdim=True), flat], dim=2) + self.positional_embedding
-        pooled = token_attention(tokens.transpose(1, 2), self.weight, self.bias, self.num_heads)
+        pooled = self.attention(tokens.transpose(1, 2))
         return self.c_proj(pooled[:, 0])  # [B, num_classes]
+
+
+class InferenceUpsample(nn.Module):
+    """An `Upsample` and its convolution [O, I, 3, 3] in one: padded by 1, of 2x2, to 4 O channels on the small map.
+
+    Along an axis, an even pixel of the large map sees the small pixels (i - 1, i), weighted (w0, w1 + w2), and an odd
+    one (i, i + 1), weighted (w0 + w1, w2). Both are windows of two, the odd one's a place further. Shuffled with the
+    odd one first, the pixels therefore come in order, one place late: there is a frame of 1 to be cut off.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        odd, even = torch.tensor([[1.0, 1, 0], [0, 0, 1]]), torch.tensor([[1.0, 0, 0], [0, 1, 1]])  # [window, kernel]
+        seen = torch.stack([odd, even])
+        folded = torch.einsum("oiyx,amy,bnx->oabimn", conv.weight, seen, seen)  # [O, 2, 2, I, 2, 2]
+        assert conv.bias is not None  # noqa: S101  # ours always have one
+        self.conv = nn.Conv2d(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
+        self.conv.load_state_dict({"weight": folded.flatten(0, 2), "bias": conv.bias.repeat_interleave(4)})
+        self.conv.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)[:, :, 1:-1, 1:-1]
 
 
 def _group_norm(module: nn.Module) -> nn.GroupNorm:
@@ -223,10 +233,14 @@ def _plain_linear(rows: RowLinear) -> nn.Linear:
     return linear.requires_grad_(False)
 
 
-def _linear(conv: nn.Conv1d) -> nn.Linear:
-    linear = nn.Linear(conv.in_channels, conv.out_channels)
+def _pointwise(conv: nn.Conv1d) -> nn.Linear:
     assert conv.bias is not None  # noqa: S101  # ours always have one
-    linear.load_state_dict({"weight": conv.weight[:, :, 0], "bias": conv.bias})
+    return _linear(conv.weight[:, :, 0], conv.bias)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
     return linear.requires_grad_(False)
 
 
@@ -250,7 +264,7 @@ def _lower(network: UNet | Classifier, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Conv2d):
             module.to(dtype)
         elif isinstance(module, InferenceAttention):
-            module.weight, module.bias = module.weight.to(dtype), module.bias.to(dtype)
+            module.attention.to(dtype)
             module.proj_out.to(dtype)
     network.input_blocks[0] = EmbedSequential(Cast(dtype), *network.input_blocks[0].children())
     if head is not None:
