@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
+from service.api.class_names import ClassNames
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest, UnknownModel
-
-NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,8 @@ class ServedModel:
     classifier: ClassifierCheckpointConfig | None = None
     """The noisy classifier that guides it."""
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
+    @cached_property
+    def classes(self) -> ClassNames | None:
         """One name per class (its index where nobody named it); None if neither the model nor its classifier has any.
 
         The classes of a model and its classifier are the same, where both have some.
@@ -41,7 +40,12 @@ class ServedModel:
             count = self.classifier.model.num_classes
         if count is None:
             return None
-        return self.config.class_names or of_classifier or tuple(str(index) for index in range(count))
+        return ClassNames(self.config.class_names or of_classifier or tuple(str(index) for index in range(count)))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names alone."""
+        return None if self.classes is None else self.classes.names
 
 
 def find_model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
@@ -149,31 +153,17 @@ def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
 
 
 def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:
-    names = model.class_names
+    classes = model.classes
     asked = body.class_[k] if isinstance(body.class_, list) else body.class_
-    if names is None or (model.config.model.num_classes is None and classifier_scale == 0):
+    if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
         if asked is not None:
-            unless = "" if names is None else ", and only its classifier knows classes: ask for classifier_scale too"
+            unless = "" if classes is None else ", and only its classifier knows classes: ask for classifier_scale too"
             raise InvalidRequest("class", f"must be absent: model {model.name!r} is unconditional{unless}")
         return None
     if asked is None:
-        return draw_class(seed, body.image_index + k, len(names))
-    if isinstance(asked, int):
-        if asked >= len(names):
-            raise InvalidRequest("class", f"index must be 0..{len(names) - 1}; got {asked}")
-        return asked
-    matches = [index for index, name in enumerate(names) if name == asked]
-    matches = matches or [index for index, name in enumerate(names) if name.casefold() == asked.casefold()]
-    if not matches:
-        raise InvalidRequest("class", f"must be one of {_some(names, asked)}; got {asked!r}")
-    if len(matches) > 1:
-        raise InvalidRequest("class", f"{asked!r} names the classes {matches}: give the index")
-    return matches[0]
-
-
-def _some(names: tuple[str, ...], asked: str) -> str:
-    if len(names) <= NAMES_SHOWN:
-        return ", ".join(names)
-    nearest = difflib.get_close_matches(asked, names, n=5, cutoff=0.3)
-    listed = ", ".join(nearest or names[:5])
-    return f"{listed}, ... ({len(names)} in all, see GET /v1/models)"
+        return draw_class(seed, body.image_index + k, len(classes.names))
+    if isinstance(asked, str):
+        return classes.find(asked)
+    if asked >= len(classes.names):
+        raise InvalidRequest("class", f"index must be 0..{len(classes.names) - 1}; got {asked}")
+    return asked
