@@ -8,7 +8,8 @@ from http import HTTPStatus
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from service.api.problems import MEDIA_TYPE, problem
+from service.api.faults import MEDIA_TYPE
+from service.api.problems import problem
 from service.api.security_headers import SECURITY_HEADERS
 
 INCOMPLETE = (h11.IDLE, h11.SEND_BODY)

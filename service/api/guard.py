@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.interfaces import Interface, interface_of
 from service.api.problems import problem
 
 MAX_HEADER_BYTES = 32768
@@ -47,13 +48,29 @@ class Guard:
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
         if scope["method"] == "POST":
-            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if media_type != "application/json":
-                return problem(415, "Unsupported media type", "Content-Type: must be application/json")
+            if (expected := _expected_media_type(scope["path"], headers)) is not None:
+                return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
             if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
                 refused = "Content-Encoding: compressed bodies are not accepted"
                 return problem(415, "Unsupported media type", refused, headers={"Accept-Encoding": "identity"})
         return None
+
+
+def _expected_media_type(path: str, headers: Headers) -> str | None:
+    """Return what a body should be declared as; None: as it is.
+
+    A page of another origin may send what a form can send, or nothing declared, without asking. So bodies are declared,
+    as what forms do not send; but tensors from tritonclient are not. It is no browser: those name the page's origin.
+    """
+    declared = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared == "application/json":
+        return None
+    if interface_of(path) is not Interface.KSERVE:
+        return "application/json"
+    from_browser = "origin" in headers or "sec-fetch-site" in headers
+    if declared == "application/octet-stream" or (not declared and not from_browser):
+        return None
+    return "application/json or application/octet-stream"
 
 
 def _without_port(host: str) -> str:

@@ -12,14 +12,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.client import Client
+from service.api.interfaces import generates
 from service.api.problems import problem
 from service.api.security_headers import SECURITY_HEADERS
 from service.metrics import Metrics, Outcome
 
 log = logging.getLogger(__name__)
 
-GENERATE_PATH = "/v1/generate"
-QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """Asked for by machines every few seconds: logged at DEBUG only."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 CLIENT_CLOSED = 499
@@ -76,7 +76,7 @@ class Observe:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
-        if path == GENERATE_PATH and scope["method"] == "POST":
+        if generates(scope["method"], path):
             outcome = outcome_of(status)
             self._metrics.requests.labels(outcome).inc()
             if outcome == "ok":

@@ -1,4 +1,4 @@
-"""Errors on the wire: RFC 9457 problem+json, one table from exceptions to statuses, no tracebacks."""
+"""From exceptions to answers: one table of statuses and titles, no tracebacks; faults.py says how they look."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from service.api.faults import Fault, FaultResponse
 from service.errors import (
     Aborted,
     ClientLimit,
@@ -29,7 +30,6 @@ from service.errors import (
 
 MAX_ERRORS = 10
 """More are not listed: an answer must not be longer than the request."""
-MEDIA_TYPE = "application/problem+json"
 HTTP_TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
 
 
@@ -63,32 +63,35 @@ def problem(
     instance: str | None = None,
     errors: Sequence[dict[str, str]] | None = None,
     headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    """Build a problem+json answer."""
-    return JSONResponse(_members(status, title, detail, instance, errors), status, headers, MEDIA_TYPE)
-
-
-def members_of(error: ServiceError, request: Request) -> dict[str, Any]:
-    """Return the members of the problem that an error is told as."""
-    kind = KINDS[type(error)]
-    errors = [{"field": error.field, "message": error.message}] if isinstance(error, InvalidRequest) else None
-    members = _members(kind.status, kind.title, str(error), _instance(request), errors)
-    if isinstance(error, DeadlineUnmeetable):
-        members["predicted_finish_s"] = error.predicted_s
-    return members
+) -> FaultResponse:
+    """Build an error's answer."""
+    return FaultResponse(Fault(status=status, title=title, detail=detail, instance=instance, errors=errors), headers)
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of an app with problem+json."""
+    """Answer every error of an app."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
 
+def fault_of(error: ServiceError, request: Request) -> Fault:
+    """Return what a client is to be told of an error."""
+    kind = KINDS[type(error)]
+    return Fault(
+        status=kind.status,
+        title=kind.title,
+        detail=str(error),
+        instance=_instance(request),
+        errors=[{"field": error.field, "message": error.message}] if isinstance(error, InvalidRequest) else None,
+        more={"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable) else {},
+    )
+
+
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)  # noqa: S101  # registered for it
     headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Unavailable) else None
-    return JSONResponse(members_of(error, request), KINDS[type(error)].status, headers, MEDIA_TYPE)
+    return FaultResponse(fault_of(error, request), headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -150,19 +153,3 @@ def _message(item: dict[str, Any]) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _members(
-    status: int, title: str, detail: str, instance: str | None, errors: Sequence[dict[str, str]] | None
-) -> dict[str, Any]:
-    members: dict[str, Any] = {
-        "type": "urn:iddpm:" + title.lower().replace(" ", "-"),
-        "title": title,
-        "status": status,
-        "detail": detail,
-    }
-    if instance is not None:
-        members["instance"] = instance
-    if errors is not None:
-        members["errors"] = list(errors)
-    return members

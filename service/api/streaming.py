@@ -14,8 +14,9 @@ from diffusion.images import PictureFormat, encode
 from service.api.answers import Form, answer_json
 from service.api.event_schemas import EventName, PreviewEvent, ProgressEvent, QueuedEvent
 from service.api.execution import Accepted, follow
+from service.api.faults import as_problem
 from service.api.observe import ended_as
-from service.api.problems import members_of
+from service.api.problems import fault_of
 from service.api.schemas import Problem
 from service.api.state import ServiceState
 from service.engine.events import Completed, ImageDone, Preview, Progress, Queued
@@ -55,7 +56,7 @@ async def stream_events(accepted: Accepted, form: Form, request: Request, state:
                         state.metrics.images.inc(len(in_order))
                         yield framed("completed", answer)
     except GenerationFailed as error:
-        problem = Problem.model_validate(members_of(error, request))
+        problem = Problem.model_validate(as_problem(fault_of(error, request)))
         ended_as(request.scope, problem.status)
         yield framed("failed", problem)
 

@@ -1,0 +1,88 @@
+"""An error as an answer: one fault, told in the words of the interface that was spoken to.
+
+Ours is problem+json (RFC 9457). OpenAI's SDK reads `error.message`, and retries 409, 429 and 5xx unless
+`x-should-retry` says otherwise; clients of the Open Inference Protocol read a text in `error`. Both know broken rules
+as 400, which is 422 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from service.api.interfaces import Interface, interface_of
+
+MEDIA_TYPE = "application/problem+json"
+REFUSED_BEFORE_WORK = frozenset({429, 503})
+"""The request may be sent again: nothing was done for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What went wrong, in no interface's words yet."""
+
+    status: int
+    title: str
+    detail: str
+    instance: str | None = None
+    errors: Sequence[Mapping[str, str]] | None = None
+    """`field` and `message` of each broken rule."""
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The title as an identifier."""
+        return self.title.lower().replace(" ", "-")
+
+
+class FaultResponse(JSONResponse):
+    """A fault's answer; which interface's, is decided when it is sent: the path is known then, to whoever made it."""
+
+    def __init__(self, fault: Fault, headers: Mapping[str, str] | None = None) -> None:
+        self._fault = fault
+        self._given_headers = dict(headers or {})
+        super().__init__(as_problem(fault), fault.status, self._given_headers, MEDIA_TYPE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        fault = self._fault
+        client_error = 400 if fault.status == 422 else fault.status
+        match interface_of(scope["path"]):
+            case Interface.NATIVE:
+                await super().__call__(scope, receive, send)
+            case Interface.OPENAI:
+                retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}
+                answer = JSONResponse({"error": as_openai_error(fault)}, client_error, self._given_headers | retry)
+                await answer(scope, receive, send)
+            case Interface.KSERVE:
+                await JSONResponse({"error": fault.detail}, client_error, self._given_headers)(scope, receive, send)
+
+
+def as_problem(fault: Fault) -> dict[str, Any]:
+    """Return the members of a problem+json object."""
+    problem: dict[str, Any] = {
+        "type": f"urn:iddpm:{fault.slug}",
+        "title": fault.title,
+        "status": fault.status,
+        "detail": fault.detail,
+    }
+    if fault.instance is not None:
+        problem["instance"] = fault.instance
+    if fault.errors is not None:
+        problem["errors"] = [dict(error) for error in fault.errors]
+    return problem | dict(fault.more)
+
+
+def as_openai_error(fault: Fault) -> dict[str, str | None]:
+    """Return the members of OpenAI's error object, which also ends a stream."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return {
+        "message": fault.detail,
+        "type": kinds.get(fault.status, "invalid_request_error" if fault.status < 500 else "server_error"),
+        "param": fault.errors[0]["field"] if fault.errors else None,
+        "code": fault.slug.replace("-", "_"),
+    }
