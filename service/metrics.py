@@ -53,6 +53,24 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
+        self.model_images = Counter(
+            "iddpm_model_images_total",
+            "Images that ended, by model and outcome: done, failed",
+            ["model", "outcome"],
+            registry=registry,
+        )
+        self.model_image_seconds = Counter(
+            "iddpm_model_image_seconds_total",
+            "Seconds that images which were done had spent, by model and phase: queue, compute",
+            ["model", "phase"],
+            registry=registry,
+        )
+        self.model_last_image = Gauge(
+            "iddpm_model_last_image_timestamp_seconds",
+            "When an image of a model was last done, in seconds since 1970",
+            ["model"],
+            registry=registry,
+        )
         self.images_waiting = Gauge("iddpm_images_waiting", "Queue depth: images not yet started", registry=registry)
         self.images_running = Gauge("iddpm_images_running", "Images that hold a slot", registry=registry)
         self.images_evicted = Gauge(
@@ -134,3 +152,12 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)
+
+    def image_done(self, model: str, queue_s: float, compute_s: float) -> None:
+        """Count an image that is done, and where its time went."""
+        self.queue_seconds.observe(queue_s)
+        self.compute_seconds.observe(compute_s)
+        self.model_images.labels(model, "done").inc()
+        self.model_image_seconds.labels(model, "queue").inc(queue_s)
+        self.model_image_seconds.labels(model, "compute").inc(compute_s)
+        self.model_last_image.labels(model).set_to_current_time()

@@ -14,7 +14,6 @@ MAX_IMAGES = 64
 DEFAULT_STEPS = 100
 MAX_CFG_SCALE = 20.0
 MAX_CLASSIFIER_SCALE = 100.0
-
 MAX_DEADLINE_S = 86400.0
 MAX_PREVIEW_EVERY = 10_000
 
@@ -23,24 +22,12 @@ PriorityName = Literal["interactive", "batch"]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=200)]
 
 
-class GenerateRequest(BaseModel):
-    """A request for images."""
+class SamplingOptions(BaseModel):
+    """What every interface lets a client choose, under these names."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        protected_namespaces=(),
-        json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
-    )
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
-    class_: ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
-        default=None,
-        alias="class",
-        description="Class by name or index, or a list with one per image; absent: drawn from the seed.",
-    )
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
-        default=None, description=f"Images, 1..{MAX_IMAGES}; default 1, or the length of `class` if that is a list."
-    )
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
         default=None,
         description=f"Respaced sampling steps, 2..T of the model, 50 to 250 recommended; default {DEFAULT_STEPS}.",
@@ -69,6 +56,30 @@ class GenerateRequest(BaseModel):
     image_index: Annotated[StrictInt, Field(ge=0, le=2**31)] = Field(
         default=0, description="Index of the first image: image k of a seed is the same in any request."
     )
+    priority: PriorityName = Field(
+        default="interactive", description="`batch` work takes what interactive work leaves, and a share."
+    )
+    deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Seconds within which all images are wanted; refused at once (422) if that is predicted to fail.",
+    )
+
+
+class GenerateRequest(SamplingOptions):
+    """A request for images. Those of other interfaces become one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
+    )
+
+    class_: ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+        default=None,
+        alias="class",
+        description="Class by name or index, or a list with one per image; absent: drawn from the seed.",
+    )
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        default=None, description=f"Images, 1..{MAX_IMAGES}; default 1, or the length of `class` if that is a list."
+    )
     format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy) or `npz`.")
     quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
         default=None, description=f"Of format `jpeg`, 1..100; default {JPEG_QUALITY}."
@@ -84,13 +95,6 @@ class GenerateRequest(BaseModel):
         default=None,
         description="With `stream`: show what an image is going to be every so many of its steps; default: never. "
         "Slow readers get fewer.",
-    )
-    priority: PriorityName = Field(
-        default="interactive", description="`batch` work takes what interactive work leaves, and a share."
-    )
-    deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
-        default=None,
-        description="Seconds within which all images are wanted; refused at once (422) if that is predicted to fail.",
     )
 
 

@@ -333,11 +333,11 @@ class AsyncEngine:
             params = ticket.request.images[result.position]
             self._forecast.remove(result.request_id, result.position)  # first: events tell when the rest will be done
             if result.status is ImageStatus.DONE:
-                self._metrics.queue_seconds.observe(result.queue_s)
-                self._metrics.compute_seconds.observe(result.compute_s)
+                self._metrics.image_done(ticket.request.model, result.queue_s, result.compute_s)
                 self._metrics.deadline_misses.inc(result.late_s > 0)
                 _resolve(ticket, result.position, result)
             elif result.failure is not None:
+                self._metrics.model_images.labels(ticket.request.model, "failed").inc()
                 _resolve(ticket, result.position, _failure(params.image_index, result.failure))
             else:
                 _resolve(ticket, result.position, Aborted("the request was cancelled"))

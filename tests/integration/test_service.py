@@ -219,7 +219,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"compression": 10}, "compression", "less than or equal to 9; got 10"),
     ({"preview_every": 5}, "preview_every", "`stream` only"),
     ({"stream": True, "preview_every": 0}, "preview_every", "greater than or equal to 1; got 0"),
-    ({"stepz": 50}, "stepz", "unknown field; allowed: model, class, n, steps"),
+    ({"stepz": 50}, "stepz", "unknown field; allowed: model, steps, respacing"),
     ({"n": 64, "steps": 1000, "cfg_scale": 2}, "steps", "at most 64000 per request"),
 ]
 

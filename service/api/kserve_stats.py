@@ -1,0 +1,60 @@
+"""Triton's statistics of a model, read from our metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import Histogram
+
+from service.api.kserve_schemas import BatchStats, Duration, InferenceStats, ModelStats
+from service.api.translate import ServedModel
+from service.metrics import Metrics
+
+_NOTHING = Duration(count=0, ns=0)
+"""What takes no time of its own here, or is no thing here: there is no cache of answers."""
+
+
+def model_stats(model: ServedModel, metrics: Metrics) -> ModelStats:
+    """Return what a model has done since the process began."""
+
+    def told(name: str, **labels: str) -> float:
+        return metrics.registry.get_sample_value(name, {"model": model.name, **labels}) or 0.0
+
+    done = int(told("iddpm_model_images_total", outcome="done"))
+    queue_s = told("iddpm_model_image_seconds_total", phase="queue")
+    compute_s = told("iddpm_model_image_seconds_total", phase="compute")
+    return ModelStats(
+        name=model.name,
+        version=model.numerics_id,
+        last_inference=int(told("iddpm_model_last_image_timestamp_seconds") * 1000),
+        inference_count=done,
+        execution_count=int(told("iddpm_network_calls_total")),
+        inference_stats=InferenceStats(
+            success=_duration(done, queue_s + compute_s),
+            fail=_duration(int(told("iddpm_model_images_total", outcome="failed")), 0.0),
+            queue=_duration(done, queue_s),
+            compute_input=_NOTHING,
+            compute_infer=_duration(done, compute_s),
+            compute_output=_NOTHING,
+            cache_hit=_NOTHING,
+            cache_miss=_NOTHING,
+        ),
+        batch_stats=[
+            BatchStats(batch_size=rows, compute_input=_NOTHING, compute_infer=steps, compute_output=_NOTHING)
+            for rows, steps in sorted(_steps_by_rows(model.name, metrics.step_seconds).items())
+        ],
+    )
+
+
+def _steps_by_rows(model: str, step_seconds: Histogram) -> dict[int, Duration]:
+    counts: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    for family in step_seconds.collect():
+        for sample in family.samples:
+            if sample.labels["model"] == model:
+                by_rows = {"_count": counts, "_sum": seconds}.get(sample.name.removeprefix(family.name))
+                if by_rows is not None:
+                    by_rows[int(sample.labels["padded_rows"])] = sample.value
+    return {rows: _duration(int(count), seconds[rows]) for rows, count in counts.items()}
+
+
+def _duration(count: int, seconds: float) -> Duration:
+    return Duration(count=count, ns=round(seconds * 1e9))
