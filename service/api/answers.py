@@ -87,22 +87,25 @@ def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: T
 
 def answer_json(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> str:
     """Encode what came of a request as JSON with base64 images."""
-    images = [
-        GeneratedImage(
-            b64_json=base64.b64encode(_encode(form, p, result)).decode(),
-            class_=_class_name(accepted, p),
-            class_index=p.class_index,
-            seed=p.seed,
-            image_index=p.image_index,
-            steps=p.num_steps,
-            queue_ms=round(result.queue_s * 1000, 3),
-            compute_ms=round(result.compute_s * 1000, 3),
-        )
-        for p, result in zip(accepted.images, results, strict=True)
-    ]
+    images = [generated_image(form, accepted, result) for result in results]
     model = accepted.model
     response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
     return response.model_dump_json(by_alias=True)
+
+
+def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> GeneratedImage:
+    """Describe an image that is done, with its pixels."""
+    params = accepted.images[result.position]
+    return GeneratedImage(
+        b64_json=base64.b64encode(_encode(form, params, result)).decode(),
+        class_=_class_name(accepted, params),
+        class_index=params.class_index,
+        seed=params.seed,
+        image_index=params.image_index,
+        steps=params.num_steps,
+        queue_ms=round(result.queue_s * 1000, 3),
+        compute_ms=round(result.compute_s * 1000, 3),
+    )
 
 
 def _encode(form: Form, params: ImageParams, result: ImageResult) -> bytes:

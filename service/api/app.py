@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from diffusion.tensorrt_files import BuildEngines
-from service.api import docs_page, generate, info, kserve, problems
+from service.api import docs_page, generate, info, kserve, openai, problems
 from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
@@ -103,6 +103,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
         redoc_url=None,
     )
     app.include_router(generate.router)
+    app.include_router(openai.router)
     app.include_router(kserve.router)
     app.include_router(info.router)
     app.include_router(docs_page.router)

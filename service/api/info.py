@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from service.api.openai_schemas import OpenAIError
 from service.api.problems import problem
-from service.api.schemas import ModelInfo, ModelList, Problem, Status
+from service.api.schemas import ModelCard, ModelInfo, ModelList, Problem, Status
 from service.api.state import ServiceState, service_state
+from service.api.translate import ServedModel, find_model
 from service.engine.async_engine import EngineState
 
 router = APIRouter()
@@ -21,8 +23,9 @@ _RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_j
 
 @router.get("/v1/models", tags=["models"])
 async def models(state: State) -> ModelList:
-    """List the served models, the default one first."""
+    """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
     return ModelList(
+        data=[_card(model, state) for model in state.models.values()],
         models=[
             ModelInfo(
                 name=model.name,
@@ -37,8 +40,14 @@ async def models(state: State) -> ModelList:
                 backend=model.backend,
             )
             for model in state.models.values()
-        ]
+        ],
     )
+
+
+@router.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
+async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
+    """Say of one model what OpenAI's SDK reads of models."""
+    return _card(find_model(state.models, model), state)
 
 
 @router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
@@ -61,3 +70,7 @@ async def readyz(state: State) -> Status | Response:
 async def metrics(state: State) -> Response:
     """Answer Prometheus."""
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _card(model: ServedModel, state: ServiceState) -> ModelCard:
+    return ModelCard(id=model.name, created=int(state.started_at))

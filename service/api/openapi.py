@@ -23,3 +23,8 @@ def inlined(model: type[BaseModel]) -> dict[str, Any]:
         return {key: resolve(value) for key, value in part.items()}
 
     return resolve(schema)
+
+
+def one_of(*models: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of what is one of several models."""
+    return {"anyOf": [inlined(model) for model in models]}

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -100,7 +102,8 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     if any(item["type"] == "json_invalid" for item in found):
         reason = found[0].get("ctx", {}).get("error", "syntax error")
         return problem(400, "Malformed JSON", f"the body is not valid JSON: {reason}", instance=_instance(request))
-    errors = [{"field": _field(item["loc"]), "message": _message(item)} for item in found]
+    fields = _fields(request)
+    errors = [{"field": _field(item["loc"]), "message": _message(item, fields)} for item in found]
     unique = list({(e["field"], e["message"]): e for e in errors}.values())[:MAX_ERRORS]
     detail = "; ".join(f"{e['field']}: {e['message']}" for e in unique)
     return problem(422, "Invalid request", detail, instance=_instance(request), errors=unique)
@@ -137,14 +140,19 @@ def _field(location: Sequence[str | int]) -> str:
     return "body" if not named else str(named[0])[:60]
 
 
-def _message(item: dict[str, Any]) -> str:
+def _fields(request: Request) -> list[str]:
+    """List the fields that a body of the request's route may have."""
+    route = request.scope.get("route")
+    body = route.body_field.field_info.annotation if isinstance(route, APIRoute) and route.body_field else None
+    fields = body.model_fields if isinstance(body, type) and issubclass(body, BaseModel) else {}
+    return [field.alias or name for name, field in fields.items()]
+
+
+def _message(item: dict[str, Any], fields: Sequence[str]) -> str:
     context = item.get("ctx", {})
     text = str(item["msg"])
     if item["type"] == "extra_forbidden":
-        from service.api.schemas import GenerateRequest
-
-        known = [field.alias or name for name, field in GenerateRequest.model_fields.items()]
-        return f"unknown field; allowed: {', '.join(known)}"
+        return f"unknown field; allowed: {', '.join(fields)}"
     if "expected" in context and item["type"] == "literal_error":
         return f"must be {context['expected']}; got {_short(item.get('input'))}"
     return f"{text[:1].lower()}{text[1:]}; got {_short(item.get('input'))}"

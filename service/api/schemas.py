@@ -151,9 +151,20 @@ class ModelInfo(BaseModel):
     backend: str
 
 
-class ModelList(BaseModel):
-    """The served models, the default one first."""
+class ModelCard(BaseModel):
+    """A served model as OpenAI's SDK lists it."""
 
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = "model"
+    created: int = Field(description="When it was loaded, in seconds since 1970.")
+    owned_by: Literal["iddpm"] = "iddpm"
+
+
+class ModelList(BaseModel):
+    """The served models, the default one first: all we know of them, and what OpenAI's SDK reads."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
     models: list[ModelInfo]
 
 

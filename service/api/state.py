@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
@@ -23,6 +24,8 @@ class ServiceState:
     engine: AsyncEngine
     metrics: Metrics
     encoding: EncodingPool
+    started_at: float = field(default_factory=time.time)
+    """Seconds since 1970."""
 
 
 def asking_client(request: Request) -> Client:

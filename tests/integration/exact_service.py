@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ MODEL = "tiny"
 START_SECONDS = 60
 
 
-def exact_app(denoiser: ExactDenoiser | None = None, **settings: Any) -> FastAPI:
+def exact_app(denoiser: ExactDenoiser | None = None, name: str = MODEL, **settings: Any) -> FastAPI:
     """Assemble a service with one model."""
     served = denoiser or ExactDenoiser(tiny_config())
-    return assemble(Settings(models=(Path(MODEL),), max_rows=8, **settings), {MODEL: served})
+    return assemble(Settings(models=(Path(name),), max_rows=8, **settings), {name: served})
 
 
 @contextmanager
@@ -54,11 +54,10 @@ def serving(app: FastAPI) -> Iterator[str]:
 def _wait_ready(address: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        try:
+        with suppress(httpx.TransportError):
+            httpx.get(f"http://{address}/healthz").raise_for_status()
             if httpx.get(f"http://{address}/readyz").status_code == 200:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.02)
     raise RuntimeError("the service did not become ready")
 
