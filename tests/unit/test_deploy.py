@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from service.api.interfaces import generates
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.metrics import Metrics
@@ -127,6 +128,27 @@ def test_replicas_accept_any_host_only_behind_a_proxy_that_checks_it(compose: di
     assert checked is not None
     assert chosen is not None
     assert checked.start() < chosen.start()
+
+
+def test_the_proxy_queues_what_generates_and_nothing_else() -> None:
+    config = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+    rules = [
+        re.findall(r"\{ path_(beg|end) (.*?) \}", rule) for rule in re.findall("use_backend generate if (.*)", config)
+    ]
+
+    def queued(path: str) -> bool:
+        return any(
+            all(
+                path.startswith(tuple(p.split())) if kind == "beg" else path.endswith(tuple(p.split()))
+                for kind, p in rule
+            )
+            for rule in rules
+        )
+
+    asking = ["/v1/generate", "/v1/images/generations", "/v2/models/m/infer", "/v2/models/m/versions/1/infer"]
+    light = ["/v1/models", "/v2", "/v2/health/ready", "/v2/models/m/stats", "/v2/models/m/versions/1", "/healthz", "/"]
+    for path in asking + light:
+        assert generates("POST", path) == queued(path) == (path in asking)
 
 
 def test_haproxy_accepts_its_configuration(compose: dict[str, Any]) -> None:
