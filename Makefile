@@ -56,7 +56,7 @@ need-data:
 	@test -n "$(DATA)" || { echo 'Say which images: make train-demo DATA=path/to/fashion-mnist.npz' >&2; exit 2; }
 
 clean:  ## remove .venv and caches; trained models in runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when what we need or pin changes.

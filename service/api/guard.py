@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.interfaces import Interface, interface_of
@@ -47,13 +48,18 @@ class Guard:
             )
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and _has_handler(scope):
             if (expected := _expected_media_type(scope["path"], headers)) is not None:
                 return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
             if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
                 refused = "Content-Encoding: compressed bodies are not accepted"
                 return problem(415, "Unsupported media type", refused, headers={"Accept-Encoding": "identity"})
         return None
+
+
+def _has_handler(scope: Scope) -> bool:
+    """Say whether a route would take the request; otherwise it gets 404 or 405, whatever its body is."""
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 def _expected_media_type(path: str, headers: Headers) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import re
 
-_OPENAI = re.compile(r"/v1/(images|models)/.+")
-_KSERVE = re.compile(r"/v2(/.*)?")
+_OPENAI = re.compile(r"/v1/(images|models)/.+", re.DOTALL)
+_KSERVE = re.compile(r"/v2(/.*)?", re.DOTALL)
 _GENERATES = re.compile(r"/v1/generate|/v1/images/generations|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 

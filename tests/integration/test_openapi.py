@@ -1,0 +1,111 @@
+"""The OpenAPI document: complete enough to be tested from, with examples that work; and so have the pages of docs/."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from diffusion.checkpoint_config import read_config
+from diffusion.config import CheckpointConfig
+from tests.counts import LONG
+from tests.denoisers import ExactDenoiser
+from tests.integration.exact_service import exact_app, serving
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "models" / "fashion32"
+PAGE = ROOT / "docs" / "http.md"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A service that looks like the one that `make serve` starts."""
+    config = read_config(BUNDLED)
+    assert isinstance(config, CheckpointConfig)
+    with serving(exact_app(ExactDenoiser(config), name=BUNDLED.name)) as address:
+        yield address
+
+
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+    """All its checks: no 5xx, nothing that the document does not say, nothing wrong accepted, nothing right refused."""
+    short = ("--phases", "examples,coverage", "--exclude-path-regex", "/versions/", "--seed", "1")
+    long = ("--max-examples", "500")
+    with serving(exact_app(max_row_steps=200)) as address:  # little work for any request
+        command = [
+            str(Path(sys.executable).with_name("schemathesis")),
+            *("--config-file", str(ROOT / "schemathesis.toml")),
+            *(
+                "run",
+                f"http://{address}/openapi.json",
+                "--checks",
+                "all",
+                "--generation-database",
+                "none",
+                "--no-color",
+            ),
+            *(long if LONG else short),
+        ]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=7200)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_post_where_there_is_none_is_told_so_whatever_its_body_is(address: str) -> None:
+    for path, status in (("/healthz", 405), ("/v1/models", 405), ("/nowhere", 404), ("/v1/generate", 415)):
+        assert httpx.post(f"http://{address}{path}", content=b"x").status_code == status
+
+
+def test_examples_of_the_document_work(address: str) -> None:
+    document = httpx.get(f"http://{address}/openapi.json").json()
+    posted = 0
+    for path, operations in document["paths"].items():
+        body = operations.get("post", {}).get("requestBody")
+        if body is None:
+            continue
+        described = body["content"]["application/json"]
+        schema = described["schema"]
+        if "$ref" in schema:
+            schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+        examples = [described["example"]] if "example" in described else schema["examples"]
+        for example in examples:
+            answer = httpx.post(_url(address, path), json=example, timeout=60)
+            assert answer.status_code == 200, answer.text
+            posted += 1
+    assert posted == 4
+
+
+def _url(address: str, path: str) -> str:
+    (model,) = httpx.get(f"http://{address}/v1/models").json()["models"]
+    return f"http://{address}{path.format(model=model['name'], version=model['numerics_id'])}"
+
+
+def examples(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", examples("python"), ids=range(3))
+def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code.replace("127.0.0.1:8000", address), PAGE.name, "exec"), names)  # noqa: S102  # our own page
+    names["client"].close()  # which an example need not say
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", examples("sh"), ids=range(2))
+def test_curl_examples_of_the_page_work(address: str, code: str) -> None:
+    url, headers, body = _curl(code)
+    answer = httpx.post(url.replace("127.0.0.1:8000", address), content=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def _curl(command: str) -> tuple[str, dict[str, str], str]:
+    """Read what a curl command would send."""
+    found = re.search(r"curl -s (\S+) -H '(\S+): (\S+)' \\\n +-d '(.*)'", command)
+    assert found is not None, command
+    url, name, value, body = found.groups()
+    return url, {name: value}, body
