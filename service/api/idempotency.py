@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diffusion.noise import MAX_SEED
 from service.api.client import Client
 from service.api.problems import problem
+from service.api.tensors import LENGTH_HEADER
 
 HEADER = "Idempotency-Key"
 KEY = re.compile(r"[!-~]{1,255}")
@@ -174,8 +175,9 @@ class Idempotency:
 
 def _hash_of(scope: Scope, body: bytes) -> bytes:
     """Hash what determines an answer."""
-    accept = Headers(scope=scope).get("accept", "").encode()
-    parts = (scope["path"].encode(), scope["query_string"], accept, body)
+    headers = Headers(scope=scope)
+    named = (headers.get(name, "").encode() for name in ("accept", LENGTH_HEADER))
+    parts = (scope["path"].encode(), scope["query_string"], *named, body)
     return sha256(b"".join(len(part).to_bytes(8) + part for part in parts)).digest()
 
 

@@ -14,7 +14,7 @@ from service.api.keys import ApiKey, KeyRing
 from service.api.problems import problem
 from service.api.rates import RequestRates
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 """Answered without a key: supervisors and load balancers have none, and documentation is public."""
 
 

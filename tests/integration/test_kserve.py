@@ -169,10 +169,10 @@ def test_unknown_models_outputs_and_parameters_are_refused(client: Any) -> None:
         client.infer(MODEL, [], timeout=1)
 
 
-def frame(head: object, behind: bytes = b"", length: object = None, **headers: str) -> dict[str, Any]:
+def frame(head: object, behind: bytes = b"", length: object = None) -> dict[str, Any]:
     content = head if isinstance(head, bytes) else json.dumps(head).encode()
     given = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(length or len(content))}
-    return {"content": content + behind, "headers": given | headers}
+    return {"content": content + behind, "headers": given}
 
 
 def described(**tensor: Any) -> dict[str, Any]:
@@ -214,6 +214,17 @@ def test_frames_that_lie_are_refused_before_any_work(address: str, client: Any, 
     assert (refused.status_code, list(refused.json())) == (400, ["error"])
     (after,) = client.get_inference_statistics(MODEL)["model_stats"]
     assert after["execution_count"] == before["execution_count"]
+
+
+def test_the_same_bytes_divided_elsewhere_are_another_request_for_an_idempotency_key(address: str) -> None:
+    url = f"http://{address}/v2/models/{MODEL}/infer"
+    first = frame(described(name="steps", data=[2]))
+    first["headers"]["Idempotency-Key"] = "k"
+    assert httpx.post(url, **first).status_code == 200
+    first["headers"]["Inference-Header-Content-Length"] = "9"
+    again = httpx.post(url, **first)
+    assert (again.status_code, list(again.json())) == (400, ["error"])
+    assert "was used for another request" in again.json()["error"]
 
 
 @pytest.mark.parametrize(
