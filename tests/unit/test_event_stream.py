@@ -206,7 +206,7 @@ async def test_a_loop_that_is_busy_is_called_once_however_many_steps_are_taken()
         ticket = engine.submit(generation("r", params(steps=200), watch=Watch(preview_every=1)))
         other = engine.submit(generation("s", params(steps=200)))
         assert ticket.events is not None
-        while not engine._commands.empty() or engine._engine.has_work():
+        while not engine._engine.scheduler.steps("m") or engine._engine.has_work():
             pass  # the event loop looks at nothing while the engine works
         assert len(engine._mailbox._newest) <= 2
         told = await rest(ticket.events)
