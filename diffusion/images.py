@@ -72,6 +72,15 @@ def grid(images: Uint8Array, columns: int | None = None) -> Uint8Array:
     return sheet
 
 
+def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:
+    """Shrink an image [H, W, C] by the smallest whole factor that makes it fit, averaging; what fits is left alone."""
+    height, width, channels = pixels.shape
+    factor = -(-max(height, width) // longest_side)
+    rows, columns = height // factor, width // factor
+    blocks = pixels[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, channels)
+    return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+
+
 def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Image.Image:
     """Draw one captioned row of images [n, H, W, C] per entry, enlarged by a whole factor."""
     font = ImageFont.load_default(CAPTION_HEIGHT - 3)

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from diffusion.tensorrt_files import BuildEngines
-from service.api import docs_page, generate, info, kserve, openai, problems
+from service.api import docs_page, generate, info, kserve, openai, page, problems
 from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
@@ -24,6 +24,7 @@ from service.api.keys import KeyRing
 from service.api.loop_lag import measure_loop_lag
 from service.api.observe import Observe
 from service.api.state import ServiceState
+from service.api.thumbnails import Thumbnails
 from service.api.translate import ServedModel
 from service.backends.base import Denoiser
 from service.backends.select import load_denoiser
@@ -83,7 +84,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
         encoding = EncodingPool()
-        app.state.service = ServiceState(settings, served, engine, metrics, encoding)
+        app.state.service = ServiceState(settings, served, engine, metrics, encoding, Thumbnails(engine, encoding))
         log.info("settings: %s", settings.model_dump_json())
         for model in served.values():
             log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
@@ -107,6 +108,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     app.include_router(kserve.router)
     app.include_router(info.router)
     app.include_router(docs_page.router)
+    page.install(app)
     problems.install(app)
     keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
     # From the inside out: a request passes the last one first.

@@ -14,8 +14,9 @@ from service.api.keys import ApiKey, KeyRing
 from service.api.problems import problem
 from service.api.rates import RequestRates
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-"""Answered without a key: supervisors and load balancers have none, and documentation is public."""
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
+"""Answered without a key: supervisors and load balancers have none, documentation is public, the page asks for one."""
+OPEN_FOLDER = "/page/"
 
 
 class Identify:
@@ -33,7 +34,7 @@ class Identify:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if self._keys is None or scope["path"] in OPEN_PATHS:
+        if self._keys is None or _is_open(scope["path"]):
             client, refusal = self._by_address(scope, headers), None
         else:
             key = self._keys.find(_bearer(headers))
@@ -57,6 +58,10 @@ class Identify:
             return None
         detail = f"at most {limit} requests per minute with this key"
         return problem(429, "Too many requests", detail, headers={"Retry-After": str(math.ceil(wait_s))})
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 def _bearer(headers: Headers) -> str:

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from service.api.client import Client
 from service.api.encoding_pool import EncodingPool
+from service.api.thumbnails import Thumbnails
 from service.api.translate import ServedModel
 from service.engine.async_engine import AsyncEngine
 from service.metrics import Metrics
@@ -24,6 +25,7 @@ class ServiceState:
     engine: AsyncEngine
     metrics: Metrics
     encoding: EncodingPool
+    thumbnails: Thumbnails
     started_at: float = field(default_factory=time.time)
     """Seconds since 1970."""
 

@@ -1,0 +1,64 @@
+// One picture, large, with what it was made from and the code that makes it again.
+
+import { byId, el } from "./dom.js";
+import { bytesOf, copy, fileName, pictureUrl, save } from "./files.js";
+import { pictureWidth } from "./pictures.js";
+import { curl, python, serviceUrl } from "./snippets.js";
+import { duration } from "./words.js";
+
+const LANGUAGES = { curl, python };
+let wanted = null;
+
+/**
+ * @param {object} image - of the service's answer
+ * @param {object} body - the request that makes it alone
+ * @param {object} answer - that it came with
+ * @param {(seed: number) => void} onSeed - what to do when its seed is wanted
+ */
+export function openDetail(image, body, answer, onSeed) {
+  const dialog = byId("detail");
+  wanted = { url: serviceUrl(), accept: "image/png", file: fileName(image), body };
+  byId("detail-title").textContent = image.class ?? "Picture";
+  const picture = byId("detail-picture");
+  picture.src = pictureUrl(image.b64_json);
+  picture.onload = () => {
+    picture.width = pictureWidth(picture.naturalWidth, 1);
+    picture.classList.toggle("pixels", picture.width >= picture.naturalWidth);
+  };
+  const facts = {
+    Seed: image.seed,
+    "Image of the seed": image.image_index,
+    Steps: image.steps,
+    Sampler: body.sampler === "ddim" ? "DDIM" : "Ancestral",
+    ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
+    Waited: duration(image.queue_ms / 1000),
+    Sampled: duration(image.compute_ms / 1000),
+    Numerics: answer.numerics_id,
+  };
+  byId("detail-facts").replaceChildren(
+    ...Object.entries(facts).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
+  );
+  const png = new Blob([bytesOf(image.b64_json)], { type: "image/png" });
+  byId("detail-actions").replaceChildren(
+    el("button", { type: "button", onclick: () => save(png, fileName(image)) }, "Download PNG"),
+    el("button", { type: "button", onclick: () => (onSeed(image.seed), dialog.close()) }, "Use this seed"),
+  );
+  showCode();
+  dialog.showModal();
+}
+
+/** Make the dialog work; once. */
+export function installDetail() {
+  const dialog = byId("detail");
+  byId("detail-close").addEventListener("click", () => dialog.close());
+  byId("detail-copy").addEventListener("click", (event) => copy(event.currentTarget, byId("detail-code").textContent));
+  dialog.addEventListener("change", showCode);
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close(); // beside its contents
+  });
+}
+
+function showCode() {
+  const language = document.querySelector("input[name=language]:checked").value;
+  byId("detail-code").textContent = LANGUAGES[language](wanted);
+}

@@ -1,0 +1,43 @@
+// Pictures as bytes, and how they leave the page.
+
+/** Decode base64. */
+export function bytesOf(b64) {
+  return Uint8Array.from(atob(b64), (character) => character.charCodeAt(0));
+}
+
+/** The address of a picture that came as base64. */
+export function pictureUrl(b64, format = "png") {
+  return `data:image/${format};base64,${b64}`;
+}
+
+/** A file name of letters, digits and hyphens, whatever the class is called; `image` as the service tells it. */
+export function fileName(image) {
+  const readable = (image.class ?? "").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 40);
+  return `${[readable, `seed${image.seed}`, image.image_index].filter((part) => part !== "").join("-")}.png`;
+}
+
+/** Let the browser save a file. */
+export function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser may still be reading
+}
+
+/**
+ * Copy text, and say on the button how it went.
+ * @param {HTMLButtonElement} button
+ * @param {string} text
+ */
+export async function copy(button, text) {
+  const label = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text); // undefined where the page came neither by HTTPS nor from this machine
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "Not allowed here";
+    button.title = "Browsers let pages copy over HTTPS and on localhost only. A picture's details show its code.";
+  }
+  setTimeout(() => (button.textContent = label), 1500);
+}

@@ -1,0 +1,66 @@
+// What the service does right now, and has done since it started: from its metrics, for as long as somebody looks.
+
+import { call } from "./api.js";
+import { drawBars } from "./chart.js";
+import { byId } from "./dom.js";
+import { histogram, parseMetrics, quantileBound, total } from "./metrics.js";
+import { count, duration } from "./words.js";
+
+const EVERY_MS = 2000;
+
+/** Begin to look; stops while the tab is hidden. */
+export function watchService() {
+  let before = null;
+  const look = async () => {
+    if (document.hidden) return;
+    try {
+      const answer = await call("metrics", { background: true });
+      const metrics = parseMetrics(await answer.text());
+      const now = { at: performance.now(), rowSteps: total(metrics, "iddpm_row_steps_total") };
+      show(metrics, before ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
+      before = now;
+    } catch {
+      showLoad("away", "The service does not answer");
+      before = null;
+    }
+  };
+  document.addEventListener("visibilitychange", look);
+  setInterval(look, EVERY_MS);
+  look();
+}
+
+function show(metrics, rate) {
+  const waiting = total(metrics, "iddpm_images_waiting") + total(metrics, "iddpm_images_evicted");
+  const running = total(metrics, "iddpm_images_running");
+  const remaining = total(metrics, "iddpm_remaining_row_steps");
+  const busy = waiting + running > 0;
+  const untilIdle = busy ? (rate > 0 ? `≈ ${duration(remaining / rate)}` : "…") : "–";
+  byId("waiting").textContent = waiting;
+  byId("running").textContent = running;
+  byId("until-idle").textContent = untilIdle;
+  byId("rate").textContent = rate === null ? "…" : Math.round(rate);
+  const eta = busy && rate > 0 ? `, idle in ${untilIdle}` : "";
+  if (!total(metrics, "iddpm_ready")) showLoad("away", "Not ready");
+  else showLoad(busy ? "busy" : "idle", busy ? `${running} running, ${waiting} waiting${eta}` : "Idle");
+  showLatency(histogram(metrics, "iddpm_request_duration_seconds"));
+  showRows(metrics);
+}
+
+function showLoad(state, text) {
+  byId("lamp").dataset.state = state;
+  byId("load").textContent = text;
+}
+
+function showLatency(buckets) {
+  const all = buckets.reduce((sum, { count }) => sum + count, 0);
+  const within = (part) => duration(quantileBound(buckets, part));
+  byId("latency-summary").textContent = all ? `half within ${within(0.5)}, 95 % within ${within(0.95)}` : "none yet";
+  drawBars(byId("latency"), buckets, "Requests by latency in seconds");
+}
+
+function showRows(metrics) {
+  const calls = total(metrics, "iddpm_rows_per_network_call_count");
+  const mean = total(metrics, "iddpm_rows_per_network_call_sum") / calls;
+  byId("rows-summary").textContent = calls ? `${mean.toFixed(1)} on average of ${count(calls, "call")}` : "none yet";
+  drawBars(byId("rows"), histogram(metrics, "iddpm_rows_per_network_call"), "Network calls by rows");
+}

@@ -1,0 +1,84 @@
+// The page: a form, the runs it started, and what the service is doing.
+
+import { call } from "./api.js";
+import { Controls, keptSettings } from "./controls.js";
+import { installDetail } from "./detail.js";
+import { byId, el } from "./dom.js";
+import { forgetRuns, keepRun, keptRuns } from "./kept.js";
+import { watchService } from "./live.js";
+import { drawNoise } from "./noise.js";
+import { Run } from "./run.js";
+import { installTheme } from "./theme.js";
+import { explain } from "./words.js";
+
+const runs = byId("runs");
+const controls = new Controls((request) => start(request));
+let model = null;
+
+installTheme();
+installDetail();
+drawNoise(byId("empty-noise"));
+byId("clear").addEventListener("click", clear);
+for (const kept of keptRuns().reverse()) add(kept.request, kept.model).finish(kept.answer);
+await connect();
+watchService();
+
+async function connect() {
+  try {
+    const { models } = await (await call("v1/models")).json();
+    offer(models);
+    byId("notice").replaceChildren();
+  } catch (error) {
+    const { title, text } = explain(error);
+    const again = el("button", { type: "button", onclick: connect }, "Try again");
+    byId("notice").replaceChildren(el("div", { className: "notice" }, el("strong", {}, title), ` ${text} `, again));
+  }
+}
+
+function offer(models) {
+  const choice = byId("model");
+  const choose = (name) => {
+    model = models.find((one) => one.name === name) ?? models[0];
+    choice.value = model.name;
+    controls.show(model, models.length === 1);
+    const channels = model.image_channels === 1 ? "grey" : "colour";
+    byId("about-model").textContent = `${model.name}: ${model.image_size} × ${model.image_size}, ${channels}. ${model.backend}.`;
+  };
+  choice.replaceChildren(...models.map(({ name }) => el("option", { value: name }, name)));
+  choice.addEventListener("change", () => choose(choice.value));
+  byId("model-choice").hidden = models.length === 1;
+  choose(keptSettings()?.model);
+}
+
+function start(request) {
+  const run = add(request, model);
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  run.element.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "nearest" });
+  run.start();
+}
+
+function add(request, ofModel) {
+  const run = new Run(request, ofModel, {
+    onDone: (answer) => keepRun({ request, model: ofModel, answer }),
+    onSeed: (seed) => controls.useSeed(seed),
+    onAgain: () => {
+      const again = add(request, ofModel);
+      run.element.replaceWith(again.element);
+      again.start();
+    },
+  });
+  runs.prepend(run.element);
+  byId("empty").hidden = true;
+  byId("clear").hidden = false;
+  return run;
+}
+
+/** Forget what has ended; what is under way stays. */
+function clear() {
+  forgetRuns();
+  for (const run of [...runs.children]) {
+    if (!["waiting", "sampling"].includes(run.dataset.state)) run.remove();
+  }
+  byId("empty").hidden = runs.childElementCount > 0;
+  byId("clear").hidden = runs.childElementCount === 0;
+}

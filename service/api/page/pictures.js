@@ -1,0 +1,73 @@
+// The pictures of one run: noise, then what each is going to be, then what it is.
+
+import { el } from "./dom.js";
+import { pictureUrl } from "./files.js";
+import { drawNoise } from "./noise.js";
+import { duration } from "./words.js";
+
+const WIDTH = 168; // of a picture among others, in CSS pixels
+const WIDTH_ALONE = 320;
+const PIXELS_UP_TO = 96; // larger pictures are not enlarged
+
+/** One picture and its caption. */
+export class Picture {
+  #model;
+  #frame;
+  #name = el("span", {});
+  #time = el("span", { className: "time" });
+  #seed = el("span", { className: "seed-of" });
+  #bar = el("span", { className: "bar-of", "aria-hidden": "true" });
+
+  constructor(model, label) {
+    this.#model = model;
+    const noise = el("canvas", { width: model.image_size, height: model.image_size });
+    drawNoise(noise);
+    this.#name.textContent = label;
+    this.#frame = el("button", { type: "button", className: "frame", disabled: true, "aria-label": label }, noise);
+    const caption = el("span", { className: "caption" }, this.#name, this.#time, this.#seed);
+    this.element = el("li", { className: "picture" }, this.#frame, this.#bar, caption);
+    this.element.dataset.state = "waiting";
+  }
+
+  /** Show how many steps were taken. */
+  progress(step, steps) {
+    this.element.dataset.state = "sampling";
+    this.#bar.style.setProperty("--done", step / steps);
+    this.#time.textContent = `${step}/${steps}`;
+  }
+
+  /** Show what it is going to be. */
+  preview(b64, format) {
+    this.#show(pictureUrl(b64, format), "");
+  }
+
+  /** Show what it is: an image of the service's answer. */
+  done(image, onOpen) {
+    const name = image.class ?? "Picture";
+    this.element.dataset.state = "done";
+    this.#name.textContent = name;
+    this.#time.textContent = duration(image.compute_ms / 1000);
+    this.#seed.textContent = `seed ${image.seed}${image.image_index ? ` · ${image.image_index}` : ""}`;
+    this.#show(pictureUrl(image.b64_json), "");
+    this.#frame.disabled = false;
+    this.#frame.setAttribute("aria-label", `${name}, seed ${image.seed}, image ${image.image_index}: details`);
+    this.#frame.addEventListener("click", onOpen);
+  }
+
+  /** Show that it will not be. */
+  stop() {
+    if (this.element.dataset.state !== "done") this.element.dataset.state = "stopped";
+  }
+
+  #show(src, alt) {
+    const shown = this.#frame.firstChild;
+    if (shown instanceof HTMLImageElement) shown.src = src;
+    else shown.replaceWith(el("img", { src, alt, className: this.#model.image_size <= PIXELS_UP_TO ? "pixels" : "" }));
+  }
+}
+
+/** How wide to show pictures: a whole multiple of their pixels, if that is possible. */
+export function pictureWidth(imageSize, pictures) {
+  const room = pictures === 1 ? WIDTH_ALONE : WIDTH;
+  return imageSize > room ? room : Math.floor(room / imageSize) * imageSize;
+}

@@ -1,0 +1,23 @@
+// Dark or light: as the system says, until somebody says otherwise.
+
+import { byId } from "./dom.js";
+
+const SLOT = "iddpm.theme";
+const root = document.documentElement;
+const system = matchMedia("(prefers-color-scheme: dark)");
+
+/** Make the button work, and take up what was chosen before. */
+export function installTheme() {
+  const kept = localStorage.getItem(SLOT);
+  if (kept) root.dataset.theme = kept;
+  const button = byId("theme");
+  const current = () => root.dataset.theme ?? (system.matches ? "dark" : "light");
+  const name = () => (button.textContent = current() === "dark" ? "Light" : "Dark");
+  button.addEventListener("click", () => {
+    root.dataset.theme = current() === "dark" ? "light" : "dark";
+    localStorage.setItem(SLOT, root.dataset.theme);
+    name();
+  });
+  system.addEventListener("change", name);
+  name();
+}

@@ -1,0 +1,34 @@
+// Numbers and errors as people say them.
+
+/** Seconds, as exact as anybody cares. */
+export function duration(seconds) {
+  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${(seconds / 3600).toFixed(1)} h`;
+}
+
+/** "1 image", "3 images". */
+export function count(number, one, many = `${one}s`) {
+  return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+}
+
+/** What went wrong, for somebody who knows nothing of HTTP: a title, and what to do about it. */
+export function explain(error) {
+  if (error.name === "TypeError" || error.name === "NetworkError") {
+    return { title: "No answer from the service", text: "It may have stopped, or the connection broke. Try again." };
+  }
+  const { status, detail = error.message, retryAfter } = error;
+  const when = retryAfter ? `Try again in about ${duration(retryAfter)}.` : "Try again in a moment.";
+  if (status === 401) return { title: "A key is needed", text: "Generate again to enter one." };
+  if (status === 429) return { title: "You have enough under way", text: when };
+  if (status === 503) return { title: "The service is busy", text: when };
+  if (status === 504) return { title: "It took too long", text: "Ask for fewer images or steps." };
+  if (status === 404 || status === 422) return { title: "This cannot be generated", text: sentence(detail) };
+  return { title: "Something went wrong in the service", text: sentence(detail) };
+}
+
+function sentence(text) {
+  const clean = String(text).replace(/^\w+: /, (field) => field[0].toUpperCase() + field.slice(1));
+  return /[.!?]$/.test(clean) ? clean : `${clean}.`;
+}
