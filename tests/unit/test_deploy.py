@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -20,17 +19,9 @@ from service.engine.engine import Engine
 from service.metrics import Metrics
 from tests.fakes import CountingRunner, generation, params
 
+from tests.programs import tool
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str) -> str:
-    """Return a program's path; without it, skip, or fail where every test must run (.ci/run)."""
-    if path := shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin"):  # not in everybody's PATH
-        return path
-    message = f"{name} is not installed"
-    if os.environ.get("IDDPM_REQUIRE_ALL"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -29,6 +29,6 @@ export function explain(error) {
 }
 
 function sentence(text) {
-  const clean = String(text).replace(/^\w+: /, (field) => field[0].toUpperCase() + field.slice(1));
-  return /[.!?]$/.test(clean) ? clean : `${clean}.`;
+  const capital = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(capital) ? capital : `${capital}.`;
 }

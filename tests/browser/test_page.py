@@ -1,0 +1,367 @@
+"""The page at `/` in a real browser: what people do with it, and what it says when something goes wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
+
+from diffusion.config import CheckpointConfig
+from tests.browser.conftest import PATIENCE_S, Site, serving
+from tests.fakes import CLASS_NAMES, tiny_config
+from tests.integration.in_process import PausedDenoiser
+
+STEPS = 20
+NewContext = Callable[..., BrowserContext]
+
+
+def opened(page: Page, site: Site) -> Page:
+    """Open the page, and wait until its gallery is complete, so that the network has nothing left to do."""
+    page.goto(site.url)
+    expect(page.locator(".thumb img")).to_have_count(len(CLASS_NAMES))
+    return page
+
+
+def ask(
+    page: Page, *, name: str = "Cat", n: int = 2, steps: int = STEPS, seed: int = 7, guidance: float = 1
+) -> Locator:
+    """Fill in the form, and press the button; returns the run."""
+    page.get_by_role("radio", name=name, exact=True).check()
+    page.get_by_label("Images", exact=True).fill(str(n))
+    page.get_by_label("Steps", exact=True).fill(str(steps))
+    page.get_by_label("Guidance", exact=True).fill(str(guidance))
+    page.get_by_label("Roll before each run").uncheck()
+    page.get_by_label("Seed", exact=True).fill(str(seed))
+    page.get_by_role("button", name="Generate").click()
+    return page.locator(".run").first
+
+
+def expect_state(run: Locator, state: str) -> None:
+    expect(run).to_have_attribute("data-state", state)
+
+
+def shown(run: Locator) -> list[bytes]:
+    """The pictures of a run, as files."""
+    sources = [image.get_attribute("src") or "" for image in run.locator(".frame img").all()]
+    return [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+
+
+def answered(site: Site, **body: Any) -> list[bytes]:
+    """The pictures that the service gives for a request."""
+    answer = httpx.post(site.url + "v1/generate", json=body, timeout=PATIENCE_S).json()
+    return [base64.b64decode(image["b64_json"]) for image in answer["images"]]
+
+
+def test_it_shows_the_pictures_that_anybody_gets_for_the_request(page: Page, site: Site) -> None:
+    run = ask(opened(page, site), name="T-shirt/top", guidance=2.5)
+    expect_state(run, "done")
+    wanted = {"class": "T-shirt/top", "n": 2, "steps": STEPS, "seed": 7, "cfg_scale": 2.5}
+    assert shown(run) == answered(site, **wanted)
+    expect(run.locator(".caption")).to_have_text(
+        [re.compile(r"T-shirt/top\d+\.\d sseed 7$"), re.compile("seed 7 · 1$")]
+    )
+    expect(run.get_by_text(re.compile(r"^\d+\.\d s in all$"))).to_be_visible()
+
+
+def test_pictures_come_about_before_ones_eyes(page: Page, site: Site) -> None:
+    opened(page, site)
+    site.denoiser.let.clear()
+    run = ask(page)
+    expect(run.locator("canvas")).to_have_count(2)  # noise
+    site.denoiser.let_steps(3)
+    expect(run.locator(".time")).to_have_text(["3/20", "3/20"])
+    expect(run.get_by_text(re.compile(r"^(About \d+\.\d s left|Sampling)$"))).to_be_visible()
+    expect(run.locator(".frame img")).to_have_count(2)
+    early = shown(run)
+    site.denoiser.let_steps(7)
+    expect(run.locator(".time")).to_have_text(["10/20", "10/20"])
+    expect(run.get_by_role("progressbar")).to_have_js_property("value", 0.5)
+    site.until(lambda: all(now != then for now, then in zip(shown(run), early, strict=True)))
+    expect(page.locator("#load")).to_have_text(re.compile("^2 running, 0 waiting"))
+    site.denoiser.let.set()
+    expect_state(run, "done")
+    expect(page.locator("#load")).to_have_text("Idle")
+
+
+def test_a_cancelled_run_frees_its_rows(page: Page, site: Site) -> None:
+    opened(page, site)
+    site.denoiser.let.clear()
+    run = ask(page)
+    site.denoiser.let_steps(1)
+    expect_state(run, "sampling")
+    run.get_by_role("button", name="Cancel").click()
+    expect_state(run, "cancelled")
+    site.until(lambda: site.metric("iddpm_requests_total", outcome="cancelled") == 1)
+    site.denoiser.let_steps(1)
+    site.until(lambda: site.metric("iddpm_remaining_row_steps") == 0)
+    site.denoiser.let.set()
+    run.get_by_role("button", name="Try again").click()
+    expect_state(page.locator(".run"), "done")
+
+
+def test_errors_are_told_in_plain_words(page: Page) -> None:
+    class AfraidOfBees(PausedDenoiser):
+        afraid = False
+
+        def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+            if self.afraid and (y == CLASS_NAMES.index("Bee")).any():
+                raise ValueError("secret of the machine")
+            return super().__call__(x_t, emb_t, y)
+
+    denoiser = AfraidOfBees()
+    with serving(denoiser, max_row_steps=100) as site:
+        opened(page, site)
+        too_much = ask(page, n=16, steps=200)
+        expect(too_much).to_contain_text("This cannot be generated")
+        expect(too_much).to_contain_text("must be at most 100 per request")
+
+        page.route("**/v1/generate", lambda route: _refuse(route, 503, {"Retry-After": "12"}))
+        expect(ask(page)).to_contain_text("The service is busy Try again in about 12 s.")
+        page.unroute("**/v1/generate")
+
+        denoiser.afraid = True
+        failed = ask(page, name="Bee")
+        expect(failed).to_contain_text("Something went wrong in the service Image 0: the network failed on it")
+        expect(failed).not_to_contain_text("secret")
+    gone = ask(page)
+    expect(gone).to_contain_text("No answer from the service")
+    expect(page.locator("#load")).to_have_text("The service does not answer")
+
+
+def _refuse(route: Route, status: int, headers: dict[str, str]) -> None:
+    problem = {"type": "urn:iddpm:x", "title": "X", "status": status, "detail": "it is what it is"}
+    route.fulfill(status=status, headers=headers, content_type="application/problem+json", body=json.dumps(problem))
+
+
+def test_a_reload_keeps_settings_and_pictures_and_ends_what_is_under_way(page: Page, site: Site) -> None:
+    run = ask(opened(page, site), name="Bee", guidance=3)
+    expect_state(run, "done")
+    pictures = shown(run)
+    site.denoiser.let.clear()
+    ask(page, name="Bee", guidance=3)
+    site.until(lambda: site.metric("iddpm_remaining_row_steps") > 0)
+    page.reload()
+    site.until(lambda: site.metric("iddpm_requests_total", outcome="cancelled") == 1)
+    expect(page.locator(".run")).to_have_count(1)
+    assert shown(page.locator(".run")) == pictures
+    expect(page.get_by_role("radio", name="Bee", exact=True)).to_be_checked()
+    expect(page.get_by_label("Steps", exact=True)).to_have_value(str(STEPS))
+    expect(page.get_by_label("Guidance", exact=True)).to_have_value("3")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
+    page.get_by_role("button", name="Clear").click()
+    page.reload()
+    expect(page.locator(".run")).to_have_count(0)
+
+
+def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, site: Site) -> None:
+    context = new_context()
+    first, second = opened(context.new_page(), site), opened(context.new_page(), site)
+    site.denoiser.let.clear()
+    mine, other = ask(first, name="Ape"), ask(second, name="Bee", seed=8)
+    expect(mine.locator(".status")).to_contain_text("Starting")
+    expect(other.locator(".status")).to_contain_text("Waiting for 2 images")
+    site.denoiser.let_steps(5)
+    for page in (first, second):
+        expect(page.locator("#load")).to_have_text(re.compile("^([34] running, [01] waiting)"))  # both tabs' images
+    site.denoiser.let.set()
+    for run in (mine, other):
+        expect_state(run, "done")
+    for page, run, name, seed in ((first, mine, "Ape", 7), (second, other, "Bee", 8)):
+        expect(page.locator(".run")).to_have_count(1)
+        expect(page.get_by_label("Seed", exact=True)).to_have_value(str(seed))
+        assert shown(run) == answered(site, **{"class": name}, n=2, steps=STEPS, seed=seed, cfg_scale=1)
+
+
+def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContext, site: Site, tmp_path: Path) -> None:
+    page = opened(new_context(permissions=["clipboard-read", "clipboard-write"]).new_page(), site)
+    run = ask(page, name="T-shirt/top")
+    expect_state(run, "done")
+    with page.expect_download() as download:
+        run.get_by_role("button", name="Download zip").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["0000-T-shirt-top-seed7-0.png", "0001-T-shirt-top-seed7-1.png"]
+        assert [archive.read(name) for name in archive.namelist()] == shown(run)
+
+    run.get_by_role("button", name="Copy Python").click()
+    expect(run.get_by_role("button", name="Copied")).to_be_visible()
+    code = page.evaluate("navigator.clipboard.readText()")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=PATIENCE_S)
+    with zipfile.ZipFile(tmp_path / "iddpm-7.zip") as archive:
+        assert [archive.read(name) for name in archive.namelist()] == shown(run)
+
+    run.get_by_role("button", name="T-shirt/top, seed 7, image 1: details").click()
+    detail = page.get_by_role("dialog", name="T-shirt/top")
+    with page.expect_download() as download:
+        detail.get_by_role("button", name="Download PNG").click()
+    assert Path(download.value.path()).read_bytes() == shown(run)[1]
+    assert download.value.suggested_filename == "T-shirt-top-seed7-1.png"
+    body = {"class": "T-shirt/top", "steps": STEPS, "sampler": "ancestral", "cfg_scale": 1, "seed": 7, "image_index": 1}
+    command = detail.locator("pre").inner_text()
+    assert json.loads(command.split("-d '")[1].split("'")[0]) == body
+    detail.get_by_text("Python", exact=True).click()
+    subprocess.run([sys.executable, "-c", detail.locator("pre").inner_text()], cwd=tmp_path, check=True)
+    assert (tmp_path / "T-shirt-top-seed7-1.png").read_bytes() == shown(run)[1]
+
+
+def test_the_keyboard_is_enough(page: Page, site: Site) -> None:
+    opened(page, site)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the pictures")).to_be_focused()
+    page.get_by_role("radio", name="Any", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="Ape", exact=True)).to_be_checked()
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Images", exact=True)).to_be_focused()
+    page.keyboard.press("Home")
+    expect(page.get_by_label("Images", exact=True)).to_have_value("1")
+    page.keyboard.press("Control+Enter")
+    run = page.locator(".run")
+    expect_state(run, "done")
+    run.locator(".frame").focus()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Ape")
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(run.locator(".frame")).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_nothing_to_complain_about(new_context: NewContext, site: Site, scheme: str, width: int) -> None:
+    page = opened(new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page(), site)
+    run = ask(page)
+    expect_state(run, "done")
+    assert_accessible(page)
+    run.locator(".frame").first.click()
+    assert_accessible(page)
+    page.keyboard.press("Escape")
+    site.denoiser.let.clear()
+    expect_state(ask(page), "waiting")
+    assert_accessible(page)
+
+
+def assert_accessible(page: Page) -> None:
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+
+
+def test_a_narrow_screen_has_all_of_it_and_nothing_beside_it(new_context: NewContext, site: Site) -> None:
+    context = new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = opened(context.new_page(), site)
+    run = ask(page, n=3)
+    expect_state(run, "done")
+    expect(run.locator(".frame").first).to_be_in_viewport()  # the page went there
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    tops = [page.locator(part).bounding_box() for part in (".controls", ".stage", ".live")]
+    assert [box["y"] for box in tops if box] == sorted(box["y"] for box in tops if box)
+    run.locator(".frame").first.tap()
+    box = page.get_by_role("dialog", name="Cat").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+
+
+def many_classes() -> CheckpointConfig:
+    config = tiny_config()
+    return config.model_copy(update={"model": config.model.replace(num_classes=1000), "class_names": None})
+
+
+def test_a_thousand_classes_can_be_searched_and_are_drawn_when_they_are_seen(page: Page) -> None:
+    denoiser = PausedDenoiser()
+    denoiser.config = many_classes()
+    with serving(denoiser) as site:
+        page.goto(site.url)
+        expect(page.locator(".thumb img").first).to_be_visible()
+        search = page.get_by_label("Search classes")
+        search.fill("99")
+        expect(page.locator('label[title="99"]')).to_be_visible()
+        found = [str(k) for k in range(1000) if "99" in str(k)]
+        expect(page.locator("#classes label:not([hidden])")).to_have_count(len(found))
+        search.press("Enter")
+        expect(page.locator("#class-chosen")).to_have_text(found[0])
+        search.fill("no such class")
+        expect(page.get_by_text("No class is called “no such class”.")).to_be_visible()
+        assert site.metric("iddpm_image_queue_seconds_count") < 100
+
+
+def test_an_unconditional_model_has_no_gallery_and_no_guidance(page: Page) -> None:
+    denoiser = PausedDenoiser()
+    denoiser.config = tiny_config(num_classes=None, null_class=False)
+    with serving(PausedDenoiser(), denoiser) as site:
+        opened(page, site)
+        page.get_by_label("Model").select_option("m1")
+        expect(page.get_by_role("group", name="Class")).to_be_hidden()
+        expect(page.get_by_label("Guidance", exact=True)).to_be_hidden()
+        page.get_by_label("Steps", exact=True).fill(str(STEPS))
+        page.get_by_role("button", name="Generate").click()
+        expect_state(page.locator(".run"), "done")
+        expect(page.locator(".run h3")).to_have_text("Pictures")
+        seed = int(page.get_by_label("Seed", exact=True).input_value())
+        assert shown(page.locator(".run")) == answered(site, model="m1", n=4, steps=STEPS, seed=seed)
+
+
+def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, site: Site) -> None:
+    def check(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer right":
+            route.continue_()
+        else:
+            _refuse(route, 401, {"WWW-Authenticate": "Bearer"})
+
+    page.route(re.compile("/v1/|/metrics$"), check)
+    page.goto(site.url)
+    dialog = page.get_by_role("dialog", name="This service asks for a key")
+    dialog.get_by_label("API key").fill("wrong")
+    dialog.get_by_role("button", name="Use key").click()
+    expect(dialog.get_by_text("The key was not accepted.")).to_be_visible()
+    dialog.get_by_label("API key").fill("right")
+    page.keyboard.press("Enter")
+    expect(page.locator(".thumb img")).to_have_count(len(CLASS_NAMES))
+    page.reload()
+    expect(page.locator(".thumb img")).to_have_count(len(CLASS_NAMES))
+    run = ask(page)
+    expect_state(run, "done")
+    run.locator(".frame").first.click()
+    code = page.locator("#detail-code")
+    expect(code).to_contain_text('-H "Authorization: Bearer $API_KEY"')
+    expect(code).not_to_contain_text("right")
+
+
+def test_charts_hold_what_the_metrics_hold(page: Page, site: Site) -> None:
+    opened(page, site)
+    for seed in range(3):
+        answered(site, **{"class": 0}, steps=STEPS, seed=seed, cfg_scale=1)
+    calls = int(site.metric("iddpm_rows_per_network_call_count"))
+    expect(page.locator("#rows-summary")).to_have_text(re.compile(f"on average of {calls} calls"))
+    expect(page.get_by_role("img", name=re.compile(r"^Requests by latency in seconds: \d+ up to"))).to_be_visible()
+    heights = np.array([float(bar.get_attribute("height") or 0) for bar in page.locator("#rows .bar").all()])
+    counts = [
+        site.metric("iddpm_rows_per_network_call_bucket", le=str(float(rows))) for rows in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    alone = np.diff([0, *counts, counts[-1]])
+    assert list(np.argsort(heights)[-2:]) == list(np.argsort(alone)[-2:])
+
+
+def test_the_theme_is_the_systems_until_somebody_chooses(new_context: NewContext, site: Site) -> None:
+    page = new_context(color_scheme="dark").new_page()
+    page.goto(site.url)
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    dark = page.evaluate(ground)
+    page.get_by_role("button", name="Light").click()
+    light = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(ground) == light

@@ -1,0 +1,116 @@
+"""What serves the page: its files and their policy, and thumbnails, which are made once, for people who look at it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.images import shrink
+from service.api.page import FOLDER
+from service.api.thumbnails import LONGEST_SIDE, SEED, STEPS
+from tests.integration.in_process import PausedDenoiser, Service, running, runs
+
+OURS = {"X-Requested-With": "test"}
+
+
+async def thumbnail(service: Service, class_index: object, model: str = "m") -> httpx.Response:
+    return await service.ask("GET", f"/v1/models/{model}/thumbnails/{class_index}", headers=OURS)
+
+
+@runs
+async def test_the_page_and_all_it_links_to_are_served_under_a_policy_without_exceptions() -> None:
+    async with running() as service:
+        index = await service.ask("GET", "/")
+        assert index.headers["content-type"].startswith("text/html")
+        linked = re.findall(r'(?:src|href)="([^"#]+)"', index.text)
+        modules = {name for path in FOLDER.glob("*.js") for name in re.findall(r'from "\./(.+?)"', path.read_text())}
+        assert {"page/main.js", "page/style.css"} <= set(linked)
+        for path in ["", *linked, *(f"page/{name}" for name in modules)]:
+            answer = await service.ask("GET", f"/{path}")
+            assert answer.status_code == 200, path
+            policy = answer.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'")
+            assert "unsafe" not in policy
+            assert "http" not in policy
+            again = await service.ask("GET", f"/{path}", headers={"If-None-Match": answer.headers["etag"]})
+            assert again.status_code == 304, path
+        assert (await service.ask("GET", "/page/../page.py")).status_code == 404
+        assert (await service.ask("GET", "/page/%2e%2e/page.py")).status_code == 404
+
+
+@runs
+async def test_a_thumbnail_is_made_once_at_batch_priority_for_all_who_ask() -> None:
+    async with running() as service:
+        answers = await asyncio.gather(*(thumbnail(service, 2) for _ in range(3)))
+        assert await service.metric("iddpm_image_queue_seconds_count") == 1
+        assert {answer.content for answer in answers} == {(await thumbnail(service, 2)).content}
+        pixels = np.asarray(Image.open(io.BytesIO(answers[0].content)))
+        body = {"class": 2, "steps": STEPS, "seed": SEED}
+        wanted = (await service.ask("POST", "/v1/generate", json=body, headers={"Accept": "image/png"})).content
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(wanted))))
+
+
+@runs
+async def test_a_thumbnail_whose_first_reader_leaves_is_made_for_the_next() -> None:
+    async with running() as service:
+        service.denoiser.let.clear()
+        first = asyncio.ensure_future(thumbnail(service, 1))
+        second = asyncio.ensure_future(thumbnail(service, 1))
+        service.denoiser.let_steps(3)
+        while not await service.metric("iddpm_row_steps_total"):
+            await asyncio.sleep(0.005)
+        first.cancel()
+        service.denoiser.let.set()
+        assert (await second).status_code == 200
+        assert await service.metric("iddpm_image_queue_seconds_count") == 1
+
+
+@runs
+async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
+    async with running() as service:
+        service.denoiser.let.clear()
+        filling = asyncio.ensure_future(service.generate(n=3, steps=2))  # six rows of the seven that there is room for
+        while not service.app.state.service.engine._tickets:
+            await asyncio.sleep(0.005)
+        refused = await thumbnail(service, 0)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        service.denoiser.let.set()
+        await filling
+        assert (await thumbnail(service, 0)).status_code == 200
+
+
+@runs
+async def test_only_our_page_may_have_thumbnails_made_and_only_of_classes_there_are() -> None:
+    async with running() as service:
+        foreign = await service.ask("GET", "/v1/models/m/thumbnails/0")  # as <img> of another origin asks
+        assert foreign.status_code == 403
+        assert [(await thumbnail(service, index)).status_code for index in (4, -1)] == [404, 404]
+        assert (await thumbnail(service, "x")).status_code == 422
+        assert (await thumbnail(service, 0, model="other")).status_code == 404
+        assert await service.metric("iddpm_image_queue_seconds_count") == 0
+    unconditional = PausedDenoiser()
+    unconditional.config = unconditional.config.model_copy(
+        update={
+            "model": unconditional.config.model.replace(num_classes=None, null_class=False),
+            "class_names": None,
+        }
+    )
+    async with running(unconditional) as service:
+        assert (await thumbnail(service, 0)).status_code == 404
+
+
+@pytest.mark.parametrize(("side", "small"), [(64, 64), (65, 32), (256, 64), (100, 50)])
+def test_thumbnails_of_large_pictures_are_averages_of_whole_blocks(side: int, small: int) -> None:
+    ramp = np.arange(side * side * 3, dtype=np.float64).reshape(side, side, 3) % 251
+    pixels = ramp.astype(np.uint8)
+    shrunk = shrink(pixels, LONGEST_SIDE)
+    assert shrunk.shape == (small, small, 3)
+    factor = side // small
+    assert shrunk[1, 2, 0] == np.rint(ramp[factor : 2 * factor, 2 * factor : 3 * factor, 0].mean())
