@@ -46,8 +46,11 @@ class Thumbnails:
 
     async def _make(self, model: ServedModel, class_index: int) -> bytes:
         steps = min(STEPS, model.config.diffusion.num_timesteps)
-        body = GenerateRequest.model_validate({"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"})
-        request = complete(body, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
+        body = {"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"}
+        if model.config.model.num_classes is None:  # only its classifier knows classes
+            body["classifier_scale"] = 1
+        asked = GenerateRequest.model_validate(body)
+        request = complete(asked, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
         [image] = self._engine.submit(request).images
         return await self._encoding.run(_picture, await image)
 

@@ -18,7 +18,6 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.metrics import Metrics
 from tests.fakes import CountingRunner, generation, params
-
 from tests.programs import tool
 
 ROOT = Path(__file__).resolve().parents[2]

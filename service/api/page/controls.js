@@ -5,12 +5,13 @@ import { Gallery } from "./gallery.js";
 
 const SLOT = "iddpm.settings";
 const SEEDS = 1_000_000; // short enough to be remembered
+const OFF = { "cfg-scale": "1", "classifier-scale": "0" };
 const MOST_STEPS = 250; // what the paper samples with; more is for curl
 
 export class Controls {
   #form = byId("controls");
   #gallery = new Gallery(() => this.#keep());
-  #sliders = ["n", "steps", "cfg-scale"].map(byId);
+  #sliders = ["n", "steps", "cfg-scale", "classifier-scale"].map(byId);
   #model = null;
   #isOnlyModel = true;
 
@@ -42,6 +43,7 @@ export class Controls {
     steps.min = Math.min(10, model.num_timesteps);
     guidance.value = model.default_cfg_scale;
     byId("guidance-field").hidden = !model.guidance;
+    byId("classifier-field").hidden = !model.classifier_guidance;
     this.#gallery.show(model);
     this.#restore();
     this.#changed();
@@ -57,7 +59,7 @@ export class Controls {
 
   /** What the fields say, as the body of POST v1/generate. */
   request() {
-    const [n, steps, guidance] = this.#sliders.map((slider) => Number(slider.value));
+    const [n, steps, guidance, byClassifier] = this.#sliders.map((slider) => Number(slider.value));
     const chosen = this.#gallery.chosen;
     return {
       ...(this.#isOnlyModel ? {} : { model: this.#model.name }),
@@ -66,6 +68,7 @@ export class Controls {
       steps,
       sampler: this.#sampler,
       ...(this.#model.guidance ? { cfg_scale: guidance } : {}),
+      ...(this.#model.classifier_guidance ? { classifier_scale: byClassifier } : {}),
       seed: Number(byId("seed").value),
     };
   }
@@ -82,7 +85,7 @@ export class Controls {
     for (const slider of this.#sliders) {
       const part = (slider.value - slider.min) / (slider.max - slider.min || 1);
       slider.style.setProperty("--filled", `${100 * part}%`);
-      const off = slider.id === "cfg-scale" && slider.value === "1";
+      const off = slider.value === OFF[slider.id];
       byId(`${slider.id}-value`).textContent = off ? "off" : slider.value;
     }
     if (this.#model) this.#keep();

@@ -31,6 +31,7 @@ export function openDetail(image, body, answer, onSeed) {
     Steps: image.steps,
     Sampler: body.sampler === "ddim" ? "DDIM" : "Ancestral",
     ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
+    ...(body.classifier_scale === undefined ? {} : { Classifier: body.classifier_scale || "off" }),
     Waited: duration(image.queue_ms / 1000),
     Sampled: duration(image.compute_ms / 1000),
     Numerics: answer.numerics_id,

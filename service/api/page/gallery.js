@@ -6,6 +6,7 @@ import { count } from "./words.js";
 
 const SEARCH_FROM = 24;
 const AT_ONCE = 4;
+const RETRY_MS = 5000;
 
 export class Gallery {
   #box = byId("classes");
@@ -107,9 +108,9 @@ export class Gallery {
       const picture = el("img", { src: url, alt: "", className: model.image_size <= 96 ? "pixels" : "" });
       picture.addEventListener("load", () => URL.revokeObjectURL(url));
       label.querySelector(".thumb").replaceChildren(picture);
-    } catch {
-      // The service is busy or has gone: when it is seen the next time, it is asked for again
-      if (label.isConnected && model === this.#model) setTimeout(() => this.#seen.observe(label), 5000);
+    } catch (error) {
+      const mayComeLater = ![400, 403, 404, 422, 500].includes(error.status); // busy, or gone for a while
+      if (mayComeLater) setTimeout(() => label.isConnected && this.#seen.observe(label), RETRY_MS);
     }
   }
 }

@@ -109,8 +109,9 @@ export class Run {
   }
 
   get #recipe() {
-    const { n, steps, sampler, cfg_scale: guidance, seed } = this.request;
+    const { n, steps, sampler, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
     const guided = guidance === undefined || guidance === 1 ? [] : [`guidance ${guidance}`];
+    if (byClassifier) guided.push(`classifier ${byClassifier}`);
     const samplerName = sampler === "ddim" ? "DDIM" : sampler;
     return [count(n, "image"), `${steps} steps`, samplerName, ...guided, `seed ${seed}`].join(" · ");
   }
