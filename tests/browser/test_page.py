@@ -18,7 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
-from diffusion.config import CheckpointConfig
+from diffusion.config import CheckpointConfig, DiffusionConfig
 from service.api.keys import ApiKey, hash_of, new_key, write_keys
 from tests.browser.conftest import PATIENCE_S, Site, serving
 from tests.fakes import CLASS_NAMES, tiny_config
@@ -276,8 +276,10 @@ def test_a_narrow_screen_has_all_of_it_and_nothing_beside_it(new_context: NewCon
 
 
 def many_classes() -> CheckpointConfig:
-    config = tiny_config()
-    return config.model_copy(update={"model": config.model.replace(num_classes=1000), "class_names": None})
+    """Describe a model of a thousand classes without names, whose thumbnails take two steps each."""
+    config = tiny_config(null_class=False)
+    changes = {"model": config.model.replace(num_classes=1000), "diffusion": DiffusionConfig(num_timesteps=2)}
+    return config.model_copy(update={**changes, "class_names": None})
 
 
 def test_a_thousand_classes_can_be_searched_and_are_drawn_when_they_are_seen(page: Page) -> None:

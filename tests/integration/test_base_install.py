@@ -47,9 +47,11 @@ def test_it_serves_the_bundled_artifact_without_torch(python: Path, tmp_path: Pa
         environment={"IDDPM_CACHE_DIR": ""},
     ) as server:
         answer = server.generate(**{"class": "Bag", "n": 3, "steps": 2, "seed": 5}).json()
+        page = [server.get(path).status_code for path in ("/", "/page/main.js")]
         again = server.generate(**{"class": "Bag", "n": 1, "steps": 2, "seed": 5, "image_index": 2}).json()
 
     assert len(answer["images"]) == 3
+    assert page == [200, 200]
     assert again["images"][0]["b64_json"] == answer["images"][2]["b64_json"]
     assert "openvino" in (tmp_path / "log").read_text()
 
