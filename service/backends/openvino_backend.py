@@ -7,6 +7,7 @@ static ones do not, so there is no dynamic fall-back.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ class _StaticGraph:
         self._artifact = artifact
         try:
             network = core.read_model(artifact.graph)
-            self._requests = {size: _compile(core, network, size, settings) for size in sizes}
+            with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
+                compiled = pool.map(lambda size: _compile(core, network, size, settings), sizes)
+                self._requests = dict(zip(sizes, compiled, strict=True))
         except RuntimeError as error:
             raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
 
@@ -187,11 +190,12 @@ def _user_cache() -> Path:
 def _compile(
     core: openvino.Core, network: openvino.Model, size: int, settings: dict[str, Any]
 ) -> openvino.InferRequest:
-    """Compile a network for one batch size; what was compiled of it before is not touched."""
-    network.reshape(
+    """Compile a network for one batch size; the network itself is left as it is."""
+    static = network.clone()
+    static.reshape(
         {
             node.get_any_name(): [size, *(extent.get_length() for extent in list(node.get_partial_shape())[1:])]
-            for node in network.inputs
+            for node in static.inputs
         }
     )
-    return core.compile_model(network, "CPU", settings).create_infer_request()
+    return core.compile_model(static, "CPU", settings).create_infer_request()
