@@ -1,26 +1,26 @@
-"""`iddpm sample`: images from a model folder, in this process, without a server."""
+"""`iddpm sample`: images from a model folder, in this process, or from a running service."""
 
 from __future__ import annotations
 
 import secrets
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.errors import fail
-from service.engine.request import GenerationRequest, ImageParams
 
 if TYPE_CHECKING:
-    from diffusion.images import Uint8Array
-    from service.api.schemas import ImageFormat
+    from cli.sampled import SampledImage
 
 
 def sample_command(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for SEED_INDEX.png files, or a file: .png, .webp (grid) or .npz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for SEED_INDEX.png, or a file: .png, .webp, .npz.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder; with --url the name of a served model, default its first.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Ask the service there, http://HOST:PORT.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")] = None,
     class_: Annotated[
         str | None, typer.Option("--class", help="Class by name or index; absent: drawn from the seed.")
     ] = None,
@@ -35,9 +35,11 @@ def sample_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="0..2^53-1; absent: random.")] = None,
 ) -> None:
-    """Sample images; the same seed gives the pixels that the service gives for it."""
+    """Sample images, here or at a service: the same seed gives the same pixels where the numerics_id is the same."""
     from pydantic import ValidationError
 
+    from cli.client import ClientError
+    from cli.sampled import write_images
     from diffusion.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
@@ -52,79 +54,25 @@ def sample_command(
         "seed": secrets.randbelow(2**53) if seed is None else seed,
     }
     try:
-        images = _sample(model, {name: value for name, value in asked.items() if value is not None}, n)
-        _write(out, images)
+        images = _sample({name: value for name, value in asked.items() if value is not None}, n, model, url, key)
+        ids = sorted({image.numerics_id for image in images})  # several: replicas that differ
+        typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
+        write_images(out, images)
     except ValidationError as error:
         fail(describe_validation_error(error))
-    except (ServiceError, ModelError, OSError, ValueError) as error:
+    except (ServiceError, ClientError, ModelError, OSError, ValueError) as error:
         fail(str(error))
 
 
-def _sample(folder: Path, asked: dict[str, Any], n: int) -> list[tuple[ImageParams, Uint8Array]]:
-    """Run the service's own engine, without the server: what it gives for a seed, this gives too."""
-    from service.api.schemas import MAX_IMAGES, GenerateRequest
-    from service.api.translate import ServedModel, complete
-    from service.backends.base import BackendOptions
-    from service.backends.select import load_denoiser
-    from service.engine.config import EngineConfig
-    from service.engine.engine import Engine
-    from service.engine.request import ImageStatus
-    from service.engine.runners.array_runner import ArrayRunner
-    from service.metrics import Metrics
+def _sample(asked: dict[str, Any], n: int, model: str | None, url: str | None, key: str | None) -> list[SampledImage]:
+    if url is not None:
+        from cli.client import Client
+        from cli.sample_there import sample_there
 
-    config = EngineConfig()
-    backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
-    served = ServedModel(
-        name="model",
-        config=backend.config,
-        numerics_id=backend.numerics_id,
-        backend=backend.description,
-        classifier=None if backend.classifier is None else backend.classifier.config,
-    )
-    if asked.get("class", "").isdigit() and asked["class"] not in (served.class_names or ()):
-        asked["class"] = int(asked["class"])
-    params: list[ImageParams] = []
-    while len(params) < n:
-        chunk = {"n": min(MAX_IMAGES, n - len(params)), "image_index": len(params)}
-        body = GenerateRequest.model_validate({**asked, **chunk})
-        params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
+        with Client(url, key=key) as client:
+            return sample_there(client, asked if model is None else {**asked, "model": model}, n)
+    if model is None:
+        fail("--model FOLDER or --url ADDRESS must be given", code=2)
+    from cli.sample_here import sample_here
 
-    config = config.with_room_for(backend.config.diffusion.num_timesteps)
-    runner, metrics = ArrayRunner(backend, config), Metrics()
-    engine = Engine({"model": runner}, config, metrics)
-    engine.warm_up()
-    request = GenerationRequest(request_id="cli", model="model", images=tuple(params))
-    engine.add(request, time.monotonic())
-    pixels: dict[int, Uint8Array] = {}
-    done = 0
-    with typer.progressbar(length=request.row_steps, label="sampling", file=sys.stderr) as bar:
-        while engine.has_work():
-            for result in engine.step():
-                if result.status is not ImageStatus.DONE or result.pixels is None:
-                    raise ValueError(f"image {params[result.position].image_index}: its numbers overflowed")
-                pixels[result.position] = result.pixels
-            counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
-            bar.update(counted - done)
-            done = counted
-    typer.echo(f"seed {params[0].seed}, numerics_id {runner.numerics_id}")
-    return [(p, pixels[k]) for k, p in enumerate(params)]
-
-
-def _write(out: Path, images: list[tuple[ImageParams, Uint8Array]]) -> None:
-    """Write one file per image into a folder, or all into one .png or .npz."""
-    import numpy as np
-
-    from diffusion.images import encode
-    from service.api.encoding import encode_picture
-
-    one_file: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".npz": "npz"}
-    if (image_format := one_file.get(out.suffix.lower())) is not None:
-        labels = [params.class_index for params, _ in images]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(encode_picture(np.stack([pixels for _, pixels in images]), labels, image_format))
-        typer.echo(f"wrote {out}")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    for params, pixels in images:
-        (out / f"{params.seed}_{params.image_index}.png").write_bytes(encode(pixels))
-    typer.echo(f"wrote {len(images)} images to {out}")
+    return sample_here(Path(model), asked, n)

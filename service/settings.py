@@ -16,8 +16,8 @@ from service.engine.policies import PolicyName
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
-OTHER_VARIABLES = frozenset({"IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
-"""Ours, but read by the tests."""
+OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
+"""Ours, but read by the client and the tests."""
 
 
 class Settings(BaseSettings):

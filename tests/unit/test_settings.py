@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, refuse_unknown_variables
 
 MODELS = (Path("m"),)
 
@@ -23,3 +23,11 @@ def test_listening_for_others_needs_keys_or_the_word_that_none_are_wanted(host: 
         Settings(models=MODELS, host=host)
     assert Settings(models=MODELS, host=host, keys_file=Path("keys.json")).host == host
     assert Settings(models=MODELS, host=host, allow_keyless=True).host == host
+
+
+def test_misspelt_variables_are_refused_and_those_of_the_client_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDDPM_KEY", "iddpm_x")
+    refuse_unknown_variables()
+    monkeypatch.setenv("IDDPM_KEYS", "iddpm_x")
+    with pytest.raises(ValueError, match=r"unknown environment variable IDDPM_KEYS; settings are .*IDDPM_KEYS_FILE"):
+        refuse_unknown_variables()

@@ -1,0 +1,250 @@
+"""What the sync and the async client share: everything but waiting. What is sent, what it comes to, what can go wrong.
+
+ClientError
+├── RequestFailed      the service said no, or could not: holds its problem
+├── ConnectionLost     there was no connection, or it ended before the answer did
+└── UnexpectedAnswer   what answers there is not this service
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+
+from cli.retries import Outcome
+from cli.server_sent_events import EventDecoder
+from diffusion.plans import Sampler
+from service.api.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
+from service.api.schemas import GenerateResponse, ImageFormat, ModelList, PriorityName, Problem
+
+CONNECT_S = 10.0
+ANSWER_S = 3660.0
+"""Longest silence before an answer: a little more than a service takes by default (IDDPM_MAX_REQUEST_S)."""
+STREAM_SILENCE_S = 60.0
+"""A stream says something every 15 seconds."""
+SHOWN = 200
+
+Event = QueuedEvent | ProgressEvent | PreviewEvent
+M = TypeVar("M", bound=BaseModel)
+_EVENTS: dict[str, type[Event]] = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent}
+
+
+class ClientError(Exception):
+    """A request did not come to its answer."""
+
+
+class RequestFailed(ClientError):
+    """The service said no, or could not; sending it again was not safe, not useful, or took too long."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(f"{problem.title}: {problem.detail}")
+        self.problem = problem
+
+
+class ConnectionLost(ClientError):
+    """There was no connection, or it ended before the answer did."""
+
+
+class UnexpectedAnswer(ClientError):
+    """What answers there is not this service."""
+
+
+class GenerateFields(TypedDict, total=False):
+    """Fields of `POST /v1/generate`, as keyword arguments; the README says what they mean."""
+
+    model: str
+    class_: int | str | Sequence[int | str]
+    n: int
+    steps: int
+    respacing: str
+    sampler: Sampler
+    eta: float
+    cfg_scale: float
+    classifier_scale: float
+    seed: int
+    image_index: int
+    format: ImageFormat
+    quality: int
+    compression: int
+    preview_every: int
+    priority: PriorityName
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request that may be sent, several times perhaps."""
+
+    method: str
+    path: str
+    content: bytes | None = None
+    headers: dict[str, str]
+    silence_s: float
+    """Longest time without a byte of the answer."""
+    streamed: bool = False
+    """Whether the answer is read as it comes."""
+    repeatable: bool
+    """Whether being sent twice does no more than being sent once."""
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """Build what a connection sends."""
+        timeout = httpx.Timeout(self.silence_s, connect=CONNECT_S)
+        return http.build_request(self.method, self.path, content=self.content, headers=self.headers, timeout=timeout)
+
+
+def connection(url: str, key: str | None) -> dict[str, Any]:
+    """Return what both kinds of httpx client are made with.
+
+    Raises:
+        ValueError: an address or a key that cannot be one; the key is not told.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"url: {error}; got {url!r}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ValueError(f"url: must be http://HOST[:PORT] or https://...; got {url!r}")
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ValueError("key: must be printable ASCII characters")
+    return {"base_url": address, "headers": {} if key is None else {"Authorization": f"Bearer {key}"}}
+
+
+def models_call() -> Call:
+    """Ask which models there are."""
+    return Call(method="GET", path="v1/models", headers={}, silence_s=STREAM_SILENCE_S, repeatable=True)
+
+
+def generate_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
+    """Ask for images in one answer. The key, which is drawn if none is given, makes it safe to send again."""
+    headers = {
+        "Accept": "application/json",
+        "Content-Type": "application/json",
+        "Idempotency-Key": idempotency_key or uuid.uuid4().hex,
+    }
+    content = _body(fields, stream=False)
+    return Call(
+        method="POST", path="v1/generate", content=content, headers=headers, silence_s=ANSWER_S, repeatable=True
+    )
+
+
+def stream_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
+    """Ask for images and to be told how they come about.
+
+    Raises:
+        ValueError: with a key; a stream cannot be answered twice.
+    """
+    if idempotency_key is not None:
+        raise ValueError("idempotency_key: a stream cannot be answered twice; leave it or on_event out, or give a seed")
+    return Call(
+        method="POST",
+        path="v1/generate",
+        content=_body(fields, stream=True),
+        headers={"Content-Type": "application/json"},
+        silence_s=STREAM_SILENCE_S,
+        streamed=True,
+        repeatable=False,
+    )
+
+
+class Following:
+    """Reads a stream: tells its events, and holds the answer in the end."""
+
+    def __init__(self, on_event: Callable[[Event], object]) -> None:
+        self._on_event = on_event
+        self._decoder = EventDecoder()
+        self._answer: GenerateResponse | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes of the stream; kinds of events that are not known are passed over.
+
+        Raises:
+            RequestFailed: the last event says that an image or the engine failed.
+            UnexpectedAnswer: an event that does not hold what it must.
+        """
+        for event in self._decoder.feed(chunk):
+            if event.name == "completed":
+                self._answer = _read(GenerateResponse, event.data)
+            elif event.name == "failed":
+                raise RequestFailed(_read(Problem, event.data))
+            elif event.name in _EVENTS:
+                self._on_event(_read(_EVENTS[event.name], event.data))
+
+    def answer(self) -> GenerateResponse:
+        """Return what the stream came to.
+
+        Raises:
+            ConnectionLost: it ended before that.
+        """
+        if self._answer is None:
+            raise ConnectionLost("the stream ended before the images were done")
+        return self._answer
+
+
+def read_models(response: httpx.Response) -> ModelList:
+    """Read the answer to `models_call`."""
+    return _read(ModelList, response.content)
+
+
+def read_generated(response: httpx.Response) -> GenerateResponse:
+    """Read the answer to `generate_call`."""
+    return _read(GenerateResponse, response.content)
+
+
+def failure_of(outcome: Outcome) -> Exception:
+    """Return the error to raise for what is no good answer; a proxy's may hold no problem."""
+    if isinstance(outcome, httpx.TransportError):
+        return outcome
+    try:
+        return RequestFailed(Problem.model_validate_json(outcome.content))
+    except ValidationError:
+        said = outcome.text[:SHOWN].strip()
+        return UnexpectedAnswer(f"{outcome.status_code} {outcome.reason_phrase}: {said}".rstrip(": "))
+
+
+@contextmanager
+def as_client_errors(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+    """Turn what httpx raises into ConnectionLost."""
+    try:
+        yield
+    except httpx.RequestError as error:
+        raise ConnectionLost(f"{http.base_url}: {error or type(error).__name__}") from error
+
+
+def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
+    """Decode `b64_json` of an image or a preview, in any format.
+
+    Returns:
+        uint8 [H, W, C].
+    """
+    content = base64.b64decode(image_b64)
+    if content.startswith(b"PK"):  # an npz is a zip
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            pixels: npt.NDArray[np.uint8] = arrays["arr_0"][0]
+            return pixels
+    with Image.open(io.BytesIO(content)) as picture:
+        flat = np.asarray(picture)
+    return flat.reshape(*flat.shape[:2], -1)  # of a grey picture [H, W]
+
+
+def _body(fields: GenerateFields, *, stream: bool) -> bytes:
+    named = {"class" if name == "class_" else name: value for name, value in fields.items()}
+    return json.dumps({**named, "stream": stream}).encode()
+
+
+def _read(kind: type[M], text: str | bytes) -> M:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise UnexpectedAnswer(f"what came is no {kind.__name__}: {error.error_count()} fields are wrong") from error

@@ -1,0 +1,86 @@
+"""Sample in this process, with the service's own engine: what the service gives for a seed, this gives too."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cli.sampled import SampledImage
+
+if TYPE_CHECKING:
+    from diffusion.images import Uint8Array
+    from service.engine.request import ImageParams
+
+
+def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImage]:
+    """Sample images from a model folder.
+
+    Args:
+        folder: the model.
+        asked: fields of a request, the seed among them.
+        n: images.
+
+    Raises:
+        ValidationError: a field breaks a rule.
+        InvalidRequest: a field breaks a rule of the model.
+        ModelError: a model that cannot be run.
+        ValueError: an image's numbers overflowed.
+    """
+    from service.api.schemas import MAX_IMAGES, GenerateRequest
+    from service.api.translate import ServedModel, complete
+    from service.backends.base import BackendOptions
+    from service.backends.select import load_denoiser
+    from service.engine.config import EngineConfig
+    from service.engine.engine import Engine
+    from service.engine.request import GenerationRequest, ImageStatus
+    from service.engine.runners.array_runner import ArrayRunner
+    from service.metrics import Metrics
+
+    config = EngineConfig()
+    backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
+    served = ServedModel(
+        name="model",
+        config=backend.config,
+        numerics_id=backend.numerics_id,
+        backend=backend.description,
+        classifier=None if backend.classifier is None else backend.classifier.config,
+    )
+    if asked.get("class", "").isdigit() and asked["class"] not in (served.class_names or ()):
+        asked = {**asked, "class": int(asked["class"])}
+    params: list[ImageParams] = []
+    while len(params) < n:
+        chunk = {"n": min(MAX_IMAGES, n - len(params)), "image_index": len(params)}
+        body = GenerateRequest.model_validate({**asked, **chunk})
+        params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
+
+    config = config.with_room_for(backend.config.diffusion.num_timesteps)
+    runner, metrics = ArrayRunner(backend, config), Metrics()
+    engine = Engine({"model": runner}, config, metrics)
+    engine.warm_up()
+    request = GenerationRequest(request_id="cli", model="model", images=tuple(params))
+    engine.add(request, time.monotonic())
+    pixels: dict[int, Uint8Array] = {}
+    done = 0
+    with typer.progressbar(length=request.row_steps, label="sampling", file=sys.stderr) as bar:
+        while engine.has_work():
+            for result in engine.step():
+                if result.status is not ImageStatus.DONE or result.pixels is None:
+                    raise ValueError(f"image {params[result.position].image_index}: its numbers overflowed")
+                pixels[result.position] = result.pixels
+            counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
+            bar.update(counted - done)
+            done = counted
+    return [
+        SampledImage(
+            seed=p.seed,
+            image_index=p.image_index,
+            class_index=p.class_index,
+            numerics_id=runner.numerics_id,
+            pixels=pixels[k],
+        )
+        for k, p in enumerate(params)
+    ]

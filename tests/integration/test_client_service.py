@@ -1,0 +1,196 @@
+"""The Python client and `iddpm sample --url` against a real server: equal pixels, progress, keys, one execution."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from typer.testing import CliRunner
+
+from cli.client import (
+    AsyncClient,
+    Client,
+    ConnectionLost,
+    Event,
+    PreviewEvent,
+    ProgressEvent,
+    QueuedEvent,
+    RequestFailed,
+    pixels_of,
+)
+from cli.main import app
+from service.api.keys import ApiKey, Limits, hash_of, new_key, write_keys
+from tests.fakes import CLASS_NAMES, tiny_checkpoint
+from tests.integration.server import PATIENCE, Server, running
+
+KEY = new_key()
+ASKED: dict[str, Any] = {"class_": "bee", "n": 3, "steps": 4, "seed": 6, "format": "npz"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("service")
+    write_keys(folder / "keys.json", [ApiKey(name="alice", sha256=hash_of(KEY), limits=Limits())])
+    keys = {"IDDPM_KEYS_FILE": str(folder / "keys.json")}
+    with running(model, folder / "log.txt", "--threads", "1", environment=keys) as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.url, key=KEY) as opened:
+        yield opened
+
+
+def sample(*arguments: str, key: str = KEY) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["sample", *arguments], env={"IDDPM_KEY": key})
+    return result.exit_code, " ".join(result.output.split())
+
+
+def arrays_of(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def test_it_says_which_models_there_are(client: Client) -> None:
+    (found,) = client.models()
+    assert (found.name, found.classes) == ("tiny", list(CLASS_NAMES))
+
+
+def test_followed_awaited_and_plain_requests_give_equal_pixels(server: Server, client: Client) -> None:
+    plain = client.generate(**ASKED)
+    told: list[Event] = []
+    followed = client.generate(**ASKED, preview_every=2, on_event=told.append)
+
+    async def awaited() -> list[Any]:
+        async with AsyncClient(server.url, key=KEY) as asynchronous:
+            assert (await asynchronous.models())[0].name == "tiny"
+            alone = [asynchronous.generate(**{**ASKED, "n": 1, "image_index": k}) for k in range(3)]
+            return await asyncio.gather(*alone, asynchronous.generate(**ASKED, on_event=lambda _: None))
+
+    *singles, together = asyncio.run(awaited())
+    pictures = [image.b64_json for image in plain.images]
+    assert len(set(pictures)) == 3
+    assert [image.b64_json for image in followed.images] == pictures
+    assert [single.images[0].b64_json for single in singles] == pictures
+    assert [image.b64_json for image in together.images] == pictures
+    assert pixels_of(pictures[0]).shape == (8, 8, 1)
+    assert isinstance(told[0], QueuedEvent)
+    last = {event.position: event.step for event in told if isinstance(event, ProgressEvent)}
+    assert last == {0: 4, 1: 4, 2: 4}
+    for event in told:
+        if isinstance(event, PreviewEvent):
+            assert pixels_of(event.b64_json).shape == (8, 8, 1)
+
+
+def test_a_repeated_idempotency_key_is_one_execution(client: Client) -> None:
+    once, again = (client.generate(n=1, steps=3, idempotency_key="k") for _ in range(2))
+    assert once == again  # seeds, and the times it took
+    assert client.generate(n=1, steps=3).images[0].seed != once.images[0].seed
+
+
+def test_what_the_service_says_reaches_who_asked(server: Server, client: Client) -> None:
+    with pytest.raises(RequestFailed, match=r"class: must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"):
+        client.generate(class_="Dog")
+    with pytest.raises(RequestFailed, match="unknown field"):
+        client.generate(colour="red", on_event=print)  # type: ignore[call-arg]  # what a newer service might know
+    with Client(server.url) as stranger, pytest.raises(RequestFailed) as raised:
+        stranger.models()
+    assert raised.value.problem.status == 401
+
+
+def test_who_stops_listening_frees_the_rows(server: Server, client: Client) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(_: Event) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        client.generate(n=1, steps=1000, on_event=stop)
+    authorized = {"Authorization": f"Bearer {KEY}"}
+    while 'iddpm_requests_total{outcome="cancelled"} 1.0' not in (
+        httpx.get(f"{server.url}/metrics", headers=authorized, timeout=PATIENCE).text
+    ):
+        time.sleep(0.01)
+
+
+def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with Client(address, patience_s=0) as hasty, pytest.raises(ConnectionLost):
+            hasty.models()  # bound, and nobody listens
+
+        def answer_late() -> None:
+            time.sleep(0.2)
+            listener.listen()
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"models":[]}')
+
+        late = threading.Thread(target=answer_late)
+        late.start()
+        with Client(address) as patient:
+            assert patient.models() == []
+        late.join()
+
+
+def test_the_command_gives_the_pixels_that_it_gives_without_a_server(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    options = ["--class", "1", "-n", "66", "--steps", "3", "--seed", "6"]  # two requests, guided by the model's default
+    code, here = sample("--model", str(model), *options, "-o", str(tmp_path / "here.npz"))
+    assert code == 0, here
+    code, there = sample("--url", server.url, *options, "-o", str(tmp_path / "there.npz"))
+    assert code == 0, there
+    pixels, labels = arrays_of(tmp_path / "there.npz")
+    assert labels.tolist() == [1] * 66
+    expected, _ = arrays_of(tmp_path / "here.npz")
+    np.testing.assert_array_equal(pixels, expected)
+    (numerics_id,) = re.findall(r"seed 6, numerics_id (\w{16}) wrote", here)
+    assert f"seed 6, numerics_id {numerics_id} wrote" in there  # one thread in both
+
+
+def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    code, output = sample("--url", server.url, "-n", "2", "--steps", "2", "--seed", "5", "-o", str(folder))
+    assert code == 0, output
+    assert sorted(path.name for path in folder.iterdir()) == ["5_0.png", "5_1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "message"),
+    [
+        (["--class", "Dog"], None, "Invalid request: class: must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
+        (["--class", "17"], None, "Invalid request: class: index must be 0..3; got 17"),
+        (["--model", "other"], None, "Unknown model: model: must be one of tiny; got 'other'"),
+        ([], "iddpm_wrong", "Unauthorized: Authorization: not a valid key"),
+        ([], "iddpm_\twrong", "key: must be printable ASCII characters"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    server: Server, tmp_path: Path, arguments: list[str], key: str | None, message: str
+) -> None:
+    code, output = sample("--url", server.url, "-o", str(tmp_path / "x.png"), *arguments, key=key or KEY)
+    assert code == 1
+    assert f"error: {message}" in output
+    assert "Traceback" not in output
+    assert "wrong" not in output
+    assert not (tmp_path / "x.png").exists()
