@@ -26,6 +26,9 @@ def add_key(
     row_steps_per_request: Annotated[
         int | None, typer.Option(help="Images x steps of one request, twice that with classifier-free guidance.")
     ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="May load and unload models, where the service lets anybody.")
+    ] = False,
 ) -> None:
     """Make a key and print it, once: the file holds its hash."""
     from pydantic import ValidationError
@@ -41,7 +44,7 @@ def add_key(
             requests_per_minute=requests_per_minute,
             row_steps_per_request=row_steps_per_request,
         )
-        added = ApiKey(name=name, sha256=hash_of(key), limits=limits)
+        added = ApiKey(name=name, sha256=hash_of(key), limits=limits, admin=admin)
         known = read_keys(file) if file.exists() else ()
         if any(name == other.name for other in known):
             fail(f"{file} has a key of the name {name}: remove it first, or give both a name")
@@ -66,7 +69,7 @@ def list_keys(file: File) -> None:
         fail(error)
     for key in known:
         limits = [f"{limit}={value}" for limit, value in key.limits if value is not None]
-        typer.echo("  ".join([key.name, key.sha256[:12], *limits]))
+        typer.echo("  ".join([key.name, key.sha256[:12], *(["admin"] if key.admin else []), *limits]))
 
 
 @keys_app.command("remove")

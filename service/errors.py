@@ -3,6 +3,9 @@
 ServiceError
 ├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
 ├── UnknownModel          no model of that name is served
+├── Forbidden             the key may not do that
+├── LoadFailed            a folder that cannot be served; what was served before still is
+├── LoadConflict          models cannot be loaded or unloaded like that now
 ├── DeadlineUnmeetable    it could not be done in time; says when it would be
 ├── Unavailable           the request was fine, the service cannot take it now
 │   ├── QueueFull
@@ -39,6 +42,18 @@ class UnknownModel(ServiceError):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(f"model: must be one of {', '.join(known)}; got {name!r}")
+
+
+class Forbidden(ServiceError):
+    """The key may not do that."""
+
+
+class LoadFailed(ServiceError):
+    """A folder that cannot be served; says nothing of files, the log does."""
+
+
+class LoadConflict(ServiceError):
+    """Models cannot be loaded or unloaded like that now."""
 
 
 class DeadlineUnmeetable(ServiceError):

@@ -47,6 +47,10 @@ class Settings(BaseSettings):
     """API keys (`iddpm keys`), read again whenever the file changes; None: nobody needs one."""
     allow_keyless: bool = False
     """Listen on an address that others can reach although no key is needed."""
+    admin_root: Path | None = None
+    """Folder whose model folders may be loaded, reloaded and unloaded by name; None: there are no such routes."""
+    max_loaded: int = Field(default=4, ge=1)
+    """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a network call; None: one per core."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -89,6 +93,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host: {self.host!r} can be reached by others, who would need no key: name a keys file "
                 "(IDDPM_KEYS_FILE, see iddpm keys), or say that none is wanted (IDDPM_ALLOW_KEYLESS=true)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_admin_without_keys(self) -> Settings:
+        if self.admin_root is not None and self.keys_file is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"admin_root: {self.host!r} can be reached by others, who could load and unload models: name a keys "
+                "file (IDDPM_KEYS_FILE, see iddpm keys add --admin)"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from diffusion.tensorrt_files import BuildEngines
-from service.api import docs_page, generate, info, kserve, openai, page, problems
+from service.api import admin, docs_page, generate, info, kserve, openai, page, problems
 from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
@@ -22,10 +22,10 @@ from service.api.idempotency import Idempotency
 from service.api.identify import Identify
 from service.api.keys import KeyRing
 from service.api.loop_lag import measure_loop_lag
+from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe
 from service.api.state import ServiceState
 from service.api.thumbnails import Thumbnails
-from service.api.translate import ServedModel
 from service.backends.base import Denoiser
 from service.backends.select import load_denoiser
 from service.engine.async_engine import AsyncEngine, EngineState
@@ -53,38 +53,46 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     folders = _distinct(settings.models)
-    return assemble(
-        settings, {model_name(folder): load_denoiser(folder, settings.backend, options) for folder in folders}
-    )
+
+    def load(folder: Path) -> Denoiser[Any]:
+        return load_denoiser(folder, settings.backend, options)
+
+    return assemble(settings, {model_name(folder): load(folder) for folder in folders}, load)
 
 
-def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> FastAPI:
+def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]], load: LoadDenoiser | None = None) -> FastAPI:
     """Wire an application around networks that are already loaded.
 
+    Args:
+        settings: what the operator said.
+        denoisers: by name, the default one first.
+        load: loads others, where the settings allow that.
+
     Raises:
-        ModelError: a network that was compiled for batches smaller than `max_rows`.
+        ModelError: a network that was compiled for batches smaller than `max_rows`; settings that ask for what cannot
+            be.
         KeysError: a keys file that cannot be read.
     """
     longest = max(denoiser.config.diffusion.num_timesteps for denoiser in denoisers.values())
     config = settings.engine_config().with_room_for(longest)
     metrics = Metrics()
     runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
-    served = {
-        name: ServedModel(
-            name=name,
-            config=denoiser.config,
-            numerics_id=runners[name].numerics_id,
-            backend=denoiser.description,
-            classifier=None if denoiser.classifier is None else denoiser.classifier.config,
-        )
-        for name, denoiser in denoisers.items()
-    }
+    served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
+    root = settings.admin_root
+    if root is not None:
+        _refuse_unfit_admin_root(root, denoisers.values())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
         encoding = EncodingPool()
-        app.state.service = ServiceState(settings, served, engine, metrics, encoding, Thumbnails(engine, encoding))
+        registry = None
+        if root is not None and load is not None:
+            registry = ModelRegistry(served, engine, config, load, root, settings.max_loaded)
+        app.state.service = ServiceState(
+            settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry
+        )
+        runners.clear()  # the engine has them, and must be able to let go of them
         log.info("settings: %s", settings.model_dump_json())
         for model in served.values():
             log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
@@ -108,6 +116,8 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]]) -> Fast
     app.include_router(kserve.router)
     app.include_router(info.router)
     app.include_router(docs_page.router)
+    if root is not None:
+        app.include_router(admin.router)
     page.install(app)
     problems.install(app)
     keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
@@ -130,6 +140,14 @@ def _distinct(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ModelError(f"models are served by folder name, which must differ; twice here: {', '.join(sorted(twice))}")
     return folders
+
+
+def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[Denoiser[Any]]) -> None:
+    if not root.is_dir():
+        raise ModelError(f"admin_root: {root} is no folder")
+    if any(denoiser.threads == 0 for denoiser in denoisers):
+        # A CUDA graph is captured while another thread uses the device: nobody has tried that yet
+        raise ModelError("admin_root: on a CUDA device models cannot be loaded while others run; leave it out")
 
 
 def _log_state(state: EngineState) -> None:

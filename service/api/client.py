@@ -20,6 +20,8 @@ class Client:
     name: str
     """`key:NAME`, or an address; "" where nothing is known."""
     limits: Limits = field(default_factory=Limits)
+    admin: bool = False
+    """Whether its key may load and unload models."""
 
 
 def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collection[Network]) -> str:

@@ -41,7 +41,7 @@ class Identify:
             if key is None:
                 await _unauthorized(headers)(scope, receive, send)
                 return
-            client, refusal = Client(f"key:{key.name}", key.limits), self._too_often(key, scope)
+            client, refusal = Client(f"key:{key.name}", key.limits, key.admin), self._too_often(key, scope)
         scope.setdefault("state", {})["client"] = client
         await (refusal or self._app)(scope, receive, send)
 

@@ -26,21 +26,23 @@ async def models(state: State) -> ModelList:
     """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
     return ModelList(
         data=[_card(model, state) for model in state.models.values()],
-        models=[
-            ModelInfo(
-                name=model.name,
-                image_size=model.config.model.image_size,
-                image_channels=model.config.model.image_channels,
-                classes=None if model.class_names is None else list(model.class_names),
-                num_timesteps=model.config.diffusion.num_timesteps,
-                guidance=model.config.model.null_class,
-                default_cfg_scale=model.config.sampling.cfg_scale,
-                classifier_guidance=model.classifier is not None,
-                numerics_id=model.numerics_id,
-                backend=model.backend,
-            )
-            for model in state.models.values()
-        ],
+        models=[model_info(model) for model in state.models.values()],
+    )
+
+
+def model_info(model: ServedModel) -> ModelInfo:
+    """Return all we tell of a model."""
+    return ModelInfo(
+        name=model.name,
+        image_size=model.config.model.image_size,
+        image_channels=model.config.model.image_channels,
+        classes=None if model.class_names is None else list(model.class_names),
+        num_timesteps=model.config.diffusion.num_timesteps,
+        guidance=model.config.model.null_class,
+        default_cfg_scale=model.config.sampling.cfg_scale,
+        classifier_guidance=model.classifier is not None,
+        numerics_id=model.numerics_id,
+        backend=model.backend,
     )
 
 

@@ -46,6 +46,8 @@ class ApiKey(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of 256 random bits, which nobody can guess: no slow hash is needed, and the file is no secret."""
     limits: Limits = Limits()
+    admin: bool = False
+    """Whether it may load and unload models."""
 
 
 class _KeysFile(BaseModel):

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from service.api.client import Client
 from service.api.encoding_pool import EncodingPool
+from service.api.model_registry import ModelRegistry
 from service.api.thumbnails import Thumbnails
 from service.api.translate import ServedModel
 from service.engine.async_engine import AsyncEngine
@@ -26,6 +27,8 @@ class ServiceState:
     metrics: Metrics
     encoding: EncodingPool
     thumbnails: Thumbnails
+    registry: ModelRegistry | None = None
+    """Loads and unloads models; None: nobody may."""
     started_at: float = field(default_factory=time.time)
     """Seconds since 1970."""
 

@@ -22,6 +22,8 @@ STEPS = 50
 SEED = 0
 CLIENT = "thumbnails"
 """Whom fairness between clients takes them to be from."""
+_Key = tuple[str, str, int]
+"""Name and numerics_id of a model, and the class."""
 
 
 class Thumbnails:
@@ -30,7 +32,7 @@ class Thumbnails:
     def __init__(self, engine: AsyncEngine, encoding: EncodingPool) -> None:
         self._engine = engine
         self._encoding = encoding
-        self._tasks: dict[tuple[str, int], asyncio.Task[bytes]] = {}
+        self._tasks: dict[_Key, asyncio.Task[bytes]] = {}
 
     async def get(self, model: ServedModel, class_index: int) -> bytes:
         """Return a class's thumbnail as PNG, making it if nobody has asked before; all who wait share the work.
@@ -38,8 +40,10 @@ class Thumbnails:
         Raises:
             ServiceError: it could not be made now; asking again tries again.
         """
-        key = (model.name, class_index)
+        key = (model.name, model.numerics_id, class_index)
         if key not in self._tasks:
+            # Those of weights that were replaced go: memory must not grow with every reload
+            self._tasks = {k: t for k, t in self._tasks.items() if k[0] != model.name or k[1] == model.numerics_id}
             self._tasks[key] = asyncio.create_task(self._make(model, class_index))
             self._tasks[key].add_done_callback(lambda task: self._forget_failure(key, task))
         return await asyncio.shield(self._tasks[key])  # one who leaves does not take it from the others
@@ -54,9 +58,9 @@ class Thumbnails:
         [image] = self._engine.submit(request).images
         return await self._encoding.run(_picture, await image)
 
-    def _forget_failure(self, key: tuple[str, int], task: asyncio.Task[bytes]) -> None:
+    def _forget_failure(self, key: _Key, task: asyncio.Task[bytes]) -> None:
         if task.cancelled() or task.exception() is not None:
-            del self._tasks[key]
+            self._tasks.pop(key, None)
 
 
 def _picture(result: ImageResult) -> bytes:

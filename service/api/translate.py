@@ -13,6 +13,7 @@ from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
 from service.api.class_names import ClassNames
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
+from service.engine.model_ids import model_id
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest, UnknownModel
 
@@ -22,11 +23,18 @@ class ServedModel:
     """What routes know of a model."""
 
     name: str
+    loaded: int = 1
+    """How often something was loaded under this name, this included."""
     config: CheckpointConfig
     numerics_id: str
     backend: str
     classifier: ClassifierCheckpointConfig | None = None
     """The noisy classifier that guides it."""
+
+    @property
+    def engine_id(self) -> str:
+        """What the engine knows it by."""
+        return model_id(self.name, self.loaded)
 
     @cached_property
     def classes(self) -> ClassNames | None:
@@ -88,7 +96,7 @@ def complete(
     )
     request = GenerationRequest(
         request_id=request_id,
-        model=model.name,
+        model=model.engine_id,
         images=images,
         client=client,
         priority=Priority(body.priority),

@@ -16,12 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.event_stream import EventStream
 from service.engine.forecast import Forecast, Prediction
 from service.engine.mailbox import Mailbox
+from service.engine.model_ids import name_of
 from service.engine.request import (
     FailureReason,
     GenerationRequest,
@@ -31,6 +33,8 @@ from service.engine.request import (
     Priority,
     images_of,
 )
+from service.engine.runners.base import Runner
+from service.engine.step_costs import StepCosts
 from service.engine.watchdog import LOOK_EVERY_S, Watchdog
 from service.errors import (
     Aborted,
@@ -43,6 +47,7 @@ from service.errors import (
     InvalidRequest,
     NotFinite,
     QueueFull,
+    UnknownModel,
 )
 from service.metrics import Metrics
 
@@ -71,6 +76,18 @@ class _Add:
 @dataclass(frozen=True)
 class _Abort:
     request_id: str
+
+
+@dataclass(frozen=True)
+class _Load:
+    model: str
+    runner: Runner
+    costs: StepCosts
+
+
+@dataclass(frozen=True)
+class _Drop:
+    model: str
 
 
 @dataclass(frozen=True)
@@ -111,10 +128,15 @@ class AsyncEngine:
         self._config = config
         self._metrics = metrics
         self._on_state = on_state
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Load | _Drop | _Stop] = queue.SimpleQueue()
         self._mailbox = Mailbox()
         self._tickets: dict[str, Ticket] = {}
         self._forecast = Forecast(config, engine.costs)
+        self._models = set(engine.costs)
+        """Those that requests may be for."""
+        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._retiring: set[str] = set()
+        """Those that only go on until their last image is done."""
         self._rows_in_flight: Counter[str] = Counter()  # by client
         self._idle = asyncio.Event()
         self._idle.set()
@@ -141,9 +163,11 @@ class AsyncEngine:
             ClientLimit: too many of them are this client's.
             DeadlineUnmeetable: it would not be done in time.
             Draining: starting up, shutting down, or stopped with an error.
+            UnknownModel: no such model, or not any more.
         """
-        if self.state is not EngineState.READY:
-            raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
+        self._check_ready()
+        if request.model not in self._models:
+            raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._models}))
         self._check_room(request)
         now = time.monotonic()
         images, view = images_of(request, now), self._engine.view()
@@ -162,6 +186,45 @@ class AsyncEngine:
         self._idle.clear()
         self._commands.put(_Add(request, now))
         return ticket
+
+    @property
+    def models_held(self) -> int:
+        """Models in memory: those that requests may be for, and those whose last images are being made."""
+        return len(self._models) + len(self._retiring)
+
+    async def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
+        """Take a model in between two steps; requests for it are accepted when this returns.
+
+        Args:
+            model: an id that no model has had before.
+            runner: warmed up. It is the engine's from here on.
+            costs: what its steps take.
+
+        Raises:
+            Draining: starting up, shutting down, or stopped with an error.
+            EngineDead: the engine stopped meanwhile.
+        """
+        self._check_ready()
+        loaded = self._loading[model] = asyncio.get_running_loop().create_future()
+        self._commands.put(_Load(model, runner, costs))
+        await asyncio.shield(loaded)
+
+    def retire(self, model: str) -> None:
+        """Accept no more requests for a model; its weights go with the last of its images."""
+        self._models.remove(model)
+        self._retiring.add(model)
+        self._drop_if_done(model)
+
+    def _drop_if_done(self, model: str) -> None:
+        # Here and not in the engine's thread: predictions look at models until the loop knows that all images are done
+        if model in self._retiring and all(ticket.request.model != model for ticket in self._tickets.values()):
+            self._retiring.remove(model)
+            self._forecast.remove_model(model)
+            self._commands.put(_Drop(model))
+
+    def _check_ready(self) -> None:
+        if self.state is not EngineState.READY:
+            raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
 
     def _check_room(self, request: GenerationRequest) -> None:
         """Refuse by rows: what is in flight in all, and of this client."""
@@ -283,6 +346,12 @@ class AsyncEngine:
                     self._engine.add(request, submitted_at)
                 case _Abort(request_id):
                     self._deliver(self._engine.abort(request_id))
+                case _Load(model, runner, costs):
+                    self._engine.load(model, runner, costs)
+                    self._tell(partial(self._on_loaded, model))
+                    del command, runner  # while this waits for work, it must not keep weights that have been dropped
+                case _Drop(model):
+                    self._engine.drop(model)
                 case _Stop():
                     return False
         return False
@@ -319,6 +388,13 @@ class AsyncEngine:
         if self.state is EngineState.STARTING:
             self._set_state(EngineState.READY)
 
+    def _on_loaded(self, model: str) -> None:
+        loading = self._loading.pop(model, None)
+        if loading is not None:  # else the engine has died meanwhile
+            self._models.add(model)
+            self._forecast.add_model(model)
+            loading.set_result(None)
+
     def _on_observations(self) -> None:
         for seen in self._mailbox.take():
             ticket = self._tickets.get(seen.request_id)
@@ -333,11 +409,11 @@ class AsyncEngine:
             params = ticket.request.images[result.position]
             self._forecast.remove(result.request_id, result.position)  # first: events tell when the rest will be done
             if result.status is ImageStatus.DONE:
-                self._metrics.image_done(ticket.request.model, result.queue_s, result.compute_s)
+                self._metrics.image_done(name_of(ticket.request.model), result.queue_s, result.compute_s)
                 self._metrics.deadline_misses.inc(result.late_s > 0)
                 _resolve(ticket, result.position, result)
             elif result.failure is not None:
-                self._metrics.model_images.labels(ticket.request.model, "failed").inc()
+                self._metrics.model_images.labels(name_of(ticket.request.model), "failed").inc()
                 _resolve(ticket, result.position, _failure(params.image_index, result.failure))
             else:
                 _resolve(ticket, result.position, Aborted("the request was cancelled"))
@@ -352,6 +428,7 @@ class AsyncEngine:
         """Forget a request that has ended, and note how true its prediction was if it came to all its pictures."""
         request = ticket.request
         del self._tickets[request.request_id]
+        self._drop_if_done(request.model)
         if not self._rows_in_flight[request.client]:
             del self._rows_in_flight[request.client]
         complete = all(future.done() and not future.cancelled() and not future.exception() for future in ticket.images)
@@ -367,6 +444,9 @@ class AsyncEngine:
             for position in range(len(ticket.images)):
                 _resolve(ticket, position, EngineDead(message))
         self._tickets.clear()
+        for loading in self._loading.values():
+            loading.set_exception(EngineDead(message))
+        self._loading.clear()
         self._idle.set()
         self.died.set()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from service.backends.base import FailureKind
 from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView
+from service.engine.model_ids import name_of
 from service.engine.observing import observe
 from service.engine.recovery import MemoryLimit, Outcome, take_step
 from service.engine.request import (
@@ -23,28 +23,21 @@ from service.engine.request import (
     FailureReason,
     GenerationRequest,
     Image,
-    ImageParams,
     ImageResult,
     ImageStatus,
     Observation,
-    PlanKey,
-    Start,
     StepBatch,
     images_of,
 )
 from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.step_costs import StepCosts, knee
+from service.engine.timing import observe_step, time_steps
 from service.engine.watchdog import StepUnderWay
 from service.metrics import Metrics
 
 WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
-_TIMED = ImageParams(
-    plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=None, cfg_scale=1.0
-)
-"""An image that only takes time; every model has a plan of two steps."""
-_TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
 
 class Engine:
@@ -66,7 +59,7 @@ class Engine:
         """What the last step showed of watched images."""
         self.clock = clock
         self._config = config
-        self._runners = runners
+        self._runners = dict(runners)
         self._metrics = metrics
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
@@ -90,36 +83,36 @@ class Engine:
         if self.scheduler.has_work():
             raise RuntimeError("steps can be timed only while nothing is in flight")
         for model, runner in self._runners.items():
-            widths = range(1, self._config.max_rows + 1)
-            for rows in sorted({runner.padded_rows(rows) for rows in widths}):
-                self._time(model, rows, _TIMED)
-            for rows in sorted({runner.padded_classified_rows(rows) for rows in widths} - {0}):
-                self._time(model, rows, _TIMED_CLASSIFIED)
+            self.costs[model] = time_steps(runner, self._config, self.clock)
             self._choose_width(model)
 
-    def _time(self, model: str, rows: int, params: ImageParams) -> None:
-        runner = self._runners[model]
-        slots = range(min(rows, self._config.max_rows, self._config.num_slots))
-        for _ in range(self._config.timed_calls):
-            # The plan is written over each time; the scheduler, which knows of none, will write its own
-            runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
-            begun = self.clock()
-            runner.step(list(slots))
-            self._observe(model, len(slots), len(slots) * params.classified_rows, self.clock() - begun)
+    def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
+        """Take in a model between two steps; whoever made its runner has warmed it up, and timed it."""
+        self._memory[model] = MemoryLimit(self._config.max_rows)
+        self.costs = {**self.costs, model: costs}  # not changed in place: another thread may look
+        self._runners[model] = runner
+        self.scheduler.add_model(model)
+        self._choose_width(model)
 
-    def _observe(self, model: str, rows: int, classified: int, seconds: float) -> None:
-        """Take in what a step of so many rows took, padding not counted."""
-        runner = self._runners[model]
-        padded = runner.padded_classified_rows(classified) if classified else 0
-        self.costs[model].observe(runner.padded_rows(rows), seconds, padded)
+    def drop(self, model: str) -> None:
+        """Forget a model, which frees its weights.
+
+        Raises:
+            RuntimeError: some of its images are in flight.
+        """
+        self.scheduler.remove_model(model)
+        del self._runners[model], self._memory[model]
+        self.costs = {known: costs for known, costs in self.costs.items() if known != model}
+        if all(name_of(other) != name_of(model) for other in self._runners):
+            self._metrics.width_rows.remove(name_of(model))
 
     def view(self) -> DeviceView:
         """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
         scheduler = self.scheduler
         return DeviceView(
             running=scheduler.running(),
-            steps={model: scheduler.steps(model) for model in self._runners},
-            widths={model: scheduler.width(model) for model in self._runners},
+            steps=scheduler.all_steps(),
+            widths=scheduler.all_widths(),
             costs=self.costs,
         )
 
@@ -187,12 +180,12 @@ class Engine:
         rows = sum(image.rows for image in images)
         slots = [image.slot for image in images if image.slot is not None]
         self._begin(batch, images)
-        metrics.network_calls.labels(batch.model).inc()
+        metrics.network_calls.labels(name_of(batch.model)).inc()
         metrics.rows_per_call.observe(rows)
         metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
         if classified := sum(image.classified_rows for image in images):
-            metrics.classifier_calls.labels(batch.model).inc()
-            metrics.classified_rows.labels(batch.model).inc(classified)
+            metrics.classifier_calls.labels(name_of(batch.model)).inc()
+            metrics.classified_rows.labels(name_of(batch.model)).inc(classified)
         runner.start([start for start in batch.starts if start.slot in slots])
         return runner.step(slots)
 
@@ -221,7 +214,7 @@ class Engine:
         costs, config = self.costs[model], self._config
         width = min(knee(costs, config.max_rows, config.width_efficiency), self._memory[model].rows)
         self.scheduler.set_width(model, width)
-        self._metrics.width_rows.labels(model).set(width)
+        self._metrics.width_rows.labels(name_of(model)).set(width)
 
     def _result(
         self,
@@ -252,14 +245,15 @@ class Engine:
 
     def _count_step(self, batch: StepBatch, outcome: Outcome, seconds: float) -> None:
         metrics = self._metrics
-        padded = self._runners[batch.model].padded_rows(batch.rows)
+        runner = self._runners[batch.model]
+        padded = runner.padded_rows(batch.rows)
         metrics.row_steps.inc(batch.rows - sum(image.rows for image in outcome.failures))
-        metrics.step_seconds.labels(batch.model, str(padded)).observe(seconds)
+        metrics.step_seconds.labels(name_of(batch.model), str(padded)).observe(seconds)
         metrics.preemptions.inc(batch.preempted)
         metrics.evictions.inc(len(batch.evictions))
         self._count_images()
         if outcome.attempts == 1:
-            self._observe(batch.model, batch.rows, batch.classified_rows, seconds)
+            observe_step(self.costs[batch.model], runner, batch.rows, batch.classified_rows, seconds)
         if self._memory[batch.model].count_step() or self.scheduler.steps(batch.model) % WIDTH_INTERVAL == 0:
             self._choose_width(batch.model)
 

@@ -62,13 +62,28 @@ class Forecast:
         self._policy = policy_named(config.policy, config.ageing)
         self._batch_share = config.batch_share
         self._client_allowance = config.client_allowance
-        self._lines = {(model, priority): OrderedWork() for model in models for priority in Priority}
+        self._models: list[str] = []
+        self._lines: dict[tuple[str, Priority], OrderedWork] = {}
         self._images: dict[tuple[str, int], Image] = {}
         self._client_work: Counter[tuple[str, Priority, str]] = Counter()
         self._clients: Counter[tuple[str, Priority]] = Counter()
         self._rows: Counter[str] = Counter()
         self._classified_rows: Counter[str] = Counter()
         self._arrivals = 0
+        for model in models:
+            self.add_model(model)
+
+    def add_model(self, model: str) -> None:
+        """Make room for a model, which every `DeviceView` holds from now on."""
+        self._models.append(model)
+        self._lines |= {(model, priority): OrderedWork() for priority in Priority}
+
+    def remove_model(self, model: str) -> None:
+        """Forget a model whose images are all done; a `DeviceView` may hold it for a while."""
+        self._models.remove(model)
+        for priority in Priority:
+            del self._lines[model, priority], self._clients[model, priority]
+        del self._rows[model], self._classified_rows[model]
 
     def predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
         """Say when new images of one request would be done if they were accepted now."""
@@ -111,7 +126,8 @@ class Forecast:
         """Say how long everything accepted will take."""
         done = self._progress(view)
         total = 0.0
-        for model, width in view.widths.items():
+        for model in self._models:
+            width = view.widths[model]
             work = sum(self._lines[model, priority].work for priority in Priority) - done[model]
             total += work / width * self._step_s(model, width, view)
         return total
@@ -176,7 +192,7 @@ class Forecast:
         if step_s:
             step_s += sum(
                 self._step_s(other, view.widths[other], view)
-                for other in view.widths
+                for other in self._models
                 if other != model and any(self._lines[other, p].work for p in Priority)
             )
         steps = image.remaining_row_steps / image.rows

@@ -147,6 +147,30 @@ class Scheduler:
             raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {rows}")
         self._lanes[model].width = rows
 
+    def all_steps(self) -> dict[str, int]:
+        """Return the steps of every model; another thread may ask."""
+        return {model: lane.steps for model, lane in self._lanes.items()}
+
+    def all_widths(self) -> dict[str, int]:
+        """Return the width of every model; another thread may ask."""
+        return {model: lane.width for model, lane in self._lanes.items()}
+
+    def add_model(self, model: str) -> None:
+        """Make room for a model, which takes its turns from now on."""
+        self._lanes = {**self._lanes, model: _Lane(self._config)}  # not changed in place: another thread may look
+        self._turn.append(model)
+
+    def remove_model(self, model: str) -> None:
+        """Forget a model.
+
+        Raises:
+            RuntimeError: some of its images are in flight.
+        """
+        if len(self._lanes[model]):
+            raise RuntimeError(f"model {model} has images in flight")
+        self._lanes = {known: lane for known, lane in self._lanes.items() if known != model}
+        self._turn.remove(model)
+
     def add(self, images: Iterable[Image]) -> None:
         """Let images wait for their first step."""
         for image in images:

@@ -25,6 +25,14 @@ def test_listening_for_others_needs_keys_or_the_word_that_none_are_wanted(host: 
     assert Settings(models=MODELS, host=host, allow_keyless=True).host == host
 
 
+def test_models_can_be_changed_by_others_only_with_keys() -> None:
+    root = Path("models")
+    assert Settings(models=MODELS, admin_root=root).admin_root == root
+    assert Settings(models=MODELS, admin_root=root, host="192.0.2.1", keys_file=Path("keys.json")).admin_root == root
+    with pytest.raises(ValidationError, match="could load and unload models"):
+        Settings(models=MODELS, admin_root=root, host="192.0.2.1", allow_keyless=True)
+
+
 def test_misspelt_variables_are_refused_and_those_of_the_client_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IDDPM_KEY", "iddpm_x")
     refuse_unknown_variables()

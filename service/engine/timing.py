@@ -1,0 +1,51 @@
+"""What steps cost, measured before anybody waits for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from service.engine.config import EngineConfig
+from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.runners.base import Runner
+from service.engine.step_costs import StepCosts
+
+_TIMED = ImageParams(
+    plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=None, cfg_scale=1.0
+)
+"""An image that only takes time; every model has a plan of two steps."""
+_TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
+
+
+def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float]) -> StepCosts:
+    """Time steps of every batch size. Overwrites slots: only while no image holds one."""
+    costs = StepCosts()
+    widths = range(1, config.max_rows + 1)
+    for rows in sorted({runner.padded_rows(rows) for rows in widths}):
+        _time(costs, runner, config, clock, rows, _TIMED)
+    for rows in sorted({runner.padded_classified_rows(rows) for rows in widths} - {0}):
+        _time(costs, runner, config, clock, rows, _TIMED_CLASSIFIED)
+    return costs
+
+
+def observe_step(costs: StepCosts, runner: Runner, rows: int, classified: int, seconds: float) -> None:
+    """Take in what a step of so many rows took, padding not counted."""
+    padded = runner.padded_classified_rows(classified) if classified else 0
+    costs.observe(runner.padded_rows(rows), seconds, padded)
+
+
+def _time(
+    costs: StepCosts,
+    runner: Runner,
+    config: EngineConfig,
+    clock: Callable[[], float],
+    rows: int,
+    params: ImageParams,
+) -> None:
+    slots = range(min(rows, config.max_rows, config.num_slots))
+    for _ in range(config.timed_calls):
+        # The plan is written over each time; the scheduler, which knows of none, will write its own
+        runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
+        begun = clock()
+        runner.step(list(slots))
+        observe_step(costs, runner, len(slots), len(slots) * params.classified_rows, clock() - begun)

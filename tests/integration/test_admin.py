@@ -1,0 +1,316 @@
+"""Models are loaded, reloaded and unloaded by name while the service answers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import shutil
+import threading
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffusion.plans import build_plan
+from diffusion.sampling import ImageSpec, sample_images
+from service.api.app import assemble, create_app
+from service.api.keys import ApiKey, Limits, hash_of, new_key, write_keys
+from service.backends.base import Denoiser
+from service.errors import ModelError
+from service.settings import Settings
+from tests.denoisers import AsNetwork, ExactDenoiser
+from tests.exports import BUNDLED
+from tests.fakes import tiny_config
+from tests.integration.in_process import PausedDenoiser, Service, runs
+
+NPZ = {"Accept": "application/x-npz"}
+
+
+class Halved(ExactDenoiser):
+    """Other weights."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__(tiny_config())
+        self.numerics_id = f"halved {generation}"
+        self.generation = generation
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        return super().__call__(x_t, emb_t, y) * np.float32(0.5**self.generation)
+
+
+class Shelf:
+    """What there is to load: a network each time, or an error."""
+
+    def __init__(self) -> None:
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.loaded = 0
+
+    def __call__(self, folder: Path) -> Denoiser[Any]:
+        assert self.may_load.wait(100)
+        if folder.name == "damaged":
+            raise ModelError(f"{folder}/model.onnx is damaged")
+        self.loaded += 1
+        return Halved(self.loaded)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    for name in ("m", "other", "damaged", ".hidden", "bad name"):
+        (folder / name).mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    return folder
+
+
+@asynccontextmanager
+async def running(
+    root: Path | None, denoiser: PausedDenoiser | None = None, shelf: Shelf | None = None, **settings: Any
+) -> AsyncIterator[Service]:
+    denoiser = denoiser or PausedDenoiser()
+    chosen = Settings(models=(Path("m"),), admin_root=root, max_rows=2, **settings)
+    app = assemble(chosen, {"m": denoiser}, shelf or Shelf())
+    async with app.router.lifespan_context(app):
+        service = Service(app, denoiser)
+        del denoiser
+        while (await service.ask("GET", "/readyz")).status_code != 200:
+            await asyncio.sleep(0.005)
+        try:
+            yield service
+        finally:
+            if hasattr(service, "denoiser"):
+                service.denoiser.let.set()
+
+
+async def change(service: Service, name: str, verb: str = "load", key: str | None = None) -> httpx.Response:
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    return await service.ask("POST", f"/v1/admin/models/{name}/{verb}", headers=headers)
+
+
+async def picture(service: Service, **body: Any) -> httpx.Response:
+    return await service.ask("POST", "/v1/generate", json={"cfg_scale": 1, "class": 1, **body}, headers=NPZ)
+
+
+def pixels(answer: httpx.Response) -> npt.NDArray[np.uint8]:
+    assert answer.status_code == 200, answer.text
+    with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
+        found: npt.NDArray[np.uint8] = arrays["arr_0"][0]
+        return found
+
+
+def expected(denoiser: Denoiser[Any], steps: int, seed: int) -> npt.NDArray[np.uint8]:
+    plan = build_plan(denoiser.config.diffusion, "ancestral", str(steps))
+    spec = ImageSpec(seed=seed, image_index=0, class_index=1, cfg_scale=1.0)
+    drawn: npt.NDArray[np.uint8] = sample_images(AsNetwork(denoiser), plan, [spec], xp=np)[0]
+    return drawn
+
+
+async def served(service: Service) -> dict[str, str]:
+    listed = (await service.ask("GET", "/v1/models")).json()["models"]
+    return {model["name"]: model["numerics_id"] for model in listed}
+
+
+async def letting_steps(service: Service, task: asyncio.Task[httpx.Response]) -> httpx.Response:
+    """Let the old weights take steps, one by one, until something is done."""
+    while not task.done():
+        service.denoiser.let_steps(1)
+        await asyncio.sleep(0.002)
+    return task.result()
+
+
+def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        async with running(root) as service:
+            (first_id,) = (await served(service)).values()
+            old = weakref.ref(service.denoiser)
+            service.denoiser.let.clear()
+            in_flight = asyncio.create_task(picture(service, steps=1000, seed=1))
+            while not service.app.state.service.engine._tickets:
+                await asyncio.sleep(0.001)
+            loaded = await letting_steps(service, asyncio.create_task(change(service, "m")))
+            assert loaded.status_code == 200, loaded.text
+            assert loaded.json()["numerics_id"] != first_id
+            assert await served(service) == {"m": loaded.json()["numerics_id"]}
+            assert not in_flight.done()
+
+            after = asyncio.create_task(picture(service, steps=3, seed=1))
+            answer = await letting_steps(service, after)
+            assert answer.headers["x-numerics-id"] == loaded.json()["numerics_id"]
+            np.testing.assert_array_equal(pixels(answer), expected(Halved(1), 3, 1))
+            assert not in_flight.done()
+
+            service.denoiser.let.set()
+            answer = await in_flight
+            assert answer.headers["x-numerics-id"] == first_id
+            np.testing.assert_array_equal(pixels(answer), expected(ExactDenoiser(tiny_config()), 1000, 1))
+            del service.denoiser
+            while old() is not None:  # nobody keeps the old weights
+                gc.collect()
+                await asyncio.sleep(0.001)
+            assert await service.metric("iddpm_network_calls_total", model="m") >= 1003
+
+    check()
+
+
+def test_what_cannot_be_loaded_leaves_what_is_served_and_tells_no_path(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        async with running(root) as service:
+            before = await served(service)
+            refused = await change(service, "damaged")
+            assert (refused.status_code, refused.json()["title"]) == (422, "Model cannot be served")
+            assert str(root) not in refused.text
+            assert "model.onnx" not in refused.text
+            assert await served(service) == before
+            np.testing.assert_array_equal(
+                pixels(await picture(service, steps=3, seed=2)), expected(ExactDenoiser(tiny_config()), 3, 2)
+            )
+            assert (await change(service, "other")).status_code == 200
+            assert list(await served(service)) == ["m", "other"]
+
+    check()
+
+
+def test_names_lead_to_folders_of_the_root_and_nowhere_else(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        shelf = Shelf()
+        async with running(root, shelf=shelf) as service:
+            names = [
+                "..",
+                "%2e%2e",
+                "../secret",
+                "%2e%2e%2fsecret",
+                ".hidden",
+                "bad%20name",
+                "missing",
+                "m%2f..",
+                "m%00",
+            ]
+            for name in [*names, str(root.parent / "secret"), "x" * 65]:
+                for verb in ("load", "unload"):
+                    answer = await change(service, name, verb)
+                    assert answer.status_code in (404, 405, 415), name
+                    assert str(root) not in answer.text
+        assert shelf.loaded == 0
+
+    check()
+
+
+def test_memory_is_bounded_and_one_model_is_loaded_at_a_time(root: Path) -> None:
+    shelf = Shelf()
+
+    @runs
+    async def check() -> None:
+        async with running(root, shelf=shelf, max_loaded=2) as service:
+            service.denoiser.let.clear()
+            in_flight = asyncio.create_task(picture(service, steps=1000))
+            while not service.app.state.service.engine._tickets:
+                await asyncio.sleep(0.001)
+            shelf.may_load.clear()
+            loading = asyncio.create_task(change(service, "m"))
+            await asyncio.sleep(0.02)
+            for refused in (await change(service, "other"), await change(service, "m", "unload")):
+                assert (refused.status_code, refused.json()["title"]) == (409, "Conflict")
+            shelf.may_load.set()
+            assert (await letting_steps(service, loading)).status_code == 200
+            full = await change(service, "m")
+            assert (full.status_code, "2 models are in memory, at most 2 may be" in full.text) == (409, True)
+            service.denoiser.let.set()
+            assert (await in_flight).status_code == 200
+            assert (await change(service, "m")).status_code == 200
+            assert shelf.loaded == 2
+
+    check()
+
+
+def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        async with running(root) as service:
+            last = await change(service, "m", "unload")
+            assert (last.status_code, "the only model" in last.text) == (409, True)
+            assert (await change(service, "other")).status_code == 200
+            service.denoiser.let.clear()
+            in_flight = asyncio.create_task(picture(service, steps=4, seed=3))
+            while not service.app.state.service.engine._tickets:
+                await asyncio.sleep(0.001)
+            assert (await change(service, "m", "unload")).json() == {"status": "unloaded"}
+            assert list(await served(service)) == ["other"]
+            assert (await picture(service, model="m")).status_code == 404
+            service.denoiser.let.set()
+            np.testing.assert_array_equal(pixels(await in_flight), expected(ExactDenoiser(tiny_config()), 4, 3))
+            np.testing.assert_array_equal(pixels(await picture(service, steps=3, seed=4)), expected(Halved(1), 3, 4))
+            assert (await change(service, "m")).status_code == 200
+            np.testing.assert_array_equal(
+                pixels(await picture(service, steps=3, seed=4, model="m")), expected(Halved(2), 3, 4)
+            )
+
+    check()
+
+
+@runs
+async def test_without_a_root_there_are_no_such_routes() -> None:
+    async with running(None) as service:
+        assert (await change(service, "m")).status_code == 404
+        assert "/v1/admin" not in (await service.ask("GET", "/openapi.json")).text
+
+
+def test_where_there_are_keys_only_those_of_administrators_may(root: Path, tmp_path: Path) -> None:
+    keys = {name: new_key() for name in ("alice", "root")}
+    stored = [ApiKey(name=n, sha256=hash_of(k), limits=Limits(), admin=n == "root") for n, k in keys.items()]
+    write_keys(tmp_path / "keys.json", stored)
+
+    @runs
+    async def check() -> None:
+        async with running(root, keys_file=tmp_path / "keys.json") as service:
+            assert (await change(service, "m")).status_code == 401
+            for verb in ("load", "unload"):
+                refused = await change(service, "m", verb, keys["alice"])
+                assert (refused.status_code, refused.json()["title"]) == (403, "Forbidden")
+            assert (await change(service, "m", key=keys["root"])).status_code == 200
+
+    check()
+
+
+def test_a_real_artifact_is_loaded_again_and_a_damaged_one_is_not(tmp_path: Path) -> None:
+    artifact = tmp_path / "models" / "fashion32"
+    shutil.copytree(BUNDLED / "artifact", artifact)
+    asked: dict[str, Any] = {"steps": 2, "seed": 5}
+
+    @runs
+    async def check() -> None:
+        settings = Settings(
+            models=(artifact,), admin_root=artifact.parent, backend="onnxruntime", threads=1, max_rows=2
+        )
+        app = create_app(settings)
+        async with app.router.lifespan_context(app):
+            service = Service(app, PausedDenoiser())
+            while (await service.ask("GET", "/readyz")).status_code != 200:
+                await asyncio.sleep(0.005)
+            before, first = await served(service), pixels(await picture(service, **asked))
+            assert (await change(service, "fashion32")).status_code == 200
+            assert await served(service) == before  # the same files
+            np.testing.assert_array_equal(pixels(await picture(service, **asked)), first)
+
+            graph = (artifact / "model.onnx").read_bytes()
+            (artifact / "model.onnx").write_bytes(graph[: len(graph) // 2])
+            assert (await change(service, "fashion32")).status_code == 422
+            np.testing.assert_array_equal(pixels(await picture(service, **asked)), first)
+
+    check()
+
+
+def test_a_model_on_a_gpu_is_not_changed_under_the_engine(root: Path) -> None:
+    denoiser = PausedDenoiser()
+    denoiser.threads = 0
+    with pytest.raises(ModelError, match="admin_root: on a CUDA device"):
+        assemble(Settings(models=(Path("m"),), admin_root=root), {"m": denoiser}, Shelf())
