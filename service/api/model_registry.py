@@ -8,14 +8,18 @@ self-test, warm-up, timing) happens in a thread of its own; the engine takes the
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from service.api.translate import ServedModel
 from service.backends.base import Denoiser
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Of a model that may be loaded: no separators and no leading dot, so that it cannot lead out of the root."""
 
+T = TypeVar("T")
 LoadDenoiser = Callable[[Path], Denoiser[Any]]
 
 
@@ -128,7 +133,7 @@ class ModelRegistry:
 
     async def _prepared(self, name: str, folder: Path) -> _Prepared:
         try:
-            return await asyncio.to_thread(self._prepare, name, folder, self._times_loaded[name] + 1)
+            return await _in_daemon(partial(self._prepare, name, folder, self._times_loaded[name] + 1))
         except Exception as error:  # a damaged file may raise anything in anybody's parser
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
@@ -136,6 +141,7 @@ class ModelRegistry:
         raise LoadFailed(f"model {name!r} could not be loaded ({kind}); the log says why")
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
+        gc.collect()  # what an earlier load left behind in cycles goes before more comes
         denoiser = self._load(folder)
         longest = denoiser.config.diffusion.num_timesteps
         if longest > self._config.plan_lines:
@@ -151,6 +157,20 @@ class ModelRegistry:
 
     def _available(self) -> list[str]:
         return sorted(path.name for path in self._root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+async def _in_daemon(function: Callable[[], T]) -> T:
+    """Call a function in a thread that keeps no process from ending, as those of the event loop's executor would."""
+    called: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, name="load", daemon=True).start()
+    return await asyncio.wrap_future(called)
 
 
 def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:
