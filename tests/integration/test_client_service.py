@@ -143,7 +143,7 @@ def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"models":[]}')
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"data":[],"models":[]}')
 
         late = threading.Thread(target=answer_late)
         late.start()
