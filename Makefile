@@ -13,8 +13,8 @@ PORT ?= 8000
 MODEL ?= models/fashion32
 EXTRA ?= base
 DATA ?=
-# Whole files go to one process, which then makes a file's fixtures once; beyond four, memory is what lacks
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Whole files go to one process, which then makes a file's fixtures once, the slow folders first; beyond four, memory is what lacks
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'

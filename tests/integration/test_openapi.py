@@ -34,7 +34,7 @@ def address() -> Iterator[str]:
 
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """All its checks: no 5xx, nothing that the document does not say, nothing wrong accepted, nothing right refused."""
-    short = ("--phases", "examples,coverage", "--exclude-path-regex", "/versions/", "--seed", "1")
+    short = ("--phases", "examples,coverage", "--include-path", "/v1/generate", "--seed", "1")  # a minute for all paths
     long = ("--max-examples", "500")
     with serving(exact_app(max_row_steps=200)) as address:  # little work for any request
         command = [
