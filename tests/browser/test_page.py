@@ -21,10 +21,12 @@ from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from service.api.keys import ApiKey, hash_of, new_key, write_keys
 from tests.browser.conftest import PATIENCE_S, Site, serving
+from tests.counts import LONG
 from tests.fakes import CLASS_NAMES, tiny_config
 from tests.integration.in_process import PausedDenoiser
 
 STEPS = 20
+LONG_ONLY = pytest.mark.skipif(not LONG, reason="seconds of a browser: IDDPM_TEST_LONG=1")
 NewContext = Callable[..., BrowserContext]
 
 
@@ -186,6 +188,7 @@ def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, si
         assert shown(run) == answered(site, **{"class": name}, n=2, steps=STEPS, seed=seed, cfg_scale=1)
 
 
+@LONG_ONLY
 def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContext, site: Site, tmp_path: Path) -> None:
     page = opened(new_context(permissions=["clipboard-read", "clipboard-write"]).new_page(), site)
     run = ask(page, name="T-shirt/top")
@@ -283,6 +286,7 @@ def many_classes() -> CheckpointConfig:
     return config.model_copy(update={**changes, "class_names": None})
 
 
+@LONG_ONLY
 def test_a_thousand_classes_can_be_searched_and_are_drawn_when_they_are_seen(page: Page) -> None:
     denoiser = PausedDenoiser()
     denoiser.config = many_classes()
@@ -301,6 +305,7 @@ def test_a_thousand_classes_can_be_searched_and_are_drawn_when_they_are_seen(pag
         assert site.metric("iddpm_image_queue_seconds_count") < 100
 
 
+@LONG_ONLY
 def test_an_unconditional_model_has_no_gallery_and_no_guidance(page: Page) -> None:
     denoiser = PausedDenoiser()
     denoiser.config = tiny_config(num_classes=None, null_class=False)
@@ -317,6 +322,7 @@ def test_an_unconditional_model_has_no_gallery_and_no_guidance(page: Page) -> No
         assert shown(page.locator(".run")) == answered(site, model="m1", n=4, steps=STEPS, seed=seed)
 
 
+@LONG_ONLY
 def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tmp_path: Path) -> None:
     key = new_key()
     write_keys(tmp_path / "keys.json", [ApiKey(name="alice", sha256=hash_of(key))])
@@ -339,6 +345,7 @@ def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tm
         expect(code).not_to_contain_text(key)
 
 
+@LONG_ONLY
 def test_charts_hold_what_the_metrics_hold(page: Page, site: Site) -> None:
     opened(page, site)
     for seed in range(3):
@@ -354,6 +361,7 @@ def test_charts_hold_what_the_metrics_hold(page: Page, site: Site) -> None:
     assert list(np.argsort(heights)[-2:]) == list(np.argsort(alone)[-2:])
 
 
+@LONG_ONLY
 def test_the_theme_is_the_systems_until_somebody_chooses(new_context: NewContext, site: Site) -> None:
     page = new_context(color_scheme="dark").new_page()
     page.goto(site.url)

@@ -25,7 +25,7 @@ from tests.parity.test_networks import CLASSIFIERS, UNETS
 
 Inputs = dict[str, npt.NDArray[Any]]
 
-SOME_UNETS = UNETS if LONG else (EXPORTED, "imp_superres")
+SOME_UNETS = UNETS if LONG else (EXPORTED,)
 SOME_LOGITS = CLASSIFIERS if LONG else ()
 SOME_GRADIENTS = CLASSIFIERS if LONG else ()
 LONG_ONLY = pytest.mark.skipif(not LONG, reason="traces more graphs: IDDPM_TEST_LONG=1")
@@ -233,16 +233,16 @@ def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
     monkeypatch.setattr(onnx_export, "MAX_PROTOBUF", 10_000)
     path = tmp_path / "model.onnx"
     for _ in range(2):  # a second time over the first: nothing is appended
-        onnx_export._write(onnx.load(exports.unet("imp_superres")), path)
+        onnx_export._write(onnx.load(exports.unet(EXPORTED)), path)
         assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    weights = sum(len(tensor.raw_data) for tensor in onnx.load(exports.unet("imp_superres")).graph.initializer)
+    weights = sum(len(tensor.raw_data) for tensor in onnx.load(exports.unet(EXPORTED)).graph.initializer)
     assert (tmp_path / "model.onnx.data").stat().st_size < weights * 1.1 + 100_000
     assert str(tmp_path).encode() not in path.read_bytes()
 
-    network = golden.network("imp_superres")
+    network = golden.network(EXPORTED)
     inputs = inputs_of(network, 3)
     for runtime in runtimes_for("fp32")[:2]:
-        np.testing.assert_array_equal(runtime.open(path)(inputs), runtime.open(exports.unet("imp_superres"))(inputs))
+        np.testing.assert_array_equal(runtime.open(path)(inputs), runtime.open(exports.unet(EXPORTED))(inputs))
 
 
 @LONG_ONLY
