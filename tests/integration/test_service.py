@@ -394,7 +394,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
         (["--port", "70000"], {}, "port: Input should be less than or equal to 65535"),
         (["--backend", "tpu"], {}, "backend: Input should be 'auto', 'openvino', 'onnxruntime', 'torch' or 'tensorrt'"),
         (["--model", "/nonexistent"], {}, "has no config.json"),
-        ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ALLOWED_HOSTS"),
+        ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ADMIN_ROOT"),
     ],
 )
 def test_bad_flags_end_start_up_with_one_line(
