@@ -122,7 +122,8 @@ KINDS: Mapping[str, Kind] = {
         ready="/ready",
         ask=_ask_plain,
         pixels=_body,
-        settings={"diffusers": ""},
+        settings={},
+        diffusers=True,
     ),
 }
 
@@ -206,7 +207,7 @@ class Server:
     async def read(self, client: httpx.AsyncClient) -> Reading:
         """Read what its network has done."""
         reading = read_meter(self.meter)
-        if self.entry.kind is not KINDS["iddpm"]:
+        if not _is_ours(self.entry):
             return reading
         # Its batches hold rows that only pad, which the network cannot tell from others
         metrics = (await client.get("/metrics")).text

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -14,12 +15,12 @@ import numpy as np
 import pytest
 
 from benchmarks import serving
-from benchmarks.networks import BUNDLED
+from benchmarks.networks import BUNDLED, BenchNetwork
 from benchmarks.open_loop import NEVER_ANSWERED, Answer, Ask, offer
 from benchmarks.peers.meter import MAX_ROWS, Meter, Reading, new_meter, read_meter
 from benchmarks.peers.one_at_a_time import create_app
 from benchmarks.peers.request_sampler import RequestSampler, Uint8Array
-from benchmarks.servers import Entry, Server
+from benchmarks.servers import Entry, Server, Site, command
 from benchmarks.serving import Mark, Run, append_run, check_pixels, read_runs
 from benchmarks.serving_report import Recovery, Window, slowdown, write_report
 from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
@@ -139,6 +140,15 @@ def test_unknown_servers_and_settings_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"a server is one of|settings of"):
         Entry.parse(text)
     assert Entry.parse("triton,turns=call").settings == {"turns": "call", "delay-ms": "0", "batch": "0"}
+
+
+def test_each_server_is_told_which_network_to_run(tmp_path: Path) -> None:
+    network = SimpleNamespace(checkpoint=tmp_path / "ours", diffusers_folder=lambda: tmp_path / "theirs")
+    site = Site(network=cast("BenchNetwork", network), work=tmp_path, width=8, threads=1, steps=(50,), venvs={})
+    for name, told in (("one-at-a-time", []), ("iddpm", []), ("diffusers", ["--diffusers", str(tmp_path / "theirs")])):
+        flags = command(Entry.parse(name), site, 80, tmp_path / "meter")
+        assert flags[flags.index("--model") + 1] == str(tmp_path / "ours")
+        assert flags[flags.index("--diffusers") :] == told if told else "--diffusers" not in flags
 
 
 # --- figures
