@@ -19,14 +19,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +32,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.options import WORK
+from benchmarks.processes import end_session, free_ports
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 
 HERE = Path(__file__).parent / "null_servers"
@@ -102,9 +100,7 @@ async def connect(port: int) -> Connection:
 @asynccontextmanager
 async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
     """Start a server and wait until it is ready; yields its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_ports()
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # a program of ours, or the Python that was named
             [*contender.command, str(port), *contender.arguments],
@@ -125,10 +121,7 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
         connection.close()
         yield port
     finally:
-        process.terminate()
-        process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves processes behind, which spin
+        end_session(process)
 
 
 async def measure(contender: Contender, log: Path, alone: int, clients: int, seconds: float) -> Measured:

@@ -7,7 +7,6 @@ import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from benchmarks.networks import BenchNetwork
 from benchmarks.open_loop import OK, Ask
 from benchmarks.peers.meter import Reading, new_meter, read_meter
 from benchmarks.peers.request_sampler import Uint8Array
+from benchmarks.processes import end_session, free_ports
 from benchmarks.traffic import Arrival
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ def started(entry: Entry, site: Site, number: int) -> Iterator[Server]:
     site.work.mkdir(parents=True, exist_ok=True)
     meter, log = site.work / f"{number}.meter", site.work / f"{number}.log"
     new_meter(meter)
-    port = free_ports()
+    port = free_ports(3)  # Triton takes the two after it for other protocols
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  # our own programs
             command(entry, site, port, meter),
@@ -254,7 +254,7 @@ def started(entry: Entry, site: Site, number: int) -> Iterator[Server]:
     try:
         yield Server(entry, f"http://127.0.0.1:{port}", meter, log, process)
     finally:
-        _end(process)
+        end_session(process)
 
 
 def command(entry: Entry, site: Site, port: int, meter: Path) -> list[str]:
@@ -283,37 +283,9 @@ def command(entry: Entry, site: Site, port: int, meter: Path) -> list[str]:
     return [str(python), "-m", entry.kind.module, *flags, *steps]
 
 
-def free_ports() -> int:
-    """Return a port that is free, and the two after it, which Triton takes for other protocols."""
-    while True:
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                for other in (port + 1, port + 2):
-                    with socket.socket() as probe:
-                        probe.bind(("127.0.0.1", other))
-            except OSError:
-                continue
-            return port
-
-
 def _environment(entry: Entry) -> dict[str, str]:
     return {f"IDDPM_{name.upper()}": value for name, value in entry.settings.items()} if _is_ours(entry) else {}
 
 
 def _is_ours(entry: Entry) -> bool:
     return entry.kind is KINDS["iddpm"]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server's whole session: some start processes of their own."""
-    for numbers in ((signal.SIGCONT, signal.SIGTERM), (signal.SIGKILL,)):
-        try:
-            for number in numbers:
-                os.killpg(process.pid, number)
-            process.wait(10)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue

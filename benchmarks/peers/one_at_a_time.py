@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import uvicorn
 from fastapi import Body, FastAPI, Response
 
+from benchmarks.peers.options import peer_parser
 from benchmarks.peers.request_sampler import RequestSampler, Sampler
 
 
@@ -39,12 +39,7 @@ def create_app(sampler: Sampler) -> FastAPI:
 
 def main() -> None:
     """Serve until a signal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--meter", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = peer_parser(__doc__)
     parser.add_argument("--diffusers", type=Path, help="a diffusers folder of the same network, to run instead")
     asked = parser.parse_args()
     sampler: Sampler

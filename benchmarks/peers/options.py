@@ -32,14 +32,20 @@ class PeerOptions:
         return RequestSampler(self.model, self.meter, width=self.width, threads=self.threads, turns=self.turns)
 
 
-def parse_peer_options(description: str | None) -> PeerOptions:
-    """Read the command line."""
+def peer_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser of what every server is told, ours too."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--meter", type=Path, required=True, help="file that the network's time is counted in")
     parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
     parser.add_argument("--threads", type=int, default=1, help="of a network call (1)")
+    return parser
+
+
+def parse_peer_options(description: str | None) -> PeerOptions:
+    """Read the command line of a peer that batches."""
+    parser = peer_parser(description)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 250], help="(50 100 250)")
     parser.add_argument("--turns", choices=get_args(Turns), default="batch", help="(batch)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="(0)")
