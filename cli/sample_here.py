@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cli.asking import requests
 from cli.sampled import SampledImage
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
         ModelError: a model that cannot be run.
         ValueError: an image's numbers overflowed.
     """
-    from service.api.schemas import MAX_IMAGES, GenerateRequest
-    from service.api.translate import ServedModel, complete
+    from service.api.model_registry import served_model
+    from service.api.schemas import GenerateRequest
+    from service.api.translate import complete
     from service.backends.base import BackendOptions
     from service.backends.select import load_denoiser
     from service.engine.config import EngineConfig
@@ -42,19 +44,10 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
 
     config = EngineConfig()
     backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
-    served = ServedModel(
-        name="model",
-        config=backend.config,
-        numerics_id=backend.numerics_id,
-        backend=backend.description,
-        classifier=None if backend.classifier is None else backend.classifier.config,
-    )
-    if asked.get("class", "").isdigit() and asked["class"] not in (served.class_names or ()):
-        asked = {**asked, "class": int(asked["class"])}
+    served = served_model("model", backend, backend.numerics_id)
     params: list[ImageParams] = []
-    while len(params) < n:
-        chunk = {"n": min(MAX_IMAGES, n - len(params)), "image_index": len(params)}
-        body = GenerateRequest.model_validate({**asked, **chunk})
+    for fields in requests(asked, n, lambda: served.class_names or ()):
+        body = GenerateRequest.model_validate(fields)
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
     config = config.with_room_for(backend.config.diffusion.num_timesteps)

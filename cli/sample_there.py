@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cli.asking import requests
 from cli.client import Client, Event, ProgressEvent, QueuedEvent, pixels_of
 from cli.sampled import SampledImage
 
@@ -25,17 +26,12 @@ def sample_there(client: Client, asked: dict[str, Any], n: int) -> list[SampledI
     Raises:
         ClientError: a request did not come to its answer.
     """
-    from service.api.schemas import MAX_IMAGES
-
-    if asked.get("class", "").isdigit() and asked["class"] not in _class_names(client, asked.get("model")):
-        asked = {**asked, "class": int(asked["class"])}
     images: list[SampledImage] = []
     with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
         shown = _Shown(bar, n)
-        while len(images) < n:
-            chunk = {"n": min(MAX_IMAGES, n - len(images)), "image_index": len(images)}
+        for fields in requests(asked, n, lambda: _class_names(client, asked.get("model"))):
             # npz: pixels of any number of channels
-            answer = client.generate(**{**asked, **chunk, "format": "npz"}, on_event=shown.show)
+            answer = client.generate(**{**fields, "format": "npz"}, on_event=shown.show)
             images += [_sampled(image, answer.numerics_id) for image in answer.images]
             shown.next_request()
     return images
