@@ -17,6 +17,7 @@ The model, and what it leaves out:
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from service.engine.ordered_work import OrderedWork
 from service.engine.policies import policy_named
 from service.engine.request import Image, Priority
 from service.engine.step_costs import StepCosts
+
+_Order = tuple[float, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,41 @@ class DeviceView:
     """Steps that each model has taken."""
     widths: Mapping[str, int]
     costs: Mapping[str, StepCosts]
+
+
+@dataclass
+class _Ahead:
+    """What comes before the images of one request; they join it one by one."""
+
+    line: OrderedWork
+    progress: list[tuple[_Order, int, int]]
+    """What has changed in the line since its images arrived: (order, images, row-steps)."""
+    taking_part: list[Image]
+    """Images that run, and those that have joined; in order."""
+    interactive: int
+    """Row-steps left of interactive work."""
+    batch: int
+    others_step_s: float
+    """How long the steps take that other models with work take in turns with this one's."""
+    joined_rows: int = 0
+    joined_classified: int = 0
+    joined_work: int = 0
+
+    def before(self, image: Image) -> tuple[int, int]:
+        """Return how many images come before one, and their row-steps; those that joined are in the work alone."""
+        count, work = self.line.before(image.order)
+        for order, images, row_steps in self.progress:
+            if order >= image.order:
+                break
+            count, work = count + images, work + row_steps
+        return count, work + self.joined_work
+
+    def join(self, image: Image) -> None:
+        """Let an image come before those of its request that are still to be predicted."""
+        insort(self.taking_part, image, key=_order)
+        self.joined_rows += image.rows
+        self.joined_classified += image.classified_rows
+        self.joined_work += image.remaining_row_steps
 
 
 class Forecast:
@@ -132,10 +170,10 @@ class Forecast:
             total += work / width * self._step_s(model, width, view)
         return total
 
-    def _step_s(self, model: str, rows: int, view: DeviceView, new: Sequence[Image] = ()) -> float:
+    def _step_s(self, model: str, rows: int, view: DeviceView, new_rows: int = 0, new_classified: int = 0) -> float:
         """Say how long a step of so many rows takes, where the classifier is asked as often as in all accepted work."""
-        all_rows = self._rows[model] + sum(image.rows for image in new)
-        classified = self._classified_rows[model] + sum(image.classified_rows for image in new)
+        all_rows = self._rows[model] + new_rows
+        classified = self._classified_rows[model] + new_classified
         return view.costs[model].seconds(rows, rows * classified / all_rows if classified else 0)
 
     def _arrive(self, images: Sequence[Image], view: DeviceView) -> None:
@@ -145,74 +183,77 @@ class Forecast:
             image.order = (self._policy(image), sequence)
 
     def _predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
+        """Predict images of one request: all of them accepted, or none."""
+        ordered = sorted(images, key=_order)
+        known = (ordered[0].request_id, ordered[0].position) in self._images
+        ahead = self._ahead(ordered[0], view)
         predicted = []
-        siblings: list[Image] = []
-        for image in sorted(images, key=lambda image: image.order):
-            predicted.append(self._predict_image(image, siblings, view))
-            if not self._knows(image):
-                siblings.append(image)
+        for image in ordered:
+            predicted.append(self._predict_image(image, ahead, view, known=known))
+            if not known:
+                ahead.join(image)
         return Prediction(
             position=min(p.position for p in predicted),
             wait_s=min(p.wait_s for p in predicted),
             finish_s=max(p.finish_s for p in predicted),
         )
 
-    def _predict_image(self, image: Image, siblings: Sequence[Image], view: DeviceView) -> Prediction:
-        model, priority, width = image.model, image.priority, view.widths[image.model]
-        running = sorted((i for i in view.running if i.model == model), key=lambda i: i.order)
-        position, ahead = self._ahead(image, running)
-        taking_part = sorted([*running, *siblings], key=lambda i: i.order)
-        newer = sum(sibling.remaining_row_steps for sibling in siblings)
-        ahead += newer
-        interactive = self._lines[model, Priority.INTERACTIVE].work - self._done(running, Priority.INTERACTIVE)
-        batch = self._lines[model, Priority.BATCH].work - self._done(running, Priority.BATCH)
-
-        clients = self._clients[model, priority]
-        own = self._client_work[model, priority, image.client] + newer
-        if self._knows(image):
-            own -= self._images[image.request_id, image.position].remaining_row_steps
-        else:
-            clients += (model, priority, image.client) not in self._client_work
-        ahead = min(ahead, (own + image.remaining_row_steps + self._client_allowance) * clients)
-
-        rate: float = width
-        if priority is Priority.INTERACTIVE:
-            rate -= self._batch_share * width if batch > 0 else 0.0
-            wait_steps = ahead / rate
-        else:
-            wait_steps = (ahead + interactive) / width
-            if interactive > 0 and self._batch_share > 0:
-                wait_steps = min(wait_steps, ahead / (self._batch_share * width))
-        mean_left, least_left = _drain(taking_part, image, width)
-        new = [i for i in {*siblings, image} if not self._knows(i)]
-        rows = self._rows[model] + sum(i.rows for i in new)
-        wait_steps = max(least_left, wait_steps - mean_left) if rows > width else 0.0
-
-        step_s = self._step_s(model, min(rows, width), view, new)
-        if step_s:
-            step_s += sum(
+    def _ahead(self, image: Image, view: DeviceView) -> _Ahead:
+        """Sum up what all images of a request share."""
+        model, priority = image.model, image.priority
+        running = sorted((i for i in view.running if i.model == model), key=_order)
+        return _Ahead(
+            line=self._lines[model, priority],
+            progress=self._progress_by_order(running, priority),
+            taking_part=running,
+            interactive=self._lines[model, Priority.INTERACTIVE].work - self._done(running, Priority.INTERACTIVE),
+            batch=self._lines[model, Priority.BATCH].work - self._done(running, Priority.BATCH),
+            others_step_s=sum(
                 self._step_s(other, view.widths[other], view)
                 for other in self._models
                 if other != model and any(self._lines[other, p].work for p in Priority)
-            )
+            ),
+        )
+
+    def _predict_image(self, image: Image, ahead: _Ahead, view: DeviceView, *, known: bool) -> Prediction:
+        model, priority, width = image.model, image.priority, view.widths[image.model]
+        position, work = ahead.before(image)
+
+        clients = self._clients[model, priority]
+        own = self._client_work[model, priority, image.client] + ahead.joined_work
+        if known:
+            own -= self._images[image.request_id, image.position].remaining_row_steps
+        else:
+            clients += (model, priority, image.client) not in self._client_work
+        work = min(work, (own + image.remaining_row_steps + self._client_allowance) * clients)
+
+        if priority is Priority.INTERACTIVE:
+            wait_steps = work / (width - (self._batch_share * width if ahead.batch > 0 else 0.0))
+        else:
+            wait_steps = (work + ahead.interactive) / width
+            if ahead.interactive > 0 and self._batch_share > 0:
+                wait_steps = min(wait_steps, work / (self._batch_share * width))
+        mean_left, least_left = _drain(ahead.taking_part, image, width)
+        new_rows = 0 if known else ahead.joined_rows + image.rows
+        new_classified = 0 if known else ahead.joined_classified + image.classified_rows
+        rows = self._rows[model] + new_rows
+        wait_steps = max(least_left, wait_steps - mean_left) if rows > width else 0.0
+
+        step_s = self._step_s(model, min(rows, width), view, new_rows, new_classified)
+        if step_s:
+            step_s += ahead.others_step_s
         steps = image.remaining_row_steps / image.rows
         return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=(wait_steps + steps) * step_s)
 
-    def _knows(self, image: Image) -> bool:
-        return (image.request_id, image.position) in self._images
-
-    def _ahead(self, image: Image, running: Sequence[Image]) -> tuple[int, int]:
-        """Return images and row-steps of the image's priority that come before it."""
-        count, work = self._lines[image.model, image.priority].before(image.order)
-        for other in running:
-            known = self._images.get((other.request_id, other.position))
-            if known is None or other.priority is not image.priority:
-                continue
-            if known.order < image.order:
-                count, work = count - 1, work - known.remaining_row_steps
-            if other.order < image.order:
-                count, work = count + 1, work + other.remaining_row_steps
-        return count, work
+    def _progress_by_order(self, running: Iterable[Image], priority: Priority) -> list[tuple[_Order, int, int]]:
+        """Return what running has changed in a line, as `_Ahead.progress`: out of the old place, into the new one."""
+        changes = []
+        for image in running:
+            known = self._images.get((image.request_id, image.position))
+            if known is not None and image.priority is priority:
+                changes.append((known.order, -1, -known.remaining_row_steps))
+                changes.append((image.order, +1, +image.remaining_row_steps))
+        return sorted(changes)
 
     def _done(self, running: Iterable[Image], priority: Priority) -> int:
         known = ((self._images.get((i.request_id, i.position)), i) for i in running if i.priority is priority)
@@ -225,6 +266,10 @@ class Forecast:
             if known is not None:
                 done[image.model] += known.remaining_row_steps - image.remaining_row_steps
         return done
+
+
+def _order(image: Image) -> _Order:
+    return image.order
 
 
 def _drain(taking_part: Iterable[Image], image: Image, width: int) -> tuple[float, float]:
