@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -188,7 +189,6 @@ def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, si
         assert shown(run) == answered(site, **{"class": name}, n=2, steps=STEPS, seed=seed, cfg_scale=1)
 
 
-@LONG_ONLY
 def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContext, site: Site, tmp_path: Path) -> None:
     page = opened(new_context(permissions=["clipboard-read", "clipboard-write"]).new_page(), site)
     run = ask(page, name="T-shirt/top")
@@ -206,6 +206,14 @@ def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContex
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=PATIENCE_S)
     with zipfile.ZipFile(tmp_path / "iddpm-7.zip") as archive:
         assert [archive.read(name) for name in archive.namelist()] == shown(run)
+
+    copy_curl = run.get_by_text(re.compile("^(Copy curl|Copied)$")).first
+    copy_curl.click()
+    copy_curl.click()  # while it still says how the first went
+    expect(run.get_by_role("button", name="Copy curl")).to_be_visible()
+    words = shlex.split(page.evaluate("navigator.clipboard.readText()"))
+    assert words[:3] == ["curl", "-s", f"{site.url}v1/generate"]
+    assert json.loads(words[words.index("-d") + 1])["seed"] == 7
 
     run.get_by_role("button", name="T-shirt/top, seed 7, image 1: details").click()
     detail = page.get_by_role("dialog", name="T-shirt/top")
@@ -322,7 +330,6 @@ def test_an_unconditional_model_has_no_gallery_and_no_guidance(page: Page) -> No
         assert shown(page.locator(".run")) == answered(site, model="m1", n=4, steps=STEPS, seed=seed)
 
 
-@LONG_ONLY
 def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tmp_path: Path) -> None:
     key = new_key()
     write_keys(tmp_path / "keys.json", [ApiKey(name="alice", sha256=hash_of(key))])
@@ -332,6 +339,9 @@ def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tm
         dialog.get_by_label("API key").fill("wrong")
         dialog.get_by_role("button", name="Use key").click()
         expect(dialog.get_by_text("The key was not accepted.")).to_be_visible()
+        dialog.get_by_label("API key").fill(f"{key}\u200b")  # nothing a header can hold
+        page.keyboard.press("Enter")
+        expect(dialog.locator("#key:invalid")).to_be_visible()
         dialog.get_by_label("API key").fill(key)
         page.keyboard.press("Enter")
         expect(page.locator(".thumb img")).to_have_count(len(CLASS_NAMES))

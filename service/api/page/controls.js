@@ -23,8 +23,8 @@ export class Controls {
       onGenerate(this.request());
     });
     document.addEventListener("keydown", (event) => {
-      const elsewhere = !document.querySelector("dialog[open]");
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && elsewhere) this.#form.requestSubmit();
+      const canGenerate = !document.querySelector("dialog[open]") && !byId("generate").disabled;
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && canGenerate) this.#form.requestSubmit();
     });
     this.#form.addEventListener("input", () => this.#changed());
     byId("dice").addEventListener("click", () => {

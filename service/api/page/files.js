@@ -31,7 +31,7 @@ export function save(blob, name) {
  * @param {string} text
  */
 export async function copy(button, text) {
-  const label = button.textContent;
+  const label = (button.dataset.label ??= button.textContent); // it may say how the last copy went
   try {
     await navigator.clipboard.writeText(text); // undefined where the page came neither by HTTPS nor from this machine
     button.textContent = "Copied";

@@ -5,7 +5,7 @@ import { byId, el } from "./dom.js";
 import { count } from "./words.js";
 
 const SEARCH_FROM = 24;
-const AT_ONCE = 4;
+const AT_ONCE = 2; // of the few connections that all tabs share
 const RETRY_MS = 5000;
 
 export class Gallery {

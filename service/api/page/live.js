@@ -7,21 +7,27 @@ import { histogram, parseMetrics, quantileBound, total } from "./metrics.js";
 import { count, duration } from "./words.js";
 
 const EVERY_MS = 2000;
+const GIVE_UP_MS = 10_000;
 
 /** Begin to look; stops while the tab is hidden. */
 export function watchService() {
   let before = null;
+  let looking = false;
   const look = async () => {
-    if (document.hidden) return;
+    if (document.hidden || looking) return;
+    looking = true;
     try {
-      const answer = await call("metrics", { background: true });
+      const answer = await call("metrics", { background: true, signal: AbortSignal.timeout(GIVE_UP_MS) });
       const metrics = parseMetrics(await answer.text());
       const now = { at: performance.now(), rowSteps: total(metrics, "iddpm_row_steps_total") };
-      show(metrics, before ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
+      const goesOn = before && now.rowSteps >= before.rowSteps; // else it is another process
+      show(metrics, goesOn ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
       before = now;
-    } catch {
-      showLoad("away", "The service does not answer");
+    } catch (error) {
+      showLoad("away", error.status === 401 ? "A key is needed" : "The service does not answer");
       before = null;
+    } finally {
+      looking = false;
     }
   };
   document.addEventListener("visibilitychange", look);
@@ -53,8 +59,11 @@ function showLoad(state, text) {
 
 function showLatency(buckets) {
   const all = buckets.reduce((sum, { count }) => sum + count, 0);
-  const within = (part) => duration(quantileBound(buckets, part));
-  byId("latency-summary").textContent = all ? `half within ${within(0.5)}, 95 % within ${within(0.95)}` : "none yet";
+  const within = (part) => {
+    const bound = quantileBound(buckets, part);
+    return bound === Infinity ? "longer than shown" : `within ${duration(bound)}`;
+  };
+  byId("latency-summary").textContent = all ? `half ${within(0.5)}, 95 % ${within(0.95)}` : "none yet";
   drawBars(byId("latency"), buckets, "Requests by latency in seconds");
 }
 

@@ -14,7 +14,7 @@ export function serviceUrl() {
 /** A command for a shell. */
 export function curl({ url, accept, file, body }) {
   const lines = [
-    `curl -s ${url}`,
+    `curl -s ${quoted(url)}`,
     ...(hasKey() ? [`-H "Authorization: Bearer $API_KEY"`] : []),
     "-H 'Content-Type: application/json'",
     `-H 'Accept: ${accept}'`,

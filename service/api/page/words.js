@@ -20,7 +20,7 @@ export function explain(error) {
   }
   const { status, detail = error.message, retryAfter } = error;
   const when = retryAfter ? `Try again in about ${duration(retryAfter)}.` : "Try again in a moment.";
-  if (status === 401) return { title: "A key is needed", text: "Generate again to enter one." };
+  if (status === 401) return { title: "A key is needed", text: "Try again to enter one." };
   if (status === 429) return { title: "You have enough under way", text: when };
   if (status === 503) return { title: "The service is busy", text: when };
   if (status === 504) return { title: "It took too long", text: "Ask for fewer images or steps." };
