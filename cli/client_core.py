@@ -96,11 +96,11 @@ class Call:
     streamed: bool = False
     """Whether the answer is read as it comes."""
     repeatable: bool
-    """Whether being sent twice does no more than being sent once."""
+    """Whether sending it again gives what the first time gave, or would have given."""
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Build what a connection sends."""
-        timeout = httpx.Timeout(self.silence_s, connect=CONNECT_S)
+        timeout = httpx.Timeout(self.silence_s, connect=CONNECT_S, pool=None)
         return http.build_request(self.method, self.path, content=self.content, headers=self.headers, timeout=timeout)
 
 
@@ -219,7 +219,7 @@ def as_client_errors(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
     try:
         yield
     except httpx.RequestError as error:
-        raise ConnectionLost(f"{http.base_url}: {error or type(error).__name__}") from error
+        raise ConnectionLost(f"{http.base_url}: {str(error) or type(error).__name__}") from error
 
 
 def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffusion.tensorrt_files import Target
-
 if TYPE_CHECKING:
     from diffusion.artifact import NetworkParity
+    from diffusion.tensorrt_files import Target
     from model_export.runtimes import Graph
     from service.backends.base import Denoiser
 

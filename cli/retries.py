@@ -27,7 +27,7 @@ class Retries:
 
         Args:
             patience_s: longest time spent on pauses, in all; a Retry-After beyond it ends the trying at once.
-            repeatable: whether being sent twice does no more than being sent once.
+            repeatable: whether sending it again gives what the first time gave, or would have given.
         """
         self._left_s = patience_s
         self._repeatable = repeatable

@@ -25,6 +25,9 @@ def sample_command(
         str | None, typer.Option("--class", help="Class by name or index; absent: drawn from the seed.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Images.")] = 1,
+    at_once: Annotated[
+        int, typer.Option(min=1, max=64, help="With --url: images per request; services and keys may allow less.")
+    ] = 64,
     steps: Annotated[int | None, typer.Option(min=2, help="Respaced steps; default 100.")] = None,
     respacing: Annotated[str | None, typer.Option(help="Instead of --steps: '10,10,20,40' or 'ddim25'.")] = None,
     sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ancestral",
@@ -54,7 +57,7 @@ def sample_command(
         "seed": secrets.randbelow(2**53) if seed is None else seed,
     }
     try:
-        images = _sample({name: value for name, value in asked.items() if value is not None}, n, model, url, key)
+        images = _sample({k: v for k, v in asked.items() if v is not None}, n, at_once, model, url, key)
         ids = sorted({image.numerics_id for image in images})  # several: replicas that differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
         write_images(out, images)
@@ -64,13 +67,15 @@ def sample_command(
         fail(str(error))
 
 
-def _sample(asked: dict[str, Any], n: int, model: str | None, url: str | None, key: str | None) -> list[SampledImage]:
+def _sample(
+    asked: dict[str, Any], n: int, at_once: int, model: str | None, url: str | None, key: str | None
+) -> list[SampledImage]:
     if url is not None:
         from cli.client import Client
         from cli.sample_there import sample_there
 
         with Client(url, key=key) as client:
-            return sample_there(client, asked if model is None else {**asked, "model": model}, n)
+            return sample_there(client, asked if model is None else {**asked, "model": model}, n, at_once)
     if model is None:
         fail("--model FOLDER or --url ADDRESS must be given", code=2)
     from cli.sample_here import sample_here

@@ -29,16 +29,17 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
         ValidationError: a field breaks a rule.
         InvalidRequest: a field breaks a rule of the model.
         ModelError: a model that cannot be run.
-        ValueError: an image's numbers overflowed.
+        GenerationFailed: an image failed.
     """
     from service.api.model_registry import served_model
-    from service.api.schemas import GenerateRequest
+    from service.api.schemas import MAX_IMAGES, GenerateRequest
     from service.api.translate import complete
     from service.backends.base import BackendOptions
     from service.backends.select import load_denoiser
+    from service.engine.async_engine import image_failure
     from service.engine.config import EngineConfig
     from service.engine.engine import Engine
-    from service.engine.request import GenerationRequest, ImageStatus
+    from service.engine.request import GenerationRequest
     from service.engine.runners.array_runner import ArrayRunner
     from service.metrics import Metrics
 
@@ -46,7 +47,7 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
     backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
     served = served_model("model", backend, backend.numerics_id)
     params: list[ImageParams] = []
-    for fields in requests(asked, n, lambda: served.class_names or ()):
+    for fields in requests(asked, n, MAX_IMAGES, lambda: served.class_names or ()):
         body = GenerateRequest.model_validate(fields)
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
@@ -61,8 +62,9 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
     with typer.progressbar(length=request.row_steps, label="sampling", file=sys.stderr) as bar:
         while engine.has_work():
             for result in engine.step():
-                if result.status is not ImageStatus.DONE or result.pixels is None:
-                    raise ValueError(f"image {params[result.position].image_index}: its numbers overflowed")
+                if result.failure is not None:
+                    raise image_failure(params[result.position].image_index, result.failure)
+                assert result.pixels is not None  # noqa: S101  # nobody cancels here
                 pixels[result.position] = result.pixels
             counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
             bar.update(counted - done)

@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli.asking import requests
-from cli.client import Client, Event, ProgressEvent, QueuedEvent, pixels_of
+from cli.client import Client, ConnectionLost, Event, ProgressEvent, QueuedEvent, pixels_of
 from cli.sampled import SampledImage
 
 if TYPE_CHECKING:
-    from service.api.schemas import GeneratedImage
+    from service.api.schemas import GeneratedImage, GenerateResponse
 
 
-def sample_there(client: Client, asked: dict[str, Any], n: int) -> list[SampledImage]:
+TRIES = 3
+"""Times that a request is sent whose stream breaks off."""
+
+
+def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int) -> list[SampledImage]:
     """Ask a service for images, as many requests after each other as it takes.
 
     Args:
         client: the service.
         asked: fields of a request, the seed among them.
         n: images.
+        at_once: most of them in a request.
 
     Raises:
         ClientError: a request did not come to its answer.
@@ -29,12 +34,24 @@ def sample_there(client: Client, asked: dict[str, Any], n: int) -> list[SampledI
     images: list[SampledImage] = []
     with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
         shown = _Shown(bar, n)
-        for fields in requests(asked, n, lambda: _class_names(client, asked.get("model"))):
+        for fields in requests(asked, n, at_once, lambda: _class_names(client, asked.get("model"))):
             # npz: pixels of any number of channels
-            answer = client.generate(**{**fields, "format": "npz"}, on_event=shown.show)
+            answer = _ask(client, {**fields, "format": "npz"}, shown)
             images += [_sampled(image, answer.numerics_id) for image in answer.images]
             shown.next_request()
     return images
+
+
+def _ask(client: Client, fields: dict[str, Any], shown: _Shown) -> GenerateResponse:
+    """Ask again when a stream breaks off: its rows are free by then, and the seed makes the same pictures."""
+    for _ in range(TRIES - 1):
+        try:
+            return client.generate(**fields, on_event=shown.show)
+        except ConnectionLost:
+            if not shown.begun:  # nobody took it, although the client has tried for a while
+                raise
+            shown.begin_again()
+    return client.generate(**fields, on_event=shown.show)
 
 
 class _Shown:
@@ -45,9 +62,12 @@ class _Shown:
         self._images = images
         self._before = 0
         self._steps: dict[int, int] = {}  # by position in the request under way
+        self.begun = False
+        """Whether anything was told of the request under way."""
 
     def show(self, event: Event) -> None:
         """Show what an event tells."""
+        self.begun = True
         if isinstance(event, QueuedEvent):
             self._bar.label = f"waiting, {event.images_ahead} images ahead" if event.images_ahead else "sampling"
         elif isinstance(event, ProgressEvent):
@@ -59,7 +79,12 @@ class _Shown:
     def next_request(self) -> None:
         """Count the images that are done, and begin with others."""
         self._before += sum(self._steps.values())
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Count the steps of the request under way from none."""
         self._steps = {}
+        self.begun = False
 
 
 def _class_names(client: Client, model: str | None) -> list[str]:

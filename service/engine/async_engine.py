@@ -414,7 +414,7 @@ class AsyncEngine:
                 _resolve(ticket, result.position, result)
             elif result.failure is not None:
                 self._metrics.model_images.labels(name_of(ticket.request.model), "failed").inc()
-                _resolve(ticket, result.position, _failure(params.image_index, result.failure))
+                _resolve(ticket, result.position, image_failure(params.image_index, result.failure))
             else:
                 _resolve(ticket, result.position, Aborted("the request was cancelled"))
             ticket.pending -= 1
@@ -470,7 +470,8 @@ def _resolve(ticket: Ticket, position: int, outcome: ImageResult | GenerationFai
         future.exception()  # read once: a client that went away leaves nobody to retrieve it
 
 
-def _failure(image_index: int, reason: FailureReason) -> GenerationFailed:
+def image_failure(image_index: int, reason: FailureReason) -> GenerationFailed:
+    """Return the error that tells why an image failed."""
     if reason == "not_finite":
         return NotFinite(f"image {image_index}: its numbers overflowed while sampling")
     if reason == "out_of_memory":

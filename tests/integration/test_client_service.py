@@ -124,9 +124,11 @@ def test_who_stops_listening_frees_the_rows(server: Server, client: Client) -> N
     with pytest.raises(Enough):
         client.generate(n=1, steps=1000, on_event=stop)
     authorized = {"Authorization": f"Bearer {KEY}"}
+    deadline = time.monotonic() + PATIENCE
     while 'iddpm_requests_total{outcome="cancelled"} 1.0' not in (
         httpx.get(f"{server.url}/metrics", headers=authorized, timeout=PATIENCE).text
     ):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

@@ -251,11 +251,16 @@ def test_a_stream_that_fails_says_why(ask: Ask) -> None:
         ask(Service(httpx.Response(200, content=QUEUED + failed)), on_event=lambda _: None)
 
 
-@pytest.mark.parametrize("end", [(), (httpx.ReadError("reset"),), (httpx.ReadTimeout(""),)], ids=repr)
-def test_a_stream_that_ends_early_is_no_answer_and_is_not_asked_for_again(ask: Ask, end: tuple[Exception, ...]) -> None:
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [((), "before the images"), ((httpx.ReadError("reset"),), "reset"), ((httpx.ReadTimeout(""),), "ReadTimeout")],
+)
+def test_a_stream_that_ends_early_is_no_answer_and_is_not_asked_for_again(
+    ask: Ask, end: tuple[Exception, ...], said: str
+) -> None:
     body = Chunks(QUEUED, PROGRESS, *end)
     service = Service(httpx.Response(200, stream=body))
-    with pytest.raises(ConnectionLost):
+    with pytest.raises(ConnectionLost, match=said):
         ask(service, on_event=lambda _: None)
     assert (len(service.asked), body.closed) == (1, True)
 

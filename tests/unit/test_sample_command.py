@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from cli.client import ConnectionLost, Event, ProgressEvent
 from cli.main import app
+from cli.sample_there import sample_there
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
+from service.api.schemas import GenerateResponse
 from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
+
+if TYPE_CHECKING:
+    from cli.client import Client
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +70,37 @@ def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[s
     assert code == 1
     assert message in output
     assert "Traceback" not in output
+
+
+class Fragile:
+    """A client whose first stream breaks off, as often as it is told."""
+
+    def __init__(self, breaks: int, *, after: int = 1) -> None:
+        self.breaks, self.after = breaks, after
+        self.asked: list[tuple[int, int]] = []
+
+    def generate(self, *, on_event: Callable[[Event], None], **fields: Any) -> GenerateResponse:
+        self.asked.append((fields["image_index"], fields["n"]))
+        for step in range(self.after):
+            on_event(ProgressEvent(position=0, step=step, steps=4, eta_s=0.0))
+        if self.breaks:
+            self.breaks -= 1
+            raise ConnectionLost("reset")
+        return GenerateResponse.model_construct(images=[], numerics_id="x")
+
+
+def ask(client: Fragile, n: int = 3) -> None:
+    sample_there(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2)
+
+
+def test_a_stream_that_breaks_off_is_asked_for_again() -> None:
+    client = Fragile(2)
+    ask(client)
+    assert client.asked == [(0, 2)] * 3 + [(2, 1)]
+
+
+@pytest.mark.parametrize("client", [Fragile(3), Fragile(1, after=0)], ids=["thrice", "nobody took it"])
+def test_what_keeps_breaking_off_ends_the_command(client: Fragile) -> None:
+    with pytest.raises(ConnectionLost):
+        ask(client)
+    assert len(client.asked) == (3 if client.after else 1)
