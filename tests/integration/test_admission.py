@@ -79,7 +79,7 @@ async def test_answers_say_what_was_predicted_and_what_came_of_it() -> None:
 
 @runs
 async def test_a_request_that_takes_too_long_gets_504_and_its_rows_are_free() -> None:
-    async with running(max_request_s=0.05) as service:
+    async with running(max_request_s=0.5) as service:
         service.denoiser.let.clear()
         late = await service.generate(steps=1000, n=4, cfg_scale=1)
         assert (late.status_code, late.json()["title"]) == (504, "Took too long")

@@ -112,9 +112,9 @@ def test_the_process_ends_with_an_error_after_it_has_told_everybody(tmp_path: Pa
         while _status(f"{url}/readyz") != 200:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        mark.touch()
-        with ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(httpx.post, f"{url}/v1/generate", json={"steps": 9}, timeout=100) for _ in range(4)]
+        with httpx.Client(timeout=100) as client, ThreadPoolExecutor(4) as pool:
+            mark.touch()
+            waiting = [pool.submit(client.post, f"{url}/v1/generate", json={"steps": 9}) for _ in range(4)]
             answers = [future.result() for future in waiting]
         assert _status(f"{url}/healthz") in (503, None)  # None: it has ended already
         assert process.wait(100) == 1
