@@ -65,7 +65,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
         TrainError: a run is already there, or none to resume, or it had another configuration or other data.
         DataError: data that cannot be trained on.
     """
-    _claim(run, config, resume)
+    _claim(run, config, dataset, resume=resume)
     num_images = len(dataset.labels)
 
     # Network, optimiser, averages
@@ -80,7 +80,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
     timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](process.num_steps)
     state = TrainState(network, optimizer, EMA(network, config.ema_decay, config.ema_warmup), timestep_sampler)
     if resume:
-        _resume(state, run, dataset)
+        _resume(state, run)
 
     # Train
     batches = 0
@@ -229,7 +229,9 @@ class Window:
         return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 
-def preview(network: UNet, config: CheckpointConfig, per_class: int, steps: int) -> Any:
+def preview(
+    network: UNet, config: CheckpointConfig, per_class: int, steps: int, device: torch.device | None = None
+) -> Any:
     """Draw a captioned grid of samples, each class a row; always the same seeds, so that grids can be compared."""
     plan = ancestral_plan(config.diffusion, str(steps))
     names: Sequence[str] = config.class_names[:PREVIEW_ROWS] if config.class_names else [""] * PREVIEW_ROWS
@@ -242,26 +244,28 @@ def preview(network: UNet, config: CheckpointConfig, per_class: int, steps: int)
             else ImageSpec(seed=k + index * per_class)
             for k in range(per_class)
         ]
-        rows.append((name, sample_images(network, plan, specs)))
+        rows.append((name, sample_images(network, plan, specs, device=device)))
     return captioned_rows(rows)
 
 
 def _write_preview(config: TrainConfig, described: CheckpointConfig, state: TrainState, run: Path) -> None:
-    network = UNet(config.model)
-    network.load_state_dict({name: tensor.cpu() for name, tensor in state.ema.weights.items()})
-    network.eval()
+    device = next(iter(state.ema.weights.values())).device
+    network = UNet(config.model).to(device).eval()
+    network.load_state_dict(state.ema.weights)
     folder = run / "samples"
     folder.mkdir(exist_ok=True)
-    picture = preview(network, described, config.preview_per_class, config.preview_steps)
+    picture = preview(network, described, config.preview_per_class, config.preview_steps, device)
     picture.save(folder / f"{state.images_seen:012d}.png")
 
 
-def _claim(run: Path, config: TrainConfig, resume: bool) -> None:
+def _claim(run: Path, config: TrainConfig, dataset: Dataset, *, resume: bool) -> None:
+    """Take a folder for a run that may begin there, or go on; nothing is written before all is known to fit."""
     path = run / CONFIG_FILE
     if not resume:
         if train_state.checkpoints(run):
             raise TrainError(f"{run} already holds a run; give another --out, or --resume to continue it")
         run.mkdir(parents=True, exist_ok=True)
+        (run / LOG_FILE).unlink(missing_ok=True)  # of one that ended before its first checkpoint
     else:
         if not train_state.checkpoints(run):
             raise TrainError(f"{run} holds no checkpoint to resume from")
@@ -271,22 +275,33 @@ def _claim(run: Path, config: TrainConfig, resume: bool) -> None:
                 f"{run} was started with other values of {', '.join(changed)}; "
                 f"a resumed run may change {', '.join(sorted(MAY_CHANGE_ON_RESUME))} only"
             )
-    temporary = path.with_suffix(".new")
-    temporary.write_text(config.model_dump_json(indent=2) + "\n")
-    temporary.rename(path)
+        trained_on = read_config(train_state.checkpoints(run)[-1]).provenance.get("data")
+        if trained_on != dataset.description:
+            raise TrainError(f"{run} was trained on {trained_on}; this is {dataset.description}")
+    _replace(path, config.model_dump_json(indent=2) + "\n")
 
 
-def _resume(state: TrainState, run: Path, dataset: Dataset) -> None:
-    """Go back to the last checkpoint: its data must be this data, and the log must end where it does."""
-    folder = train_state.checkpoints(run)[-1]
-    before = read_config(folder).provenance.get("data")
-    if before != dataset.description:
-        raise TrainError(f"{run} was trained on {before}; this is {dataset.description}")
-    train_state.restore(state, folder)
+def _resume(state: TrainState, run: Path) -> None:
+    """Go back to the last checkpoint; the log must end where it does."""
+    train_state.restore(state, train_state.checkpoints(run)[-1])
     log = run / LOG_FILE
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["images"] <= state.images_seen))
+        _replace(log, "".join(line for line in lines if _images_of(line) <= state.images_seen))
+
+
+def _images_of(line: str) -> float:
+    """Return the images seen by a line of the log; infinitely many by one that was torn when the machine stopped."""
+    try:
+        return float(json.loads(line)["images"])
+    except ValueError:
+        return math.inf
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def _labels(

@@ -120,20 +120,24 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path
         train(tiny(lr=5.0), npz, tmp_path / "run", resume=True)
     arrays = dict(np.load(npz))
     np.savez(npz, **{**arrays, "images": 255 - arrays["images"]})
+    started_as = (tmp_path / "run" / "train_config.json").read_text()
     with pytest.raises(TrainError, match="was trained on"):
         train(tiny(), npz, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "train_config.json").read_text() == started_as
 
 
 def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train_config.json").write_text("half a conf")
+    (tmp_path / "run" / "log.jsonl").write_text('{"images": 2}\n')
     assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
+    assert not (tmp_path / "run" / "log.jsonl").exists()  # four images are fewer than a line tells of
 
 
 def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=20), npz, tmp_path / "run")
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n')
+        log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n{"images": 32, "lo')
     train(tiny(), npz, tmp_path / "run", resume=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [8, 16, 28, 36]
