@@ -7,7 +7,7 @@ A step that raises is taken again without the images that make it raise (`servic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ from service.metrics import Metrics
 
 WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
+PROBE_INTERVAL = 16 * WIDTH_INTERVAL
+"""Steps between two that may be wider than the width, so that a size found too slow is measured again."""
 
 
 class Engine:
@@ -110,7 +112,7 @@ class Engine:
         """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
         scheduler = self.scheduler
         return DeviceView(
-            running=scheduler.running(),
+            running=scheduler.started(),
             steps=scheduler.all_steps(),
             widths=scheduler.all_widths(),
             costs=self.costs,
@@ -166,7 +168,7 @@ class Engine:
         pixels = dict(zip(done, runner.read(slots), strict=True)) if slots else {}
         self.observations = observe(batch.images, runner)
         ended = self.clock()
-        self._forget(left)
+        self._forget(left, outcome.failures)
         self._count_step(batch, outcome, ended - begun)
         results = [self._result(image, ended, pixels.get(image), _reason(image, outcome)) for image in left]
         for result in results:
@@ -203,18 +205,24 @@ class Engine:
             states = [self._saved.pop(move.image) for move in batch.restores]
             runner.restore([move.slot for move in batch.restores], states)
 
-    def _forget(self, left: list[Image]) -> None:
-        """Drop what is kept for images that left, and count what they cost in vain."""
+    def _forget(self, left: list[Image], raised: Container[Image] = ()) -> None:
+        """Drop what is kept for images that left, and count what they cost in vain: the steps that they took."""
         for image in left:
             self._saved.pop(image, None)
             if image.status is not ImageStatus.DONE:
-                self._metrics.wasted_row_steps.inc(image.rows * image.steps_done)
+                self._metrics.wasted_row_steps.inc(image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
         costs, config = self.costs[model], self._config
         width = min(knee(costs, config.max_rows, config.width_efficiency), self._memory[model].rows)
         self.scheduler.set_width(model, width)
         self._metrics.width_rows.labels(name_of(model)).set(width)
+
+    def _widen(self, model: str) -> None:
+        """Let the next step be as wide as the next size that memory allows, should so much be waiting."""
+        width, most = self.scheduler.width(model), self._memory[model].rows
+        wider = [rows for rows in self.costs[model].table() if width < rows <= most]
+        self.scheduler.set_width(model, min(wider, default=width))
 
     def _result(
         self,
@@ -254,8 +262,11 @@ class Engine:
         self._count_images()
         if outcome.attempts == 1:
             observe_step(self.costs[batch.model], runner, batch.rows, batch.classified_rows, seconds)
-        if self._memory[batch.model].count_step() or self.scheduler.steps(batch.model) % WIDTH_INTERVAL == 0:
+        steps = self.scheduler.steps(batch.model)
+        if self._memory[batch.model].count_step() or steps % WIDTH_INTERVAL == 0 or steps % PROBE_INTERVAL == 1:
             self._choose_width(batch.model)
+        if steps % PROBE_INTERVAL == 0:
+            self._widen(batch.model)
 
     def _count_images(self) -> None:
         self._metrics.images_waiting.set(self.scheduler.num_waiting)

@@ -428,6 +428,36 @@ def test_the_width_follows_costs_that_change() -> None:
     assert engine.scheduler.width("m") == 8
 
 
+def test_a_slow_call_at_start_up_does_not_narrow_the_width() -> None:
+    class Hiccup(TimedRunner):
+        late = 100.0
+
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            if len(slots) == 8:
+                self._clock.now, self.late = self._clock.now + self.late, 0.0
+            return super().step(slots)
+
+    clock = Clock()
+    engine = Engine({"m": Hiccup(clock, 1.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
+    engine.measure()
+    assert engine.costs["m"].seconds(8) == 1.0
+    assert engine.scheduler.width("m") == 8
+
+
+def test_a_size_that_was_found_too_slow_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.engine.PROBE_INTERVAL", 4)
+    clock = Clock()
+    engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
+    for rows in range(1, 9):
+        engine.costs["m"].observe(rows, 1.0 if rows < 8 else 2.0)  # the largest while somebody used the device
+    engine.load("m", engine._runners["m"], engine.costs["m"])
+    assert engine.scheduler.width("m") == 7
+    engine.add(generation("r", *[params(steps=200, seed=k) for k in range(16)]), submitted_at=0.0)
+    while engine.scheduler.steps("m") < 300:
+        engine.step()
+    assert engine.scheduler.width("m") == 8
+
+
 def test_timing_steps_leaves_no_trace_in_pictures() -> None:
     runner = warm_runner()
     engine = Engine({"m": runner}, CONFIG, Metrics())
@@ -453,6 +483,18 @@ def test_work_done_for_nothing_and_work_left_are_counted() -> None:
     assert value("iddpm_remaining_row_steps") == 0
     counts = [value("iddpm_engine_step_seconds_count", {"model": "m", "padded_rows": rows}) for rows in ("2", "3")]
     assert counts == [1, 2]
+
+
+def test_a_step_that_raised_is_not_counted_as_wasted() -> None:
+    class Broken(CountingRunner):
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            raise RuntimeError("no")
+
+    metrics = Metrics()
+    engine = Engine({"m": Broken()}, CONFIG, metrics)
+    engine.add(generation("r", params(cfg_scale=2.0)), submitted_at=0.0)
+    assert [result.failure for result in engine.step()] == ["error"]
+    assert metrics.registry.get_sample_value("iddpm_wasted_row_steps_total") == 0
 
 
 def test_an_image_says_how_late_it_is() -> None:

@@ -11,7 +11,7 @@ from typing import Generic
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.arrays import A, to_numpy
+from diffusion.arrays import A, on_host, to_numpy
 from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.plans import build_plan
@@ -99,8 +99,11 @@ class ArrayRunner(Generic[A]):
 
         out = self._network(slots, x_t, table.emb_t[line], table.y[index], table.cfg_scale[index])
         prediction, var_values = split_output(out, self._channels)
-        z = normal(table.seed[index], table.image_index[index], step, STREAM_STEP, table.image_shape)
         rows = PlanRows.from_lines(table.plan[line])
+        if on_host(x_t) and not bool((rows.noise_scale > 0).any()):  # to ask a device would be to wait for it
+            z = self._denoiser.xp.zeros_like(x_t)
+        else:
+            z = normal(table.seed[index], table.image_index[index], step, STREAM_STEP, table.image_shape)
         gradient = self._gradient(slots, x_t, line, table.y[index], table.classifier_scale[index])
         result = advance(rows, x_t, table.x0[index], prediction, var_values, z, gradient)
         next_step = step + 1
@@ -160,15 +163,14 @@ class ArrayRunner(Generic[A]):
         used = count + len(guided)
         padding: list[int] = [0] * (self.padded_rows(used) - used)  # any row will do: its result is not looked at
         rows = self._slots.integers([*range(count), *guided, *padding])
-        labels = y[rows]
-        labels[count:used] = self._null_class
-        out = self._denoiser(x_t[rows], emb_t[rows], labels if self._conditional else None)
-        if not guided:
-            return out[:count]
         uncond_row = list(range(count))
         for row, place in enumerate(guided, start=count):
             uncond_row[place] = row
-        return classifier_free(out[self._slots.integers(uncond_row)], out[:count], scale, self._channels)
+        uncond = self._slots.integers(uncond_row)  # before the call: a copy to a device waits for what it is doing
+        labels = y[rows]
+        labels[count:used] = self._null_class
+        out = self._denoiser(x_t[rows], emb_t[rows], labels if self._conditional else None)
+        return classifier_free(out[uncond], out[:count], scale, self._channels) if guided else out[:count]
 
     def _gradient(self, slots: Sequence[int], x_t: A, line: A, y: A, scale: A) -> A:
         """Call the classifier on the images that ask for it; the others' gradient is zero, and nobody's costs nothing.
@@ -213,6 +215,7 @@ def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
 
 
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
-    """Add what the runner contributes: the self-test compares with its own full width, at its number of threads."""
-    depends_on = f"{denoiser.numerics_id}\nwidth {max_rows}\nthreads {denoiser.threads}"
+    """Add what the runner contributes: noise and update, and the width and threads of its self-test."""
+    arrays = {np.__name__: np.__version__, denoiser.xp.__name__: denoiser.xp.__version__}
+    depends_on = f"{denoiser.numerics_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]
