@@ -19,6 +19,9 @@ from service.backends.artifact_model import (
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 from service.errors import ModelError
 
+OUT_OF_MEMORY = "Failed to allocate memory"
+"""What its arena says; ONNX Runtime has no exception of its own for it."""
+
 
 class OnnxRuntimeBackend:
     """Implements `Denoiser` with numpy arrays on the CPU."""
@@ -56,7 +59,7 @@ class OnnxRuntimeBackend:
 
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
-        return classify_synchronous(error)
+        return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else classify_synchronous(error)
 
 
 class OnnxRuntimeClassifier:

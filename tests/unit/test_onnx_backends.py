@@ -19,7 +19,7 @@ import torch
 from diffusion.artifact import MANIFEST_FILE, MODEL_FILE, file_entry, manifest_json, read_artifact
 from service.backends import openvino_backend, select
 from service.backends.artifact_model import cpu_threads, open_artifact
-from service.backends.base import BackendOptions, Denoiser
+from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.onnxruntime_backend import OnnxRuntimeBackend
 from service.backends.openvino_backend import OpenVinoBackend, choose_precision, compile_cache
 from service.backends.processor import has_bfloat16, vector_instructions
@@ -91,6 +91,12 @@ def error_of(backend: ArtifactBackend, reference: TorchBackend, t: npt.NDArray[A
 
 def precision_of(backend: ArtifactBackend) -> str:
     return "bf16" if " bf16 " in backend.description else "fp32"
+
+
+def test_onnxruntime_says_when_memory_is_short(backends: dict[str, ArtifactBackend]) -> None:
+    said = "BFCArena::AllocateRawInternal ... Failed to allocate memory for requested buffer of size 4096"
+    assert backends["onnxruntime fp32"].classify(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
+    assert backends["onnxruntime fp32"].classify(RuntimeError("shape mismatch")) is FailureKind.ROWS
 
 
 def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, reference: TorchBackend) -> None:
@@ -330,7 +336,7 @@ class TestAuto:
     def test_an_artifact_alone_needs_no_torch(self, artifact: Path) -> None:
         code = f"""
             from pathlib import Path
-            from service.backends.base import BackendOptions, Denoiser
+            from service.backends.base import BackendOptions, Denoiser, FailureKind
             from service.backends.select import load_denoiser
             from service.errors import ModelError
 
