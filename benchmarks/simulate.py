@@ -118,7 +118,7 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
                 request = as_request(number, arrival)
                 images = images_of(request, arrival.at * UNIT_S)
                 view = DeviceView(
-                    running=scheduler.running(),
+                    running=scheduler.started(),
                     steps={MODEL: scheduler.steps(MODEL)},
                     widths={MODEL: scheduler.width(MODEL)},
                     costs={MODEL: costs},

@@ -293,10 +293,6 @@ class AsyncEngine:
         ticket = self._tickets.get(request_id)
         return None if ticket is None else self._forecast.eta(request_id, len(ticket.images), self._engine.view())
 
-    def predicted_wait_s(self) -> float:
-        """Predict how long it takes until all accepted requests are done, at the measured rate; at least a second."""
-        return max(1.0, self._forecast.backlog_s(self._engine.view()))
-
     def drain(self) -> None:
         """Refuse new requests from now on; accepted ones go on."""
         if self.state in (EngineState.STARTING, EngineState.READY):

@@ -48,7 +48,7 @@ class DeviceView:
     """What a forecast is told of the device."""
 
     running: Sequence[Image]
-    """Images that hold a slot, of all models."""
+    """Images that have started, with or without a slot, of all models."""
     steps: Mapping[str, int]
     """Steps that each model has taken."""
     widths: Mapping[str, int]
@@ -242,8 +242,14 @@ class Forecast:
         step_s = self._step_s(model, min(rows, width), view, new_rows, new_classified)
         if step_s:
             step_s += ahead.others_step_s
-        steps = image.remaining_row_steps / image.rows
-        return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=(wait_steps + steps) * step_s)
+        finish_steps = wait_steps + image.remaining_row_steps / image.rows
+        if priority is Priority.BATCH and ahead.interactive > 0 and self._batch_share > 0:
+            # While there is interactive work, its own steps come at the rate of the share too
+            work += image.remaining_row_steps
+            finish_steps = max(
+                finish_steps, min(work / (self._batch_share * width), (work + ahead.interactive) / width)
+            )
+        return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=finish_steps * step_s)
 
     def _progress_by_order(self, running: Iterable[Image], priority: Priority) -> list[tuple[_Order, int, int]]:
         """Return what running has changed in a line, as `_Ahead.progress`: out of the old place, into the new one."""

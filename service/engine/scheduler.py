@@ -129,6 +129,11 @@ class Scheduler:
         """Return the images that hold a slot."""
         return [image for queue in self._queues() for image in queue.running]
 
+    def started(self) -> list[Image]:
+        """Return the images that have started, with or without a slot; another thread may ask."""
+        # An image that moves meanwhile may be met twice
+        return list(dict.fromkeys(i for queue in self._queues() for i in (*queue.running, *queue.evicted.images())))
+
     def steps(self, model: str) -> int:
         """Return how many steps a model has taken: the clock that images age by."""
         return self._lanes[model].steps
@@ -244,7 +249,7 @@ class Scheduler:
         interactive, batch = lane.interactive, lane.batch
         interactive.blocked = batch.blocked = False
         for queue in (interactive, batch):
-            queue.running.sort(key=queue.urgency)
+            queue.running = sorted(queue.running, key=queue.urgency)  # not in place: that empties it for other threads
         picked: dict[Image, None] = {}
         rows = lane.width
         if len(interactive) and len(batch):

@@ -294,14 +294,16 @@ async def test_a_failing_warm_up_is_reported_too() -> None:
 
 
 @runs
-async def test_the_predicted_wait_grows_with_accepted_work() -> None:
-    runner = PausedRunner()
-    async with started(runner) as engine:
+async def test_retry_after_grows_with_accepted_work() -> None:
+    async with started(PausedRunner()) as engine:
         engine._engine.costs["m"].observe(2, 1.0)
-        engine.submit(generation("r", params(steps=100)))
-        before = engine.predicted_wait_s()
-        engine.submit(generation("s", params(steps=100, cfg_scale=2.0)))
-        assert (before, engine.predicted_wait_s()) == (50.0, 150.0)
+        retries = []
+        for request in (generation("r", params(steps=100)), generation("s", params(steps=100, cfg_scale=2.0))):
+            engine.submit(request)
+            with pytest.raises(QueueFull) as refused:
+                engine.submit(generation("t", *[params(steps=100)] * 5))
+            retries.append(refused.value.retry_after_s)
+        assert retries[1] > retries[0] > 1
         engine.abort("r")
         engine.abort("s")
 

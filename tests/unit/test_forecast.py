@@ -33,7 +33,7 @@ class Device4:
     def view(self) -> DeviceView:
         steps, width = self.scheduler.steps("m"), self.scheduler.width("m")
         return DeviceView(
-            running=self.scheduler.running(), steps={"m": steps}, widths={"m": width}, costs={"m": self.costs}
+            running=self.scheduler.started(), steps={"m": steps}, widths={"m": width}, costs={"m": self.costs}
         )
 
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
@@ -117,6 +117,26 @@ def test_batch_work_waits_for_interactive_work_or_takes_its_share() -> None:
     _, finish = device.add("b", *[params(20)] * 4, priority=Priority.BATCH)
     device.run()
     assert finish == pytest.approx(device.finished["b"], rel=0.25)
+
+
+def test_batch_work_below_its_share_takes_its_own_steps_at_the_shares_rate() -> None:
+    device = Device4(batch_share=0.25)
+    device.add("i", *[params(100)] * 40)
+    _, finish = device.add("b", params(50, cfg_scale=2.0), priority=Priority.BATCH)
+    device.run()
+    assert finish == pytest.approx(device.finished["b"], abs=2)
+    assert finish > 50
+
+
+def test_what_an_evicted_image_has_done_counts() -> None:
+    device = Device4("srw", ageing=0.01, slots_per_row=1)
+    device.add("long", *[params(250)] * 4)
+    for _ in range(100):
+        device.step()
+    device.add("short", *[params(10)] * 4)
+    device.step()
+    assert device.scheduler.num_evicted == 4
+    assert device.forecast.backlog_s(device.view()) == 150 + 9
 
 
 def test_an_eta_shrinks_with_every_step_and_ends() -> None:
