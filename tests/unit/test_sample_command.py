@@ -16,7 +16,7 @@ from cli.main import app
 from cli.sample_there import sample_there
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.api.schemas import GenerateResponse
+from service.api.schemas import GenerateResponse, Timing
 from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Fragile:
         if self.breaks:
             self.breaks -= 1
             raise ConnectionLost("reset")
-        return GenerateResponse.model_construct(images=[], numerics_id="x")
+        timing = Timing(images_ahead=0, predicted_wait_s=0, wait_s=0, predicted_finish_s=0, finish_s=0)
+        return GenerateResponse(model="m", images=[], numerics_id="x", timing=timing)
 
 
 def ask(client: Fragile, n: int = 3) -> None:
