@@ -32,7 +32,7 @@ def serve_command(
     from service.api.app import create_app
     from service.api.logs import configure_logging
     from service.api.server import serve
-    from service.errors import KeysError, ModelError
+    from service.errors import KeysError, ModelError, TracingError
     from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
@@ -45,7 +45,7 @@ def serve_command(
         app = create_app(settings, build_engines)
     except ValidationError as error:
         fail(describe_validation_error(error), code=2)
-    except (KeysError, ModelError, ValueError) as error:
+    except (KeysError, ModelError, TracingError, ValueError) as error:
         fail(error)
     if not serve(app, settings):
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ ServiceError
     └── EngineDead        the engine stopped with an error; every request it held gets this
 ModelError                a model folder that cannot be served; ends start-up
 KeysError                 a keys file that cannot be read or written; ends start-up, and `iddpm keys`
+TracingError              traces are asked for and cannot be told; ends start-up
 """
 
 from __future__ import annotations
@@ -115,3 +116,7 @@ class ModelError(Exception):
 
 class KeysError(Exception):
     """A keys file that cannot be read or written."""
+
+
+class TracingError(Exception):
+    """Traces are asked for and cannot be told."""

@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     """Longest time in which a client takes nothing of its answer; then its connection is cut."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Most work of one request: images x steps, twice that with classifier-free guidance."""
+    traces: bool = False
+    """Tell an OpenTelemetry collector of every request (extra `otel`); the standard OTEL_* variables say which."""
 
     @field_validator("models", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
@@ -31,9 +31,12 @@ from service.backends.select import load_denoiser
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.engine import Engine
 from service.engine.runners.array_runner import ArrayRunner
-from service.errors import ModelError
+from service.errors import ModelError, TracingError
 from service.metrics import Metrics
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.api.tracing import Tracing  # needs the extra otel
 
 log = logging.getLogger(__name__)
 
@@ -48,25 +51,33 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     Raises:
         ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
         KeysError: a keys file that cannot be read.
+        TracingError: the settings ask for traces, and what that needs is not installed, or is told otherwise.
     """
     if settings.build_engines and build_engines is None:
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     folders = _distinct(settings.models)
+    tracing = _tracing() if settings.traces else None
 
     def load(folder: Path) -> Denoiser[Any]:
         return load_denoiser(folder, settings.backend, options)
 
-    return assemble(settings, {model_name(folder): load(folder) for folder in folders}, load)
+    return assemble(settings, {model_name(folder): load(folder) for folder in folders}, load, tracing)
 
 
-def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]], load: LoadDenoiser | None = None) -> FastAPI:
+def assemble(
+    settings: Settings,
+    denoisers: Mapping[str, Denoiser[Any]],
+    load: LoadDenoiser | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """Wire an application around networks that are already loaded.
 
     Args:
         settings: what the operator said.
         denoisers: by name, the default one first.
         load: loads others, where the settings allow that.
+        tracing: what tells of requests, and is closed in the end; None: nothing does.
 
     Raises:
         ModelError: a network that was compiled for batches smaller than `max_rows`; settings that ask for what cannot
@@ -90,7 +101,7 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]], load: L
         if root is not None and load is not None:
             registry = ModelRegistry(served, engine, config, load, root, settings.max_loaded)
         app.state.service = ServiceState(
-            settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry
+            settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry, tracing
         )
         runners.clear()  # the engine has them, and must be able to let go of them
         log.info("settings: %s", settings.model_dump_json())
@@ -100,6 +111,8 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]], load: L
         lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield
         await engine.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         lag.cancel()
         encoding.close()
 
@@ -127,6 +140,10 @@ def assemble(settings: Settings, denoisers: Mapping[str, Denoiser[Any]], load: L
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(Observe, metrics=metrics)
+    if tracing is not None:
+        from service.api.tracing import Traced
+
+        app.add_middleware(Traced, tracing=tracing)
     return app
 
 
@@ -140,6 +157,16 @@ def _distinct(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ModelError(f"models are served by folder name, which must differ; twice here: {', '.join(sorted(twice))}")
     return folders
+
+
+def _tracing() -> Tracing:
+    try:
+        from service.api.tracing import tracing_to_collector
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise TracingError(f"traces need {error.name}, which is not installed: pip install 'iddpm[otel]'") from error
+    return tracing_to_collector()
 
 
 def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[Denoiser[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What all interfaces do with a validated body: submit it, wait for its images or follow its events, let go of it.
+"""What all interfaces do with a validated body: submit it, wait or follow, let go of it, encode what came of it.
 
 Whatever ends the waiting early frees the rows at the next step: a client that goes away, an image that fails, a limit.
 """
@@ -9,9 +9,10 @@ import asyncio
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from starlette.types import Receive
@@ -24,6 +25,9 @@ from service.engine.async_engine import Ticket
 from service.engine.events import Event, ImageFailed
 from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
 from service.errors import Aborted, InvalidRequest, TimedOut
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ def submit(prepared: Prepared, state: ServiceState, watch: Watch | None = None) 
     """
     if prepared.idempotent and watch is not None:
         raise InvalidRequest("Idempotency-Key", "a stream cannot be answered twice; leave it out, and give a seed")
-    return Accepted(prepared.model, state.engine.submit(replace(prepared.request, watch=watch)))
+    ticket = state.engine.submit(replace(prepared.request, watch=watch))
+    if state.tracing is not None:
+        state.tracing.follow(ticket, prepared.model.numerics_id)
+    return Accepted(prepared.model, ticket)
 
 
 async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:
@@ -151,6 +158,12 @@ async def follow(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
         raise _timed_out(longest) from error
     finally:
         _abandon(ticket, state)
+
+
+async def encode_answer(state: ServiceState, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Make an answer, or a part of it, of what came of a request: off the event loop, and told to who traces."""
+    with nullcontext() if state.tracing is None else state.tracing.encoding():
+        return await state.encoding.run(function, *args, **kwargs)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -13,7 +13,7 @@ from service.api.encoding import MEDIA_TYPES, ZIP_MEDIA_TYPE
 from service.api.event_schemas import EVENT_SCHEMA
 from service.api.event_source import MEDIA_TYPE as EVENT_STREAM
 from service.api.event_source import EventSource
-from service.api.execution import prepare, submit, wait
+from service.api.execution import encode_answer, prepare, submit, wait
 from service.api.schemas import GenerateRequest, GenerateResponse, Problem
 from service.api.state import ServiceState, service_state
 from service.api.streaming import stream_events
@@ -71,7 +71,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     accepted = submit(prepared, state)
     results = await wait(accepted.ticket, request, state)
     timing, done = accepted.timing(results), time.monotonic()
-    response = await state.encoding.run(answer, form, accepted, results, timing)
+    response = await encode_answer(state, answer, form, accepted, results, timing)
     response.headers["Server-Timing"] = accepted.server_timing(results, time.monotonic() - done)
     state.metrics.images.inc(len(results))
     return response

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from service.api.execution import Accepted, prepare, submit, wait
+from service.api.execution import Accepted, encode_answer, prepare, submit, wait
 from service.api.kserve_schemas import (
     ConfigTensor,
     InferRequest,
@@ -200,7 +200,7 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     asked = _read(head)
     accepted = submit(prepare(_generate_request(asked, behind, model), request, state), state)
     results = await wait(accepted.ticket, request, state)
-    answer = await state.encoding.run(_answer, asked, accepted, results)
+    answer = await encode_answer(state, _answer, asked, accepted, results)
     state.metrics.images.inc(len(results))
     return answer
 

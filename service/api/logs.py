@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 
 import structlog
+
+SELDOM_S = 60.0
+
+
+class Seldom(logging.Filter):
+    """Lets through what a library says, but each thing once a minute: of an outage it speaks with every attempt."""
+
+    def __init__(self, library: str, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(library)
+        self._clock = clock
+        self._said_at: dict[tuple[str, int], float] = {}  # by the line of its code
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record goes on; those of others do."""
+        if not super().filter(record):
+            return True
+        now, thing = self._clock(), (record.pathname, record.lineno)
+        if now < self._said_at.get(thing, -SELDOM_S) + SELDOM_S:
+            return False
+        self._said_at[thing] = now
+        return True
 
 
 def configure_logging(level: str = "INFO") -> None:
@@ -29,6 +52,7 @@ def configure_logging(level: str = "INFO") -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         )
     )
+    handler.addFilter(Seldom("opentelemetry"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)

@@ -71,7 +71,7 @@ class Observe:
                 scope, receive, send_named
             )
         finally:
-            status = scope["state"].get(_ENDED_AS, status)
+            status = scope["state"].setdefault(_ENDED_AS, status)
             self._record(scope, status, time.perf_counter() - begun)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -84,12 +84,19 @@ class Observe:
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         client = scope["state"].get("client")  # nobody was identified where the request was refused before
         who = client.name if isinstance(client, Client) else "-"
-        log.log(level, "%s %s %d %.3fs %s", scope["method"], _printable(path), status, seconds, who)
+        log.log(level, "%s %s %d %.3fs %s", scope["method"], printable(path), status, seconds, who)
 
 
 def ended_as(scope: Scope, status: int) -> None:
     """Say what an answer that had begun came to: the status it would have had, had it been known then."""
     scope["state"][_ENDED_AS] = status
+
+
+def status_of(scope: Scope) -> int:
+    """Return what a request came to, as it was logged and counted; it has passed `Observe`."""
+    status = scope["state"][_ENDED_AS]
+    assert isinstance(status, int)  # noqa: S101  # set by Observe
+    return status
 
 
 def outcome_of(status: int) -> Outcome:
@@ -103,5 +110,6 @@ def outcome_of(status: int) -> Outcome:
     return "invalid" if status < 500 else "failed"
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
+    """Return a path as it may be logged: one line, and not a long one."""
     return repr(path[:200]) if not (path.isascii() and path.isprintable()) else path[:200]

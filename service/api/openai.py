@@ -14,7 +14,7 @@ from starlette.responses import Response
 from service.api.answers import Form, form_of, generated_image
 from service.api.event_source import MEDIA_TYPE as EVENT_STREAM
 from service.api.event_source import EventSource
-from service.api.execution import Accepted, prepare, submit, wait
+from service.api.execution import Accepted, encode_answer, prepare, submit, wait
 from service.api.openai_schemas import CompletedEvent, ImagesRequest, ImagesResponse, OpenAIError, PartialImageEvent
 from service.api.openai_streaming import image_size, stream_images
 from service.api.openapi import one_of
@@ -53,7 +53,7 @@ async def generate_images(body: ImagesRequest, request: Request, state: State) -
         return EventSource(stream_images(accepted, form, request, state))
     accepted = submit(prepared, state)
     results = await wait(accepted.ticket, request, state)
-    answer = await state.encoding.run(_answer, form, accepted, results, accepted.timing(results))
+    answer = await encode_answer(state, _answer, form, accepted, results, accepted.timing(results))
     state.metrics.images.inc(len(results))
     return answer
 

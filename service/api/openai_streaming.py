@@ -13,7 +13,7 @@ from fastapi.sse import format_sse_event
 
 from service.api.answers import Form, generated_image
 from service.api.encoding import encode_one
-from service.api.execution import Accepted, follow
+from service.api.execution import Accepted, encode_answer, follow
 from service.api.faults import as_openai_error
 from service.api.observe import ended_as
 from service.api.openai_schemas import CompletedEvent, OpenAIError, PartialImageEvent
@@ -35,7 +35,7 @@ async def stream_images(accepted: Accepted, form: Form, request: Request, state:
                     yield await state.encoding.run(_partial, form, accepted, event, shown[event.position])
                     shown[event.position] += 1
                 elif isinstance(event, ImageDone):
-                    yield await state.encoding.run(_completed, form, accepted, event.result)
+                    yield await encode_answer(state, _completed, form, accepted, event.result)
                     state.metrics.images.inc()
     except GenerationFailed as error:
         fault = fault_of(error, request)

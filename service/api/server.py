@@ -77,8 +77,13 @@ class DrainingServer(uvicorn.Server):
 
 def engine_of(app: FastAPI) -> AsyncEngine | None:
     """Return the engine of an app that has started."""
+    service = _service_of(app)
+    return None if service is None else service.engine
+
+
+def _service_of(app: FastAPI) -> ServiceState | None:
     state = getattr(app.state, "service", None)
-    return state.engine if isinstance(state, ServiceState) else None
+    return state if isinstance(state, ServiceState) else None
 
 
 def serve(app: FastAPI, settings: Settings) -> bool:
@@ -98,8 +103,12 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     DrainingServer(config, app).run()
-    engine = engine_of(app)
-    if engine is not None and engine.state is EngineState.DEAD:
+    service = _service_of(app)
+    if service is None:
+        return False
+    if service.engine.state is EngineState.DEAD:
+        if service.tracing is not None:
+            service.tracing.close()  # the app was not asked to: this exit was forced
         logging.shutdown()
         os._exit(1)  # a thread that hangs inside a library could keep the interpreter from ending
-    return engine is not None and engine.state is EngineState.STOPPED
+    return service.engine.state is EngineState.STOPPED

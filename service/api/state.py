@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -15,6 +16,9 @@ from service.api.translate import ServedModel
 from service.engine.async_engine import AsyncEngine
 from service.metrics import Metrics
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.api.tracing import Tracing  # needs the extra otel
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ServiceState:
     thumbnails: Thumbnails
     registry: ModelRegistry | None = None
     """Loads and unloads models; None: nobody may."""
+    tracing: Tracing | None = None
+    """Tells a collector of requests; None: nobody asked for that."""
     started_at: float = field(default_factory=time.time)
     """Seconds since 1970."""
 

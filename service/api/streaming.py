@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from diffusion.images import PictureFormat, encode
 from service.api.answers import Form, answer_json
 from service.api.event_schemas import EventName, PreviewEvent, ProgressEvent, QueuedEvent
-from service.api.execution import Accepted, follow
+from service.api.execution import Accepted, encode_answer, follow
 from service.api.faults import as_problem
 from service.api.observe import ended_as
 from service.api.problems import fault_of
@@ -52,7 +52,7 @@ async def stream_events(accepted: Accepted, form: Form, request: Request, state:
                     case Completed():
                         in_order = [results[position] for position in range(len(results))]
                         timing = accepted.timing(in_order)
-                        answer = await state.encoding.run(answer_json, form, accepted, in_order, timing)
+                        answer = await encode_answer(state, answer_json, form, accepted, in_order, timing)
                         state.metrics.images.inc(len(in_order))
                         yield framed("completed", answer)
     except GenerationFailed as error:

@@ -107,6 +107,10 @@ class Ticket:
     """Made at admission; `AsyncEngine.eta` has a newer one."""
     events: EventStream | None
     """For one reader; None where the request has no `watch`."""
+    ended: asyncio.Future[None]
+    """Done when the engine has let go of every image, later than `images` where they were given up."""
+    outcomes: list[ImageResult] = field(init=False, default_factory=list)
+    """What the engine said of each image that left it, of failed and aborted ones too."""
     pending: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +183,8 @@ class AsyncEngine:
         events = None
         if request.watch is not None:
             events = EventStream(len(images), prediction, lambda: self.eta(request.request_id))
-        ticket = self._tickets[request.request_id] = Ticket(request, futures, now, prediction, events)
+        ticket = Ticket(request, futures, now, prediction, events, loop.create_future())
+        self._tickets[request.request_id] = ticket
         self._forecast.add(images, view)
         self._rows_in_flight[request.client] += request.rows
         self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
@@ -402,6 +407,7 @@ class AsyncEngine:
             ticket = self._tickets.get(result.request_id)
             if ticket is None:
                 continue
+            ticket.outcomes.append(result)
             params = ticket.request.images[result.position]
             self._forecast.remove(result.request_id, result.position)  # first: events tell when the rest will be done
             if result.status is ImageStatus.DONE:
@@ -423,6 +429,7 @@ class AsyncEngine:
     def _end(self, ticket: Ticket) -> None:
         """Forget a request that has ended, and note how true its prediction was if it came to all its pictures."""
         request = ticket.request
+        ticket.ended.set_result(None)
         del self._tickets[request.request_id]
         self._drop_if_done(request.model)
         if not self._rows_in_flight[request.client]:
@@ -439,6 +446,7 @@ class AsyncEngine:
         for ticket in self._tickets.values():
             for position in range(len(ticket.images)):
                 _resolve(ticket, position, EngineDead(message))
+            ticket.ended.set_result(None)
         self._tickets.clear()
         for loading in self._loading.values():
             loading.set_exception(EngineDead(message))

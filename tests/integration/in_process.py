@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.app import assemble
+from service.api.tracing import Tracing
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
@@ -46,6 +48,15 @@ class PausedDenoiser(ExactDenoiser):
         raise TimeoutError("nobody lets the network compute")
 
 
+class Overflowing(PausedDenoiser):
+    """A network that makes nonsense of one class."""
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        out = super().__call__(x_t, emb_t, y)
+        out[np.asarray(y) == 3] *= np.float32("nan")
+        return out
+
+
 class Service:
     """A running app, and clients that reach it from any address."""
 
@@ -73,9 +84,12 @@ class Service:
 
 
 @asynccontextmanager
-async def running(denoiser: PausedDenoiser | None = None, **settings: Any) -> AsyncIterator[Service]:
+async def running(
+    denoiser: PausedDenoiser | None = None, tracing: Tracing | None = None, **settings: Any
+) -> AsyncIterator[Service]:
     denoiser = denoiser or PausedDenoiser()
-    app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH, max_queue=QUEUE, **settings), {"m": denoiser})
+    chosen = Settings(models=(Path("m"),), max_rows=WIDTH, max_queue=QUEUE, **settings)
+    app = assemble(chosen, {"m": denoiser}, tracing=tracing)
     async with app.router.lifespan_context(app):
         service = Service(app, denoiser)
         while (await service.ask("GET", "/readyz")).status_code != 200:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from torch import Tensor
 
 from service.api.app import assemble
 from service.backends.torch_backend import TorchBackend
 from service.settings import Settings
 from tests.fakes import tiny_checkpoint
+from tests.integration.collector import collecting
 
 
 class Mortal(TorchBackend):
@@ -74,6 +76,7 @@ from pathlib import Path
 from service.api.app import assemble
 from service.api.logs import configure_logging
 from service.api.server import serve
+from service.api.tracing import tracing_to_collector
 from service.engine import watchdog
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
@@ -91,7 +94,8 @@ class Doomed(ExactDenoiser):
 
 configure_logging()
 settings = Settings(models=(Path("doomed"),), port=int(sys.argv[3]))
-sys.exit(0 if serve(assemble(settings, {"doomed": Doomed(tiny_config())}), settings) else 1)
+app = assemble(settings, {"doomed": Doomed(tiny_config())}, tracing=tracing_to_collector())
+sys.exit(0 if serve(app, settings) else 1)
 """
 
 
@@ -101,28 +105,31 @@ def test_the_process_ends_with_an_error_after_it_has_told_everybody(tmp_path: Pa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, mark, log = f"http://127.0.0.1:{port}", tmp_path / "doomed", tmp_path / "log"
-    with log.open("wb") as output:
+    with collecting() as collector, log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", DOOMED, fate, str(mark), str(port)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    try:
-        while _status(f"{url}/readyz") != 200:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        with httpx.Client(timeout=100) as client, ThreadPoolExecutor(4) as pool:
-            mark.touch()
-            waiting = [pool.submit(client.post, f"{url}/v1/generate", json={"steps": 9}) for _ in range(4)]
-            answers = [future.result() for future in waiting]
-        assert _status(f"{url}/healthz") in (503, None)  # None: it has ended already
-        assert process.wait(100) == 1
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            while _status(f"{url}/readyz") != 200:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            with httpx.Client(timeout=100) as client, ThreadPoolExecutor(4) as pool:
+                mark.touch()
+                waiting = [pool.submit(client.post, f"{url}/v1/generate", json={"steps": 9}) for _ in range(4)]
+                answers = [future.result() for future in waiting]
+            assert _status(f"{url}/healthz") in (503, None)  # None: it has ended already
+            assert process.wait(100) == 1
+        finally:
+            process.kill()
+            process.wait()
     assert {answer.status_code for answer in answers} <= {500, 503}  # 503 for those that came after its death
     assert said in next(answer.json()["detail"] for answer in answers if answer.status_code == 500)
+    told = [span for span in collector.spans if span.name == "POST /v1/generate"]  # with its last breath
+    assert len(told) == len(answers)
+    assert all(span.status.code == Status.STATUS_CODE_ERROR for span in told)
 
 
 def _status(url: str) -> int | None:

@@ -15,7 +15,7 @@ from service.api import event_source
 from service.api.event_schemas import EVENT_SCHEMA, PreviewEvent, ProgressEvent, QueuedEvent
 from service.api.schemas import GenerateResponse, Problem
 from service.engine import event_stream
-from tests.integration.in_process import WIDTH, PausedDenoiser, Service, running, runs
+from tests.integration.in_process import WIDTH, Overflowing, Service, running, runs
 from tests.integration.streams import SentEvent, StreamClient, streaming
 
 BODY: dict[str, Any] = {"class": [1, 3], "steps": 6, "seed": 7, "cfg_scale": 1}
@@ -154,15 +154,6 @@ def test_what_is_wrong_before_acceptance_has_its_status_and_form(body: dict[str,
             assert {error["field"] for error in refused.json()["errors"]} == {field}
 
     check()
-
-
-class Overflowing(PausedDenoiser):
-    """A network that makes nonsense of one class."""
-
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
-        out[np.asarray(y) == 3] *= np.float32("nan")
-        return out
 
 
 @runs

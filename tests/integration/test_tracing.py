@@ -1,0 +1,310 @@
+"""Traces over the whole app: which spans a request leaves, whatever becomes of it, its client and the collector."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
+
+from service.api import tracing as tracing_module
+from service.api.app import create_app
+from service.api.keys import ApiKey, hash_of, write_keys
+from service.api.tracing import Tracing, tracing_to_collector
+from service.errors import TracingError
+from service.settings import Settings
+from tests.integration.collector import collecting
+from tests.integration.in_process import Overflowing, running, runs
+from tests.integration.streams import streaming
+
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+BODY: dict[str, Any] = {"class": "Bee", "steps": 3, "seed": 7, "cfg_scale": 2.0}
+
+
+class Told:
+    """A tracer, and what it has told by the time that its app has ended."""
+
+    def __init__(self) -> None:
+        self._exporter = InMemorySpanExporter()
+        self.tracing = Tracing(self._exporter)
+
+    def names(self) -> list[str]:
+        return [span.name for span in self._exporter.get_finished_spans()]
+
+    def by_name(self) -> dict[str, ReadableSpan]:
+        """Return the spans; each name is there once."""
+        spans = {span.name: span for span in self._exporter.get_finished_spans()}
+        assert len(spans) == len(self.names())
+        return spans
+
+
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+def milliseconds(span: ReadableSpan) -> float:
+    assert span.start_time is not None
+    assert span.end_time is not None
+    return (span.end_time - span.start_time) / 1e6
+
+
+@runs
+async def test_a_request_leaves_its_span_with_queue_denoise_and_encode_inside() -> None:
+    told = Told()
+    async with running(tracing=told.tracing) as service:
+        answer = await service.ask("POST", "/v1/generate", json=BODY, headers={"X-Request-ID": "mine"})
+    image = answer.json()["images"][0]
+
+    spans = told.by_name()
+    request = spans.pop("POST /v1/generate")
+    assert (request.kind, request.parent, request.status.status_code) == (SpanKind.SERVER, None, StatusCode.UNSET)
+    assert attributes(request) == {
+        "http.request.method": "POST",
+        "http.route": "/v1/generate",
+        "http.response.status_code": 200,
+        "url.path": "/v1/generate",
+        "url.scheme": "http",
+        "iddpm.request_id": "mine",
+    }
+    assert set(spans) == {"queue", "denoise", "encode"}
+    for span in spans.values():
+        assert span.parent == request.context
+        assert span.status.status_code is StatusCode.UNSET
+    assert milliseconds(spans["queue"]) == pytest.approx(image["queue_ms"], abs=0.002)
+    assert milliseconds(spans["denoise"]) == pytest.approx(image["compute_ms"], abs=0.002)
+    assert spans["queue"].end_time == spans["denoise"].start_time
+    assert attributes(spans["denoise"]) == {
+        "iddpm.model": "m",
+        "iddpm.images": 1,
+        "iddpm.rows": 2,
+        "iddpm.row_steps": 6,
+        "iddpm.numerics_id": answer.json()["numerics_id"],
+    }
+
+
+@runs
+async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line() -> None:
+    told, ids = Told(), []
+
+    class Ids(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            ids.append(structlog.contextvars.get_contextvars().get("trace_id"))
+
+    observe, handler = logging.getLogger("service.api.observe"), Ids()
+    observe.addHandler(handler)
+    observe.setLevel(logging.INFO)
+    try:
+        async with running(tracing=told.tracing) as service:
+            for sampled in ("01", "00"):
+                headers = {"traceparent": f"00-{TRACE}-{CALLER}-{sampled}"}
+                await service.ask("POST", "/v1/generate", json=BODY, headers=headers)
+            await service.ask("GET", "/v1/models", headers={"traceparent": "00-none-of-it-01"})
+    finally:
+        observe.removeHandler(handler)
+        observe.setLevel(logging.NOTSET)
+
+    spans = told.by_name()  # one of each: the second caller does not want to be told of
+    request, own = spans["POST /v1/generate"], spans["GET /v1/models"]
+    assert request.parent is not None
+    assert (format_trace_id(request.parent.trace_id), format_span_id(request.parent.span_id)) == (TRACE, CALLER)
+    assert {format_trace_id(spans[name].context.trace_id) for name in ("queue", "denoise", "encode")} == {TRACE}
+    assert own.parent is None
+    assert ids == [TRACE, TRACE, format_trace_id(own.context.trace_id)]
+
+
+@runs
+async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
+    told = Told()
+    async with running(tracing=told.tracing) as service:
+        async with streaming(service.app, **BODY, preview_every=1) as client:
+            await client.take()
+            told.tracing._provider.force_flush()
+            assert "POST /v1/generate" not in told.names()
+            last = (await client.rest())[-1]
+        assert last.name == "completed"
+    spans = told.by_name()
+    assert set(spans) == {"POST /v1/generate", "queue", "denoise", "encode"}
+    request = spans.pop("POST /v1/generate")
+    assert all(span.parent == request.context for span in spans.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool) -> None:
+    told = Told()
+
+    @runs
+    async def check() -> None:
+        async with running(Overflowing(), told.tracing) as service:
+            failing: dict[str, Any] = {"class": [1, 3], "steps": 900, "cfg_scale": 1}
+            if stream:
+                async with streaming(service.app, **failing) as client:
+                    await client.rest()
+            else:
+                assert (await service.generate(**failing)).status_code == 500
+
+    check()
+    spans = told.by_name()
+    assert set(spans) == {"POST /v1/generate", "queue", "denoise"}
+    assert spans["queue"].status.status_code is StatusCode.UNSET
+    for name, error in {"POST /v1/generate": "500", "denoise": "not_finite"}.items():
+        assert spans[name].status.status_code is StatusCode.ERROR
+        assert attributes(spans[name])["error.type"] == error
+    assert attributes(spans["POST /v1/generate"])["http.response.status_code"] == 500
+
+
+@runs
+async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> None:
+    told = Told()
+    async with running(tracing=told.tracing) as service:
+        service.denoiser.let.clear()
+        async with streaming(service.app, n=2, steps=1000, cfg_scale=1) as started:
+            service.denoiser.let_steps(1)
+            while (event := await started.take()) is None or event.name != "progress":
+                pass
+            async with streaming(service.app, n=1, steps=1000, cfg_scale=1) as waiting:
+                await waiting.take()
+                waiting.go_away()
+                await asyncio.wait([waiting.answering])
+        # The other one's answer was cut off by its server, as uvicorn does to those that outlast a drain
+        service.denoiser.let.set()
+        await service.until(lambda: asyncio.sleep(0, not service.app.state.service.engine._tickets))
+    told.tracing.close()
+    spans = told._exporter.get_finished_spans()
+    assert sorted(span.name for span in spans) == [*["POST /v1/generate"] * 2, "denoise", "queue", "queue"]
+    (denoise,) = (span for span in spans if span.name == "denoise")
+    queues = {span.parent == denoise.parent: span for span in spans if span.name == "queue"}
+    assert queues[True].status.status_code is StatusCode.UNSET
+    for span in (denoise, queues[False]):
+        assert span.status.status_code is StatusCode.ERROR
+        assert attributes(span)["error.type"] == "aborted"
+    requests = [span for span in spans if span.kind is SpanKind.SERVER]
+    assert [attributes(span)["error.type"] for span in requests] == ["499", "CancelledError"]
+
+
+@runs
+async def test_every_interface_has_names_without_values_and_health_is_not_told() -> None:
+    told = Told()
+    async with running(tracing=told.tracing) as service:
+        infer = {"inputs": [{"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}]}
+        assert (await service.ask("POST", "/v2/models/m/infer", json=infer)).status_code == 200
+        images = {"prompt": "bee", "steps": 2}
+        assert (await service.ask("POST", "/v1/images/generations", json=images)).status_code == 200
+        assert (await service.ask("POST", "/v1/generate", json={"n": 0})).status_code == 422
+        for path in ("/v2/models/m/versions/1/ready", "/nowhere", "/page/main.js", "/healthz", "/metrics"):
+            await service.ask("GET", path)
+        await service.ask("BREW", "/v1/models/m")
+    phases = ["queue", "denoise", "encode"]
+    assert sorted(told.names()) == sorted(
+        [
+            *["POST /v2/models/{model}/infer", *phases],
+            *["POST /v1/images/generations", *phases],
+            "POST /v1/generate",
+            "GET /v2/models/{model}/versions/{version}/ready",
+            "GET",
+            "GET",
+            "HTTP /v1/models/{model}",
+        ]
+    )
+
+
+def test_the_collector_that_the_standard_variables_name_gets_spans_and_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, key = tmp_path / "keys.json", "iddpm_secret"
+    write_keys(keys, [ApiKey(name="alice", sha256=hash_of(key))])
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+
+        @runs
+        async def check() -> None:
+            async with running(tracing=tracing_to_collector(), keys_file=keys) as service:
+                headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "hush"}
+                for token in (key, "iddpm_wrong"):
+                    headers["Authorization"] = f"Bearer {token}"
+                    await service.ask("POST", "/v1/generate?key=hidden", json=BODY | {"seed": 987654}, headers=headers)
+
+        check()
+    assert collector.paths == {"/v1/traces"}
+    assert sorted(span.name for span in collector.spans) == ["POST", "POST /v1/generate", "denoise", "encode", "queue"]
+    told = {item.key: item.value.string_value for item in collector.resources[0].resource.attributes}
+    assert (told["service.name"], told["deployment.environment.name"]) == ("iddpm", "test")
+    for secret in (b"secret", b"wrong", b"hush", b"hidden", b"987654", b"Bee", b"alice"):
+        assert all(secret not in body for body in collector.bodies)
+
+
+def test_a_collector_that_is_down_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")  # of the last attempt; the default is 10 s
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
+
+    @runs
+    async def check() -> None:
+        async with running(tracing=tracing_to_collector()) as service:
+            answers = [await service.generate(**BODY) for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [200] * 5
+
+    check()
+
+
+def test_a_collector_that_takes_nothing_does_not_keep_the_service_from_ending(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = threading.Event()
+
+    class Stuck(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            taken.wait()
+            return SpanExportResult.SUCCESS
+
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", 0.01)
+
+    @runs
+    async def check() -> None:
+        async with running(tracing=Tracing(Stuck())) as service:
+            assert (await service.generate(**BODY)).status_code == 200
+
+    try:
+        check()
+    finally:
+        taken.set()
+    assert "did not take the last traces" in caplog.text
+
+
+def test_traces_without_what_they_need_end_start_up_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "service.api.tracing")
+    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
+    with pytest.raises(TracingError, match=r"need opentelemetry.context, .* pip install 'iddpm\[otel\]'"):
+        create_app(Settings(models=(tmp_path,), traces=True))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_TRACES_EXPORTER", "console"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+    ],
+)
+def test_exporters_and_protocols_that_there_are_not_are_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(TracingError, match=f"{variable}: must be .*; got '{value}'"):
+        tracing_to_collector()
