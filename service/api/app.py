@@ -123,6 +123,8 @@ def assemble(
         lifespan=lifespan,
         docs_url=None,  # api/docs_page.py
         redoc_url=None,
+        # FastAPI would tell query strings, and the messages of exceptions; ours is in api/tracing.py
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.include_router(generate.router)
     app.include_router(openai.router)

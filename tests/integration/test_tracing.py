@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import structlog
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
@@ -285,12 +285,26 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_service_from_ending(
     assert "did not take the last traces" in caplog.text
 
 
+def test_a_tracer_of_the_whole_process_is_not_told_what_we_keep_to_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)  # FastAPI looks for one
+
+    @runs
+    async def check() -> None:
+        async with running() as service:
+            assert (await service.ask("GET", "/v1/models?key=hidden")).status_code == 200
+
+    check()
+    assert not exporter.get_finished_spans()
+
+
 def test_traces_without_what_they_need_end_start_up_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "service.api.tracing")
-    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
-    with pytest.raises(TracingError, match=r"need opentelemetry.context, .* pip install 'iddpm\[otel\]'"):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(TracingError, match=r"need opentelemetry.sdk.trace, .* pip install 'iddpm\[otel\]'"):
         create_app(Settings(models=(tmp_path,), traces=True))
 
 
