@@ -159,6 +159,8 @@ class TokenAttention(nn.Module):
         self.q, self.k, self.v = (_linear(part[:, :channels], part[:, channels]) for part in (q * ch**-0.5, k, v))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # Else a trace of the gradient multiplies by copies of the weights (docs/decisions/0007-classifier-gradient.md)
+        tokens = tokens.contiguous()
         _, length, channels = tokens.shape
         shape = (-1, length, self.num_heads, channels // self.num_heads)
         q, k, v = (layer(tokens).reshape(shape) for layer in (self.q, self.k, self.v))

@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 from cli.main import app as command_line
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
+from model_export.parity import PIXEL_LIMIT
 from service.api.app import create_app
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
 from service.settings import Settings
+from tests.counts import LONG
 from tests.denoisers import AsGradient, AsNetwork
 from tests.exports import Exports
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
@@ -82,6 +84,16 @@ def test_the_service_gives_the_guided_pixels_of_the_one_image_sampler(exports: E
             alone = sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser), xp=xp)
             np.testing.assert_array_equal(picture, alone[0])
     assert not np.array_equal(pixels, plain)
+
+
+@pytest.mark.skipif(not LONG, reason="exports a model and its classifier: IDDPM_TEST_LONG=1")
+def test_an_exported_model_is_guided_as_its_checkpoint_is(exports: Exports) -> None:
+    folder = exports.proven()
+    expected = serve(folder, "torch", ask_for_pictures)[:2]
+    for backend, served in (("openvino", folder), ("onnxruntime", folder), ("openvino", folder / "artifact")):
+        pictures = serve(served, backend, ask_for_pictures)[:2]
+        for actual, picture in zip(pictures, expected, strict=True):
+            assert (np.abs(actual.astype(int) - picture) > 2).mean() <= PIXEL_LIMIT, backend
 
 
 def test_what_a_model_cannot_do_is_refused_by_field_and_rule(tmp_path: Path) -> None:

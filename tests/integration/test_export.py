@@ -184,11 +184,8 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
 
 
 @pytest.mark.skipif(not LONG, reason="traces a classifier and its gradient: IDDPM_TEST_LONG=1")
-def test_a_classifier_is_proven_with_its_model(checkpoint: Path) -> None:
-    write_golden_classifier(checkpoint / "classifier")
-    code, output = export(checkpoint, checkpoint / "artifact")
-    assert code == 0, output
-    found = read_classifier_artifact(checkpoint / "artifact")
+def test_a_classifier_is_proven_with_its_model(exports: Exports) -> None:
+    found = read_classifier_artifact(exports.proven() / "artifact")
     assert found is not None
     measured = [(p.file, p.backend.split(" ")[0], p.precision) for p in found[0].parity if p.passed]
     assert [m for m in measured if m[2] == "fp32"] == [

@@ -73,6 +73,19 @@ def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtyp
         assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_linear_layers_are_given_tokens_that_torch_multiplies_as_one_matrix(name: str) -> None:
+    # else a gradient's graph holds copies of the weights, which OpenVINO computes wrongly (decision 7)
+    tokens: list[Tensor] = []
+    rewritten = rewrite(golden.classifier(name))
+    for module in rewritten.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: tokens.extend(x for x in inputs if x.ndim == 3))
+    run(rewritten, name, golden.load(name).tensor("t"))
+    assert tokens
+    assert all(x.is_contiguous() for x in tokens)
+
+
 def test_a_head_that_no_golden_network_has_is_the_same_function() -> None:
     config = ClassifierConfig(
         image_size=8,
