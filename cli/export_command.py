@@ -12,7 +12,9 @@ from cli.errors import fail, needs_extra
 if TYPE_CHECKING:
     from diffusion.artifact import ChainParity, NetworkParity, Precision
 
-FORMATS = ("onnx", "tensorrt", "diffusers")
+OPTIONS = {"onnx": ("--precision", "--buckets"), "tensorrt": ("--precision", "--buckets", "--gpu"), "diffusers": ()}
+"""The options that each format has."""
+BUCKETS = "1,2,4,8,16,32,64"
 
 
 def export_command(
@@ -21,8 +23,13 @@ def export_command(
     format_: Annotated[
         str, typer.Option("--format", help="onnx or tensorrt, for the service; diffusers, for UNet2DModel.")
     ] = "onnx",
-    precision: Annotated[str, typer.Option(help="What the graph computes in: fp32, bf16 or fp16.")] = "fp32",
-    buckets: Annotated[str, typer.Option(help="Batch sizes it will be compiled for.")] = "1,2,4,8,16,32,64",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="onnx, tensorrt: what the graph computes in: fp32, bf16 or fp16; default: fp32."),
+    ] = None,
+    buckets: Annotated[
+        str | None, typer.Option(help=f"onnx, tensorrt: batch sizes it will be compiled for; default: {BUCKETS}.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="tensorrt: compute capability to build for, e.g. sm89; default: the GPU here.")
     ] = None,
@@ -34,13 +41,11 @@ def export_command(
     CHECKPOINT/classifier, which guides the model, is exported with it, into OUT/classifier. For tensorrt, engines are
     then built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
     """
-    from diffusion.artifact import Precision
-
-    if format_ not in FORMATS:
-        fail(f"--format must be one of {', '.join(FORMATS)}; got {format_!r}", code=2)
-    chosen: Precision | None = next((p for p in get_args(Precision) if p == precision), None)
-    if chosen is None:
-        fail(f"--precision must be one of {', '.join(get_args(Precision))}; got {precision!r}", code=2)
+    if format_ not in OPTIONS:
+        fail(f"--format must be one of {', '.join(OPTIONS)}; got {format_!r}", code=2)
+    _refuse_other_options(format_, {"--precision": precision, "--buckets": buckets, "--gpu": gpu})
+    chosen = _parse_precision("fp32" if precision is None else precision)
+    sizes = _parse_buckets(BUCKETS if buckets is None else buckets)
     try:
         with needs_extra("export"):
             if format_ == "diffusers":
@@ -48,23 +53,36 @@ def export_command(
 
                 export_diffusers(checkpoint, out)
             elif format_ == "tensorrt":
-                _export_tensorrt(checkpoint, out, chosen, parse_buckets(buckets), gpu)
+                _export_tensorrt(checkpoint, out, chosen, sizes, gpu)
             else:
-                _export_onnx(checkpoint, out, chosen, parse_buckets(buckets))
+                _export_onnx(checkpoint, out, chosen, sizes)
     except (ValueError, OSError) as error:
         fail(error)
     typer.echo(f"exported: {out}")
 
 
-def parse_buckets(text: str) -> tuple[int, ...]:
-    """Read batch sizes from a comma list.
+def _refuse_other_options(format_: str, given: dict[str, str | None]) -> None:
+    """End the command if it was given an option that would change nothing."""
+    allowed = OPTIONS[format_]
+    unfit = [name for name, value in given.items() if value is not None and name not in allowed]
+    if unfit:
+        has = f"has only {' and '.join(allowed)}" if allowed else f"has none of {', '.join(given)}"
+        fail(f"{' and '.join(unfit)} would change nothing: --format {format_} {has}", code=2)
 
-    Raises:
-        ValueError: naming the option and the rule.
-    """
+
+def _parse_precision(text: str) -> Precision:
+    from diffusion.artifact import Precision
+
+    precision: Precision | None = next((p for p in get_args(Precision) if p == text), None)
+    if precision is None:
+        fail(f"--precision must be one of {', '.join(get_args(Precision))}; got {text!r}", code=2)
+    return precision
+
+
+def _parse_buckets(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
-        raise ValueError(f"--buckets must be numbers in 1..1024, separated by commas; got {text!r}")
+        fail(f"--buckets must be numbers in 1..1024, separated by commas; got {text!r}", code=2)
     return tuple(sorted({int(part) for part in parts}))
 
 
