@@ -41,6 +41,13 @@ def export_command(
     CHECKPOINT/classifier, which guides the model, is exported with it, into OUT/classifier. For tensorrt, engines are
     then built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
     """
+    from diffusion.artifact import ArtifactError
+    from diffusion.checkpoint_config import CheckpointError
+    from diffusion.diffusers_config import DoesNotMap
+    from diffusion.tensorrt_package import EngineError
+    from model_export.library_errors import LibraryError
+    from service.errors import ModelError
+
     if format_ not in OPTIONS:
         fail(f"--format must be one of {', '.join(OPTIONS)}; got {format_!r}", code=2)
     _refuse_other_options(format_, {"--precision": precision, "--buckets": buckets, "--gpu": gpu})
@@ -56,7 +63,12 @@ def export_command(
                 _export_tensorrt(checkpoint, out, chosen, sizes, gpu)
             else:
                 _export_onnx(checkpoint, out, chosen, sizes)
-    except (ValueError, OSError) as error:
+    except LibraryError as error:
+        fail(
+            f"{error}; nothing was written. The versions in constraints.txt are known to work; "
+            f"iddpm serve --backend torch needs no export"
+        )
+    except (ArtifactError, CheckpointError, DoesNotMap, EngineError, ModelError, OSError) as error:
         fail(error)
     typer.echo(f"exported: {out}")
 

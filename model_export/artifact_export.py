@@ -78,6 +78,7 @@ def export_artifact(
     Raises:
         CheckpointError: a checkpoint that cannot be read, or a classifier that does not fit.
         ArtifactError: an `out` that holds something else.
+        LibraryError: the exporter or a runtime failed.
         ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
             bfloat16 is recorded, and refused by the service where it did not pass.
     """

@@ -25,6 +25,7 @@ from diffusion.config import BackboneConfig
 from diffusion.unet import UNet
 from model_export.classifier_gradient import gradient_graph
 from model_export.inference_graph import rewrite
+from model_export.library_errors import library_call
 
 OPSET = 22
 """Old enough for every runtime; newer ones have fused operations (GroupNormalization, Attention) that are slower."""
@@ -32,6 +33,7 @@ DATA_SUFFIX = ".data"
 MAX_PROTOBUF = 2**31 - 2**24
 """Weights beyond this many bytes lie in a second file: protobuf's limit is 2 GiB."""
 EXAMPLE_ROWS = 2
+PYTORCH = f"PyTorch {torch.__version__}"
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +45,9 @@ def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -
         network: in eval mode.
         path: the file; a network beyond 2 GiB puts its weights beside it, with the suffix `.data`.
         dtype: precision that the graph computes in; inputs and output are float32 (y: int64) always.
+
+    Raises:
+        LibraryError: PyTorch cannot trace the network or translate it, or the checker of ONNX refuses what came out.
     """
     config = network.config
     examples = _image_and_embedding(config)
@@ -62,7 +67,10 @@ def export_classifier_gradient(classifier: Classifier, path: Path) -> None:
     """Write the gradient of a noisy classifier's log p(y | x_t) by x_t, in float32; arguments as for `export_unet`."""
     examples = _image_and_embedding(classifier.config)
     examples["y"] = torch.arange(EXAMPLE_ROWS) % classifier.config.num_classes
-    _export(gradient_graph(rewrite(classifier), *examples.values()), examples, "gradient", path)
+    rewritten = rewrite(classifier)
+    with library_call(PYTORCH, f"trace {path.name}", RuntimeError):
+        graph = gradient_graph(rewritten, *examples.values())
+    _export(graph, examples, "gradient", path)
 
 
 class _UNetGraph(nn.Module):
@@ -94,7 +102,7 @@ def _image_and_embedding(config: BackboneConfig) -> dict[str, Tensor]:
 def _export(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Path) -> None:
     batch = torch.export.Dim.DYNAMIC
     shapes = tuple({0: batch} for _ in examples)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), library_call(PYTORCH, f"export {path.name}", RuntimeError):
         program = torch.onnx.export(
             graph.eval(),
             tuple(examples.values()),
@@ -137,21 +145,30 @@ def _write(model: onnx.ModelProto, path: Path) -> None:
     # not ByteSize(), which serialises, and so fails where it matters
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_PROTOBUF:
         onnx.save_model(model, path, save_as_external_data=True, location=data.name)
-        onnx.checker.check_model(path, full_check=True)
+        _check(path, path.name)
     else:
-        onnx.checker.check_model(model, full_check=True)
+        _check(model, path.name)
         path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _check(model: onnx.ModelProto | Path, name: str) -> None:
+    refusals = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+    with library_call(f"onnx.checker {onnx.__version__}", f"verify {name}", *refusals):
+        onnx.checker.check_model(model, full_check=True)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter prints about itself; its errors are exceptions."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Silence what the exporter prints and logs, about itself and about graphs that fail; its errors are exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)

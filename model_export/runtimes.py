@@ -13,10 +13,14 @@ import onnxruntime
 import openvino
 
 from diffusion.artifact import Precision
+from model_export.library_errors import library_call
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Graph = Callable[[Arrays], npt.NDArray[np.float32]]
-"""Inputs by name, of any number of rows -> the graph's one output."""
+"""Inputs by name, of any number of rows -> the graph's one output. What the runtime raises becomes a LibraryError."""
+
+ONNX_RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+OPENVINO = f"openvino {openvino.get_version().split('-')[0]}"
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 """How OpenVINO calls precisions."""
@@ -39,19 +43,21 @@ def runtimes_for(precision: Precision) -> list[Runtime]:
     A graph of lower precision is TensorRT's, which needs a GPU; here it is tried with the runtime that knows its
     types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO makes float32 of float16.
     """
-    onnx_runtime = Runtime(f"onnxruntime {onnxruntime.__version__}", precision, _open_onnxruntime)
-    version = openvino.get_version().split("-")[0]
-    in_fp32, in_bf16 = (Runtime(f"openvino {version}", p, _openvino(p)) for p in HINTS)
+    onnx_runtime = Runtime(ONNX_RUNTIME, precision, _open_onnxruntime)
+    in_fp32, in_bf16 = (Runtime(OPENVINO, p, _openvino(p)) for p in HINTS)
     return {"fp32": [onnx_runtime, in_fp32, in_bf16], "bf16": [in_bf16], "fp16": [onnx_runtime]}[precision]
 
 
 def _open_onnxruntime(path: Path) -> Graph:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # Exception: what it raises has no base class of its own
+    with library_call(ONNX_RUNTIME, f"load {path.name}", Exception):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Arrays) -> npt.NDArray[np.float32]:
-        return session.run(None, dict(inputs))[0]
+        with library_call(ONNX_RUNTIME, f"run {path.name}", Exception):
+            return session.run(None, dict(inputs))[0]
 
     return run
 
@@ -66,11 +72,14 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
         def run(inputs: Arrays) -> npt.NDArray[np.float32]:
             rows = len(inputs["x_t"])
             if rows not in compiled:
-                network = core.read_model(path)
-                network.reshape({name: list(values.shape) for name, values in inputs.items()})
+                shapes = {name: list(values.shape) for name, values in inputs.items()}
                 settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-                compiled[rows] = core.compile_model(network, "CPU", settings)
-            return compiled[rows](dict(inputs))[0].copy()
+                with library_call(OPENVINO, f"compile {path.name}", RuntimeError):
+                    network = core.read_model(path)
+                    network.reshape(shapes)
+                    compiled[rows] = core.compile_model(network, "CPU", settings)
+            with library_call(OPENVINO, f"run {path.name}", RuntimeError):
+                return compiled[rows](dict(inputs))[0].copy()
 
         return run
 

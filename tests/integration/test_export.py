@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -28,10 +32,10 @@ from diffusion.checkpoint import load_unet, write_checkpoint
 from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.classifier import Classifier
 from diffusion.unet import UNet
-from model_export import artifact_export, parity
+from model_export import artifact_export, onnx_export, parity
 from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
-from tests.fakes import tiny_guided_checkpoint
+from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -245,6 +249,91 @@ def test_what_is_no_checkpoint_ends_in_one_line(tmp_path: Path) -> None:
     code, output = export(tmp_path / "nowhere", tmp_path / "out")
     assert (code, "has no config.json" in " ".join(output.split())) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+class Branching(nn.Module):
+    """What the exporter cannot trace."""
+
+    def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
+        return x_t if emb_t.sum() > 0 else -x_t
+
+
+class Untranslatable(nn.Module):
+    """What it can trace, and has no ONNX for."""
+
+    def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x_t).real * emb_t[:, :1, None, None]
+
+
+class Doubling(nn.Module):
+    """What it can write."""
+
+    def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
+        return 2 * x_t
+
+
+def export_module(module: nn.Module) -> Callable[..., None]:
+    """Return an `export_unet` that exports something else."""
+
+    def export_it(network: UNet, path: Path, dtype: torch.dtype) -> None:
+        onnx_export._export(module, onnx_export._image_and_embedding(network.config), "out", path)
+
+    return export_it
+
+
+def damage(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "Nonsense"
+
+
+def write_garbage(network: UNet, path: Path, dtype: torch.dtype) -> None:
+    path.write_bytes(b"no graph")
+
+
+@pytest.mark.parametrize(
+    ("write", "strip", "precision", "message"),
+    [
+        (export_module(Branching()), None, "fp32", r"PyTorch \S+ failed to export model.onnx: \w+: Could not guard"),
+        (export_module(Untranslatable()), None, "fp32", r"PyTorch \S+ failed to export model.onnx: .*linalg_eig"),
+        (export_module(Doubling()), damage, "fp32", r"onnx.checker \S+ failed to verify model.onnx: .*Nonsense"),
+        (export_module(Doubling()), None, "fp32", r"onnxruntime \S+ failed to run model.onnx: .*"),
+        (write_garbage, None, "fp32", r"onnxruntime \S+ failed to load model.onnx: InvalidProtobuf: "),
+        (write_garbage, None, "bf16", r"openvino \S+ failed to compile model.onnx: RuntimeError: "),
+    ],
+    ids=["trace", "translate", "check", "run", "load", "compile"],
+)
+def test_a_library_that_fails_ends_the_export_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[..., None],
+    strip: Callable[[onnx.ModelProto], None] | None,
+    precision: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(artifact_export, "export_unet", write)
+    if strip is not None:
+        monkeypatch.setattr(onnx_export, "_strip", strip)
+    monkeypatch.setattr(parity, "STEPS", 2)
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    code, output = export(checkpoint, checkpoint / "artifact", "--precision", precision)
+    (error,) = [line for line in output.splitlines() if not line.endswith(" ...")]
+    assert code == 1
+    assert re.match(f"error: {message}", error), error
+    assert "; nothing was written. The versions in constraints.txt are known to work" in error
+    assert len(error) < 800
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(network: UNet, path: Path, dtype: torch.dtype) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(artifact_export, "export_unet", mistaken)
+    result = CliRunner().invoke(app, ["export", str(checkpoint), str(checkpoint / "artifact")])
+    assert isinstance(result.exception, ValueError)
+    assert "error:" not in result.output
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("moment", ["graph", "manifest"])
