@@ -116,8 +116,14 @@ def _export_tensorrt(
     import torch
 
     from cli.engines import measure_engines, show_phase
+    from diffusion.checkpoint_config import read_config
+    from diffusion.tensorrt_package import EngineError
     from model_export.tensorrt_build import build_missing, find_target
 
+    config = read_config(checkpoint)
+    if config.kind == "classifier" or config.model.low_res_size is not None:
+        kind = "noisy classifier" if config.kind == "classifier" else "super-resolution model"
+        raise EngineError(f"{checkpoint} holds a {kind}, which no engine runs; --format onnx exports those")
     target = find_target(gpu)
     if not _is_current(checkpoint, out, precision, buckets):
         _export_onnx(checkpoint, out, precision, buckets)

@@ -205,6 +205,18 @@ def test_a_classifier_that_does_not_fit_its_model_is_not_exported(checkpoint: Pa
     assert not (checkpoint / "artifact").exists()
 
 
+@pytest.mark.parametrize(("changes", "kind"), [(None, "noisy classifier"), ({"low_res_size": 4}, "super-resolution")])
+def test_what_no_engine_runs_is_not_built(tmp_path: Path, changes: dict[str, int] | None, kind: str) -> None:
+    if changes is None:
+        checkpoint = tiny_guided_checkpoint(tmp_path / "tiny") / "classifier"
+    else:
+        checkpoint = tiny_checkpoint(tmp_path / "tiny", **changes)
+    code, output = export(checkpoint, tmp_path / "out", "--format", "tensorrt")
+    message = f"holds a {kind}"
+    assert (code, message in output, "--format onnx exports those" in output) == (1, True, True), output
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
