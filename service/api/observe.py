@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -63,9 +64,13 @@ class Observe:
 
         try:
             await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:
+            status = CLIENT_CLOSED  # whatever the answer began with, nobody has its end
+            raise
         except Exception as error:
             log.error("unexpected error", exc_info=error)  # said once, here
             if status != CLIENT_CLOSED:
+                status = 500
                 raise  # an answer had begun: all that is left is to break the connection
             await problem(500, "Internal error", "something went wrong here; the log has the details")(
                 scope, receive, send_named
