@@ -14,7 +14,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from diffusion.checkpoint_config import describe_validation_error
 from service.errors import KeysError
 
 PREFIX = "iddpm_"
@@ -84,7 +83,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
-        raise KeysError(f"{path}: {describe_validation_error(error)}") from error
+        raise KeysError(f"{path}: {_described(error)}") from None  # which quotes the file
 
 
 def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
@@ -104,6 +103,16 @@ def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise KeysError(f"{path}: {error.strerror}") from error
+
+
+def _described(error: ValidationError) -> str:
+    """Say what is wrong, and where, in no words of the file's own: what stands in the wrong place may be a key."""
+    told = []
+    for problem in error.errors(include_url=False, include_input=False):
+        where = problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]
+        message = "has an unknown field" if problem["type"] == "extra_forbidden" else problem["msg"]
+        told.append(": ".join(filter(None, [".".join(map(str, where)), message.removeprefix("Value error, ")])))
+    return "; ".join(told)
 
 
 class KeyRing:

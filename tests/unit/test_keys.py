@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def test_a_file_keeps_names_hashes_and_limits_and_no_key(tmp_path: Path) -> None
         ("[]", "Input should be an object"),
         ('{"keys": [{"name": "a", "sha256": "abc"}]}', "keys.0.sha256"),
         ('{"keys": [{"name": "a b", "sha256": "' + "0" * 64 + '"}]}', "keys.0.name"),
-        ('{"keys": [{"name": "a", "sha256": "' + "0" * 64 + '", "limits": {"images": 1}}]}', "limits.images: Extra"),
+        (
+            '{"keys": [{"name": "a", "sha256": "' + "0" * 64 + '", "limits": {"images": 1}}]}',
+            "keys.0.limits: has an unknown field",
+        ),
         ('{"keys": [' + ", ".join(['{"name": "a", "sha256": "' + "0" * 64 + '"}'] * 2) + "]}", "twice here: a"),
     ],
 )
@@ -46,6 +50,34 @@ def test_a_damaged_file_is_refused_with_its_reason(tmp_path: Path, text: str, me
     with pytest.raises(KeysError, match=r"keys\.json") as error:
         KeyRing(path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"keys": [{"name": "alice", "sha256": "SECRET"}]}',
+        '{"keys": [{"name": "SECRET ", "sha256": "abc"}]}',
+        '{"keys": ["SECRET"]}',
+        '{"keys": {"alice": "SECRET"}}',
+        '{"SECRET": "alice"}',
+        '{"keys": [{"name": "alice", "sha256": "SECRET"},]}',
+        '{"keys": [{"name": "alice", "sha256": "SECRET"',
+        "SECRET",
+    ],
+)
+def test_a_key_in_a_damaged_file_is_told_to_nobody(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    path, secret = tmp_path / "keys.json", new_key()
+    write_keys(path, [])
+    ring = KeyRing(path)
+    path.write_text(text.replace("SECRET", secret))
+    with caplog.at_level(logging.DEBUG):
+        ring.find("")
+    listed = CliRunner().invoke(app, ["keys", "list", "--file", str(path)])
+    with pytest.raises(KeysError) as error:
+        read_keys(path)
+    for told in (caplog.text, listed.output, "".join(traceback.format_exception(error.value))):
+        assert "keys.json" in told
+        assert secret not in told
 
 
 def test_a_key_ring_follows_its_file(tmp_path: Path) -> None:
