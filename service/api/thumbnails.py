@@ -22,6 +22,8 @@ STEPS = 50
 SEED = 0
 CLIENT = "thumbnails"
 """Whom fairness between clients takes them to be from."""
+AT_ONCE = 4
+"""Most of them in the engine: whoever looks at all classes must leave the queue to those who generate."""
 _Key = tuple[str, str, int]
 """Name and numerics_id of a model, and the class."""
 
@@ -33,6 +35,7 @@ class Thumbnails:
         self._engine = engine
         self._encoding = encoding
         self._tasks: dict[_Key, asyncio.Task[bytes]] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, model: ServedModel, class_index: int) -> bytes:
         """Return a class's thumbnail as PNG, making it if nobody has asked before; all who wait share the work.
@@ -55,8 +58,10 @@ class Thumbnails:
             body["classifier_scale"] = 1
         asked = GenerateRequest.model_validate(body)
         request = complete(asked, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
-        [image] = self._engine.submit(request).images
-        return await self._encoding.run(_picture, await image)
+        async with self._turns:
+            [image] = self._engine.submit(request).images
+            result = await image
+        return await self._encoding.run(_picture, result)
 
     def _forget_failure(self, key: _Key, task: asyncio.Task[bytes]) -> None:
         if task.cancelled() or task.exception() is not None:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from diffusion.images import shrink
+from service.api import thumbnails
 from service.api.page import FOLDER
-from service.api.thumbnails import LONGEST_SIDE, SEED, STEPS
+from service.api.thumbnails import CLIENT, LONGEST_SIDE, SEED, STEPS
 from tests.integration.in_process import PausedDenoiser, Service, running, runs
 
 OURS = {"X-Requested-With": "test"}
@@ -84,6 +85,28 @@ async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
         service.denoiser.let.set()
         await filling
         assert (await thumbnail(service, 0)).status_code == 200
+
+
+def test_who_looks_at_all_classes_does_not_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thumbnails, "AT_ONCE", 2)
+
+    @runs
+    async def check() -> None:
+        async with running() as service:
+            engine = service.app.state.service.engine
+            service.denoiser.let.clear()
+            looking = [asyncio.ensure_future(thumbnail(service, index)) for index in range(4)]
+            while len(engine._tickets) < 2:
+                await asyncio.sleep(0.005)
+            generating = asyncio.ensure_future(service.generate(n=3, steps=2, cfg_scale=1))
+            while len(engine._tickets) < 3:
+                await asyncio.sleep(0.005)
+            assert sum(ticket.request.client == CLIENT for ticket in engine._tickets.values()) == 2
+            service.denoiser.let.set()
+            answers = await asyncio.gather(generating, *looking)
+            assert {answer.status_code for answer in answers} == {200}
+
+    check()
 
 
 @runs
