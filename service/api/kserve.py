@@ -32,7 +32,7 @@ from service.api.openapi import inlined
 from service.api.problems import problem
 from service.api.schemas import GenerateRequest
 from service.api.state import ServiceState, service_state
-from service.api.tensors import LENGTH_HEADER, Datatype, Element, read_tensors, split_body, write_tensors
+from service.api.tensors import LENGTH_HEADER, Datatype, Element, read_tensors, split_body, with_member, write_tensors
 from service.api.translate import ServedModel, find_model
 from service.engine.async_engine import EngineState
 from service.engine.request import ImageResult
@@ -282,8 +282,8 @@ def _answer(asked: InferRequest, accepted: Accepted, results: list[ImageResult])
         arrays = {name: arrays[name] for name in wanted}
         as_bytes = {name: as_bytes[name] if binary is None else binary for name, binary in wanted.items()}
     outputs, behind = write_tensors(arrays, as_bytes)
-    response = InferResponse(model_name=model.name, model_version=model.numerics_id, id=asked.id, outputs=outputs)
-    head = response.model_dump_json(exclude_none=True).encode()
+    response = InferResponse(model_name=model.name, model_version=model.numerics_id, id=asked.id, outputs=[])
+    head = with_member(response, "outputs", outputs)
     if not any(as_bytes.values()):
         return Response(head, media_type="application/json")
     return Response(head + behind, media_type="application/octet-stream", headers={LENGTH_HEADER: str(len(head))})

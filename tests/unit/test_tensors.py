@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.tensors import InputTensor, read_tensors, split_body, write_tensors
+from service.api.tensors import PIECE, InputTensor, OutputTensor, read_tensors, split_body, write_tensors
 from service.errors import InvalidRequest
 
 
@@ -96,11 +97,22 @@ def test_any_frame_is_read_or_refused(tensors: list[InputTensor], binary: bytes)
         assert [len(read[described.name]) for described in tensors] == [described.shape[0] for described in tensors]
 
 
+def test_a_long_output_is_the_same_json_although_it_is_written_in_pieces() -> None:
+    pixels = np.arange(2 * PIECE + 3, dtype=np.uint8).reshape(1, -1)
+    outputs, behind = write_tensors({"images": pixels, "none": pixels[:0]}, {"images": False, "none": False})
+    whole = [
+        OutputTensor(name="images", shape=[1, pixels.size], datatype="UINT8", data=pixels.ravel().tolist()),
+        OutputTensor(name="none", shape=[0, pixels.size], datatype="UINT8", data=[]),
+    ]
+    assert outputs.decode() == "[" + ",".join(tensor.model_dump_json(exclude_none=True) for tensor in whole) + "]"
+    assert behind == b""
+
+
 def test_outputs_are_written_as_bytes_or_as_json() -> None:
     arrays = {"images": np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1), "seed": np.array([3, 4])}
     outputs, behind = write_tensors(arrays, {"images": True, "seed": False})
     assert behind == bytes(range(8))
-    assert [output.model_dump(exclude_none=True) for output in outputs] == [
+    assert json.loads(outputs) == [
         {"name": "images", "shape": [2, 2, 2, 1], "datatype": "UINT8", "parameters": {"binary_data_size": 8}},
         {"name": "seed", "shape": [2], "datatype": "INT64", "data": [3, 4]},
     ]
