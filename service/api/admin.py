@@ -13,7 +13,9 @@ from service.api.state import ServiceState, asking_client, service_state
 from service.errors import Forbidden
 
 
-def registry_for_admins(request: Request, state: Annotated[ServiceState, Depends(service_state)]) -> ModelRegistry:
+async def registry_for_admins(
+    request: Request, state: Annotated[ServiceState, Depends(service_state)]
+) -> ModelRegistry:
     """Return the registry to who may use it: everybody without keys, who is on this machine; else keys for admins."""
     if state.settings.keys_file is not None and not asking_client(request).admin:
         raise Forbidden("this needs a key that was made with --admin")

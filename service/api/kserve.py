@@ -68,7 +68,7 @@ NO_CLASS = -1
 State = Annotated[ServiceState, Depends(service_state)]
 
 
-def served_model(model: Annotated[str, Path(description="Name of a served model.")], state: State) -> ServedModel:
+async def served_model(model: Annotated[str, Path(description="Name of a served model.")], state: State) -> ServedModel:
     """Return the model that a path names."""
     return find_model(state.models, model)
 
@@ -76,7 +76,7 @@ def served_model(model: Annotated[str, Path(description="Name of a served model.
 Model = Annotated[ServedModel, Depends(served_model)]
 
 
-def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
+async def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
     """Refuse versions that the model does not have."""
     if version != model.numerics_id:
         raise UnknownModel(f"{model.name}, version {version}", [f"{model.name}, version {model.numerics_id}"])

@@ -46,8 +46,8 @@ def asking_client(request: Request) -> Client:
     return client
 
 
-def service_state(request: Request) -> ServiceState:
-    """Return the state of the app that a request came to."""
+async def service_state(request: Request) -> ServiceState:
+    """Return the state of the app that a request came to. Asynchronous, as FastAPI calls others in a thread."""
     state = request.app.state.service
     assert isinstance(state, ServiceState)  # noqa: S101  # set by create_app's lifespan
     return state

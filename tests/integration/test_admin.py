@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import io
 import shutil
 import threading
@@ -17,6 +18,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fastapi.routing import APIRoute
 
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
@@ -255,6 +257,16 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
             )
 
     check()
+
+
+def test_no_dependency_of_a_route_takes_a_thread_during_which_a_model_could_change(root: Path) -> None:
+    app = assemble(Settings(models=(Path("m"),), admin_root=root), {"m": PausedDenoiser()}, Shelf())
+    asked = [route.dependant for route in app.routes if isinstance(route, APIRoute)]
+    assert asked
+    while asked:
+        of_one = asked.pop().dependencies
+        assert [needed.call for needed in of_one if not inspect.iscoroutinefunction(needed.call)] == []
+        asked += of_one
 
 
 @runs
