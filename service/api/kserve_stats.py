@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from service.api.kserve_schemas import BatchStats, Duration, InferenceStats, ModelStats
 from service.api.translate import ServedModel
@@ -14,22 +14,19 @@ _NOTHING = Duration(count=0, ns=0)
 
 def model_stats(model: ServedModel, metrics: Metrics) -> ModelStats:
     """Return what a model has done since the process began."""
-
-    def told(name: str, **labels: str) -> float:
-        return metrics.registry.get_sample_value(name, {"model": model.name, **labels}) or 0.0
-
-    done = int(told("iddpm_model_images_total", outcome="done"))
-    queue_s = told("iddpm_model_image_seconds_total", phase="queue")
-    compute_s = told("iddpm_model_image_seconds_total", phase="compute")
+    done = int(_value(metrics.model_images, model=model.name, outcome="done"))
+    failed = int(_value(metrics.model_images, model=model.name, outcome="failed"))
+    queue_s = _value(metrics.model_image_seconds, model=model.name, phase="queue")
+    compute_s = _value(metrics.model_image_seconds, model=model.name, phase="compute")
     return ModelStats(
         name=model.name,
         version=model.numerics_id,
-        last_inference=int(told("iddpm_model_last_image_timestamp_seconds") * 1000),
+        last_inference=int(_value(metrics.model_last_image, model=model.name) * 1000),
         inference_count=done,
-        execution_count=int(told("iddpm_network_calls_total")),
+        execution_count=int(_value(metrics.network_calls, model=model.name)),
         inference_stats=InferenceStats(
             success=_duration(done, queue_s + compute_s),
-            fail=_duration(int(told("iddpm_model_images_total", outcome="failed")), 0.0),
+            fail=_duration(failed, 0.0),
             queue=_duration(done, queue_s),
             compute_input=_NOTHING,
             compute_infer=_duration(done, compute_s),
@@ -42,6 +39,12 @@ def model_stats(model: ServedModel, metrics: Metrics) -> ModelStats:
             for rows, steps in sorted(_steps_by_rows(model.name, metrics.step_seconds).items())
         ],
     )
+
+
+def _value(metric: Counter | Gauge, **labels: str) -> float:
+    """Return a metric's value, 0 where it has none yet; a lookup in the registry would collect all metrics."""
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return next((s.value for s in samples if s.labels == labels and not s.name.endswith("_created")), 0.0)
 
 
 def _steps_by_rows(model: str, step_seconds: Histogram) -> dict[int, Duration]:
