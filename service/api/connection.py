@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from typing import cast
 
 import h11
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.api.faults import MEDIA_TYPE
+from service.api.observe import ended_as
 from service.api.problems import problem
 from service.api.security_headers import SECURITY_HEADERS
 
@@ -93,11 +96,15 @@ class TimedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        if self.cycle is not None:  # an app that waits for the body learns that the client has gone
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
         body = bytes(problem(status, status.phrase.capitalize(), detail).body)
         headers = {"Content-Type": MEDIA_TYPE, **SECURITY_HEADERS, "Content-Length": str(len(body))}
+        if self.cycle is not None and not self.cycle.response_complete:  # an app waits for the body of this request
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            scope = cast("Scope", self.cycle.scope)  # uvicorn's type is narrower
+            ended_as(scope, status)
+            if request_id := scope["state"].get("request_id"):
+                headers["X-Request-ID"] = request_id
         head = h11.Response(
             status_code=status, reason=status.phrase.encode(), headers=[*headers.items(), ("Connection", "close")]
         )

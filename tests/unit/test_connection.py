@@ -15,7 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.body import WholeBody
 from service.api.connection import timed_protocol
+from service.api.observe import Observe
 from service.api.security_headers import SECURITY_HEADERS
+from service.metrics import OUTCOMES, Metrics
 
 HOUR = 3600.0
 LONG_ANSWER = 64 << 20
@@ -46,10 +48,11 @@ Connect = Callable[[], Coroutine[object, object, tuple[asyncio.StreamReader, asy
 
 
 @asynccontextmanager
-async def serving(app: App, read_seconds: float = HOUR, write_seconds: float = HOUR) -> AsyncIterator[Connect]:
-    config = uvicorn.Config(
-        WholeBody(app, max_bytes=100), http=timed_protocol(read_seconds, write_seconds), lifespan="off", log_config=None
-    )
+async def serving(
+    app: App, read_seconds: float = HOUR, write_seconds: float = HOUR, metrics: Metrics | None = None
+) -> AsyncIterator[Connect]:
+    observed = Observe(WholeBody(app, max_bytes=100), metrics or Metrics())
+    config = uvicorn.Config(observed, http=timed_protocol(read_seconds, write_seconds), lifespan="off", log_config=None)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve([listener]))  # serve() would take the test's signals
@@ -93,6 +96,33 @@ def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
             assert json.loads(body)["detail"] == "the request did not arrive within 0.2 s"
 
     check()
+
+
+@runs
+async def test_a_request_whose_body_does_not_arrive_is_named_and_counted_as_what_it_was_told() -> None:
+    metrics = Metrics()
+    async with serving(App(), read_seconds=0.2, metrics=metrics) as connect:
+        for _ in range(2):
+            reader, writer = await connect()
+            writer.write(POST.replace(b" / ", b" /v1/generate ").replace(b"Host", b"X-Request-ID: mine\r\nHost"))
+            head, _, _ = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert b"\r\nX-Request-ID: mine" in head
+    value = metrics.registry.get_sample_value
+    counted = {outcome: value("iddpm_requests_total", {"outcome": outcome}) for outcome in OUTCOMES}
+    assert counted == dict.fromkeys(OUTCOMES, 0) | {"invalid": 2}
+
+
+@runs
+async def test_what_follows_an_answer_and_does_not_arrive_is_not_called_by_its_name() -> None:
+    async with serving(App(), read_seconds=0.2) as connect:
+        reader, writer = await connect()
+        writer.write(POST.replace(b"Host", b"X-Request-ID: mine\r\nHost") + b"12345" + POST[:10])
+        first, second = (await reader.read()).split(b"HTTP/1.1 408 ")
+        writer.close()
+    assert b"mine" in first
+    assert b"X-Request-ID" not in second
 
 
 @runs
