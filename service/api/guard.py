@@ -48,13 +48,17 @@ class Guard:
             )
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
-        if scope["method"] == "POST" and _has_handler(scope):
-            if (expected := _expected_media_type(scope["path"], headers)) is not None:
-                return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
-            if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
-                refused = "Content-Encoding: compressed bodies are not accepted"
-                return problem(415, "Unsupported media type", refused, headers={"Accept-Encoding": "identity"})
-        return None
+        refusal = _refusal_of_body(scope["path"], headers) if scope["method"] == "POST" else None
+        return refusal if refusal is not None and _has_handler(scope) else None
+
+
+def _refusal_of_body(path: str, headers: Headers) -> Response | None:
+    if (expected := _expected_media_type(path, headers)) is not None:
+        return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
+    if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
+        refused = "Content-Encoding: compressed bodies are not accepted"
+        return problem(415, "Unsupported media type", refused, headers={"Accept-Encoding": "identity"})
+    return None
 
 
 def _has_handler(scope: Scope) -> bool:
