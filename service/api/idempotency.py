@@ -158,8 +158,10 @@ class Idempotency:
         if execution.task.cancelled() or execution.task.exception() or execution.abandoned.is_set():
             return
         answer = execution.task.result()
-        if answer.status < 300:
-            kept = self._kept[name] = _Kept(execution.asked, answer, self._clock() + self._keep_s)
+        kept = _Kept(execution.asked, answer, self._clock() + self._keep_s)
+        # One that does not fit by itself would push out all the others first
+        if answer.status < 300 and kept.size <= self._max_bytes:
+            self._kept[name] = kept
             self._bytes += kept.size
             self._forget_old()
 

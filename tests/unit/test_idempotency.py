@@ -216,6 +216,7 @@ async def test_answers_are_forgotten_by_age_and_the_oldest_first_when_there_are_
     assert [(await door.post(key)).json()["run"] for key in "ad"] == [5, 6]
     app.size = 100_000
     assert [(await door.post("long")).json()["run"] for _ in range(2)] == [7, 8]  # does not fit at all
+    assert [(await door.post(key)).json()["run"] for key in "ad"] == [5, 6]  # and pushes nothing out
 
 
 @pytest.mark.parametrize("key", ["", "two words", "x" * 256, "\xe4", "\x01"])
