@@ -121,7 +121,8 @@ def assemble(
         version=version("iddpm"),
         summary="Images from diffusion models of the Improved DDPM family",
         lifespan=lifespan,
-        docs_url=None,  # api/docs_page.py
+        docs_url=None,  # api/docs_page.py, as what it shows
+        openapi_url=None,
         redoc_url=None,
         # FastAPI would tell query strings, and the messages of exceptions; ours is in api/tracing.py
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
