@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 
+from service.api.schemas import MAX_CLASS_NAME
 from service.errors import InvalidRequest
 
 NAMES_SHOWN = 20
 NEAREST_SHOWN = 5
+SHORTLIST = 50
+"""Names that share most pairs of letters with what was asked; the nearest are looked for among these."""
 
 _Index = dict[str, list[int]]
 
 
-@dataclass(frozen=True)
 class ClassNames:
     """The names of a model's classes, and what they may be written like.
 
     A name is taken as it is written if a class has it; else without regard to case; else without regard to spaces,
     underscores and hyphens either. In a prompt, which lists names between commas, a name that holds commas itself
     ("tench, Tinca tinca") may be given whole or by one of its parts, and any class by its index.
+
+    All there is to look up is built at once, so that no request waits for it.
     """
 
-    names: tuple[str, ...]
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        named = list(enumerate(names))
+        parts = [(index, part) for index, name in named for part in name.split(",")]
+        self._most_parts = max(name.count(",") + 1 for name in names)
+        self._exactly = _index(named, str)
+        self._in_any_case = _index(named, _without_case)
+        self._squeezed = _index(named, _squeezed)
+        self._parts = _index(parts, _squeezed)
+        self._pairs = {part: _pairs(part) for part in self._parts}
 
     def find(self, asked: str) -> int:
         """Return the index of the class of that name.
@@ -81,7 +94,7 @@ class ClassNames:
     def _meant(self, asked: str) -> list[int]:
         """Return the classes that a piece of a prompt may mean: a name, a part of one, an index."""
         asked = asked.strip()
-        if not asked:
+        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # to compare a spelling takes time, and a prompt may be long
             return []
         if found := self._named(asked) or self._parts.get(_squeezed(asked)):
             return found
@@ -103,37 +116,25 @@ class ClassNames:
         """List all names if they are few, the nearest ones otherwise."""
         if len(self.names) <= NAMES_SHOWN:
             return ", ".join(self.names)
-        near = difflib.get_close_matches(_squeezed(asked), self._parts, n=NEAREST_SHOWN, cutoff=0.5)
+        near = difflib.get_close_matches(_squeezed(asked), self._shortlist(asked), n=NEAREST_SHOWN, cutoff=0.5)
         indices = dict.fromkeys(index for part in near for index in self._parts[part])
         listed = [self.names[index] for index in list(indices)[:NEAREST_SHOWN]] or self.names[:NEAREST_SHOWN]
         return f"{', '.join(listed)}, ... ({len(self.names)} in all, see GET /v1/models)"
 
-    @cached_property
-    def _exactly(self) -> _Index:
-        return _index(enumerate(self.names), str)
-
-    @cached_property
-    def _in_any_case(self) -> _Index:
-        return _index(enumerate(self.names), _without_case)
-
-    @cached_property
-    def _squeezed(self) -> _Index:
-        return _index(enumerate(self.names), _squeezed)
-
-    @cached_property
-    def _parts(self) -> _Index:
-        return _index(((index, part) for index, name in enumerate(self.names) for part in name.split(",")), _squeezed)
-
-    @cached_property
-    def _most_parts(self) -> int:
-        return max(name.count(",") + 1 for name in self.names)
+    def _shortlist(self, asked: str) -> list[str]:
+        """Return the parts most like it by the pairs of letters they share (Dice's coefficient): sets are quick."""
+        pairs = _pairs(_squeezed(asked))
+        return heapq.nlargest(
+            SHORTLIST, self._pairs, lambda part: len(pairs & self._pairs[part]) / (len(pairs) + len(self._pairs[part]))
+        )
 
 
 def _index(named: Iterable[tuple[int, str]], spelling: Callable[[str], str]) -> _Index:
     index: _Index = defaultdict(list)
     for class_index, name in named:
-        if class_index not in index[spelling(name)]:
-            index[spelling(name)].append(class_index)
+        indices = index[spelling(name)]
+        if class_index not in indices:
+            indices.append(class_index)
     return dict(index)
 
 
@@ -143,3 +144,8 @@ def _without_case(name: str) -> str:
 
 def _squeezed(name: str) -> str:
     return re.sub(r"[\s_-]+", "", _without_case(name))
+
+
+def _pairs(squeezed: str) -> frozenset[str]:
+    """Return the pairs of neighbouring letters; the first and the last one have a space for a neighbour."""
+    return frozenset(map("".join, pairwise(f" {squeezed} ")))

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from service.api.class_names import ClassNames
 from service.api.translate import ServedModel
 from service.backends.base import Denoiser
 from service.engine.async_engine import AsyncEngine
@@ -175,11 +177,24 @@ async def _in_daemon(function: Callable[[], T]) -> T:
 
 def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:
     """Return what routes know of a network that is loaded."""
+    classifier = None if denoiser.classifier is None else denoiser.classifier.config
     return ServedModel(
         name=name,
         loaded=loaded,
         config=denoiser.config,
         numerics_id=numerics_id,
         backend=denoiser.description,
-        classifier=None if denoiser.classifier is None else denoiser.classifier.config,
+        classifier=classifier,
+        classes=_classes(denoiser.config, classifier),
     )
+
+
+def _classes(config: CheckpointConfig, classifier: ClassifierCheckpointConfig | None) -> ClassNames | None:
+    """Return the names of a model's classes, or of its classifier's: they are the same, where both have some."""
+    count = config.model.num_classes
+    if count is None and classifier is not None:
+        count = classifier.model.num_classes
+    if count is None:
+        return None
+    of_classifier = None if classifier is None else classifier.class_names
+    return ClassNames(config.class_names or of_classifier or tuple(str(index) for index in range(count)))

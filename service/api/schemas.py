@@ -16,10 +16,12 @@ MAX_CFG_SCALE = 20.0
 MAX_CLASSIFIER_SCALE = 100.0
 MAX_DEADLINE_S = 86400.0
 MAX_PREVIEW_EVERY = 10_000
+MAX_CLASS_NAME = 200
+"""Characters."""
 
 ImageFormat = Literal["png", "webp", "jpeg", "npz"]
 PriorityName = Literal["interactive", "batch"]
-ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=200)]
+ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
 
 
 class SamplingOptions(BaseModel):

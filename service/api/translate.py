@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -30,25 +29,13 @@ class ServedModel:
     backend: str
     classifier: ClassifierCheckpointConfig | None = None
     """The noisy classifier that guides it."""
+    classes: ClassNames | None = None
+    """One name per class; None if neither the model nor its classifier has any."""
 
     @property
     def engine_id(self) -> str:
         """What the engine knows it by."""
         return model_id(self.name, self.loaded)
-
-    @cached_property
-    def classes(self) -> ClassNames | None:
-        """One name per class (its index where nobody named it); None if neither the model nor its classifier has any.
-
-        The classes of a model and its classifier are the same, where both have some.
-        """
-        of_classifier = None if self.classifier is None else self.classifier.class_names
-        count = self.config.model.num_classes
-        if count is None and self.classifier is not None:
-            count = self.classifier.model.num_classes
-        if count is None:
-            return None
-        return ClassNames(self.config.class_names or of_classifier or tuple(str(index) for index in range(count)))
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -5,14 +5,33 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from service.api.class_names import ClassNames
+from service.api.schemas import MAX_CLASS_NAME
 from service.errors import InvalidRequest
 
 FASHION = ClassNames(("T-shirt/top", "Trouser", "Ankle boot", "Bag"))
 IMAGENET = ClassNames(("tench, Tinca tinca", "goldfish", "crane", "crane", "maillot", "maillot, tank suit", "7"))
+CREATURES = ClassNames(
+    tuple(
+        f"{colour} {animal}"
+        for colour in ("black", "white", "great grey", "brown", "golden", "striped", "common", "little", "giant", "red")
+        for animal in (
+            "bear",
+            "owl",
+            "fox",
+            "mantis",
+            "squirrel",
+            "retriever",
+            "kangaroo",
+            "salamander",
+            "crane",
+            "hen",
+        )
+    )
+)
 MANY = ClassNames((*(f"animal {k}" for k in range(900)), "Ankle boot, bootee", "Boot"))
 
 
@@ -76,6 +95,31 @@ def test_what_is_no_name_or_too_much_is_refused(prompt: str, message: str) -> No
     with pytest.raises(InvalidRequest, match=message) as error:
         IMAGENET.in_prompt(prompt, 64)
     assert error.value.field == "prompt"
+
+
+def test_what_is_longer_than_a_name_may_be_is_none() -> None:
+    names = ClassNames(("a" * MAX_CLASS_NAME, "b" * (MAX_CLASS_NAME + 1)))
+    assert names.in_prompt("a" * MAX_CLASS_NAME, 64) == [0]
+    for longer in ("b" * (MAX_CLASS_NAME + 1), "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}" * 12_800):
+        with pytest.raises(InvalidRequest, match="must be one of"):
+            names.in_prompt(longer, 64)
+
+
+@given(st.sampled_from(CREATURES.names), st.integers(0, 20), st.sampled_from(["drop", "double", "swap", "replace"]))
+def test_of_many_classes_the_one_that_was_misspelt_is_named(name: str, place: int, mistake: str) -> None:
+    place %= len(name) - 1
+    before, letter, following, after = name[:place], name[place], name[place + 1], name[place + 2 :]
+    written = {
+        "drop": following,
+        "double": 2 * letter + following,
+        "swap": following + letter,
+        "replace": "q" + following,
+    }
+    asked = before + written[mistake] + after
+    assume(asked.replace(" ", "") != name.replace(" ", ""))
+    with pytest.raises(InvalidRequest) as error:
+        CREATURES.find(asked)
+    assert name in error.value.message.removeprefix("must be one of ").split(", ")
 
 
 def test_of_many_classes_the_nearest_are_named() -> None:
