@@ -8,12 +8,11 @@ from fastapi import APIRouter, Depends, Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from service.api.health import refusal_if_dead, refusal_if_not_ready
 from service.api.openai_schemas import OpenAIError
-from service.api.problems import problem
 from service.api.schemas import ModelCard, ModelInfo, ModelList, Problem, Status
 from service.api.state import ServiceState, service_state
 from service.api.translate import ServedModel, find_model
-from service.engine.async_engine import EngineState
 
 router = APIRouter()
 
@@ -25,7 +24,7 @@ _RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_j
 async def models(state: State) -> ModelList:
     """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
     return ModelList(
-        data=[_card(model, state) for model in state.models.values()],
+        data=[_card(model) for model in state.models.values()],
         models=[model_info(model) for model in state.models.values()],
     )
 
@@ -49,23 +48,19 @@ def model_info(model: ServedModel) -> ModelInfo:
 @router.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
 async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
     """Say of one model what OpenAI's SDK reads of models."""
-    return _card(find_model(state.models, model), state)
+    return _card(find_model(state.models, model))
 
 
 @router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def healthz(state: State) -> Status | Response:
     """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
-    if state.engine.state is EngineState.DEAD:
-        return problem(503, "Engine stopped", "the engine has stopped with an error, or hangs")
-    return Status(status="ok")
+    return refusal_if_dead(state.engine) or Status(status="ok")
 
 
 @router.get("/readyz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def readyz(state: State) -> Status | Response:
     """Say whether requests are accepted: after warm-up, until shutdown begins."""
-    if state.engine.state is not EngineState.READY:
-        return problem(503, "Not ready", f"the engine is {state.engine.state.value}")
-    return Status(status="ready")
+    return refusal_if_not_ready(state.engine) or Status(status="ready")
 
 
 @router.get("/metrics", tags=["metrics"], response_class=Response)
@@ -74,5 +69,5 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _card(model: ServedModel, state: ServiceState) -> ModelCard:
-    return ModelCard(id=model.name, created=int(state.started_at))
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=int(model.loaded_at))

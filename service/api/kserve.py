@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from service.api.execution import Accepted, encode_answer, prepare, submit, wait
+from service.api.health import refusal_if_dead, refusal_if_not_ready
 from service.api.kserve_schemas import (
     ConfigTensor,
     InferRequest,
@@ -29,12 +30,10 @@ from service.api.kserve_schemas import (
 )
 from service.api.kserve_stats import model_stats
 from service.api.openapi import inlined
-from service.api.problems import problem
 from service.api.schemas import GenerateRequest
 from service.api.state import ServiceState, service_state
 from service.api.tensors import LENGTH_HEADER, Datatype, Element, read_tensors, split_body, with_member, write_tensors
 from service.api.translate import ServedModel, find_model
-from service.engine.async_engine import EngineState
 from service.engine.request import ImageResult
 from service.errors import InvalidRequest, UnknownModel
 
@@ -115,15 +114,13 @@ async def server_metadata() -> ServerMetadata:
 @server.get("/health/live", response_model=Live)
 async def live(state: State) -> Live | Response:
     """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
-    if state.engine.state is EngineState.DEAD:
-        return problem(503, "Engine stopped", "the engine has stopped with an error, or hangs")
-    return Live(live=True)
+    return refusal_if_dead(state.engine) or Live(live=True)
 
 
 @server.get("/health/ready", response_model=Ready)
 async def ready(state: State) -> Ready | Response:
     """Say whether requests are accepted: after warm-up, until shutdown begins."""
-    return _not_ready(state) or Ready(ready=True)
+    return refusal_if_not_ready(state.engine) or Ready(ready=True)
 
 
 @server.get("/models/stats")
@@ -150,7 +147,7 @@ async def metadata(model: Model) -> ModelMetadata:
 @of_model.get("/ready", response_model=ModelReady)
 async def model_ready(model: Model, state: State) -> ModelReady | Response:
     """Say whether requests for a model are accepted."""
-    return _not_ready(state) or ModelReady(name=model.name, ready=True)
+    return refusal_if_not_ready(state.engine) or ModelReady(name=model.name, ready=True)
 
 
 @of_model.get("/config", response_model_exclude_none=True)
@@ -208,12 +205,6 @@ async def infer(model: Model, request: Request, state: State) -> Response:
 server.include_router(of_model, prefix="/models/{model}")
 server.include_router(of_model, prefix="/models/{model}/versions/{version}", dependencies=[Depends(check_version)])
 router = server
-
-
-def _not_ready(state: ServiceState) -> Response | None:
-    if state.engine.state is EngineState.READY:
-        return None
-    return problem(503, "Not ready", f"the engine is {state.engine.state.value}")
 
 
 def _outputs(model: ServedModel) -> list[TensorMetadata]:

@@ -184,6 +184,7 @@ def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: i
         config=denoiser.config,
         numerics_id=numerics_id,
         backend=denoiser.description,
+        loaded_at=time.time(),
         classifier=classifier,
         classes=_classes(denoiser.config, classifier),
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -35,8 +34,6 @@ class ServiceState:
     """Loads and unloads models; None: nobody may."""
     tracing: Tracing | None = None
     """Tells a collector of requests; None: nobody asked for that."""
-    started_at: float = field(default_factory=time.time)
-    """Seconds since 1970."""
 
 
 def asking_client(request: Request) -> Client:

@@ -27,6 +27,8 @@ class ServedModel:
     config: CheckpointConfig
     numerics_id: str
     backend: str
+    loaded_at: float
+    """Seconds since 1970."""
     classifier: ClassifierCheckpointConfig | None = None
     """The noisy classifier that guides it."""
     classes: ClassNames | None = None

@@ -259,6 +259,23 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
     check()
 
 
+def test_a_model_s_card_says_when_its_weights_were_loaded(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        async with running(root) as service:
+            models = service.app.state.service.models
+            before = models["m"].loaded_at
+            assert (await change(service, "m")).status_code == 200
+            assert models["m"].loaded_at > before
+            for listed in (
+                (await service.ask("GET", "/v1/models")).json()["data"][0],
+                (await service.ask("GET", "/v1/models/m")).json(),
+            ):
+                assert listed["created"] == int(models["m"].loaded_at)
+
+    check()
+
+
 def test_no_dependency_of_a_route_takes_a_thread_during_which_a_model_could_change(root: Path) -> None:
     app = assemble(Settings(models=(Path("m"),), admin_root=root), {"m": PausedDenoiser()}, Shelf())
     asked = [route.dependant for route in app.routes if isinstance(route, APIRoute)]
