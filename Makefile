@@ -33,7 +33,7 @@ test: check  ## linters, then all tests with a part of the counts (minutes)
 	$(VENV)/bin/pytest $(PARALLEL)
 
 test-long: check  ## linters, then all tests with full counts (for a release)
-	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
+	IDDPM_TEST_LONG=1 PYTEST_TIMEOUT=7200 $(VENV)/bin/pytest $(PARALLEL)
 
 format: $(VENV)/.installed-dev  ## rewrite the code as ruff wants it
 	$(VENV)/bin/ruff check --fix

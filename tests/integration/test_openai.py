@@ -44,6 +44,10 @@ class GatedDenoiser(ExactDenoiser):
             out[np.asarray(y) == self.OVERFLOWS] = np.nan
         return out
 
+    def close(self) -> None:
+        self.allowed = threading.Semaphore(0)  # without what an earlier test has left
+        self.gated = True
+
     def open(self) -> None:
         self.gated = False
         self.allowed.release(10_000)
@@ -134,7 +138,7 @@ def test_the_asynchronous_sdk_does_the_same(address: str) -> None:
 def test_a_stream_shows_partial_images_and_ends_with_the_whole_ones(
     client: openai.OpenAI, denoiser: GatedDenoiser
 ) -> None:
-    denoiser.gated = True
+    denoiser.close()
     stream = client.images.generate(
         prompt="cat", n=2, stream=True, partial_images=3, extra_body={"steps": 8, "seed": 5, "cfg_scale": 1}
     )
@@ -221,7 +225,7 @@ def test_the_sdk_comes_again_when_the_queue_was_full(address: str, denoiser: Gat
         return int(float(metrics.split('iddpm_requests_total{outcome="rejected"} ')[1].split()[0]))
 
     before = refused()
-    denoiser.gated = True
+    denoiser.close()
     with ThreadPoolExecutor(2) as pool, sdk(address, max_retries=5) as client:
         try:
             extra = {"steps": 2, "seed": 1, "cfg_scale": 1}
