@@ -131,7 +131,7 @@ SCRIPTS = st.lists(
 
 
 @SUBJECTS
-@settings(max_examples=count(2000, 12))
+@settings(max_examples=count(2000, 40))
 @given(script=SCRIPTS)
 def test_joins_leaves_cancels_and_watchers_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
     engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
