@@ -25,7 +25,7 @@ class EngineConfig(FrozenConfig):
     """Part of all accepted rows that one named client may hold; 1: no limit of its own."""
     policy: PolicyName = "srw"
     """Who is served next within a priority, see `service.engine.policies`."""
-    ageing: float = Field(default=0.5, gt=0)
+    ageing: float = Field(default=1.0, gt=0)
     """Row-steps of remaining work that a step of waiting makes up for under srw; chosen in docs/decisions/0005."""
     client_allowance: int = Field(default=1000, ge=1)
     """Row-steps a client may have had beyond an equal part before it lets others go first: four long images."""
