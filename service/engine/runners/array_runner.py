@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
 import numpy as np
@@ -46,6 +47,7 @@ class ArrayRunner(Generic[A]):
         self._channels = denoiser.config.model.image_channels
         self._null_class = denoiser.config.model.num_classes or 0
         self._conditional = denoiser.config.model.num_classes is not None
+        self._beside = ThreadPoolExecutor(1, "noise")
         self._slots: SlotTable[A] = SlotTable(
             denoiser.config,
             config.num_slots,
@@ -97,13 +99,11 @@ class ArrayRunner(Generic[A]):
         x_t, step = table.x[index], table.step[index]
         line = table.plan_offset[index] + step
 
+        rows = PlanRows.from_lines(table.plan[line])
+        noise = self._begin_noise(rows, table.seed[index], table.image_index[index], step)
         out = self._network(slots, x_t, table.emb_t[line], table.y[index], table.cfg_scale[index])
         prediction, var_values = split_output(out, self._channels)
-        rows = PlanRows.from_lines(table.plan[line])
-        if on_host(x_t) and not bool((rows.noise_scale > 0).any()):  # to ask a device would be to wait for it
-            z = self._denoiser.xp.zeros_like(x_t)
-        else:
-            z = normal(table.seed[index], table.image_index[index], step, STREAM_STEP, table.image_shape)
+        z = noise()
         gradient = self._gradient(slots, x_t, line, table.y[index], table.classifier_scale[index])
         result = advance(rows, x_t, table.x0[index], prediction, var_values, z, gradient)
         next_step = step + 1
@@ -155,6 +155,15 @@ class ArrayRunner(Generic[A]):
     def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Turn the predicted x0 into pixels."""
         return to_uint8(self._slots.x0[self._slots.integers(slots)])
+
+    def _begin_noise(self, rows: PlanRows[A], seeds: A, image_indices: A, steps: A) -> Callable[[], A]:
+        """Return what gives the step's noise; on the host it is made meanwhile, while the network is called."""
+        shape: tuple[int, int, int] = self._slots.image_shape
+        if not on_host(seeds):
+            return lambda: normal(seeds, image_indices, steps, STREAM_STEP, shape)
+        if not bool((rows.noise_scale > 0).any()):
+            return lambda: self._denoiser.xp.zeros((len(seeds), *shape), dtype=self._denoiser.xp.float32)
+        return self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
 
     def _network(self, slots: Sequence[int], x_t: A, emb_t: A, y: A, scale: A) -> A:
         """Call the network on [n] images plus a second row, with the null class, for each guided one."""
