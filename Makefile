@@ -62,7 +62,7 @@ clean:  ## remove .venv and caches; trained models in runs/ stay
 # One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when what we need or pin changes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo 'Installing iddpm ($*) into $(VENV)/ (the first time this takes a while)'
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'
 	@touch $@
 
 # The first Python that really runs and is new enough (a version manager's shim may exist and not run).

@@ -27,7 +27,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
-    install: list[str | Path] = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    install: list[str | Path] = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([*install, "-c", source / "constraints.txt", source], check=True, cwd=folder)
     return python
 
