@@ -218,10 +218,10 @@ def test_prometheus_finds_every_replica_and_the_proxy(compose: dict[str, Any], d
 
 def test_make_serve_installs_no_more_than_it_needs_and_listens_on_loopback() -> None:
     planned = run(tool("make"), "--dry-run", "--always-make", "serve").stdout
-    assert "pip install --disable-pip-version-check -c constraints.txt -e '.'" in planned
+    assert "pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.'" in planned
     assert "torch" not in planned
     with_torch = run(tool("make"), "--dry-run", "--always-make", "serve", "EXTRA=torch").stdout
-    assert "pip install --disable-pip-version-check -c constraints.txt -e '.[torch]'" in with_torch
+    assert "pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[torch]'" in with_torch
     assert 'iddpm serve --model "models/fashion32" --host "127.0.0.1" --port "8000"' in planned
 
 
