@@ -162,11 +162,11 @@ class Forecast:
 
     def backlog_s(self, view: DeviceView) -> float:
         """Say how long everything accepted will take."""
-        done = self._progress(view)
+        done = self._progress(view.running)
         total = 0.0
         for model in self._models:
             width = view.widths[model]
-            work = sum(self._lines[model, priority].work for priority in Priority) - done[model]
+            work = sum(self._lines[model, priority].work - done[model, priority] for priority in Priority)
             total += work / width * self._step_s(model, width, view)
         return total
 
@@ -202,12 +202,13 @@ class Forecast:
         """Sum up what all images of a request share."""
         model, priority = image.model, image.priority
         running = sorted((i for i in view.running if i.model == model), key=_order)
+        done = self._progress(running)
         return _Ahead(
             line=self._lines[model, priority],
             progress=self._progress_by_order(running, priority),
             taking_part=running,
-            interactive=self._lines[model, Priority.INTERACTIVE].work - self._done(running, Priority.INTERACTIVE),
-            batch=self._lines[model, Priority.BATCH].work - self._done(running, Priority.BATCH),
+            interactive=self._lines[model, Priority.INTERACTIVE].work - done[model, Priority.INTERACTIVE],
+            batch=self._lines[model, Priority.BATCH].work - done[model, Priority.BATCH],
             others_step_s=sum(
                 self._step_s(other, view.widths[other], view)
                 for other in self._models
@@ -261,16 +262,13 @@ class Forecast:
                 changes.append((image.order, +1, +image.remaining_row_steps))
         return sorted(changes)
 
-    def _done(self, running: Iterable[Image], priority: Priority) -> int:
-        known = ((self._images.get((i.request_id, i.position)), i) for i in running if i.priority is priority)
-        return sum(k.remaining_row_steps - i.remaining_row_steps for k, i in known if k is not None)
-
-    def _progress(self, view: DeviceView) -> Counter[str]:
-        done: Counter[str] = Counter()
-        for image in view.running:
+    def _progress(self, running: Iterable[Image]) -> Counter[tuple[str, Priority]]:
+        """Return the row-steps that images have taken since they arrived, by model and priority."""
+        done: Counter[tuple[str, Priority]] = Counter()
+        for image in running:
             known = self._images.get((image.request_id, image.position))
             if known is not None:
-                done[image.model] += known.remaining_row_steps - image.remaining_row_steps
+                done[image.model, image.priority] += known.remaining_row_steps - image.remaining_row_steps
         return done
 
 
