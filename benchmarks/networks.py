@@ -38,7 +38,7 @@ from diffusion.published import PUBLISHED
 from diffusion.respacing import respace
 from diffusion.time_mlp import WEIGHTS, TimeMLP
 from diffusion.unet import UNet
-from model_export import inference_graph, onnx_export
+from model_export import inference_graph, inference_layers, onnx_export
 from model_export.artifact_export import export_artifact
 from model_export.diffusers_export import export_diffusers
 from model_export.onnx_export import OPSET, export_unet
@@ -232,7 +232,7 @@ def export_for_timing(checkpoint: Path, folder: Path) -> None:
 
 def exporter_hash() -> str:
     """Name a version of the exporter, so that a changed one is timed and not its predecessor's graph."""
-    sources = [Path(str(module.__file__)).read_bytes() for module in (inference_graph, onnx_export)]
+    sources = [Path(str(module.__file__)).read_bytes() for module in (inference_graph, inference_layers, onnx_export)]
     return hashlib.sha256(b"\n".join(sources)).hexdigest()[:12]
 
 

@@ -309,11 +309,16 @@ class UNet(Backbone):
         if low_res is not None:
             upsampled = F.interpolate(low_res, x_t.shape[-2:], mode="bilinear", align_corners=False)
             x = torch.cat([x_t, upsampled], dim=1)
-        return self.decode(self.encode(x, emb), emb)
+        return self.denoise(x, emb)
 
-    def decode(self, encoded: list[Tensor], emb: Tensor) -> Tensor:
-        """Run the decoder on what `encode` returned."""
-        *skips, h = encoded
+    def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Run encoder and decoder; `forward_emb` says what comes out.
+
+        Args:
+            x: [B, in_channels, H, W]: noisy images, joined by the upsampled low-resolution ones where there are such.
+            emb: float32 [B, 4 model_channels], of timestep and class.
+        """
+        *skips, h = self.encode(x, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,8 @@ from diffusion.classifier import Classifier
 from diffusion.config import ClassifierConfig
 from diffusion.unet import RowLinear, UNet
 from model_export.classifier_gradient import _avg_pool2d_backward, _convolution_backward
-from model_export.inference_graph import normalize, rewrite, silu_of_twice
+from model_export.inference_graph import rewrite
+from model_export.inference_layers import FeatureMap, InferenceNorm, silu_of_twice
 from tests import golden
 from tests.parity.test_networks import CLASSIFIERS, UNETS
 
@@ -105,19 +107,23 @@ def test_a_head_that_no_golden_network_has_is_the_same_function() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_normalisation_is_group_normalisation(mean: float) -> None:
+@pytest.mark.parametrize("channels", [[32], [96], [40, 24], [64, 32]])
+def test_normalisation_is_group_normalisation_of_maps_side_by_side(channels: list[int], mean: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    norm = nn.GroupNorm(32, 64).requires_grad_(False)
-    norm.weight.copy_(torch.randn(64, generator=generator))
-    norm.bias.copy_(torch.randn(64, generator=generator))
-    x = torch.randn(2, 64, 4, 4, generator=generator) + mean
-    scale, shift = torch.randn(2, 2, 64, generator=generator)
-    exact = norm.double()(x.double())
+    total = sum(channels)
+    norm = nn.GroupNorm(32, total).requires_grad_(False)
+    norm.weight.copy_(torch.randn(total, generator=generator))
+    norm.bias.copy_(torch.randn(total, generator=generator))
+    x = torch.randn(2, total, 4, 4, generator=generator) + mean * torch.randn(total, 1, 1, generator=generator)
+    scale, shift = torch.randn(2, 2, total, generator=generator)
+    exact = copy.deepcopy(norm).double()(x.double())
 
+    maps = [FeatureMap(part) for part in torch.split(x, channels, dim=1)]
+    rewritten = InferenceNorm(norm)
     expected = 0.5 * (exact * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
-    actual = normalize(x, norm.float(), scale, shift, factor=0.5)
+    actual = torch.cat(rewritten(maps, scale, shift, factor=0.5), dim=1)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * max(mean, 5))
-    torch.testing.assert_close(normalize(x, norm).double(), exact, rtol=0, atol=1e-6 * max(mean, 5))
+    torch.testing.assert_close(torch.cat(rewritten(maps), dim=1).double(), exact, rtol=0, atol=1e-6 * max(mean, 5))
 
 
 def test_silu_by_the_hyperbolic_tangent() -> None:
