@@ -12,6 +12,10 @@ import torch
 from diffusion.checkpoint import load_unet
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
+from service.backends.base import BackendOptions, Precision
+from service.backends.openvino_backend import OpenVinoBackend
+from service.backends.processor import has_bfloat16, vector_instructions
+from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -39,6 +43,14 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
     assert (config.diffusion.num_timesteps, config.diffusion.variance) == (4000, "learned_range")
     assert {"command", "commit", "images_seen", "data"} <= config.provenance.keys()
     assert all(path.stat().st_size <= 12 * MEGABYTE for path in MODEL.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: Precision) -> None:
+    if precision == "bf16" and not has_bfloat16(vector_instructions()):
+        pytest.skip("this processor has no bfloat16")
+    backend = OpenVinoBackend(MODEL, BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir=""))
+    assert invariant_batch_sizes(backend, 16) == backend.batch_sizes == (1, 2, 4, 8, 16)
 
 
 def test_its_pixels_are_the_same_alone_and_in_a_mixture(threads: int) -> None:
