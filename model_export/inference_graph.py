@@ -91,7 +91,7 @@ class InferenceEncoder(nn.Module):
 
 
 class InferenceUNet(UNet):
-    """A `UNet` with its layers rewritten."""
+    """A `UNet` with its layers rewritten; the encoder is one of its own, so `encode` is not to be called."""
 
     def __init__(self, network: UNet, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # all it has is made from the network's
@@ -116,7 +116,7 @@ class InferenceUNet(UNet):
 
 
 class InferenceClassifier(Classifier):
-    """A `Classifier` with its layers rewritten."""
+    """A `Classifier` with its layers rewritten; as for `InferenceUNet`, `encode` is not to be called."""
 
     def __init__(self, network: Classifier, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # all it has is made from the network's

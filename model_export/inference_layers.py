@@ -51,8 +51,8 @@ class FeatureMap:
     def moments(self) -> Moments:
         """Mean and variance of each channel."""
         mean = _map_mean(self.x.float())  # [B, C, 1, 1]
-        # The other way round than `normalize` does it: a runtime would keep x - mean, and writing it costs more than
-        # subtracting again. The variance is that of the centred map: in bfloat16, E[x^2] - E[x]^2 would be noise.
+        # The other way round than `InferenceNorm` does it: a runtime would keep x - mean, and writing it costs more
+        # than subtracting again. The variance is that of the centred map: in bfloat16, E[x^2] - E[x]^2 is noise.
         centred = mean.to(self.x.dtype) - self.x
         return Moments(mean.flatten(1), _map_mean(torch.square(centred.float())).flatten(1))
 
@@ -179,7 +179,7 @@ class InferenceResBlock(nn.Module):
         else:
             (h,) = self.norm_out([FeatureMap(h + emb_out[:, :, None, None].to(h.dtype))], factor=0.5)
         h = self.conv_out(silu_of_twice(h))
-        x = torch.cat(xs, dim=1) if self.skip_connection is None else self.skip_connection(xs)
+        (x,) = xs if self.skip_connection is None else (self.skip_connection(xs),)  # no identity has two maps
         return FeatureMap(x + h)
 
 
