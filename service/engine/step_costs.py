@@ -44,17 +44,26 @@ class StepCosts:
 class _Curve:
     """Seconds by padded rows, a running mean per batch size; holds no clock.
 
+    A machine changes its speed, and a size that is not run for a while would keep what it took before: then the width
+    would follow the weather. So when the same size is run again and again, what it gains or loses, all do.
+
     More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
     cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._last = 0
+        """Size of the newest step."""
         self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
 
     def observe(self, rows: int, seconds: float) -> None:
         known = self._seconds.get(rows)
-        self._seconds[rows] = seconds if known is None else known + SMOOTHING * (seconds - known)
+        newest = seconds if known is None else known + SMOOTHING * (seconds - known)
+        if known and rows == self._last:
+            self._seconds = {size: cost * newest / known for size, cost in self._seconds.items()}
+        self._seconds[rows] = newest
+        self._last = rows
         self._curve = None
 
     def seconds(self, rows: float) -> float:

@@ -65,3 +65,25 @@ def test_the_knee_is_the_maximum_until_that_has_been_measured() -> None:
 
 def test_a_maximum_that_is_padded_pays_for_its_padding() -> None:
     assert knee(measured({8: 1.0, 16: 2.0}), 9, 0.95) == 8
+
+
+def test_what_a_size_gains_or_loses_while_only_it_is_run_all_sizes_do() -> None:
+    costs = StepCosts()
+    for rows, seconds in ((4, 1.0), (8, 1.8)):
+        costs.observe(rows, seconds)
+    for _ in range(200):
+        costs.observe(8, 3.6)  # the machine is half as fast
+    assert costs.seconds(4) == pytest.approx(2.0, rel=0.05)
+    costs.observe(4, 3.0)  # one step of another size says what that size takes, and nothing of others
+    assert costs.seconds(4) > 2.0
+    assert costs.seconds(8) == pytest.approx(3.6, rel=0.01)
+
+
+def test_a_machine_that_gets_slower_does_not_narrow_the_width() -> None:
+    costs = StepCosts()
+    for rows, seconds in ((1, 0.3), (2, 0.55), (4, 1.0), (8, 1.8)):
+        costs.observe(rows, seconds)
+    for slower in (1.0, 2.0, 1.5, 3.0):
+        for _ in range(100):
+            costs.observe(8, 1.8 * slower)
+        assert knee(costs, 8, 0.95) == 8
