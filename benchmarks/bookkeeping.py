@@ -31,6 +31,7 @@ import torch
 from benchmarks.options import WORK
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from service.backends.base import FailureKind, classify_synchronous
+from service.backends.pending import Later, Pending
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -56,9 +57,9 @@ class NullRunner:
     def start(self, starts: Sequence[Start]) -> None:
         """Nothing to set up."""
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
-        """All went well."""
-        return [True] * len(slots)
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """All goes well."""
+        return Later(lambda: [True] * len(slots))
 
     def classify(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
@@ -82,11 +83,11 @@ class NullRunner:
         """There is no classifier."""
         return 0
 
-    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Return pixels of the smallest size."""
-        return np.zeros((len(slots), 1, 1, 1), dtype=np.uint8)
+        return Later(lambda: np.zeros((len(slots), 1, 1, 1), dtype=np.uint8))
 
-    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Return pixels of the smallest size."""
         return self.read(slots)
 
@@ -98,11 +99,14 @@ class GatedRunner(NullRunner):
         self.arrived = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
-        """Say that a step has come, and wait to be let."""
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """Say, where it is waited for, that a step has come, and wait to be let."""
+        return Later(lambda: self._pass(len(slots)))
+
+    def _pass(self, images: int) -> list[bool]:
         self.arrived.release()
         self.let.acquire()
-        return super().step(slots)
+        return [True] * images
 
 
 class Crowd:

@@ -62,8 +62,33 @@ def split_output(output: A, channels: int) -> tuple[A, A]:
     return output[:, :channels], output[:, channels:]
 
 
+class Begun(NamedTuple, Generic[A]):
+    """What of a step does not depend on the network: it can be computed while the network is."""
+
+    plan: PlanRows[A]
+    a_x_x_t: A
+    c_xt_x_t: A
+    c_prev_x0: A
+    clip_low: A
+    half_lv_range: A
+    adds_noise: A
+
+
 @np.errstate(over="ignore", invalid="ignore")  # a row that stops being finite is told of by `ok`, not by a warning
-def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A) -> Step[A]:
+def begin_advance(plan: PlanRows[A], x_t: A, x0_prev: A) -> Begun[A]:
+    """Compute the part of `advance` that does not depend on the network; the arguments are described there."""
+    return Begun(
+        plan,
+        a_x_x_t=plan.a_x * x_t,
+        c_xt_x_t=plan.c_xt * x_t,
+        c_prev_x0=plan.c_prev * x0_prev,
+        clip_low=-plan.clip,
+        half_lv_range=(plan.lv_max - plan.lv_min) / 2,
+        adds_noise=plan.noise_scale > 0,
+    )
+
+
+def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
     """Take one sampling step, x_t -> x_prev; every row may be at another step of another sampler.
 
     Samplers differ by the numbers of their plan only (`diffusion.plans` cites them). A row's result depends on
@@ -76,20 +101,29 @@ def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, 
         out: what the network predicts, eps or x0, shaped like x_t; guided already (`classifier_free`).
         var_values: the network's raw variance output, shaped like x_t; zeros where it has none.
         z: standard normal, shaped like x_t; not read where plan.noise_scale is 0.
-        grad: scaled gradient of log p(y | x_t), shaped like x_t; zeros for rows without classifier guidance.
+        grad: scaled gradient of log p(y | x_t), shaped like x_t; zeros for rows without classifier guidance; None where
+            there is no other row.
 
     Returns:
         The next images, the x0 they came from, and which rows are finite.
     """
-    xp = namespace(x_t)
-    x0 = xp.minimum(xp.maximum(plan.a_x * x_t + plan.a_out * out, -plan.clip), plan.clip)
-    # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
-    log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) * ((var_values + 1) / 2)
+    return finish_advance(begin_advance(plan, x_t, x0_prev), out, var_values, z, grad)
 
-    mean = plan.c_x0 * x0 + plan.c_xt * x_t + plan.c_prev * x0_prev
-    mean = mean + (plan.g_var * xp.exp(log_variance) + plan.g_const) * grad
+
+@np.errstate(over="ignore", invalid="ignore")  # as above
+def finish_advance(begun: Begun[A], out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
+    """Compute what `begin_advance` has left of `advance`; the arguments are described there."""
+    xp, plan = namespace(out), begun.plan
+    x0 = xp.minimum(xp.maximum(begun.a_x_x_t + plan.a_out * out, begun.clip_low), plan.clip)
+    # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
+    log_variance = plan.lv_min + begun.half_lv_range * (var_values + 1)
+
+    mean = plan.c_x0 * x0 + begun.c_xt_x_t + begun.c_prev_x0
+    if grad is not None:
+        shift = (plan.g_var * xp.exp(log_variance) + plan.g_const) * grad
+        mean = mean + xp.where(grad != 0, shift, 0.0)  # rows without know of no others, even where exp overflows
     noise = plan.noise_scale * xp.exp(0.5 * log_variance) * z
-    x_prev = mean + xp.where(plan.noise_scale > 0, noise, 0.0)
+    x_prev = mean + xp.where(begun.adds_noise, noise, 0.0)
 
     return Step(x_prev, x0, xp.all(xp.isfinite(x_prev), axis=(1, 2, 3)))
 
@@ -129,7 +163,7 @@ def sample_loop(
         t_model = xp.full((batch,), float(plan.column("t_model")[index]), dtype=xp.float32, device=x_T.device)
         with no_gradients(x_T):
             out, var_values = split_output(network(x, t_model), channels)
-            grad = zeros if gradient is None else gradient(x, t_model)
+            grad = None if gradient is None else gradient(x, t_model)
             adds_noise = bool(plan.column("noise_scale")[index] > 0)
             z = _noise_of(noise, index) if adds_noise else zeros
             step = advance(rows, x, x0, out, var_values, z, grad)

@@ -24,6 +24,7 @@ from diffusion.config import (
 )
 from diffusion.unet import UNet
 from service.backends.base import FailureKind, classify_synchronous
+from service.backends.pending import Later, Pending
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start, Watch
 
 N = TypeVar("N", bound=nn.Module)
@@ -154,6 +155,9 @@ class CountingRunner:
         for start in starts:
             self.steps[start.slot] = 0
 
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        return Later(lambda: self.step(slots))
+
     def step(self, slots: Sequence[int]) -> list[bool]:
         assert len(set(slots)) == len(slots)
         if self._error_at is not None and len(self.calls) >= self._error_at:
@@ -184,8 +188,10 @@ class CountingRunner:
     def padded_classified_rows(self, rows: int) -> int:
         return 0
 
-    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        return np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)
+    def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        pixels = np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)
+        return Later(lambda: pixels)
 
-    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        return self.read(slots) + np.uint8(100)
+    def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        pixels = self.read(slots).wait() + np.uint8(100)
+        return Later(lambda: pixels)

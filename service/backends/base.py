@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from diffusion.arrays import A
 from diffusion.checkpoint_config import AnyCheckpointConfig
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.tensorrt_files import BuildEngines
+from service.backends.pending import Later, Pending
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -90,6 +92,22 @@ class RowNetwork(Protocol[A]):
         What it returns is the caller's: a later call does not change it.
         """
         ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A network whose calls go on by themselves once begun, while the caller's thread does something else."""
+
+    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
+        """Begin a call; what is waited for is what `__call__` returns. One call at a time."""
+        ...
+
+
+def beginning_of(network: RowNetwork[A]) -> Callable[[A, A, A | None], Pending[A]]:
+    """Return what begins a call; where the network cannot go on by itself, it is called when it is waited for."""
+    if isinstance(network, Begins):
+        return network.begin
+    return lambda x_t, emb_t, y: Later(lambda: network(x_t, emb_t, y))
 
 
 class GuidingClassifier(RowNetwork[A], Protocol[A]):

@@ -326,8 +326,9 @@ class AsyncEngine:
             self._engine.measure()
             self._tell(self._on_warm)
             while self._take_commands():
-                self._deliver(self._engine.step())
-                self._show(self._engine.observations)
+                self._engine.launch()
+                self._report()  # of the step before, while the device takes this one
+                self._engine.settle()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             log.exception("the engine stopped with an error")
             message = f"the engine stopped with an error ({type(error).__name__})"
@@ -338,8 +339,11 @@ class AsyncEngine:
     def _take_commands(self) -> bool:
         """Carry out what was asked for, waiting for something to do; False: stop."""
         while self.state is not EngineState.DEAD:
+            idle = not self._engine.has_work()
+            if idle:
+                self._report()  # no step will be launched that this could be done behind
             try:
-                command = self._commands.get(block=not self._engine.has_work())
+                command = self._commands.get(block=idle)
             except queue.Empty:
                 return True
             match command:
@@ -356,6 +360,10 @@ class AsyncEngine:
                 case _Stop():
                     return False
         return False
+
+    def _report(self) -> None:
+        self._deliver(self._engine.report())
+        self._show(self._engine.observations)
 
     def _deliver(self, results: list[ImageResult]) -> None:
         if results:

@@ -1,4 +1,9 @@
-"""Engine: one step at a time, schedule -> run -> finish. Synchronous and deterministic; threads live elsewhere.
+"""Engine: one step at a time, launch -> settle -> report. Deterministic; threads live elsewhere.
+
+The device waits for as little as possible. `launch` picks images and begins their step; who leaves with it is known
+then. `settle` waits for it, and takes out those that failed; then the next step can be launched. `report` does what
+nothing waits for: it counts, and makes results of those who left. Call it behind the launch of the next step, or at
+once where there is none.
 
 A step that raises is taken again without the images that make it raise (`service.engine.recovery`). An error that
 `step` itself raises is the engine's end.
@@ -8,11 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
+from service.backends.pending import Pending, Raised
 from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView
 from service.engine.model_ids import name_of
@@ -42,6 +49,26 @@ PROBE_INTERVAL = 16 * WIDTH_INTERVAL
 """Steps between two that may be wider than the width, so that a size found too slow is measured again."""
 
 
+@dataclass(eq=False)
+class _Step:
+    """A step from its launch to its report."""
+
+    batch: StepBatch
+    begun: float
+    launched: Pending[list[bool]] | None
+    """Its first attempt, until somebody waits for it."""
+    left: list[Image]
+    """Images that end with it, in its order."""
+    number: int
+    """How many steps its model has taken, this one among them."""
+    outcome: Outcome = field(init=False)
+    pixels: Pending[npt.NDArray[np.uint8]] | None = None
+    """Of those of them that are done."""
+    seen: Pending[list[Observation]] = field(init=False)
+    """What it shows of watched images."""
+    ended: float = field(init=False)
+
+
 class Engine:
     """One device, its scheduler, and a runner per model."""
 
@@ -58,7 +85,7 @@ class Engine:
         self.under_way: StepUnderWay | None = None
         """The step being taken: another thread may look, to tell one that hangs."""
         self.observations: list[Observation] = []
-        """What the last step showed of watched images."""
+        """What the steps of the last report showed of watched images."""
         self.clock = clock
         self._config = config
         self._runners = dict(runners)
@@ -66,6 +93,9 @@ class Engine:
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
+        self._launched: _Step | None = None
+        self._settled: list[_Step] = []
+        """Steps that are to be reported."""
         for reason in FAILURE_REASONS:
             metrics.images_failed.labels(reason)
         for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
@@ -112,11 +142,17 @@ class Engine:
         """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
         scheduler = self.scheduler
         return DeviceView(
-            running=scheduler.started(),
+            running=[*scheduler.started(), *self._leaving()],
             steps=scheduler.all_steps(),
             widths=scheduler.all_widths(),
             costs=self.costs,
         )
+
+    def _leaving(self) -> list[Image]:
+        """Return the images that have taken their last step, and nobody has been told yet."""
+        launched = self._launched
+        steps = [*self._settled, launched] if launched is not None else [*self._settled]
+        return [image for step in steps for image in step.left]
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Let a request's images wait for their first step."""
@@ -135,63 +171,113 @@ class Engine:
         return self.scheduler.has_work()
 
     def step(self) -> list[ImageResult]:
-        """Take one step; returns the images that left with it.
+        """Launch, settle and report a step: for those who have nothing to do meanwhile.
 
         Raises:
-            Exception: the device, or the network, is not to be trusted any more. Nothing can be done with the engine
-                after that but to tell everybody who waits.
+            Exception: as `launch`, `settle` and `report`.
+        """
+        self.launch()
+        self.settle()
+        return self.report()
+
+    def launch(self) -> None:
+        """Pick images and begin their next step; nothing, where none is in flight.
+
+        Raises:
+            Exception: the device is not to be trusted any more. Nothing can be done with the engine after that but to
+                tell everybody who waits.
         """
         begun = self.clock()
-        self.observations = []
         batch = self.scheduler.schedule(begun)
         if batch is None:
-            return []
+            return
         try:
-            return self._take(batch, begun)
+            self._expect(batch, batch.images)
+            self._move(batch, self._runners[batch.model])
+            try:
+                launched = self._attempt(batch, batch.images)
+            except Exception as error:  # what it means, and what to do, is said where the step is waited for
+                launched = Raised(error)
+        except BaseException:
+            self.under_way = None
+            raise
+        left = self.scheduler.complete(batch, [True] * len(batch.images))
+        self._launched = _Step(batch, begun, launched, left, self.scheduler.steps(batch.model))
+
+    def settle(self) -> None:
+        """Wait for the step that was launched, and take those out that failed.
+
+        Raises:
+            Exception: the device, or the network, is not to be trusted any more, as for `launch`.
+        """
+        step = self._launched
+        if step is None:
+            return
+        try:
+            self._settle(step)
         finally:
             self.under_way = None
+        self._settled.append(step)
+        self._launched = None
 
-    def _take(self, batch: StepBatch, begun: float) -> list[ImageResult]:
-        runner = self._runners[batch.model]
-        self._begin(batch, batch.images)
-        self._move(batch, runner)
-        outcome = take_step(
-            batch.images,
-            lambda images: self._attempt(batch, images),
-            runner,
-            lambda kind, images: self._count_failure(batch, kind, images),
+    def _settle(self, step: _Step) -> None:
+        batch, runner = step.batch, self._runners[step.batch.model]
+
+        def attempt(images: Sequence[Image]) -> list[bool]:
+            launched, step.launched = step.launched, None
+            if launched is None:
+                self._expect(batch, images)
+                launched = self._attempt(batch, images)
+            return launched.wait()
+
+        step.outcome = take_step(
+            batch.images, attempt, runner, lambda kind, images: self._count_failure(batch, kind, images)
         )
-        left = self.scheduler.complete(batch, outcome.ok)
+        if not all(step.outcome.ok):
+            failed = [image for image, ok in zip(batch.images, step.outcome.ok, strict=True) if not ok]
+            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
+            step.left = [image for image in batch.images if image in leaving]
+        done = [image.slot for image in step.left if image.status is ImageStatus.DONE and image.slot is not None]
+        if done:
+            step.pixels = runner.read(done)
+        step.seen = observe(batch.images, runner)
+        step.ended = self.clock()
 
-        done = [image for image in left if image.status is ImageStatus.DONE]
-        slots = [image.slot for image in done if image.slot is not None]
-        pixels = dict(zip(done, runner.read(slots), strict=True)) if slots else {}
-        self.observations = observe(batch.images, runner)
-        ended = self.clock()
-        self._forget(left, outcome.failures)
-        self._count_step(batch, outcome, ended - begun)
-        results = [self._result(image, ended, pixels.get(image), _reason(image, outcome)) for image in left]
+    def report(self) -> list[ImageResult]:
+        """Count what the settled steps did; returns the images that left with them.
+
+        Raises:
+            Exception: as `launch`.
+        """
+        settled = self._settled
+        self.observations = [seen for step in settled for seen in step.seen.wait()]
+        results = [result for step in settled for result in self._report(step)]
+        self._settled = []
+        return results
+
+    def _report(self, step: _Step) -> list[ImageResult]:
+        done = [image for image in step.left if image.status is ImageStatus.DONE]
+        pixels = {} if step.pixels is None else dict(zip(done, step.pixels.wait(), strict=True))
+        self._forget(step.left, step.outcome.failures)
+        self._count_step(step)
+        results = [self._result(i, step.ended, pixels.get(i), _reason(i, step.outcome)) for i in step.left]
         for result in results:
             if result.failure is not None:
                 self._metrics.images_failed.labels(result.failure).inc()
         return results
 
-    def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> list[bool]:
-        """Take the step with some images of its batch, setting those up that it is the first step of."""
-        runner, metrics = self._runners[batch.model], self._metrics
-        rows = sum(image.rows for image in images)
+    def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> Pending[list[bool]]:
+        """Begin a step of some images of its batch, setting those up that it is the first step of."""
+        runner = self._runners[batch.model]
         slots = [image.slot for image in images if image.slot is not None]
-        self._begin(batch, images)
-        metrics.network_calls.labels(name_of(batch.model)).inc()
-        metrics.rows_per_call.observe(rows)
-        metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
-        if classified := sum(image.classified_rows for image in images):
-            metrics.classifier_calls.labels(name_of(batch.model)).inc()
-            metrics.classified_rows.labels(name_of(batch.model)).inc(classified)
-        runner.start([start for start in batch.starts if start.slot in slots])
-        return runner.step(slots)
+        try:
+            runner.start([start for start in batch.starts if start.slot in slots])
+            return runner.launch(slots)
+        finally:
+            self._count_attempt(batch.model, images)
 
-    def _begin(self, batch: StepBatch, images: Sequence[Image]) -> None:
+    def _expect(self, batch: StepBatch, images: Sequence[Image]) -> None:
+        """Say what is under way, and how long it should take."""
         rows = self._runners[batch.model].padded_rows(sum(image.rows for image in images))
         classified = sum(image.classified_rows for image in images)
         self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(rows, classified))
@@ -243,6 +329,16 @@ class Engine:
             late_s=0.0 if image.deadline is None else max(0.0, ended - image.deadline),
         )
 
+    def _count_attempt(self, model: str, images: Sequence[Image]) -> None:
+        runner, metrics = self._runners[model], self._metrics
+        rows = sum(image.rows for image in images)
+        metrics.network_calls.labels(name_of(model)).inc()
+        metrics.rows_per_call.observe(rows)
+        metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
+        if classified := sum(image.classified_rows for image in images):
+            metrics.classifier_calls.labels(name_of(model)).inc()
+            metrics.classified_rows.labels(name_of(model)).inc(classified)
+
     def _count_failure(self, batch: StepBatch, kind: FailureKind, images: Sequence[Image]) -> None:
         """Count an attempt that raised; out of memory makes the steps that follow narrower."""
         self._metrics.failed_attempts.labels(kind.value).inc()
@@ -251,22 +347,21 @@ class Engine:
             self._memory[batch.model].ran_out(self._runners[batch.model].padded_rows(rows))
             self._choose_width(batch.model)
 
-    def _count_step(self, batch: StepBatch, outcome: Outcome, seconds: float) -> None:
-        metrics = self._metrics
-        runner = self._runners[batch.model]
-        padded = runner.padded_rows(batch.rows)
+    def _count_step(self, step: _Step) -> None:
+        batch, outcome, metrics = step.batch, step.outcome, self._metrics
+        model, runner, seconds = batch.model, self._runners[batch.model], step.ended - step.begun
         metrics.row_steps.inc(batch.rows - sum(image.rows for image in outcome.failures))
-        metrics.step_seconds.labels(name_of(batch.model), str(padded)).observe(seconds)
+        metrics.step_seconds.labels(name_of(model), str(runner.padded_rows(batch.rows))).observe(seconds)
         metrics.preemptions.inc(batch.preempted)
         metrics.evictions.inc(len(batch.evictions))
         self._count_images()
         if outcome.attempts == 1:
-            observe_step(self.costs[batch.model], runner, batch.rows, batch.classified_rows, seconds)
-        steps = self.scheduler.steps(batch.model)
-        if self._memory[batch.model].count_step() or steps % WIDTH_INTERVAL == 0 or steps % PROBE_INTERVAL == 1:
-            self._choose_width(batch.model)
-        if steps % PROBE_INTERVAL == 0:
-            self._widen(batch.model)
+            observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, seconds)
+        number = step.number
+        if self._memory[model].count_step() or number % WIDTH_INTERVAL == 0 or number % PROBE_INTERVAL == 1:
+            self._choose_width(model)
+        if number % PROBE_INTERVAL == 0:
+            self._widen(model)
 
     def _count_images(self) -> None:
         self._metrics.images_waiting.set(self.scheduler.num_waiting)

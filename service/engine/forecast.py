@@ -48,7 +48,7 @@ class DeviceView:
     """What a forecast is told of the device."""
 
     running: Sequence[Image]
-    """Images that have started, with or without a slot, of all models."""
+    """Images that have started, with or without a slot, of all models; also those that have ended unreported."""
     steps: Mapping[str, int]
     """Steps that each model has taken."""
     widths: Mapping[str, int]
@@ -206,7 +206,7 @@ class Forecast:
         return _Ahead(
             line=self._lines[model, priority],
             progress=self._progress_by_order(running, priority),
-            taking_part=running,
+            taking_part=[image for image in running if image.remaining_row_steps],
             interactive=self._lines[model, Priority.INTERACTIVE].work - done[model, Priority.INTERACTIVE],
             batch=self._lines[model, Priority.BATCH].work - done[model, Priority.BATCH],
             others_step_s=sum(

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from service.backends.pending import Later, Pending
 from service.engine.request import Image, ImagePreview, ImageStatus, ImageStep, Observation
 from service.engine.runners.base import Runner
 
 
-def observe(images: Sequence[Image], runner: Runner) -> list[Observation]:
-    """Say how far the watched images of a step have come that go on, and what those show whose preview is due."""
+def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation]]:
+    """Note how far the watched images of a step have come that go on, and what those show whose preview is due.
+
+    Returns:
+        What to say of them; pixels are made when it is waited for.
+    """
     watched = [image for image in images if image.watch is not None and image.status is ImageStatus.RUNNING]
-    seen: list[Observation] = [
+    steps = [
         ImageStep(
             request_id=image.request_id, position=image.position, step=image.steps_done, steps=image.params.num_steps
         )
         for image in watched
     ]
-    due = [image for image in watched if _preview_is_due(image)]
-    slots = [image.slot for image in due if image.slot is not None]
-    if slots:
-        seen += [
+    due = [(image.slot, step) for image, step in zip(watched, steps, strict=True) if _preview_is_due(image)]
+    if not due:
+        return Later(lambda: [*steps])
+    preview = runner.preview([slot for slot, _ in due if slot is not None])
+
+    def observations() -> list[Observation]:
+        previews = [
             ImagePreview(
-                request_id=image.request_id,
-                position=image.position,
-                step=image.steps_done,
-                steps=image.params.num_steps,
-                pixels=pixels,
+                request_id=step.request_id, position=step.position, step=step.step, steps=step.steps, pixels=pixels
             )
-            for image, pixels in zip(due, runner.preview(slots), strict=True)
+            for (_, step), pixels in zip(due, preview.wait(), strict=True)
         ]
-    return seen
+        return [*steps, *previews]
+
+    return Later(observations)
 
 
 def _preview_is_due(image: Image) -> bool:

@@ -57,6 +57,12 @@ class PlanTable:
         """Take note that the lines of a plan in use are written."""
         self._entries[key].written = True
 
+    def doubt(self, key: PlanKey) -> None:
+        """Take note that a plan's lines may not be written after all; they may be gone, too."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.written = False
+
     def release(self, key: PlanKey) -> None:
         """Give back one reference."""
         entry = self._entries[key]

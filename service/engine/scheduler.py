@@ -214,9 +214,11 @@ class Scheduler:
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
         """Write a step back: count it, and take out the images that finished and those that failed.
 
+        Who finishes is known before the device has taken the step; of those that fail, `fail` may be told later.
+
         Args:
             batch: what `schedule` returned last.
-            ok: of each of its images, whether it took the step and is still finite.
+            ok: of each of its images, whether it took the step and is still finite, or is taken to be.
 
         Returns:
             The images that left, in the batch's order; their `slot` is what they held, free from now on.
@@ -241,6 +243,21 @@ class Scheduler:
                 self._leave(lane, image, ImageStatus.DONE if fine else ImageStatus.FAILED)
                 left.append(image)
         return left
+
+    def fail(self, image: Image) -> bool:
+        """Take note that an image has failed in a step that was written back as if it had not.
+
+        Returns:
+            Whether it leaves with that. Else it had left: what was done has failed, what was aborted stays so.
+        """
+        lane = self._lanes[image.model]
+        lane.plans.doubt(image.params.plan)  # whoever starts next writes it anew
+        if image.status in _STARTED:
+            self._leave(lane, image, ImageStatus.FAILED)
+            return True
+        if image.status is ImageStatus.DONE:
+            image.status = ImageStatus.FAILED
+        return False
 
     # Picking: who takes part
 

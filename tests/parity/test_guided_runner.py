@@ -129,7 +129,7 @@ def test_a_guided_step_of_the_runner_equals_the_reference(
     x, t, y = (GOLDEN[f"{key}.{name}"] for name in ("x", "t", "y"))
     slots = put(runner, case, sampler, case["num_timesteps"], x, y, case["num_timesteps"] - 1 - t)
     draw(monkeypatch, GOLDEN[f"{key}.p_sample.noise"])
-    assert all(runner.step(slots))
+    assert all(runner.launch(slots).wait())
 
     sample = GOLDEN[f"{key}.{expected}"]
     error = np.abs(to_numpy(runner._slots.x)[: len(y)] - sample).max() / np.abs(sample).max()
@@ -146,5 +146,5 @@ def test_a_guided_chain_of_the_runner_equals_the_reference(
     slots = put(runner, case, sampler, 8, GOLDEN[f"{key}.init_noise"], y, np.zeros(len(y), dtype=np.int64))
     for noise, sample in zip(GOLDEN[f"{key}.step_noise"], GOLDEN[f"{key}.samples"], strict=True):
         draw(monkeypatch, noise)
-        assert all(runner.step(slots))
+        assert all(runner.launch(slots).wait())
         np.testing.assert_allclose(to_numpy(runner._slots.x)[: len(y)], sample, rtol=0, atol=5e-4)

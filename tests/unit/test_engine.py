@@ -38,7 +38,15 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
-from tests.denoisers import AsGradient, AsNetwork, BatchDependent, ExactClassifier, ExactDenoiser, PlaceDependent
+from tests.denoisers import (
+    AsGradient,
+    AsNetwork,
+    AsynchronousDenoiser,
+    BatchDependent,
+    ExactClassifier,
+    ExactDenoiser,
+    PlaceDependent,
+)
 from tests.fakes import (
     CLASS_NAMES,
     CountingRunner,
@@ -62,9 +70,9 @@ def backend() -> TorchBackend:
         return TorchBackend(tiny_guided_checkpoint(Path(folder) / "tiny"))
 
 
-Subject = Literal["unet", "numpy", "numpy buckets"]
+Subject = Literal["unet", "numpy", "numpy buckets", "asynchronous"]
 SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
-"""A torch network, and exact arithmetic on numpy arrays: at any batch size, and compiled for some."""
+"""A torch network, and exact arithmetic on numpy arrays: at any batch size, compiled for some, asynchronous."""
 
 
 @cache
@@ -75,7 +83,8 @@ def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassG
         return warm_runner(), tiny_network(tiny_config()), partial(log_p_gradient, classifier), torch
     sizes = (1, WIDTH, 2 * WIDTH) if subject == "numpy buckets" else None
     guide = ExactClassifier(tiny_classifier_config(), batch_sizes=sizes)
-    exact = ExactDenoiser(tiny_config(), batch_sizes=sizes, classifier=guide)
+    made = AsynchronousDenoiser if subject == "asynchronous" else ExactDenoiser
+    exact = made(tiny_config(), batch_sizes=sizes, classifier=guide)
     runner: ArrayRunner[Any] = ArrayRunner(exact, CONFIG)
     runner.warm_up()
     return runner, AsNetwork(exact), AsGradient(exact), np
@@ -246,9 +255,9 @@ def test_what_the_last_step_of_ancestral_sampling_predicts_is_the_image(subject:
     runner.start([Start(slot=1, params=image, plan_offset=0, write_plan=True)])
     previews = []
     for _ in range(3):
-        runner.step([1])
-        previews.append(runner.preview([1])[0].tobytes())
-    assert previews[-1] == runner.read([1])[0].tobytes() == reference(image, subject)
+        runner.launch([1]).wait()
+        previews.append(runner.preview([1]).wait()[0].tobytes())
+    assert previews[-1] == runner.read([1]).wait()[0].tobytes() == reference(image, subject)
     assert len(set(previews)) == 3
 
 
@@ -308,6 +317,36 @@ def test_metrics_count_calls_rows_and_row_steps() -> None:
     assert value("iddpm_row_steps_total") == 3 + 2 * 2
     assert value("iddpm_rows_per_network_call_sum") == 3 + 3 + 1
     assert value("iddpm_images_running") == value("iddpm_images_waiting") == 0
+
+
+def test_a_step_is_reported_behind_the_launch_of_the_next_one() -> None:
+    metrics, runner = Metrics(), CountingRunner()
+    engine = Engine({"m": runner}, CONFIG, metrics)
+    engine.add(generation("short", params(steps=1)), submitted_at=0.0)
+    engine.add(generation("long", params(steps=2), watch=Watch(preview_every=1)), submitted_at=0.0)
+    engine.launch()
+    assert engine.report() == []
+    engine.settle()
+    engine.launch()
+    engine.add(generation("later", params(steps=3)), submitted_at=0.0)  # has part in none of what is reported now
+    (short,) = engine.report()
+    assert (short.request_id, short.pixels is not None and short.pixels.tolist()) == ("short", [[[1]]])
+    assert [(seen.request_id, seen.step) for seen in engine.observations] == [("long", 1), ("long", 1)]
+    assert metrics.registry.get_sample_value("iddpm_row_steps_total") == 2
+    assert len(runner.calls) == 1  # the second step has not been waited for
+    engine.settle()
+    assert [result.request_id for result in engine.report()] == ["long"]
+    assert engine.report() == []
+
+
+def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_before_it_is_reported() -> None:
+    engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
+    engine.add(generation("r", params(steps=1)), submitted_at=0.0)
+    for act in (engine.launch, engine.settle):
+        act()
+        assert [image.remaining_row_steps for image in engine.view().running] == [0]
+    engine.report()
+    assert engine.view().running == []
 
 
 def test_times_are_split_into_queue_and_compute() -> None:
@@ -418,8 +457,8 @@ def test_the_width_follows_costs_that_change() -> None:
     engine = Engine({"m": runner}, EngineConfig(max_rows=8), Metrics(), clock)
     engine.measure()
     assert engine.scheduler.width("m") == 2
-    for rows in range(1, 9):  # somebody else used the device at start-up
-        for _ in range(200):
+    for _ in range(200):  # somebody else used the device at start-up
+        for rows in range(1, 9):
             engine.costs["m"].observe(rows, 1.0)
     runner._fixed, runner._per_row = 1.0, 0.0
     engine.add(generation("r", params(steps=WIDTH_INTERVAL)), submitted_at=0.0)

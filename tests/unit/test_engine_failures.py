@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import FailureKind
+from service.backends.pending import Later, Pending, Raised
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.policies import PolicyName
@@ -30,7 +31,7 @@ WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1, plan_lines=32)
 FINE, OVERFLOWS, RAISES = 1, 2, 3
 """Classes of images: what the network does with them in the second half of the chain."""
-Buckets = Literal["any size", "buckets"]
+Buckets = Literal["any size", "buckets", "asynchronous"]
 
 
 class DeviceLost(Exception):
@@ -72,10 +73,24 @@ class FaultyDenoiser(ExactDenoiser):
         return out
 
 
+class AsynchronousFaulty(FaultyDenoiser):
+    """Raises when a call is begun, and when it is waited for, in turns."""
+
+    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
+        try:
+            out = self(x_t, emb_t, y)
+        except Exception as error:
+            if len(self.calls) % 2:
+                raise
+            return Raised(error)
+        return Later(lambda: out)
+
+
 @cache
 def faulty(buckets: Buckets) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
     """Return a network that fails, and a runner of it that is warm."""
-    denoiser = FaultyDenoiser((1, WIDTH, 2 * WIDTH) if buckets == "buckets" else None)
+    made = AsynchronousFaulty if buckets == "asynchronous" else FaultyDenoiser
+    denoiser = made((1, WIDTH, 2 * WIDTH) if buckets == "buckets" else None)
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
     runner.warm_up()
     return denoiser, runner
@@ -133,6 +148,7 @@ def check_nothing_is_left(engine: Engine) -> None:
     assert scheduler.remaining_row_steps == 0
     assert engine._saved == {}
     assert engine.under_way is None
+    assert engine.report() == []
     for lane in scheduler._lanes.values():
         assert sorted(lane.free_slots) == list(range(CONFIG.num_slots))
         assert all(entry.references == 0 for entry in lane.plans._entries.values())

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from service.backends.pending import Pending
 from service.engine import event_stream
 from service.engine.event_stream import EventStream
 from service.engine.events import Event, ImageDone, ImageFailed, Preview, Progress, Queued
@@ -247,7 +249,7 @@ async def test_the_engines_end_reaches_readers_of_events() -> None:
 @runs
 async def test_a_request_without_a_watch_has_no_events_and_its_images_are_not_looked_at() -> None:
     class Blind(PausedRunner):
-        def preview(self, slots: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
             raise AssertionError("nobody watches")
 
     runner = Blind()

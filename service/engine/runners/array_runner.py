@@ -7,7 +7,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ from diffusion.arrays import A, on_host, to_numpy
 from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.plans import build_plan
-from diffusion.update import PlanRows, advance, split_output, to_uint8
-from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
+from diffusion.update import PlanRows, begin_advance, finish_advance, split_output, to_uint8
+from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork, beginning_of
+from service.backends.pending import Later, Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
@@ -25,6 +26,19 @@ from service.engine.slots import SavedSlot, SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+
+class _Gathered(NamedTuple, Generic[A]):
+    """What a step's images hold as it begins."""
+
+    slots: Sequence[int]
+    where: A
+    """The same, as an array."""
+    x_t: A
+    step: A
+    line: A
+    """Of the plan table."""
+    y: A
 
 
 class ArrayRunner(Generic[A]):
@@ -42,6 +56,7 @@ class ArrayRunner(Generic[A]):
         self.classifier_batch_sizes = () if classifier is None else _largest_size(classifier, config.max_rows)
         """Rows a classifier call may have, likewise; none where there is no classifier."""
         self._denoiser: Denoiser[A] = denoiser
+        self._begin: Callable[[A, A, A | None], Pending[A]] = beginning_of(denoiser)
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
         self._channels = denoiser.config.model.image_channels
@@ -71,8 +86,8 @@ class ArrayRunner(Generic[A]):
             classifier_scale=0.0 if self._classifier is None else 1.0,
         )
         self.start([Start(slot=0, params=params, plan_offset=0, write_plan=True)])
-        self.step([0])
-        self.read([0])
+        self.launch([0]).wait()
+        self.read([0]).wait()
         log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
         if self._classifier is not None:
             log.info("%s: %s", self._classifier.description, ", ".join(map(str, self.classifier_batch_sizes)))
@@ -89,24 +104,34 @@ class ArrayRunner(Generic[A]):
         if starts:
             self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
-        """Advance the images in these slots by one step. Reading the flags is the only wait for the device.
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """Gather what the network reads, and begin its call; all else is done when the step is waited for.
 
         All is computed before anything is written, so that a step that raised can be taken again.
         """
         table = self._slots
         index = table.integers(slots)
-        x_t, step = table.x[index], table.step[index]
+        step = table.step[index]
         line = table.plan_offset[index] + step
+        images: _Gathered[A] = _Gathered(slots, index, table.x[index], step, line, table.y[index])
+        guided: list[int] = [place for place, slot in enumerate(slots) if table.is_guided[slot]]
+        call: Pending[A] = self._begin_network(images, guided)
+        return Later(lambda: self._finish(images, guided, call))
 
-        rows = PlanRows.from_lines(table.plan[line])
-        noise = self._begin_noise(rows, table.seed[index], table.image_index[index], step)
-        out = self._network(slots, x_t, table.emb_t[line], table.y[index], table.cfg_scale[index])
+    def _finish(self, images: _Gathered[A], guided: Sequence[int], call: Pending[A]) -> list[bool]:
+        """Do what can be done meanwhile, wait for the network, and update."""
+        table, index = self._slots, images.where
+        rows = PlanRows.from_lines(table.plan[images.line])
+        noise = self._begin_noise(rows, images)
+        begun = begin_advance(rows, images.x_t, table.x0[index])
+        next_step = images.step + 1
+        asking = [place for place, slot in enumerate(images.slots) if table.is_classified[slot]]
+
+        out = call.wait()
+        out = self._guide(out, guided, index) if guided else out[: len(images.slots)]
         prediction, var_values = split_output(out, self._channels)
-        z = noise()
-        gradient = self._gradient(slots, x_t, line, table.y[index], table.classifier_scale[index])
-        result = advance(rows, x_t, table.x0[index], prediction, var_values, z, gradient)
-        next_step = step + 1
+        gradient = self._gradient(images, asking) if asking else None
+        result = finish_advance(begun, prediction, var_values, noise(), gradient)
 
         table.x[index] = result.x_prev
         table.x0[index] = result.x0
@@ -148,58 +173,65 @@ class ArrayRunner(Generic[A]):
         sizes = self.classifier_batch_sizes
         return sizes[bisect_left(sizes, rows)] if sizes else 0
 
-    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Turn finished images into pixels."""
-        return to_uint8(self._slots.x[self._slots.integers(slots)])
+    def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        """Copy finished images; waited for, as pixels."""
+        x: A = self._slots.x[self._slots.integers(slots)]
+        return Later(lambda: to_uint8(x))
 
-    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Turn the predicted x0 into pixels."""
-        return to_uint8(self._slots.x0[self._slots.integers(slots)])
+    def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        """Copy predicted images; waited for, as pixels."""
+        x0: A = self._slots.x0[self._slots.integers(slots)]
+        return Later(lambda: to_uint8(x0))
 
-    def _begin_noise(self, rows: PlanRows[A], seeds: A, image_indices: A, steps: A) -> Callable[[], A]:
+    def _begin_noise(self, rows: PlanRows[A], images: _Gathered[A]) -> Callable[[], A]:
         """Return what gives the step's noise; on the host it is made meanwhile, while the network is called."""
         shape: tuple[int, int, int] = self._slots.image_shape
+        seeds, image_indices, steps = self._slots.seed[images.where], self._slots.image_index[images.where], images.step
         if not on_host(seeds):
             return lambda: normal(seeds, image_indices, steps, STREAM_STEP, shape)
         if not bool((rows.noise_scale > 0).any()):
-            return lambda: self._denoiser.xp.zeros((len(seeds), *shape), dtype=self._denoiser.xp.float32)
+            return lambda: self._denoiser.xp.zeros_like(images.x_t)
         return self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
 
-    def _network(self, slots: Sequence[int], x_t: A, emb_t: A, y: A, scale: A) -> A:
-        """Call the network on [n] images plus a second row, with the null class, for each guided one."""
-        count: int = len(slots)
-        guided: list[int] = [place for place, slot in enumerate(slots) if self._slots.is_guided[slot]]
+    def _begin_network(self, images: _Gathered[A], guided: Sequence[int]) -> Pending[A]:
+        """Begin a call on [n] images plus a second row, with the null class, for each guided one."""
+        count: int = len(images.slots)
         used = count + len(guided)
         padding: list[int] = [0] * (self.padded_rows(used) - used)  # any row will do: its result is not looked at
-        rows = self._slots.integers([*range(count), *guided, *padding])
+        x_t, emb_t, labels = images.x_t, self._slots.emb_t[images.line], images.y
+        if guided or padding:
+            rows = self._slots.integers([*range(count), *guided, *padding])
+            x_t, emb_t, labels = x_t[rows], emb_t[rows], labels[rows]
+            labels[count:used] = self._null_class
+        return self._begin(x_t, emb_t, labels if self._conditional else None)
+
+    def _guide(self, out: A, guided: Sequence[int], index: A) -> A:
+        """Combine the rows of guided images; returns those of all images."""
+        count: int = len(index)
         uncond_row = list(range(count))
         for row, place in enumerate(guided, start=count):
             uncond_row[place] = row
-        uncond = self._slots.integers(uncond_row)  # before the call: a copy to a device waits for what it is doing
-        labels = y[rows]
-        labels[count:used] = self._null_class
-        out = self._denoiser(x_t[rows], emb_t[rows], labels if self._conditional else None)
-        return classifier_free(out[uncond], out[:count], scale, self._channels) if guided else out[:count]
+        uncond = self._slots.integers(uncond_row)
+        return classifier_free(out[uncond], out[:count], self._slots.cfg_scale[index], self._channels)
 
-    def _gradient(self, slots: Sequence[int], x_t: A, line: A, y: A, scale: A) -> A:
-        """Call the classifier on the images that ask for it; the others' gradient is zero, and nobody's costs nothing.
+    def _gradient(self, images: _Gathered[A], asking: Sequence[int]) -> A:
+        """Call the classifier on the images that ask for it; the others' gradient is zero.
 
         Raises:
             ModelError: an image that asks for a classifier that is not there.
         """
-        gradient = self._denoiser.xp.zeros_like(x_t)
-        asking: list[int] = [place for place, slot in enumerate(slots) if self._slots.is_classified[slot]]
-        if not asking:
-            return gradient
+        table = self._slots
         if self._classifier is None:
             raise ModelError(
                 f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
             )
         count: int = len(asking)
         padding: list[int] = [asking[0]] * (self.padded_classified_rows(count) - count)
-        rows = self._slots.integers([*asking, *padding])
-        out = self._classifier(x_t[rows], self._slots.classifier_emb_t[line[rows]], y[rows])
-        gradient[rows[:count]] = scaled_gradient(out[:count], scale[rows[:count]])
+        rows = table.integers([*asking, *padding])
+        out = self._classifier(images.x_t[rows], table.classifier_emb_t[images.line[rows]], images.y[rows])
+        scale = table.classifier_scale[images.where[rows[:count]]]
+        gradient: A = self._denoiser.xp.zeros_like(images.x_t)
+        gradient[rows[:count]] = scaled_gradient(out[:count], scale)
         return gradient
 
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
+from service.backends.pending import Pending
 from service.engine.request import Start
 
 
@@ -25,16 +26,16 @@ class Runner(Protocol):
         """Set slots up: x_T, and the plan's lines where they are not known to be in the table. May be repeated."""
         ...
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
-        """Advance the images in these slots by one step; says which are still finite.
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """Begin a step of the images in these slots; waited for, it says which are still finite.
 
-        Writes nothing before all is computed: where it raises, the same step can be taken again, with all or some of
-        these slots.
+        Nothing else may be asked of these slots before that. Nothing is written before all is computed: where it
+        raises, here or when it is waited for, the same step can be taken again, with all or some of these slots.
         """
         ...
 
     def classify(self, error: Exception) -> FailureKind:
-        """Say what an error means that `start` or `step` raised."""
+        """Say what an error means that `start` or a step raised."""
         ...
 
     def probe(self) -> None:
@@ -57,10 +58,10 @@ class Runner(Protocol):
         """Say how many rows a classifier call for that many computes; 0 where there is no classifier."""
         ...
 
-    def read(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Return the images in these slots as pixels, [n, H, W, C]."""
+    def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        """Copy the images in these slots, which are free afterwards; waited for, as pixels [n, H, W, C]."""
         ...
 
-    def preview(self, slots: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Return what the images in these slots were predicted to become at their last step, as pixels."""
+    def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        """Copy what these images were predicted to become at their last step; waited for, as pixels."""
         ...
