@@ -163,6 +163,8 @@ class Site:
     work: Path
     width: int
     threads: int
+    device_ms: tuple[float, float] | None
+    """Of a simulated device, fixed and by row; None: the network itself is run."""
     steps: tuple[int, ...]
     venvs: Mapping[str, Path]
     """Virtual environments by name."""
@@ -274,6 +276,8 @@ def command(entry: Entry, site: Site, port: int, meter: Path) -> list[str]:
         "width": site.width,
         "threads": site.threads,
     }
+    if site.device_ms is not None:
+        told["device-ms"] = ",".join(map(str, site.device_ms))
     if venv is not None:
         told |= entry.settings
     if entry.kind.diffusers:

@@ -6,11 +6,13 @@
 
 Open loop: requests come as a Poisson process (`benchmarks.traffic`), the same for every server. Load is offered
 row-steps per second over W / c(W): W rows per network call at most, c(n) the median time of a call with n rows, timed
-anew before each round. All servers run the artifact through the service's OpenVINO backend with the same precision,
-static batch sizes and threads (but diffusers, which is PyTorch), one network call at a time; before anything is timed
-their pixels are compared. They take turns: a round is a load and a seed, and another server begins each; who waits is
-suspended. Every run is appended to serving.jsonl in the folder --out, so that a long comparison can be made in pieces;
-the report is of all that is there.
+anew before each round. A machine may change its speed within minutes, so the report also has goodput and load by what
+full calls took in the run's own window; on a device that is simulated (--device sleep) both are the same, and say what
+the server does with a device, whatever the machine. All servers run the artifact through the service's OpenVINO backend
+with the same precision, static batch sizes and threads (but diffusers, which is PyTorch), one network call at a time;
+before anything is timed their pixels are compared. They take turns: a round is a load and a seed, and another server
+begins each; who waits is suspended. Every run is appended to serving.jsonl in the folder --out, so that a long
+comparison can be made in pieces; the report is of all that is there.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from benchmarks.networks import open_network
 from benchmarks.open_loop import PATIENCE_S, PLAIN, Answer, offer, open_client
 from benchmarks.options import WORK, exit_status, say
 from benchmarks.peers.meter import Reading
+from benchmarks.peers.simulated_device import SimulatedDevice
 from benchmarks.reporting import describe_run
 from benchmarks.servers import KINDS, Entry, Server, Site, started
 from benchmarks.traffic import MIX, Arrival, draw_arrivals
@@ -157,22 +160,32 @@ def run(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace, record: Path) -> None:
     """Start the servers, and let them take turns."""
     mix = QUICK_MIX if args.quick else MIX
+    device_ms = (args.device_ms[0], args.device_ms[1]) if args.device == "sleep" else None
     site = Site(
         network=open_network("fashion32", args.work),
         work=args.out / "servers",
         width=args.width,
         threads=args.threads,
+        device_ms=device_ms,
         steps=tuple(mix),
         venvs={kind.venv: args.venvs / kind.venv for kind in KINDS.values() if kind.venv is not None},
     )
     facts = describe_run(torch.device("cpu"), args.threads)
     options = BackendOptions(max_rows=args.width, threads=args.threads, device="cpu")
-    backend = OpenVinoBackend(site.network.checkpoint, options)
+    network: OpenVinoBackend | SimulatedDevice
+    if device_ms is None:
+        network = OpenVinoBackend(site.network.checkpoint, options)
+    else:
+        network = SimulatedDevice(site.network.checkpoint, options, *device_ms)
+    facts["Device"] = network.description
     entries = [Entry.parse(text) for text in args.servers or (QUICK_SERVERS if args.quick else DEFAULT_SERVERS)]
     with ready_servers(entries, site) as servers:
         for seed in args.seeds:
             for load in args.loads:
-                costs = time_network(backend, QUICK_TIMED_CALLS if args.quick else TIMED_CALLS)
+                if isinstance(network, SimulatedDevice):
+                    costs = network.costs
+                else:
+                    costs = time_network(network, QUICK_TIMED_CALLS if args.quick else TIMED_CALLS)
                 for done in take_round(servers, costs, load, seed, args.seconds, mix, facts):
                     append_run(record, done)
 
@@ -260,6 +273,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seconds", type=float, default=60.0, help="how long requests come in a run (60)")
     parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a network call (1)")
+    parser.add_argument(
+        "--device", choices=("network", "sleep"), default="network", help="sleep: simulate one (all but diffusers)"
+    )
+    parser.add_argument(
+        "--device-ms",
+        type=float,
+        nargs=2,
+        metavar=("FIXED", "ROW"),
+        default=(7.0, 1.0),
+        help="what a call of n rows takes on the simulated device: FIXED + ROW * n (7 1)",
+    )
     parser.add_argument("--venvs", type=Path, default=Path("build/venvs"), help="folder of the peers' (build/venvs)")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder for networks and artifacts ({WORK})")
     parser.add_argument("--out", type=Path, default=WORK / "serving", help=f"folder for results ({WORK / 'serving'})")

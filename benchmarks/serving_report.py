@@ -26,7 +26,7 @@ HEADER = (
         "slowdown by steps",
         f"within {SLO:g}x",
     ),
-    *("goodput", "busy", "rows/call", "c(W) in the run"),
+    *("goodput", "busy", "rows/call", "c(W) in the run", "goodput by it", "offered by it"),
 )
 
 
@@ -41,6 +41,10 @@ class Window:
     rows_per_call: float
     full_call_s: float | None
     """Mean seconds of a call at full width, if there were any."""
+    goodput_then: float | None
+    """Goodput over the capacity that those calls show: what came of the device as it was in this window."""
+    offered_then: float | None
+    """The load of the requests that came in this window, by the same measure."""
 
     @classmethod
     def of(cls, run: Run) -> Window:
@@ -48,11 +52,16 @@ class Window:
         _, begin, end, _ = run.marks
         seconds, did = end.at - begin.at, end.reading.since(begin.reading)
         full = did.calls[run.width - 1]
+        full_call_s = did.seconds[run.width - 1] / full if full else None
+        unit = None if full_call_s is None else full_call_s / run.width / seconds  # of the window, by row-step
+        offered = sum(answer.row_steps for answer in run.answers if begin.at <= answer.at < end.at)
         return cls(
             goodput=did.row_steps / seconds / run.capacity,
             busy=did.busy_s / seconds,
             rows_per_call=did.row_steps / max(1.0, sum(did.calls)),
-            full_call_s=did.seconds[run.width - 1] / full if full else None,
+            full_call_s=full_call_s,
+            goodput_then=None if unit is None else did.row_steps * unit,
+            offered_then=None if unit is None else offered * unit,
         )
 
 
@@ -99,7 +108,8 @@ def write_report(out: Path, runs: Sequence[Run]) -> None:
         f"time for the request alone. Within {SLO:g}x: part of all requests with at most that slowdown. Goodput: "
         "row-steps per second over W / c(W), and busy: part of the time that the network ran, both from a quarter of "
         "the run to its last request, and of requests that were answered, all of them in the end. rows/call: mean "
-        "rows, padding left out.",
+        "rows, padding left out. By c(W) in the run: goodput and offered load where capacity is what calls at full "
+        "width took in that same window.",
         "",
         *(f"- {name}: {value}" for name, value in facts(runs).items()),
         "",
@@ -128,11 +138,12 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
         f"({1e3 * min(c[rows] for c in costs):.1f}-{1e3 * max(c[rows] for c in costs):.1f})"
         for rows in costs[0]
     )
+    device = runs[-1].facts.get("Device", "openvino")
     late = max(a.sent - a.at for run in runs for a in run.answers)
     return {
         **runs[-1].facts,
         "Commit": ", ".join(commits),
-        "Network": f"fashion32 in OpenVINO; ms, medians and range over rounds: {sizes}; W = {runs[-1].width}",
+        "Network": f"fashion32 in {device}; ms, medians and range over rounds: {sizes}; W = {runs[-1].width}",
         "Runs": f"{len(runs)}, requests come for {runs[-1].seconds:g} s in each; seeds "
         + ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "Generator": f"sent requests at most {1e3 * late:.0f} ms after they were due",
@@ -165,6 +176,13 @@ def line(runs: Sequence[Run]) -> list[str]:
         median_and_range([w.busy for w in windows], "{:.3f}"),
         f"{statistics.median(w.rows_per_call for w in windows):.1f}",
         f"{1e3 * statistics.median(full):.1f} ms" if full else "-",
+        *(
+            median_and_range(values, "{:.3f}") if values else "-"
+            for values in (
+                [w.goodput_then for w in windows if w.goodput_then is not None],
+                [w.offered_then for w in windows if w.offered_then is not None],
+            )
+        ),
     ]
 
 

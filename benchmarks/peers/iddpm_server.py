@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.peers.meter import Meter, MeteredBackend
+from benchmarks.peers.meter import metered_network
 from benchmarks.peers.options import peer_parser
 from service.api.app import assemble, model_name
 from service.api.logs import configure_logging
@@ -15,7 +15,7 @@ def main() -> None:
     asked = peer_parser(__doc__).parse_args()
     configure_logging()
     settings = Settings(models=(asked.model,), port=asked.port, max_rows=asked.width, threads=asked.threads)
-    network = MeteredBackend(asked.model, settings.backend_options(), Meter(asked.meter))
+    network = metered_network(asked.model, settings.backend_options(), asked.meter, asked.device_ms)
     serve(assemble(settings, {model_name(asked.model): network}), settings)
 
 

@@ -7,19 +7,21 @@ that runs several batches at once shares the device among them, as instances on 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
+from benchmarks.peers.simulated_device import SimulatedDevice
 from service.backends.artifact_model import FloatArray
-from service.backends.base import BackendOptions
+from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.openvino_backend import OpenVinoBackend
+from service.backends.pending import Pending
 
 MAX_ROWS = 64
 CALLS, SECONDS = 0, 1
@@ -79,21 +81,102 @@ class Meter:
         with self._device.held():
             begun = time.perf_counter()
             yield
-            self._table[rows, SECONDS] += time.perf_counter() - begun
-            self._table[rows, CALLS] += 1
-            self._table[0, 0] += row_steps
+            self._count(rows, row_steps, time.perf_counter() - begun)
+
+    def begin(self, rows: int, row_steps: int, begin: Callable[[], TimedCall]) -> MeteredCall:
+        """Wait until nobody else calls the network, then begin a call that says itself what it takes."""
+        held = ExitStack()
+        held.enter_context(self._device.held())
+        with held:
+            call = begin()
+            held = held.pop_all()
+        return MeteredCall(call, held, lambda seconds: self._count(rows, row_steps, seconds))
+
+    def _count(self, rows: int, row_steps: int, seconds: float) -> None:
+        self._table[rows, SECONDS] += seconds
+        self._table[rows, CALLS] += 1
+        self._table[0, 0] += row_steps
 
 
-class MeteredBackend(OpenVinoBackend):
-    """The service's own OpenVINO backend, with a meter around the network."""
+class TimedCall(Pending[FloatArray], Protocol):
+    """A network call under way."""
 
+    @property
+    def seconds(self) -> float:
+        """What it took until it ended, however late somebody came to wait for it."""
+        ...
+
+
+class TimedNetwork(Denoiser[Any], Protocol):
+    """A network whose calls say what they take."""
+
+    def begin(self, x_t: Any, emb_t: Any, y: Any) -> TimedCall:
+        """Begin a call."""
+        ...
+
+
+class MeteredCall:
+    """A network call under way that nobody else can begin another one beside."""
+
+    def __init__(self, call: TimedCall, held: ExitStack, count: Callable[[float], None]) -> None:
+        self._call = call
+        self._held = held
+        self._count = count
+
+    def wait(self) -> FloatArray:
+        """Wait for the call, let others have the device, and count."""
+        with self._held:
+            out = self._call.wait()
+            self._count(self._call.seconds)
+        return out
+
+
+class MeteredNetwork:
+    """A network with a meter around its calls, for one thread."""
+
+    xp: Any = np
+    device: Any = "cpu"
     used_rows = 0
     """Rows of the coming calls that do not pad; 0 where somebody else counts them."""
 
-    def __init__(self, folder: Path, options: BackendOptions, meter: Meter) -> None:
-        super().__init__(folder, options)
+    def __init__(self, network: TimedNetwork, meter: Meter) -> None:
+        self.config = network.config
+        self.numerics_id = network.numerics_id
+        self.description = network.description
+        self.batch_sizes = network.batch_sizes
+        self.threads = network.threads
+        self.classifier = network.classifier
+        self._network = network
         self._meter = meter
 
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Ask the network."""
+        return self._network.embed_timesteps(t_model)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Ask the network."""
+        return self._network.classify(error)
+
     def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
-        with self._meter.call(len(x_t), self.used_rows):
-            return super().__call__(x_t, emb_t, y)
+        """Call the network when it is free."""
+        return self.begin(x_t, emb_t, y).wait()
+
+    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> Pending[FloatArray]:
+        """Begin a call when the network is free."""
+        return self._meter.begin(len(x_t), self.used_rows, lambda: self._network.begin(x_t, emb_t, y))
+
+
+def metered_network(
+    folder: Path, options: BackendOptions, meter: Path, device_ms: tuple[float, float] | None
+) -> MeteredNetwork:
+    """Open the network that all servers share, with a meter of its own.
+
+    Args:
+        folder: of the model.
+        options: of the service's own OpenVINO backend.
+        meter: its file.
+        device_ms: fixed and by row, what a call takes on a simulated device; None: the network itself is run.
+    """
+    network: TimedNetwork
+    network = OpenVinoBackend(folder, options) if device_ms is None else SimulatedDevice(folder, options, *device_ms)
+    return MeteredNetwork(network, Meter(meter))

@@ -48,7 +48,14 @@ def main() -> None:
 
         sampler = DiffusersSampler(asked.diffusers, asked.meter, threads=asked.threads)
     else:
-        sampler = RequestSampler(asked.model, asked.meter, width=asked.width, threads=asked.threads, turns="batch")
+        sampler = RequestSampler(
+            asked.model,
+            asked.meter,
+            width=asked.width,
+            threads=asked.threads,
+            turns="batch",
+            device_ms=asked.device_ms,
+        )
     uvicorn.run(create_app(sampler), host="127.0.0.1", port=asked.port, log_level="warning")
 
 

@@ -19,6 +19,8 @@ class PeerOptions:
     meter: Path
     width: int
     threads: int
+    device_ms: tuple[float, float] | None
+    """Fixed and by row: what a call takes on a simulated device; None: the network itself is run."""
     steps: tuple[int, ...]
     """The numbers of steps that will be asked for: peers that batch by it make a queue for each."""
     turns: Turns
@@ -29,7 +31,14 @@ class PeerOptions:
 
     def sampler(self) -> RequestSampler:
         """Open the network; for one thread."""
-        return RequestSampler(self.model, self.meter, width=self.width, threads=self.threads, turns=self.turns)
+        return RequestSampler(
+            self.model,
+            self.meter,
+            width=self.width,
+            threads=self.threads,
+            turns=self.turns,
+            device_ms=self.device_ms,
+        )
 
 
 def peer_parser(description: str | None) -> argparse.ArgumentParser:
@@ -40,6 +49,9 @@ def peer_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--meter", type=Path, required=True, help="file that the network's time is counted in")
     parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
     parser.add_argument("--threads", type=int, default=1, help="of a network call (1)")
+    parser.add_argument(
+        "--device-ms", type=_two_numbers, metavar="FIXED,ROW", help="simulate a device instead of running the network"
+    )
     return parser
 
 
@@ -52,3 +64,8 @@ def parse_peer_options(description: str | None) -> PeerOptions:
     parser.add_argument("--batch", type=int, default=0, help="(the width)")
     read = vars(parser.parse_args())
     return PeerOptions(**{**read, "steps": tuple(read["steps"])})
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    fixed, by_row = map(float, text.split(","))
+    return fixed, by_row

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
-from benchmarks.peers.meter import Meter, MeteredBackend
+from benchmarks.peers.meter import metered_network
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.update import sample_loop, to_uint8
@@ -54,9 +54,18 @@ def integers(values: Sequence[int]) -> npt.NDArray[np.int64]:
 class RequestSampler:
     """Samples a batch ancestrally, unguided, padded to the next compiled size. For one thread."""
 
-    def __init__(self, folder: Path, meter: Path, *, width: int, threads: int, turns: Turns) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        meter: Path,
+        *,
+        width: int,
+        threads: int,
+        turns: Turns,
+        device_ms: tuple[float, float] | None = None,
+    ) -> None:
         options = BackendOptions(max_rows=width, threads=threads, device="cpu")
-        self._network = MeteredBackend(folder, options, Meter(meter))
+        self._network = metered_network(folder, options, meter, device_ms)
         self.config = self._network.config
         self._sizes = options.sizes_to_compile
         self._turns = FileLock(meter.with_suffix(".batch")) if turns == "batch" else None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import pytest
 from benchmarks import serving
 from benchmarks.networks import BUNDLED, BenchNetwork
 from benchmarks.open_loop import NEVER_ANSWERED, Answer, Ask, offer
-from benchmarks.peers.meter import MAX_ROWS, Meter, Reading, new_meter, read_meter
+from benchmarks.peers.meter import MAX_ROWS, Meter, Reading, metered_network, new_meter, read_meter
 from benchmarks.peers.one_at_a_time import create_app
 from benchmarks.peers.request_sampler import RequestSampler, Uint8Array
 from benchmarks.servers import Entry, Server, Site, command
@@ -97,6 +98,19 @@ def test_a_meter_is_read_from_its_file(tmp_path: Path) -> None:
     assert did.busy_s == did.seconds[3] > 0
 
 
+def test_a_metered_call_counts_what_the_device_took_however_late_somebody_waits(tmp_path: Path) -> None:
+    path = tmp_path / "meter"
+    new_meter(path)
+    network = metered_network(BUNDLED, BackendOptions(max_rows=4), path, (1.0, 0.5))
+    x_t, emb_t = np.zeros((4, 1, 32, 32), np.float32), network.embed_timesteps(np.zeros(4, np.float32))
+    call = network.begin(x_t, emb_t, None)
+    assert read_meter(path).busy_s == 0
+    assert call.wait().shape == (4, 2, 32, 32)
+    assert (read_meter(path).calls[3], read_meter(path).busy_s) == (1, 0.003)
+    assert network(x_t[:1], emb_t[:1], None).shape == (1, 2, 32, 32)  # the device is free again
+    assert read_meter(path).seconds[0] == 0.0015
+
+
 def test_peers_make_the_pixels_of_the_reference(tmp_path: Path) -> None:
     new_meter(tmp_path / "meter")
     sampler = RequestSampler(BUNDLED, tmp_path / "meter", width=4, threads=1, turns="batch")
@@ -144,7 +158,15 @@ def test_unknown_servers_and_settings_are_refused(text: str) -> None:
 
 def test_each_server_is_told_which_network_to_run(tmp_path: Path) -> None:
     network = SimpleNamespace(checkpoint=tmp_path / "ours", diffusers_folder=lambda: tmp_path / "theirs")
-    site = Site(network=cast("BenchNetwork", network), work=tmp_path, width=8, threads=1, steps=(50,), venvs={})
+    site = Site(
+        network=cast("BenchNetwork", network),
+        work=tmp_path,
+        width=8,
+        threads=1,
+        device_ms=None,
+        steps=(50,),
+        venvs={},
+    )
     for name, told in (("one-at-a-time", []), ("iddpm", []), ("diffusers", ["--diffusers", str(tmp_path / "theirs")])):
         flags = command(Entry.parse(name), site, 80, tmp_path / "meter")
         assert flags[flags.index("--model") + 1] == str(tmp_path / "ours")
@@ -191,6 +213,17 @@ def test_goodput_and_busy_time_are_those_after_the_warm_up() -> None:
     assert window.busy == (6 * 2 + 4 * 1) / 20
     assert window.rows_per_call == 52 / 10
     assert window.full_call_s == 2.0
+    assert window.goodput_then == (60 - 8) / 20 / 4
+    assert window.offered_then == 0
+
+
+def test_goodput_and_load_are_also_by_what_calls_took_in_the_run_itself() -> None:
+    run = replace(a_run(), costs={4: 0.5, 8: 1.0})  # the machine was twice as fast when it was timed
+    run.answers[1] = replace(run.answers[1], at=12.0)
+    window = Window.of(run)
+    assert window.goodput == (60 - 8) / 20 / 8
+    assert window.goodput_then == (60 - 8) / 20 / 4
+    assert window.offered_then == 40 / 20 / 4
 
 
 def test_recovery_is_what_the_accepted_work_took_after_the_last_request() -> None:
@@ -214,7 +247,7 @@ def test_runs_are_read_back_as_they_were_written_and_reported(tmp_path: Path) ->
     write_report(tmp_path, runs)
     text = (tmp_path / "serving.md").read_text()
     assert "| iddpm | 3 | 1.49 | 1 | 26.50 | 33.00 | 33.00 | 33.00 | 3.3 / 2.0 | 0.67 |" in text
-    assert "| 0.67 | 0.650 | 0.800 | 5.2 | 2000.0 ms |" in text
+    assert "| 0.67 | 0.650 | 0.800 | 5.2 | 2000.0 ms | 0.650 | 0.000 |" in text
     assert "| iddpm | 5.0 | 5.0 | 1.00 |" in text
     assert "sent requests at most 1 ms after they were due" in text
 

@@ -1,0 +1,61 @@
+"""A device that takes a stated time for a network call and computes nothing: what is measured then is the server."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service.backends.artifact_model import FloatArray, open_artifact
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+
+
+class SimulatedDevice:
+    """Implements `Denoiser` for the model of an artifact; predicts that everything is noise by a fixed part."""
+
+    xp: Any = np
+    device: Any = "cpu"
+
+    def __init__(self, folder: Path, options: BackendOptions, fixed_ms: float, row_ms: float) -> None:
+        """Describe a device on which a call of n rows takes `fixed_ms + row_ms * n`."""
+        self.config = open_artifact(folder, "openvino").config
+        self.numerics_id = "simulated"
+        self.description = f"simulated, {fixed_ms:g} + {row_ms:g} n ms"
+        self.batch_sizes: tuple[int, ...] | None = options.sizes_to_compile
+        self.threads = 1
+        self.classifier: GuidingClassifier[Any] | None = None
+        self.costs = {rows: (fixed_ms + row_ms * rows) / 1000 for rows in options.sizes_to_compile}
+        """Seconds of a call by rows."""
+
+    def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
+        """Nobody reads it."""
+        return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
+
+    def classify(self, error: Exception) -> FailureKind:
+        """Nothing raises here."""
+        return classify_synchronous(error)
+
+    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
+        """Let the time of a call pass."""
+        return self.begin(x_t, emb_t, y).wait()
+
+    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> SimulatedCall:
+        """Let the time of a call begin."""
+        shape = (len(x_t), self.config.model.out_channels, *x_t.shape[2:])
+        return SimulatedCall(self.costs[len(x_t)], shape)
+
+
+class SimulatedCall:
+    """A call that ends at a stated time."""
+
+    def __init__(self, seconds: float, shape: tuple[int, ...]) -> None:
+        self.seconds = seconds
+        self._end = time.perf_counter() + seconds
+        self._shape = shape
+
+    def wait(self) -> FloatArray:
+        """Sleep until then."""
+        time.sleep(max(0.0, self._end - time.perf_counter()))
+        return np.full(self._shape, 0.25, dtype=np.float32)
