@@ -50,6 +50,7 @@ class NullRunner:
     """Moves nothing, at once."""
 
     numerics_id = "null"
+    depth = 0
 
     def warm_up(self) -> None:
         """Nothing to warm up."""
@@ -82,6 +83,10 @@ class NullRunner:
     def padded_classified_rows(self, rows: int) -> int:
         """There is no classifier."""
         return 0
+
+    def is_uncaptured(self, rows: int) -> bool:
+        """Nothing is captured."""
+        return False
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Return pixels of the smallest size."""

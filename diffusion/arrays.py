@@ -20,12 +20,16 @@ A = TypeVar("A", npt.NDArray[Any], "Tensor")
 """Either kind, the same throughout a signature."""
 
 
-_NUMPY = array_api_compat.array_namespace(np.zeros(0))  # asked for once: to find out takes a tenth of a step's update
+_NAMESPACES: dict[type, Any] = {}
+"""By kind: to find out takes longer than many an operation of a step."""
 
 
 def namespace(x: A) -> Any:
     """Return the functions of the array API standard for an array's kind: `xp.where`, `xp.exp`, `xp.float32`, ..."""
-    return _NUMPY if isinstance(x, np.ndarray) else array_api_compat.array_namespace(x)
+    kind = type(x)
+    if kind not in _NAMESPACES:
+        _NAMESPACES[kind] = array_api_compat.array_namespace(x)
+    return _NAMESPACES[kind]
 
 
 def on_host(x: A) -> bool:

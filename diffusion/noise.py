@@ -94,7 +94,12 @@ def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, 
             raise ValueError(f"{name} must be int64, whose products wrap where they should; got {values.dtype}")
         if on_host(values) and len(values):
             check_range(name, int(values.min()), int(values.max()), limit)
+    return unchecked_normal(seeds, image_indices, steps, stream, shape)
 
+
+def unchecked_normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, int, int]) -> A:
+    """Return `normal` of numbers that were checked before; pointwise work and nothing else."""
+    xp = namespace(seeds)
     elements = math.prod(shape)
     blocks = xp.arange(-(-elements // ELEMENTS_PER_BLOCK), dtype=xp.int64, device=seeds.device)[None]  # [1, blocks]
     counter = (blocks, steps[:, None], image_indices[:, None], stream)

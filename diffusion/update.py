@@ -74,9 +74,11 @@ class Begun(NamedTuple, Generic[A]):
     adds_noise: A
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a row that stops being finite is told of by `ok`, not by a warning
 def begin_advance(plan: PlanRows[A], x_t: A, x0_prev: A) -> Begun[A]:
-    """Compute the part of `advance` that does not depend on the network; the arguments are described there."""
+    """Compute the part of `advance` that does not depend on the network; the arguments are described there.
+
+    Numpy may warn of rows that stop being finite, as in `finish_advance`.
+    """
     return Begun(
         plan,
         a_x_x_t=plan.a_x * x_t,
@@ -88,6 +90,7 @@ def begin_advance(plan: PlanRows[A], x_t: A, x0_prev: A) -> Begun[A]:
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a row that stops being finite is told of by `ok`, not by a warning
 def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
     """Take one sampling step, x_t -> x_prev; every row may be at another step of another sampler.
 
@@ -110,7 +113,6 @@ def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, 
     return finish_advance(begin_advance(plan, x_t, x0_prev), out, var_values, z, grad)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # as above
 def finish_advance(begun: Begun[A], out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
     """Compute what `begin_advance` has left of `advance`; the arguments are described there."""
     xp, plan = namespace(out), begun.plan

@@ -128,6 +128,12 @@ class Metrics:
             registry=registry,
         )
         self.padded_rows = Counter("iddpm_padded_rows_total", "Rows computed for padding only", registry=registry)
+        self.uncaptured_steps = Counter(
+            "iddpm_uncaptured_steps_total",
+            "Attempts at an engine step of a batch size that the device has no graph of, though it could have one",
+            ["model"],
+            registry=registry,
+        )
         self.row_steps = Counter("iddpm_row_steps_total", "Rows advanced by one sampling step", registry=registry)
         self.wasted_row_steps = Counter(
             "iddpm_wasted_row_steps_total",

@@ -40,6 +40,10 @@ class Settings(BaseSettings):
     """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
     torch_compile: bool = False
     """Compile the network with torch.compile: minutes at start-up for each batch size."""
+    fuse_update: bool = True
+    """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
+    strict_graphs: bool = False
+    """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port."""
@@ -110,7 +114,11 @@ class Settings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""
         return EngineConfig(
-            max_rows=self.max_rows, max_queue=self.max_queue, policy=self.policy, client_share=self.client_share
+            max_rows=self.max_rows,
+            max_queue=self.max_queue,
+            policy=self.policy,
+            client_share=self.client_share,
+            strict_graphs=self.strict_graphs,
         )
 
     def backend_options(self) -> BackendOptions:
@@ -121,6 +129,7 @@ class Settings(BaseSettings):
             device=self.device,
             precision=self.precision,
             torch_compile=self.torch_compile,
+            fuse_update=self.fuse_update,
             cache_dir=self.cache_dir,
         )
 

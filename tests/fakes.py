@@ -141,6 +141,7 @@ class CountingRunner:
     """A runner without a network: checks that it is told sense, and makes images that say how often they moved."""
 
     numerics_id = "counting"
+    depth = 0
 
     def __init__(self, fail_slots_at: dict[int, int] | None = None, error_at: int | None = None) -> None:
         self.steps: dict[int, int] = {}
@@ -187,6 +188,9 @@ class CountingRunner:
 
     def padded_classified_rows(self, rows: int) -> int:
         return 0
+
+    def is_uncaptured(self, rows: int) -> bool:
+        return False
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         pixels = np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import uvicorn
@@ -23,6 +24,10 @@ STRAGGLER_SECONDS = 30
 """After the drain, connections that still send or read (half a body, an answer nobody takes) get this long."""
 DEATH_NOTICE_SECONDS = 2.0
 """A dead engine's process stays this long, so that answers get out and health checks see red."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter's lock that another one wants, instead of Python's 5 ms: the engine's
+thread wants it while the device has nothing to do (docs/decisions/0012)."""
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +107,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         timeout_graceful_shutdown=STRAGGLER_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     DrainingServer(config, app).run()
     service = _service_of(app)
     if service is None:

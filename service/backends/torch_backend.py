@@ -1,4 +1,4 @@
-"""The `torch` backend: a checkpoint's UNet in PyTorch, eager on a CPU, as CUDA graphs on a GPU."""
+"""The `torch` backend: a checkpoint's UNet in PyTorch, eager on a CPU, in captured steps on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
 from diffusion.unet import UNet
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
-from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
+from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
+from service.backends.cuda_queue import CudaQueue
+from service.backends.device_queue import DeviceQueue
 from service.backends.torch_classifier import load_torch_classifier
 from service.errors import ModelError
 
@@ -50,7 +52,7 @@ class TorchBackend:
         self._dtype = choose_dtype(options.precision, self.device)
         self.threads = 0 if on_cuda else torch.get_num_threads()
         self.description = _describe(self.device, self._dtype, options.torch_compile)
-        facts = _gpu(self.device) if on_cuda else _processor()
+        facts = _gpu(self.device) | {"fused": options.fuse_update} if on_cuda else _processor()
         depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
         if classifier is not None:
             depends_on.append(classifier.sha256)
@@ -72,10 +74,14 @@ class TorchBackend:
                 network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=len(sizes)
             )
         self._run: EmbNetwork = self._forward
-        if on_cuda or options.torch_compile:
+        self.queue: DeviceQueue[Tensor] | None = None
+        if on_cuda:  # the runner captures whole steps; calls by themselves are for its tests
             self.batch_sizes = sizes
-            capture = cuda_capture(self.device) if on_cuda else call_again
-            self._run = GraphedNetwork(self._forward, sizes, self._zero_inputs, capture)
+            gradient = None if classifier is None else classifier.gradient
+            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update)
+        elif options.torch_compile:
+            self.batch_sizes = sizes
+            self._run = GraphedNetwork(self._forward, sizes, self._zero_inputs, call_again)
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Tensor) -> Tensor:

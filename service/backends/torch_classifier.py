@@ -1,4 +1,4 @@
-"""The noisy classifier of the `torch` backend: its gradient by autograd, eager on a CPU, as CUDA graphs on a GPU."""
+"""The noisy classifier of the `torch` backend: its gradient by autograd, eager on a CPU, in captured steps on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.classifier import Classifier, log_p_gradient
 from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, cuda_capture
 
 
 class TorchClassifier:
@@ -36,7 +35,7 @@ class TorchClassifier:
             classifier: in eval mode.
             sha256: of its checkpoint.
             device: a CPU or a CUDA device.
-            sizes: batch sizes to capture, on a CUDA device.
+            sizes: batch sizes that may be captured, on a CUDA device.
         """
         self.config = config
         self.sha256 = sha256
@@ -45,10 +44,8 @@ class TorchClassifier:
         self.description = f"classifier, torch {torch.__version__} {device.type} float32"
         self._classifier = classifier.to(device)
         self.batch_sizes: tuple[int, ...] | None = None
-        self._run: EmbNetwork = self._gradient
         if device.type == "cuda":
             self.batch_sizes = sizes
-            self._run = GraphedNetwork(self._gradient, sizes, self._zero_inputs, cuda_capture(device))
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Tensor) -> Tensor:
@@ -57,17 +54,12 @@ class TorchClassifier:
 
     def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Run the classifier forwards and backwards."""
-        return self._run(x_t, emb_t, y)
+        return self.gradient(x_t, emb_t, y)
 
-    def _gradient(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def gradient(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+        """Compute the gradient, as `__call__`; it can be captured."""
         assert y is not None  # noqa: S101  # a classifier always has classes
         return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
-
-    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        model = self.config.model
-        x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
-        emb_t = torch.zeros(size, model.emb_channels, device=self.device)
-        return x_t, emb_t, torch.zeros(size, dtype=torch.int64, device=self.device)
 
 
 def load_torch_classifier(

@@ -356,6 +356,8 @@ class AsyncEngine:
                     self._tell(partial(self._on_loaded, model))
                     del command, runner  # while this waits for work, it must not keep weights that have been dropped
                 case _Drop(model):
+                    self._engine.settle_all()  # steps of images that were aborted
+                    self._report()
                     self._engine.drop(model)
                 case _Stop():
                     return False
@@ -407,7 +409,7 @@ class AsyncEngine:
     def _on_observations(self) -> None:
         for seen in self._mailbox.take():
             ticket = self._tickets.get(seen.request_id)
-            if ticket is not None and ticket.events is not None:
+            if ticket is not None and ticket.events is not None and not ticket.images[seen.position].done():
                 ticket.events.observe(seen)
 
     def _on_results(self, results: list[ImageResult]) -> None:

@@ -38,6 +38,9 @@ class EngineConfig(FrozenConfig):
     plan_lines: int = Field(default=16384, ge=16)
     """Capacity of a model's table of sampling plans, in lines (one per step of each distinct plan in flight)."""
 
+    strict_graphs: bool = False
+    """Whether a batch size that a device could not capture as a graph is an error, rather than slower and counted."""
+
     def with_room_for(self, num_timesteps: int) -> Self:
         """Return a configuration whose plan table holds the longest plan of a model with that many timesteps."""
         return self.replace(plan_lines=max(self.plan_lines, num_timesteps))

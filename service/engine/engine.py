@@ -1,7 +1,8 @@
 """Engine: one step at a time, launch -> settle -> report. Deterministic; threads live elsewhere.
 
 The device waits for as little as possible. `launch` picks images and begins their step; who leaves with it is known
-then. `settle` waits for it, and takes out those that failed; then the next step can be launched. `report` does what
+then. `settle` waits for it, and takes out those that failed; then the next step can be launched. A runner whose device
+takes work in order may have more steps under way: that an image failed is then learnt of later. `report` does what
 nothing waits for: it counts, and makes results of those who left. Call it behind the launch of the next step, or at
 once where there is none.
 
@@ -11,7 +12,9 @@ A step that raises is taken again without the images that make it raise (`servic
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +27,7 @@ from service.engine.config import EngineConfig
 from service.engine.forecast import DeviceView
 from service.engine.model_ids import name_of
 from service.engine.observing import observe
-from service.engine.recovery import MemoryLimit, Outcome, take_step
+from service.engine.recovery import Attempt, MemoryLimit, Outcome, take_step
 from service.engine.request import (
     FAILURE_REASONS,
     FailureReason,
@@ -55,18 +58,22 @@ class _Step:
 
     batch: StepBatch
     begun: float
-    launched: Pending[list[bool]] | None
-    """Its first attempt, until somebody waits for it."""
+    launched: list[tuple[Sequence[Image], Pending[list[bool]]]]
+    """What is to be waited for: the step of all its images, or of parts of them."""
+    outcome: Outcome
+    """What is known of its images; that all is well, until it settles."""
     left: list[Image]
     """Images that end with it, in its order."""
     number: int
     """How many steps its model has taken, this one among them."""
-    outcome: Outcome = field(init=False)
+    done: list[Image] = field(default_factory=list)
+    """Those of them that pixels were read of, some of which may have failed since."""
     pixels: Pending[npt.NDArray[np.uint8]] | None = None
-    """Of those of them that are done."""
     seen: Pending[list[Observation]] = field(init=False)
     """What it shows of watched images."""
     ended: float = field(init=False)
+    seconds: float = field(init=False)
+    """What it took: from its launch, or from the end of the step before where that came later."""
 
 
 class Engine:
@@ -93,9 +100,12 @@ class Engine:
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
-        self._launched: _Step | None = None
+        self._launched: deque[_Step] = deque()
+        """Steps under way, the oldest first."""
         self._settled: list[_Step] = []
         """Steps that are to be reported."""
+        self._ended = -math.inf
+        """When the last step did."""
         for reason in FAILURE_REASONS:
             metrics.images_failed.labels(reason)
         for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
@@ -112,7 +122,7 @@ class Engine:
         Raises:
             RuntimeError: something is in flight, whose slots this would overwrite.
         """
-        if self.scheduler.has_work():
+        if self.has_work():
             raise RuntimeError("steps can be timed only while nothing is in flight")
         for model, runner in self._runners.items():
             self.costs[model] = time_steps(runner, self._config, self.clock)
@@ -130,8 +140,10 @@ class Engine:
         """Forget a model, which frees its weights.
 
         Raises:
-            RuntimeError: some of its images are in flight.
+            RuntimeError: some of its images are in flight, or steps under way, or unreported.
         """
+        if any(step.batch.model == model for step in (*self._launched, *self._settled)):
+            raise RuntimeError(f"model {model} has steps that were not reported")
         self.scheduler.remove_model(model)
         del self._runners[model], self._memory[model]
         self.costs = {known: costs for known, costs in self.costs.items() if known != model}
@@ -142,7 +154,7 @@ class Engine:
         """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
         scheduler = self.scheduler
         return DeviceView(
-            running=[*scheduler.started(), *self._leaving()],
+            running=list(dict.fromkeys([*scheduler.started(), *self._leaving()])),
             steps=scheduler.all_steps(),
             widths=scheduler.all_widths(),
             costs=self.costs,
@@ -150,8 +162,7 @@ class Engine:
 
     def _leaving(self) -> list[Image]:
         """Return the images that have taken their last step, and nobody has been told yet."""
-        launched = self._launched
-        steps = [*self._settled, launched] if launched is not None else [*self._settled]
+        steps = dict.fromkeys((*self._launched, *self._settled))  # one that moves meanwhile is met twice
         return [image for step in steps for image in step.left]
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
@@ -167,8 +178,8 @@ class Engine:
         return [self._result(image, self.clock()) for image in aborted]
 
     def has_work(self) -> bool:
-        """Say whether any image is in flight."""
-        return self.scheduler.has_work()
+        """Say whether any image is in flight, or any step under way."""
+        return self.scheduler.has_work() or bool(self._launched)
 
     def step(self) -> list[ImageResult]:
         """Launch, settle and report a step: for those who have nothing to do meanwhile.
@@ -192,56 +203,105 @@ class Engine:
         if batch is None:
             return
         try:
-            self._expect(batch, batch.images)
-            self._move(batch, self._runners[batch.model])
-            try:
-                launched = self._attempt(batch, batch.images)
-            except Exception as error:  # what it means, and what to do, is said where the step is waited for
-                launched = Raised(error)
+            self._launch(batch, begun)
         except BaseException:
             self.under_way = None
             raise
-        left = self.scheduler.complete(batch, [True] * len(batch.images))
-        self._launched = _Step(batch, begun, launched, left, self.scheduler.steps(batch.model))
+
+    def _launch(self, batch: StepBatch, begun: float) -> None:
+        runner = self._runners[batch.model]
+        if not self._launched:
+            self._expect(batch, batch.images)
+        self._move(batch, runner)
+        launched: list[tuple[Sequence[Image], Pending[list[bool]]]] = []
+        outcome = Outcome([True] * len(batch.images))
+        if runner.depth:  # only a launch can raise what an image is guilty of
+
+            def attempt(images: Sequence[Image]) -> list[bool]:
+                launched.append((images, self._attempt(batch, images)))
+                return [True] * len(images)
+
+            outcome = self._take(batch, attempt)
+        else:
+            try:
+                launched.append((batch.images, self._attempt(batch, batch.images)))
+            except Exception as error:  # what it means, and what to do, is said where the step is waited for
+                launched.append((batch.images, Raised(error)))
+        left = self.scheduler.complete(batch, outcome.ok)
+        step = _Step(batch, begun, launched, outcome, left, self.scheduler.steps(batch.model))
+        if runner.depth:
+            self._look(step)
+        self._launched.append(step)
 
     def settle(self) -> None:
-        """Wait for the step that was launched, and take those out that failed.
+        """Wait until no more steps are under way than may be, and for one at least where no other can be launched.
 
         Raises:
             Exception: the device, or the network, is not to be trusted any more, as for `launch`.
         """
-        step = self._launched
-        if step is None:
+        if not self._launched:
             return
+        depth = self._runners[self._launched[-1].batch.model].depth
+        most = depth if self.scheduler.has_work() else min(depth, len(self._launched) - 1)
+        while len(self._launched) > most:
+            self._settle_oldest()
+
+    def settle_all(self) -> None:
+        """Wait for every step under way; raises as `settle`."""
+        while self._launched:
+            self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
+        """Wait for a step, and take those out that failed."""
+        step = self._launched[0]
+        runner = self._runners[step.batch.model]
         try:
-            self._settle(step)
+            failed = self._wait_deep(step) if runner.depth else self._wait(step)
         finally:
             self.under_way = None
-        self._settled.append(step)
-        self._launched = None
+        if failed:
+            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
+            step.left = [image for image in step.batch.images if image in leaving]
+        if not runner.depth:
+            self._look(step)
+        step.ended = self.clock()
+        step.seconds = step.ended - max(step.begun, self._ended)
+        self._ended = step.ended
+        self._settled.append(self._launched.popleft())
+        if self._launched:
+            batch = self._launched[0].batch
+            self._expect(batch, batch.images)
 
-    def _settle(self, step: _Step) -> None:
-        batch, runner = step.batch, self._runners[step.batch.model]
+    def _wait(self, step: _Step) -> list[Image]:
+        """Wait for a step that may be taken again, whatever it raises; returns the images that failed."""
+        batch = step.batch
 
         def attempt(images: Sequence[Image]) -> list[bool]:
-            launched, step.launched = step.launched, None
-            if launched is None:
-                self._expect(batch, images)
-                launched = self._attempt(batch, images)
-            return launched.wait()
+            if step.launched:
+                return step.launched.pop()[1].wait()
+            self._expect(batch, images)
+            return self._attempt(batch, images).wait()
 
-        step.outcome = take_step(
-            batch.images, attempt, runner, lambda kind, images: self._count_failure(batch, kind, images)
-        )
-        if not all(step.outcome.ok):
-            failed = [image for image, ok in zip(batch.images, step.outcome.ok, strict=True) if not ok]
-            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
-            step.left = [image for image in batch.images if image in leaving]
-        done = [image.slot for image in step.left if image.status is ImageStatus.DONE and image.slot is not None]
-        if done:
-            step.pixels = runner.read(done)
-        step.seen = observe(batch.images, runner)
-        step.ended = self.clock()
+        step.outcome = self._take(batch, attempt)
+        return [image for image, ok in zip(batch.images, step.outcome.ok, strict=True) if not ok]
+
+    @staticmethod
+    def _wait_deep(step: _Step) -> list[Image]:
+        """Wait for a step that others were launched upon: what it raises is the device's end."""
+        flags = [zip(images, pending.wait(), strict=True) for images, pending in step.launched]
+        return [image for part in flags for image, ok in part if not ok]
+
+    def _take(self, batch: StepBatch, attempt: Attempt) -> Outcome:
+        runner = self._runners[batch.model]
+        return take_step(batch.images, attempt, runner, lambda kind, images: self._count_failure(batch, kind, images))
+
+    def _look(self, step: _Step) -> None:
+        """Copy what is to be shown of a step before another one is launched."""
+        runner = self._runners[step.batch.model]
+        step.done = [image for image in step.left if image.status is ImageStatus.DONE]
+        if step.done:
+            step.pixels = runner.read([image.slot for image in step.done if image.slot is not None])
+        step.seen = observe(step.batch.images, runner)
 
     def report(self) -> list[ImageResult]:
         """Count what the settled steps did; returns the images that left with them.
@@ -256,8 +316,7 @@ class Engine:
         return results
 
     def _report(self, step: _Step) -> list[ImageResult]:
-        done = [image for image in step.left if image.status is ImageStatus.DONE]
-        pixels = {} if step.pixels is None else dict(zip(done, step.pixels.wait(), strict=True))
+        pixels = {} if step.pixels is None else dict(zip(step.done, step.pixels.wait(), strict=True))
         self._forget(step.left, step.outcome.failures)
         self._count_step(step)
         results = [self._result(i, step.ended, pixels.get(i), _reason(i, step.outcome)) for i in step.left]
@@ -322,7 +381,7 @@ class Engine:
             request_id=image.request_id,
             position=image.position,
             status=image.status,
-            pixels=pixels,
+            pixels=pixels if image.status is ImageStatus.DONE else None,
             failure=failure,
             queue_s=(ended if started is None else started) - image.submitted_at,
             compute_s=0.0 if started is None else ended - started,
@@ -335,6 +394,7 @@ class Engine:
         metrics.network_calls.labels(name_of(model)).inc()
         metrics.rows_per_call.observe(rows)
         metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
+        metrics.uncaptured_steps.labels(name_of(model)).inc(runner.is_uncaptured(rows))
         if classified := sum(image.classified_rows for image in images):
             metrics.classifier_calls.labels(name_of(model)).inc()
             metrics.classified_rows.labels(name_of(model)).inc(classified)
@@ -349,7 +409,7 @@ class Engine:
 
     def _count_step(self, step: _Step) -> None:
         batch, outcome, metrics = step.batch, step.outcome, self._metrics
-        model, runner, seconds = batch.model, self._runners[batch.model], step.ended - step.begun
+        model, runner, seconds = batch.model, self._runners[batch.model], step.seconds
         metrics.row_steps.inc(batch.rows - sum(image.rows for image in outcome.failures))
         metrics.step_seconds.labels(name_of(model), str(runner.padded_rows(batch.rows))).observe(seconds)
         metrics.preemptions.inc(batch.preempted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -36,25 +36,40 @@ class SlotTable(Generic[A]):
         plan_lines: int,
         xp: Any,
         device: Any,
-        classifier: ClassifierCheckpointConfig | None = None,
+        classifier: ClassifierCheckpointConfig | None,
+        send: Callable[[npt.NDArray[Any]], A],
     ) -> None:
+        """Allocate.
+
+        Args:
+            config: of the model.
+            num_slots: for images; there is one more, which is nobody's.
+            plan_lines: for plans.
+            xp: makes the arrays.
+            device: where they are.
+            classifier: that guides the model.
+            send: copies numbers to where the arrays are.
+        """
         model = config.model
+        self.spare_slot = num_slots
+        """For places of a batch that no image has; what it holds is finite, and means nothing."""
+        self.send: Callable[[npt.NDArray[Any]], A] = send
         self.image_shape = (model.image_channels, model.image_size, model.image_size)
         self._xp = xp
         self._device = device
-        self.x: A = self._zeros((num_slots, *self.image_shape), xp.float32)
+        self.x: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
         """x_t."""
-        self.x0: A = self._zeros((num_slots, *self.image_shape), xp.float32)
+        self.x0: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
         """The previous step's predicted x0, for multistep solvers."""
-        self.step: A = self._zeros((num_slots,), xp.int64)
+        self.step: A = self._zeros((num_slots + 1,), xp.int64)
         """Sampling steps done."""
-        self.plan_offset: A = self._zeros((num_slots,), xp.int64)
-        self.y: A = self._zeros((num_slots,), xp.int64)
+        self.plan_offset: A = self._zeros((num_slots + 1,), xp.int64)
+        self.y: A = self._zeros((num_slots + 1,), xp.int64)
         """Label; 0 where the image has none."""
-        self.cfg_scale: A = self._zeros((num_slots,), xp.float32)
-        self.classifier_scale: A = self._zeros((num_slots,), xp.float32)
-        self.seed: A = self._zeros((num_slots,), xp.int64)
-        self.image_index: A = self._zeros((num_slots,), xp.int64)
+        self.cfg_scale: A = self._zeros((num_slots + 1,), xp.float32)
+        self.classifier_scale: A = self._zeros((num_slots + 1,), xp.float32)
+        self.seed: A = self._zeros((num_slots + 1,), xp.int64)
+        self.image_index: A = self._zeros((num_slots + 1,), xp.int64)
         self.plan: A = self._zeros((plan_lines, len(PLAN_COLUMNS)), xp.float32)
         """Lines of the sampling plans."""
         self.emb_t: A = self._zeros((plan_lines, model.emb_channels), xp.float32)
@@ -69,13 +84,12 @@ class SlotTable(Generic[A]):
 
     def integers(self, values: Sequence[int]) -> A:
         """Bring integers to where the arrays are: int64 [n]."""
-        array: A = self._xp.asarray(list(values), dtype=self._xp.int64, device=self._device)
-        return array
+        return self.send(np.array(values, dtype=np.int64))
 
     def write_plan(self, offset: int, plan: SamplingPlan, emb_t: A, classifier_emb_t: A | None = None) -> None:
         """Put a plan's lines, and their embedded timesteps, into the table."""
         lines = slice(offset, offset + plan.num_steps)
-        self.plan[lines] = self._xp.asarray(plan.table.copy(), device=self._device)
+        self.plan[lines] = self.send(plan.table)
         self.emb_t[lines] = emb_t
         if classifier_emb_t is not None:
             self.classifier_emb_t[lines] = classifier_emb_t
@@ -91,8 +105,8 @@ class SlotTable(Generic[A]):
         self.seed[index] = self.integers(seeds)
         self.image_index[index] = self.integers(image_indices)
         self.y[index] = self.integers([p.class_index or 0 for p in params])
-        self.cfg_scale[index] = self._xp.asarray(cfg_scales, device=self._device)
-        self.classifier_scale[index] = self._xp.asarray(classifier_scales, device=self._device)
+        self.cfg_scale[index] = self.send(cfg_scales)
+        self.classifier_scale[index] = self.send(classifier_scales)
         self.is_guided[list(slots)] = cfg_scales != 1
         self.is_classified[list(slots)] = classifier_scales != 0
         self.plan_offset[index] = self.integers(plan_offsets)
@@ -114,7 +128,7 @@ class SlotTable(Generic[A]):
         index = self.integers(slots)
         for name in BY_SLOT:
             rows = np.stack([state.arrays[name] for state in saved])
-            getattr(self, name)[index] = self._xp.asarray(rows, device=self._device)
+            getattr(self, name)[index] = self.send(rows)
         self.is_guided[list(slots)] = [state.arrays["cfg_scale"] != 1 for state in saved]
         self.is_classified[list(slots)] = [state.arrays["classifier_scale"] != 0 for state in saved]
 

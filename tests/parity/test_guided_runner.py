@@ -24,7 +24,7 @@ from service.backends.openvino_backend import OpenVinoClassifier
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
-from service.engine.runners import array_runner
+from service.engine.runners import host_steps
 from service.engine.runners.array_runner import ArrayRunner
 from tests import golden
 from tests.denoisers import ExactDenoiser
@@ -116,7 +116,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, noise: npt.NDArray[Any]) -> None:
     def normal(seed: Any, *_: Any) -> Any:
         return of_kind("numpy" if isinstance(seed, np.ndarray) else "torch", noise)
 
-    monkeypatch.setattr(array_runner, "normal", normal)
+    monkeypatch.setattr(host_steps, "normal", normal)
 
 
 @SUBJECTS

@@ -193,7 +193,12 @@ def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path)
     folder = tiny_guided_checkpoint(tmp_path / "guided")
     classifier = load_torch_classifier(folder, tiny_config(), torch.device("cpu"), (1, 2))
     assert classifier is not None
-    graphed = GraphedNetwork(classifier._gradient, (1, 2), classifier._zero_inputs, call_again)
+
+    def zero_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb_t = classifier.embed_timesteps(torch.zeros(size))
+        return torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64)
+
+    graphed = GraphedNetwork(classifier.gradient, (1, 2), zero_inputs, call_again)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     emb_t, y = classifier.embed_timesteps(torch.tensor([3.0, 900.0])), torch.tensor([1, 3])
     gradient = classifier(x_t, emb_t, y)

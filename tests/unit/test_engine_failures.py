@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +27,13 @@ from service.metrics import Metrics
 from tests.counts import count
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import CountingRunner, generation, params, tiny_config
+from tests.late_queue import LateQueue
 
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1, plan_lines=32)
 FINE, OVERFLOWS, RAISES = 1, 2, 3
 """Classes of images: what the network does with them in the second half of the chain."""
-Buckets = Literal["any size", "buckets", "asynchronous"]
+Buckets = Literal["any size", "buckets", "asynchronous", "queued"]
 
 
 class DeviceLost(Exception):
@@ -41,8 +43,8 @@ class DeviceLost(Exception):
 class FaultyDenoiser(ExactDenoiser):
     """Overflows on some rows, raises on others, runs out of memory, and has passing troubles."""
 
-    def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
-        super().__init__(tiny_config(), batch_sizes=batch_sizes)
+    def __init__(self, batch_sizes: tuple[int, ...] | None, xp: Any = np) -> None:
+        super().__init__(tiny_config(), xp, batch_sizes)
         self.armed = False
         self.most_rows = 1000
         self.next_error: Exception | None = None
@@ -66,7 +68,7 @@ class FaultyDenoiser(ExactDenoiser):
         if len(x_t) > self.most_rows:
             raise MemoryError
         late = emb_t[:, 1] < 1.5  # t below 500
-        if np.any(late & (y == RAISES)):
+        if bool((late & (y == RAISES)).any()):
             raise ValueError("this row cannot be computed")
         out = super().__call__(x_t, emb_t, y)
         out[late & (y == OVERFLOWS)] = np.nan
@@ -86,24 +88,32 @@ class AsynchronousFaulty(FaultyDenoiser):
         return Later(lambda: out)
 
 
+class QueuedFaulty(FaultyDenoiser):
+    """Raises when a step is launched; that a row has overflowed is learnt of late."""
+
+    def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
+        super().__init__(batch_sizes, torch)
+        self.queue = LateQueue(lambda *arguments: self(*arguments), None)
+
+
 @cache
 def faulty(buckets: Buckets) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
     """Return a network that fails, and a runner of it that is warm."""
-    made = AsynchronousFaulty if buckets == "asynchronous" else FaultyDenoiser
-    denoiser = made((1, WIDTH, 2 * WIDTH) if buckets == "buckets" else None)
+    kinds = {"asynchronous": AsynchronousFaulty, "queued": QueuedFaulty}
+    denoiser = kinds.get(buckets, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if buckets in ("buckets", "queued") else None)
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
     runner.warm_up()
     return denoiser, runner
 
 
 @cache
-def reference(image: ImageParams) -> bytes:
+def reference(image: ImageParams, xp: Any = np) -> bytes:
     """Sample one image alone, by a network that does not fail."""
     plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
         seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
     )
-    return sample_images(AsNetwork(ExactDenoiser(tiny_config())), plan, [spec], xp=np)[0].tobytes()
+    return sample_images(AsNetwork(ExactDenoiser(tiny_config(), xp)), plan, [spec], xp=xp)[0].tobytes()
 
 
 @st.composite
@@ -196,7 +206,7 @@ def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
         if result.status is ImageStatus.DONE:
             assert image.class_index in (0, FINE)
             assert result.pixels is not None
-            assert result.pixels.tobytes() == reference(image)
+            assert result.pixels.tobytes() == reference(image, denoiser.xp)
         elif result.failure == "not_finite":
             assert image.class_index == OVERFLOWS
         elif result.failure == "error":

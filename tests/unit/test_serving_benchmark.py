@@ -218,8 +218,9 @@ def test_goodput_and_busy_time_are_those_after_the_warm_up() -> None:
 
 
 def test_goodput_and_load_are_also_by_what_calls_took_in_the_run_itself() -> None:
-    run = replace(a_run(), costs={4: 0.5, 8: 1.0})  # the machine was twice as fast when it was timed
-    run.answers[1] = replace(run.answers[1], at=12.0)
+    first, second, refused = a_run().answers
+    answers = [first, replace(second, at=12.0), refused]
+    run = replace(a_run(), costs={4: 0.5, 8: 1.0}, answers=answers)  # the machine was faster when it was timed
     window = Window.of(run)
     assert window.goodput == (60 - 8) / 20 / 8
     assert window.goodput_then == (60 - 8) / 20 / 4

@@ -1,44 +1,31 @@
-"""The runner, for numpy arrays and tensors alike: gather, network, guidance, noise, one update, scatter."""
+"""The runner, for numpy arrays and tensors alike: owns a model's slots; how steps are taken is its device's matter."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple
+from collections.abc import Sequence
+from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.arrays import A, on_host, to_numpy
-from diffusion.guidance import classifier_free, scaled_gradient
-from diffusion.noise import STREAM_STEP, normal
+from diffusion.arrays import A, to_numpy
 from diffusion.plans import build_plan
-from diffusion.update import PlanRows, begin_advance, finish_advance, split_output, to_uint8
-from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork, beginning_of
-from service.backends.pending import Later, Pending
+from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
+from service.backends.device_queue import DeviceQueue, queue_of, send_at_once
+from service.backends.pending import Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.runners.host_steps import HostSteps
+from service.engine.runners.queued_steps import QueuedSteps
+from service.engine.runners.steps import Steps
 from service.engine.slots import SavedSlot, SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
-
-
-class _Gathered(NamedTuple, Generic[A]):
-    """What a step's images hold as it begins."""
-
-    slots: Sequence[int]
-    where: A
-    """The same, as an array."""
-    x_t: A
-    step: A
-    line: A
-    """Of the plan table."""
-    y: A
 
 
 class ArrayRunner(Generic[A]):
@@ -56,13 +43,10 @@ class ArrayRunner(Generic[A]):
         self.classifier_batch_sizes = () if classifier is None else _largest_size(classifier, config.max_rows)
         """Rows a classifier call may have, likewise; none where there is no classifier."""
         self._denoiser: Denoiser[A] = denoiser
-        self._begin: Callable[[A, A, A | None], Pending[A]] = beginning_of(denoiser)
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
-        self._channels = denoiser.config.model.image_channels
-        self._null_class = denoiser.config.model.num_classes or 0
-        self._conditional = denoiser.config.model.num_classes is not None
-        self._beside = ThreadPoolExecutor(1, "noise")
+        self._num_slots = config.num_slots
+        queue: DeviceQueue[A] | None = queue_of(denoiser)
         self._slots: SlotTable[A] = SlotTable(
             denoiser.config,
             config.num_slots,
@@ -70,7 +54,21 @@ class ArrayRunner(Generic[A]):
             denoiser.xp,
             denoiser.device,
             None if classifier is None else classifier.config,
+            send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
+        sizes = (self.padded_rows, self.padded_classified_rows)
+        self._queued: QueuedSteps[A] | None = None
+        if queue is not None:
+            self._queued = QueuedSteps(
+                denoiser,
+                queue,
+                self._slots,
+                *sizes,
+                most_rows=self.batch_sizes[-1],
+                strict=config.strict_graphs,
+            )
+        self._steps: Steps = HostSteps(denoiser, self._slots, *sizes) if self._queued is None else self._queued
+        self.depth = self._steps.depth
 
     def warm_up(self) -> None:
         """Find the batch sizes that give a row the same bits as the largest, then take a real step."""
@@ -85,7 +83,10 @@ class ArrayRunner(Generic[A]):
             class_index=0,
             classifier_scale=0.0 if self._classifier is None else 1.0,
         )
-        self.start([Start(slot=0, params=params, plan_offset=0, write_plan=True)])
+        starts = [Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in range(self._num_slots)]
+        self.start(starts)
+        if self._queued is not None:
+            self._queued.capture(self.batch_sizes, self.classifier_batch_sizes)
         self.launch([0]).wait()
         self.read([0]).wait()
         log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
@@ -94,50 +95,14 @@ class ArrayRunner(Generic[A]):
 
     def start(self, starts: Sequence[Start]) -> None:
         """Set slots up; plans are computed here, once for all images that share one."""
-        xp, device = self._denoiser.xp, self._denoiser.device
         for start in {start.plan_offset: start for start in starts if start.write_plan}.values():
             key = start.params.plan
             plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
-            t_model = xp.asarray(plan.column("t_model").copy(), device=device)
+            t_model = self._slots.send(plan.column("t_model"))
             classifier_emb_t = None if self._classifier is None else self._classifier.embed_timesteps(t_model)
             self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model), classifier_emb_t)
         if starts:
             self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
-
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
-        """Gather what the network reads, and begin its call; all else is done when the step is waited for.
-
-        All is computed before anything is written, so that a step that raised can be taken again.
-        """
-        table = self._slots
-        index = table.integers(slots)
-        step = table.step[index]
-        line = table.plan_offset[index] + step
-        images: _Gathered[A] = _Gathered(slots, index, table.x[index], step, line, table.y[index])
-        guided: list[int] = [place for place, slot in enumerate(slots) if table.is_guided[slot]]
-        call: Pending[A] = self._begin_network(images, guided)
-        return Later(lambda: self._finish(images, guided, call))
-
-    def _finish(self, images: _Gathered[A], guided: Sequence[int], call: Pending[A]) -> list[bool]:
-        """Do what can be done meanwhile, wait for the network, and update."""
-        table, index = self._slots, images.where
-        rows = PlanRows.from_lines(table.plan[images.line])
-        noise = self._begin_noise(rows, images)
-        begun = begin_advance(rows, images.x_t, table.x0[index])
-        next_step = images.step + 1
-        asking = [place for place, slot in enumerate(images.slots) if table.is_classified[slot]]
-
-        out = call.wait()
-        out = self._guide(out, guided, index) if guided else out[: len(images.slots)]
-        prediction, var_values = split_output(out, self._channels)
-        gradient = self._gradient(images, asking) if asking else None
-        result = finish_advance(begun, prediction, var_values, noise(), gradient)
-
-        table.x[index] = result.x_prev
-        table.x0[index] = result.x0
-        table.step[index] = next_step
-        ok: list[bool] = to_numpy(result.ok).tolist()
-        return ok
 
     def evict(self, slots: Sequence[int]) -> list[object]:
         """Copy slots to host memory; that they are free is known to the scheduler."""
@@ -173,66 +138,21 @@ class ArrayRunner(Generic[A]):
         sizes = self.classifier_batch_sizes
         return sizes[bisect_left(sizes, rows)] if sizes else 0
 
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """Begin a step of the images in these slots."""
+        return self._steps.launch(slots)
+
+    def is_uncaptured(self, rows: int) -> bool:
+        """Say whether a step of so many rows has to do without the graph that its device could have."""
+        return self._queued is not None and not self._queued.has_captured(self.padded_rows(rows))
+
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Copy finished images; waited for, as pixels."""
-        x: A = self._slots.x[self._slots.integers(slots)]
-        return Later(lambda: to_uint8(x))
+        return self._steps.pixels(self._slots.x, slots)
 
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Copy predicted images; waited for, as pixels."""
-        x0: A = self._slots.x0[self._slots.integers(slots)]
-        return Later(lambda: to_uint8(x0))
-
-    def _begin_noise(self, rows: PlanRows[A], images: _Gathered[A]) -> Callable[[], A]:
-        """Return what gives the step's noise; on the host it is made meanwhile, while the network is called."""
-        shape: tuple[int, int, int] = self._slots.image_shape
-        seeds, image_indices, steps = self._slots.seed[images.where], self._slots.image_index[images.where], images.step
-        if not on_host(seeds):
-            return lambda: normal(seeds, image_indices, steps, STREAM_STEP, shape)
-        if not bool((rows.noise_scale > 0).any()):
-            return lambda: self._denoiser.xp.zeros_like(images.x_t)
-        return self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
-
-    def _begin_network(self, images: _Gathered[A], guided: Sequence[int]) -> Pending[A]:
-        """Begin a call on [n] images plus a second row, with the null class, for each guided one."""
-        count: int = len(images.slots)
-        used = count + len(guided)
-        padding: list[int] = [0] * (self.padded_rows(used) - used)  # any row will do: its result is not looked at
-        x_t, emb_t, labels = images.x_t, self._slots.emb_t[images.line], images.y
-        if guided or padding:
-            rows = self._slots.integers([*range(count), *guided, *padding])
-            x_t, emb_t, labels = x_t[rows], emb_t[rows], labels[rows]
-            labels[count:used] = self._null_class
-        return self._begin(x_t, emb_t, labels if self._conditional else None)
-
-    def _guide(self, out: A, guided: Sequence[int], index: A) -> A:
-        """Combine the rows of guided images; returns those of all images."""
-        count: int = len(index)
-        uncond_row = list(range(count))
-        for row, place in enumerate(guided, start=count):
-            uncond_row[place] = row
-        uncond = self._slots.integers(uncond_row)
-        return classifier_free(out[uncond], out[:count], self._slots.cfg_scale[index], self._channels)
-
-    def _gradient(self, images: _Gathered[A], asking: Sequence[int]) -> A:
-        """Call the classifier on the images that ask for it; the others' gradient is zero.
-
-        Raises:
-            ModelError: an image that asks for a classifier that is not there.
-        """
-        table = self._slots
-        if self._classifier is None:
-            raise ModelError(
-                f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
-            )
-        count: int = len(asking)
-        padding: list[int] = [asking[0]] * (self.padded_classified_rows(count) - count)
-        rows = table.integers([*asking, *padding])
-        out = self._classifier(images.x_t[rows], table.classifier_emb_t[images.line[rows]], images.y[rows])
-        scale = table.classifier_scale[images.where[rows[:count]]]
-        gradient: A = self._denoiser.xp.zeros_like(images.x_t)
-        gradient[rows[:count]] = scaled_gradient(out[:count], scale)
-        return gradient
+        return self._steps.pixels(self._slots.x0, slots)
 
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
         xp, device = network.xp, network.device

@@ -17,6 +17,9 @@ class Runner(Protocol):
     """Holds the slots of one model."""
 
     numerics_id: str
+    depth: int
+    """Steps that may be under way when the next one is launched. Where it is 0, a step is over when it has been waited
+    for; else only a launch raises what an image is guilty of, and what is raised later is the device's end."""
 
     def warm_up(self) -> None:
         """Do whatever the first step would otherwise pay for, and check the promises the runner makes."""
@@ -29,8 +32,8 @@ class Runner(Protocol):
     def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
         """Begin a step of the images in these slots; waited for, it says which are still finite.
 
-        Nothing else may be asked of these slots before that. Nothing is written before all is computed: where it
-        raises, here or when it is waited for, the same step can be taken again, with all or some of these slots.
+        Where it raises, here or (with a depth of 0) when it is waited for, nothing has been written: the same step can
+        be taken again, with all or some of these slots.
         """
         ...
 
@@ -56,6 +59,10 @@ class Runner(Protocol):
 
     def padded_classified_rows(self, rows: int) -> int:
         """Say how many rows a classifier call for that many computes; 0 where there is no classifier."""
+        ...
+
+    def is_uncaptured(self, rows: int) -> bool:
+        """Say whether a step of so many rows has to do without the graph that its device could have."""
         ...
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:

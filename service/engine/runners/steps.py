@@ -1,0 +1,51 @@
+"""The two ways in which a runner takes steps share this much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.arrays import A
+from diffusion.noise import STREAM_STEP, unchecked_normal
+from diffusion.update import PlanRows, Step, begin_advance, finish_advance
+from service.backends.pending import Pending
+
+Padded = Callable[[int], int]
+"""Rounds rows up to a batch size that may be run."""
+
+
+class Steps(Protocol):
+    """Takes steps of a `SlotTable`."""
+
+    depth: int
+    """Steps that may be under way when the next one is launched."""
+
+    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+        """As `Runner.launch`."""
+        ...
+
+    def pixels(self, array: Any, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        """Copy some slots of an array of images; waited for, as pixels."""
+        ...
+
+
+def add_noise_and_advance(
+    lines: A, x_t: A, x0_prev: A, out: A, var_values: A, noise_of: tuple[A, A, A], grad: A | None
+) -> Step[A]:
+    """Make a step's noise and take the step: everything that comes after the network, and nothing but pointwise work.
+
+    Args:
+        lines: of the plan, one per row, float32 [B, 12].
+        x_t: as for `advance`, like x0_prev, out, var_values and grad.
+        x0_prev: see there.
+        out: see there.
+        var_values: see there.
+        noise_of: seed, image index and step of each row, int64 [B].
+        grad: see there.
+    """
+    _, channels, height, width = x_t.shape
+    z = unchecked_normal(*noise_of, STREAM_STEP, (channels, height, width))
+    return finish_advance(begin_advance(PlanRows.from_lines(lines), x_t, x0_prev), out, var_values, z, grad)

@@ -1,0 +1,66 @@
+"""A queue for tests: the CPU does at once what is asked, and the host is told late, as of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffusion.config import CheckpointConfig
+from service.backends.cuda_graphs import call_again
+from service.backends.pending import Later
+from tests.denoisers import ExactDenoiser
+
+
+class LateQueue:
+    """Implements `DeviceQueue` on a CPU. What is captured sees the arrays it was captured with, and their addresses."""
+
+    depth = 2
+
+    def __init__(self, network: Callable[..., Any], classifier: Callable[..., Any] | None) -> None:
+        self.network = network
+        self.classifier = classifier
+        self.captures = 0
+        self.lacks_memory_after = 1000
+        """Captures that there is memory for."""
+        self.error: Exception | None = None
+        """What the device says when the next copy is waited for."""
+        self.waits = 0
+
+    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if self.captures >= self.lacks_memory_after:
+            raise MemoryError
+        self.captures += 1
+        replay = call_again(work)
+        out = work().clone()
+        return lambda: out.copy_(replay())  # into the same output, which the next replay writes over
+
+    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return work
+
+    def send(self, values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values.copy())
+
+    def fetch(self, array: Tensor) -> Later[npt.NDArray[Any]]:
+        copy = np.array(array.numpy())
+
+        def wait() -> npt.NDArray[Any]:
+            self.waits += 1
+            if self.error is not None:
+                raise self.error
+            return copy
+
+        return Later(wait)
+
+
+class QueuedDenoiser(ExactDenoiser):
+    """Exact arithmetic on tensors, behind a queue."""
+
+    def __init__(self, config: CheckpointConfig, **named: Any) -> None:
+        super().__init__(config, torch, **named)
+        classifier = self.classifier
+        self.queue = LateQueue(lambda *a: self(*a), None if classifier is None else lambda *a: classifier(*a))

@@ -1,0 +1,303 @@
+"""Steps on a device that answers later: what the host is told late changes no pixel, and costs nobody else an image."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.plans import build_plan
+from diffusion.sampling import ImageSpec, sample_images
+from service.backends.cuda_queue import compiled
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.request import ImageParams, ImageResult, ImageStatus, ImageStep, Watch
+from service.engine.runners.array_runner import ArrayRunner
+from service.engine.runners.layout import lay_out, lay_out_classified
+from service.engine.runners.steps import add_noise_and_advance
+from service.errors import EngineDead, ModelError
+from service.metrics import Metrics
+from tests.denoisers import AsNetwork, ExactClassifier
+from tests.fakes import generation, params, tiny_classifier_config, tiny_config
+from tests.late_queue import LateQueue, QueuedDenoiser
+
+WIDTH = 4
+CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64, timed_calls=0)
+LONG = CONFIG.replace(plan_lines=1000)
+FIRST_SLOT = CONFIG.num_slots - 1
+
+
+def denoiser(**changes: Any) -> QueuedDenoiser:
+    guide = ExactClassifier(tiny_classifier_config(), torch, batch_sizes=(1, 2, WIDTH))
+    return QueuedDenoiser(tiny_config(), batch_sizes=(1, 2, WIDTH), classifier=guide, **changes)
+
+
+def warm(network: QueuedDenoiser, config: EngineConfig = CONFIG) -> ArrayRunner[Tensor]:
+    runner = ArrayRunner(network, config)
+    runner.warm_up()
+    return runner
+
+
+def reference(image: ImageParams) -> bytes:
+    plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
+    spec = ImageSpec(seed=image.seed, image_index=image.image_index, class_index=image.class_index)
+    return sample_images(AsNetwork(denoiser()), plan, [spec], xp=torch)[0].tobytes()
+
+
+def finish(engine: Engine) -> list[ImageResult]:
+    results: list[ImageResult] = []
+    while engine.has_work():
+        results += engine.step()
+    return results
+
+
+def test_a_layout_says_who_stands_where() -> None:
+    layout = lay_out([7, 3, 5], guided=[0, 2], size=8, spare_slot=9)
+    assert layout.tolist() == [
+        [7, 3, 5, 9, 9, 9, 9, 9],
+        [0, 1, 2, 0, 2, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 0],
+        [3, 1, 4, 3, 4, 5, 6, 7],
+    ]
+    assert lay_out_classified([7, 3, 5], [0, 2], 4, (9, 8)).tolist() == [[7, 5, 9, 9], [0, 2, 8, 8]]
+
+
+def test_the_host_waits_for_nothing_until_two_more_steps_are_launched() -> None:
+    network = denoiser()
+    engine = Engine({"m": warm(network)}, CONFIG, Metrics())
+    network.queue.waits = 0
+    engine.add(generation("r", params(steps=6)), submitted_at=0.0)
+    waits = []
+    while engine.has_work():
+        engine.step()
+        waits.append(network.queue.waits)
+    assert waits == [0, 0, 1, 2, 3, 4, 5, 7]  # the last one also for the pixels
+
+
+def test_an_image_that_ended_before_it_was_known_to_have_failed_fails_and_its_neighbour_does_not() -> None:
+    metrics = Metrics()
+    runner = warm(denoiser())
+    engine = Engine({"m": runner}, CONFIG, metrics)
+    bad, good = params(steps=3, seed=1), params(steps=3, seed=2)
+    engine.add(generation("r", bad, good, watch=Watch(preview_every=1)), submitted_at=0.0)
+    engine.step()
+    runner._slots.x[FIRST_SLOT] = torch.nan
+    engine.step()
+    engine.launch()  # the last step, by what is known
+    assert engine.scheduler.in_flight() == []
+    failed, done = finish(engine)
+    assert (failed.position, failed.status, failed.failure, failed.pixels) == (
+        0,
+        ImageStatus.FAILED,
+        "not_finite",
+        None,
+    )
+    assert done.pixels is not None
+    assert done.pixels.tobytes() == reference(good)
+    value = metrics.registry.get_sample_value
+    assert value("iddpm_images_failed_total", {"reason": "not_finite"}) == 1
+    assert value("iddpm_wasted_row_steps_total") == 3
+    assert value("iddpm_row_steps_total") == 6
+    assert value("iddpm_remaining_row_steps") == value("iddpm_images_running") == 0
+
+
+def test_an_image_that_failed_while_it_was_moved_to_host_memory_leaves_nothing_there() -> None:
+    config = CONFIG.replace(slots_per_row=1)
+    runner = warm(denoiser(), config)
+    engine = Engine({"m": runner}, config, Metrics())
+    engine.add(generation("long", *[params(steps=12, seed=k) for k in range(4)]), submitted_at=0.0)
+    engine.step()
+    runner._slots.x[:] = torch.nan
+    engine.launch()  # NaN, but nobody knows
+    engine.add(generation("short", *[params(steps=2, seed=9)] * 4), submitted_at=0.0)
+    engine.launch()
+    assert len(engine._saved) == 4
+    results = finish(engine)
+    assert engine._saved == {}
+    assert {r.request_id: r.failure for r in results} == {"long": "not_finite", "short": None}
+
+
+def test_what_is_aborted_under_way_ends_once_and_leaves_no_row() -> None:
+    engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
+    engine.add(generation("a", params(steps=9), params(steps=2)), submitted_at=0.0)
+    engine.add(generation("b", params(steps=4, seed=5)), submitted_at=0.0)
+    engine.launch()
+    engine.launch()  # the second image of `a` has taken its last step
+    results = engine.abort("a")
+    assert [(r.position, r.status) for r in results] == [(0, ImageStatus.ABORTED)]
+    results = finish(engine)
+    assert [(r.request_id, r.position, r.status) for r in results] == [
+        ("a", 1, ImageStatus.DONE),
+        ("b", 0, ImageStatus.DONE),
+    ]
+    assert sorted(engine.scheduler._lanes["m"].free_slots) == list(range(CONFIG.num_slots))
+
+
+def test_what_is_raised_when_a_step_settles_is_the_devices_end() -> None:
+    network = denoiser()
+    engine = Engine({"m": warm(network)}, CONFIG, Metrics())
+    engine.add(generation("r", params(), params()), submitted_at=0.0)
+    engine.step()
+    network.queue.error = RuntimeError("an illegal memory access was encountered")
+    engine.step()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.step()
+    assert engine.under_way is None
+
+
+def test_every_size_is_captured_at_start_up_and_none_is_missed() -> None:
+    network, metrics = denoiser(), Metrics()
+    engine = Engine({"m": warm(network)}, CONFIG, metrics)
+    assert network.queue.captures == 6  # three sizes of steps, three of the classifier's calls
+    for k in range(1, 5):
+        engine.add(generation(str(k), *[params(classifier_scale=k % 2)] * k), submitted_at=0.0)
+        finish(engine)
+    assert network.queue.captures == 6
+    assert metrics.registry.get_sample_value("iddpm_uncaptured_steps_total", {"model": "m"}) == 0
+
+
+def test_a_size_without_memory_for_a_graph_runs_without_one_and_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network, metrics = denoiser(), Metrics()
+    network.queue.lacks_memory_after = 5
+    with caplog.at_level("WARNING"):
+        engine = Engine({"m": warm(network)}, CONFIG, metrics)
+    assert caplog.messages == ["exact arithmetic: no memory to capture a step of 1 rows"]
+    image = replace(params(steps=3, seed=4), class_index=1)
+    engine.add(generation("r", image), submitted_at=0.0)
+    (result,) = finish(engine)
+    assert result.pixels is not None
+    assert result.pixels.tobytes() == reference(image)
+    assert metrics.registry.get_sample_value("iddpm_uncaptured_steps_total", {"model": "m"}) == 3
+
+
+def test_a_size_that_was_not_captured_is_an_error_in_strict_mode() -> None:
+    network = denoiser()
+    network.queue.lacks_memory_after = 5
+    with pytest.raises(ModelError, match="a step of 1 rows was not captured"):
+        warm(network, CONFIG.replace(strict_graphs=True))
+
+
+def test_a_graph_that_gives_other_numbers_is_not_served() -> None:
+    network = denoiser()
+    honest = network.queue.capture
+
+    def dishonest(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        replay = honest(work)
+        runner_x = slots._slots.x
+
+        def run() -> Tensor:
+            out = replay()
+            runner_x[0] += 1e-6
+            return out
+
+        return run
+
+    network.queue.capture = dishonest  # type: ignore[method-assign]
+    slots = ArrayRunner(network, CONFIG)
+    with pytest.raises(RuntimeError, match="gives other numbers as a graph than without"):
+        slots.warm_up()
+
+
+def test_the_classifier_is_called_for_those_who_ask_and_forgotten_by_the_next_step() -> None:
+    network = denoiser()
+    runner = warm(network)
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    assert isinstance(network.classifier, ExactClassifier)
+    network.classifier.calls.clear()
+    plain = params(steps=4, seed=8)
+    engine.add(generation("guided", *[replace(params(steps=2), classifier_scale=2.0)] * 3), submitted_at=0.0)
+    engine.add(generation("plain", plain), submitted_at=0.0)
+    results = finish(engine)
+    assert network.classifier.calls == [4, 4]
+    assert runner._queued is not None
+    assert not runner._queued._gradient.any()
+    assert results[-1].pixels is not None
+    assert results[-1].pixels.tobytes() == reference(plain)
+
+
+def test_rows_that_nobody_has_stay_finite_however_long_they_run() -> None:
+    runner = warm(denoiser())
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    engine.add(generation("r", *[params(steps=50, seed=k) for k in range(3)]), submitted_at=0.0)
+    finish(engine)
+    spare = runner._slots.spare_slot
+    table = runner._slots
+    assert not any(bool(array[spare].any()) for array in (table.step, table.x, table.x0))
+
+
+def test_steps_of_watched_images_are_told_as_on_a_host() -> None:
+    engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
+    engine.add(generation("r", params(steps=5), watch=Watch(preview_every=2)), submitted_at=0.0)
+    told = []
+    while engine.has_work():
+        engine.step()
+        told += engine.observations
+    assert [seen.step for seen in told if isinstance(seen, ImageStep)] == [1, 2, 3, 4]
+    assert [seen.step for seen in told if not isinstance(seen, ImageStep)] == [2, 4]
+
+
+def test_noise_and_update_can_be_compiled_whole() -> None:
+    plan = build_plan(tiny_config().diffusion, "ancestral", "4")
+    lines, rows = torch.from_numpy(plan.table[:3].copy()), torch.arange(3)
+    draw = torch.Generator().manual_seed(0)
+    x_t, x0_prev, out, var_values, grad = (torch.randn(3, 1, 8, 8, generator=draw) for _ in range(5))
+    traced = torch.compile(add_noise_and_advance, fullgraph=True, dynamic=False, backend="aot_eager")
+    fused = traced(lines, x_t, x0_prev, out, var_values, (rows, rows, rows), grad)
+    plain = add_noise_and_advance(lines, x_t, x0_prev, out, var_values, (rows, rows, rows), grad)
+    assert torch.equal(fused.x_prev, plain.x_prev)
+    assert torch.equal(fused.ok, plain.ok)
+    assert callable(compiled(add_noise_and_advance))  # what compiles it for a device takes these options
+
+
+def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
+    async def run() -> None:
+        network, metrics = denoiser(), Metrics()
+        engine = AsyncEngine(Engine({"m": ArrayRunner(network, LONG)}, LONG, metrics), LONG, metrics)
+        engine.start()
+        while engine.state is EngineState.STARTING:
+            await asyncio.sleep(0.001)
+        done = engine.submit(generation("done", params(steps=3)))
+        await asyncio.gather(*done.images)
+        tickets = [engine.submit(generation(str(k), params(steps=500))) for k in range(3)]
+        network.queue.error = RuntimeError("lost")
+        for ticket in tickets:
+            with pytest.raises(EngineDead):
+                await ticket.images[0]
+        assert engine.state is EngineState.DEAD
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
+    async def run() -> None:
+        metrics = Metrics()
+        engine = AsyncEngine(Engine({"m": ArrayRunner(denoiser(), LONG)}, LONG, metrics), LONG, metrics)
+        engine.start()
+        while engine.state is EngineState.STARTING:
+            await asyncio.sleep(0.001)
+        ticket = engine.submit(generation("r", params(steps=500)))
+        while not metrics.registry.get_sample_value("iddpm_row_steps_total"):
+            await asyncio.sleep(0.001)
+        engine.abort("r")
+        engine.retire("m")
+        await ticket.ended
+        await engine.stop()
+        assert engine.state is EngineState.STOPPED
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+def test_a_copy_is_of_what_was_there_when_it_was_asked_for() -> None:
+    array = torch.zeros(3)
+    copy = LateQueue(lambda *a: a, None).fetch(array)
+    array += 1
+    np.testing.assert_array_equal(copy.wait(), np.zeros(3))
