@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,13 @@ class _StaticGraph:
             raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
 
     def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
+        inputs = self._artifact.inputs(x_t, emb_t, y)
         bound = self._requests[len(x_t)]
-        bound.request.wait()  # for a call that was begun and, as something else raised, never waited for
-        for name, value in self._artifact.inputs(x_t, emb_t, y).items():
+        if len(inputs) != len(bound.inputs):  # what is not given would be what the call before was given
+            raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(inputs)}")
+        with suppress(RuntimeError):  # what the call before raised: told already, or begun and forgotten
+            bound.request.wait()
+        for name, value in inputs.items():
             bound.inputs[name][...] = value
         return InferCall(bound)
 

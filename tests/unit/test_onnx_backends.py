@@ -9,19 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import openvino
 import pytest
 import torch
+from openvino import opset13
 
 from diffusion.artifact import MANIFEST_FILE, MODEL_FILE, file_entry, manifest_json, read_artifact
 from service.backends import openvino_backend, select
-from service.backends.artifact_model import cpu_threads, open_artifact
+from service.backends.artifact_model import ArtifactGraph, cpu_threads, open_artifact
 from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.onnxruntime_backend import OnnxRuntimeBackend
-from service.backends.openvino_backend import OpenVinoBackend, choose_precision, compile_cache
+from service.backends.openvino_backend import OpenVinoBackend, _StaticGraph, choose_precision, compile_cache
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.select import BACKENDS, Backend, load_denoiser, preference
 from service.backends.self_test import invariant_batch_sizes
@@ -152,6 +154,34 @@ def test_a_call_reads_its_arguments_when_it_is_begun_and_may_be_forgotten(backen
     x_t[:] = 0
     np.testing.assert_array_equal(call.wait(), expected)
     assert call.seconds > 0
+
+
+def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path) -> None:
+    x_t = opset13.parameter([1, 4], np.float32, name="x_t")
+    emb_t = opset13.parameter([1, 2], np.float32, name="emb_t")
+    x_t.output(0).set_names({"x_t"})
+    emb_t.output(0).set_names({"emb_t"})
+    shape = opset13.convert(opset13.squeeze(emb_t, opset13.constant(np.array([0]))), "i64")  # unfit ones raise
+    shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([1, 4])), False)
+    openvino.save_model(openvino.Model([shaped], [x_t, emb_t], "m"), tmp_path / "m.xml", compress_to_fp16=False)
+    artifact = ArtifactGraph(tmp_path / "m.xml", cast("Any", None), cast("Any", None))
+    graph = _StaticGraph(openvino.Core(), artifact, (1,), "fp32", threads=1)
+
+    x, fit, unfit = np.ones((1, 4), np.float32), np.array([[2, 2]], np.float32), np.array([[3, 3]], np.float32)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            graph.begin(x, unfit, None).wait()
+        np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
+        graph.begin(x, unfit, None)  # and is forgotten
+        np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
+
+
+def test_openvino_reads_no_labels_of_a_call_before(backends: dict[str, ArtifactBackend]) -> None:
+    backend = backends["openvino fp32"]
+    x_t, emb_t, y = rows_at(backend, np.array([500]))
+    backend(x_t, emb_t, y)
+    with pytest.raises(ValueError, match="the graph reads x_t, emb_t, y; got x_t, emb_t"):
+        backend(x_t, emb_t, None)
 
 
 def test_it_takes_arrays_that_are_not_contiguous(backend: ArtifactBackend) -> None:
