@@ -49,7 +49,8 @@ from service.metrics import Metrics
 WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
 PROBE_INTERVAL = 16 * WIDTH_INTERVAL
-"""Steps between two that may be wider than the width, so that a size found too slow is measured again."""
+PROBE_STEPS = 32
+"""So many of so many steps may be wider than the width, so that a size found too slow is measured again."""
 
 
 @dataclass(eq=False)
@@ -418,7 +419,7 @@ class Engine:
         if outcome.attempts == 1:
             observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, seconds)
         number = step.number
-        if self._memory[model].count_step() or number % WIDTH_INTERVAL == 0 or number % PROBE_INTERVAL == 1:
+        if self._memory[model].count_step() or number % WIDTH_INTERVAL == 0 or number % PROBE_INTERVAL == PROBE_STEPS:
             self._choose_width(model)
         if number % PROBE_INTERVAL == 0:
             self._widen(model)

@@ -6,6 +6,12 @@ from bisect import bisect_left
 
 SMOOTHING = 0.05
 """Weight of the newest step in the running mean of its batch size."""
+SHARED = 0.95
+"""Part, by ratio, of what a step gains or loses against that mean that is put down to the machine, and so to all sizes.
+
+The more, the less a size that is not run keeps of how fast the machine was; the less, the sooner one that was measured
+wrongly is put right.
+"""
 
 
 class StepCosts:
@@ -16,8 +22,8 @@ class StepCosts:
     """
 
     def __init__(self) -> None:
-        self._network = _Curve()
-        self._classifier = _Curve()
+        self._network = _Curve(SHARED)
+        self._classifier = _Curve(shared=0.0)  # a small difference of two large ones says nothing of the machine
 
     def observe(self, rows: int, seconds: float, classified: int = 0) -> None:
         """Take in a step of so many rows, of which the classifier was called on some.
@@ -45,25 +51,29 @@ class _Curve:
     """Seconds by padded rows, a running mean per batch size; holds no clock.
 
     A machine changes its speed, and a size that is not run for a while would keep what it took before: then the width
-    would follow the weather. So when the same size is run again and again, what it gains or loses, all do.
+    would follow the weather. So a cost is what the size takes, times what all of them do. Every step moves both, and
+    by fixed parts: how slow the machine is said to be cannot wander off while the sizes that are run keep their cost.
 
     More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
     cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
     """
 
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._last = 0
-        """Size of the newest step."""
+    def __init__(self, shared: float) -> None:
+        self._shared = shared
+        self._slowness = 1.0
+        """Of the machine, as far as it has changed since the first step."""
+        self._reference: dict[int, float] = {}
+        """Seconds by size, at a slowness of 1."""
         self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
 
     def observe(self, rows: int, seconds: float) -> None:
-        known = self._seconds.get(rows)
-        newest = seconds if known is None else known + SMOOTHING * (seconds - known)
-        if known and rows == self._last:
-            self._seconds = {size: cost * newest / known for size, cost in self._seconds.items()}
-        self._seconds[rows] = newest
-        self._last = rows
+        reference = self._reference.get(rows)
+        if not reference:
+            self._reference[rows] = seconds / self._slowness
+        else:
+            ratio = 1 + SMOOTHING * (seconds / (reference * self._slowness) - 1)
+            self._slowness *= ratio**self._shared
+            self._reference[rows] = reference * ratio ** (1 - self._shared)
         self._curve = None
 
     def seconds(self, rows: float) -> float:
@@ -84,10 +94,10 @@ class _Curve:
     def _monotone(self) -> tuple[list[int], list[float]]:
         """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
         if self._curve is None:
-            sizes = sorted(self._seconds)
+            sizes = sorted(self._reference)
             pools: list[tuple[float, int]] = []  # mean, sizes in it
             for size in sizes:
-                mean, count = self._seconds[size], 1
+                mean, count = self._reference[size] * self._slowness, 1
                 while pools and pools[-1][0] > mean:
                     before, number = pools.pop()
                     mean = (mean * count + before * number) / (count + number)

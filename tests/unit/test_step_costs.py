@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,22 +69,54 @@ def test_a_maximum_that_is_padded_pays_for_its_padding() -> None:
 
 
 def test_what_a_size_gains_or_loses_while_only_it_is_run_all_sizes_do() -> None:
-    costs = StepCosts()
-    for rows, seconds in ((4, 1.0), (8, 1.8)):
-        costs.observe(rows, seconds)
-    for _ in range(200):
-        costs.observe(8, 3.6)  # the machine is half as fast
-    assert costs.seconds(4) == pytest.approx(2.0, rel=0.05)
-    costs.observe(4, 3.0)  # one step of another size says what that size takes, and nothing of others
-    assert costs.seconds(4) > 2.0
-    assert costs.seconds(8) == pytest.approx(3.6, rel=0.01)
+    costs = measured({4: 1.0, 8: 1.8})
+    for slower in (2.0, 1.0, 4.0, 1.0, 0.5):
+        for _ in range(300):
+            costs.observe(8, 1.8 * slower)
+        assert costs.seconds(8) == pytest.approx(1.8 * slower, rel=0.01)
+        assert costs.seconds(4) == pytest.approx(slower, rel=0.1)
+
+
+def test_a_size_that_was_measured_wrongly_is_put_right_by_its_own_steps() -> None:
+    costs = measured({4: 1.0, 8: 3.6})
+    for _ in range(2000):
+        costs.observe(4, 1.0)
+        costs.observe(8, 1.8)
+    assert costs.table() == pytest.approx({4: 1.0, 8: 1.8}, rel=0.05)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_sizes_that_are_not_run_do_not_drift_however_long_the_first_steps_of_others_are_slower(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    true = {1: 0.0100, 2: 0.0105, 4: 0.0120, 8: 0.0150}
+    costs = measured(true)
+    for _ in range(1000):
+        for rows in (8, 4):
+            for nth in range(12):
+                late = 1.07 if nth == 0 else 1.0
+                costs.observe(rows, true[rows] * late * max(0.5, rng.normal(1.0, noise)))
+        assert costs.table() == pytest.approx(true, rel=0.15)
+    assert knee(costs, 8, 0.95) == 8
+
+
+def test_what_the_classifier_takes_stays_bounded_while_steps_seem_to_take_less_than_the_network() -> None:
+    true = {4: 0.013, 8: 0.025}
+    costs = measured(true)
+    for rows, seconds in true.items():
+        costs.observe(rows, 1.15 * seconds, classified=rows)
+    for speed in (0.8, 1.0):
+        for _ in range(400):
+            for rows, seconds in true.items():
+                costs.observe(rows, 1.15 * speed * seconds, classified=rows)
+    for rows, seconds in true.items():
+        assert costs.seconds(rows, rows) - costs.seconds(rows) == pytest.approx(0.15 * seconds, rel=0.01)
 
 
 def test_a_machine_that_gets_slower_does_not_narrow_the_width() -> None:
     costs = StepCosts()
     for rows, seconds in ((1, 0.3), (2, 0.55), (4, 1.0), (8, 1.8)):
         costs.observe(rows, seconds)
-    for slower in (1.0, 2.0, 1.5, 3.0):
+    for slower in (1.0, 2.0, 1.5, 2.5):
         for _ in range(100):
             costs.observe(8, 1.8 * slower)
         assert knee(costs, 8, 0.95) == 8
