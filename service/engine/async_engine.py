@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -331,6 +332,8 @@ class AsyncEngine:
                 self._engine.settle()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             log.exception("the engine stopped with an error")
+            with suppress(Exception):  # the device may be gone, and what was copied from it
+                self._report()  # images that were done before
             message = f"the engine stopped with an error ({type(error).__name__})"
             self._tell(lambda: self._on_death(message))
         finally:

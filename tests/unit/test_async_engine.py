@@ -166,6 +166,24 @@ async def test_an_error_in_the_engine_reaches_every_waiting_request() -> None:
 
 
 @runs
+async def test_images_that_were_done_before_the_engine_died_are_delivered() -> None:
+    class DiesWhenItEvicts(PausedRunner):
+        def evict(self, slots: Sequence[int]) -> list[object]:
+            raise MemoryError("no room on the host")
+
+    runner, config = DiesWhenItEvicts(), EngineConfig(max_rows=2, slots_per_row=1, timed_calls=0)
+    async with started(runner, config) as engine:
+        first = engine.submit(generation("first", params(steps=1), params(steps=500)))
+        await until(lambda: engine._engine.under_way is not None)
+        urgent = engine.submit(generation("urgent", params(steps=3), params(steps=3)))
+        runner.released.set()
+        assert [await outcome(future) for future in (*first.images, *urgent.images)] == [
+            "done",
+            *["EngineDead"] * 3,
+        ]
+
+
+@runs
 async def test_an_error_of_the_device_is_tried_once_and_ends_the_engine() -> None:
     class Lost(CountingRunner):
         def classify(self, error: Exception) -> FailureKind:
