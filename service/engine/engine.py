@@ -75,6 +75,8 @@ class _Step:
     ended: float = field(init=False)
     seconds: float = field(init=False)
     """What it took: from its launch, or from the end of the step before where that came later."""
+    is_timed: bool = field(init=False)
+    """Whether that is so: of steps that settle in one go, the later ones ended nobody knows when."""
 
 
 class Engine:
@@ -152,7 +154,11 @@ class Engine:
             self._metrics.width_rows.remove(name_of(model))
 
     def view(self) -> DeviceView:
-        """Return what predictions need; another thread may ask, and gets numbers that are a step old at most."""
+        """Return what predictions need; another thread may ask.
+
+        Steps count as taken from their launch: the numbers are ahead of the device by those that are under way, one,
+        or `depth` and one more.
+        """
         scheduler = self.scheduler
         return DeviceView(
             running=list(dict.fromkeys([*scheduler.started(), *self._leaving()])),
@@ -162,8 +168,8 @@ class Engine:
         )
 
     def _leaving(self) -> list[Image]:
-        """Return the images that have taken their last step, and nobody has been told yet."""
-        steps = dict.fromkeys((*self._launched, *self._settled))  # one that moves meanwhile is met twice
+        """Return the images whose last step was launched, and that nobody has been told of yet."""
+        steps = dict.fromkeys((*self._launched, *self._settled))  # one that moves meanwhile is in both, or met twice
         return [image for step in steps for image in step.left]
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
@@ -244,15 +250,19 @@ class Engine:
             return
         depth = self._runners[self._launched[-1].batch.model].depth
         most = depth if self.scheduler.has_work() else min(depth, len(self._launched) - 1)
-        while len(self._launched) > most:
-            self._settle_oldest()
+        self._settle_down_to(most)
 
     def settle_all(self) -> None:
         """Wait for every step under way; raises as `settle`."""
-        while self._launched:
-            self._settle_oldest()
+        self._settle_down_to(0)
 
-    def _settle_oldest(self) -> None:
+    def _settle_down_to(self, most: int) -> None:
+        is_first = True
+        while len(self._launched) > most:
+            self._settle_oldest(is_first)
+            is_first = False
+
+    def _settle_oldest(self, is_timed: bool) -> None:
         """Wait for a step, and take those out that failed."""
         step = self._launched[0]
         runner = self._runners[step.batch.model]
@@ -261,14 +271,17 @@ class Engine:
         finally:
             self.under_way = None
         if failed:
-            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
+            raised = step.outcome.failures
+            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image, image in raised))}
             step.left = [image for image in step.batch.images if image in leaving]
         if not runner.depth:
             self._look(step)
         step.ended = self.clock()
         step.seconds = step.ended - max(step.begun, self._ended)
+        step.is_timed = is_timed
         self._ended = step.ended
-        self._settled.append(self._launched.popleft())
+        self._settled.append(step)  # first: at no time is it in neither, for `_leaving` in another thread
+        self._launched.popleft()
         if self._launched:
             batch = self._launched[0].batch
             self._expect(batch, batch.images)
@@ -416,7 +429,7 @@ class Engine:
         metrics.preemptions.inc(batch.preempted)
         metrics.evictions.inc(len(batch.evictions))
         self._count_images()
-        if outcome.attempts == 1:
+        if outcome.attempts == 1 and step.is_timed:
             observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, seconds)
         number = step.number
         if self._memory[model].count_step() or number % WIDTH_INTERVAL == 0 or number % PROBE_INTERVAL == PROBE_STEPS:

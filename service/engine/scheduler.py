@@ -244,14 +244,19 @@ class Scheduler:
                 left.append(image)
         return left
 
-    def fail(self, image: Image) -> bool:
+    def fail(self, image: Image, raised: bool) -> bool:
         """Take note that an image has failed in a step that was written back as if it had not.
+
+        Args:
+            image: of that step.
+            raised: whether it made the step raise, perhaps before its plan was written; else it is not finite.
 
         Returns:
             Whether it leaves with that. Else it had left: what was done has failed, what was aborted stays so.
         """
         lane = self._lanes[image.model]
-        lane.plans.doubt(image.params.plan)  # whoever starts next writes it anew
+        if raised:
+            lane.plans.doubt(image.params.plan)  # whoever starts next writes it anew
         if image.status in _STARTED:
             self._leave(lane, image, ImageStatus.FAILED)
             return True

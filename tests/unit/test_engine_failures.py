@@ -313,6 +313,15 @@ def test_an_image_that_fails_before_its_plan_is_written_leaves_it_for_others_to_
     assert second.pixels.tobytes() == reference(image)
 
 
+def test_an_image_that_stops_being_finite_leaves_its_plan_as_written() -> None:
+    engine = Engine({"m": CountingRunner(fail_slots_at={CONFIG.num_slots - 1: 1})}, CONFIG, Metrics())
+    image = params(steps=3)
+    engine.add(generation("r", image), 0.0)
+    (result,) = engine.step()
+    assert result.failure == "not_finite"
+    assert engine.scheduler._lanes["m"].plans._entries[image.plan].written
+
+
 @pytest.mark.parametrize("error", [DeviceLost("gone"), KeyboardInterrupt()])
 def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) -> None:
     class Lost(CountingRunner):
