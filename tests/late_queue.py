@@ -56,6 +56,9 @@ class LateQueue:
 
         return Later(wait)
 
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Later[npt.NDArray[Any]]]:
+        return self.fetch
+
 
 class QueuedDenoiser(ExactDenoiser):
     """Exact arithmetic on tensors, behind a queue."""

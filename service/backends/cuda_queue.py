@@ -54,17 +54,23 @@ class CudaQueue:
 
     def fetch(self, array: Tensor) -> CudaCopy:
         """Copy into pinned memory."""
-        return CudaCopy(array)
+        return self.receive(array.shape, array.dtype)(array)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], CudaCopy]:
+        """Take pinned memory, and an event to wait for."""
+        host = torch.empty(shape, dtype=dtype, pin_memory=True)
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # missing in its stubs
+        return lambda array: CudaCopy(array, host, done)
 
 
 class CudaCopy:
     """A copy to host memory under way."""
 
-    def __init__(self, array: Tensor) -> None:
-        self._host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
-        self._host.copy_(array, non_blocking=True)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # missing in its stubs
-        self._done.record(torch.cuda.current_stream(array.device))
+    def __init__(self, array: Tensor, host: Tensor, done: torch.cuda.Event) -> None:
+        self._host = host
+        self._done = done
+        host.copy_(array, non_blocking=True)
+        done.record(torch.cuda.current_stream(array.device))
 
     def wait(self) -> npt.NDArray[Any]:
         """Wait until it is there."""
@@ -75,5 +81,10 @@ class CudaCopy:
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of tensors, whole or not at all; each shape anew, as sizes are few and known."""
     return torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
-        work, fullgraph=True, dynamic=False, recompile_limit=MOST_SHAPES
+        work,
+        fullgraph=True,
+        dynamic=False,
+        recompile_limit=MOST_SHAPES,
+        # It takes the noise's 64-bit products for 32-bit indices (PyTorch's issues 175966, 183901, 186057)
+        options={"constant_and_index_propagation": False},
     )

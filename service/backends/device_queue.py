@@ -43,6 +43,10 @@ class DeviceQueue(Protocol[A]):
         """Copy an array, as it is when everything asked before has been done, to host memory."""
         ...
 
+    def receive(self, shape: tuple[int, ...], dtype: Any) -> Callable[[A], Pending[npt.NDArray[Any]]]:
+        """Take host memory for an array that is still to be made; returns what fetches it, and takes none."""
+        ...
+
 
 @runtime_checkable
 class Queued(Protocol):

@@ -110,11 +110,11 @@ class SlotTable(Generic[A]):
         self.is_guided[list(slots)] = cfg_scales != 1
         self.is_classified[list(slots)] = classifier_scales != 0
         self.plan_offset[index] = self.integers(plan_offsets)
-        self.step[index] = 0
+        self.step[index] = self._zeros((len(slots),), self._xp.int64)  # a bare 0 would be copied, and waited for
         self.x[index] = normal(
             self.seed[index], self.image_index[index], self.step[index], STREAM_X_T, self.image_shape
         )
-        self.x0[index] = 0.0
+        self.x0[index] = self._zeros((len(slots), *self.image_shape), self._xp.float32)
 
     def save(self, slots: Sequence[int]) -> list[SavedSlot]:
         """Copy what slots hold to host memory, bit for bit."""

@@ -166,7 +166,7 @@ def test_the_classifier_has_a_self_test_of_its_own() -> None:
     classifier = SizeDependent(tiny_classifier_config())
     runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config(), classifier=classifier), CONFIG)
     runner.warm_up()
-    assert (runner.batch_sizes, runner.classifier_batch_sizes) == ((1, 2, 3, 4), (2, 4))
+    assert (runner.sizes.network, runner.sizes.classifier) == ((1, 2, 3, 4), (2, 4))
     assert [runner.padded_classified_rows(rows) for rows in (1, 2, 3, 4)] == [2, 2, 4, 4]
 
     unequal = ExactDenoiser(tiny_config(), classifier=PlaceMatters(tiny_classifier_config()))

@@ -171,7 +171,7 @@ def test_joins_leaves_cancels_and_watchers_change_no_pixel(subject: Subject, scr
 
 def test_a_batch_of_one_costs_no_padding_where_the_self_test_allows_it() -> None:
     runner = warm_runner()
-    assert runner.batch_sizes[-1] == WIDTH
+    assert runner.sizes.network[-1] == WIDTH
     assert runner.padded_rows(WIDTH) == WIDTH
 
 
@@ -180,7 +180,7 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     honest.warm_up()
     runner = ArrayRunner(BatchDependent(backend(), {1, 3}), CONFIG)
     runner.warm_up()
-    assert set(honest.batch_sizes) - set(runner.batch_sizes) == {1, 3} & set(honest.batch_sizes)
+    assert set(honest.sizes.network) - set(runner.sizes.network) == {1, 3} & set(honest.sizes.network)
     assert candidate_sizes(16) == [1, 2, 3, 4, 6, 8, 12]
     assert candidate_sizes(5) == [1, 2, 3, 4]
     assert runner.padded_rows(3) == WIDTH
@@ -191,7 +191,7 @@ def test_only_compiled_batch_sizes_are_run_and_one_that_changes_a_row_is_not(cap
     runner: ArrayRunner[Any] = ArrayRunner(BatchDependent(exact, {2}, exact.batch_sizes), CONFIG)
     with caplog.at_level("INFO"):
         runner.warm_up()
-    assert runner.batch_sizes == (1, 6)
+    assert runner.sizes.network == (1, 6)
     assert set(exact.calls) == {1, 2, 6}
     assert "batch dependent: a batch of 2 gives a row other bits than one of 6 does, and is not run" in caplog.messages
     assert "batch sizes that give a row equal bits: 1, 6" in caplog.messages

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.arrays import namespace
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.cuda_queue import compiled
@@ -24,7 +28,7 @@ from service.engine.runners.layout import lay_out, lay_out_classified
 from service.engine.runners.steps import add_noise_and_advance
 from service.errors import EngineDead, ModelError
 from service.metrics import Metrics
-from tests.denoisers import AsNetwork, ExactClassifier
+from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import generation, params, tiny_classifier_config, tiny_config
 from tests.late_queue import LateQueue, QueuedDenoiser
 
@@ -124,6 +128,17 @@ def test_an_image_that_failed_while_it_was_moved_to_host_memory_leaves_nothing_t
     assert {r.request_id: r.failure for r in results} == {"long": "not_finite", "short": None}
 
 
+def test_of_steps_that_settle_in_one_go_the_first_says_what_a_step_takes() -> None:
+    now = itertools.count()
+    engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics(), clock=lambda: float(next(now) ** 2))
+    engine.add(generation("r", params(steps=3)), submitted_at=0.0)
+    engine.launch()
+    engine.launch()
+    engine.settle_all()
+    engine.report()
+    assert engine.costs["m"].table() == {1: 4.0}  # launched at 0, settled at 4; the next at 9
+
+
 def test_what_is_aborted_under_way_ends_once_and_leaves_no_row() -> None:
     engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
     engine.add(generation("a", params(steps=9), params(steps=2)), submitted_at=0.0)
@@ -150,6 +165,33 @@ def test_what_is_raised_when_a_step_settles_is_the_devices_end() -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.step()
     assert engine.under_way is None
+
+
+@pytest.mark.parametrize("raises_at", ["receive", "where"])
+def test_a_step_that_lacks_memory_has_moved_nobody_and_is_taken_once(
+    raises_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = denoiser()
+    network.queue.lacks_memory_after = 0  # graphs allocate nothing
+    engine = Engine({"m": warm(network)}, CONFIG, Metrics())
+    image = params(steps=6)
+    engine.add(generation("r", image), submitted_at=0.0)
+    engine.step()
+    owner: Any = network.queue if raises_at == "receive" else namespace(torch.zeros(1))
+    for lacking in range(1, 5):  # which of the calls of a step
+        real, calls = getattr(owner, raises_at), itertools.count(1)
+
+        def lacks(*arguments: Any, real: Any = real, calls: Any = calls, lacking: int = lacking) -> Any:
+            if next(calls) == lacking:
+                raise MemoryError
+            return real(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, raises_at, lacks)
+            engine.step()
+    (result,) = finish(engine)
+    assert result.pixels is not None
+    assert result.pixels.tobytes() == reference(image)
 
 
 def test_every_size_is_captured_at_start_up_and_none_is_missed() -> None:
@@ -205,6 +247,16 @@ def test_a_graph_that_gives_other_numbers_is_not_served() -> None:
     slots = ArrayRunner(network, CONFIG)
     with pytest.raises(RuntimeError, match="gives other numbers as a graph than without"):
         slots.warm_up()
+
+
+def test_an_update_that_gives_other_numbers_as_one_kernel_is_not_served() -> None:
+    def with_other_noise(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a: work(*a[:5], (a[5][0] + 1, *a[5][1:]), a[6])
+
+    network = denoiser()
+    network.queue.fuse = with_other_noise  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="noise and update give other numbers as one kernel"):
+        warm(network)
 
 
 def test_the_classifier_is_called_for_those_who_ask_and_forgotten_by_the_next_step() -> None:
@@ -301,3 +353,17 @@ def test_a_copy_is_of_what_was_there_when_it_was_asked_for() -> None:
     copy = LateQueue(lambda *a: a, None).fetch(array)
     array += 1
     np.testing.assert_array_equal(copy.wait(), np.zeros(3))
+
+
+@pytest.mark.parametrize("kind", [ExactDenoiser, QueuedDenoiser])
+def test_what_is_dropped_leaves_memory_without_a_collection(kind: type[ExactDenoiser]) -> None:
+    runner: ArrayRunner[Any] = ArrayRunner(kind(tiny_config(), batch_sizes=(1, 2, WIDTH)), CONFIG)
+    gc.collect()
+    gc.disable()
+    try:
+        runner.warm_up()
+        held = weakref.ref(runner), weakref.ref(runner._slots)
+        del runner
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()

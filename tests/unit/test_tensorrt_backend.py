@@ -104,7 +104,7 @@ def test_a_runner_passes_its_own_test_with_it(engines: Path) -> None:
     backend = load_denoiser(engines, "tensorrt", OPTIONS)
     runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1, plan_lines=16))
     runner.warm_up()
-    assert runner.batch_sizes == (1, 2, 4)
+    assert runner.sizes.network == (1, 2, 4)
 
 
 def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: Manifest) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Generic
 
@@ -21,7 +20,7 @@ from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, PlanKey, Start
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.queued_steps import QueuedSteps
-from service.engine.runners.steps import Steps
+from service.engine.runners.steps import BatchSizes, Steps
 from service.engine.slots import SavedSlot, SlotTable
 from service.errors import ModelError
 
@@ -38,10 +37,11 @@ class ArrayRunner(Generic[A]):
     def __init__(self, denoiser: Denoiser[A], config: EngineConfig) -> None:
         classifier: GuidingClassifier[A] | None = denoiser.classifier
         self.numerics_id = _numerics_id(denoiser, config.max_rows)
-        self.batch_sizes = _largest_size(denoiser, config.max_rows)
-        """Rows a network call may have; the self-test finds more than the largest."""
-        self.classifier_batch_sizes = () if classifier is None else _largest_size(classifier, config.max_rows)
-        """Rows a classifier call may have, likewise; none where there is no classifier."""
+        self.sizes = BatchSizes(
+            network=_largest_size(denoiser, config.max_rows),
+            classifier=() if classifier is None else _largest_size(classifier, config.max_rows),
+        )
+        """Rows that calls may have; the self-test finds more than the largest."""
         self._denoiser: Denoiser[A] = denoiser
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
@@ -56,25 +56,18 @@ class ArrayRunner(Generic[A]):
             None if classifier is None else classifier.config,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
-        sizes = (self.padded_rows, self.padded_classified_rows)
         self._queued: QueuedSteps[A] | None = None
         if queue is not None:
-            self._queued = QueuedSteps(
-                denoiser,
-                queue,
-                self._slots,
-                *sizes,
-                most_rows=self.batch_sizes[-1],
-                strict=config.strict_graphs,
-            )
-        self._steps: Steps = HostSteps(denoiser, self._slots, *sizes) if self._queued is None else self._queued
+            self._queued = QueuedSteps(denoiser, queue, self._slots, self.sizes, strict=config.strict_graphs)
+        self._steps: Steps = HostSteps(denoiser, self._slots, self.sizes) if self._queued is None else self._queued
         self.depth = self._steps.depth
 
     def warm_up(self) -> None:
         """Find the batch sizes that give a row the same bits as the largest, then take a real step."""
-        self.batch_sizes = invariant_batch_sizes(self._denoiser, self._max_rows)
+        sizes = self.sizes
+        sizes.network = invariant_batch_sizes(self._denoiser, self._max_rows)
         if self._classifier is not None:
-            self.classifier_batch_sizes = invariant_batch_sizes(self._classifier, self._max_rows)
+            sizes.classifier = invariant_batch_sizes(self._classifier, self._max_rows)
         params = ImageParams(
             plan=PlanKey(sampler="ancestral", spec="2"),
             num_steps=2,
@@ -83,15 +76,15 @@ class ArrayRunner(Generic[A]):
             class_index=0,
             classifier_scale=0.0 if self._classifier is None else 1.0,
         )
-        starts = [Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in range(self._num_slots)]
-        self.start(starts)
+        slots = range(1 if self._queued is None else self._num_slots)  # graphs are tried on the images of many
+        self.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
         if self._queued is not None:
-            self._queued.capture(self.batch_sizes, self.classifier_batch_sizes)
+            self._queued.capture()
         self.launch([0]).wait()
         self.read([0]).wait()
-        log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, self.batch_sizes)))
+        log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, sizes.network)))
         if self._classifier is not None:
-            log.info("%s: %s", self._classifier.description, ", ".join(map(str, self.classifier_batch_sizes)))
+            log.info("%s: %s", self._classifier.description, ", ".join(map(str, sizes.classifier)))
 
     def start(self, starts: Sequence[Start]) -> None:
         """Set slots up; plans are computed here, once for all images that share one."""
@@ -131,12 +124,11 @@ class ArrayRunner(Generic[A]):
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next batch size that may be run."""
-        return self.batch_sizes[bisect_left(self.batch_sizes, rows)]
+        return self.sizes.padded_rows(rows)
 
     def padded_classified_rows(self, rows: int) -> int:
         """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
-        sizes = self.classifier_batch_sizes
-        return sizes[bisect_left(sizes, rows)] if sizes else 0
+        return self.sizes.padded_classified_rows(rows)
 
     def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
         """Begin a step of the images in these slots."""

@@ -15,7 +15,7 @@ from diffusion.noise import STREAM_STEP, normal
 from diffusion.update import PlanRows, begin_advance, finish_advance, split_output, to_uint8
 from service.backends.base import Denoiser, beginning_of
 from service.backends.pending import Later, Pending
-from service.engine.runners.steps import Padded
+from service.engine.runners.steps import BatchSizes
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
@@ -38,15 +38,12 @@ class HostSteps(Generic[A]):
 
     depth = 0
 
-    def __init__(
-        self, denoiser: Denoiser[A], table: SlotTable[A], padded_rows: Padded, padded_classified_rows: Padded
-    ) -> None:
+    def __init__(self, denoiser: Denoiser[A], table: SlotTable[A], sizes: BatchSizes) -> None:
         model = denoiser.config.model
         self._denoiser: Denoiser[A] = denoiser
         self._begin: Callable[[A, A, A | None], Pending[A]] = beginning_of(denoiser)
         self._slots: SlotTable[A] = table
-        self._padded_rows = padded_rows
-        self._padded_classified_rows = padded_classified_rows
+        self._sizes = sizes
         self._channels = model.image_channels
         self._null_class = model.num_classes or 0
         self._conditional = model.num_classes is not None
@@ -111,7 +108,7 @@ class HostSteps(Generic[A]):
         """Begin a call on [n] images plus a second row, with the null class, for each guided one."""
         count: int = len(images.slots)
         used = count + len(guided)
-        padding: list[int] = [0] * (self._padded_rows(used) - used)  # any row will do: its result is not looked at
+        padding: list[int] = [0] * (self._sizes.padded_rows(used) - used)  # any row will do: nobody looks at it
         x_t, emb_t, labels = images.x_t, self._slots.emb_t[images.line], images.y
         if guided or padding:
             rows = self._slots.integers([*range(count), *guided, *padding])
@@ -140,7 +137,7 @@ class HostSteps(Generic[A]):
                 f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
             )
         count: int = len(asking)
-        padding: list[int] = [asking[0]] * (self._padded_classified_rows(count) - count)
+        padding: list[int] = [asking[0]] * (self._sizes.padded_classified_rows(count) - count)
         rows = table.integers([*asking, *padding])
         out = self._denoiser.classifier(images.x_t[rows], table.classifier_emb_t[images.line[rows]], images.y[rows])
         scale = table.classifier_scale[images.where[rows[:count]]]

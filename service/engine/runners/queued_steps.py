@@ -22,11 +22,14 @@ from service.backends.base import Denoiser, FailureKind
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 from service.engine.runners.layout import lay_out, lay_out_classified
-from service.engine.runners.steps import Padded, add_noise_and_advance
+from service.engine.runners.steps import BatchSizes, add_noise_and_advance
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+FUSED_TOLERANCE = 1e-5
+"""How far noise and update as one kernel may be from both apart: rounding, and no wrong noise."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,8 @@ class QueuedSteps(Generic[A]):
         denoiser: Denoiser[A],
         queue: DeviceQueue[A],
         table: SlotTable[A],
-        padded_rows: Padded,
-        padded_classified_rows: Padded,
+        sizes: BatchSizes,
         *,
-        most_rows: int,
         strict: bool,
     ) -> None:
         """Allocate; nothing is captured yet.
@@ -60,9 +61,7 @@ class QueuedSteps(Generic[A]):
             denoiser: whose network is run, through its queue.
             queue: of the device.
             table: of the images.
-            padded_rows: of the network.
-            padded_classified_rows: of the classifier.
-            most_rows: rows of the largest network call.
+            sizes: that calls may have; `capture` needs all of them, and nothing before it but the largest.
             strict: whether a batch size that was not captured is an error.
         """
         model, xp = denoiser.config.model, denoiser.xp
@@ -70,8 +69,7 @@ class QueuedSteps(Generic[A]):
         self._denoiser: Denoiser[A] = denoiser
         self._queue: DeviceQueue[A] = queue
         self._slots: SlotTable[A] = table
-        self._padded_rows = padded_rows
-        self._padded_classified_rows = padded_classified_rows
+        self._sizes = sizes
         self._strict = strict
         self._channels = model.image_channels
         self._null_class = model.num_classes or 0
@@ -79,13 +77,13 @@ class QueuedSteps(Generic[A]):
         self._advance = queue.fuse(add_noise_and_advance)
         self._steps: dict[int, _Fixed[A]] = {}
         self._gradients: dict[int, _Fixed[A]] = {}
-        self._most = most_rows
-        self._gradient: A = xp.zeros((most_rows + 1, *table.image_shape), dtype=xp.float32, device=denoiser.device)
+        self._most = sizes.network[-1]
+        self._gradient: A = xp.zeros((self._most + 1, *table.image_shape), dtype=xp.float32, device=denoiser.device)
         """By place, and one that is nobody's at the end; zero for images that do not ask for it."""
         self._guided_before = False
         """Whether the gradient may be anything but zero."""
 
-    def capture(self, sizes: Sequence[int], classified_sizes: Sequence[int]) -> None:
+    def capture(self) -> None:
         """Capture every size, the largest first, and check that graphs do what they were captured from.
 
         Where there is no memory for a graph, its work will be done without. Moves the images in the first slots, which
@@ -93,11 +91,13 @@ class QueuedSteps(Generic[A]):
 
         Raises:
             ModelError: no memory for a graph, in strict mode.
-            RuntimeError: a graph that gives other numbers than what it was captured from.
+            RuntimeError: a graph that gives other numbers than what it was captured from, or one kernel of noise and
+                update than both apart.
         """
-        for size in sorted(classified_sizes, reverse=True):
+        self._compare_fused(min(self._sizes.network[-1], self._slots.spare_slot))
+        for size in sorted(self._sizes.classifier, reverse=True):
             self._gradients[size] = self._capture(self._classifier_call(size), "a classifier's gradient", size)
-        for size in sorted(sizes, reverse=True):
+        for size in sorted(self._sizes.network, reverse=True):
             self._steps[size] = self._capture(self._step(size), "a step", size)
 
     def has_captured(self, size: int) -> bool:
@@ -109,7 +109,7 @@ class QueuedSteps(Generic[A]):
         table = self._slots
         guided = [place for place, slot in enumerate(slots) if table.is_guided[slot]]
         asking = [place for place, slot in enumerate(slots) if table.is_classified[slot]]
-        size = self._padded_rows(len(slots) + len(guided))
+        size = self._sizes.padded_rows(len(slots) + len(guided))
         step = self._steps.get(size) or self._uncaptured(self._step(size), "a step", size)
         if self._guided_before:
             self._gradient[:] = 0.0
@@ -117,7 +117,8 @@ class QueuedSteps(Generic[A]):
         if asking:
             self._guide(slots, asking)
         step.layout[:] = self._queue.send(lay_out(slots, guided, size, table.spare_slot))
-        flags = self._queue.fetch(step.run()[: len(slots)])
+        receive = self._queue.receive((len(slots),), self._denoiser.xp.bool)  # once the step is queued, memory must do
+        flags = receive(step.run()[: len(slots)])
         return Later(lambda: [bool(ok) for ok in flags.wait()])
 
     def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
@@ -136,7 +137,7 @@ class QueuedSteps(Generic[A]):
             raise ModelError(
                 f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
             )
-        size = self._padded_classified_rows(len(asking))
+        size = self._sizes.padded_classified_rows(len(asking))
         call = self._gradients.get(size) or self._uncaptured(self._classifier_call(size), "a gradient", size)
         call.layout[:] = self._queue.send(lay_out_classified(slots, asking, size, (self._slots.spare_slot, self._most)))
         self._guided_before = True
@@ -146,7 +147,9 @@ class QueuedSteps(Generic[A]):
 
     def _step(self, size: int) -> _Fixed[A]:
         """Return what takes a step of the images that its layout names; it returns their flags, bool [size]."""
-        table = self._slots
+        # No closure over `self`, which keeps the work: weights that are dropped must leave memory at once
+        table, network, advance = self._slots, self._queue.network, self._advance
+        channels, null_class, conditional = self._channels, self._null_class, self._conditional
         layout = self._layout(lay_out((), (), size, table.spare_slot))
         gradient = None if self._queue.classifier is None else self._gradient[:size]
 
@@ -156,17 +159,17 @@ class QueuedSteps(Generic[A]):
             x_t, x0_prev, steps = table.x[slot], table.x0[slot], table.step[slot]
             line = table.plan_offset[slot] + steps
             emb_t = table.emb_t[line]
-            labels = xp.where(row_is_null == 1, self._null_class, table.y[slot][row_image])
-            raw = self._queue.network(x_t[row_image], emb_t[row_image], labels if self._conditional else None)
-            out = classifier_free(raw[uncond_row], raw, table.cfg_scale[slot], self._channels)
-            prediction, var_values = split_output(out, self._channels)
+            labels = xp.where(row_is_null == 1, null_class, table.y[slot][row_image])
+            raw = network(x_t[row_image], emb_t[row_image], labels if conditional else None)
+            out = classifier_free(raw[uncond_row], raw, table.cfg_scale[slot], channels)
+            prediction, var_values = split_output(out, channels)
             noise_of = (table.seed[slot], table.image_index[slot], steps)
-            result = self._advance(table.plan[line], x_t, x0_prev, prediction, var_values, noise_of, gradient)
+            result = advance(table.plan[line], x_t, x0_prev, prediction, var_values, noise_of, gradient)
             is_image = slot != table.spare_slot
             pixel = xp.reshape(is_image, (-1, 1, 1, 1))
-            table.x[slot] = xp.where(pixel, result.x_prev, 0.0)
-            table.x0[slot] = xp.where(pixel, result.x0, 0.0)
-            table.step[slot] = steps + xp.astype(is_image, xp.int64)
+            x, x0 = xp.where(pixel, result.x_prev, 0.0), xp.where(pixel, result.x0, 0.0)
+            steps_after = steps + xp.astype(is_image, xp.int64)
+            table.x[slot], table.x0[slot], table.step[slot] = x, x0, steps_after  # all, or none where memory is short
             ok: A = result.ok
             return ok
 
@@ -204,16 +207,33 @@ class QueuedSteps(Generic[A]):
         """Capture work, and compare what both do; where there is no memory for a graph, return the work itself."""
         try:
             graph = _Fixed(work.layout, self._queue.capture(work.run), captured=True)
+            equal = self._trial(graph, size) == self._trial(work, size)
         except Exception as error:
             if self._denoiser.classify(error) is not FailureKind.OUT_OF_MEMORY:
                 raise
             log.warning("%s: no memory to capture %s of %d rows", self._denoiser.description, what, size)
             return self._uncaptured(work, what, size)
-        if self._trial(graph, size) != self._trial(work, size):
+        if not equal:
             raise RuntimeError(
                 f"{self._denoiser.description}: {what} of {size} rows gives other numbers as a graph than without"
             )
         return graph
+
+    def _compare_fused(self, rows: int) -> None:
+        """Refuse a fused update whose numbers are not those of the plain one, for the images in the first slots."""
+        if self._advance is add_noise_and_advance:
+            return
+        table, gradient = self._slots, None if self._queue.classifier is None else self._gradient[:rows]
+        line = table.plan_offset[:rows] + table.step[:rows]
+        raw = self._queue.network(table.x[:rows], table.emb_t[line], table.y[:rows] if self._conditional else None)
+        noise_of = (table.seed[:rows], table.image_index[:rows], table.step[:rows])
+        out = split_output(raw, self._channels)
+        fused, plain = (
+            to_numpy(advance(table.plan[line], table.x[:rows], table.x0[:rows], *out, noise_of, gradient).x_prev)
+            for advance in (self._advance, add_noise_and_advance)
+        )
+        if not np.allclose(fused, plain, rtol=FUSED_TOLERANCE, atol=FUSED_TOLERANCE):
+            raise RuntimeError(f"{self._denoiser.description}: noise and update give other numbers as one kernel")
 
     def _trial(self, work: _Fixed[A], size: int) -> list[bytes]:
         """Do work for the images in the first slots, return all that came of it, and put everything back."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +15,22 @@ from diffusion.noise import STREAM_STEP, unchecked_normal
 from diffusion.update import PlanRows, Step, begin_advance, finish_advance
 from service.backends.pending import Pending
 
-Padded = Callable[[int], int]
-"""Rounds rows up to a batch size that may be run."""
+
+@dataclass
+class BatchSizes:
+    """The rows that calls may have, which a runner finds as it warms up; shared with what takes its steps."""
+
+    network: tuple[int, ...]
+    classifier: tuple[int, ...]
+    """None where there is no classifier."""
+
+    def padded_rows(self, rows: int) -> int:
+        """Round up to the next batch size that the network may be run at."""
+        return self.network[bisect_left(self.network, rows)]
+
+    def padded_classified_rows(self, rows: int) -> int:
+        """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
+        return self.classifier[bisect_left(self.classifier, rows)] if self.classifier else 0
 
 
 class Steps(Protocol):
