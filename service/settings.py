@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
     torch_compile: bool = False
     """Compile the network with torch.compile: minutes at start-up for each batch size."""
-    fuse_update: bool = True
+    fuse_update: bool = False
     """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
     strict_graphs: bool = False
     """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""

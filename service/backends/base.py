@@ -32,7 +32,7 @@ class BackendOptions:
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
-    fuse_update: bool = True
+    fuse_update: bool = False
     """Whether noise and update are compiled into one kernel, on a device that takes work in order."""
     build_engines: BuildEngines | None = None
     """Builds the engines that the TensorRT backend lacks; None: nobody asked for that, and lacking one is an error."""

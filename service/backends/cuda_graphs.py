@@ -84,18 +84,19 @@ def call_again(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def cuda_capture(device: torch.device) -> Capture:
     """Return a `Capture` on a device, whose graphs share one pool of memory: they must never run side by side."""
     pool = torch.cuda.graph_pool_handle()
+    # On a stream of its own, as captures must be; PyTorch's notes on CUDA graphs ask for it.
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.device(device):
-            # On a stream of its own, as captures must be; PyTorch's notes on CUDA graphs ask for it.
-            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_CALLS):
                     work()
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: a model is loaded while the engine's thread waits for steps, which "global" would forbid it
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 out = work()
 
         def replay() -> Tensor:

@@ -69,9 +69,10 @@ class TorchBackend:
         self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
         if options.torch_compile:
-            # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled
+            # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled. Each size may be
+            # compiled for tensors made in inference mode and others, by callers in it and others.
             self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
-                network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=len(sizes)
+                network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=4 * len(sizes)
             )
         self._run: EmbNetwork = self._forward
         self.queue: DeviceQueue[Tensor] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.checkpoint import load_guide
 from diffusion.checkpoint_config import checkpoint_sha256
@@ -59,7 +60,10 @@ class TorchClassifier:
     def gradient(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
         """Compute the gradient, as `__call__`; it can be captured."""
         assert y is not None  # noqa: S101  # a classifier always has classes
-        return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
+        if self.device.type != "cuda":
+            return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
+        with sdpa_kernel(SDPBackend.MATH):  # backwards, the memory-efficient kernel adds up in any order
+            return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
 
 
 def load_torch_classifier(
