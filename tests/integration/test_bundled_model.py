@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from diffusion.checkpoint import load_unet
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.backends.base import BackendOptions, Precision
+from service.backends.base import BackendOptions, Denoiser, Precision
 from service.backends.openvino_backend import OpenVinoBackend
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.self_test import invariant_batch_sizes
@@ -49,7 +50,8 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
 def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: Precision) -> None:
     if precision == "bf16" and not has_bfloat16(vector_instructions()):
         pytest.skip("this processor has no bfloat16")
-    backend = OpenVinoBackend(MODEL, BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir=""))
+    options = BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir="")
+    backend: Denoiser[Any] = OpenVinoBackend(MODEL, options)
     assert invariant_batch_sizes(backend, 16) == backend.batch_sizes == (1, 2, 4, 8, 16)
 
 
