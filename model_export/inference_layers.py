@@ -298,7 +298,7 @@ class PlainLayer(nn.Module):
 
 
 class NormSiLU(nn.Module):
-    """silu(GroupNorm(x)), of a tensor."""
+    """silu(GroupNorm(x)) of a single map, as a tensor."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()

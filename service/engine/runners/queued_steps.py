@@ -21,7 +21,14 @@ from diffusion.update import split_output, to_uint8
 from service.backends.base import Denoiser, FailureKind
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
-from service.engine.runners.layout import lay_out, lay_out_classified
+from service.engine.runners.layout import (
+    IMAGE_SLOT,
+    ROW_IMAGE,
+    ROW_IS_NULL,
+    UNCOND_ROW,
+    lay_out,
+    lay_out_classified,
+)
 from service.engine.runners.steps import BatchSizes, add_noise_and_advance
 from service.engine.slots import SlotTable
 from service.errors import ModelError
@@ -155,7 +162,8 @@ class QueuedSteps(Generic[A]):
 
         def step() -> A:
             xp = namespace(table.x)
-            slot, row_image, row_is_null, uncond_row = layout[0], layout[1], layout[2], layout[3]
+            slot, row_image = layout[IMAGE_SLOT], layout[ROW_IMAGE]
+            row_is_null, uncond_row = layout[ROW_IS_NULL], layout[UNCOND_ROW]
             x_t, x0_prev, steps = table.x[slot], table.x0[slot], table.step[slot]
             line = table.plan_offset[slot] + steps
             emb_t = table.emb_t[line]
