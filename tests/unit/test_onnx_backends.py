@@ -23,7 +23,13 @@ from service.backends import openvino_backend, select
 from service.backends.artifact_model import ArtifactGraph, cpu_threads, open_artifact
 from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.onnxruntime_backend import OnnxRuntimeBackend
-from service.backends.openvino_backend import OpenVinoBackend, _StaticGraph, choose_precision, compile_cache
+from service.backends.openvino_backend import (
+    OpenVinoBackend,
+    _StaticGraph,
+    choose_precision,
+    compile_cache,
+    equal_parts,
+)
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.select import BACKENDS, Backend, load_denoiser, preference
 from service.backends.self_test import invariant_batch_sizes
@@ -35,7 +41,7 @@ from tests.fakes import tiny_checkpoint
 from tests.unit.test_without_torch import without_torch
 
 ArtifactBackend = OnnxRuntimeBackend | OpenVinoBackend
-PLAIN = BackendOptions(max_rows=4, threads=1, device="cpu", cache_dir="")
+PLAIN = BackendOptions(max_rows=4, threads=2, device="cpu", cache_dir="")
 LIMITS = {"fp32": 1e-4, "bf16": 5e-2}
 KINDS: dict[str, Callable[[Path], ArtifactBackend]] = {
     "onnxruntime fp32": lambda folder: OnnxRuntimeBackend(folder, PLAIN),
@@ -156,24 +162,45 @@ def test_a_call_reads_its_arguments_when_it_is_begun_and_may_be_forgotten(backen
     assert call.seconds > 0
 
 
-def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path) -> None:
-    x_t = opset13.parameter([1, 4], np.float32, name="x_t")
-    emb_t = opset13.parameter([1, 2], np.float32, name="emb_t")
+@pytest.mark.parametrize("unfit_part", [0, 1])
+def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_part: int) -> None:
+    x_t = opset13.parameter([4, 2], np.float32, name="x_t")
+    emb_t = opset13.parameter([4, 2], np.float32, name="emb_t")
     x_t.output(0).set_names({"x_t"})
     emb_t.output(0).set_names({"emb_t"})
-    shape = opset13.convert(opset13.squeeze(emb_t, opset13.constant(np.array([0]))), "i64")  # unfit ones raise
-    shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([1, 4])), False)
+    zero = opset13.constant(np.array(0))
+    shape = opset13.convert(opset13.gather(emb_t, zero, zero), "i64")  # those that do not fit x_t raise
+    shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([4, 2])), False)
     openvino.save_model(openvino.Model([shaped], [x_t, emb_t], "m"), tmp_path / "m.xml", compress_to_fp16=False)
     artifact = ArtifactGraph(tmp_path / "m.xml", cast("Any", None), cast("Any", None))
-    graph = _StaticGraph(openvino.Core(), artifact, (1,), "fp32", threads=1)
+    graph = _StaticGraph(openvino.Core(), artifact, (8,), "fp32", threads=2)  # in parts, one of which fails
 
-    x, fit, unfit = np.ones((1, 4), np.float32), np.array([[2, 2]], np.float32), np.array([[3, 3]], np.float32)
-    for _ in range(2):
+    x, fit = np.arange(16, dtype=np.float32).reshape(8, 2), np.tile(np.array([4, 2], np.float32), (8, 1))
+
+    def unfit(size: int) -> npt.NDArray[np.float32]:  # each time another: a stream that saw one takes it for checked
+        values = fit.copy()
+        values[4 * unfit_part] = size
+        return values
+
+    for size in (3, 4):
         with pytest.raises(RuntimeError):
-            graph.begin(x, unfit, None).wait()
+            graph.begin(x, unfit(size), None).wait()
         np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
-        graph.begin(x, unfit, None)  # and is forgotten
+        graph.begin(x, unfit(size + 2), None)  # and is forgotten
         np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
+
+
+@pytest.mark.parametrize(("threads", "parts"), [(1, [1, 1, 1]), (2, [1, 2, 2]), (3, [1, 1, 3]), (4, [1, 2, 2])])
+def test_rows_are_cut_into_parts_that_threads_share_equally(
+    exports: Exports, threads: int, parts: list[int], backends: dict[str, ArtifactBackend]
+) -> None:
+    assert [equal_parts(rows, threads) for rows in (4, 8, 12)] == parts
+    options = with_options(max_rows=8, batch_sizes=(2, 8), threads=threads, precision="bf16")
+    network, expected = OpenVinoBackend(exports.bundled(), options), backends["openvino bf16"]
+    x_t, emb_t, y = rows_at(network, np.linspace(0, 999.75, 8))
+    together = network(x_t, emb_t, y)
+    for part in (slice(0, 4), slice(4, 8)):
+        np.testing.assert_array_equal(together[part], expected(x_t[part], emb_t[part], y[part]))
 
 
 def test_openvino_reads_no_labels_of_a_call_before(backends: dict[str, ArtifactBackend]) -> None:
@@ -196,7 +223,7 @@ def test_it_names_everything_that_its_numbers_depend_on(
     assert len({backend.numerics_id for backend in backends.values()} | {reference.numerics_id}) == len(KINDS) + 1
     for kind, backend in backends.items():
         assert set(kind.split()) <= set(backend.description.split())
-        assert (backend.threads, backend.config) == (1, reference.config)
+        assert (backend.threads, backend.config) == (2, reference.config)
 
 
 def test_the_processor_is_part_of_the_numerics_id(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
