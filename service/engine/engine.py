@@ -48,9 +48,6 @@ from service.metrics import Metrics
 
 WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
-PROBE_INTERVAL = 16 * WIDTH_INTERVAL
-PROBE_STEPS = 32
-"""So many of so many steps may be wider than the width, so that a size found too slow is measured again."""
 
 
 @dataclass(eq=False)
@@ -372,16 +369,11 @@ class Engine:
                 self._metrics.wasted_row_steps.inc(image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
-        costs, config = self.costs[model], self._config
-        width = min(knee(costs, config.max_rows, config.width_efficiency), self._memory[model].rows)
-        self.scheduler.set_width(model, width)
+        costs, config, most = self.costs[model], self._config, self._memory[model].rows
+        width = min(knee(costs, config.max_rows, config.width_efficiency), most)
+        wider = min((rows for rows in costs.table() if width < rows <= most), default=width)
+        self.scheduler.set_width(model, width, probed=wider)  # else a size once found too slow would be so for ever
         self._metrics.width_rows.labels(name_of(model)).set(width)
-
-    def _widen(self, model: str) -> None:
-        """Let the next step be as wide as the next size that memory allows, should so much be waiting."""
-        width, most = self.scheduler.width(model), self._memory[model].rows
-        wider = [rows for rows in self.costs[model].table() if width < rows <= most]
-        self.scheduler.set_width(model, min(wider, default=width))
 
     def _result(
         self,
@@ -431,11 +423,8 @@ class Engine:
         self._count_images()
         if outcome.attempts == 1 and step.is_timed:
             observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, seconds)
-        number = step.number
-        if self._memory[model].count_step() or number % WIDTH_INTERVAL == 0 or number % PROBE_INTERVAL == PROBE_STEPS:
+        if self._memory[model].count_step() or step.number % WIDTH_INTERVAL == 0:
             self._choose_width(model)
-        if number % PROBE_INTERVAL == 0:
-            self._widen(model)
 
     def _count_images(self) -> None:
         self._metrics.images_waiting.set(self.scheduler.num_waiting)

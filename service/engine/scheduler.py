@@ -14,6 +14,9 @@ from service.engine.policies import policy_named
 from service.engine.request import Image, ImageStatus, Move, Priority, Start, StepBatch
 from service.engine.waiting_line import WaitingLine
 
+PROBE_INTERVAL = 32
+"""Steps from one that may be wider than the width to the next: whoever measures them learns what wider ones cost."""
+
 
 class _Queue:
     """The images of one model and priority."""
@@ -57,6 +60,7 @@ class _Lane:
         self.interactive = _Queue(config.client_allowance)
         self.batch = _Queue(config.client_allowance)
         self.width = config.max_rows
+        self.probed = config.max_rows
         self.free_slots = list(range(config.num_slots))
         self.plans = PlanTable(config.plan_lines)
         self.steps = 0
@@ -142,15 +146,22 @@ class Scheduler:
         """Return the most rows of a model's step."""
         return self._lanes[model].width
 
-    def set_width(self, model: str, rows: int) -> None:
+    def set_width(self, model: str, rows: int, probed: int | None = None) -> None:
         """Change a model's width from its next step on.
+
+        Args:
+            model: which one.
+            rows: of a step, at most.
+            probed: what every `PROBE_INTERVAL`-th step may have instead, where that is more.
 
         Raises:
             ValueError: not within 2 and the configured `max_rows`.
         """
-        if not 2 <= rows <= self._config.max_rows:
-            raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {rows}")
-        self._lanes[model].width = rows
+        for width in (rows, rows if probed is None else probed):
+            if not 2 <= width <= self._config.max_rows:
+                raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {width}")
+        lane = self._lanes[model]
+        lane.width, lane.probed = rows, rows if probed is None else probed
 
     def all_steps(self) -> dict[str, int]:
         """Return the steps of every model; another thread may ask."""
@@ -273,7 +284,7 @@ class Scheduler:
         for queue in (interactive, batch):
             queue.running = sorted(queue.running, key=queue.urgency)  # not in place: that empties it for other threads
         picked: dict[Image, None] = {}
-        rows = lane.width
+        rows = lane.probed if lane.steps % PROBE_INTERVAL == PROBE_INTERVAL - 1 else lane.width
         if len(interactive) and len(batch):
             share = self._config.batch_share * lane.width
             lane.batch_credit = min(lane.batch_credit + share, share + 2)

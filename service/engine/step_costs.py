@@ -2,81 +2,108 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
 
 SMOOTHING = 0.05
-"""Weight of the newest step in the running mean of its batch size."""
-SHARED = 0.95
-"""Part, by ratio, of what a step gains or loses against that mean that is put down to the machine, and so to all sizes.
-
-The more, the less a size that is not run keeps of how fast the machine was; the less, the sooner one that was measured
-wrongly is put right.
-"""
+"""Weight of the newest step in the running mean of how slow the machine is."""
+COMPARING = 0.05
+"""Weight of the newest comparison of two sizes in what they cost relative to each other."""
+DOUBT = 2.0
+"""A comparison counts as at most this factor: one step that was held up says little about its size."""
+ESTABLISHED = 64
+"""Steps after which a size is as well known as any."""
 
 
 class StepCosts:
     """Seconds of an engine step: c(rows) of the network's call and all else, and g(classified) of the classifier's.
+
+    A machine changes its speed, by a factor of two within minutes. So a mean per size would tell when the size was last
+    run, and the width would follow the weather. What sizes cost relative to each other is learnt from steps that follow
+    one another, at equal speed, where the size that was run less often is the one to be put right; how slow the machine
+    is, which all sizes share, from every step. A first step of a size may take longer than later ones: who follows whom
+    is even in both directions, so this cancels.
 
     g is what a step with a classifier call takes beyond one without, which is all that a clock outside the step can
     tell. Rows count with padding.
     """
 
     def __init__(self) -> None:
-        self._network = _Curve(SHARED)
-        self._classifier = _Curve(shared=0.0)  # a small difference of two large ones says nothing of the machine
+        self._network = _Curve()
+        """At a slowness of 1."""
+        self._classifier = _Curve()
+        self._slowness = 1.0
+        """Of the machine, as far as it has changed since the first step."""
+        self._before: tuple[int, float] | None = None
+        """Rows and seconds of the step before."""
+        self._steps: Counter[int] = Counter()
+        """By rows, as far as they matter."""
 
     def observe(self, rows: int, seconds: float, classified: int = 0) -> None:
-        """Take in a step of so many rows, of which the classifier was called on some.
+        """Take in a step of so many rows, of which the classifier was called on some; 0 s says nothing.
 
         Raises:
             ValueError: no rows, or time running backwards.
         """
         if rows < 1 or seconds < 0:
             raise ValueError(f"a step has at least 1 row and takes at least 0 s; got {rows} rows, {seconds} s")
+        if seconds == 0:
+            return
         if classified == 0:
-            self._network.observe(rows, seconds)
-        else:
-            self._classifier.observe(classified, max(0.0, seconds - self._network.seconds(rows)))
+            self._observe_network(rows, seconds)
+            return
+        beyond = max(0.0, seconds - self.seconds(rows))
+        mean = self._classifier.measured.get(classified, beyond)
+        self._classifier.change({classified: mean + SMOOTHING * (beyond - mean)})
 
     def seconds(self, rows: float, classified: float = 0) -> float:
         """Return what a step of so many rows takes; 0 before anything was measured."""
-        return self._network.seconds(rows) + (self._classifier.seconds(classified) if classified else 0.0)
+        network = self._slowness * self._network.seconds(rows)
+        return network + (self._classifier.seconds(classified) if classified else 0.0)
 
     def table(self) -> dict[int, float]:
         """Return the measured sizes of network calls and their pooled seconds."""
-        return self._network.table()
+        return {rows: self._slowness * seconds for rows, seconds in self._network.table().items()}
+
+    def _observe_network(self, rows: int, seconds: float) -> None:
+        costs, before = self._network.measured, self._before
+        self._before = (rows, seconds)
+        self._steps[rows] = min(self._steps[rows] + 1, ESTABLISHED)
+        if rows not in costs:
+            self._network.change({rows: seconds / self._slowness})
+            return
+        self._slowness *= 1 + SMOOTHING * (seconds / (costs[rows] * self._slowness) - 1)
+        if before is None or before[0] == rows:
+            return
+        other, took = before
+        surprise = (seconds / took) / (costs[rows] / costs[other])
+        step = COMPARING * math.log(min(max(surprise, 1 / DOUBT), DOUBT))
+        share = self._steps[other] / (self._steps[rows] + self._steps[other])
+        self._network.change(
+            {rows: costs[rows] * math.exp(step * share), other: costs[other] * math.exp(step * (share - 1))}
+        )
 
 
 class _Curve:
-    """Seconds by padded rows, a running mean per batch size; holds no clock.
-
-    A machine changes its speed, and a size that is not run for a while would keep what it took before: then the width
-    would follow the weather. So a cost is what the size takes, times what all of them do. Every step moves both, and
-    by fixed parts: how slow the machine is said to be cannot wander off while the sizes that are run keep their cost.
+    """Seconds by padded rows, from those of some sizes.
 
     More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
     cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
     """
 
-    def __init__(self, shared: float) -> None:
-        self._shared = shared
-        self._slowness = 1.0
-        """Of the machine, as far as it has changed since the first step."""
-        self._reference: dict[int, float] = {}
-        """Seconds by size, at a slowness of 1."""
+    def __init__(self) -> None:
+        self.measured: dict[int, float] = {}
         self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
 
-    def observe(self, rows: int, seconds: float) -> None:
-        reference = self._reference.get(rows)
-        if not reference:
-            self._reference[rows] = seconds / self._slowness
-        else:
-            ratio = 1 + SMOOTHING * (seconds / (reference * self._slowness) - 1)
-            self._slowness *= ratio**self._shared
-            self._reference[rows] = reference * ratio ** (1 - self._shared)
+    def change(self, measured: Mapping[int, float]) -> None:
+        """Take in what some sizes cost."""
+        self.measured.update(measured)
         self._curve = None
 
     def seconds(self, rows: float) -> float:
+        """Return what so many rows take; 0 before anything was measured."""
         sizes, costs = self._monotone()
         if not sizes:
             return 0.0
@@ -89,15 +116,16 @@ class _Curve:
         return costs[at - 1] + part * (costs[at] - costs[at - 1])
 
     def table(self) -> dict[int, float]:
+        """Return the measured sizes and their pooled seconds."""
         return dict(zip(*self._monotone(), strict=True))
 
     def _monotone(self) -> tuple[list[int], list[float]]:
         """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
         if self._curve is None:
-            sizes = sorted(self._reference)
+            sizes = sorted(self.measured)
             pools: list[tuple[float, int]] = []  # mean, sizes in it
             for size in sizes:
-                mean, count = self._reference[size] * self._slowness, 1
+                mean, count = self.measured[size], 1
                 while pools and pools[-1][0] > mean:
                     before, number = pools.pop()
                     mean = (mean * count + before * number) / (count + number)
@@ -119,7 +147,7 @@ def knee(costs: StepCosts, max_rows: int, efficiency: float, least: int = 2) -> 
         least: the narrowest allowed; an image with classifier-free guidance takes 2 rows.
     """
     table = costs.table()
-    if max(table, default=0) < max_rows or not all(table.values()):
+    if max(table, default=0) < max_rows:
         return max_rows
     widths = sorted({rows for rows in table if least <= rows < max_rows} | {max_rows})
     rates = [rows / min(seconds for size, seconds in table.items() if size >= rows) for rows in widths]

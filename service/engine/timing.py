@@ -18,13 +18,16 @@ _TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
 
 def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float]) -> StepCosts:
-    """Time steps of every batch size. Overwrites slots: only while no image holds one."""
+    """Time steps of every batch size, in turns. Overwrites slots: only while no image holds one."""
     costs = StepCosts()
     widths = range(1, config.max_rows + 1)
-    for rows in sorted({runner.padded_rows(rows) for rows in widths}):
-        _time(costs, runner, config, clock, rows, _TIMED)
-    for rows in sorted({runner.padded_classified_rows(rows) for rows in widths} - {0}):
-        _time(costs, runner, config, clock, rows, _TIMED_CLASSIFIED)
+    network = sorted({runner.padded_rows(rows) for rows in widths})
+    classifier = sorted({runner.padded_classified_rows(rows) for rows in widths} - {0})
+    kinds = [*((_TIMED, rows) for rows in network), *((_TIMED_CLASSIFIED, rows) for rows in classifier)]
+    rounds = [[_time(runner, config, clock, rows, params) for params, rows in kinds] for _ in range(config.timed_calls)]
+    for (params, rows), *seconds in zip(kinds, *rounds, strict=True) if rounds else ():
+        used = _used(rows, config)  # the least of its times: what else the machine did is no cost of a step
+        observe_step(costs, runner, used, used * params.classified_rows, min(seconds))
     return costs
 
 
@@ -34,21 +37,15 @@ def observe_step(costs: StepCosts, runner: Runner, rows: int, classified: int, s
     costs.observe(runner.padded_rows(rows), seconds, padded)
 
 
-def _time(
-    costs: StepCosts,
-    runner: Runner,
-    config: EngineConfig,
-    clock: Callable[[], float],
-    rows: int,
-    params: ImageParams,
-) -> None:
-    slots = range(min(rows, config.max_rows, config.num_slots))
-    seconds = []
-    for _ in range(config.timed_calls):
-        # The plan is written over each time; the scheduler, which knows of none, will write its own
-        runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
-        begun = clock()
-        runner.launch(list(slots)).wait()
-        seconds.append(clock() - begun)
-    if seconds:  # the least: what else the machine did is no cost of a step
-        observe_step(costs, runner, len(slots), len(slots) * params.classified_rows, min(seconds))
+def _time(runner: Runner, config: EngineConfig, clock: Callable[[], float], rows: int, params: ImageParams) -> float:
+    slots = range(_used(rows, config))
+    # The plan is written over each time; the scheduler, which knows of none, will write its own
+    runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
+    begun = clock()
+    runner.launch(list(slots)).wait()
+    return clock() - begun
+
+
+def _used(rows: int, config: EngineConfig) -> int:
+    """Return how many images a step of so many padded rows can have."""
+    return min(rows, config.max_rows, config.num_slots)

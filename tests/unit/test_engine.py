@@ -464,7 +464,7 @@ def test_the_width_follows_costs_that_change() -> None:
     engine = Engine({"m": runner}, EngineConfig(max_rows=8), Metrics(), clock)
     engine.measure()
     assert engine.scheduler.width("m") == 2
-    for _ in range(2000):  # somebody else used the device at start-up
+    for _ in range(200):  # somebody else used the device at start-up
         for rows in range(1, 9):
             engine.costs["m"].observe(rows, 1.0)
     runner._fixed, runner._per_row = 1.0, 0.0
@@ -490,18 +490,29 @@ def test_a_slow_call_at_start_up_does_not_narrow_the_width() -> None:
     assert engine.scheduler.width("m") == 8
 
 
-def test_a_size_that_was_found_too_slow_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.engine.engine.PROBE_INTERVAL", WIDTH_INTERVAL)
+def test_a_size_that_was_found_too_slow_is_measured_again() -> None:
     clock = Clock()
     engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
     for rows in range(1, 9):
-        engine.costs["m"].observe(rows, 1.0 if rows < 8 else 1.3)  # the largest while somebody used the device
+        engine.costs["m"].observe(rows, 1.0 if rows < 8 else 2.0)  # the largest while somebody used the device
     engine.load("m", engine._runners["m"], engine.costs["m"])
     assert engine.scheduler.width("m") == 7
-    engine.add(generation("r", *[params(steps=2000, seed=k) for k in range(16)]), submitted_at=0.0)
-    while engine.scheduler.steps("m") < 2000:
+    engine.add(generation("r", *[params(steps=1000, seed=k) for k in range(16)]), submitted_at=0.0)
+    while engine.scheduler.steps("m") < 1000:
         engine.step()
     assert engine.scheduler.width("m") == 8
+
+
+def test_sizes_are_timed_in_turns_so_that_a_machine_that_gets_slower_does_so_for_all() -> None:
+    class Slowing(TimedRunner):
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            self._fixed *= 1.1
+            return super().step(slots)
+
+    clock = Clock()
+    engine = Engine({"m": Slowing(clock, 1.0, 0.0)}, EngineConfig(max_rows=8, timed_calls=3), Metrics(), clock)
+    engine.measure()
+    assert engine.costs["m"].seconds(8) / engine.costs["m"].seconds(1) == pytest.approx(1.1**7)  # 1.1**21 by size
 
 
 def test_timing_steps_leaves_no_trace_in_pictures() -> None:
