@@ -68,7 +68,8 @@ class Meter:
 
     def __init__(self, path: Path) -> None:
         self._device = FileLock(path)
-        self._table: FloatTable = np.memmap(path, np.float64, "r+", shape=(MAX_ROWS + 1, 2))
+        mapped = np.memmap(path, np.float64, "r+", shape=(MAX_ROWS + 1, 2))
+        self._table: FloatTable = np.asarray(mapped)  # the same memory, and quicker
 
     @contextmanager
     def call(self, rows: int, row_steps: int) -> Iterator[None]:
