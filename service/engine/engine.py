@@ -24,12 +24,12 @@ import numpy.typing as npt
 from service.backends.base import FailureKind
 from service.backends.pending import Pending, Raised
 from service.engine.config import EngineConfig
+from service.engine.counting import EngineCounts
 from service.engine.forecast import DeviceView
 from service.engine.model_ids import name_of
 from service.engine.observing import observe
 from service.engine.recovery import Attempt, MemoryLimit, Outcome, take_step
 from service.engine.request import (
-    FAILURE_REASONS,
     FailureReason,
     GenerationRequest,
     Image,
@@ -96,7 +96,7 @@ class Engine:
         self.clock = clock
         self._config = config
         self._runners = dict(runners)
-        self._metrics = metrics
+        self._counts = EngineCounts(metrics)
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
@@ -106,10 +106,6 @@ class Engine:
         """Steps that are to be reported."""
         self._ended = -math.inf
         """When the last step did."""
-        for reason in FAILURE_REASONS:
-            metrics.images_failed.labels(reason)
-        for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
-            metrics.failed_attempts.labels(kind.value)
 
     def warm_up(self) -> None:
         """Warm every runner up."""
@@ -148,7 +144,7 @@ class Engine:
         del self._runners[model], self._memory[model]
         self.costs = {known: costs for known, costs in self.costs.items() if known != model}
         if all(name_of(other) != name_of(model) for other in self._runners):
-            self._metrics.width_rows.remove(name_of(model))
+            self._counts.model_gone(model)
 
     def view(self) -> DeviceView:
         """Return what predictions need; another thread may ask.
@@ -172,13 +168,13 @@ class Engine:
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Let a request's images wait for their first step."""
         self.scheduler.add(images_of(request, submitted_at))
-        self._count_images()
+        self._counts.in_flight(self.scheduler)
 
     def abort(self, request_id: str) -> list[ImageResult]:
         """Take a request out; its rows are free at the next step."""
         aborted = self.scheduler.abort(request_id)
         self._forget(aborted)
-        self._count_images()
+        self._counts.in_flight(self.scheduler)
         return [self._result(image, self.clock()) for image in aborted]
 
     def has_work(self) -> bool:
@@ -304,7 +300,7 @@ class Engine:
 
     def _take(self, batch: StepBatch, attempt: Attempt) -> Outcome:
         runner = self._runners[batch.model]
-        return take_step(batch.images, attempt, runner, lambda kind, images: self._count_failure(batch, kind, images))
+        return take_step(batch.images, attempt, runner, lambda kind, images: self._on_failure(batch, kind, images))
 
     def _look(self, step: _Step) -> None:
         """Copy what is to be shown of a step before another one is launched."""
@@ -329,11 +325,9 @@ class Engine:
     def _report(self, step: _Step) -> list[ImageResult]:
         pixels = {} if step.pixels is None else dict(zip(step.done, step.pixels.wait(), strict=True))
         self._forget(step.left, step.outcome.failures)
-        self._count_step(step)
+        self._learn(step)
         results = [self._result(i, step.ended, pixels.get(i), _reason(i, step.outcome)) for i in step.left]
-        for result in results:
-            if result.failure is not None:
-                self._metrics.images_failed.labels(result.failure).inc()
+        self._counts.failed(results)
         return results
 
     def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> Pending[list[bool]]:
@@ -344,7 +338,7 @@ class Engine:
             runner.start([start for start in batch.starts if start.slot in slots])
             return runner.launch(slots)
         finally:
-            self._count_attempt(batch.model, images)
+            self._counts.attempt(batch.model, runner, images)
 
     def _expect(self, batch: StepBatch, images: Sequence[Image]) -> None:
         """Say what is under way, and how long it should take."""
@@ -366,14 +360,14 @@ class Engine:
         for image in left:
             self._saved.pop(image, None)
             if image.status is not ImageStatus.DONE:
-                self._metrics.wasted_row_steps.inc(image.rows * (image.steps_done - (image in raised)))
+                self._counts.wasted(image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
         costs, config, most = self.costs[model], self._config, self._memory[model].rows
         width = min(knee(costs, config.max_rows, config.width_efficiency), most)
         wider = min((rows for rows in costs.table() if width < rows <= most), default=width)
         self.scheduler.set_width(model, width, probed=wider)  # else a size once found too slow would be so for ever
-        self._metrics.width_rows.labels(name_of(model)).set(width)
+        self._counts.width(model, width)
 
     def _result(
         self,
@@ -394,43 +388,23 @@ class Engine:
             late_s=0.0 if image.deadline is None else max(0.0, ended - image.deadline),
         )
 
-    def _count_attempt(self, model: str, images: Sequence[Image]) -> None:
-        runner, metrics = self._runners[model], self._metrics
-        rows = sum(image.rows for image in images)
-        metrics.network_calls.labels(name_of(model)).inc()
-        metrics.rows_per_call.observe(rows)
-        metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
-        metrics.uncaptured_steps.labels(name_of(model)).inc(runner.is_uncaptured(rows))
-        if classified := sum(image.classified_rows for image in images):
-            metrics.classifier_calls.labels(name_of(model)).inc()
-            metrics.classified_rows.labels(name_of(model)).inc(classified)
-
-    def _count_failure(self, batch: StepBatch, kind: FailureKind, images: Sequence[Image]) -> None:
+    def _on_failure(self, batch: StepBatch, kind: FailureKind, images: Sequence[Image]) -> None:
         """Count an attempt that raised; out of memory makes the steps that follow narrower."""
-        self._metrics.failed_attempts.labels(kind.value).inc()
+        self._counts.failed_attempt(kind)
         if kind is FailureKind.OUT_OF_MEMORY:
             rows = sum(image.rows for image in images)
             self._memory[batch.model].ran_out(self._runners[batch.model].padded_rows(rows))
             self._choose_width(batch.model)
 
-    def _count_step(self, step: _Step) -> None:
-        batch, outcome, metrics = step.batch, step.outcome, self._metrics
-        model, runner, seconds = batch.model, self._runners[batch.model], step.seconds
-        metrics.row_steps.inc(batch.rows - sum(image.rows for image in outcome.failures))
-        metrics.step_seconds.labels(name_of(model), str(runner.padded_rows(batch.rows))).observe(seconds)
-        metrics.preemptions.inc(batch.preempted)
-        metrics.evictions.inc(len(batch.evictions))
-        self._count_images()
-        if outcome.attempts == 1 and step.is_timed:
-            observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, seconds)
+    def _learn(self, step: _Step) -> None:
+        """Count a step, and take in what it took."""
+        batch, model, runner = step.batch, step.batch.model, self._runners[step.batch.model]
+        self._counts.step(batch, step.outcome, runner.padded_rows(batch.rows), step.seconds)
+        self._counts.in_flight(self.scheduler)
+        if step.outcome.attempts == 1 and step.is_timed:
+            observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, step.seconds)
         if self._memory[model].count_step() or step.number % WIDTH_INTERVAL == 0:
             self._choose_width(model)
-
-    def _count_images(self) -> None:
-        self._metrics.images_waiting.set(self.scheduler.num_waiting)
-        self._metrics.images_running.set(self.scheduler.num_running)
-        self._metrics.images_evicted.set(self.scheduler.num_evicted)
-        self._metrics.remaining_row_steps.set(self.scheduler.remaining_row_steps)
 
 
 def _reason(image: Image, outcome: Outcome) -> FailureReason | None:
