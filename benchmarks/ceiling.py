@@ -1,7 +1,8 @@
 """What the machine can do at most: the rates that convolutions and products reach alone, measured, not looked up.
 
-On a CPU, 3x3 convolutions of 256 channels at 32x32, batch 8, by PyTorch (channels last) and by OpenVINO; on a GPU the
-same at batch 256, and a product of two 8192 x 8192 matrices. A precision's ceiling is the best of them.
+On a CPU, 3x3 convolutions of 256 channels at 32x32, batch 8, by PyTorch (channels last), by OpenVINO, and by OpenVINO
+in parts, as the service runs it; on a GPU the same at batch 256, and a product of two 8192 x 8192 matrices. A
+precision's ceiling is the best of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
 from diffusion.artifact import Precision
-from service.backends.openvino_backend import HINTS
+from service.backends.openvino_backend import HINTS, equal_parts
 from service.backends.torch_backend import DTYPES
 
 CHANNELS, SIZE, KERNEL = 256, 32, 3
@@ -47,7 +48,8 @@ def probes(precisions: set[Precision], place: Place) -> list[Probe]:
         if place.device.type == "cuda":
             made.append(_torch_product(precision, place))
         else:
-            made.append(_openvino_convolution(precision, place))
+            parts = {1, equal_parts(CPU_ROWS, place.threads)}
+            made.extend(_openvino_convolution(precision, place, number) for number in sorted(parts))
     return made
 
 
@@ -106,10 +108,10 @@ def _torch_product(precision: Precision, place: Place) -> Probe:
     return Probe(f"product torch {precision}", precision, 2 * MATRIX**3, call)
 
 
-def _openvino_convolution(precision: Precision, place: Place) -> Probe:
+def _openvino_convolution(precision: Precision, place: Place, parts: int) -> Probe:
     ops = openvino.opset13
     generator = np.random.default_rng(0)
-    shape = [CPU_ROWS, CHANNELS, SIZE, SIZE]
+    shape = [CPU_ROWS // parts, CHANNELS, SIZE, SIZE]
     parameter = ops.parameter(shape, np.float32)
     h, pad = parameter, [KERNEL // 2] * 2
     for _ in range(IN_A_ROW):
@@ -117,15 +119,21 @@ def _openvino_convolution(precision: Precision, place: Place) -> Probe:
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": parts,
         "INFERENCE_NUM_THREADS": place.threads,
         "ENABLE_CPU_PINNING": False,
     }
-    model = openvino.Model([h], [parameter])
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    x = generator.standard_normal(shape, dtype=np.float32)
+    compiled = openvino.Core().compile_model(openvino.Model([h], [parameter]), "CPU", settings)
+    requests = [compiled.create_infer_request() for _ in range(parts)]
+    for request in requests:
+        request.set_input_tensor(openvino.Tensor(generator.standard_normal(shape, dtype=np.float32)))
 
     def call() -> Any:
-        return request.infer([x], share_inputs=True, share_outputs=True)
+        for request in requests:
+            request.start_async()
+        for request in requests:
+            request.wait()
+        return [request.get_output_tensor().data for request in requests]
 
-    return Probe(f"convolution openvino {precision}", precision, _convolution_flops(CPU_ROWS), call)
+    in_parts = "" if parts == 1 else f" in {parts} parts"
+    return Probe(f"convolution openvino{in_parts} {precision}", precision, _convolution_flops(CPU_ROWS), call)

@@ -238,7 +238,8 @@ def report(facts: dict[str, str], networks: Sequence[BenchNetwork], outcomes: Se
         "",
         "Contenders are called in turns, after warming up; each batch size is compiled alone. A multiply-add counts "
         "as two operations. The ceiling is the best rate of 3x3 convolutions (256 channels, 32x32) in the same rounds "
-        "and precision, by PyTorch and by OpenVINO; on a GPU, of convolutions and of products of 8192 x 8192 matrices. "
+        "and precision, by PyTorch and by OpenVINO, whole and in parts; on a GPU, of convolutions and of products of "
+        "8192 x 8192 matrices. "
         "The error is that of the output, relative to PyTorch in float32. emb_t is an input, computed beforehand, "
         "except for diffusers, which embeds timesteps in every call. "
         f"The knee is the smallest batch with {100 * KNEE:.0f} % of the most rows per second.",

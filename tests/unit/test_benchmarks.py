@@ -221,10 +221,13 @@ def test_the_ceiling_is_the_best_probe_of_each_precision() -> None:
     assert ceilings(made, timings) == {"fp32": 100, "bf16": 200}
 
 
-def test_both_probes_compute_the_same_convolutions() -> None:
-    torch_probe, openvino_probe = probes({"fp32"}, PLACE)
-    assert torch_probe.flops == openvino_probe.flops == 4 * 2 * 8 * 32 * 32 * 256 * 256 * 9
-    assert tuple(torch_probe.call().shape) == openvino_probe.call()[0].shape == (8, 256, 32, 32)
+def test_all_probes_compute_as_many_convolutions() -> None:
+    torch_probe, *openvino_probes = probes({"fp32"}, Place(device=torch.device("cpu"), threads=2))
+    assert tuple(torch_probe.call().shape) == (8, 256, 32, 32)
+    assert [len(probe.call()) for probe in openvino_probes] == [1, 2]
+    for probe in openvino_probes:
+        assert probe.flops == torch_probe.flops == 4 * 2 * 8 * 32 * 32 * 256 * 256 * 9
+        assert np.concatenate(probe.call()).shape == (8, 256, 32, 32)
 
 
 # --- reports
