@@ -11,7 +11,6 @@ import ctypes
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 
 LEAST_PART = 4
 """Rows of a part at least. Smaller ones gain as much, but each stream costs 38 MB, whatever its rows."""
+MOST_PARTS = 4
+"""Of a call, for the same reason: on many cores, several threads share a part."""
 
 
 class OpenVinoBackend:
@@ -119,7 +120,7 @@ class _BoundGraph:
     """
 
     def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
-        whole = {node: _tensor(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
+        whole = {node: _memory_for(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
         self.requests = [compiled.create_infer_request() for _ in range(parts)]
         for node, values in whole.items():
             for request, part in zip(self.requests, np.split(values, parts), strict=True):
@@ -127,19 +128,33 @@ class _BoundGraph:
         self.inputs: dict[str, npt.NDArray[Any]] = {node.get_any_name(): whole[node] for node in compiled.inputs}
         self.output: npt.NDArray[Any] = whole[compiled.outputs[0]]
 
+    def finish(self) -> RuntimeError | None:
+        """Wait until no part is being computed; returns what the first of those raised that did."""
+        failed = None
+        for request in self.requests:
+            try:
+                request.wait()
+            except RuntimeError as error:
+                failed = failed or error
+        return failed
+
 
 class InferCall:
     """A run of a graph, in OpenVINO's own threads."""
 
     def __init__(self, bound: _BoundGraph) -> None:
         self._bound = bound
-        for request in bound.requests:
-            request.start_async()
+        try:
+            for request in bound.requests:
+                request.start_async()
+        except RuntimeError:
+            bound.finish()
+            raise
 
     def wait(self) -> FloatArray:
-        """Return a copy of its output, which the next run writes over."""
-        for request in self._bound.requests:
-            request.wait()
+        """Return a copy of its output, which the next run writes over; where it raises, it is over nevertheless."""
+        if (error := self._bound.finish()) is not None:
+            raise error
         return self._bound.output.copy()
 
     @property
@@ -167,9 +182,7 @@ class _StaticGraph:
         bound = self._bound[len(x_t)]
         if len(inputs) != len(bound.inputs):  # what is not given would be what the call before was given
             raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(inputs)}")
-        for request in bound.requests:
-            with suppress(RuntimeError):  # what the call before raised: told already, or begun and forgotten
-                request.wait()
+        bound.finish()  # a call that was begun and forgotten; one that raised has been told of
         for name, value in inputs.items():
             bound.inputs[name][...] = value
         return InferCall(bound)
@@ -208,7 +221,8 @@ def equal_parts(rows: int, threads: int) -> int:
 
     Threads that share a part wait for each other after every layer, streams only at the end.
     """
-    return max((p for p in range(1, rows // LEAST_PART + 1) if rows % p == 0 and threads % p == 0), default=1)
+    most = min(MOST_PARTS, rows // LEAST_PART)
+    return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
 
 
 def compile_cache(wanted: str | None) -> Path | None:
@@ -246,8 +260,9 @@ def _compile_all(
     core: openvino.Core, graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int
 ) -> dict[int, _BoundGraph]:
     network = core.read_model(graph)
+    usable = _usable_threads(core, threads)
     with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
-        bound = pool.map(lambda size: _compile(core, network, size, precision, threads), sizes)
+        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), sizes)
         return dict(zip(sizes, bound, strict=True))
 
 
@@ -263,14 +278,25 @@ def _compile(
             for node in static.inputs
         }
     )
-    settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
+    settings = {**_settings(parts, threads), "INFERENCE_PRECISION_HINT": HINTS[precision]}
+    return _BoundGraph(core.compile_model(static, "CPU", settings), parts)
+
+
+def _usable_threads(core: openvino.Core, threads: int) -> int:
+    """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
+    x = openvino.opset13.parameter([1], np.float32)
+    model = openvino.Model([openvino.opset13.relu(x)], [x])
+    usable: int = core.compile_model(model, "CPU", _settings(1, threads)).get_property("INFERENCE_NUM_THREADS")
+    return usable
+
+
+def _settings(streams: int, threads: int) -> dict[str, Any]:
+    return {
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": parts,
+        "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
     }
-    return _BoundGraph(core.compile_model(static, "CPU", settings), parts)
 
 
 def _return_freed_memory() -> None:
@@ -281,8 +307,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _tensor(node: openvino.ConstOutput, parts: int) -> npt.NDArray[Any]:
-    """Return memory for so many times the rows of an input or output, aligned as OpenVINO wants it."""
+def _memory_for(node: openvino.ConstOutput, parts: int) -> npt.NDArray[Any]:
+    """Return memory for so many times the rows of an input or output."""
     rows, *shape = node.get_shape()
-    values: npt.NDArray[Any] = openvino.Tensor(node.get_element_type(), [rows * parts, *shape]).data
-    return values
+    return np.zeros((rows * parts, *shape), node.get_element_type().to_dtype())

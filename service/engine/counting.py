@@ -14,7 +14,7 @@ from service.metrics import Metrics
 
 
 class EngineCounts:
-    """Writes the metrics of one engine; every series that can be counted up exists from the start."""
+    """Writes the metrics of one engine. Those by reason exist from the start: a first failure is an increase too."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -66,7 +66,7 @@ class EngineCounts:
         metrics.remaining_row_steps.set(scheduler.remaining_row_steps)
 
     def width(self, model: str, rows: int) -> None:
-        """Say how many rows a model's step may have."""
+        """Say how many rows a model's step may have, but for probes."""
         self._metrics.width_rows.labels(name_of(model)).set(rows)
 
     def model_gone(self, model: str) -> None:

@@ -365,8 +365,8 @@ class Engine:
     def _choose_width(self, model: str) -> None:
         costs, config, most = self.costs[model], self._config, self._memory[model].rows
         width = min(knee(costs, config.max_rows, config.width_efficiency), most)
-        wider = min((rows for rows in costs.table() if width < rows <= most), default=width)
-        self.scheduler.set_width(model, width, probed=wider)  # else a size once found too slow would be so for ever
+        wider = [rows for rows in costs.table() if width < rows <= most]  # not run, they would be too slow for ever
+        self.scheduler.set_width(model, width, probe_widths=wider)
         self._counts.width(model, width)
 
     def _result(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +15,9 @@ from service.engine.request import Image, ImageStatus, Move, Priority, Start, St
 from service.engine.waiting_line import WaitingLine
 
 PROBE_INTERVAL = 32
-"""Steps from one that may be wider than the width to the next: whoever measures them learns what wider ones cost."""
+PROBE_STEPS = 2
+"""So many steps at the end of so many may be wider than the width: whoever measures them learns what wider ones cost.
+The first of them may be colder than those that follow."""
 
 
 class _Queue:
@@ -60,7 +62,7 @@ class _Lane:
         self.interactive = _Queue(config.client_allowance)
         self.batch = _Queue(config.client_allowance)
         self.width = config.max_rows
-        self.probed = config.max_rows
+        self.probe_widths: Sequence[int] = ()
         self.free_slots = list(range(config.num_slots))
         self.plans = PlanTable(config.plan_lines)
         self.steps = 0
@@ -70,6 +72,13 @@ class _Lane:
 
     def __len__(self) -> int:
         return len(self.interactive) + len(self.batch)
+
+    def most_rows(self) -> int:
+        """Return how many rows the next step may have: the width, or what is probed."""
+        probe, step = divmod(self.steps, PROBE_INTERVAL)
+        if self.probe_widths and step >= PROBE_INTERVAL - PROBE_STEPS:
+            return self.probe_widths[probe % len(self.probe_widths)]
+        return self.width
 
     def queue(self, image: Image) -> _Queue:
         return self.batch if image.priority is Priority.BATCH else self.interactive
@@ -143,25 +152,24 @@ class Scheduler:
         return self._lanes[model].steps
 
     def width(self, model: str) -> int:
-        """Return the most rows of a model's step."""
+        """Return the most rows of a model's step, but for probes."""
         return self._lanes[model].width
 
-    def set_width(self, model: str, rows: int, probed: int | None = None) -> None:
+    def set_width(self, model: str, rows: int, probe_widths: Sequence[int] = ()) -> None:
         """Change a model's width from its next step on.
 
         Args:
             model: which one.
-            rows: of a step, at most.
-            probed: what every `PROBE_INTERVAL`-th step may have instead, where that is more.
+            rows: of a step, at most, but for probes.
+            probe_widths: what the last `PROBE_STEPS` of every `PROBE_INTERVAL` steps may have instead, in turns.
 
         Raises:
-            ValueError: not within 2 and the configured `max_rows`.
+            ValueError: one of them is not within 2 and the configured `max_rows`.
         """
-        for width in (rows, rows if probed is None else probed):
+        for width in (rows, *probe_widths):
             if not 2 <= width <= self._config.max_rows:
                 raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {width}")
-        lane = self._lanes[model]
-        lane.width, lane.probed = rows, rows if probed is None else probed
+        self._lanes[model].width, self._lanes[model].probe_widths = rows, probe_widths
 
     def all_steps(self) -> dict[str, int]:
         """Return the steps of every model; another thread may ask."""
@@ -284,7 +292,7 @@ class Scheduler:
         for queue in (interactive, batch):
             queue.running = sorted(queue.running, key=queue.urgency)  # not in place: that empties it for other threads
         picked: dict[Image, None] = {}
-        rows = lane.probed if lane.steps % PROBE_INTERVAL == PROBE_INTERVAL - 1 else lane.width
+        rows = lane.most_rows()
         if len(interactive) and len(batch):
             share = self._config.batch_share * lane.width
             lane.batch_credit = min(lane.batch_credit + share, share + 2)

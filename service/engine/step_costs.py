@@ -13,6 +13,8 @@ COMPARING = 0.05
 """Weight of the newest comparison of two sizes in what they cost relative to each other."""
 DOUBT = 2.0
 """A comparison counts as at most this factor: one step that was held up says little about its size."""
+HELD_UP = 4.0
+"""A step counts as at most so many times what it should take: a machine that stood still is not one that is slow."""
 ESTABLISHED = 64
 """Steps after which a size is as well known as any."""
 
@@ -21,10 +23,10 @@ class StepCosts:
     """Seconds of an engine step: c(rows) of the network's call and all else, and g(classified) of the classifier's.
 
     A machine changes its speed, by a factor of two within minutes. So a mean per size would tell when the size was last
-    run, and the width would follow the weather. What sizes cost relative to each other is learnt from steps that follow
-    one another, at equal speed, where the size that was run less often is the one to be put right; how slow the machine
-    is, which all sizes share, from every step. A first step of a size may take longer than later ones: who follows whom
-    is even in both directions, so this cancels.
+    run, and the width would follow the weather. How slow the machine is, which all sizes share, is learnt from every
+    step without a classifier call. What sizes cost relative to each other is learnt where one takes over from another:
+    the second step of the one, as the first may be colder, is compared with the last of the other that was not a first.
+    The size that was run less often is the one to be put right.
 
     g is what a step with a classifier call takes beyond one without, which is all that a clock outside the step can
     tell. Rows count with padding.
@@ -36,10 +38,12 @@ class StepCosts:
         self._classifier = _Curve()
         self._slowness = 1.0
         """Of the machine, as far as it has changed since the first step."""
-        self._before: tuple[int, float] | None = None
-        """Rows and seconds of the step before."""
+        self._last_rows: int | None = None
+        """Of the step before."""
+        self._yardstick: tuple[int, float] | None = None
+        """Rows and seconds of the last step whose predecessor had as many rows."""
         self._steps: Counter[int] = Counter()
-        """By rows, as far as they matter."""
+        """Steps seen of each size, up to `ESTABLISHED`."""
 
     def observe(self, rows: int, seconds: float, classified: int = 0) -> None:
         """Take in a step of so many rows, of which the classifier was called on some; 0 s says nothing.
@@ -68,16 +72,22 @@ class StepCosts:
         return {rows: self._slowness * seconds for rows, seconds in self._network.table().items()}
 
     def _observe_network(self, rows: int, seconds: float) -> None:
-        costs, before = self._network.measured, self._before
-        self._before = (rows, seconds)
+        costs = self._network.measured
+        is_first, self._last_rows = rows != self._last_rows, rows
         self._steps[rows] = min(self._steps[rows] + 1, ESTABLISHED)
         if rows not in costs:
             self._network.change({rows: seconds / self._slowness})
             return
-        self._slowness *= 1 + SMOOTHING * (seconds / (costs[rows] * self._slowness) - 1)
-        if before is None or before[0] == rows:
+        slower = min(seconds / (costs[rows] * self._slowness), HELD_UP)
+        self._slowness *= 1 + SMOOTHING * (slower - 1)
+        if is_first:
             return
-        other, took = before
+        if self._yardstick is not None and self._yardstick[0] != rows:
+            self._compare(rows, seconds, *self._yardstick)
+        self._yardstick = (rows, seconds)
+
+    def _compare(self, rows: int, seconds: float, other: int, took: float) -> None:
+        costs = self._network.measured
         surprise = (seconds / took) / (costs[rows] / costs[other])
         step = COMPARING * math.log(min(max(surprise, 1 / DOUBT), DOUBT))
         share = self._steps[other] / (self._steps[rows] + self._steps[other])

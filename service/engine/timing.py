@@ -18,7 +18,10 @@ _TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
 
 def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float]) -> StepCosts:
-    """Time steps of every batch size, in turns. Overwrites slots: only while no image holds one."""
+    """Time steps of every batch size, in turns, each after one that warms it up.
+
+    Overwrites slots: only while no image holds one.
+    """
     costs = StepCosts()
     widths = range(1, config.max_rows + 1)
     network = sorted({runner.padded_rows(rows) for rows in widths})
@@ -41,6 +44,7 @@ def _time(runner: Runner, config: EngineConfig, clock: Callable[[], float], rows
     slots = range(_used(rows, config))
     # The plan is written over each time; the scheduler, which knows of none, will write its own
     runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
+    runner.launch(list(slots)).wait()
     begun = clock()
     runner.launch(list(slots)).wait()
     return clock() - begun

@@ -35,6 +35,7 @@ from service.engine.request import (
     Watch,
 )
 from service.engine.runners.array_runner import ArrayRunner
+from service.engine.scheduler import PROBE_INTERVAL
 from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
@@ -466,7 +467,8 @@ def test_the_width_follows_costs_that_change() -> None:
     assert engine.scheduler.width("m") == 2
     for _ in range(200):  # somebody else used the device at start-up
         for rows in range(1, 9):
-            engine.costs["m"].observe(rows, 1.0)
+            for _ in range(2):
+                engine.costs["m"].observe(rows, 1.0)
     runner._fixed, runner._per_row = 1.0, 0.0
     engine.add(generation("r", params(steps=WIDTH_INTERVAL)), submitted_at=0.0)
     while engine.has_work():
@@ -503,6 +505,51 @@ def test_a_size_that_was_found_too_slow_is_measured_again() -> None:
     assert engine.scheduler.width("m") == 8
 
 
+def test_the_best_size_is_found_again_though_the_next_one_is_no_better() -> None:
+    true = {1: 1.0, 2: 1.95, 4: 3.85, 8: 6.66}
+
+    class Stairs(TimedRunner):
+        def padded_rows(self, rows: int) -> int:
+            return min(size for size in true if size >= rows)
+
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            self._fixed = true[self.padded_rows(len(slots))]
+            return super().step(slots)
+
+    clock = Clock()
+    engine = Engine({"m": Stairs(clock, 0.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
+    for rows, seconds in true.items():
+        engine.costs["m"].observe(rows, seconds if rows < 8 else 1.2 * seconds)
+    engine.load("m", engine._runners["m"], engine.costs["m"])
+    assert engine.scheduler.width("m") == 2
+    engine.add(generation("r", *[params(steps=1000, seed=k) for k in range(16)]), submitted_at=0.0)
+    while engine.scheduler.steps("m") < 1000:
+        engine.step()
+    assert engine.scheduler.width("m") == 8
+
+
+def test_probes_are_no_wider_than_memory_allows() -> None:
+    class Short(TimedRunner):
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            tried.append(len(slots))
+            if len(slots) > 4:
+                raise MemoryError
+            return super().step(slots)
+
+    tried: list[int] = []
+    clock = Clock()
+    runner = Short(clock, 1.0, 0.0)
+    engine = Engine({"m": runner}, EngineConfig(max_rows=8), Metrics(), clock)
+    for rows in range(1, 9):
+        engine.costs["m"].observe(rows, 1.0)
+    engine.load("m", runner, engine.costs["m"])
+    engine.add(generation("r", *[params(steps=100, seed=k) for k in range(8)]), submitted_at=0.0)
+    for _ in range(3 * PROBE_INTERVAL):
+        engine.step()
+    assert engine.scheduler.width("m") == 4
+    assert [rows for rows in tried if rows > 4] == [8]
+
+
 def test_sizes_are_timed_in_turns_so_that_a_machine_that_gets_slower_does_so_for_all() -> None:
     class Slowing(TimedRunner):
         def step(self, slots: Sequence[int]) -> list[bool]:
@@ -512,7 +559,7 @@ def test_sizes_are_timed_in_turns_so_that_a_machine_that_gets_slower_does_so_for
     clock = Clock()
     engine = Engine({"m": Slowing(clock, 1.0, 0.0)}, EngineConfig(max_rows=8, timed_calls=3), Metrics(), clock)
     engine.measure()
-    assert engine.costs["m"].seconds(8) / engine.costs["m"].seconds(1) == pytest.approx(1.1**7)  # 1.1**21 by size
+    assert engine.costs["m"].seconds(8) / engine.costs["m"].seconds(1) == pytest.approx(1.1**14)  # 1.1**42 by size
 
 
 def test_timing_steps_leaves_no_trace_in_pictures() -> None:

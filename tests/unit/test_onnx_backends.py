@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -190,17 +191,23 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
         np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
 
 
-@pytest.mark.parametrize(("threads", "parts"), [(1, [1, 1, 1]), (2, [1, 2, 2]), (3, [1, 1, 3]), (4, [1, 2, 2])])
-def test_rows_are_cut_into_parts_that_threads_share_equally(
-    exports: Exports, threads: int, parts: list[int], backends: dict[str, ArtifactBackend]
-) -> None:
-    assert [equal_parts(rows, threads) for rows in (4, 8, 12)] == parts
-    options = with_options(max_rows=8, batch_sizes=(2, 8), threads=threads, precision="bf16")
-    network, expected = OpenVinoBackend(exports.bundled(), options), backends["openvino bf16"]
+@pytest.mark.parametrize(
+    ("threads", "parts"),
+    [(1, [1, 1, 1, 1]), (2, [1, 2, 2, 2]), (3, [1, 1, 3, 1]), (4, [1, 2, 2, 4]), (16, [1, 2, 2, 4])],
+)
+def test_rows_are_cut_into_equal_parts_that_threads_share_equally(threads: int, parts: list[int]) -> None:
+    assert [equal_parts(rows, threads) for rows in (4, 8, 12, 64)] == parts
+
+
+def test_rows_have_the_same_bits_in_parts(exports: Exports, backends: dict[str, ArtifactBackend]) -> None:
+    options = with_options(max_rows=8, batch_sizes=(2, 8), precision="bf16")
+    network, uncut = OpenVinoBackend(exports.bundled(), options), backends["openvino bf16"]
+    requests = network._network._bound[8].requests
+    assert len(requests) == equal_parts(8, min(2, os.cpu_count() or 1))
     x_t, emb_t, y = rows_at(network, np.linspace(0, 999.75, 8))
     together = network(x_t, emb_t, y)
     for part in (slice(0, 4), slice(4, 8)):
-        np.testing.assert_array_equal(together[part], expected(x_t[part], emb_t[part], y[part]))
+        np.testing.assert_array_equal(together[part], uncut(x_t[part], emb_t[part], y[part]))
 
 
 def test_openvino_reads_no_labels_of_a_call_before(backends: dict[str, ArtifactBackend]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageStatus, StepBatch
-from service.engine.scheduler import PROBE_INTERVAL, Scheduler
+from service.engine.scheduler import PROBE_INTERVAL, PROBE_STEPS, Scheduler
 from tests.counts import count
 from tests.fakes import params
 
@@ -98,15 +98,22 @@ def test_images_that_share_a_plan_write_it_until_one_of_them_has_taken_a_step() 
     assert [(start.params.num_steps, start.write_plan) for start in batch.starts] == [(5, False), (6, True)]
 
 
-def test_now_and_then_a_step_is_wider_where_its_cost_is_to_be_learnt() -> None:
+def test_now_and_then_steps_are_wider_where_their_cost_is_to_be_learnt() -> None:
     scheduler = make(plan_lines=1000)
-    scheduler.set_width("m", 2, probed=3)
-    scheduler.add([image("a", 100), image("b", 100), image("c", 100), image("d", 100)])
-    rows = [len(run_step(scheduler)[0]) for _ in range(3 * PROBE_INTERVAL)]
-    assert rows == 3 * [*([2] * (PROBE_INTERVAL - 1)), 3]
+    scheduler.set_width("m", 2, probe_widths=[3, 4])
+    scheduler.add([image(name, 200) for name in "abcde"])
+    rows = [len(run_step(scheduler)[0]) for _ in range(4 * PROBE_INTERVAL)]
+    narrow = [2] * (PROBE_INTERVAL - PROBE_STEPS)
+    assert rows == 2 * [*narrow, *[3] * PROBE_STEPS, *narrow, *[4] * PROBE_STEPS]
     assert scheduler.width("m") == 2
     scheduler.set_width("m", 2)
     assert {len(run_step(scheduler)[0]) for _ in range(PROBE_INTERVAL)} == {2}
+
+
+@pytest.mark.parametrize("probe_widths", [[5], [3, 1]])
+def test_probes_are_no_wider_than_the_device_and_have_room_for_guidance(probe_widths: list[int]) -> None:
+    with pytest.raises(ValueError, match="the width must be within 2 and 4"):
+        make().set_width("m", 2, probe_widths)
 
 
 def test_models_take_turns() -> None:

@@ -77,19 +77,42 @@ def test_what_a_size_gains_or_loses_while_only_it_is_run_all_sizes_do() -> None:
 
 
 @pytest.mark.parametrize("wrongly", [0.5, 2.0])
-def test_a_size_that_was_measured_wrongly_is_put_right_by_its_own_steps(wrongly: float) -> None:
+@pytest.mark.parametrize("colder", [1.0, 1.2])
+def test_a_size_that_was_measured_wrongly_is_put_right_by_its_own_steps(wrongly: float, colder: float) -> None:
     costs = measured({4: 1.0, 8: 1.8 * wrongly})
-    for _ in range(60):
-        for rows, seconds in ((4, 1.0), (4, 1.0), (4, 1.0), (8, 1.8)):
-            costs.observe(rows, seconds)
-    assert costs.table() == pytest.approx({4: 1.0, 8: 1.8}, rel=0.02)
+    for _ in range(150):
+        for rows, seconds in ((4, colder), (4, 1.0), (4, 1.0), (8, 1.8 * colder * colder), (8, 1.8)):
+            costs.observe(rows, seconds)  # a first step of the larger size is the colder one
+    assert costs.seconds(8) / costs.seconds(4) == pytest.approx(1.8, rel=0.01)
 
 
-def test_one_step_that_was_held_up_says_little_about_its_size() -> None:
+def test_how_a_queue_drains_says_nothing_of_sizes() -> None:
+    true = {1: 1.0, 2: 1.95, 4: 3.6, 8: 6.66}
+    costs = measured(true)
+    for _ in range(200):
+        for rows, seconds in sorted(true.items(), reverse=True):
+            costs.observe(rows, 1.5 * seconds if rows == 8 else seconds)  # cold, after nothing was to be done
+            for _ in range(5):
+                costs.observe(rows, seconds)
+    table = costs.table()
+    assert {rows: seconds / table[1] for rows, seconds in table.items()} == pytest.approx(true, rel=0.001)
+    assert knee(costs, 8, 0.95) == 8
+
+
+def test_one_step_that_was_held_up_says_little() -> None:
     costs = measured({4: 1.0, 8: 1.8})
-    costs.observe(4, 1.0)
-    costs.observe(8, 180.0)
+    for rows, seconds in ((4, 1.0), (4, 1.0), (8, 1.8), (8, 1800.0)):
+        costs.observe(rows, seconds)
     assert costs.seconds(8) / costs.seconds(4) == pytest.approx(1.8, rel=0.1)
+    assert costs.seconds(4) < 1.2
+
+
+def test_sizes_that_take_turns_with_every_step_are_not_compared() -> None:
+    costs = measured({4: 1.0, 8: 3.6})
+    for _ in range(20):
+        costs.observe(4, 1.0)
+        costs.observe(8, 1.8)
+    assert costs.seconds(8) / costs.seconds(4) == pytest.approx(3.6)
 
 
 def test_a_machine_whose_speed_changes_within_steps_says_nothing_of_sizes() -> None:
@@ -97,8 +120,8 @@ def test_a_machine_whose_speed_changes_within_steps_says_nothing_of_sizes() -> N
     true = {1: 0.3, 2: 0.55, 4: 1.0, 8: 1.6}
     costs = measured(true)
     widths = []
-    for rows in rng.choice([2, 4, 8, 8], size=4000):
-        costs.observe(int(rows), true[int(rows)] * rng.choice([1.0, 1.1, 1.5]))
+    for rows in rng.choice([2, 4, 8, 8], size=2000).repeat(2).tolist():
+        costs.observe(rows, true[rows] * rng.choice([1.0, 1.1, 1.5]))
         widths.append(knee(costs, 8, 0.9))
     assert np.mean(np.array(widths) == 8) > 0.9
 
