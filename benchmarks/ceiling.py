@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
 from diffusion.artifact import Precision
-from service.backends.openvino_backend import HINTS, equal_parts
+from service.backends.openvino_graph import HINTS, equal_parts
 from service.backends.torch_backend import DTYPES
 
 CHANNELS, SIZE, KERNEL = 256, 32, 3

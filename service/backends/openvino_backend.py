@@ -1,16 +1,12 @@
 """The `openvino` backend: an artifact's graph compiled for a few static batch sizes, in float32 or bfloat16.
 
 Static shapes are worth a third more speed than one dynamic graph, and agree bit for bit among each other; dynamic and
-static ones do not, so there is no dynamic fall-back. A call's rows are cut into parts, which need not wait for each
-other.
+static ones do not, so there is no dynamic fall-back. How a graph is run: `service.backends.openvino_graph`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ import openvino
 from diffusion.artifact import GRADIENT_FILE, Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
-    ArtifactGraph,
     ArtifactModel,
     FloatArray,
     cpu_threads,
@@ -29,16 +24,9 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
 )
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
-
-HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-"""How OpenVINO calls the precisions it has on a CPU."""
-
-LEAST_PART = 4
-"""Rows of a part at least. Smaller ones gain as much, but each stream costs 38 MB, whatever its rows."""
-MOST_PARTS = 4
-"""Of a call, for the same reason: on many cores, several threads share a part."""
 
 
 class OpenVinoBackend:
@@ -61,7 +49,7 @@ class OpenVinoBackend:
         core = openvino.Core()
         if (cache := compile_cache(options.cache_dir)) is not None:
             core.set_property({"CACHE_DIR": str(cache)})
-        self._network = _StaticGraph(core, self._model, sizes, precision, self.threads)
+        self._network = StaticGraph(core, self._model, sizes, precision, self.threads)
         classifier = self._model.classifier
         self.classifier: GuidingClassifier[npt.NDArray[Any]] | None = (
             None if classifier is None else OpenVinoClassifier(core, classifier, sizes, self.threads)
@@ -100,7 +88,7 @@ class OpenVinoClassifier:
         self.description = f"classifier, openvino {_version()} cpu fp32 static parts"
         self.batch_sizes: tuple[int, ...] | None = sizes
         self._classifier = classifier
-        self._gradient = _StaticGraph(core, classifier, sizes, "fp32", threads)
+        self._gradient = StaticGraph(core, classifier, sizes, "fp32", threads)
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
         """Run the time MLP."""
@@ -109,83 +97,6 @@ class OpenVinoClassifier:
     def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
         """Run the gradient's graph that was compiled for this many rows."""
         return self._gradient.begin(x_t, emb_t, y).wait()
-
-
-class _BoundGraph:
-    """A compiled graph for so many rows, with tensors of its own, which arrays are copied into and out of.
-
-    Copying costs a few microseconds; handing arrays over with every call costs OpenVINO's Python layer hundreds. The
-    graph was compiled for a part of the rows: each of its streams computes one, and reads and writes that part of the
-    tensors.
-    """
-
-    def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
-        whole = {node: _memory_for(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
-        self.requests = [compiled.create_infer_request() for _ in range(parts)]
-        for node, values in whole.items():
-            for request, part in zip(self.requests, np.split(values, parts), strict=True):
-                request.set_tensor(node, openvino.Tensor(part, shared_memory=True))
-        self.inputs: dict[str, npt.NDArray[Any]] = {node.get_any_name(): whole[node] for node in compiled.inputs}
-        self.output: npt.NDArray[Any] = whole[compiled.outputs[0]]
-
-    def finish(self) -> RuntimeError | None:
-        """Wait until no part is being computed; returns what the first of those raised that did."""
-        failed = None
-        for request in self.requests:
-            try:
-                request.wait()
-            except RuntimeError as error:
-                failed = failed or error
-        return failed
-
-
-class InferCall:
-    """A run of a graph, in OpenVINO's own threads."""
-
-    def __init__(self, bound: _BoundGraph) -> None:
-        self._bound = bound
-        try:
-            for request in bound.requests:
-                request.start_async()
-        except RuntimeError:
-            bound.finish()
-            raise
-
-    def wait(self) -> FloatArray:
-        """Return a copy of its output, which the next run writes over; where it raises, it is over nevertheless."""
-        if (error := self._bound.finish()) is not None:
-            raise error
-        return self._bound.output.copy()
-
-    @property
-    def seconds(self) -> float:
-        """What it took until it ended, as OpenVINO measured it, however late somebody came to wait for it."""
-        milliseconds: float = max(request.latency for request in self._bound.requests)
-        return milliseconds / 1000
-
-
-class _StaticGraph:
-    """A graph of an artifact, compiled for some batch sizes."""
-
-    def __init__(
-        self, core: openvino.Core, artifact: ArtifactGraph, sizes: tuple[int, ...], precision: Precision, threads: int
-    ) -> None:
-        self._artifact = artifact
-        try:
-            self._bound = _compile_all(core, artifact.graph, sizes, precision, threads)
-        except RuntimeError as error:
-            raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
-        _return_freed_memory()
-
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
-        inputs = self._artifact.inputs(x_t, emb_t, y)
-        bound = self._bound[len(x_t)]
-        if len(inputs) != len(bound.inputs):  # what is not given would be what the call before was given
-            raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(inputs)}")
-        bound.finish()  # a call that was begun and forgotten; one that raised has been told of
-        for name, value in inputs.items():
-            bound.inputs[name][...] = value
-        return InferCall(bound)
 
 
 def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
@@ -214,15 +125,6 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
             f"{measured.worst:.1e}, at most {measured.limit:.0e} is allowed; use precision fp32"
         )
     return precision
-
-
-def equal_parts(rows: int, threads: int) -> int:
-    """Return into how many equal parts a call's rows are cut, which OpenVINO's streams compute beside each other.
-
-    Threads that share a part wait for each other after every layer, streams only at the end.
-    """
-    most = min(MOST_PARTS, rows // LEAST_PART)
-    return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
 
 
 def compile_cache(wanted: str | None) -> Path | None:
@@ -254,60 +156,3 @@ def _version() -> str:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def _compile_all(
-    core: openvino.Core, graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int
-) -> dict[int, _BoundGraph]:
-    network = core.read_model(graph)
-    usable = _usable_threads(core, threads)
-    with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
-        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), sizes)
-        return dict(zip(sizes, bound, strict=True))
-
-
-def _compile(
-    core: openvino.Core, network: openvino.Model, size: int, precision: Precision, threads: int
-) -> _BoundGraph:
-    """Compile a network for one batch size; the network itself is left as it is."""
-    parts = equal_parts(size, threads)
-    static = network.clone()
-    static.reshape(
-        {
-            node.get_any_name(): [size // parts, *(e.get_length() for e in list(node.get_partial_shape())[1:])]
-            for node in static.inputs
-        }
-    )
-    settings = {**_settings(parts, threads), "INFERENCE_PRECISION_HINT": HINTS[precision]}
-    return _BoundGraph(core.compile_model(static, "CPU", settings), parts)
-
-
-def _usable_threads(core: openvino.Core, threads: int) -> int:
-    """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
-    x = openvino.opset13.parameter([1], np.float32)
-    model = openvino.Model([openvino.opset13.relu(x)], [x])
-    usable: int = core.compile_model(model, "CPU", _settings(1, threads)).get_property("INFERENCE_NUM_THREADS")
-    return usable
-
-
-def _settings(streams: int, threads: int) -> dict[str, Any]:
-    return {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
-    }
-
-
-def _return_freed_memory() -> None:
-    """Have glibc give back what compiling needed, tens of megabytes that it would keep."""
-    if sys.platform != "linux":
-        return
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-
-
-def _memory_for(node: openvino.ConstOutput, parts: int) -> npt.NDArray[Any]:
-    """Return memory for so many times the rows of an input or output."""
-    rows, *shape = node.get_shape()
-    return np.zeros((rows * parts, *shape), node.get_element_type().to_dtype())

@@ -24,13 +24,8 @@ from service.backends import openvino_backend, select
 from service.backends.artifact_model import ArtifactGraph, cpu_threads, open_artifact
 from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.onnxruntime_backend import OnnxRuntimeBackend
-from service.backends.openvino_backend import (
-    OpenVinoBackend,
-    _StaticGraph,
-    choose_precision,
-    compile_cache,
-    equal_parts,
-)
+from service.backends.openvino_backend import OpenVinoBackend, choose_precision, compile_cache
+from service.backends.openvino_graph import StaticGraph, equal_parts
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.select import BACKENDS, Backend, load_denoiser, preference
 from service.backends.self_test import invariant_batch_sizes
@@ -174,7 +169,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
     shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([4, 2])), False)
     openvino.save_model(openvino.Model([shaped], [x_t, emb_t], "m"), tmp_path / "m.xml", compress_to_fp16=False)
     artifact = ArtifactGraph(tmp_path / "m.xml", cast("Any", None), cast("Any", None))
-    graph = _StaticGraph(openvino.Core(), artifact, (8,), "fp32", threads=2)  # in parts, one of which fails
+    graph = StaticGraph(openvino.Core(), artifact, (8,), "fp32", threads=2)  # in parts, one of which fails
 
     x, fit = np.arange(16, dtype=np.float32).reshape(8, 2), np.tile(np.array([4, 2], np.float32), (8, 1))
 

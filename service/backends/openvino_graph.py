@@ -1,0 +1,178 @@
+"""An artifact's graph in OpenVINO: compiled for a few static batch sizes, and run in parts beside its caller.
+
+Threads that share a part of the rows wait for each other after every layer, parts only at the end: see
+docs/decisions/0014.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from diffusion.artifact import Precision
+from service.backends.artifact_model import ArtifactGraph, FloatArray
+from service.errors import ModelError
+
+HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+"""How OpenVINO calls the precisions it has on a CPU."""
+
+LEAST_PART = 4
+"""Rows of a part at least. Smaller ones gain as much, but each stream costs 38 MB, whatever its rows."""
+MOST_PARTS = 4
+"""Of a call, for the same reason: on many cores, several threads share a part."""
+
+
+class StaticGraph:
+    """A graph of an artifact, compiled for some batch sizes.
+
+    Raises:
+        ModelError: OpenVINO cannot compile it.
+    """
+
+    def __init__(
+        self, core: openvino.Core, artifact: ArtifactGraph, sizes: tuple[int, ...], precision: Precision, threads: int
+    ) -> None:
+        self._artifact = artifact
+        try:
+            self._bound = _compile_all(core, artifact.graph, sizes, precision, threads)
+        except RuntimeError as error:
+            raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
+        _return_freed_memory()
+
+    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
+        """Let the graph that was compiled for this many rows run; the arguments are copied.
+
+        Raises:
+            ValueError: other inputs than the graph reads.
+        """
+        inputs = self._artifact.inputs(x_t, emb_t, y)
+        bound = self._bound[len(x_t)]
+        if len(inputs) != len(bound.inputs):  # what is not given would be what the call before was given
+            raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(inputs)}")
+        bound.finish()  # a call that was begun and forgotten; one that raised has been told of
+        for name, value in inputs.items():
+            bound.inputs[name][...] = value
+        return InferCall(bound)
+
+
+class _BoundGraph:
+    """A compiled graph for so many rows, with tensors of its own, which arrays are copied into and out of.
+
+    Copying costs a few microseconds; handing arrays over with every call costs OpenVINO's Python layer hundreds. The
+    graph was compiled for a part of the rows: each of its streams computes one, and reads and writes that part of the
+    tensors.
+    """
+
+    def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
+        whole = {node: _memory_for(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
+        self.requests = [compiled.create_infer_request() for _ in range(parts)]
+        for node, values in whole.items():
+            for request, part in zip(self.requests, np.split(values, parts), strict=True):
+                request.set_tensor(node, openvino.Tensor(part, shared_memory=True))
+        self.inputs: dict[str, npt.NDArray[Any]] = {node.get_any_name(): whole[node] for node in compiled.inputs}
+        self.output: npt.NDArray[Any] = whole[compiled.outputs[0]]
+
+    def finish(self) -> list[RuntimeError]:
+        """Wait until no part is being computed; returns what they raised."""
+        raised = []
+        for request in self.requests:
+            try:
+                request.wait()
+            except RuntimeError as error:
+                raised.append(error)
+        return raised
+
+
+class InferCall:
+    """A run of a graph, in OpenVINO's own threads."""
+
+    def __init__(self, bound: _BoundGraph) -> None:
+        self._bound = bound
+        try:
+            for request in bound.requests:
+                request.start_async()
+        except RuntimeError:
+            bound.finish()
+            raise
+
+    def wait(self) -> FloatArray:
+        """Return a copy of its output, which the next run writes over; where it raises, it is over nevertheless."""
+        if raised := self._bound.finish():
+            raise raised.pop(0)  # kept here, an error would keep itself, and all that was being computed
+        return self._bound.output.copy()
+
+    @property
+    def seconds(self) -> float:
+        """What it took until it ended, as OpenVINO measured it, however late somebody came to wait for it."""
+        milliseconds: float = max(request.latency for request in self._bound.requests)
+        return milliseconds / 1000
+
+
+def equal_parts(rows: int, threads: int) -> int:
+    """Return into how many equal parts a call's rows are cut, which OpenVINO's streams compute beside each other."""
+    most = min(MOST_PARTS, rows // LEAST_PART)
+    return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
+
+
+def _compile_all(
+    core: openvino.Core, graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int
+) -> dict[int, _BoundGraph]:
+    network = core.read_model(graph)
+    usable = _usable_threads(core, threads)
+    with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
+        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), sizes)
+        return dict(zip(sizes, bound, strict=True))
+
+
+def _compile(
+    core: openvino.Core, network: openvino.Model, size: int, precision: Precision, threads: int
+) -> _BoundGraph:
+    """Compile a network for one batch size; the network itself is left as it is."""
+    parts = equal_parts(size, threads)
+    static = network.clone()
+    static.reshape(
+        {
+            node.get_any_name(): [size // parts, *(e.get_length() for e in list(node.get_partial_shape())[1:])]
+            for node in static.inputs
+        }
+    )
+    settings = {**_settings(parts, threads), "INFERENCE_PRECISION_HINT": HINTS[precision]}
+    return _BoundGraph(core.compile_model(static, "CPU", settings), parts)
+
+
+def _usable_threads(core: openvino.Core, threads: int) -> int:
+    """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
+    x = openvino.opset13.parameter([1], np.float32)
+    model = openvino.Model([openvino.opset13.relu(x)], [x])
+    usable: int = core.compile_model(model, "CPU", _settings(1, threads)).get_property("INFERENCE_NUM_THREADS")
+    return usable
+
+
+def _settings(streams: int, threads: int) -> dict[str, Any]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
+    }
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give back what compiling needed, tens of megabytes that it would keep."""
+    if sys.platform != "linux":
+        return
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def _memory_for(node: openvino.ConstOutput, parts: int) -> npt.NDArray[Any]:
+    """Return memory for so many times the rows of an input or output."""
+    rows, *shape = node.get_shape()
+    return np.zeros((rows * parts, *shape), node.get_element_type().to_dtype())
