@@ -15,6 +15,7 @@ from diffusion.noise import STREAM_STEP, normal
 from diffusion.update import PlanRows, begin_advance, finish_advance, split_output, to_uint8
 from service.backends.base import Denoiser, beginning_of
 from service.backends.pending import Later, Pending
+from service.engine.runners.layout import ROW_IMAGE, ROW_IS_NULL, UNCOND_ROW, lay_out
 from service.engine.runners.steps import BatchSizes
 from service.engine.slots import SlotTable
 from service.errors import ModelError
@@ -60,10 +61,13 @@ class HostSteps(Generic[A]):
         line = table.plan_offset[index] + step
         images: _Gathered[A] = _Gathered(slots, index, table.x[index], step, line, table.y[index])
         guided: list[int] = [place for place, slot in enumerate(slots) if table.is_guided[slot]]
-        call: Pending[A] = self._begin_network(images, guided)
-        return Later(lambda: self._finish(images, guided, call))
+        size: int = self._sizes.padded_rows(len(slots) + len(guided))
+        layout = None if size == len(slots) else lay_out(slots, guided, size, spare_slot=0)  # padding: any row will do
+        call: Pending[A] = self._begin_network(images, layout)
+        uncond_rows = None if layout is None or not guided else layout[UNCOND_ROW, : len(slots)]
+        return Later(lambda: self._finish(images, uncond_rows, call))
 
-    def _finish(self, images: _Gathered[A], guided: Sequence[int], call: Pending[A]) -> list[bool]:
+    def _finish(self, images: _Gathered[A], uncond_rows: npt.NDArray[np.int64] | None, call: Pending[A]) -> list[bool]:
         """Do what can be done meanwhile, wait for the network, and update."""
         table, index = self._slots, images.where
         rows = PlanRows.from_lines(table.plan[images.line])
@@ -72,7 +76,8 @@ class HostSteps(Generic[A]):
             begun = begin_advance(rows, images.x_t, table.x0[index])
         next_step = images.step + 1
         asking = [place for place, slot in enumerate(images.slots) if table.is_classified[slot]]
-        uncond = self._uncond_rows(len(images.slots), guided)  # here: a copy to a device waits for what it is doing
+        # Here: a copy to a device waits for what it is doing
+        uncond = None if uncond_rows is None else table.send(uncond_rows)
 
         out = call.wait()
         raw, out = out, out[: len(images.slots)]
@@ -104,26 +109,14 @@ class HostSteps(Generic[A]):
             return lambda: self._denoiser.xp.zeros_like(images.x_t)
         return self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
 
-    def _begin_network(self, images: _Gathered[A], guided: Sequence[int]) -> Pending[A]:
-        """Begin a call on [n] images plus a second row, with the null class, for each guided one."""
-        count: int = len(images.slots)
-        used = count + len(guided)
-        padding: list[int] = [0] * (self._sizes.padded_rows(used) - used)  # any row will do: nobody looks at it
+    def _begin_network(self, images: _Gathered[A], layout: npt.NDArray[np.int64] | None) -> Pending[A]:
+        """Begin a call on the images, or on the rows that they have by a layout."""
         x_t, emb_t, labels = images.x_t, self._slots.emb_t[images.line], images.y
-        if guided or padding:
-            rows = self._slots.integers([*range(count), *guided, *padding])
+        if layout is not None:
+            rows = self._slots.send(layout[ROW_IMAGE])
             x_t, emb_t, labels = x_t[rows], emb_t[rows], labels[rows]
-            labels[count:used] = self._null_class
+            labels[self._slots.send(np.flatnonzero(layout[ROW_IS_NULL]))] = self._null_class
         return self._begin(x_t, emb_t, labels if self._conditional else None)
-
-    def _uncond_rows(self, count: int, guided: Sequence[int]) -> A | None:
-        """Return the row without class of each image, its own where it is not guided; None: nobody is."""
-        if not guided:
-            return None
-        rows = list(range(count))
-        for row, place in enumerate(guided, start=count):
-            rows[place] = row
-        return self._slots.integers(rows)
 
     def _gradient(self, images: _Gathered[A], asking: Sequence[int]) -> A:
         """Call the classifier on the images that ask for it; the others' gradient is zero.

@@ -12,7 +12,7 @@ IMAGE_SLOT, ROW_IMAGE, ROW_IS_NULL, UNCOND_ROW = range(4)
 
 
 def lay_out(slots: Sequence[int], guided: Sequence[int], size: int, spare_slot: int) -> npt.NDArray[np.int64]:
-    """Write a step's layout: int64 [4, size], all that a captured step is told by the host.
+    """Write a step's layout: int64 [4, size]. Of what changes, a captured step is told nothing else by the host.
 
     Args:
         slots: of the images, in order.
