@@ -124,7 +124,12 @@ async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw
             del asking[task]
         if arrival in done:  # the engine stands still in a network call
             assert not freed & {image.params.seed for image in engine._engine.scheduler.in_flight()}
-            leaving = [task for task, client in asking.items() if client in doomed and draw.random() < 0.3]
+            started = {image.params.seed for image in engine._engine.scheduler.started()}
+            leaving = [
+                task
+                for task, client in asking.items()
+                if client in doomed and draw.random() < (0.3 if client.number in started else 0.03)
+            ]
             for task in leaving:
                 asking[task].gone.set()
             if leaving:
