@@ -18,8 +18,16 @@ class FileLock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Wait for it, and hold it."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self.acquire()
         try:
             yield
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self.release()
+
+    def acquire(self) -> None:
+        """Wait for it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Let others have it."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)

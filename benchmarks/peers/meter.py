@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,12 +86,18 @@ class Meter:
 
     def begin(self, rows: int, row_steps: int, begin: Callable[[], TimedCall]) -> MeteredCall:
         """Wait until nobody else calls the network, then begin a call that says itself what it takes."""
-        held = ExitStack()
-        held.enter_context(self._device.held())
-        with held:
-            call = begin()
-            held = held.pop_all()
-        return MeteredCall(call, held, lambda seconds: self._count(rows, row_steps, seconds))
+        self._device.acquire()
+        try:
+            return MeteredCall(self, begin(), rows, row_steps)
+        except BaseException:
+            self._device.release()
+            raise
+
+    def end(self, rows: int, row_steps: int, seconds: float | None) -> None:
+        """Count a call that was begun, unless it raised, and let others call the network."""
+        if seconds is not None:
+            self._count(rows, row_steps, seconds)
+        self._device.release()
 
     def _count(self, rows: int, row_steps: int, seconds: float) -> None:
         self._table[rows, SECONDS] += seconds
@@ -119,16 +125,20 @@ class TimedNetwork(Denoiser[Any], Protocol):
 class MeteredCall:
     """A network call under way that nobody else can begin another one beside."""
 
-    def __init__(self, call: TimedCall, held: ExitStack, count: Callable[[float], None]) -> None:
+    def __init__(self, meter: Meter, call: TimedCall, rows: int, row_steps: int) -> None:
+        self._meter = meter
         self._call = call
-        self._held = held
-        self._count = count
+        self._rows = rows
+        self._row_steps = row_steps
 
     def wait(self) -> FloatArray:
-        """Wait for the call, let others have the device, and count."""
-        with self._held:
+        """Wait for the call, count, and let others have the device."""
+        seconds = None
+        try:
             out = self._call.wait()
-            self._count(self._call.seconds)
+            seconds = self._call.seconds
+        finally:
+            self._meter.end(self._rows, self._row_steps, seconds)
         return out
 
 
