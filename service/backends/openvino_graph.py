@@ -126,9 +126,10 @@ def _compile_all(
 ) -> dict[int, _BoundGraph]:
     network = core.read_model(graph)
     usable = _usable_threads(core, threads)
+    longest_first = sizes[::-1]
     with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
-        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), sizes)
-        return dict(zip(sizes, bound, strict=True))
+        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), longest_first)
+        return dict(zip(longest_first, bound, strict=True))
 
 
 def _compile(

@@ -33,8 +33,8 @@ class EngineConfig(FrozenConfig):
     """Part of the row-steps that batch work gets, if it wants them, however much interactive work there is."""
     width_efficiency: float = Field(default=0.95, gt=0, le=1)
     """Run at the smallest width whose row rate is at least this part of the best one."""
-    timed_calls: int = Field(default=3, ge=0)
-    """Steps timed at start-up per batch size; 0: learn what a step costs from the first ones."""
+    timed_calls: int = Field(default=2, ge=0)
+    """Steps timed at start-up per batch size, each after another; 0: learn from the first ones what a step costs."""
     plan_lines: int = Field(default=16384, ge=16)
     """Capacity of a model's table of sampling plans, in lines (one per step of each distinct plan in flight)."""
 
