@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
 from diffusion.artifact import Precision
-from service.backends.openvino_graph import HINTS, equal_parts
+from service.backends.openvino_graph import compile_settings, equal_parts
 from service.backends.torch_backend import DTYPES
 
 CHANNELS, SIZE, KERNEL = 256, 32, 3
@@ -116,13 +116,7 @@ def _openvino_convolution(precision: Precision, place: Place, parts: int) -> Pro
     h, pad = parameter, [KERNEL // 2] * 2
     for _ in range(IN_A_ROW):
         h = ops.convolution(h, ops.constant(_weight(generator)), [1, 1], pad, pad, [1, 1])
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": parts,
-        "INFERENCE_NUM_THREADS": place.threads,
-        "ENABLE_CPU_PINNING": False,
-    }
+    settings = compile_settings(precision, parts, place.threads)
     compiled = openvino.Core().compile_model(openvino.Model([h], [parameter]), "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(parts)]
     for request in requests:

@@ -121,6 +121,17 @@ def equal_parts(rows: int, threads: int) -> int:
     return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
 
 
+def compile_settings(precision: Precision, streams: int, threads: int) -> dict[str, Any]:
+    """Return what OpenVINO is told when it compiles; all streams together take so many threads."""
+    return {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
+    }
+
+
 def _compile_all(
     core: openvino.Core, graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int
 ) -> dict[int, _BoundGraph]:
@@ -144,25 +155,16 @@ def _compile(
             for node in static.inputs
         }
     )
-    settings = {**_settings(parts, threads), "INFERENCE_PRECISION_HINT": HINTS[precision]}
-    return _BoundGraph(core.compile_model(static, "CPU", settings), parts)
+    return _BoundGraph(core.compile_model(static, "CPU", compile_settings(precision, parts, threads)), parts)
 
 
 def _usable_threads(core: openvino.Core, threads: int) -> int:
     """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
     x = openvino.opset13.parameter([1], np.float32)
     model = openvino.Model([openvino.opset13.relu(x)], [x])
-    usable: int = core.compile_model(model, "CPU", _settings(1, threads)).get_property("INFERENCE_NUM_THREADS")
+    compiled = core.compile_model(model, "CPU", compile_settings("fp32", 1, threads))
+    usable: int = compiled.get_property("INFERENCE_NUM_THREADS")
     return usable
-
-
-def _settings(streams: int, threads: int) -> dict[str, Any]:
-    return {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
-    }
 
 
 def _return_freed_memory() -> None:

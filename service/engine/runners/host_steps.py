@@ -16,9 +16,8 @@ from diffusion.update import PlanRows, begin_advance, finish_advance, split_outp
 from service.backends.base import Denoiser, beginning_of
 from service.backends.pending import Later, Pending
 from service.engine.runners.layout import ROW_IMAGE, ROW_IS_NULL, UNCOND_ROW, lay_out
-from service.engine.runners.steps import BatchSizes
+from service.engine.runners.steps import BatchSizes, no_classifier
 from service.engine.slots import SlotTable
-from service.errors import ModelError
 
 
 class _Gathered(NamedTuple, Generic[A]):
@@ -126,9 +125,7 @@ class HostSteps(Generic[A]):
         """
         table = self._slots
         if self._denoiser.classifier is None:
-            raise ModelError(
-                f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
-            )
+            raise no_classifier(self._denoiser.description)
         count: int = len(asking)
         padding: list[int] = [asking[0]] * (self._sizes.padded_classified_rows(count) - count)
         rows = table.integers([*asking, *padding])

@@ -29,7 +29,7 @@ from service.engine.runners.layout import (
     lay_out,
     lay_out_classified,
 )
-from service.engine.runners.steps import BatchSizes, add_noise_and_advance
+from service.engine.runners.steps import BatchSizes, add_noise_and_advance, no_classifier
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
@@ -141,9 +141,7 @@ class QueuedSteps(Generic[A]):
 
     def _guide(self, slots: Sequence[int], asking: Sequence[int]) -> None:
         if self._queue.classifier is None:
-            raise ModelError(
-                f"{self._denoiser.description}: the model has no classifier, and classifier_scale is not 0"
-            )
+            raise no_classifier(self._denoiser.description)
         size = self._sizes.padded_classified_rows(len(asking))
         call = self._gradients.get(size) or self._uncaptured(self._classifier_call(size), "a gradient", size)
         call.layout[:] = self._queue.send(lay_out_classified(slots, asking, size, (self._slots.spare_slot, self._most)))

@@ -14,6 +14,7 @@ from diffusion.arrays import A
 from diffusion.noise import STREAM_STEP, unchecked_normal
 from diffusion.update import PlanRows, Step, begin_advance, finish_advance
 from service.backends.pending import Pending
+from service.errors import ModelError
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Steps(Protocol):
     def pixels(self, array: Any, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Copy some slots of an array of images; waited for, as pixels."""
         ...
+
+
+def no_classifier(description: str) -> ModelError:
+    """Return what is wrong with a step in which an image asks for a classifier that is not there."""
+    return ModelError(f"{description}: the model has no classifier, and classifier_scale is not 0")
 
 
 def add_noise_and_advance(
