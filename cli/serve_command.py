@@ -29,10 +29,10 @@ def serve_command(
     from pydantic import ValidationError
 
     from diffusion.checkpoint_config import describe_validation_error
-    from service.api.app import create_app
+    from service.api.address import refuse_taken_address
     from service.api.logs import configure_logging
-    from service.api.server import serve
-    from service.errors import KeysError, ModelError, TracingError
+    from service.errors import AddressError, KeysError, ModelError, TracingError
+    from service.loading import ModelLoader
     from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
@@ -42,10 +42,16 @@ def serve_command(
     try:
         refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        app = create_app(settings, build_engines)
+        refuse_taken_address(settings.host, settings.port)
+        loader = ModelLoader(settings, build_engines)
+        loader.begin()
+        from service.api.app import create_app  # and with it the web framework: networks are compiled meanwhile
+        from service.api.server import serve
+
+        app = create_app(settings, loader)
     except ValidationError as error:
         fail(describe_validation_error(error), code=2)
-    except (KeysError, ModelError, TracingError, ValueError) as error:
+    except (AddressError, KeysError, ModelError, TracingError, ValueError) as error:
         fail(error)
     if not serve(app, settings):
         raise typer.Exit(1)

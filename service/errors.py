@@ -20,6 +20,7 @@ ServiceError
 ModelError                a model folder that cannot be served; ends start-up
 KeysError                 a keys file that cannot be read or written; ends start-up, and `iddpm keys`
 TracingError              traces are asked for and cannot be told; ends start-up
+AddressError              the port is taken; ends start-up
 """
 
 from __future__ import annotations
@@ -120,3 +121,7 @@ class KeysError(Exception):
 
 class TracingError(Exception):
     """Traces are asked for and cannot be told."""
+
+
+class AddressError(Exception):
+    """The service cannot listen where it is told to."""
