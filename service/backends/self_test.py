@@ -55,7 +55,9 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     if compiled is None:
         return (*(size for size in candidate_sizes(width) if rows.agree(size)), width)
 
-    passed: list[int] = [size for size in compiled[:-1] if rows.agree(size) and rows.agree(size, backwards=True)]
+    passed: list[int] = [
+        size for size in compiled[:-1] if rows.agree(size) and (size == 1 or rows.agree(size, backwards=True))
+    ]
     for size in sorted(set(compiled[:-1]) - set(passed)):
         log.warning(
             "%s: a batch of %d gives a row other bits than one of %d does, and is not run",
