@@ -30,9 +30,10 @@ def serve_command(
 
     from diffusion.checkpoint_config import describe_validation_error
     from service.api.address import refuse_taken_address
+    from service.api.app import create_app
     from service.api.logs import configure_logging
+    from service.api.server import serve
     from service.errors import AddressError, KeysError, ModelError, TracingError
-    from service.loading import ModelLoader
     from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
@@ -43,12 +44,7 @@ def serve_command(
         refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         refuse_taken_address(settings.host, settings.port)
-        loader = ModelLoader(settings, build_engines)
-        loader.begin()
-        from service.api.app import create_app  # and with it the web framework: networks are compiled meanwhile
-        from service.api.server import serve
-
-        app = create_app(settings, loader)
+        app = create_app(settings, build_engines)
     except ValidationError as error:
         fail(describe_validation_error(error), code=2)
     except (AddressError, KeysError, ModelError, TracingError, ValueError) as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from benchmarks.peers.meter import metered_network
 from benchmarks.peers.options import peer_parser
-from service.api.app import assemble
+from service.api.app import assemble, model_name
 from service.api.logs import configure_logging
 from service.api.server import serve
-from service.loading import model_name
 from service.settings import Settings
 
 

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from diffusion.tensorrt_files import BuildEngines
 from service.api import admin, docs_page, generate, info, kserve, openai, page, problems
 from service.api.body import WholeBody
 from service.api.encoding_pool import EncodingPool
@@ -25,11 +27,11 @@ from service.api.observe import Observe
 from service.api.state import ServiceState
 from service.api.thumbnails import Thumbnails
 from service.backends.base import Denoiser
+from service.backends.select import load_denoiser
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.engine import Engine
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError, TracingError
-from service.loading import ModelLoader
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -39,21 +41,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, loader: ModelLoader | None = None) -> FastAPI:
+def create_app(settings: Settings, build_engines: BuildEngines | None = None) -> FastAPI:
     """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
 
     Args:
         settings: what the operator said.
-        loader: loads what they name, and may have begun; None: one that builds nothing.
+        build_engines: what builds engines of TensorRT, where the settings ask for that: the service cannot.
 
     Raises:
         ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
         KeysError: a keys file that cannot be read.
         TracingError: the settings ask for traces, and what that needs is not installed, or is told otherwise.
     """
-    loader = loader or ModelLoader(settings)
+    if settings.build_engines and build_engines is None:
+        raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
+    options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
+    folders = _distinct(settings.models)
     tracing = _tracing() if settings.traces else None
-    return assemble(settings, loader.load_all(), loader, tracing)
+
+    def load(folder: Path) -> Denoiser[Any]:
+        return load_denoiser(folder, settings.backend, options)
+
+    return assemble(settings, {model_name(folder): load(folder) for folder in folders}, load, tracing)
 
 
 def assemble(
@@ -139,6 +148,18 @@ def assemble(
 
         app.add_middleware(Traced, tracing=tracing)
     return app
+
+
+def model_name(folder: Path) -> str:
+    """Return the name a model folder is served under: the folder's own."""
+    return folder.resolve().name
+
+
+def _distinct(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    names = [model_name(folder) for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ModelError(f"models are served by folder name, which must differ; twice here: {', '.join(sorted(twice))}")
+    return folders
 
 
 def _tracing() -> Tracing:

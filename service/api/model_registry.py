@@ -11,13 +11,15 @@ import asyncio
 import gc
 import logging
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from service.api.class_names import ClassNames
@@ -29,13 +31,13 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.engine.timing import time_steps
 from service.errors import LoadConflict, LoadFailed, ModelError, UnknownModel
-from service.loading import in_daemon
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Of a model that may be loaded: no separators and no leading dot, so that it cannot lead out of the root."""
 
+T = TypeVar("T")
 LoadDenoiser = Callable[[Path], Denoiser[Any]]
 
 
@@ -133,8 +135,7 @@ class ModelRegistry:
 
     async def _prepared(self, name: str, folder: Path) -> _Prepared:
         try:
-            prepare = partial(self._prepare, name, folder, self._times_loaded[name] + 1)
-            return await asyncio.wrap_future(in_daemon(prepare))
+            return await _in_daemon(partial(self._prepare, name, folder, self._times_loaded[name] + 1))
         except Exception as error:  # a damaged file may raise anything in anybody's parser
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
@@ -158,6 +159,20 @@ class ModelRegistry:
 
     def _available(self) -> list[str]:
         return sorted(path.name for path in self._root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+async def _in_daemon(function: Callable[[], T]) -> T:
+    """Call a function in a thread that keeps no process from ending, as those of the event loop's executor would."""
+    called: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, name="load", daemon=True).start()
+    return await asyncio.wrap_future(called)
 
 
 def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:

@@ -34,7 +34,6 @@ from service.backends.tensorrt_engines import mismatch
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
-from service.loading import ModelLoader
 from service.settings import Settings
 from tests import tensorrt_fakes as fakes
 from tests.fakes import tiny_checkpoint, tiny_config
@@ -258,7 +257,7 @@ def test_a_service_without_a_builder_cannot_be_told_to_build(engines: Path) -> N
     with pytest.raises(ModelError, match="use iddpm serve --build"):
         create_app(settings)
     asked = []
-    create_app(settings, ModelLoader(settings, lambda *arguments: asked.append(arguments)))
+    create_app(settings, lambda *arguments: asked.append(arguments))
     assert asked == []  # nothing was missing
 
 
@@ -272,9 +271,8 @@ def test_the_builder_reaches_the_backend_only_when_the_settings_say_so(artifact:
 
     settings = Settings(models=(artifact,), backend="tensorrt", max_rows=4)
     with pytest.raises(ModelError, match="has no engine for batches of 1"):
-        create_app(settings, ModelLoader(settings, build))
-    told_to = settings.model_copy(update={"build_engines": True})
-    create_app(told_to, ModelLoader(told_to, build))
+        create_app(settings, build)
+    create_app(settings.model_copy(update={"build_engines": True}), build)
     assert asked == [(1, 2, 4)]
 
 
@@ -286,7 +284,7 @@ def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.M
         given.append((settings.build_engines, builder))
         raise ModelError("far enough")
 
-    monkeypatch.setattr("service.loading.ModelLoader", create)
+    monkeypatch.setattr("service.api.app.create_app", create)
     monkeypatch.setattr("service.api.logs.configure_logging", lambda: None)  # it would keep the runner's stderr
     arguments = ["serve", "--model", str(artifact), "--backend", "tensorrt", *(["--build"] if flag else [])]
     assert CliRunner().invoke(app, arguments).exit_code == 1
