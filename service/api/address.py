@@ -22,8 +22,10 @@ def refuse_taken_address(host: str, port: int) -> None:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed one lingers
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as the server: leaves IPv4 to others
                 probe.bind(address)
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise AddressError(f"port: {port} of {host} cannot be listened on: {error.strerror}") from error
-            # Else of a kind that the server passes over, such as IPv6 where there is none
+            # Anything else is the server's to tell, which passes over some: IPv6 where there is none

@@ -39,3 +39,9 @@ def test_a_port_that_was_closed_is_free_again() -> None:
             pass
     refuse_taken_address("127.0.0.1", port)  # its connection lingers
     refuse_taken_address("127.0.0.1", 0)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="a machine without IPv6")
+def test_a_port_of_ipv6_is_free_where_another_listens_on_ipv4_only() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as server:  # noqa: S104  # the address is the point
+        refuse_taken_address("::", server.getsockname()[1])
