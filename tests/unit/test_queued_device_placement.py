@@ -1,0 +1,174 @@
+"""A queued step on a device whose numbers cannot be read: nothing comes from the host or waits for it.
+
+A CUDA graph may hold neither a copy from host memory nor anything that waits for the device. torch's `meta` device has
+shapes and no numbers: whatever would read one of them there raises, and what would take an operand from the host is
+found by watching every operation, and every index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from service.backends.base import FailureKind
+from service.backends.pending import Later
+from service.backends.torch_classifier import TorchClassifier
+from service.engine.config import EngineConfig
+from service.engine.request import Start
+from service.engine.runners import queued_steps
+from service.engine.runners.array_runner import ArrayRunner
+from service.engine.runners.steps import add_noise_and_advance
+from tests.fakes import params, tiny_classifier, tiny_classifier_config, tiny_config, tiny_network
+
+META = torch.device("meta")
+CONFIG = EngineConfig(max_rows=4, slots_per_row=1, plan_lines=64, timed_calls=0)
+
+
+class HostOperands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # missing in torch's types
+    """Refuses operations that have an operand or a result in host memory, but for what a queue copies."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if not self.copies and any(tensor.device.type == "cpu" for tensor in tensors):
+            raise AssertionError(f"{func} has an operand or a result in host memory")
+        return out
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        self.copies = True
+        yield
+        self.copies = False
+
+
+class HostIndices(TorchFunctionMode):
+    """Refuses indices, and numbers put in their places, that a CUDA tensor would first copy from host memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            lists = any(isinstance(part, list | np.ndarray) for part in index)
+            tensors = any(isinstance(part, Tensor) for part in index)
+            if lists or (tensors and func is Tensor.__setitem__ and not isinstance(args[2], Tensor)):
+                raise AssertionError("an index, or what is put there, lies in host memory")
+        return func(*args, **(kwargs or {}))
+
+
+class MetaQueue:
+    """Implements `DeviceQueue` on the meta device."""
+
+    depth = 2
+
+    def __init__(self, watch: HostOperands, network: Callable[..., Tensor], classifier: Callable[..., Tensor]) -> None:
+        self.network = torch.inference_mode()(network)
+        self.classifier = classifier
+        self._watch = watch
+
+    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise NotImplementedError
+
+    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return work
+
+    def send(self, values: npt.NDArray[Any]) -> Tensor:
+        with self._watch.copying():
+            return torch.from_numpy(values.copy()).to(META)
+
+    def fetch(self, array: Tensor) -> Later[npt.NDArray[Any]]:
+        assert array.device == META
+        return Later(lambda: np.zeros(tuple(array.shape), np.float32))
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Later[npt.NDArray[Any]]]:
+        return self.fetch
+
+
+class MetaDenoiser:
+    """The tiny network and its classifier, on the meta device."""
+
+    xp: Any = torch
+    device: Any = META
+    description = numerics_id = "meta"
+    threads = 0
+    batch_sizes: tuple[int, ...] | None = (1, 2, 4)
+
+    def __init__(self, watch: HostOperands) -> None:
+        self.config = tiny_config()
+        self._network = tiny_network(self.config).to(META)
+        guide = tiny_classifier_config()
+        self.classifier: Any = TorchClassifier(guide, tiny_classifier(guide), "", META, (1, 2, 4))
+        self.queue = MetaQueue(watch, self._network.forward_emb, self.classifier.gradient)
+
+    @torch.inference_mode()
+    def embed_timesteps(self, t_model: Any) -> Any:
+        return self._network.embed_timesteps(t_model)
+
+    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+        raise NotImplementedError
+
+    def classify(self, error: Exception) -> FailureKind:
+        return FailureKind.DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time MLP switches autocast off, of which the meta device has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def take_a_step(classifier_scales: Sequence[float]) -> None:
+    """Begin, step and read images with and without guidance of either kind, every operation being watched."""
+    watch = HostOperands()
+    runner = ArrayRunner(MetaDenoiser(watch), CONFIG)
+    slots = range(len(classifier_scales))
+    with HostIndices(), watch, torch.inference_mode():  # as captures are
+        images = [
+            replace(params(steps=3, seed=slot, cfg_scale=1.0 + slot % 2), classifier_scale=scale)
+            for slot, scale in zip(slots, classifier_scales, strict=True)
+        ]
+        runner.start([Start(slot=s, params=images[s], plan_offset=0, write_plan=s == 0) for s in slots])
+        for _ in range(2):  # the second one has gradients to clear
+            assert len(runner.launch(slots).wait()) == len(slots)
+        assert runner.read(slots).wait().shape == (len(slots), 8, 8, 1)
+
+
+@pytest.mark.parametrize("classifier_scales", [[0.0], [0.0, 0.0], [2.0, 0.0]])
+def test_a_step_reads_nothing_of_the_device_and_takes_nothing_from_the_host(classifier_scales: list[float]) -> None:
+    take_a_step(classifier_scales)
+
+
+def test_a_step_that_takes_a_scalar_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_a_scalar(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
+        return add_noise_and_advance(lines, torch.where(x_t > 0, torch.tensor(1.0), x_t), *rest)
+
+    monkeypatch.setattr(queued_steps, "add_noise_and_advance", with_a_scalar)
+    with pytest.raises(AssertionError, match="in host memory"):
+        take_a_step([0.0])
+
+
+def test_a_step_that_asks_for_a_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_a_question(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
+        assert not x_t.isnan().any()
+        return add_noise_and_advance(lines, x_t, *rest)
+
+    monkeypatch.setattr(queued_steps, "add_noise_and_advance", with_a_question)
+    with pytest.raises(RuntimeError, match="meta"):
+        take_a_step([0.0])
