@@ -1,8 +1,12 @@
-"""Settings: environment variables (`IDDPM_*`) and command-line flags, checked once at start-up."""
+"""Settings: environment variables (`IDDPM_*`) and command-line flags, checked once at start-up.
+
+What is said of each here is also what docs/settings.md says.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,15 +22,20 @@ BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
 """Ours, but read by the client and the tests."""
+SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+"""What Kubernetes puts into every container beside a Service whose name begins with `iddpm`."""
+LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 class Settings(BaseSettings):
     """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
-    models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), min_length=1)
-    """Model folders, the first one the default (IDDPM_MODELS: comma list)."""
+    models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), validate_default=True)
+    """Model folders (comma list), the first one the default; needed."""
     backend: BackendName = "auto"
     """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
@@ -35,7 +44,7 @@ class Settings(BaseSettings):
     """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
     processor has it and the artifact was measured in it, else fp32."""
     cache_dir: str | None = None
-    """Where openvino keeps compiled graphs for the next start; None: the user's cache folder; empty: nowhere."""
+    """Where openvino keeps compiled graphs for the next start; unset: the user's cache folder; empty: nowhere."""
     build_engines: bool = False
     """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
     torch_compile: bool = False
@@ -45,18 +54,19 @@ class Settings(BaseSettings):
     strict_graphs: bool = False
     """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
     host: str = "127.0.0.1"
+    """Address to listen on; one that others reach needs `keys_file`, or `allow_keyless`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0: any free port."""
+    """Port to listen on; 0: any free one."""
     keys_file: Path | None = None
-    """API keys (`iddpm keys`), read again whenever the file changes; None: nobody needs one."""
+    """API keys (`iddpm keys`), read again whenever the file changes; unset: nobody needs one."""
     allow_keyless: bool = False
     """Listen on an address that others can reach although no key is needed."""
     admin_root: Path | None = None
-    """Folder whose model folders may be loaded, reloaded and unloaded by name; None: there are no such routes."""
+    """Folder whose model folders may be loaded, reloaded and unloaded by name; unset: there are no such routes."""
     max_loaded: int = Field(default=4, ge=1)
     """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of a network call; None: one per core."""
+    """Threads of a network call; unset: one per core."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("localhost", "127.0.0.1", "[::1]"), min_length=1
     )
@@ -92,6 +102,19 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("models")
+    @classmethod
+    def _need_a_model(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        if not value:
+            raise ValueError("name a model folder: --model FOLDER, or IDDPM_MODELS")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _pass_over_a_service_link(cls, value: object) -> object:
+        is_link = isinstance(value, str) and LINK_ADDRESS.match(value)
+        return cls.model_fields["port"].default if is_link else value
 
     @model_validator(mode="after")
     def _refuse_to_be_open_unasked(self) -> Settings:
@@ -144,11 +167,14 @@ def _is_loopback(host: str) -> bool:
 def refuse_unknown_variables() -> None:
     """Refuse environment variables that look like settings and are none: a misspelt limit is no limit.
 
+    Those that Kubernetes puts into containers are passed over.
+
     Raises:
         ValueError: naming the variable and those that exist.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    ours = [name for name in os.environ if name.startswith(PREFIX) and not SERVICE_LINK.fullmatch(name)]
+    unknown = sorted(name for name in ours if name not in known)
     if unknown:
         settings = ", ".join(sorted(known - OTHER_VARIABLES))
         raise ValueError(f"unknown environment variable {', '.join(unknown)}; settings are {settings}")
