@@ -24,6 +24,7 @@ from diffusion.artifact import Precision
 from diffusion.checkpoint import load_unet
 from diffusion.config import CheckpointConfig
 from diffusion.diffusers_config import DoesNotMap
+from diffusion.extras import install_command
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import BackendOptions, Denoiser
@@ -248,7 +249,7 @@ def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
     try:
         from diffusers import UNet2DModel
     except ModuleNotFoundError as error:
-        raise Absent(f"{error.name} is not installed: pip install 'iddpm[bench]'") from error
+        raise Absent(f"{error.name} is not installed: {install_command('bench')}") from error
     try:
         dtype = choose_dtype(entry.precision, place.device)
         folder = network.diffusers_folder()

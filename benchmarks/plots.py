@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.extras import install_command
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -38,7 +40,7 @@ def draw_curves(
         import matplotlib as mpl
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
-        print(f"{path.name} was not drawn: {error.name} is missing; pip install 'iddpm[bench]'", file=sys.stderr)
+        print(f"{path.name} was not drawn: {error.name} is missing; {install_command('bench')}", file=sys.stderr)
         return False
     if not plots:
         return False

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from diffusion.extras import install_command
+
 
 def fail(message: object, code: int = 1) -> NoReturn:
     """Print an error in one line and end the command."""
@@ -21,4 +23,4 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed; this needs: pip install 'iddpm[{extra}]'")
+        fail(f"{error.name} is not installed; this needs: {install_command(extra)}")

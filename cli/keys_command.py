@@ -27,7 +27,7 @@ def add_key(
         int | None, typer.Option(help="Images x steps of one request, twice that with classifier-free guidance.")
     ] = None,
     admin: Annotated[
-        bool, typer.Option("--admin", help="May load and unload models, where the service lets anybody.")
+        bool, typer.Option("--admin", help="Let this key load and unload models (needs IDDPM_ADMIN_ROOT).")
     ] = False,
 ) -> None:
     """Make a key and print it, once: the file holds its hash."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import httpx
@@ -13,6 +14,8 @@ LOST_BEHIND_PROXY = 502
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 
 Outcome = httpx.Response | httpx.TransportError
+
+log = logging.getLogger(__name__)
 
 
 class Retries:
@@ -41,6 +44,8 @@ class Retries:
         pause_s = _retry_after_s(outcome) + self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         if pause_s > self._left_s:
             return None
+        what = f"answered {outcome.status_code}" if isinstance(outcome, httpx.Response) else str(outcome)
+        log.info("%s; trying again in %.1f s", what, pause_s)
         self._left_s -= pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def sample_command(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for SEED_INDEX.png, or a file: .png, .webp, .npz.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for SEED_INDEX.png, or a file: .png, .webp, .jpg, .npz.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder; with --url the name of a served model, default its first.")
     ] = None,
@@ -38,11 +40,14 @@ def sample_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="0..2^53-1; absent: random.")] = None,
 ) -> None:
-    """Sample images, here or at a service: the same seed gives the same pixels where the numerics_id is the same."""
+    """Sample images, here or at a service: the same seed gives the same pixels where the numerics_id is the same.
+
+    Here, settings of the service in the environment (IDDPM_THREADS, IDDPM_MAX_ROWS, ...) are those of this command.
+    """
     from pydantic import ValidationError
 
     from cli.client import ClientError
-    from cli.sampled import write_images
+    from cli.sampled import refuse_other_files, write_images
     from diffusion.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
@@ -57,6 +62,7 @@ def sample_command(
         "seed": secrets.randbelow(2**53) if seed is None else seed,
     }
     try:
+        refuse_other_files(out)
         images = _sample({k: v for k, v in asked.items() if v is not None}, n, at_once, model, url, key)
         ids = sorted({image.numerics_id for image in images})  # several: replicas that differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")

@@ -1,4 +1,7 @@
-"""Sample in this process, with the service's own engine: what the service gives for a seed, this gives too."""
+"""Sample in this process, with the service's own engine: what the service gives for a seed, this gives too.
+
+It reads the service's settings from the environment: with others, other pixels would be computed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
         n: images.
 
     Raises:
-        ValidationError: a field breaks a rule.
+        ValidationError: a field, or a setting in the environment, breaks a rule.
+        ValueError: a variable in the environment that looks like a setting and is none.
         InvalidRequest: a field breaks a rule of the model.
         ModelError: a model that cannot be run.
         GenerationFailed: an image failed.
@@ -34,17 +38,18 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
     from service.api.model_registry import served_model
     from service.api.schemas import MAX_IMAGES, GenerateRequest
     from service.api.translate import complete
-    from service.backends.base import BackendOptions
     from service.backends.select import load_denoiser
     from service.engine.async_engine import image_failure
-    from service.engine.config import EngineConfig
     from service.engine.engine import Engine
     from service.engine.request import GenerationRequest
     from service.engine.runners.array_runner import ArrayRunner
     from service.metrics import Metrics
+    from service.settings import Settings, refuse_unknown_variables
 
-    config = EngineConfig()
-    backend = load_denoiser(folder, "auto", BackendOptions(max_rows=config.max_rows))
+    refuse_unknown_variables()
+    settings = Settings(models=(folder,), host="127.0.0.1")  # nobody listens
+    config = settings.engine_config()
+    backend = load_denoiser(folder, settings.backend, settings.backend_options())
     served = served_model("model", backend, backend.numerics_id)
     params: list[ImageParams] = []
     for fields in requests(asked, n, MAX_IMAGES, lambda: served.class_names or ()):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cli.asking import requests
 from cli.client import Client, ConnectionLost, Event, ProgressEvent, QueuedEvent, pixels_of
+from cli.retries import log as retries_log
 from cli.sampled import SampledImage
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int) ->
         ClientError: a request did not come to its answer.
     """
     images: list[SampledImage] = []
-    with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
+    with _retries_told(), typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
         shown = _Shown(bar, n)
         for fields in requests(asked, n, at_once, lambda: _class_names(client, asked.get("model"))):
             # npz: pixels of any number of channels
@@ -52,6 +56,27 @@ def _ask(client: Client, fields: dict[str, Any], shown: _Shown) -> GenerateRespo
                 raise
             shown.begin_again()
     return client.generate(**fields, on_event=shown.show)
+
+
+class _Tell(logging.Handler):
+    """Prints what is logged, on a line of its own below the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record's message."""
+        typer.echo(("\n" if sys.stderr.isatty() else "") + record.getMessage(), err=True)
+
+
+@contextmanager
+def _retries_told() -> Iterator[None]:
+    """Tell of each time that a request is sent again: nobody shall wait for what is not there without knowing."""
+    tell, level = _Tell(), retries_log.level
+    retries_log.addHandler(tell)
+    retries_log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        retries_log.removeHandler(tell)
+        retries_log.setLevel(level)
 
 
 class _Shown:

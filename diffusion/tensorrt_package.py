@@ -11,6 +11,8 @@ import importlib.util
 import logging
 from typing import Any, Literal
 
+from diffusion.extras import install_command
+
 log = logging.getLogger(__name__)
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -33,7 +35,7 @@ def installed_flavour() -> Flavour:
         # A folder `tensorrt` on the path, such as an artifact's, would pass for a package without a file.
         if spec is not None and spec.origin is not None:
             return flavour
-    installs = " or, for RTX cards, ".join(f"pip install 'iddpm[{extra}]'" for extra in EXTRAS.values())
+    installs = " or, for RTX cards, ".join(install_command(extra) for extra in EXTRAS.values())
     raise EngineError(f"TensorRT is not installed: {installs}")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from diffusion.extras import install_command
 from diffusion.tensorrt_files import BuildEngines
 from service.api import admin, docs_page, generate, info, kserve, openai, page, problems
 from service.api.body import WholeBody
@@ -20,7 +21,7 @@ from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
 from service.api.idempotency import Idempotency
 from service.api.identify import Identify
-from service.api.keys import KeyRing
+from service.api.keys import KeyRing, read_keys
 from service.api.loop_lag import measure_loop_lag
 from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe
@@ -57,6 +58,8 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     folders = _distinct(settings.models)
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
     tracing = _tracing() if settings.traces else None
 
     def load(folder: Path) -> Denoiser[Any]:
@@ -168,7 +171,7 @@ def _tracing() -> Tracing:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
-        raise TracingError(f"traces need {error.name}, which is not installed: pip install 'iddpm[otel]'") from error
+        raise TracingError(f"traces need {error.name}, which is not installed: {install_command('otel')}") from error
     return tracing_to_collector()
 
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +102,8 @@ def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, there is no file to be removed either
+            temporary.unlink(missing_ok=True)
         raise KeysError(f"{path}: {error.strerror}") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.artifact import find_artifact
+from diffusion.extras import install_command
 from service.backends.base import BackendOptions, Denoiser
 from service.backends.self_test import invariant_batch_sizes
 from service.errors import ModelError
@@ -51,9 +52,11 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
         options: how to run it.
 
     Raises:
-        ModelError: a folder that cannot be served, options that the backend cannot meet, an unknown backend, or one
-            whose package is not installed; the message says what to install.
+        ModelError: no such folder, one that cannot be served, options that the backend cannot meet, an unknown
+            backend, or one whose package is not installed; the message says what to install.
     """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: there is no such folder")
     if backend == "auto":
         return _fastest(folder, options)
     if backend not in BACKENDS:
@@ -102,9 +105,8 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
     try:
         importlib.import_module(chosen.requires)
     except ModuleNotFoundError as error:
-        package = "iddpm" if chosen.extra is None else f"iddpm[{chosen.extra}]"
         raise ModelError(
-            f"backend '{name}' needs {error.name}, which is not installed: pip install '{package}'"
+            f"backend '{name}' needs {error.name}, which is not installed: {install_command(chosen.extra)}"
         ) from error
     except ImportError as error:  # a system library that is missing or too old
         raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error

@@ -304,7 +304,9 @@ def test_traces_without_what_they_need_end_start_up_with_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "service.api.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(TracingError, match=r"need opentelemetry.sdk.trace, .* pip install 'iddpm\[otel\]'"):
+    with pytest.raises(
+        TracingError, match=r"need opentelemetry.sdk.trace, .* pip install -c constraints.txt -e '\.\[otel\]'"
+    ):
         create_app(Settings(models=(tmp_path,), traces=True))
 
 

@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from service.api.app import create_app
 from service.api.keys import ApiKey, KeyRing, Limits, hash_of, new_key, read_keys, write_keys
 from service.api.rates import RequestRates
 from service.errors import KeysError
+from service.settings import Settings
 
 
 def entry(name: str, key: str, limits: Limits | None = None) -> ApiKey:
@@ -140,3 +142,16 @@ def test_the_command_prints_a_key_once_and_a_service_would_know_it(tmp_path: Pat
     assert run.invoke(app, ["keys", "remove", "bob", "--file", str(path)]).exit_code == 1
     assert run.invoke(app, ["keys", "remove", "alice", "--file", str(path)]).exit_code == 0
     assert KeyRing(path).find(key) is None
+
+
+def test_a_file_in_no_folder_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "nowhere"):
+        ended = CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(tmp_path / folder / "keys.json")])
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        assert ended.stderr.strip().endswith(("keys.json: Not a directory", "keys.json: No such file or directory"))
+
+
+def test_a_bad_keys_file_ends_the_service_before_a_model_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(KeysError, match=r"keys\.json: No such file"):
+        create_app(Settings(models=(tmp_path / "nowhere",), keys_file=tmp_path / "keys.json"))

@@ -422,7 +422,8 @@ class TestAuto:
         assert without_torch(code).splitlines() == [
             "openvino",
             "onnxruntime",
-            "backend 'torch' needs torch, which is not installed: pip install 'iddpm[torch]'",
+            "backend 'torch' needs torch, which is not installed: "
+            "pip install -c constraints.txt -e '.[torch]' (in a checkout of iddpm)",
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,10 @@ from cli.sample_there import sample_there
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.api.schemas import GenerateResponse, Timing
+from service.backends.base import BackendOptions
+from service.backends.select import load_denoiser
+from service.engine.config import EngineConfig
+from service.engine.runners.array_runner import ArrayRunner
 from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
 
 if TYPE_CHECKING:
@@ -62,7 +67,8 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
         (["--steps", "1001"], "error: steps: must be 2..1000"),
         (["--sampler", "euler"], "error: sampler: Input should be 'ancestral' or 'ddim'"),
         (["--seed", "-1"], "error: seed:"),
-        (["--model", "/nonexistent"], "has no config.json"),
+        (["--model", "/nonexistent"], "error: /nonexistent: there is no such folder"),
+        (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
     ],
 )
 def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -70,6 +76,36 @@ def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[s
     assert code == 1
     assert message in output
     assert "Traceback" not in output
+
+
+def test_it_reads_the_settings_of_the_service(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def numerics_id() -> str:
+        code, output = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path / "x.jpg"))
+        assert code == 0, output
+        return output.partition("numerics_id ")[2].split()[0]
+
+    monkeypatch.setenv("IDDPM_HOST", "0.0.0.0")  # noqa: S104  # nobody listens
+    usual = numerics_id()
+    monkeypatch.setenv("IDDPM_MAX_ROWS", "4")
+    options = BackendOptions(max_rows=4)
+    narrow = ArrayRunner(load_denoiser(model, "auto", options), EngineConfig(max_rows=4)).numerics_id
+    assert numerics_id() == narrow != usual
+    with Image.open(tmp_path / "x.jpg") as picture:
+        assert picture.format == "JPEG"
+    monkeypatch.setenv("IDDPM_MAX_ROW", "4")
+    code, output = sample(model, "--out", str(tmp_path / "x.jpg"))
+    assert (code, "unknown environment variable IDDPM_MAX_ROW" in output) == (1, True)
+
+
+def test_it_says_that_nobody_answers_while_it_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # nobody's, once it is closed
+    arguments = ["sample", "--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path / "x.png")]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 1
+    tries = [line for line in ended.stderr.splitlines() if "Connection refused; trying again in" in line]
+    assert len(tries) > 5
 
 
 class Fragile:
