@@ -48,7 +48,10 @@ class ClassNames:
         Raises:
             InvalidRequest: no class has that name, or several have.
         """
-        return self._only(self._named(asked), asked, "class")
+        found = self._named(asked)
+        if not found and asked.isascii() and asked.isdigit():
+            raise InvalidRequest("class", f"no class has the name {asked!r}; an index is a number without quotes")
+        return self._only(found, asked, "class")
 
     def in_prompt(self, prompt: str, most: int) -> list[int]:
         """Return the classes that a prompt lists, in order.

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.health import HEALTH_PATHS
 from service.api.interfaces import Interface, interface_of
 from service.api.problems import problem
 
@@ -39,8 +40,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        host = _without_port(headers.get("host", "").lower())
-        if "*" not in self._allowed_hosts and host not in self._allowed_hosts:
+        if scope["path"] not in HEALTH_PATHS and not self._is_ours(headers.get("host", "")):
             return problem(
                 421,
                 "Misdirected request",
@@ -50,6 +50,9 @@ class Guard:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
         refusal = _refusal_of_body(scope["path"], headers) if scope["method"] == "POST" else None
         return refusal if refusal is not None and _has_handler(scope) else None
+
+    def _is_ours(self, host: str) -> bool:
+        return "*" in self._allowed_hosts or _without_port(host.lower()) in self._allowed_hosts
 
 
 def _refusal_of_body(path: str, headers: Headers) -> Response | None:

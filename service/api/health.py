@@ -7,6 +7,9 @@ from starlette.responses import Response
 from service.api.problems import problem
 from service.engine.async_engine import AsyncEngine, EngineState
 
+HEALTH_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
+"""Machines ask here every few seconds, by whatever address they have; what is told is no secret."""
+
 
 def refusal_if_dead(engine: AsyncEngine) -> Response | None:
     """Return the red answer of "is the process alive"; None: it is."""

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from diffusion.images import JPEG_QUALITY
 from diffusion.noise import MAX_SEED
@@ -22,6 +34,19 @@ MAX_CLASS_NAME = 200
 ImageFormat = Literal["png", "webp", "jpeg", "npz"]
 PriorityName = Literal["interactive", "batch"]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
+
+
+def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Say of a class that is none what it may be, instead of what each kind of it may be."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "class_spec",
+            "must be the name of a class (1 to {name} characters), its index (an integer, 0 or more), or a list of 1 "
+            "to {most} of these",
+            {"name": MAX_CLASS_NAME, "most": MAX_IMAGES},
+        ) from None
 
 
 class SamplingOptions(BaseModel):
@@ -74,7 +99,10 @@ class GenerateRequest(SamplingOptions):
         json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
     )
 
-    class_: ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+    class_: Annotated[
+        ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None,
+        WrapValidator(_say_once),
+    ] = Field(
         default=None,
         alias="class",
         description="Class by name or index, or a list with one per image; absent: drawn from the seed.",

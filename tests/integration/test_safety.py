@@ -294,13 +294,24 @@ async def test_a_page_of_another_origin_cannot_make_the_service_work() -> None:
 
 
 @runs
+async def test_probes_may_ask_by_any_address_and_see_nothing_but_health() -> None:
+    async with running() as service:
+        for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
+            assert (await service.ask("GET", path, headers={"Host": "10.1.2.3:8000"})).status_code == 200
+        for path in ("/metrics", "/v1/models", "/healthz/", "/"):
+            assert (await service.ask("GET", path, headers={"Host": "10.1.2.3:8000"})).status_code == 421
+        for path in ("/healthz", "/readyz"):
+            assert (await service.ask("HEAD", path)).status_code == 200
+
+
+@runs
 async def test_every_answer_says_how_little_a_browser_may_do_with_it() -> None:
     async with running() as service:
         answers = [
             await service.ask("POST", "/v1/generate", json=SHORT),
             await service.ask("POST", "/v1/generate", json=SHORT, headers={"Accept": "image/png"}),
             await service.ask("POST", "/v1/generate", json={"n": 0}),
-            await service.ask("GET", "/healthz", headers={"Host": "evil.example"}),
+            await service.ask("GET", "/v1/models", headers={"Host": "evil.example"}),
             *[await service.ask("GET", path) for path in ("/v1/models", "/healthz", "/metrics", "/nowhere")],
         ]
         for answer in answers:

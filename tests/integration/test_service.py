@@ -192,8 +192,11 @@ def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_fr
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"class": "Dog"}, "class", "must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
     ({"class": 4}, "class", "index must be 0..3; got 4"),
-    ({"class": -1}, "class", "0"),
-    ({"class": []}, "class", "at least 1"),
+    ({"class": "3"}, "class", "no class has the name '3'; an index is a number without quotes"),
+    ({"class": -1}, "class", "its index (an integer, 0 or more), or a list of 1 to 64 of these; got -1"),
+    ({"class": 1.5}, "class", "must be the name of a class (1 to 200 characters)"),
+    ({"class": []}, "class", "a list of 1 to 64 of these; got []"),
+    ({"class": ["Ape", None]}, "class", "must be the name of a class"),
     ({"class": ["Ape"], "n": 2}, "n", "must be 1, the length of the list in `class`"),
     ({"n": 0}, "n", "greater than or equal to 1; got 0"),
     ({"n": 65}, "n", "less than or equal to 64; got 65"),
@@ -230,8 +233,9 @@ def test_bad_fields_are_named_with_the_rule(server: Server, fields: dict[str, An
     response = server.generate(**fields)
     assert response.status_code == 422
     errors = problem_of(response)["errors"]
-    assert {error["field"] for error in errors} == {field}
-    assert any(message in error["message"] for error in errors), errors
+    (error,) = errors
+    assert error["field"] == field
+    assert message in error["message"]
 
 
 def raw(server: Server, content: bytes, **headers: str) -> httpx.Response:
@@ -393,7 +397,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
     [
         (["--port", "70000"], {}, "port: Input should be less than or equal to 65535"),
         (["--backend", "tpu"], {}, "backend: Input should be 'auto', 'openvino', 'onnxruntime', 'torch' or 'tensorrt'"),
-        (["--model", "/nonexistent"], {}, "has no config.json"),
+        (["--model", "/nonexistent"], {}, "/nonexistent: there is no such folder"),
         ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ADMIN_ROOT"),
     ],
 )
