@@ -5,6 +5,7 @@ Labels are few and bounded: never a seed, a class or a client. docs/metrics.md l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -158,6 +159,18 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)
+        self.model_info = Gauge(
+            "iddpm_model_info",
+            "1 for each served model; what its pixels depend on",
+            ["model", "numerics_id", "backend"],
+            registry=registry,
+        )
+
+    def tell_models(self, models: Iterable[tuple[str, str, str]]) -> None:
+        """Tell of the served models, and of no other: name, numerics_id and backend of each."""
+        self.model_info.clear()
+        for labels in models:
+            self.model_info.labels(*labels).set(1)
 
     def image_done(self, model: str, queue_s: float, compute_s: float) -> None:
         """Count an image that is done, and where its time went."""

@@ -77,6 +77,8 @@ class Settings(BaseSettings):
     """Most rows of a network call."""
     max_queue: int = Field(default=256, ge=0)
     """Rows accepted beyond the width before requests are refused with 503; an image with guidance takes two."""
+    max_wait_s: float = Field(default=600.0, gt=0)
+    """Longest predicted wait of an interactive request before it is refused with 503; batch work may wait longer."""
     policy: PolicyName = "srw"
     """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
     client_share: float = Field(default=1.0, gt=0, le=1)
@@ -139,6 +141,7 @@ class Settings(BaseSettings):
         return EngineConfig(
             max_rows=self.max_rows,
             max_queue=self.max_queue,
+            max_wait_s=self.max_wait_s,
             policy=self.policy,
             client_share=self.client_share,
             strict_graphs=self.strict_graphs,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import structlog
 
 SELDOM_S = 60.0
+REQUEST_FIELDS = ("method", "path", "status", "seconds", "client")
+"""What machines need not parse the line of a request for."""
 
 
 class Seldom(logging.Filter):
@@ -40,11 +42,10 @@ def configure_logging(level: str = "INFO") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     terminal = sys.stderr.isatty()
-    render: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
-        if terminal
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
+    render: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
+    if not terminal:
+        shared.append(structlog.stdlib.ExtraAdder(allow=REQUEST_FIELDS))
+        render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.client import Client
 from service.api.health import HEALTH_PATHS
 from service.api.interfaces import generates
+from service.api.logs import REQUEST_FIELDS
 from service.api.problems import problem
 from service.api.security_headers import SECURITY_HEADERS
 from service.metrics import Metrics, Outcome
@@ -90,7 +91,8 @@ class Observe:
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         client = scope["state"].get("client")  # nobody was identified where the request was refused before
         who = client.name if isinstance(client, Client) else "-"
-        log.log(level, "%s %s %d %.3fs %s", scope["method"], printable(path), status, seconds, who)
+        told = (scope["method"], printable(path), status, round(seconds, 3), who)
+        log.log(level, "%s %s %d %.3fs %s", *told, extra=dict(zip(REQUEST_FIELDS, told, strict=True)))
 
 
 def ended_as(scope: Scope, status: int) -> None:

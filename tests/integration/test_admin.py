@@ -6,6 +6,7 @@ import asyncio
 import gc
 import inspect
 import io
+import re
 import shutil
 import threading
 import weakref
@@ -250,6 +251,8 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
                 await asyncio.sleep(0.001)
             assert (await change(service, "m", "unload")).json() == {"status": "unloaded"}
             assert list(await served(service)) == ["other"]
+            told = (await service.ask("GET", "/metrics")).text
+            assert re.findall(r'^iddpm_model_info\{.*model="(\w+)".*\} 1\.0$', told, re.MULTILINE) == ["other"]
             assert (await picture(service, model="m")).status_code == 404
             service.denoiser.let.set()
             np.testing.assert_array_equal(pixels(await in_flight), expected(ExactDenoiser(tiny_config()), 4, 3))

@@ -21,6 +21,7 @@ from service.api.interfaces import generates
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.metrics import Metrics
+from service.settings import Settings
 from tests.fakes import CountingRunner, generation, params
 from tests.programs import tool
 
@@ -132,6 +133,12 @@ def test_a_stop_outlasts_the_longest_request(compose: dict[str, Any]) -> None:
     assert seconds(compose["services"]["api"]["stop_grace_period"]) > longest
     assert haproxy_time("hard-stop-after") > longest
     assert seconds(compose["services"]["proxy"]["stop_grace_period"]) > haproxy_time("hard-stop-after")
+
+
+def test_every_setting_reaches_the_replicas(compose: dict[str, Any]) -> None:
+    by_the_command = {"models", "host", "port"}
+    passed_on = set(compose["services"]["api"]["environment"])
+    assert {f"IDDPM_{name.upper()}" for name in set(Settings.model_fields) - by_the_command} <= passed_on
 
 
 def test_replicas_accept_any_host_only_behind_a_proxy_that_checks_it(compose: dict[str, Any]) -> None:
