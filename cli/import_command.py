@@ -159,6 +159,7 @@ def summary(config: AnyCheckpointConfig) -> str:
         f"{diffusion.prediction}{', rescaled timesteps' if diffusion.rescale_timesteps else ''}",
     }
     if config.kind == "unet" and config.model.low_res_size is not None:
-        rows["super-resolution"] = f"{config.model.low_res_size} -> {model.image_size} px"
+        sizes = f"{config.model.low_res_size} -> {model.image_size} px"
+        rows["super-resolution"] = f"{sizes}; can be exported, not served yet"
     lines = [f"{name:<17} {value}" for name, value in rows.items()]
     return "\n".join([*lines, *(f"note: {note}" for note in config.provenance.get("notes", []))])
