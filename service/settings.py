@@ -30,9 +30,7 @@ LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 class Settings(BaseSettings):
     """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), validate_default=True)
     """Model folders (comma list), the first one the default; needed."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +93,25 @@ def default(value: object) -> str:
     return "" if value in (None, "") else f"`{value}`"
 
 
+def meanings() -> dict[str, str]:
+    """Return the docstring of each setting, in one line."""
+    (settings,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(settings, ast.ClassDef)
+    return {
+        field.target.id: " ".join(said.value.value.split())
+        for field, said in pairwise(settings.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(said, ast.Expr)
+        and isinstance(said.value, ast.Constant)
+        and isinstance(said.value.value, str)
+    }
+
+
 def test_the_page_on_settings_says_what_they_are() -> None:
-    properties = Settings.model_json_schema()["properties"]
+    properties, said = Settings.model_json_schema()["properties"], meanings()
     rows = [
-        f"| `IDDPM_{name.upper()}` | {default(field.default)} | {allowed(properties[name])} | "
-        f"{' '.join((field.description or '').split())} |"
+        f"| `IDDPM_{name.upper()}` | {default(field.default)} | {allowed(properties[name])} | {said[name]} |"
         for name, field in Settings.model_fields.items()
     ]
     page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
