@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from diffusion.json_files import read_object
 
-def may_replace(folder: Path, marker: str) -> bool:
-    """Say whether a folder may be written: it does not exist, is empty, or is one of its kind, which holds `marker`."""
-    if not folder.exists():
+
+def may_replace(folder: Path, marker: str, fields: Collection[str]) -> bool:
+    """Say whether a folder may be written: it does not exist, is empty, or is one of its kind, whatever version.
+
+    Args:
+        folder: what would be replaced, with all that lies in it.
+        marker: a JSON file that each of its kind holds. Its name alone tells nothing: many programs write a
+            `manifest.json` or `config.json`.
+        fields: of the object in it.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
-    return folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
+    try:
+        return set(fields) <= read_object(folder / marker).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -21,7 +33,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Everything goes to a hidden sibling folder first, is fsynced, and takes the name in one rename. An old folder of
     that name is moved aside just before and deleted just after. If anything fails, the old one is still there and the
-    temporary folder is gone; if the process is killed, a folder named `.NAME.*` may be left over.
+    temporary folder is gone. If the process is killed, a folder named `.NAME.new-*` may be left over; between the two
+    renames, the old folder is left as `.NAME.old-*` and the new one as `.NAME.new-*`, both whole.
 
     Args:
         folder: where it shall be; missing parents are made.

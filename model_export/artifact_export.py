@@ -77,20 +77,20 @@ def export_artifact(
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or a classifier that does not fit.
-        ArtifactError: an `out` that holds something else.
+        ArtifactError: an `out` that holds something else, or a checkpoint that changed meanwhile.
         LibraryError: the exporter or a runtime failed.
         ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
             bfloat16 is recorded, and refused by the service where it did not pass.
     """
-    if not may_replace(out, MANIFEST_FILE):
+    if not may_replace(out, MANIFEST_FILE, ("checkpoint_sha256", "files", "parity")):
         raise ArtifactError(f"{out} exists and is no artifact folder; it was left alone")
     config = read_config(checkpoint)
-    guide = load_guide(checkpoint, config) if isinstance(config, CheckpointConfig) else None
+    guided = isinstance(config, CheckpointConfig) and load_guide(checkpoint, config) is not None
     manifests: list[Manifest] = []
 
     def write(folder: Path) -> None:
         manifests.append(_write(checkpoint, folder, precision, buckets, say))
-        if guide is not None:
+        if guided:
             say("now the classifier")
             inside = folder / CLASSIFIER_FOLDER
             inside.mkdir()
@@ -102,7 +102,7 @@ def export_artifact(
 
 def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[int, ...], say: Say) -> Manifest:
     """Write the files of one network's artifact into an empty folder."""
-    config = read_config(checkpoint)
+    config, sha256 = read_config(checkpoint), checkpoint_sha256(checkpoint)
     if isinstance(config, CheckpointConfig):
         network: UNet | Classifier = load_unet(checkpoint)[1]
     else:
@@ -119,9 +119,11 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[
     parity, chains = _measure(folder, network, config, time_mlp, precision, say)
     if failures(precision, parity, chains):
         raise ParityError(parity, chains)
+    if checkpoint_sha256(checkpoint) != sha256:
+        raise ArtifactError(f"{checkpoint} was written anew while it was exported; export it again")
     manifest = Manifest(
         checkpoint=config,
-        checkpoint_sha256=checkpoint_sha256(checkpoint),
+        checkpoint_sha256=sha256,
         precision=precision,
         opset=OPSET,
         buckets=buckets,
@@ -144,7 +146,7 @@ def _measure(
 ) -> tuple[tuple[NetworkParity, ...], tuple[ChainParity, ...]]:
     parity: list[NetworkParity] = []
     chains: list[ChainParity] = []
-    say("sampling with PyTorch")
+    say("computing the same with PyTorch")
     if isinstance(network, UNet):
         assert isinstance(config, CheckpointConfig)  # noqa: S101  # a UNet's
         reference = unet_reference(network, config, time_mlp)

@@ -1,8 +1,9 @@
 """How far an exported graph is from PyTorch in float32: network calls by timestep, and pixels after whole chains.
 
-The reference is the unrewritten network. Network calls are compared at the inputs that a chain of the reference really
-has, so every timestep is met with images of its own noise level. Calls gate in every precision; pixels gate in float32
-only, and are reported otherwise (an ancestral chain in lower precision is another, equally good sample).
+The reference is the unrewritten network. A UNet's calls are compared at the inputs that a chain of the reference really
+has, so every timestep is met with images of its own noise level; a classifier's at unit noise for every timestep.
+Calls gate in every precision; pixels gate in float32 only, and are reported otherwise (an ancestral chain in lower
+precision is another, equally good sample).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
 
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
-    """Classify noise of every level with PyTorch; returns the calls for the logits, and those for the gradient."""
+    """Classify unit noise at each timestep of a chain with PyTorch; returns the calls for logits, and for gradients."""
     told = respace(diffusion, str(_steps(diffusion))).model_t
     ids = np.arange(ROWS)
     y = ids % classifier.config.num_classes

@@ -41,7 +41,8 @@ def runtimes_for(precision: Precision) -> list[Runtime]:
 
     A float32 graph is what the CPU runtimes serve, OpenVINO also in bfloat16, which it turns the graph into itself.
     A graph of lower precision is TensorRT's, which needs a GPU; here it is tried with the runtime that knows its
-    types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO makes float32 of float16.
+    types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO makes float32 of float16. ONNX Runtime keeps some numbers
+    between two float16 operations in float32, so an overflow there may show on a GPU only: engines are measured again.
     """
     onnx_runtime = Runtime(ONNX_RUNTIME, precision, _open_onnxruntime)
     in_fp32, in_bf16 = (Runtime(OPENVINO, p, _openvino(p)) for p in HINTS)

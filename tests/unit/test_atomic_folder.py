@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.atomic_folder import may_replace, write_folder
 
-MARKER = "manifest.json"
+MARKER, FIELDS = "manifest.json", ("files", "parity")
 
 
 def _write(text: str, folder: Path) -> None:
@@ -53,10 +53,13 @@ def test_a_failure_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
 
 
 def test_only_one_of_its_kind_or_nothing_may_be_replaced(tmp_path: Path) -> None:
-    assert may_replace(tmp_path / "nowhere", MARKER)
-    assert may_replace(tmp_path, MARKER)
+    assert may_replace(tmp_path / "nowhere", MARKER, FIELDS)
+    assert may_replace(tmp_path, MARKER, FIELDS)
     (tmp_path / "cat.jpg").write_bytes(b"cat")
-    assert not may_replace(tmp_path, MARKER)
-    assert not may_replace(tmp_path / "cat.jpg", MARKER)
-    (tmp_path / MARKER).write_text("{}")
-    assert may_replace(tmp_path, MARKER)
+    assert not may_replace(tmp_path, MARKER, FIELDS)
+    assert not may_replace(tmp_path / "cat.jpg", MARKER, FIELDS)
+    for others in ("", "[]", "{}", '{"name": "my web app", "files": []}'):
+        (tmp_path / MARKER).write_text(others)
+        assert not may_replace(tmp_path, MARKER, FIELDS)
+    (tmp_path / MARKER).write_text('{"files": {}, "parity": [], "format_version": 99}')
+    assert may_replace(tmp_path, MARKER, FIELDS)
