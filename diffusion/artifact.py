@@ -21,7 +21,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, describe_validation_error
+from diffusion.checkpoint_config import (
+    CONFIG_FILE,
+    CheckpointError,
+    checkpoint_sha256,
+    describe_validation_error,
+    read_config,
+)
 from diffusion.classifier_folder import CLASSIFIER_FOLDER, find_classifier, misfit
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
 from diffusion.json_files import read_object
@@ -204,12 +210,22 @@ def read_artifact(folder: Path) -> Manifest:
             raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it is damaged")
         if file_entry(file).sha256 != entry.sha256:
             raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
+    graphs = [name for name in (MODEL_FILE, GRADIENT_FILE) if name in manifest.files]
+    measured = {p.file for p in manifest.parity if p.gates(manifest.precision)}
+    if unmeasured := [name for name in graphs if name not in measured]:
+        raise ArtifactError(f"{path}: nobody has compared {unmeasured[0]} with PyTorch; export the checkpoint again")
     if failed := failures(manifest.precision, manifest.parity, manifest.chains):
         raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit; export the checkpoint again")
-    whole = folder.resolve()
-    if whole.name == INSIDE_CHECKPOINT and (whole.parent / CONFIG_FILE).is_file():
-        refuse_foreign(whole, manifest, whole.parent)
+    for checkpoint in _checkpoints_around(folder):
+        refuse_foreign(folder, manifest, checkpoint)
     return manifest
+
+
+def _checkpoints_around(folder: Path) -> list[Path]:
+    """Return the checkpoint folders that an artifact lies in, as it is named and where links lead to."""
+    places = dict.fromkeys([folder.absolute(), folder.resolve()])
+    around = [*places, *(place.parent for place in places if place.name == INSIDE_CHECKPOINT)]
+    return [place for place in around if (place / CONFIG_FILE).is_file()]
 
 
 def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
@@ -219,7 +235,7 @@ def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
         ArtifactError: saying so; also a checkpoint that cannot be read.
     """
     try:
-        found = checkpoint_sha256(checkpoint)
+        found, config = checkpoint_sha256(checkpoint), read_config(checkpoint)
     except CheckpointError as error:
         raise ArtifactError(str(error)) from error
     if found != manifest.checkpoint_sha256:
@@ -227,6 +243,9 @@ def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
             f"{folder} was exported from another checkpoint ({manifest.checkpoint_sha256[:12]}...) than the one in "
             f"{checkpoint} ({found[:12]}...); export it again"
         )
+    described = manifest.checkpoint
+    if (described.kind, described.model, described.diffusion) != (config.kind, config.model, config.diffusion):
+        raise ArtifactError(f"{folder / MANIFEST_FILE} describes another model than {checkpoint}; export it again")
 
 
 def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpointConfig] | None:
@@ -243,9 +262,8 @@ def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpoi
     Raises:
         ArtifactError: as `read_artifact`; also something else than a classifier, and one that does not fit the model.
     """
-    whole = folder.resolve()
-    if whole.name == INSIDE_CHECKPOINT and (whole.parent / CONFIG_FILE).is_file():
-        refuse_foreign_classifier(whole, whole.parent)
+    for checkpoint in _checkpoints_around(folder):
+        refuse_foreign_classifier(folder, checkpoint)
     classifier = find_classifier(folder)
     if classifier is None:
         return None

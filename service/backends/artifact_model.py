@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusion.artifact import (
     TIME_MLP_FILE,
     ArtifactError,
     Manifest,
+    Precision,
     find_artifact,
     read_artifact,
     read_classifier_artifact,
@@ -57,6 +59,10 @@ class ArtifactModel(ArtifactGraph):
     config: CheckpointConfig
     classifier: ArtifactClassifier | None
 
+    def sizes_within(self, max_rows: int) -> tuple[int, ...]:
+        """Return the batch sizes to compile: those that the artifact was exported for, below the width, and that."""
+        return (*(size for size in self.manifest.buckets if size < max_rows), max_rows)
+
     def numerics_id(self, description: str) -> str:
         """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
         hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
@@ -64,7 +70,13 @@ class ArtifactModel(ArtifactGraph):
 
 
 def _hashes(manifest: Manifest) -> list[str]:
-    return [manifest.checkpoint_sha256, *(f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items()))]
+    # The checkpoint's hash holds its configuration too, but only where the checkpoint is there can it be compared
+    config = json.dumps(manifest.checkpoint.model_dump(mode="json", include={"model", "diffusion"}), sort_keys=True)
+    return [
+        manifest.checkpoint_sha256,
+        config,
+        *(f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items())),
+    ]
 
 
 def open_artifact(folder: Path, backend: str) -> ArtifactModel:
@@ -91,6 +103,25 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
     if config.model.low_res_size is not None:
         raise ModelError(f"{found} holds a super-resolution model, which this service cannot serve yet")
     return ArtifactModel(found / MODEL_FILE, manifest, time_mlp, config, classifier)
+
+
+def refuse_unfit_parity(model: ArtifactModel, runtime: str, precision: Precision) -> None:
+    """Refuse to serve numbers that nobody has compared with PyTorch's, or that are too far from them.
+
+    Raises:
+        ModelError: saying so.
+    """
+    measured = model.manifest.parity_of(runtime, precision)
+    if measured is None:
+        raise ModelError(
+            f"{model.graph.parent}: the manifest has no parity of {runtime} in {precision}; export the checkpoint "
+            f"again, with --precision fp32"
+        )
+    if not measured.passed:
+        raise ModelError(
+            f"{model.graph.parent}: {runtime} in {precision} is too far from PyTorch for this network: relative error "
+            f"{measured.worst:.1e}, at most {measured.limit:.0e} is allowed"
+        )
 
 
 def _classifier(artifact: Path) -> ArtifactClassifier | None:

@@ -15,6 +15,7 @@ from service.backends.artifact_model import (
     cpu_threads,
     open_artifact,
     refuse_unfit_options,
+    refuse_unfit_parity,
 )
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 from service.errors import ModelError
@@ -36,6 +37,7 @@ class OnnxRuntimeBackend:
         self._model = open_artifact(folder, "onnxruntime")
         if self._model.manifest.precision != "fp32":
             raise ModelError(f"{folder}: backend 'onnxruntime' needs an artifact exported with --precision fp32")
+        refuse_unfit_parity(self._model, "onnxruntime", "fp32")
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
         self.batch_sizes: tuple[int, ...] | None = None

@@ -22,6 +22,7 @@ from service.backends.artifact_model import (
     cpu_threads,
     open_artifact,
     refuse_unfit_options,
+    refuse_unfit_parity,
 )
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 from service.backends.openvino_graph import InferCall, StaticGraph
@@ -44,7 +45,7 @@ class OpenVinoBackend:
         self.description = f"openvino {_version()} cpu {precision} static parts"
         self.numerics_id = self._model.numerics_id(self.description)
 
-        sizes = options.sizes_to_compile
+        sizes = options.batch_sizes or self._model.sizes_within(options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
         core = openvino.Core()
         if (cache := compile_cache(options.cache_dir)) is not None:
@@ -113,17 +114,7 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
     if wanted not in precisions:
         raise ModelError(f"backend 'openvino' computes in fp32 or bf16; got precision '{wanted}'")
     precision = precisions[wanted]
-    measured = model.manifest.parity_of("openvino", precision)
-    if measured is None:
-        raise ModelError(
-            f"{model.graph.parent}: the manifest has no parity of openvino in {precision}; export the checkpoint "
-            f"again, with --precision fp32"
-        )
-    if not measured.passed:
-        raise ModelError(
-            f"{model.graph.parent}: openvino in {precision} is too far from PyTorch for this network: relative error "
-            f"{measured.worst:.1e}, at most {measured.limit:.0e} is allowed; use precision fp32"
-        )
+    refuse_unfit_parity(model, "openvino", precision)
     return precision
 
 

@@ -155,7 +155,11 @@ def _compile(
             for node in static.inputs
         }
     )
-    return _BoundGraph(core.compile_model(static, "CPU", compile_settings(precision, parts, threads)), parts)
+    compiled = core.compile_model(static, "CPU", compile_settings(precision, parts, threads))
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != HINTS[precision]:
+        raise ModelError(f"OpenVINO computes in {taken} on this processor, and not in {precision}; use precision fp32")
+    return _BoundGraph(compiled, parts)
 
 
 def _usable_threads(core: openvino.Core, threads: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,10 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
     return _load(folder, backend, options)
 
 
-def preference(folder: Path, device: str, has_gpu: bool) -> list[str]:
-    """Return the backends that can serve a folder, fastest first, as benchmarks/RESULTS.md measured them.
+def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]]:
+    """Return the backends that can serve a folder, and on which device, fastest first.
+
+    On a CPU that is what benchmarks/RESULTS.md measured.
 
     Args:
         folder: a model folder.
@@ -73,19 +75,19 @@ def preference(folder: Path, device: str, has_gpu: bool) -> list[str]:
         has_gpu: whether the machine has an NVIDIA device.
     """
     if device.startswith("cuda"):
-        return ["torch"]
-    on_cpu = ["openvino", "onnxruntime"] if find_artifact(folder) is not None else []
+        return [("torch", device)]
+    compiled = [(name, device) for name in ("openvino", "onnxruntime") if find_artifact(folder) is not None]
     if has_gpu and device == "auto":
-        return ["torch", *on_cpu]
-    return [*on_cpu, "torch"]
+        return [("torch", "cuda"), *compiled, ("torch", "cpu")]
+    return [*compiled, ("torch", device)]
 
 
 def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
     """Load with the first backend of `preference` that is installed, can do it, and passes its self-test."""
     passed_over: list[str] = []
-    for name in preference(folder, options.device, NVIDIA_DEVICE.exists()):
+    for name, device in preference(folder, options.device, NVIDIA_DEVICE.exists()):
         try:
-            denoiser = _load(folder, name, options)
+            denoiser = _load(folder, name, replace(options, device=device))
             for network in (denoiser, denoiser.classifier):
                 if network is not None:
                     invariant_batch_sizes(network, options.max_rows)
@@ -93,7 +95,7 @@ def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
             passed_over.append(f"{name}: {error}")
             continue
         reasons = f"; passed over {'; '.join(passed_over)}" if passed_over else ", the fastest for this machine"
-        log.info("backend auto: %s%s", denoiser.description, reasons)
+        log.log(logging.WARNING if passed_over else logging.INFO, "backend auto: %s%s", denoiser.description, reasons)
         return denoiser
     if len(passed_over) == 1:
         raise ModelError(passed_over[0].partition(": ")[2])
@@ -110,5 +112,8 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
         ) from error
     except ImportError as error:  # a system library that is missing or too old
         raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
-    denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
+    try:
+        denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
+    except (OSError, RecursionError) as error:  # files that this user may not read, or that nest without end
+        raise ModelError(f"{folder} cannot be read: {error}") from error
     return denoiser

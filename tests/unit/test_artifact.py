@@ -217,6 +217,9 @@ def test_a_classifier_s_artifact_has_its_gradient(folder: Path) -> None:
         read_artifact(folder)
     (folder / GRADIENT_FILE).write_bytes(b"a gradient")
     change(folder, lambda m: m["files"].update({GRADIENT_FILE: file_entry(folder / GRADIENT_FILE).model_dump()}))
+    with pytest.raises(ArtifactError, match=r"nobody has compared gradient\.onnx with PyTorch"):
+        read_artifact(folder)
+    change(folder, lambda m: m["parity"].append(parity(1e-6, file=GRADIENT_FILE).model_dump(mode="json")))
     assert read_artifact(folder).checkpoint.kind == "classifier"
 
 
@@ -235,6 +238,33 @@ def test_an_artifact_inside_a_checkpoint_is_that_checkpoint_s(tmp_path: Path, mo
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"it has no model\.safetensors"):
         read_artifact(own)
+
+
+def test_an_artifact_of_another_checkpoint_is_known_through_links_and_beside_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    elsewhere = write_fake(tmp_path / "export", "1" * 64)
+    (checkpoint / "artifact").symlink_to(elsewhere)
+    with pytest.raises(ArtifactError, match="was exported from another checkpoint"):
+        read_artifact(checkpoint / "artifact")
+    assert read_artifact(elsewhere).checkpoint_sha256 == "1" * 64
+    for file in elsewhere.iterdir():
+        file.rename(checkpoint / file.name)
+    with pytest.raises(ArtifactError, match="was exported from another checkpoint"):
+        read_artifact(checkpoint)
+
+
+def test_a_manifest_describes_the_model_that_its_checkpoint_is(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    own = write_fake(checkpoint / "artifact", checkpoint_sha256(checkpoint))
+    change(own, lambda m: m["checkpoint"]["diffusion"].update(num_timesteps=500))
+    with pytest.raises(ArtifactError, match=r"manifest\.json describes another model than .*tiny; export it again"):
+        read_artifact(own)
+
+
+def test_a_graph_that_nobody_measured_in_its_precision_is_refused(folder: Path) -> None:
+    change(folder, lambda m: m.update(parity=m["parity"][1:]))
+    with pytest.raises(ArtifactError, match=r"nobody has compared model\.onnx with PyTorch"):
+        read_artifact(folder)
 
 
 def test_an_artifact_elsewhere_needs_no_checkpoint(tmp_path: Path) -> None:

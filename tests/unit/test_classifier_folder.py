@@ -57,7 +57,10 @@ def write_artifact(folder: Path, checkpoint: Path, *files: str) -> Path:
         opset=22,
         buckets=(1, 2),
         files={name: file_entry(folder / name) for name in (*files, TIME_MLP_FILE)},
-        parity=(NetworkParity(backend="openvino 1", precision="fp32", limit=1e-4, bands=(band,)),),
+        parity=tuple(
+            NetworkParity(backend="openvino 1", precision="fp32", file=name, limit=1e-4, bands=(band,))
+            for name in files
+        ),
     )
     (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
     return folder
