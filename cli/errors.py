@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -15,6 +16,20 @@ def fail(message: object, code: int = 1) -> NoReturn:
     """Print an error in one line and end the command."""
     typer.secho(f"error: {message}", err=True, fg="red")
     raise typer.Exit(code)
+
+
+@contextmanager
+def tidy_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: what is half written is removed on the way out."""
+
+    def leave(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cli.errors import fail, needs_extra
+from cli.errors import fail, needs_extra, tidy_on_sigterm
 
 if TYPE_CHECKING:
     from diffusion.artifact import ChainParity, NetworkParity, Precision
@@ -54,7 +54,7 @@ def export_command(
     chosen = _parse_precision("fp32" if precision is None else precision)
     sizes = _parse_buckets(BUCKETS if buckets is None else buckets)
     try:
-        with needs_extra("export"):
+        with needs_extra("export"), tidy_on_sigterm():
             if format_ == "diffusers":
                 from model_export.diffusers_export import export_diffusers
 
@@ -131,6 +131,11 @@ def _export_tensorrt(
     if gpu is None and torch.cuda.is_available():
         measured = measure_engines(checkpoint, out)
         typer.echo(parity_table(tuple(measured.values()), ()))
+        if failed := [str(size) for size, parity in measured.items() if not parity.passed]:
+            raise EngineError(
+                f"engines for batches of {', '.join(failed)} are too far from PyTorch: the service refuses them. Try "
+                "--precision fp32"
+            )
     else:
         typer.echo(f"built for {target.name}; not compared with PyTorch: that needs the GPU they are for")
 

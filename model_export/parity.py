@@ -8,6 +8,8 @@ precision is another, equally good sample).
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,9 @@ LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 """Largest relative error of a network call in any band: some 50 times what float32 measures, 5 times the others."""
 PIXEL_LIMIT = 1e-3
 """Largest fraction of 8-bit values that may differ by more than 2 levels after a float32 chain."""
+
+NO_NUMBER = sys.float_info.max
+"""The error of a graph that overflows: beyond every limit, and unlike NaN a number that JSON has."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -192,4 +197,5 @@ def _shape(model: BackboneConfig) -> tuple[int, int, int]:
 
 def _relative(sums: npt.NDArray[np.float64]) -> float:
     difference, norm = sums
-    return float(np.sqrt(difference / max(norm, 1e-30)))
+    error = float(np.sqrt(difference / max(norm, 1e-30)))
+    return error if math.isfinite(error) else NO_NUMBER

@@ -62,12 +62,10 @@ def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
     shutil.copy(GRADIENT, folder / GRADIENT_FILE)
     (folder / MODEL_FILE).write_bytes(b"logits that nobody computes")
     TimeMLP({name: classifier.state_dict()[name].numpy() for name in WEIGHTS}).write(folder / TIME_MLP_FILE)
-    parity = NetworkParity(
-        backend="openvino 0",
-        precision="fp32",
-        file=GRADIENT_FILE,
-        limit=1e-4,
-        bands=(BandError(t_min=0, t_max=999, prediction=0.0),),
+    band = BandError(t_min=0, t_max=999, prediction=0.0)
+    parity = tuple(
+        NetworkParity(backend="openvino 0", precision="fp32", file=name, limit=1e-4, bands=(band,))
+        for name in (MODEL_FILE, GRADIENT_FILE)
     )
     manifest = Manifest(
         checkpoint=config,
@@ -75,7 +73,7 @@ def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
         opset=OPSET,
         buckets=(1, 2, 4),
         files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
-        parity=(parity,),
+        parity=parity,
     )
     (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from diffusion.artifact import (
     GRADIENT_FILE,
+    MODEL_FILE,
     ArtifactError,
     BandError,
     NetworkParity,
@@ -165,8 +166,17 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
     def measure_unets(folder: Path, network: UNet | Classifier, *others: Any) -> Any:
         if isinstance(network, UNet):
             return measure(folder, network, *others)
-        band = BandError(t_min=0, t_max=999, prediction=gradient_error)
-        return (NetworkParity(backend="none 1", precision="fp32", file=GRADIENT_FILE, limit=1e-4, bands=(band,)),), ()
+        errors = {MODEL_FILE: 0.0, GRADIENT_FILE: gradient_error}
+        return tuple(
+            NetworkParity(
+                backend="none 1",
+                precision="fp32",
+                file=name,
+                limit=1e-4,
+                bands=(BandError(t_min=0, t_max=999, prediction=error),),
+            )
+            for name, error in errors.items()
+        ), ()
 
     monkeypatch.setattr(artifact_export, "export_classifier", write_logits)
     monkeypatch.setattr(artifact_export, "export_classifier_gradient", lambda _, path: shutil.copy(GRADIENT, path))
@@ -388,3 +398,62 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
     assert [path.name.startswith(".artifact.new-") for path in left] == [True]
     assert (left[0] / "model.onnx").read_bytes() == b"half a graph"
     assert (left[0] / "manifest.json").exists() == (moment == "manifest")
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(checkpoint: Path) -> None:
+    script = f"""
+        import os, signal
+        from cli.main import app
+        from model_export import artifact_export
+
+        def graph(network, path, dtype):
+            path.write_bytes(b"half a graph")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        artifact_export.export_unet = graph
+        app(["export", {str(checkpoint)!r}, {str(checkpoint / "artifact")!r}])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr.decode()
+    assert [path.name for path in checkpoint.iterdir() if path.is_dir()] == []
+
+
+def test_engines_that_are_too_far_from_pytorch_fail_the_command(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(far: float) -> dict[int, NetworkParity]:
+        band = BandError(t_min=0, t_max=999, prediction=far)
+        return {4: NetworkParity(backend="tensorrt 10.0", precision="fp16", limit=1e-2, bands=(band,))}
+
+    monkeypatch.setattr("model_export.tensorrt_build.find_target", lambda _: None)
+    monkeypatch.setattr("model_export.tensorrt_build.build_missing", lambda *_, **__: None)
+    monkeypatch.setattr("cli.export_command._is_current", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("cli.engines.measure_engines", lambda *_: measured(1e-3))
+    code, output = export(checkpoint, tmp_path / "out", "--format", "tensorrt", "--precision", "fp16")
+    assert (code, "exported: " in output) == (0, True), output
+    monkeypatch.setattr("cli.engines.measure_engines", lambda *_: measured(0.5))
+    code, output = export(checkpoint, tmp_path / "out", "--format", "tensorrt", "--precision", "fp16")
+    assert (code, "exported: " in output) == (1, False)
+    assert "engines for batches of 4 are too far from PyTorch" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_graph_is_traced_in_the_precision_that_was_asked_for(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def record(_: UNet, __: Path, dtype: torch.dtype) -> None:
+        asked.append(dtype)
+        raise OSError("enough")
+
+    monkeypatch.setattr(artifact_export, "export_unet", record)
+    assert export(checkpoint, tmp_path / "out", "--precision", precision)[0] == 1
+    assert asked == [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from diffusion.artifact import NetworkParity
 from diffusion.time_mlp import WEIGHTS, TimeMLP
 from model_export import parity
 from model_export.parity import Reference, chain_parity, network_parity, unet_reference
@@ -66,6 +68,14 @@ def test_an_exact_graph_passes(reference: Reference, monkeypatch: pytest.MonkeyP
     assert network_parity(graph, reference.calls, CONFIG, runtime(graph), "model.onnx").worst == 0.0
     chain = chain_parity(Replay(reference, 0.0, 0.0), reference, time_mlp(), runtime(graph))
     assert (chain.beyond_1, chain.passed) == (0.0, True)
+
+
+def test_an_overflow_is_an_error_beyond_every_limit_that_json_can_hold(reference: Reference) -> None:
+    graph = Replay(reference, np.nan, 0.0)
+    found = network_parity(graph, reference.calls, CONFIG, runtime(graph), "model.onnx")
+    assert not found.passed
+    assert found.worst == found.bands[0].prediction == parity.NO_NUMBER
+    assert NetworkParity.model_validate_json(json.dumps(found.model_dump(mode="json"), allow_nan=False)) == found
 
 
 def test_pixels_are_counted_by_how_far_they_are_off(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
