@@ -225,7 +225,7 @@ def _checkpoints_around(folder: Path) -> list[Path]:
     """Return the checkpoint folders that an artifact lies in, as it is named and where links lead to."""
     places = dict.fromkeys([folder.absolute(), folder.resolve()])
     around = [*places, *(place.parent for place in places if place.name == INSIDE_CHECKPOINT)]
-    return [place for place in around if (place / CONFIG_FILE).is_file()]
+    return list(dict.fromkeys(place.resolve() for place in around if (place / CONFIG_FILE).is_file()))
 
 
 def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:

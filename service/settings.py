@@ -22,9 +22,10 @@ BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
 """Ours, but read by the client and the tests."""
-SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-"""What Kubernetes puts into every container beside a Service whose name begins with `iddpm`."""
+SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+"""What Kubernetes puts into every container beside a Service whose name begins with `iddpm`, but for the next."""
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""How the value of its variable IDDPM_..._PORT begins."""
 
 
 class Settings(BaseSettings):
@@ -165,6 +166,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and LINK_ADDRESS.match(value)))
+
+
 def refuse_unknown_variables() -> None:
     """Refuse environment variables that look like settings and are none: a misspelt limit is no limit.
 
@@ -174,8 +179,8 @@ def refuse_unknown_variables() -> None:
         ValueError: naming the variable and those that exist.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
-    ours = [name for name in os.environ if name.startswith(PREFIX) and not SERVICE_LINK.fullmatch(name)]
-    unknown = sorted(name for name in ours if name not in known)
+    ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    unknown = sorted(name for name, value in ours.items() if name not in known and not _is_service_link(name, value))
     if unknown:
         settings = ", ".join(sorted(known - OTHER_VARIABLES))
         raise ValueError(f"unknown environment variable {', '.join(unknown)}; settings are {settings}")

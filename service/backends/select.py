@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,12 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
         ModelError: no such folder, one that cannot be served, options that the backend cannot meet, an unknown
             backend, or one whose package is not installed; the message says what to install.
     """
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: there is no such folder")
-    if backend == "auto":
-        return _fastest(folder, options)
-    if backend not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ModelError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
-    return _load(folder, backend, options)
+    with _files_told_of(folder):
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: there is no such folder")
+        return _fastest(folder, options) if backend == "auto" else _load(folder, backend, options)
 
 
 def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]]:
@@ -112,8 +113,15 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
         ) from error
     except ImportError as error:  # a system library that is missing or too old
         raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
-    try:
+    with _files_told_of(folder):
         denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
-    except (OSError, RecursionError) as error:  # files that this user may not read, or that nest without end
-        raise ModelError(f"{folder} cannot be read: {error}") from error
     return denoiser
+
+
+@contextmanager
+def _files_told_of(folder: Path) -> Iterator[None]:
+    """Turn what files can be guilty of, that nobody may read them or that they nest without end, into words."""
+    try:
+        yield
+    except (OSError, RecursionError) as error:
+        raise ModelError(f"{folder} cannot be read: {error}") from error

@@ -310,6 +310,11 @@ def test_files_that_cannot_be_read_end_in_words(artifact: Path, monkeypatch: pyt
     monkeypatch.setattr(artifact_model, "read_artifact", fails)
     with pytest.raises(ModelError, match=r"cannot be read: .*Permission denied: 'model\.onnx'"):
         load_denoiser(artifact, "openvino", PLAIN)
+    with pytest.raises(ModelError, match=r"no backend can serve .* openvino: .*Permission denied"):
+        load_denoiser(artifact, "auto", PLAIN)
+    monkeypatch.setattr(select, "find_artifact", fails)
+    with pytest.raises(ModelError, match="cannot be read: "):
+        load_denoiser(artifact, "auto", PLAIN)
 
 
 def test_numbers_are_named_by_the_configuration_too(artifact: Path) -> None:

@@ -65,6 +65,9 @@ def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch
     assert Settings(models=MODELS).port == 8000
     monkeypatch.setenv("IDDPM_PORT", "9000")
     assert Settings(models=MODELS).port == 9000
+    monkeypatch.setenv("IDDPM_METRICS_PORT", "9100")
+    with pytest.raises(ValueError, match="unknown environment variable IDDPM_METRICS_PORT; settings are"):
+        refuse_unknown_variables()
 
 
 def test_without_a_model_it_says_how_to_name_one() -> None:
