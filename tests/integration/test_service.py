@@ -348,7 +348,7 @@ def wait_for(server: Server, condition: Any) -> None:
 def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log", environment={"IDDPM_MAX_QUEUE": "2", "IDDPM_MAX_ROWS": "2"}) as small:
         with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(lambda k: small.generate(steps=250, cfg_scale=1, seed=k), range(8)))
+            responses = list(pool.map(lambda k: small.generate(steps=100, cfg_scale=1, seed=k), range(8)))
         refused = [response for response in responses if response.status_code == 503]
         assert 1 <= len(refused) <= 4
         for response in refused:
@@ -376,7 +376,7 @@ def test_a_second_signal_stops_at_once_even_with_work_and_half_a_body_outstandin
 
 def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log") as leaving, ThreadPoolExecutor(6) as pool:
-        accepted = [pool.submit(leaving.generate, steps=300, n=2, cfg_scale=1, seed=k) for k in range(6)]
+        accepted = [pool.submit(leaving.generate, steps=150, n=2, cfg_scale=1, seed=k) for k in range(6)]
         wait_for(leaving, lambda now: now["iddpm_images_running"] + now["iddpm_images_waiting"] == 12)
         leaving.terminate()
         while leaving.get("/readyz").status_code == 200:
