@@ -73,7 +73,7 @@ def write_checkpoint(
     if problems := shape_differences(expected_shapes(config), shapes_of(weights)):
         raise CheckpointError(f"{folder}: weights do not fit the configuration: {'; '.join(problems)}")
     if not may_replace(folder, CONFIG_FILE, ("model", "diffusion")):
-        raise CheckpointError(f"{folder} exists and is no checkpoint folder (no {CONFIG_FILE}); it was left alone")
+        raise CheckpointError(f"{folder} exists and is no checkpoint folder; it was left alone")
 
     def write(temporary: Path) -> None:
         save_file({name: _plain(tensor) for name, tensor in weights.items()}, temporary / WEIGHTS_FILE)

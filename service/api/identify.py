@@ -10,11 +10,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.client import Client, Network, client_of
+from service.api.health import HEALTH_PATHS
 from service.api.keys import ApiKey, KeyRing
 from service.api.problems import problem
 from service.api.rates import RequestRates
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
+OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/openapi.json"}
 """Answered without a key: supervisors and load balancers have none, documentation is public, the page asks for one."""
 OPEN_FOLDER = "/page/"
 

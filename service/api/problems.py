@@ -166,9 +166,8 @@ def _message(item: dict[str, Any], fields: Sequence[str]) -> str:
         return f"unknown field; allowed: {', '.join(fields)}"
     if "expected" in context and item["type"] == "literal_error":
         return f"must be {context['expected']}; got {_short(item.get('input'))}"
-    if item["type"] == "missing":
-        return f"{text[:1].lower()}{text[1:]}"
-    return f"{text[:1].lower()}{text[1:]}; got {_short(item.get('input'))}"
+    rule = f"{text[:1].lower()}{text[1:]}"
+    return rule if item["type"] == "missing" else f"{rule}; got {_short(item.get('input'))}"
 
 
 def _short(value: object) -> str:

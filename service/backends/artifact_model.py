@@ -59,10 +59,6 @@ class ArtifactModel(ArtifactGraph):
     config: CheckpointConfig
     classifier: ArtifactClassifier | None
 
-    def sizes_within(self, max_rows: int) -> tuple[int, ...]:
-        """Return the batch sizes to compile: those that the artifact was exported for, below the width, and that."""
-        return (*(size for size in self.manifest.buckets if size < max_rows), max_rows)
-
     def numerics_id(self, description: str) -> str:
         """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
         hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
@@ -105,21 +101,21 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
     return ArtifactModel(found / MODEL_FILE, manifest, time_mlp, config, classifier)
 
 
-def refuse_unfit_parity(model: ArtifactModel, runtime: str, precision: Precision) -> None:
+def refuse_unfit_parity(opened: ArtifactGraph, runtime: str, precision: Precision) -> None:
     """Refuse to serve numbers that nobody has compared with PyTorch's, or that are too far from them.
 
     Raises:
         ModelError: saying so.
     """
-    measured = model.manifest.parity_of(runtime, precision)
+    measured = opened.manifest.parity_of(runtime, precision, opened.graph.name)
     if measured is None:
         raise ModelError(
-            f"{model.graph.parent}: the manifest has no parity of {runtime} in {precision}; export the checkpoint "
+            f"{opened.graph.parent}: the manifest has no parity of {runtime} in {precision}; export the checkpoint "
             f"again, with --precision fp32"
         )
     if not measured.passed:
         raise ModelError(
-            f"{model.graph.parent}: {runtime} in {precision} is too far from PyTorch for this network: relative error "
+            f"{opened.graph.parent}: {runtime} in {precision} is too far from PyTorch for this network: relative error "
             f"{measured.worst:.1e}, at most {measured.limit:.0e} is allowed"
         )
 

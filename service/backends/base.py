@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,7 +23,8 @@ class BackendOptions:
     max_rows: int = 8
     """Width of the engine: most rows of a network call."""
     batch_sizes: tuple[int, ...] | None = None
-    """Batch sizes to compile, ascending, where a backend compiles; None: 1, 2, 4, ... and the width."""
+    """Batch sizes to compile, ascending, where a backend compiles; None: those that an artifact was exported for, else
+    1, 2, 4, ..., of them what is below the width, and the width."""
     threads: int | None = None
     """Threads of a network call; None: one per core."""
     device: str = "auto"
@@ -47,8 +48,12 @@ class BackendOptions:
 
 def doubling_sizes(max_rows: int) -> tuple[int, ...]:
     """Return 1, 2, 4, ... and the width itself: the batch sizes that a backend compiles, if nobody says others."""
-    powers = (1 << k for k in range(max_rows.bit_length()))
-    return (*(size for size in powers if size < max_rows), max_rows)
+    return up_to_width((1 << k for k in range(max_rows.bit_length())), max_rows)
+
+
+def up_to_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
+    """Return the sizes that are below the width, and the width itself."""
+    return (*(size for size in sizes if size < max_rows), max_rows)
 
 
 class FailureKind(enum.Enum):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from diffusion.artifact import GRADIENT_FILE, Precision
+from diffusion.artifact import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
     ArtifactModel,
@@ -24,7 +24,7 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous, up_to_width
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
@@ -45,7 +45,7 @@ class OpenVinoBackend:
         self.description = f"openvino {_version()} cpu {precision} static parts"
         self.numerics_id = self._model.numerics_id(self.description)
 
-        sizes = options.batch_sizes or self._model.sizes_within(options.max_rows)
+        sizes = options.batch_sizes or up_to_width(self._model.manifest.buckets, options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
         core = openvino.Core()
         if (cache := compile_cache(options.cache_dir)) is not None:
@@ -82,9 +82,7 @@ class OpenVinoClassifier:
     def __init__(
         self, core: openvino.Core, classifier: ArtifactClassifier, sizes: tuple[int, ...], threads: int
     ) -> None:
-        measured = classifier.manifest.parity_of("openvino", "fp32", GRADIENT_FILE)
-        if measured is None:
-            raise ModelError(f"{classifier.graph.parent}: the manifest has no parity of openvino; export it again")
+        refuse_unfit_parity(classifier, "openvino", "fp32")
         self.config = classifier.config
         self.description = f"classifier, openvino {_version()} cpu fp32 static parts"
         self.batch_sizes: tuple[int, ...] | None = sizes

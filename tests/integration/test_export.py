@@ -358,6 +358,17 @@ def test_a_mistake_of_ours_keeps_its_traceback(checkpoint: Path, monkeypatch: py
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def run_script(script: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a script in a process of its own, which it may kill."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("moment", ["graph", "manifest"])
 def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, moment: str) -> None:
     out = checkpoint / "artifact"
@@ -383,13 +394,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
         MEASURED = (NetworkParity(backend="none", precision="fp32", limit=1.0, bands=(band,)),)
         artifact_export.export_artifact(Path({str(checkpoint)!r}), Path({str(out)!r}))
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
+    result = run_script(script)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     assert not out.exists()
     with pytest.raises(ArtifactError, match="is no artifact folder"):
@@ -413,13 +418,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing(checkpoint: Path) -> None:
         artifact_export.export_unet = graph
         app(["export", {str(checkpoint)!r}, {str(checkpoint / "artifact")!r}])
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
+    result = run_script(script)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr.decode()
     assert [path.name for path in checkpoint.iterdir() if path.is_dir()] == []
 
