@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.config import GROUP_NORM_GROUPS, ClassifierConfig
+from diffusion.config import ClassifierConfig
 from diffusion.unet import Backbone, RowLinear, attend
 
 SPATIAL_HIDDEN = 2048
@@ -107,7 +107,7 @@ def log_p_gradient(classifier: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, 
 
 
 def _map_head(channels: int, config: ClassifierConfig) -> nn.Sequential:
-    norm = nn.GroupNorm(GROUP_NORM_GROUPS, channels)
+    norm = nn.GroupNorm(config.norm_groups, channels)
     if config.num_head_channels is not None and config.pool == "attention":
         pool = AttentionPool(channels, config.level_sizes[-1], config.num_head_channels, config.num_classes)
         return nn.Sequential(norm, nn.SiLU(), pool)
@@ -121,4 +121,4 @@ def _features_head(features: int, config: ClassifierConfig) -> nn.Sequential:
     first, last = RowLinear(features, SPATIAL_HIDDEN), RowLinear(SPATIAL_HIDDEN, config.num_classes)
     if config.pool == "spatial":
         return nn.Sequential(first, nn.ReLU(), last)
-    return nn.Sequential(first, nn.GroupNorm(GROUP_NORM_GROUPS, SPATIAL_HIDDEN), nn.SiLU(), last)
+    return nn.Sequential(first, nn.GroupNorm(config.norm_groups, SPATIAL_HIDDEN), nn.SiLU(), last)

@@ -10,9 +10,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-GROUP_NORM_GROUPS = 32
-"""Groups of every normalisation in the IDDPM/ADM networks; channel counts must be multiples of it."""
-
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 Prediction = Literal["eps", "x0"]
@@ -57,6 +54,11 @@ class BackboneConfig(FrozenConfig):
     """Resample inside residual blocks (ADM) instead of by separate layers."""
     conv_resample: bool = True
     """Resample with convolutions; False: average pooling and nearest neighbour."""
+    norm_groups: int = Field(default=32, ge=1)
+    """Groups of every GroupNorm; must divide the channels of each level. OpenAI's networks have 32.
+
+    As many groups as channels make it an instance norm, behind which an image's grey level cannot be seen.
+    """
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability inside residual blocks, while training."""
 
@@ -90,10 +92,10 @@ class BackboneConfig(FrozenConfig):
                 f"each half the size; got {self.image_size}"
             )
         for mult, channels in zip(self.channel_mult, self.level_channels, strict=True):
-            if channels == 0 or channels % GROUP_NORM_GROUPS:
+            if channels == 0 or channels % self.norm_groups:
                 raise ValueError(
-                    f"channel_mult x model_channels must be a multiple of {GROUP_NORM_GROUPS} (groups of the "
-                    f"normalisation); {mult:g} x {self.model_channels} is {channels}"
+                    f"channel_mult x model_channels must be a multiple of norm_groups ({self.norm_groups}); "
+                    f"{mult:g} x {self.model_channels} is {channels}"
                 )
         for size in self.attention_resolutions:
             if size not in self.level_sizes:

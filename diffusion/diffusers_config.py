@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from diffusion.config import GROUP_NORM_GROUPS, DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance
+from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance
 from diffusion.respacing import respace
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -56,7 +56,7 @@ class UNet2DConfig(FrozenConfig):
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
-    norm_num_groups: int | None = 32
+    norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -114,7 +114,6 @@ _UNET_RULES: dict[str, tuple[tuple[Any, ...], str]] = {
     "mid_block_type": (("UNetMidBlock2D",), "the middle is residual block, attention, residual block"),
     "mid_block_scale_factor": ((1,), "residual sums are not scaled"),
     "act_fn": (("silu", "swish"), "every activation is SiLU"),
-    "norm_num_groups": ((GROUP_NORM_GROUPS,), "the number of groups is fixed"),
     "norm_eps": ((NORM_EPS,), "the epsilon of every normalisation is fixed"),
     "add_attention": ((True,), "the middle always attends"),
     "class_embed_type": ((None,), "classes are a table of embeddings, num_class_embeds rows"),
@@ -219,8 +218,9 @@ def to_unet_config(model: ModelConfig) -> UNet2DConfig:
         upsample_type="resnet" if model.resblock_updown else "conv",
         dropout=model.dropout,
         attention_head_dim=None if one_head else widths[0],
+        norm_num_groups=model.norm_groups,
         # Without it, the middle's attention has no normalisation under scale_shift.
-        attn_norm_num_groups=GROUP_NORM_GROUPS,
+        attn_norm_num_groups=model.norm_groups,
         resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
         num_class_embeds=model.num_labels or None,
     )
@@ -250,7 +250,7 @@ def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig
 
     Raises:
         DoesNotMap: a network that ours cannot be configured to be.
-        ValidationError: what no network can be, or none here: channels that are no multiple of 32.
+        ValidationError: what no network can be, or none here: channels that are not a multiple of norm_num_groups.
     """
     problems = [
         f"{name} must be {' or '.join(map(repr, allowed))}: {reason}; got {getattr(unet, name)!r}"
@@ -278,6 +278,7 @@ def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig
         attention_order="new",
         use_scale_shift_norm=unet.resnet_time_scale_shift == "scale_shift",
         resblock_updown="resnet" in _resamplings(unet),
+        norm_groups=unet.norm_num_groups,
         dropout=unet.dropout,
         num_classes=None if unet.num_class_embeds is None else unet.num_class_embeds - int(null_class),
         null_class=null_class,
@@ -303,11 +304,14 @@ def _unet_problems(unet: UNet2DConfig) -> list[str]:
     groups = unet.attn_norm_num_groups
     if groups is None and unet.resnet_time_scale_shift != "default":
         problems.append(
-            f"attn_norm_num_groups must be {GROUP_NORM_GROUPS}: null leaves out the normalisation of the middle's "
+            f"attn_norm_num_groups must be {unet.norm_num_groups}: null leaves out the normalisation of the middle's "
             f"attention under resnet_time_scale_shift 'scale_shift'; got null"
         )
-    elif groups not in (None, GROUP_NORM_GROUPS):
-        problems.append(f"attn_norm_num_groups must be {GROUP_NORM_GROUPS}, as every normalisation; got {groups}")
+    elif groups not in (None, unet.norm_num_groups):
+        problems.append(
+            f"attn_norm_num_groups must be norm_num_groups ({unet.norm_num_groups}), as every normalisation; "
+            f"got {groups}"
+        )
     return problems
 
 

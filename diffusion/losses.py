@@ -208,6 +208,7 @@ def training_losses(
     *,
     loss: LossType,
     rescale: bool,
+    min_snr_gamma: float | None = None,
 ) -> TrainingLosses:
     """Compute the loss of one training batch from what the network answered.
 
@@ -233,6 +234,7 @@ def training_losses(
         t: int64 [B], 0..S-1.
         loss: which loss.
         rescale: whether L_t stands for the whole chain, see the table.
+        min_snr_gamma: weigh mse by `min_snr_weights` in `simple` and `hybrid`; None: weight 1.
 
     Raises:
         ValueError: `hybrid` without a learned variance, which has nothing for the bound to train; an output whose
@@ -255,13 +257,25 @@ def training_losses(
     if loss == "vlb":
         vb_bpd = vb_term_bpd(tables, diffusion, prediction, var_values, x0, x_t, t)
         return TrainingLosses(vb_bpd * tables.num_steps if rescale else vb_bpd, mse, vb_bpd)
+    weighted = mse if min_snr_gamma is None else mse * min_snr_weights(tables, diffusion, t, min_snr_gamma)
     if not diffusion.learns_variance:
-        return TrainingLosses(mse, mse, torch.zeros_like(mse))
+        return TrainingLosses(weighted, mse, torch.zeros_like(mse))
     vb_bpd = vb_term_bpd(tables, diffusion, prediction.detach(), var_values, x0, x_t, t)
     if loss == "simple":
-        return TrainingLosses(mse, mse, vb_bpd)
+        return TrainingLosses(weighted, mse, vb_bpd)
     weight = LAMBDA * tables.num_steps if rescale else 1.0
-    return TrainingLosses(mse + weight * vb_bpd, mse, vb_bpd)
+    return TrainingLosses(weighted + weight * vb_bpd, mse, vb_bpd)
+
+
+def min_snr_weights(tables: LossTables, diffusion: DiffusionConfig, t: Tensor, gamma: float) -> Tensor:
+    """Return weights [B] of the mean squared error at timesteps [B] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    min(SNR, gamma) for a network that predicts x0, min(SNR, gamma) / SNR for one that predicts eps, where
+    SNR = abar / (1 - abar).
+    """
+    snr = (tables.sqrt_alphas_cumprod[t] / tables.sqrt_one_minus_alphas_cumprod[t]) ** 2
+    weights = snr.clamp(max=gamma)
+    return weights / snr if diffusion.prediction == "eps" else weights
 
 
 def _rows(table: Tensor, t: Tensor) -> Tensor:

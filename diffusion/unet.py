@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.config import GROUP_NORM_GROUPS, AttentionOrder, BackboneConfig, ModelConfig
+from diffusion.config import AttentionOrder, BackboneConfig, ModelConfig
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,10 +51,6 @@ class RowLinear(nn.Linear):
         padded = F.pad(x, (0, 0, 0, -rows % EMBEDDING_ROWS))
         parts = [super(RowLinear, self).forward(part) for part in torch.split(padded, EMBEDDING_ROWS)]
         return torch.cat(parts)[:rows]
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUP_NORM_GROUPS, channels)
 
 
 def _zero(module: M) -> M:
@@ -100,12 +96,14 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.use_scale_shift_norm = config.use_scale_shift_norm
-        self.in_layers = nn.Sequential(_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         self.resample = resample
         emb_out_channels = 2 * out_channels if config.use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), RowLinear(config.emb_channels, emb_out_channels))
         self.out_layers = nn.Sequential(
-            _norm(out_channels),
+            nn.GroupNorm(config.norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(config.dropout),
             _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -152,11 +150,11 @@ def attend(qkv: Tensor, num_heads: int, order: AttentionOrder) -> Tensor:
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int, num_heads: int, order: AttentionOrder) -> None:
+    def __init__(self, channels: int, num_heads: int, config: BackboneConfig) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.order: AttentionOrder = order
-        self.norm = _norm(channels)
+        self.order: AttentionOrder = config.attention_order
+        self.norm = nn.GroupNorm(config.norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
@@ -196,14 +194,14 @@ class Backbone(nn.Module):
                 layers: list[nn.Module] = [ResBlock(ch, out_ch, config)]
                 ch = out_ch
                 if config.level_sizes[level] in config.attention_resolutions:
-                    layers.append(AttentionBlock(ch, config.heads_for(ch), config.attention_order))
+                    layers.append(AttentionBlock(ch, config.heads_for(ch), config))
                 self._append_input_block(layers, ch)
             if level != len(config.channel_mult) - 1:
                 self._append_input_block([self._downsample(ch, config)], ch)
 
         self.middle_block = EmbedSequential(
             ResBlock(ch, mid_channels, config),
-            AttentionBlock(ch, config.heads_for(ch), config.attention_order),
+            AttentionBlock(ch, config.heads_for(ch), config),
             ResBlock(ch, ch, config),
         )
 
@@ -259,12 +257,14 @@ class UNet(Backbone):
                 ch = out_ch
                 if config.level_sizes[level] in config.attention_resolutions:
                     heads = config.heads_for(ch, config.num_heads_upsample)
-                    layers.append(AttentionBlock(ch, heads, config.attention_order))
+                    layers.append(AttentionBlock(ch, heads, config))
                 if level and block == config.num_res_blocks:
                     layers.append(self._upsample(ch, config))
                 self.output_blocks.append(EmbedSequential(*layers))
 
-        self.out = nn.Sequential(_norm(ch), nn.SiLU(), _zero(nn.Conv2d(ch, config.out_channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, ch), nn.SiLU(), _zero(nn.Conv2d(ch, config.out_channels, 3, padding=1))
+        )
 
     @staticmethod
     def _upsample(channels: int, config: ModelConfig) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from diffusion.losses import LossType
 TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
 Precision = Literal["auto", "float32", "bfloat16"]
 LrSchedule = Literal["constant", "cosine"]
+SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 
 MAY_CHANGE_ON_RESUME = frozenset({"total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"})
 """Fields that a resumed run may set anew; any other change would make it another run.
@@ -36,6 +37,8 @@ class TrainConfig(FrozenConfig):
     """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple."""
     rescale_vlb: bool = True
     """Weigh the bound's terms as the whole chain's bound: with `hybrid`, lambda = 0.001 on L_vlb."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Weigh the prediction's term by min(SNR, gamma) / SNR (arXiv:2303.09556; 5 is usual); None: no weights."""
     timestep_sampler: TimestepSamplerName = "uniform"
 
     total_images: int = Field(ge=1)
@@ -55,6 +58,11 @@ class TrainConfig(FrozenConfig):
     """Decay of the averaged weights per optimiser step."""
     ema_warmup: bool = True
     """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early averages are not the initial noise."""
+    ema_sigma_rels: tuple[SigmaRel, ...] = ()
+    """Relative widths of power-function averages kept beside it, e.g. [0.05, 0.1].
+
+    Their snapshots, one per checkpoint, let `iddpm ema` make the average of any width after the run.
+    """
     horizontal_flip: bool = False
     """Mirror images at random."""
     precision: Precision = "auto"

@@ -1,37 +1,72 @@
-"""The exponential moving average of a network's weights, which is what gets sampled and exported."""
+"""Averages of a network's weights over training, which are what gets sampled and exported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+Decay = Callable[[int], float]
+"""Decay of an update, given the number of updates before it."""
+
+
+def exponential_decay(decay: float, *, warmup: bool) -> Decay:
+    """Return a constant decay; with warm-up min(decay, (1 + n) / (10 + n)), so that early averages forget the start."""
+    return partial(_warmed_up, decay) if warmup else lambda _updates: decay
+
+
+def power_decay(sigma_rel: float) -> Decay:
+    """Return the decay of a power-function average (Karras et al. 2024, arXiv:2312.02696, Equation 2).
+
+    Its weights grow as t^gamma, so that its width is always the same share of the training so far.
+
+    Args:
+        sigma_rel: that share, the standard deviation of the weights' profile, between 0 and 0.28.
+    """
+    return partial(_power, power_exponent(sigma_rel))
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """Return gamma for a relative width: the root of sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+    Raises:
+        ValueError: a width that no power function has.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel must be above 0 and below 0.288 (a plain mean); got {sigma_rel:g}")
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
 class EMA:
     """Float32 averages of the parameters, updated once per optimiser step.
 
-    `num_updates` belongs to the state: the warm-up depends on it.
+    `num_updates` belongs to the state: the decay may depend on it.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool) -> None:
+    def __init__(self, network: nn.Module, decay: Decay) -> None:
         self.decay = decay
-        self.warmup = warmup
         self.num_updates = 0
         self.weights: dict[str, Tensor] = {
             name: tensor.detach().float().clone() for name, tensor in network.state_dict().items()
         }
 
-    def current_decay(self) -> float:
-        """Return the decay of the next update."""
-        if not self.warmup:
-            return self.decay
-        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Average in the weights: target = decay * target + (1 - decay) * source."""
-        decay = self.current_decay()
-        for name, target in self.weights.items():
-            target.mul_(decay).add_(weights[name].float(), alpha=1 - decay)
+        decay = self.decay(self.num_updates)
+        targets = list(self.weights.values())
+        torch._foreach_mul_(targets, decay)
+        torch._foreach_add_(targets, [weights[name].float() for name in self.weights], alpha=1 - decay)
         self.num_updates += 1
+
+
+def _warmed_up(decay: float, updates: int) -> float:
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def _power(gamma: float, updates: int) -> float:
+    return (1 - 1 / (updates + 1)) ** (gamma + 1)

@@ -27,7 +27,7 @@ from diffusion.update import from_uint8
 from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TimestepSamplerName, TrainConfig
 from trainer.data import Dataset, batch_indices
-from trainer.ema import EMA
+from trainer.ema import EMA, exponential_decay, power_decay
 from trainer.provenance import git_commit
 from trainer.state import TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
@@ -35,6 +35,7 @@ from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler,
 CONFIG_FILE = "train_config.json"
 LOG_FILE = "log.jsonl"
 MODEL_FOLDER = "model"
+EMA_FOLDER = "ema"
 QUARTILES = 4
 PREVIEW_ROWS = 10
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
@@ -78,7 +79,9 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
     tables = LossTables.from_process(process, device)
     model_t = torch.from_numpy(process.model_t).to(device)
     timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](process.num_steps)
-    state = TrainState(network, optimizer, EMA(network, config.ema_decay, config.ema_warmup), timestep_sampler)
+    ema = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
+    power_emas = {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels}
+    state = TrainState(network, optimizer, ema, timestep_sampler, power_emas)
     if resume:
         _resume(state, run)
 
@@ -120,6 +123,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
                 part_t,
                 loss=config.loss,
                 rescale=config.rescale_vlb,
+                min_snr_gamma=config.min_snr_gamma,
             )
             ((losses.loss * part_weights).sum() / config.batch_size).backward()  # type: ignore[no-untyped-call]
             parts.append(TrainingLosses(*(term.detach().cpu() for term in losses)))
@@ -134,7 +138,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        state.ema.update(network.state_dict())
+        state.average_in()
         state.images_seen += config.batch_size
         batches += 1
 
@@ -157,6 +161,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
             write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)  # first: a state implies a model
             train_state.save(state, train_state.checkpoint_folder(run, state.images_seen), described)
             train_state.delete_old(run, config.keep_checkpoints)
+            if state.power_emas:
+                train_state.save_ema_snapshot(state, run / EMA_FOLDER / f"{state.images_seen:012d}.safetensors")
             _write_preview(config, described, state, run)
     bar.close()
     return run / MODEL_FOLDER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from trainer.timestep_sampler import TimestepSampler
 
 TENSORS_FILE = "train_state.safetensors"
 PROGRESS_FILE = "progress.json"
+POWER_PREFIX = "power_ema."
 
 
 @dataclass
@@ -31,7 +32,15 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     timestep_sampler: TimestepSampler
+    power_emas: dict[float, EMA] = field(default_factory=dict)
+    """Power-function averages by relative width; as many updates as `ema`."""
     images_seen: int = 0
+
+    def average_in(self) -> None:
+        """Take the network's weights into every average."""
+        weights = self.network.state_dict()
+        for ema in (self.ema, *self.power_emas.values()):
+            ema.update(weights)
 
 
 def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
@@ -44,12 +53,25 @@ def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
             tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
         for name, array in state.timestep_sampler.state_dict().items():
             tensors[f"timestep_sampler.{name}"] = torch.from_numpy(np.array(array))
+        tensors |= _power_tensors(state)
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(cpu, temporary / "state" / TENSORS_FILE)
         progress = {"images_seen": state.images_seen, "ema_updates": state.ema.num_updates}
         (temporary / "state" / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
 
     write_checkpoint(folder, config, state.ema.weights, extra=add_state)
+
+
+def save_ema_snapshot(state: TrainState, path: Path) -> None:
+    """Write the power-function averages of this moment, float32, tensors named `SIGMA_REL/NAME`.
+
+    The metadata `updates` says after how many optimiser steps they were taken.
+    """
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".new")
+    tensors = {name.removeprefix(POWER_PREFIX): tensor.cpu() for name, tensor in _power_tensors(state).items()}
+    save_file(tensors, temporary, metadata={"updates": str(state.ema.num_updates)})
+    temporary.replace(path)
 
 
 def restore(state: TrainState, folder: Path) -> None:
@@ -74,7 +96,11 @@ def restore(state: TrainState, folder: Path) -> None:
     state.timestep_sampler.load_state_dict(sampler_state)
     for name, target in state.ema.weights.items():
         target.copy_(averages[name])
-    state.ema.num_updates = progress["ema_updates"]
+    for sigma_rel, ema in state.power_emas.items():
+        for name, target in ema.weights.items():
+            target.copy_(tensors[f"{POWER_PREFIX}{sigma_rel:g}/{name}"])
+    for ema in (state.ema, *state.power_emas.values()):
+        ema.num_updates = progress["ema_updates"]
     state.images_seen = progress["images_seen"]
 
 
@@ -93,6 +119,14 @@ def delete_old(run: Path, keep: int) -> None:
     """Delete all but the newest checkpoints."""
     for folder in checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
+
+
+def _power_tensors(state: TrainState) -> dict[str, Tensor]:
+    return {
+        f"{POWER_PREFIX}{sigma_rel:g}/{name}": tensor
+        for sigma_rel, ema in state.power_emas.items()
+        for name, tensor in ema.weights.items()
+    }
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -69,8 +69,9 @@ def test_configurations_cannot_be_changed() -> None:
     [
         ({"chanel_mult": [1]}, "chanel_mult"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
-        ({"model_channels": 40}, "must be a multiple of 32"),
-        ({"channel_mult": [0.01, 1, 1]}, "must be a multiple of 32"),
+        ({"model_channels": 40}, r"must be a multiple of norm_groups \(32\)"),
+        ({"norm_groups": 24}, r"must be a multiple of norm_groups \(24\); 1 x 32 is 32"),
+        ({"channel_mult": [0.01, 1, 1]}, r"must be a multiple of norm_groups \(32\)"),
         ({"channel_mult": []}, "channel_mult"),
         ({"attention_resolutions": [7]}, r"attention_resolutions must name sizes of levels, which are \[32, 16, 8\]"),
         ({"num_heads": 5}, "num_heads must divide the 64 channels"),

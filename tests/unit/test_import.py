@@ -248,7 +248,7 @@ def test_classifier_flags_give_a_classifier() -> None:
         ("guided", {"attention_resolutions": "16;8"}, "attention_resolutions must be sizes in pixels"),
         ("guided", {"channel_mult": "1,x"}, "channel_mult must be positive numbers"),
         ("improved", {"image_size": "128"}, r"image_size must be one of \[32, 64, 256\] unless channel_mult"),
-        ("improved", {"num_channels": "100"}, "must be a multiple of 32"),
+        ("improved", {"num_channels": "100"}, r"must be a multiple of norm_groups \(32\)"),
         ("improved", {"num_classes": "10"}, "num_classes needs class_cond True"),
         ("diffusers", {}, r"repo must be one of \['improved', 'guided'\]; got 'diffusers'"),
     ],

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -225,3 +225,25 @@ def test_a_pixel_is_as_likely_as_the_gaussian_over_its_bin() -> None:
 def test_impossible_pixels_cost_a_bounded_amount() -> None:
     log_p = discretized_gaussian_log_likelihood(torch.ones(1), -torch.ones(1), torch.full((1,), -15.0))
     assert log_p.item() == pytest.approx(math.log(1e-12), rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_min_snr_weighs_the_prediction_and_leaves_the_bound_alone(prediction: Literal["eps", "x0"]) -> None:
+    diffusion = HYBRID.replace(prediction=prediction)
+    batch, output = _batch(), _output()
+
+    def losses(gamma: float | None) -> TrainingLosses:
+        return training_losses(
+            TABLES, diffusion, output, batch.x0, batch.x_t, batch.noise, batch.t,
+            loss="hybrid", rescale=True, min_snr_gamma=gamma,
+        )  # fmt: skip
+
+    plain, weighted = losses(None), losses(5.0)
+    abar = torch.from_numpy(PROCESS.schedule.alphas_cumprod)[batch.t]
+    snr = abar / (1 - abar)
+    assert snr[0] > 5 > snr[-1]
+    expected = snr.clamp(max=5) / (snr if prediction == "eps" else 1)
+    bound = plain.loss.double() - plain.mse.double()
+    torch.testing.assert_close(weighted.loss.double(), expected * plain.mse.double() + bound, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighted.mse, plain.mse, rtol=0, atol=0)
+    torch.testing.assert_close(weighted.vb_bpd, plain.vb_bpd, rtol=0, atol=0)

@@ -17,11 +17,9 @@ from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig, ModelConfig
 from diffusion.unet import UNet
-from tests.golden import load
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import DataError, batch_indices, open_dataset
-from trainer.ema import EMA
 from trainer.loop import TrainError, learning_rate, resolve
 from trainer.presets import PRESETS, preset
 from trainer.state import checkpoints
@@ -75,6 +73,18 @@ def test_ten_steps_equal_five_and_a_resume_and_five(npz: Path, tmp_path: Path) -
     assert whole.keys() == halves.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, halves[name]), name
+
+
+def test_power_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(npz: Path, tmp_path: Path) -> None:
+    sigma_rels = (0.05, 0.1)
+    train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "whole")
+    train(tiny(ema_sigma_rels=sigma_rels, total_images=20), npz, tmp_path / "halves")
+    train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "halves", resume=True)
+    snapshots = [sorted((tmp_path / name / "ema").iterdir()) for name in ("whole", "halves")]
+    assert [path.name for path in snapshots[0]] == ["000000000020.safetensors", "000000000040.safetensors"]
+    for whole, halves in zip(*snapshots, strict=True):
+        assert whole.read_bytes() == halves.read_bytes()
+    assert {name.split("/")[0] for name in load_file(snapshots[0][0])} == {"0.05", "0.1"}
 
 
 def test_a_run_leaves_a_model_a_log_previews_and_its_configuration(npz: Path, tmp_path: Path) -> None:
@@ -210,20 +220,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[:4] == pytest.approx([0.1, 0.6, 1.0, 1.0])
     assert rates[4] == pytest.approx(0.5)
     assert rates[5] < 1e-3
-
-
-def test_ema_matches_the_reference_and_warms_up() -> None:
-    golden = load("misc")
-    for rate in golden.config["ema"]["rates"]:
-        module = torch.nn.ParameterDict({"p": torch.nn.Parameter(golden.tensor("ema.init0"))})
-        average = EMA(module, rate, warmup=False)
-        for source, target in zip(golden.tensor("ema.source0"), golden.tensor(f"ema.rate{rate}.target0"), strict=True):
-            average.update({"p": source})
-            torch.testing.assert_close(average.weights["p"], target, rtol=1e-6, atol=1e-6)
-    warm = EMA(torch.nn.Linear(1, 1), 0.9999, warmup=True)
-    assert warm.current_decay() == pytest.approx(0.1)
-    warm.num_updates = 10**6
-    assert warm.current_decay() == 0.9999
 
 
 def run_cli(*arguments: str) -> tuple[int, str]:
