@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cli.ema_command import ema_command
 from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
@@ -39,6 +40,7 @@ def main(
 
 
 app.command("train")(train_command)
+app.command("ema")(ema_command)
 app.command("serve")(serve_command)
 app.command("sample")(sample_command)
 app.command("import")(import_command)

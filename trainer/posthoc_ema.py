@@ -1,0 +1,100 @@
+"""Average of any width from a run's snapshots, chosen after training (Karras et al. 2024, arXiv:2312.02696)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.ema import power_exponent
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class SnapshotError(ValueError):
+    """Snapshots that an average cannot be made from; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A power-function average: which part of training it weighs, and how."""
+
+    updates: float
+    """Optimiser steps after which it was taken."""
+    sigma_rel: float
+    """Its relative width."""
+
+    def overlap(self, other: Profile) -> float:
+        """Return the inner product of two profiles over the time of training (section C.1 of the paper).
+
+        A profile is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T.
+        """
+        early, late = sorted((self, other), key=lambda profile: profile.updates)
+        a, b = power_exponent(early.sigma_rel), power_exponent(late.sigma_rel)
+        return (a + 1) * (b + 1) / (a + b + 1) * (early.updates / late.updates) ** b / late.updates
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One average in a snapshot file."""
+
+    path: Path
+    key: str
+    """First part of its tensors' names."""
+    profile: Profile
+
+
+def list_snapshots(folder: Path) -> list[Snapshot]:
+    """Return the averages in a run's snapshot files, oldest first.
+
+    Raises:
+        SnapshotError: no snapshot there, or a file that is none.
+    """
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                updates = int(file.metadata()["updates"])
+                keys = sorted({name.partition("/")[0] for name in file.keys()})  # noqa: SIM118  # not a mapping
+                found += [Snapshot(path, key, Profile(updates, float(key))) for key in keys]
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise SnapshotError(f"{path} is not a snapshot of averages: {error}") from error
+    if not found:
+        raise SnapshotError(
+            f"{folder} holds no snapshot; train with --set 'ema_sigma_rels=[0.05,0.1]', which writes one per checkpoint"
+        )
+    return found
+
+
+def fit_profile(available: list[Profile], wanted: Profile) -> tuple[FloatArray, float]:
+    """Return the coefficients whose sum of profiles is nearest to the wanted one, and the relative error that is left.
+
+    Least squares over the time of training (Algorithm 3 of the paper). The error is the norm of the difference
+    over the norm of the wanted profile, 0..1.
+    """
+    gram = np.array([[a.overlap(b) for b in available] for a in available])
+    target = np.array([a.overlap(wanted) for a in available])
+    coefficients = np.linalg.lstsq(gram, target, rcond=1e-12)[0]
+    norm = wanted.overlap(wanted)
+    squared = norm - 2 * coefficients @ target + coefficients @ gram @ coefficients
+    return coefficients, math.sqrt(max(0.0, squared) / norm)
+
+
+def combine(snapshots: list[Snapshot], coefficients: FloatArray) -> dict[str, Tensor]:
+    """Return the weighted sum of snapshots, float32 tensors by weight name; one snapshot is in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for snapshot, coefficient in zip(snapshots, coefficients.tolist(), strict=True):
+        prefix = f"{snapshot.key}/"
+        with safe_open(snapshot.path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if name.startswith(prefix):
+                    tensor = file.get_tensor(name).double() * coefficient
+                    key = name.removeprefix(prefix)
+                    total[key] = total[key] + tensor if key in total else tensor
+    return {name: tensor.to(torch.float32) for name, tensor in total.items()}
