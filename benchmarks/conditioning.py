@@ -12,7 +12,6 @@ RESULTS.md to --out-markdown.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import shlex
@@ -27,12 +26,11 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.feature_metrics import coverage, frechet_distance
+from benchmarks.judge import Judge, features_of, load_or_train_judge, open_split, predict
 from benchmarks.reporting import cpu_name, markdown_table
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import checkpoint_sha256
@@ -40,8 +38,8 @@ from diffusion.config import CheckpointConfig
 from diffusion.plans import ancestral_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
-from diffusion.update import Step, from_uint8
-from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
+from diffusion.update import Step
+from trainer.data import IntArray, Uint8Array
 from trainer.provenance import git_commit
 
 MIN_JUDGE_ACCURACY = 0.90
@@ -49,10 +47,9 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 SAMPLE_BATCH = 64
-JUDGE_BATCH = 500
-JUDGE_TRAIN_BATCH = 128
-JUDGE_LR = 4e-3
 WORST_CLASSES = 3
+FRAME_PIXELS = 2
+DARK_LEVEL = 10
 
 
 class ConditioningError(ValueError):
@@ -130,96 +127,33 @@ class Agreement:
         return [(int(c), int(row[c])) for c in np.argsort(-row, kind="stable")[:limit] if row[c]]
 
 
-# --- The judge --------------------------------------------------------------------------------------------------------
-
-
-class Judge(nn.Module):
-    """A small convolutional classifier of images [B, C, H, W] where data spans [-1, 1]."""
-
-    def __init__(self, image_size: int, image_channels: int, num_classes: int) -> None:
-        super().__init__()
-        widths = (image_channels, 16, 32, 64)
-        blocks: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
-            blocks += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        features = widths[-1] * (image_size >> (len(widths) - 1)) ** 2
-        self.features = nn.Sequential(*blocks, nn.Flatten())
-        self.head = nn.Sequential(
-            nn.Dropout(0.2), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, num_classes)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-
-def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None:
-    """Train a judge in place on real images; leaves it in eval mode."""
-    torch.manual_seed(seed)
-    labels = torch.from_numpy(data.labels)
-    batches = epochs * len(labels) // JUDGE_TRAIN_BATCH
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=JUDGE_LR, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE_LR, total_steps=batches)
-    judge.train()
-    for batch in tqdm(range(batches), desc="training the judge", unit="batch", mininterval=2):
-        indices = batch_indices(seed, batch * JUDGE_TRAIN_BATCH, JUDGE_TRAIN_BATCH, len(labels))
-        x0 = torch.from_numpy(from_uint8(data.images(indices)))
-        loss = F.cross_entropy(judge(x0), labels[torch.from_numpy(indices)])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    judge.eval()
-
-
-def load_or_train_judge(path: Path, judge: Judge, data: Path, config: CheckpointConfig, epochs: int) -> None:
-    """Fill a judge with the weights in a file, or train it and write the file.
-
-    Raises:
-        ConditioningError: a file of another judge, or training data whose classes are not the model's.
-    """
-    if path.exists():
-        try:
-            judge.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise ConditioningError(f"{path} holds no judge for this model, delete it to train one: {error}") from error
-        judge.eval()
-        return
-    train_judge(judge, open_split(data, config), epochs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, temporary)
-    temporary.replace(path)
-
-
-@torch.no_grad()
-def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
-    """Return the judge's class for each image, int64 [N], of uint8 [N, H, W, C]."""
-    parts = [
-        judge(torch.from_numpy(from_uint8(pixels[start : start + JUDGE_BATCH]))).argmax(dim=1)
-        for start in range(0, len(pixels), JUDGE_BATCH)
-    ]
-    classes: IntArray = torch.cat(parts).numpy()
-    return classes
-
-
-def open_split(path: Path, config: CheckpointConfig) -> Dataset:
-    """Open real images as the trainer does, padded to the model's size.
-
-    Raises:
-        ConditioningError: the classes are not the model's.
-        DataError: nothing that can be read there.
-    """
-    data = open_dataset(path, config.model.image_size, config.model.image_channels)
-    if len(data.class_names) != config.model.num_classes or config.class_names not in (None, data.class_names):
-        raise ConditioningError(
-            f"{path} must hold the classes the model knows, in their order: "
-            f"{config.class_names or config.model.num_classes}; got {data.class_names}"
-        )
-    return data
-
-
 # --- The model --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How far a set of images is from the real test split."""
+
+    frechet: float
+    """Fréchet distance in the judge's features; grows as the set gets smaller."""
+    precision: float
+    recall: float
+    dark_frames: float
+    """Part of the images whose outermost two pixels are all darker than level 10 (of 255)."""
+
+    @classmethod
+    def measure(cls, judge: Judge, pixels: Uint8Array, reference: npt.NDArray[np.float32]) -> Self:
+        """Compare images, uint8 [N, H, W, C], with the features of the test split."""
+        features = features_of(judge, pixels)
+        covered = coverage(reference, features)
+        return cls(frechet_distance(reference, features), covered.precision, covered.recall, dark_frames(pixels))
+
+
+def dark_frames(pixels: Uint8Array) -> float:
+    """Return the part of images, uint8 [N, H, W, C], whose frame is dark everywhere."""
+    inside = np.zeros(pixels.shape[1:], dtype=bool)
+    inside[FRAME_PIXELS:-FRAME_PIXELS, FRAME_PIXELS:-FRAME_PIXELS] = True
+    return float((np.where(inside, 0, pixels).max(axis=(1, 2, 3)) < DARK_LEVEL).mean())
 
 
 @dataclass(frozen=True)
@@ -239,6 +173,7 @@ class Outcome:
 
     setting: Setting
     agreement: Agreement
+    likeness: Likeness
     seconds: float
     """Wall time of sampling all images."""
 
@@ -307,7 +242,12 @@ def confusion_line(agreement: Agreement, class_names: Sequence[str]) -> str:
 
 
 def report(
-    facts: dict[str, str], class_names: Sequence[str], real: Agreement, outcomes: Sequence[Outcome], command: str
+    facts: dict[str, str],
+    class_names: Sequence[str],
+    real: Agreement,
+    real_likeness: Likeness,
+    outcomes: Sequence[Outcome],
+    command: str,
 ) -> str:
     """Write the section for RESULTS.md."""
     summary = markdown_table(
@@ -331,6 +271,22 @@ def report(
             for c, name in enumerate(class_names)
         ],
     )
+    likeness = markdown_table(
+        ["against the test split", "Fréchet distance", "precision", "recall", "dark frames"],
+        [
+            [
+                name,
+                f"{likeness.frechet:.2f}",
+                f"{likeness.precision:.3f}",
+                f"{likeness.recall:.3f}",
+                f"{100 * likeness.dark_frames:.1f} %",
+            ]
+            for name, likeness in [
+                ("as many real training images", real_likeness),
+                *((str(o.setting), o.likeness) for o in outcomes),
+            ]
+        ],
+    )
     confusions = [f"- real test split: {confusion_line(real, class_names)}"]
     confusions += [f"- {o.setting}: {confusion_line(o.agreement, class_names)}" for o in outcomes]
     return "\n".join(
@@ -345,6 +301,10 @@ def report(
             summary,
             "",
             per_class,
+            "",
+            "How far the images are from real ones, in the features of the judge's last hidden layer:",
+            "",
+            likeness,
             "",
             "Worst classes, and what they were taken for:",
             "",
@@ -402,21 +362,26 @@ def run(args: argparse.Namespace) -> str:
             f"got {100 * real.rate:.1f} %: delete {args.judge} and give more --judge-epochs"
         )
 
+    reference = features_of(judge, test.images(np.arange(len(test.labels))))
+    train = open_split(args.train, config)
+    chosen = np.random.default_rng(0).permutation(len(train.labels))[: args.images]
+    real_likeness = Likeness.measure(judge, train.images(chosen), reference)
+
     outcomes: list[Outcome] = []
     for setting in settings:
         started = time.perf_counter()
         pixels = generate(network, config, setting, labels, args.bfloat16)
         seconds = time.perf_counter() - started
         agreement = Agreement.from_predictions(labels, predict(judge, pixels), num_classes)
-        outcomes.append(Outcome(setting, agreement, seconds))
-        print(f"{setting}: {percent(agreement)}", file=sys.stderr)
+        outcomes.append(Outcome(setting, agreement, Likeness.measure(judge, pixels, reference), seconds))
+        print(f"{setting}: {percent(agreement)}, {outcomes[-1].likeness}", file=sys.stderr)
         if args.images_out is not None:
             args.images_out.mkdir(parents=True, exist_ok=True)
             file = args.images_out / f"steps{setting.steps}_cfg{setting.cfg_scale:g}.npz"
             np.savez_compressed(file, images=pixels, labels=labels, classes=np.array(test.class_names))
 
     command = shlex.join(["python", "-m", "benchmarks.conditioning", *sys.argv[1:]])
-    return report(facts, test.class_names, real, outcomes, command)
+    return report(facts, test.class_names, real, real_likeness, outcomes, command)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

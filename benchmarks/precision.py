@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from benchmarks.conditioning import Agreement, Judge, balanced_labels, percent, predict
+from benchmarks.conditioning import Agreement, balanced_labels, percent
 from benchmarks.contenders import Absent, Entry, Place, open_denoiser
 from benchmarks.engine_sampler import EngineSampler
+from benchmarks.judge import Judge, predict
 from benchmarks.networks import BenchNetwork, open_network
 from benchmarks.options import add_place_options, exit_status, place_of
 from benchmarks.reporting import command_line, describe_run, markdown_table

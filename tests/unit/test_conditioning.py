@@ -6,10 +6,12 @@ import pytest
 from benchmarks.conditioning import (
     Agreement,
     ConditioningError,
+    Likeness,
     Outcome,
     Setting,
     balanced_labels,
     confusion_line,
+    dark_frames,
     report,
     settings_of,
     wilson_interval,
@@ -111,10 +113,22 @@ def test_models_that_cannot_be_asked_are_refused() -> None:
 
 def test_the_report_holds_every_setting_and_class() -> None:
     agreement = _agreement()
-    outcomes = [Outcome(Setting(50, 1.0), agreement, 12.3), Outcome(Setting(50, 2.0), agreement, 24.6)]
-    lines = report({"Date": "today"}, NAMES, agreement, outcomes, "python -m x").splitlines()
+    likeness = Likeness(frechet=1.5, precision=0.75, recall=0.5, dark_frames=0.98)
+    outcomes = [Outcome(Setting(50, g), agreement, likeness, seconds) for g, seconds in ((1.0, 12.3), (2.0, 24.6))]
+    real = Likeness(frechet=0.25, precision=0.9, recall=0.8, dark_frames=1.0)
+    lines = report({"Date": "today"}, NAMES, agreement, real, outcomes, "python -m x").splitlines()
 
     assert "- Date: today" in lines
     assert "| 50 | 2 | 12 | 66.7 % (39.1-86.2) | 25 % | 25 |" in lines
     assert "| shirt | 25.0 | 25 | 25 |" in lines
+    assert "| as many real training images | 0.25 | 0.900 | 0.800 | 100.0 % |" in lines
+    assert "| 50 steps, cfg 2 | 1.50 | 0.750 | 0.500 | 98.0 % |" in lines
     assert "python -m x" in lines
+
+
+def test_a_frame_is_dark_where_all_of_its_pixels_are() -> None:
+    images = np.zeros((4, 8, 8, 1), dtype=np.uint8)
+    images[:, 2:6, 2:6] = 255
+    images[1, 0, 3] = images[2, 6, 7] = 10
+    images[3, 1, 1] = 9
+    assert dark_frames(images) == 0.5

@@ -1,0 +1,123 @@
+"""The judge: a small classifier of real images that says what generated ones show, and gives features of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from diffusion.config import CheckpointConfig
+from diffusion.update import from_uint8
+from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
+
+JUDGE_BATCH = 500
+JUDGE_TRAIN_BATCH = 128
+JUDGE_LR = 4e-3
+
+
+class JudgeError(ValueError):
+    """A judge, or data for one, that cannot be used; the message says which and why."""
+
+
+class Judge(nn.Module):
+    """A small convolutional classifier of images [B, C, H, W] where data spans [-1, 1]."""
+
+    def __init__(self, image_size: int, image_channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (image_channels, 16, 32, 64)
+        blocks: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            blocks += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        features = widths[-1] * (image_size >> (len(widths) - 1)) ** 2
+        self.features = nn.Sequential(*blocks, nn.Flatten())
+        self.head = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None:
+    """Train a judge in place on real images; leaves it in eval mode."""
+    torch.manual_seed(seed)
+    labels = torch.from_numpy(data.labels)
+    batches = epochs * len(labels) // JUDGE_TRAIN_BATCH
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=JUDGE_LR, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE_LR, total_steps=batches)
+    judge.train()
+    for batch in tqdm(range(batches), desc="training the judge", unit="batch", mininterval=2):
+        indices = batch_indices(seed, batch * JUDGE_TRAIN_BATCH, JUDGE_TRAIN_BATCH, len(labels))
+        x0 = torch.from_numpy(from_uint8(data.images(indices)))
+        loss = F.cross_entropy(judge(x0), labels[torch.from_numpy(indices)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    judge.eval()
+
+
+def load_or_train_judge(path: Path, judge: Judge, data: Path, config: CheckpointConfig, epochs: int) -> None:
+    """Fill a judge with the weights in a file, or train it and write the file.
+
+    Raises:
+        JudgeError: a file of another judge, or training data whose classes are not the model's.
+    """
+    if path.exists():
+        try:
+            judge.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise JudgeError(f"{path} holds no judge for this model, delete it to train one: {error}") from error
+        judge.eval()
+        return
+    train_judge(judge, open_split(data, config), epochs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, temporary)
+    temporary.replace(path)
+
+
+def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
+    """Return the judge's class for each image, int64 [N], of uint8 [N, H, W, C]."""
+    classes: IntArray = _in_batches(judge, pixels).argmax(axis=1)
+    return classes
+
+
+def features_of(judge: Judge, pixels: Uint8Array) -> npt.NDArray[np.float32]:
+    """Return what the judge's last layer sees, float32 [N, 128], of uint8 [N, H, W, C]."""
+    return _in_batches(nn.Sequential(judge.features, judge.head[:-1]), pixels)
+
+
+@torch.no_grad()
+def _in_batches(network: nn.Module, pixels: Uint8Array) -> npt.NDArray[np.float32]:
+    parts = [
+        network(torch.from_numpy(from_uint8(pixels[start : start + JUDGE_BATCH])))
+        for start in range(0, len(pixels), JUDGE_BATCH)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def open_split(path: Path, config: CheckpointConfig) -> Dataset:
+    """Open real images as the trainer does, padded to the model's size.
+
+    Raises:
+        JudgeError: the classes are not the model's.
+        DataError: nothing that can be read there.
+    """
+    data = open_dataset(path, config.model.image_size, config.model.image_channels)
+    if len(data.class_names) != config.model.num_classes or config.class_names not in (None, data.class_names):
+        raise JudgeError(
+            f"{path} must hold the classes the model knows, in their order: "
+            f"{config.class_names or config.model.num_classes}; got {data.class_names}"
+        )
+    return data
