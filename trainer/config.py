@@ -11,7 +11,7 @@ from diffusion.losses import LossType
 
 TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
 Precision = Literal["auto", "float32", "bfloat16"]
-LrSchedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 
 MAY_CHANGE_ON_RESUME = frozenset({"total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"})
@@ -50,7 +50,13 @@ class TrainConfig(FrozenConfig):
     lr_warmup_images: int = Field(default=0, ge=0)
     """The learning rate rises linearly over this many images."""
     lr_schedule: LrSchedule = "constant"
-    """What follows the warm-up: a constant rate, or half a cosine to zero at total_images."""
+    """What follows the warm-up.
+
+    `linear` and `cosine` fall to zero at total_images. `inverse_sqrt` falls as sqrt(lr_decay_images / images) after
+    lr_decay_images (the decay of arXiv:2312.02696), whatever total_images is: for runs whose end is not known.
+    """
+    lr_decay_images: int = Field(default=100_000, ge=1)
+    """Where `inverse_sqrt` begins to fall; other schedules ignore it."""
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; None: no limit."""

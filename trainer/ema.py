@@ -19,7 +19,7 @@ def exponential_decay(decay: float, *, warmup: bool) -> Decay:
 
 
 def power_decay(sigma_rel: float) -> Decay:
-    """Return the decay of a power-function average (Karras et al. 2024, arXiv:2312.02696, Equation 2).
+    """Return the decay of a power-function average (Karras et al. 2024, arXiv:2312.02696, section 3.1).
 
     Its weights grow as t^gamma, so that its width is always the same share of the training so far.
 

@@ -181,10 +181,18 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 def learning_rate(config: TrainConfig, images_seen: int) -> float:
     """Return the learning rate of the step that follows that many images."""
     warmup = min(1.0, (images_seen + config.batch_size) / max(1, config.lr_warmup_images))
-    if config.lr_schedule == "constant":
-        return config.lr * warmup
     progress = (images_seen - config.lr_warmup_images) / max(1, config.total_images - config.lr_warmup_images)
-    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    progress = min(1.0, max(0.0, progress))
+    match config.lr_schedule:
+        case "constant":
+            decay = 1.0
+        case "linear":
+            decay = 1 - progress
+        case "cosine":
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
+        case "inverse_sqrt":
+            decay = math.sqrt(config.lr_decay_images / max(config.lr_decay_images, images_seen))
+    return config.lr * warmup * decay
 
 
 def checkpoint_config(

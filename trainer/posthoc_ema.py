@@ -31,7 +31,7 @@ class Profile:
     """Its relative width."""
 
     def overlap(self, other: Profile) -> float:
-        """Return the inner product of two profiles over the time of training (section C.1 of the paper).
+        """Return the inner product of two profiles over the time of training (section 3.2 of the paper).
 
         A profile is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T.
         """
@@ -75,7 +75,7 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
 def fit_profile(available: list[Profile], wanted: Profile) -> tuple[FloatArray, float]:
     """Return the coefficients whose sum of profiles is nearest to the wanted one, and the relative error that is left.
 
-    Least squares over the time of training (Algorithm 3 of the paper). The error is the norm of the difference
+    Least squares over the time of training (section 3.2 of the paper). The error is the norm of the difference
     over the norm of the wanted profile, 0..1.
     """
     gram = np.array([[a.overlap(b) for b in available] for a in available])

@@ -222,6 +222,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[5] < 1e-3
 
 
+def test_a_linear_rate_falls_to_zero_and_an_inverse_root_knows_no_end() -> None:
+    linear = tiny(total_images=1000, batch_size=10, lr=1.0, lr_warmup_images=100, lr_schedule="linear")
+    assert [learning_rate(linear, images) for images in (100, 550, 1000)] == pytest.approx([1.0, 0.5, 0.0])
+    root = linear.replace(lr_schedule="inverse_sqrt", lr_decay_images=200)
+    assert [learning_rate(root, images) for images in (0, 200, 800, 20_000)] == pytest.approx([0.1, 1.0, 0.5, 0.1])
+
+
 def run_cli(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(arguments))
     return result.exit_code, " ".join(result.output.split())
