@@ -36,7 +36,7 @@ from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.policies import PolicyName
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start
+from service.engine.request import GenerationRequest, ImageParams, ImageStep, PlanKey, Priority
 from service.metrics import Metrics
 
 MODEL = "m"
@@ -55,12 +55,12 @@ class NullRunner:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def start(self, starts: Sequence[Start]) -> None:
+    def start(self, steps: Sequence[ImageStep]) -> None:
         """Nothing to set up."""
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
         """All goes well."""
-        return Later(lambda: [True] * len(slots))
+        return Later(lambda: [True] * len(steps))
 
     def classify(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
@@ -104,9 +104,9 @@ class GatedRunner(NullRunner):
         self.arrived = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
         """Say, where it is waited for, that a step has come, and wait to be let."""
-        return Later(lambda: self._pass(len(slots)))
+        return Later(lambda: self._pass(len(steps)))
 
     def _pass(self, images: int) -> list[bool]:
         self.arrived.release()

@@ -24,7 +24,7 @@ class EngineSampler:
 
     def __init__(self, denoiser: Denoiser[Any], width: int) -> None:
         self.description = denoiser.description
-        settings = EngineConfig(max_rows=width).with_room_for(denoiser.config.diffusion.num_timesteps)
+        settings = EngineConfig(max_rows=width)
         self._engine = Engine({MODEL: ArrayRunner(denoiser, settings)}, settings, Metrics())
         self._engine.warm_up()
 

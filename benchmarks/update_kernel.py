@@ -24,7 +24,7 @@ from diffusion.config import DiffusionConfig
 from diffusion.plans import build_plan
 from service.backends.cuda_graphs import Capture, call_again, cuda_capture
 from service.backends.cuda_queue import compiled
-from service.engine.runners.steps import add_noise_and_advance
+from service.engine.runners.step import add_noise_and_advance
 
 CALLS = 20
 """In a repeat, one behind the other."""

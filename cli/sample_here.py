@@ -56,7 +56,6 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
         body = GenerateRequest.model_validate(fields)
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
-    config = config.with_room_for(backend.config.diffusion.num_timesteps)
     runner, metrics = ArrayRunner(backend, config), Metrics()
     engine = Engine({"model": runner}, config, metrics)
     engine.warm_up()

@@ -48,8 +48,14 @@ class SamplingPlan:
 
     table: npt.NDArray[np.float32]
     """float32 [num_steps, 12] in the order of sampling: line 0 is the noisiest step, taken first. Read-only."""
+    timesteps: npt.NDArray[np.int64]
+    """int64 [num_steps]: the training timestep t of each line, 0..T-1."""
 
     def __post_init__(self) -> None:
+        if self.timesteps.dtype != np.int64 or self.timesteps.shape != self.table.shape[:1]:
+            raise ValueError(
+                f"timesteps must be int64 [{len(self.table)}]; got {self.timesteps.dtype} {self.timesteps.shape}"
+            )
         if self.table.dtype != np.float32 or self.table.shape[1:] != (len(PLAN_COLUMNS),):
             raise ValueError(
                 f"table must be float32 [num_steps, {len(PLAN_COLUMNS)}]; got {self.table.dtype} {self.table.shape}"
@@ -195,6 +201,7 @@ def _plan(diffusion: DiffusionConfig, process: Process, clip: bool, **columns: F
     for index, name in enumerate(PLAN_COLUMNS):
         table[:, index] = values.pop(name, 0.0)
     assert not values  # noqa: S101  # a misspelt column of our own
-    stored = table[::-1].astype(np.float32)
-    stored.setflags(write=False)
-    return SamplingPlan(stored)
+    stored, timesteps = table[::-1].astype(np.float32), process.timestep_map[::-1].copy()
+    for array in (stored, timesteps):
+        array.setflags(write=False)
+    return SamplingPlan(stored, timesteps)

@@ -62,35 +62,7 @@ def split_output(output: A, channels: int) -> tuple[A, A]:
     return output[:, :channels], output[:, channels:]
 
 
-class Begun(NamedTuple, Generic[A]):
-    """What of a step does not depend on the network: it can be computed while the network is."""
-
-    plan: PlanRows[A]
-    a_x_x_t: A
-    c_xt_x_t: A
-    c_prev_x0: A
-    clip_low: A
-    half_lv_range: A
-    adds_noise: A
-
-
-def begin_advance(plan: PlanRows[A], x_t: A, x0_prev: A) -> Begun[A]:
-    """Compute the part of `advance` that does not depend on the network; the arguments are described there.
-
-    Numpy may warn of rows that stop being finite, as in `finish_advance`.
-    """
-    return Begun(
-        plan,
-        a_x_x_t=plan.a_x * x_t,
-        c_xt_x_t=plan.c_xt * x_t,
-        c_prev_x0=plan.c_prev * x0_prev,
-        clip_low=-plan.clip,
-        half_lv_range=(plan.lv_max - plan.lv_min) / 2,
-        adds_noise=plan.noise_scale > 0,
-    )
-
-
-@np.errstate(over="ignore", invalid="ignore")  # a row that stops being finite is told of by `ok`, not by a warning
+@np.errstate(over="ignore", invalid="ignore")  # `ok` reports rows that stop being finite
 def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
     """Take one sampling step, x_t -> x_prev; every row may be at another step of another sampler.
 
@@ -110,22 +82,24 @@ def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, 
     Returns:
         The next images, the x0 they came from, and which rows are finite.
     """
-    return finish_advance(begin_advance(plan, x_t, x0_prev), out, var_values, z, grad)
+    return traceable_advance(plan, x_t, x0_prev, out, var_values, z, grad)
 
 
-def finish_advance(begun: Begun[A], out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
-    """Compute what `begin_advance` has left of `advance`; the arguments are described there."""
-    xp, plan = namespace(out), begun.plan
-    x0 = xp.minimum(xp.maximum(begun.a_x_x_t + plan.a_out * out, begun.clip_low), plan.clip)
+def traceable_advance(
+    plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None
+) -> Step[A]:
+    """Take one step as `advance` does, in a form that torch.compile can trace: numpy may warn of overflows."""
+    xp = namespace(out)
+    x0 = xp.minimum(xp.maximum(plan.a_x * x_t + plan.a_out * out, -plan.clip), plan.clip)
     # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
-    log_variance = plan.lv_min + begun.half_lv_range * (var_values + 1)
+    log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) / 2 * (var_values + 1)
 
-    mean = plan.c_x0 * x0 + begun.c_xt_x_t + begun.c_prev_x0
+    mean = plan.c_x0 * x0 + plan.c_xt * x_t + plan.c_prev * x0_prev
     if grad is not None:
         shift = (plan.g_var * xp.exp(log_variance) + plan.g_const) * grad
         mean = mean + xp.where(grad != 0, shift, 0.0)  # rows without know of no others, even where exp overflows
     noise = plan.noise_scale * xp.exp(0.5 * log_variance) * z
-    x_prev = mean + xp.where(begun.adds_noise, noise, 0.0)
+    x_prev = mean + xp.where(plan.noise_scale > 0, noise, 0.0)
 
     return Step(x_prev, x0, xp.all(xp.isfinite(x_prev), axis=(1, 2, 3)))
 

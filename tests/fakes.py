@@ -25,7 +25,7 @@ from diffusion.config import (
 from diffusion.unet import UNet
 from service.backends.base import FailureKind, classify_synchronous
 from service.backends.pending import Later, Pending
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority, Start, Watch
+from service.engine.request import GenerationRequest, ImageParams, ImageStep, PlanKey, Priority, Watch
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -152,12 +152,17 @@ class CountingRunner:
     def warm_up(self) -> None:
         """Nothing to warm up."""
 
-    def start(self, starts: Sequence[Start]) -> None:
-        for start in starts:
-            self.steps[start.slot] = 0
+    def start(self, steps: Sequence[ImageStep]) -> None:
+        for step in steps:
+            assert step.step == 0
+            self.steps[step.slot] = 0
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
-        return Later(lambda: self.step(slots))
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
+        def take() -> list[bool]:
+            assert [self.steps[step.slot] for step in steps] == [step.step for step in steps]
+            return self.step([step.slot for step in steps])
+
+        return Later(take)
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         assert len(set(slots)) == len(slots)

@@ -87,8 +87,7 @@ def assemble(
             be.
         KeysError: a keys file that cannot be read.
     """
-    longest = max(denoiser.config.diffusion.num_timesteps for denoiser in denoisers.values())
-    config = settings.engine_config().with_room_for(longest)
+    config = settings.engine_config()
     metrics = Metrics()
     runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}

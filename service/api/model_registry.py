@@ -30,7 +30,7 @@ from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.engine.timing import time_steps
-from service.errors import LoadConflict, LoadFailed, ModelError, UnknownModel
+from service.errors import LoadConflict, LoadFailed, UnknownModel
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,6 @@ class ModelRegistry:
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
         gc.collect()  # what an earlier load left behind in cycles goes before more comes
         denoiser = self._load(folder)
-        longest = denoiser.config.diffusion.num_timesteps
-        if longest > self._config.plan_lines:
-            raise ModelError(f"T must be at most {self._config.plan_lines} in a running service; got {longest}")
         runner = ArrayRunner(denoiser, self._config)
         runner.warm_up()
         costs = time_steps(runner, self._config, time.monotonic)

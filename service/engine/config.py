@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 from pydantic import Field
 
 from diffusion.config import FrozenConfig
@@ -35,15 +33,8 @@ class EngineConfig(FrozenConfig):
     """Run at the smallest width whose row rate is at least this part of the best one."""
     timed_calls: int = Field(default=2, ge=0)
     """Steps timed at start-up per batch size, each after another; 0: learn from the first ones what a step costs."""
-    plan_lines: int = Field(default=16384, ge=16)
-    """Capacity of a model's table of sampling plans, in lines (one per step of each distinct plan in flight)."""
-
     strict_graphs: bool = False
     """Whether a batch size that a device could not capture as a graph is an error, rather than slower and counted."""
-
-    def with_room_for(self, num_timesteps: int) -> Self:
-        """Return a configuration whose plan table holds the longest plan of a model with that many timesteps."""
-        return self.replace(plan_lines=max(self.plan_lines, num_timesteps))
 
     @property
     def num_slots(self) -> int:

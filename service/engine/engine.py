@@ -264,8 +264,7 @@ class Engine:
         finally:
             self.under_way = None
         if failed:
-            raised = step.outcome.failures
-            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image, image in raised))}
+            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
             step.left = [image for image in step.batch.images if image in leaving]
         if not runner.depth:
             self._look(step)
@@ -333,10 +332,10 @@ class Engine:
     def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> Pending[list[bool]]:
         """Begin a step of some images of its batch, setting those up that it is the first step of."""
         runner = self._runners[batch.model]
-        slots = [image.slot for image in images if image.slot is not None]
+        steps = [step for image, step in zip(batch.images, batch.steps, strict=True) if image in images]
         try:
-            runner.start([start for start in batch.starts if start.slot in slots])
-            return runner.launch(slots)
+            runner.start([step for step in steps if step.step == 0])
+            return runner.launch(steps)
         finally:
             self._counts.attempt(batch.model, runner, images)
 

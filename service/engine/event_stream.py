@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from service.engine.events import Completed, Event, ImageDone, ImageFailed, Preview, Progress, Queued
 from service.engine.forecast import Prediction
-from service.engine.request import ImagePreview, ImageResult, ImageStep, Observation
+from service.engine.request import ImagePreview, ImageProgress, ImageResult, Observation
 from service.errors import GenerationFailed
 
 ROUND_EVERY_S = 0.05
@@ -89,7 +89,7 @@ class EventStream:
         if self._closed:
             return
         self._in_queue = False
-        for kind in (ImageStep, ImagePreview):
+        for kind in (ImageProgress, ImagePreview):
             self._steps.pop((kind, position), None)
         self._unfinished -= 1
         if isinstance(outcome, ImageResult):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.backends.pending import Later, Pending
-from service.engine.request import Image, ImagePreview, ImageStatus, ImageStep, Observation
+from service.engine.request import Image, ImagePreview, ImageProgress, ImageStatus, Observation
 from service.engine.runners.base import Runner
 
 
@@ -17,7 +17,7 @@ def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation
     """
     watched = [image for image in images if image.watch is not None and image.status is ImageStatus.RUNNING]
     steps = [
-        ImageStep(
+        ImageProgress(
             request_id=image.request_id, position=image.position, step=image.steps_done, steps=image.params.num_steps
         )
         for image in watched

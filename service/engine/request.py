@@ -137,10 +137,6 @@ class Image:
     """Its policy's sort key (least first), then `sequence`; changes only when the image takes a step."""
     status: ImageStatus = ImageStatus.WAITING
     slot: int | None = None
-    plan_offset: int | None = None
-    """First line of its plan in the model's table."""
-    plan_fresh: bool = False
-    """Whether those lines were not known to be written when it started."""
     steps_done: int = 0
     started_at: float | None = None
 
@@ -174,14 +170,14 @@ def images_of(request: GenerationRequest, submitted_at: float) -> list[Image]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """Tells a runner to set up a slot."""
+class ImageStep:
+    """Which step of which image a runner takes: every number of an image is on the host, with whom it is known."""
 
     slot: int
+    """Where the image's arrays are."""
     params: ImageParams
-    plan_offset: int
-    write_plan: bool
-    """Whether the plan's lines are not known to be in the table: every image that starts without says so."""
+    step: int
+    """Sampling steps that the image has taken; 0: it starts with this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +192,13 @@ class Move:
 class StepBatch:
     """One network call: which images of which model advance by a step, and what becomes of slots before it.
 
-    In this order: evictions, restores, starts, the step.
+    In this order: evictions, restores, the step.
     """
 
     model: str
     images: tuple[Image, ...]
-    starts: tuple[Start, ...]
+    steps: tuple[ImageStep, ...]
+    """Of each image, the step that it takes."""
     evictions: tuple[Move, ...] = ()
     restores: tuple[Move, ...] = ()
     preempted: int = 0
@@ -217,14 +214,9 @@ class StepBatch:
         """Rows that the classifier is called on, padding not counted."""
         return sum(image.classified_rows for image in self.images)
 
-    @property
-    def slots(self) -> list[int]:
-        """Slot of each image."""
-        return [image.slot for image in self.images if image.slot is not None]
-
 
 @dataclass(frozen=True, kw_only=True)
-class ImageStep:
+class ImageProgress:
     """What the engine says of a watched image that took a step, and not its last one."""
 
     request_id: str
@@ -246,7 +238,7 @@ class ImagePreview:
     """uint8 [H, W, C] of the predicted x0."""
 
 
-Observation = ImageStep | ImagePreview
+Observation = ImageProgress | ImagePreview
 
 
 @dataclass(frozen=True, kw_only=True)

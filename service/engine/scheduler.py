@@ -9,9 +9,8 @@ from typing import Any
 
 from service.engine.client_shares import ClientShares
 from service.engine.config import EngineConfig
-from service.engine.plan_table import PlanTable
 from service.engine.policies import policy_named
-from service.engine.request import Image, ImageStatus, Move, Priority, Start, StepBatch
+from service.engine.request import Image, ImageStatus, ImageStep, Move, Priority, StepBatch
 from service.engine.waiting_line import WaitingLine
 
 PROBE_INTERVAL = 32
@@ -28,8 +27,6 @@ class _Queue:
         self.waiting = WaitingLine(self.shares.ahead)
         self.evicted = WaitingLine(self.shares.ahead)
         self.running: list[Image] = []
-        self.blocked = False
-        """This step's most urgent waiting image found no plan lines: later ones must not take what it waits for."""
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.evicted) + len(self.running)
@@ -43,7 +40,7 @@ class _Queue:
     def next_in_line(self, rows: int) -> Image | None:
         """Return the most urgent image without a slot that takes at most so many rows and may go on."""
         evicted = self.evicted.first(rows)
-        waiting = None if self.blocked else self.waiting.first(rows)
+        waiting = self.waiting.first(rows)
         if evicted is None or waiting is None:
             return evicted or waiting
         return min(evicted, waiting, key=self.urgency)
@@ -56,7 +53,7 @@ class _Queue:
 
 
 class _Lane:
-    """The images of one model, and the slots and plan lines they hold."""
+    """The images of one model, and the slots they hold."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.interactive = _Queue(config.client_allowance)
@@ -64,7 +61,6 @@ class _Lane:
         self.width = config.max_rows
         self.probe_widths: Sequence[int] = ()
         self.free_slots = list(range(config.num_slots))
-        self.plans = PlanTable(config.plan_lines)
         self.steps = 0
         self.batch_credit = 0.0
         """Row-steps that batch work may claim before interactive work; saved up for images of two rows."""
@@ -249,12 +245,9 @@ class Scheduler:
             served[lane.queue(image)][image.client] += image.rows
         for queue, rows in served.items():
             queue.served(rows)
-        started = {start.slot for start in batch.starts}
         self.remaining_row_steps -= batch.rows
         left = []
         for image, fine in zip(batch.images, ok, strict=True):
-            if fine and image.slot in started:
-                lane.plans.confirm(image.params.plan)
             image.steps_done += 1
             if fine and image.steps_done < image.params.num_steps:
                 self._set_order(image)
@@ -263,21 +256,14 @@ class Scheduler:
                 left.append(image)
         return left
 
-    def fail(self, image: Image, raised: bool) -> bool:
+    def fail(self, image: Image) -> bool:
         """Take note that an image has failed in a step that was written back as if it had not.
-
-        Args:
-            image: of that step.
-            raised: whether it made the step raise, perhaps before its plan was written; else it is not finite.
 
         Returns:
             Whether it leaves with that. Else it had left: what was done has failed, what was aborted stays so.
         """
-        lane = self._lanes[image.model]
-        if raised:
-            lane.plans.doubt(image.params.plan)  # whoever starts next writes it anew
         if image.status in _STARTED:
-            self._leave(lane, image, ImageStatus.FAILED)
+            self._leave(self._lanes[image.model], image, ImageStatus.FAILED)
             return True
         if image.status is ImageStatus.DONE:
             image.status = ImageStatus.FAILED
@@ -288,7 +274,6 @@ class Scheduler:
     def _pick(self, lane: _Lane) -> list[Image]:
         """Choose the images of the next step, most urgent first within each priority."""
         interactive, batch = lane.interactive, lane.batch
-        interactive.blocked = batch.blocked = False
         for queue in (interactive, batch):
             queue.running = sorted(queue.running, key=queue.urgency)  # not in place: that empties it for other threads
         picked: dict[Image, None] = {}
@@ -297,15 +282,15 @@ class Scheduler:
             share = self._config.batch_share * lane.width
             lane.batch_credit = min(lane.batch_credit + share, share + 2)
             claimed = min(rows, int(lane.batch_credit))
-            taken = claimed - self._take(lane, batch, claimed, picked, in_full=True)
+            taken = claimed - self._take(batch, claimed, picked, in_full=True)
             lane.batch_credit -= taken
             rows -= taken
-        rows = self._take(lane, interactive, rows, picked)
-        batch.blocked |= interactive.blocked
-        self._take(lane, batch, rows, picked)
+        rows = self._take(interactive, rows, picked)
+        self._take(batch, rows, picked)
         return list(picked)
 
-    def _take(self, lane: _Lane, queue: _Queue, rows: int, picked: dict[Image, None], in_full: bool = False) -> int:
+    @staticmethod
+    def _take(queue: _Queue, rows: int, picked: dict[Image, None], in_full: bool = False) -> int:
         """Pick images of a queue, the most urgent first, up to so many rows; returns how many are left.
 
         With `in_full`, an image that is too wide ends it: rows that are saved up must not go to narrower ones.
@@ -327,29 +312,12 @@ class Scheduler:
                 break
             if image is not newcomer:
                 at += 1
-            elif not self._may_take_part(lane, queue, image):
-                queue.blocked = True
-                newcomer = queue.next_in_line(widest)
-                continue
             else:
+                (queue.waiting if image.status is ImageStatus.WAITING else queue.evicted).remove(image)
                 newcomer = queue.next_in_line(widest)
             picked[image] = None
             rows -= image.rows
         return rows
-
-    @staticmethod
-    def _may_take_part(lane: _Lane, queue: _Queue, image: Image) -> bool:
-        """Take an image out of its line, with plan lines if it is to start; False: there is no room for its plan."""
-        if image.status is ImageStatus.EVICTED:
-            queue.evicted.remove(image)
-        elif image.status is ImageStatus.WAITING:
-            found = lane.plans.acquire(image.params.plan, image.params.num_steps)
-            if found is None:
-                return False
-            image.plan_offset = found.offset
-            image.plan_fresh = found.fresh
-            queue.waiting.remove(image)
-        return True
 
     # Placing: who gets which slot
 
@@ -358,14 +326,13 @@ class Scheduler:
         newcomers = [image for image in images if image.status is not ImageStatus.RUNNING]
         picked = set(images)
         evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
-        starts, restores = [], []
+        restores = []
         for image in newcomers:
             image.slot = slot = lane.free_slots.pop()
             if image.status is ImageStatus.EVICTED:
                 restores.append(Move(image=image, slot=slot))
             else:
                 image.started_at = now
-                starts.append(self._start(image, slot))
             image.status = ImageStatus.RUNNING
             lane.queue(image).running.append(image)
         preempted = sum(image not in picked and image.status in _STARTED for image in lane.last)
@@ -373,7 +340,7 @@ class Scheduler:
         return StepBatch(
             model=model,
             images=lane.last,
-            starts=tuple(starts),
+            steps=tuple(ImageStep(slot=_slot(image), params=image.params, step=image.steps_done) for image in images),
             evictions=tuple(evictions),
             restores=tuple(restores),
             preempted=preempted,
@@ -396,18 +363,11 @@ class Scheduler:
                     queue.evicted.push(image)
         return evictions
 
-    @staticmethod
-    def _start(image: Image, slot: int) -> Start:
-        if image.plan_offset is None:
-            raise RuntimeError(f"image {image.position} of {image.request_id} starts without plan lines")
-        return Start(slot=slot, params=image.params, plan_offset=image.plan_offset, write_plan=image.plan_fresh)
-
     def _leave(self, lane: _Lane, image: Image, status: ImageStatus) -> None:
         queue = lane.queue(image)
         if image.status is ImageStatus.WAITING:
             queue.waiting.remove(image)
         else:
-            lane.plans.release(image.params.plan)
             if image.status is ImageStatus.EVICTED:
                 queue.evicted.remove(image)
             else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.engine.config import EngineConfig
-from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners.base import Runner
 from service.engine.step_costs import StepCosts
 
@@ -42,11 +42,11 @@ def observe_step(costs: StepCosts, runner: Runner, rows: int, classified: int, s
 
 def _time(runner: Runner, config: EngineConfig, clock: Callable[[], float], rows: int, params: ImageParams) -> float:
     slots = range(_used(rows, config))
-    # The plan is written over each time; the scheduler, which knows of none, will write its own
-    runner.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
-    runner.launch(list(slots)).wait()
+    first, second = ([ImageStep(slot=slot, params=params, step=step) for slot in slots] for step in range(2))
+    runner.start(first)
+    runner.launch(first).wait()
     begun = clock()
-    runner.launch(list(slots)).wait()
+    runner.launch(second).wait()
     return clock() - begun
 
 

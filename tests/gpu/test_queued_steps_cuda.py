@@ -17,13 +17,13 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import ImageParams, ImageResult, ImageStatus, Watch
 from service.engine.runners.array_runner import ArrayRunner
-from service.engine.runners.steps import add_noise_and_advance
+from service.engine.runners.step import add_noise_and_advance
 from service.metrics import Metrics
 from tests.fakes import generation, params, tiny_checkpoint, tiny_guided_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-CONFIG = EngineConfig(max_rows=4, slots_per_row=1, plan_lines=64, strict_graphs=True, timed_calls=0)
+CONFIG = EngineConfig(max_rows=4, slots_per_row=1, strict_graphs=True, timed_calls=0)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["separate", "fused"])

@@ -42,7 +42,7 @@ def here() -> str | None:
 REASON = here()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
-CONFIG = EngineConfig(max_rows=4, slots_per_row=2, plan_lines=64)
+CONFIG = EngineConfig(max_rows=4, slots_per_row=2)
 BANDS = 5
 PRECISION_LIMITS: list[tuple[Precision, float]] = [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 5e-2)]
 

@@ -16,7 +16,7 @@ from tests.gpu.company import assert_pixels_do_not_depend_on_company
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-CONFIG = EngineConfig(max_rows=4, slots_per_row=2, plan_lines=64)
+CONFIG = EngineConfig(max_rows=4, slots_per_row=2)
 PRECISIONS = pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05), ("fp16", 0.02)])
 
 

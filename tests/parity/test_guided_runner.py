@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,7 @@ from service.backends.onnxruntime_backend import OnnxRuntimeClassifier
 from service.backends.openvino_backend import OpenVinoClassifier
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
-from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners import host_steps
 from service.engine.runners.array_runner import ArrayRunner
 from tests import golden
@@ -33,7 +34,7 @@ from tests.kinds import of_kind, on_kind
 
 GOLDEN = golden.load("guidance")
 CASES = pytest.mark.parametrize("case", GOLDEN.cases, ids=lambda case: case["key"])
-CONFIG = EngineConfig(max_rows=4, plan_lines=64)
+CONFIG = EngineConfig(max_rows=4)
 OPTIONS = BackendOptions(max_rows=CONFIG.max_rows, threads=1, device="cpu", precision="fp32")
 
 Subject = Literal["torch", "openvino", "onnxruntime"]
@@ -85,10 +86,10 @@ def make(gradients: dict[Subject, GuidingClassifier[Any]], tmp_path: Path) -> Ma
 
 def put(
     runner: ArrayRunner[Any], case: dict[str, Any], sampler: Sampler, num_steps: int, x: Any, y: Any, step: Any
-) -> list[int]:
-    """Put images into slots, each at a step of its own."""
-    starts = [
-        Start(
+) -> list[ImageStep]:
+    """Put images into slots; returns the step of each, which need not be its first."""
+    steps = [
+        ImageStep(
             slot=slot,
             params=ImageParams(
                 plan=PlanKey(sampler=sampler, spec=case["respacing"]),
@@ -98,16 +99,14 @@ def put(
                 class_index=int(label),
                 classifier_scale=case["classifier_scale"],
             ),
-            plan_offset=0,
-            write_plan=slot == 0,
+            step=int(number),
         )
-        for slot, label in enumerate(y)
+        for slot, (label, number) in enumerate(zip(y, step, strict=True))
     ]
-    runner.start(starts)
+    runner.start(steps)
     kind: Any = "numpy" if isinstance(runner._slots.x, np.ndarray) else "torch"
     runner._slots.x[: len(y)] = of_kind(kind, x)
-    runner._slots.step[: len(y)] = of_kind(kind, step)
-    return list(range(len(y)))
+    return steps
 
 
 def draw(monkeypatch: pytest.MonkeyPatch, noise: npt.NDArray[Any]) -> None:
@@ -127,9 +126,9 @@ def test_a_guided_step_of_the_runner_equals_the_reference(
 ) -> None:
     runner, key = make(subject, case), case["key"]
     x, t, y = (GOLDEN[f"{key}.{name}"] for name in ("x", "t", "y"))
-    slots = put(runner, case, sampler, case["num_timesteps"], x, y, case["num_timesteps"] - 1 - t)
+    steps = put(runner, case, sampler, case["num_timesteps"], x, y, case["num_timesteps"] - 1 - t)
     draw(monkeypatch, GOLDEN[f"{key}.p_sample.noise"])
-    assert all(runner.launch(slots).wait())
+    assert all(runner.launch(steps).wait())
 
     sample = GOLDEN[f"{key}.{expected}"]
     error = np.abs(to_numpy(runner._slots.x)[: len(y)] - sample).max() / np.abs(sample).max()
@@ -143,8 +142,9 @@ def test_a_guided_chain_of_the_runner_equals_the_reference(
 ) -> None:
     case = GOLDEN.config["chain"]
     runner, y = make(subject, case), GOLDEN[f"{key}.y"]
-    slots = put(runner, case, sampler, 8, GOLDEN[f"{key}.init_noise"], y, np.zeros(len(y), dtype=np.int64))
+    steps = put(runner, case, sampler, 8, GOLDEN[f"{key}.init_noise"], y, np.zeros(len(y), dtype=np.int64))
     for noise, sample in zip(GOLDEN[f"{key}.step_noise"], GOLDEN[f"{key}.samples"], strict=True):
         draw(monkeypatch, noise)
-        assert all(runner.launch(slots).wait())
+        assert all(runner.launch(steps).wait())
+        steps = [replace(step, step=step.step + 1) for step in steps]
         np.testing.assert_allclose(to_numpy(runner._slots.x)[: len(y)], sample, rtol=0, atol=5e-4)

@@ -157,7 +157,7 @@ def test_a_compiled_network_is_compiled_once_for_each_size(tmp_path: Path, monke
     assert compiled.description == f"{eager.description} compiled"
     assert compiled.numerics_id != eager.numerics_id
 
-    ArrayRunner(compiled, EngineConfig(max_rows=2, plan_lines=64)).warm_up()
+    ArrayRunner(compiled, EngineConfig(max_rows=2)).warm_up()
     for size in compiled.batch_sizes:
         x_t, t, y = inputs(size)
         for emb_t in (eager.embed_timesteps(t), eager.embed_timesteps(t).clone()):  # made in inference mode, and not

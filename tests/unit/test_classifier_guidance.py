@@ -40,7 +40,7 @@ from tests.fakes import (
 )
 
 WIDTH = 4
-CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64)
+CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2)
 
 
 def guided(**changes: object) -> tuple[ExactDenoiser, ExactClassifier]:

@@ -27,11 +27,11 @@ from service.engine.engine import WIDTH_INTERVAL, Engine
 from service.engine.request import (
     ImageParams,
     ImagePreview,
+    ImageProgress,
     ImageResult,
     ImageStatus,
     ImageStep,
     PlanKey,
-    Start,
     Watch,
 )
 from service.engine.runners.array_runner import ArrayRunner
@@ -63,7 +63,7 @@ from tests.fakes import (
 from tests.late_queue import QueuedDenoiser
 
 WIDTH = 4
-CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64)
+CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2)
 
 
 @cache
@@ -255,10 +255,11 @@ def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors()
 def test_what_the_last_step_of_ancestral_sampling_predicts_is_the_image(subject: Subject) -> None:
     runner = subject_of(subject)[0]
     image = replace(params(steps=3, cfg_scale=2.0, seed=3), class_index=2)
-    runner.start([Start(slot=1, params=image, plan_offset=0, write_plan=True)])
+    steps = [ImageStep(slot=1, params=image, step=step) for step in range(3)]
+    runner.start(steps[:1])
     previews = []
-    for _ in range(3):
-        runner.launch([1]).wait()
+    for step in steps:
+        runner.launch([step]).wait()
         previews.append(runner.preview([1]).wait()[0].tobytes())
     assert previews[-1] == runner.read([1]).wait()[0].tobytes() == reference(image, subject)
     assert len(set(previews)) == 3
@@ -274,8 +275,8 @@ def test_steps_of_watched_images_are_told_previews_when_due_and_nothing_of_other
         told.append(engine.observations)
     assert all(seen.request_id == "seen" for step in told for seen in step)
     steps = [[(type(seen), seen.position, seen.step, seen.steps) for seen in step] for step in told]
-    assert sorted(steps[0], key=itemgetter(1)) == [(ImageStep, 0, 1, 5), (ImageStep, 1, 1, 2)]
-    assert steps[1] == [(ImageStep, 0, 2, 5), (ImagePreview, 0, 2, 5)]
+    assert sorted(steps[0], key=itemgetter(1)) == [(ImageProgress, 0, 1, 5), (ImageProgress, 1, 1, 2)]
+    assert steps[1] == [(ImageProgress, 0, 2, 5), (ImagePreview, 0, 2, 5)]
     assert isinstance(told[1][1], ImagePreview)
     assert told[1][1].pixels.tolist() == [[[102]]]
     assert [len(step) for step in steps] == [2, 2, 1, 2, 0, 0, 0, 0, 0]

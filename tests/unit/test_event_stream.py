@@ -15,7 +15,7 @@ from service.engine.event_stream import EventStream
 from service.engine.events import Event, ImageDone, ImageFailed, Preview, Progress, Queued
 from service.engine.forecast import Prediction
 from service.engine.mailbox import Mailbox
-from service.engine.request import ImagePreview, ImageResult, ImageStatus, ImageStep, Observation, Watch
+from service.engine.request import ImagePreview, ImageProgress, ImageResult, ImageStatus, Observation, Watch
 from service.errors import EngineDead, GenerationFailed, NotFinite
 from tests.fakes import CountingRunner, generation, params
 from tests.unit.test_async_engine import CONFIG, PausedRunner, outcome, runs, started, until
@@ -37,8 +37,8 @@ def stream(images: int = 2) -> EventStream:
     return EventStream(images, prediction(), lambda: prediction(0, 5.0))
 
 
-def moved(position: int, step: int) -> ImageStep:
-    return ImageStep(request_id="r", position=position, step=step, steps=50)
+def moved(position: int, step: int) -> ImageProgress:
+    return ImageProgress(request_id="r", position=position, step=step, steps=50)
 
 
 def shown(position: int, step: int) -> ImagePreview:
@@ -157,7 +157,7 @@ def test_the_mailbox_keeps_the_newest_of_each_kind_and_says_when_to_look() -> No
     assert mailbox.put(first)
     assert not mailbox.put([moved(0, 2)])
     kept = [(type(seen), seen.position, seen.step) for seen in mailbox.take()]
-    assert kept == [(ImageStep, 0, 2), (ImagePreview, 0, 1), (ImageStep, 1, 1)]
+    assert kept == [(ImageProgress, 0, 2), (ImagePreview, 0, 1), (ImageProgress, 1, 1)]
     assert mailbox.take() == []
     assert mailbox.put([moved(0, 3)])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from diffusion.config import DiffusionConfig
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
-from diffusion.respacing import respace
+from diffusion.respacing import respace, space_timesteps
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -217,4 +217,12 @@ def test_what_cannot_be_built_is_refused() -> None:
 
 def test_a_table_of_another_form_is_no_plan() -> None:
     with pytest.raises(ValueError, match=r"table must be float32 \[num_steps, 12\]"):
-        SamplingPlan(np.zeros((5, 11), dtype=np.float32))
+        SamplingPlan(np.zeros((5, 11), dtype=np.float32), np.arange(5))
+    with pytest.raises(ValueError, match=r"timesteps must be int64 \[5\]; got int64 \(4,\)"):
+        SamplingPlan(np.zeros((5, 12), dtype=np.float32), np.arange(4))
+
+
+def test_a_plan_names_the_training_timestep_of_each_line() -> None:
+    plan = build_plan(COSINE, "ancestral", "10,10")
+    assert plan.timesteps.tolist() == space_timesteps(COSINE.num_timesteps, "10,10")[::-1].tolist()
+    np.testing.assert_array_equal(plan.column("t_model"), respace(COSINE).model_t[plan.timesteps])

@@ -25,14 +25,14 @@ from service.backends.base import FailureKind
 from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
 from service.engine.config import EngineConfig
-from service.engine.request import Start
+from service.engine.request import ImageStep
 from service.engine.runners import queued_steps
 from service.engine.runners.array_runner import ArrayRunner
-from service.engine.runners.steps import add_noise_and_advance
+from service.engine.runners.step import add_noise_and_advance
 from tests.fakes import params, tiny_classifier, tiny_classifier_config, tiny_config, tiny_network
 
 META = torch.device("meta")
-CONFIG = EngineConfig(max_rows=4, slots_per_row=1, plan_lines=64, timed_calls=0)
+CONFIG = EngineConfig(max_rows=4, slots_per_row=1, timed_calls=0)
 
 
 class HostOperands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # missing in torch's types
@@ -144,9 +144,11 @@ def take_a_step(classifier_scales: Sequence[float]) -> None:
             replace(params(steps=3, seed=slot, cfg_scale=1.0 + slot % 2), classifier_scale=scale)
             for slot, scale in zip(slots, classifier_scales, strict=True)
         ]
-        runner.start([Start(slot=s, params=images[s], plan_offset=0, write_plan=s == 0) for s in slots])
-        for _ in range(2):  # the second one has gradients to clear
-            assert len(runner.launch(slots).wait()) == len(slots)
+        for number in range(2):  # the second one has gradients to clear
+            steps = [ImageStep(slot=slot, params=images[slot], step=number) for slot in slots]
+            if number == 0:
+                runner.start(steps)
+            assert len(runner.launch(steps).wait()) == len(slots)
         assert runner.read(slots).wait().shape == (len(slots), 8, 8, 1)
 
 

@@ -22,10 +22,9 @@ from service.backends.cuda_queue import compiled
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.request import ImageParams, ImageResult, ImageStatus, ImageStep, Watch
+from service.engine.request import ImageParams, ImageProgress, ImageResult, ImageStatus, Watch
 from service.engine.runners.array_runner import ArrayRunner
-from service.engine.runners.layout import lay_out, lay_out_classified
-from service.engine.runners.steps import add_noise_and_advance
+from service.engine.runners.step import add_noise_and_advance
 from service.errors import EngineDead, ModelError
 from service.metrics import Metrics
 from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
@@ -33,8 +32,7 @@ from tests.fakes import generation, params, tiny_classifier_config, tiny_config
 from tests.late_queue import LateQueue, QueuedDenoiser
 
 WIDTH = 4
-CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, plan_lines=64, timed_calls=0)
-LONG = CONFIG.replace(plan_lines=1000)
+CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, timed_calls=0)
 FIRST_SLOT = CONFIG.num_slots - 1
 
 
@@ -60,17 +58,6 @@ def finish(engine: Engine) -> list[ImageResult]:
     while engine.has_work():
         results += engine.step()
     return results
-
-
-def test_a_layout_says_who_stands_where() -> None:
-    layout = lay_out([7, 3, 5], guided=[0, 2], size=8, spare_slot=9)
-    assert layout.tolist() == [
-        [7, 3, 5, 9, 9, 9, 9, 9],
-        [0, 1, 2, 0, 2, 0, 0, 0],
-        [0, 0, 0, 1, 1, 0, 0, 0],
-        [3, 1, 4, 3, 4, 5, 6, 7],
-    ]
-    assert lay_out_classified([7, 3, 5], [0, 2], 4, (9, 8)).tolist() == [[7, 5, 9, 9], [0, 2, 8, 8]]
 
 
 def test_the_host_waits_for_nothing_until_two_more_steps_are_launched() -> None:
@@ -283,7 +270,7 @@ def test_rows_that_nobody_has_stay_finite_however_long_they_run() -> None:
     finish(engine)
     spare = runner._slots.spare_slot
     table = runner._slots
-    assert not any(bool(array[spare].any()) for array in (table.step, table.x, table.x0))
+    assert not any(bool(array[spare].any()) for array in (table.x, table.x0))
 
 
 def test_steps_of_watched_images_are_told_as_on_a_host() -> None:
@@ -293,8 +280,8 @@ def test_steps_of_watched_images_are_told_as_on_a_host() -> None:
     while engine.has_work():
         engine.step()
         told += engine.observations
-    assert [seen.step for seen in told if isinstance(seen, ImageStep)] == [1, 2, 3, 4]
-    assert [seen.step for seen in told if not isinstance(seen, ImageStep)] == [2, 4]
+    assert [seen.step for seen in told if isinstance(seen, ImageProgress)] == [1, 2, 3, 4]
+    assert [seen.step for seen in told if not isinstance(seen, ImageProgress)] == [2, 4]
 
 
 def test_noise_and_update_can_be_compiled_whole() -> None:
@@ -313,7 +300,7 @@ def test_noise_and_update_can_be_compiled_whole() -> None:
 def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
     async def run() -> None:
         network, metrics = denoiser(), Metrics()
-        engine = AsyncEngine(Engine({"m": ArrayRunner(network, LONG)}, LONG, metrics), LONG, metrics)
+        engine = AsyncEngine(Engine({"m": ArrayRunner(network, CONFIG)}, CONFIG, metrics), CONFIG, metrics)
         engine.start()
         while engine.state is EngineState.STARTING:
             await asyncio.sleep(0.001)
@@ -332,7 +319,7 @@ def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
 def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
     async def run() -> None:
         metrics = Metrics()
-        engine = AsyncEngine(Engine({"m": ArrayRunner(denoiser(), LONG)}, LONG, metrics), LONG, metrics)
+        engine = AsyncEngine(Engine({"m": ArrayRunner(denoiser(), CONFIG)}, CONFIG, metrics), CONFIG, metrics)
         engine.start()
         while engine.state is EngineState.STARTING:
             await asyncio.sleep(0.001)

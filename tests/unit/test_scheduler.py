@@ -75,31 +75,20 @@ def test_an_image_that_does_not_fit_is_passed_over_but_not_overtaken_for_good() 
     assert scheduler.num_running == 4
 
 
-def test_an_image_waits_for_a_plan_table_that_is_full_and_is_not_overtaken_meanwhile() -> None:
-    scheduler = make(plan_lines=16)
-    scheduler.add([image("a", 10), image("big", 12), image("small", 3)])
-    assert run_step(scheduler)[0] == ["a"]
-    for _ in range(9):
-        run_step(scheduler)
-    assert run_step(scheduler)[0] == ["big", "small"]
-
-
-def test_images_that_share_a_plan_write_it_until_one_of_them_has_taken_a_step() -> None:
+def test_a_step_names_which_step_of_which_image_it_takes() -> None:
     scheduler = make()
-    scheduler.add([image("a", 5), image("b", 5), image("c", 6)])
-    batch = scheduler.schedule(now=0.0)
-    assert batch is not None
-    assert [start.write_plan for start in batch.starts] == [True, True, True]
-    assert batch.starts[0].plan_offset == batch.starts[1].plan_offset != batch.starts[2].plan_offset
-    scheduler.complete(batch, [False, True, False])
-    scheduler.add([image("d", 5), image("e", 6)])
-    batch = scheduler.schedule(now=0.0)
-    assert batch is not None
-    assert [(start.params.num_steps, start.write_plan) for start in batch.starts] == [(5, False), (6, True)]
+    scheduler.add([image("a", 5), image("b", 6)])
+    for taken in range(3):
+        batch = scheduler.schedule(now=0.0)
+        assert batch is not None
+        assert [step.step for step in batch.steps] == [taken, taken]
+        assert [step.slot for step in batch.steps] == [i.slot for i in batch.images]
+        assert [step.params for step in batch.steps] == [i.params for i in batch.images]
+        scheduler.complete(batch, [True, True])
 
 
 def test_now_and_then_steps_are_wider_where_their_cost_is_to_be_learnt() -> None:
-    scheduler = make(plan_lines=1000)
+    scheduler = make()
     scheduler.set_width("m", 2, probe_widths=[3, 4])
     scheduler.add([image(name, 200) for name in "abcde"])
     rows = [len(run_step(scheduler)[0]) for _ in range(4 * PROBE_INTERVAL)]
@@ -153,7 +142,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=count(1000))
 @given(st.lists(ACTIONS, max_size=40))
 def test_whatever_happens_slots_are_conserved_and_every_image_ends_once(script: list[tuple[str, int, bool]]) -> None:
-    scheduler = make(plan_lines=32)
+    scheduler = make()
     total_slots = WIDTH * 2
     ended: list[str] = []
     added = 0
@@ -165,7 +154,7 @@ def test_whatever_happens_slots_are_conserved_and_every_image_ends_once(script: 
         assert 1 <= batch.rows <= WIDTH
         slots = [i.slot for i in scheduler.in_flight() if i.slot is not None and i.status is ImageStatus.RUNNING]
         assert len(set(slots)) == len(slots) <= total_slots
-        assert len(set(batch.slots)) == len(batch.images)
+        assert len({step.slot for step in batch.steps}) == len(batch.images)
         ended.extend(i.request_id for i in scheduler.complete(batch, [True] * len(batch.images)))
 
     for action, number, guided in script:
@@ -194,10 +183,3 @@ def test_a_long_image_in_a_stream_of_short_ones_is_never_held_up() -> None:
         if "long" in run_step(scheduler)[1]:
             break
     assert steps == 250
-
-
-def test_a_plan_that_can_never_fit_is_refused() -> None:
-    scheduler = make(plan_lines=16)
-    scheduler.add([image("huge", 17)])
-    with pytest.raises(ValueError, match="does not fit a table of 16 lines"):
-        scheduler.schedule(now=0.0)

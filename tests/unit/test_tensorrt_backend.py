@@ -102,7 +102,7 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
 
 def test_a_runner_passes_its_own_test_with_it(engines: Path) -> None:
     backend = load_denoiser(engines, "tensorrt", OPTIONS)
-    runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1, plan_lines=16))
+    runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
     runner.warm_up()
     assert runner.sizes.network == (1, 2, 4)
 

@@ -207,7 +207,7 @@ def test_the_loop_hands_each_step_the_x0_of_the_step_before() -> None:
 
     sample_loop(
         lambda x_t, t_model: torch.ones_like(x_t) * t_model[:, None, None, None],
-        SamplingPlan(table),
+        SamplingPlan(table, np.array([7, 5, 2])),
         torch.zeros(1, 1, 2, 2),
         [],
         on_step=lambda _, step: seen.append(step.x_prev[0, 0, 0, 0].item()),

@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
-from diffusion.plans import build_plan
+from diffusion.config import DiffusionConfig
+from diffusion.plans import SamplingPlan, build_plan
+from diffusion.respacing import respace
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
 from service.backends.device_queue import DeviceQueue, queue_of, send_at_once
 from service.backends.pending import Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
-from service.engine.request import ImageParams, PlanKey, Start
+from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners.host_steps import HostSteps
+from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
-from service.engine.runners.steps import BatchSizes, Steps
+from service.engine.runners.steps import BatchSizes, Embeddings, Steps
 from service.engine.slots import SavedSlot, SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+KEPT_PLANS = 512
+"""Sampling plans that a model keeps, of those used last; a plan that was forgotten is made again, in milliseconds."""
 
 
 class ArrayRunner(Generic[A]):
@@ -48,18 +55,24 @@ class ArrayRunner(Generic[A]):
         self._num_slots = config.num_slots
         queue: DeviceQueue[A] | None = queue_of(denoiser)
         self._slots: SlotTable[A] = SlotTable(
-            denoiser.config,
+            denoiser.config.model,
             config.num_slots,
-            config.plan_lines,
             denoiser.xp,
             denoiser.device,
-            None if classifier is None else classifier.config,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
+        told = self._slots.send(respace(denoiser.config.diffusion).model_t)
+        embeddings: Embeddings[A] = Embeddings(
+            network=denoiser.embed_timesteps(told),
+            classifier=None if classifier is None else classifier.embed_timesteps(told),
+        )
+        plan_of = _plans_of(denoiser.config.diffusion)
         self._queued: QueuedSteps[A] | None = None
         if queue is not None:
-            self._queued = QueuedSteps(denoiser, queue, self._slots, self.sizes, strict=config.strict_graphs)
-        self._steps: Steps = HostSteps(denoiser, self._slots, self.sizes) if self._queued is None else self._queued
+            self._queued = QueuedSteps(
+                denoiser, queue, self._slots, embeddings, plan_of, self.sizes, strict=config.strict_graphs
+            )
+        self._steps: Steps = self._queued or HostSteps(denoiser, self._slots, embeddings, plan_of, self.sizes)
         self.depth = self._steps.depth
 
     def warm_up(self) -> None:
@@ -77,25 +90,20 @@ class ArrayRunner(Generic[A]):
             classifier_scale=0.0 if self._classifier is None else 1.0,
         )
         slots = range(1 if self._queued is None else self._num_slots)  # graphs are tried on the images of many
-        self.start([Start(slot=s, params=params, plan_offset=0, write_plan=s == 0) for s in slots])
+        steps = [ImageStep(slot=slot, params=params, step=0) for slot in slots]
+        self.start(steps)
         if self._queued is not None:
-            self._queued.capture()
-        self.launch([0]).wait()
+            self._queued.capture(steps)
+        self.launch(steps[:1]).wait()
         self.read([0]).wait()
         log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, sizes.network)))
         if self._classifier is not None:
             log.info("%s: %s", self._classifier.description, ", ".join(map(str, sizes.classifier)))
 
-    def start(self, starts: Sequence[Start]) -> None:
-        """Set slots up; plans are computed here, once for all images that share one."""
-        for start in {start.plan_offset: start for start in starts if start.write_plan}.values():
-            key = start.params.plan
-            plan = build_plan(self._denoiser.config.diffusion, key.sampler, key.spec, key.eta)
-            t_model = self._slots.send(plan.column("t_model"))
-            classifier_emb_t = None if self._classifier is None else self._classifier.embed_timesteps(t_model)
-            self._slots.write_plan(start.plan_offset, plan, self._denoiser.embed_timesteps(t_model), classifier_emb_t)
-        if starts:
-            self._slots.start([s.slot for s in starts], [s.params for s in starts], [s.plan_offset for s in starts])
+    def start(self, steps: Sequence[ImageStep]) -> None:
+        """Set the slots of images up that begin."""
+        if steps:
+            self._slots.start([step.slot for step in steps], [step.params for step in steps])
 
     def evict(self, slots: Sequence[int]) -> list[object]:
         """Copy slots to host memory; that they are free is known to the scheduler."""
@@ -130,9 +138,9 @@ class ArrayRunner(Generic[A]):
         """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
         return self.sizes.padded_classified_rows(rows)
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
-        """Begin a step of the images in these slots."""
-        return self._steps.launch(slots)
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
+        """Begin a step of some images."""
+        return self._steps.launch(steps)
 
     def is_uncaptured(self, rows: int) -> bool:
         """Say whether a step of so many rows has to do without the graph that its device could have."""
@@ -152,6 +160,16 @@ class ArrayRunner(Generic[A]):
         x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
         labelled = network.config.model.num_classes is not None
         to_numpy(network(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None))
+
+
+def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
+    """Return what finds a model's sampling plans: host arrays, cached and shared."""
+
+    @lru_cache(maxsize=KEPT_PLANS)
+    def plan_of(key: PlanKey) -> SamplingPlan:
+        return build_plan(diffusion, key.sampler, key.spec, key.eta)
+
+    return plan_of
 
 
 def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service.backends.base import FailureKind
 from service.backends.pending import Pending
-from service.engine.request import Start
+from service.engine.request import ImageStep
 
 
 class Runner(Protocol):
@@ -25,15 +25,15 @@ class Runner(Protocol):
         """Do whatever the first step would otherwise pay for, and check the promises the runner makes."""
         ...
 
-    def start(self, starts: Sequence[Start]) -> None:
-        """Set slots up: x_T, and the plan's lines where they are not known to be in the table. May be repeated."""
+    def start(self, steps: Sequence[ImageStep]) -> None:
+        """Set the slots of images up that begin: x_T. May be repeated."""
         ...
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
-        """Begin a step of the images in these slots; waited for, it says which are still finite.
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
+        """Begin a step of some images; waited for, it says which are still finite.
 
         Where it raises, here or (with a depth of 0) when it is waited for, nothing has been written: the same step can
-        be taken again, with all or some of these slots.
+        be taken again, by all or some of these images.
         """
         ...
 

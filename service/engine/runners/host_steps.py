@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, on_host, to_numpy
-from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.noise import STREAM_STEP, normal
-from diffusion.update import PlanRows, begin_advance, finish_advance, split_output, to_uint8
+from diffusion.update import PlanRows, Step, advance, to_uint8
 from service.backends.base import Denoiser, beginning_of
 from service.backends.pending import Later, Pending
-from service.engine.runners.layout import ROW_IMAGE, ROW_IS_NULL, UNCOND_ROW, lay_out
-from service.engine.runners.steps import BatchSizes, no_classifier
+from service.engine.request import ImageStep
+from service.engine.runners.numbers import (
+    NOISE_SCALE,
+    Block,
+    PlanOf,
+    StepNumbers,
+    classifier_block,
+    classifier_numbers,
+    step_block,
+    step_numbers,
+    words_of,
+)
+from service.engine.runners.step import Images, Update, finish, gather, gradients
+from service.engine.runners.steps import BatchSizes, Embeddings, asking_places, no_classifier, rows_of
 from service.engine.slots import SlotTable
-
-
-class _Gathered(NamedTuple, Generic[A]):
-    """What a step's images hold as it begins."""
-
-    slots: Sequence[int]
-    where: A
-    """The same, as an array."""
-    x_t: A
-    step: A
-    line: A
-    """Of the plan table."""
-    y: A
 
 
 class HostSteps(Generic[A]):
@@ -38,58 +36,52 @@ class HostSteps(Generic[A]):
 
     depth = 0
 
-    def __init__(self, denoiser: Denoiser[A], table: SlotTable[A], sizes: BatchSizes) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser[A],
+        table: SlotTable[A],
+        embeddings: Embeddings[A],
+        plan_of: PlanOf,
+        sizes: BatchSizes,
+    ) -> None:
         model = denoiser.config.model
         self._denoiser: Denoiser[A] = denoiser
         self._begin: Callable[[A, A, A | None], Pending[A]] = beginning_of(denoiser)
         self._slots: SlotTable[A] = table
+        self._embeddings: Embeddings[A] = embeddings
+        self._plan_of = plan_of
         self._sizes = sizes
-        self._channels = model.image_channels
         self._null_class = model.num_classes or 0
         self._conditional = model.num_classes is not None
         self._beside = ThreadPoolExecutor(1, "noise")
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
         """Gather what the network reads, and begin its call; all else is done when the step is waited for.
 
         All is computed before anything is written, so that a step that raised can be taken again.
         """
         table = self._slots
-        index = table.integers(slots)
-        step = table.step[index]
-        line = table.plan_offset[index] + step
-        images: _Gathered[A] = _Gathered(slots, index, table.x[index], step, line, table.y[index])
-        guided: list[int] = [place for place, slot in enumerate(slots) if table.is_guided[slot]]
-        size: int = self._sizes.padded_rows(len(slots) + len(guided))
-        layout = None if size == len(slots) else lay_out(slots, guided, size, spare_slot=0)  # padding: any row will do
-        call: Pending[A] = self._begin_network(images, layout)
-        uncond_rows = None if layout is None or not guided else layout[UNCOND_ROW, : len(slots)]
-        return Later(lambda: self._finish(images, uncond_rows, call))
+        size = self._sizes.padded_rows(rows_of(steps))
+        block = step_block(steps, size, self._plan_of, null_class=self._null_class)
+        numbers: StepNumbers[A] = step_numbers(table.send(words_of(block)))
+        inputs, images = gather(
+            numbers, table.x, table.x0, self._embeddings.network, places=len(steps), conditional=self._conditional
+        )
+        call = self._begin(*inputs)
+        return Later(lambda: self._finish(steps, block, numbers, images, call))
 
-    def _finish(self, images: _Gathered[A], uncond_rows: npt.NDArray[np.int64] | None, call: Pending[A]) -> list[bool]:
+    def _finish(
+        self, steps: Sequence[ImageStep], block: Block, numbers: StepNumbers[A], images: Images[A], call: Pending[A]
+    ) -> list[bool]:
         """Do what can be done meanwhile, wait for the network, and update."""
-        table, index = self._slots, images.where
-        rows = PlanRows.from_lines(table.plan[images.line])
-        noise = self._begin_noise(rows, images)
-        with np.errstate(over="ignore", invalid="ignore"):  # a row that stops being finite is told of by `ok`
-            begun = begin_advance(rows, images.x_t, table.x0[index])
-        next_step = images.step + 1
-        asking = [place for place, slot in enumerate(images.slots) if table.is_classified[slot]]
-        # Here: a copy to a device waits for what it is doing
-        uncond = None if uncond_rows is None else table.send(uncond_rows)
-
-        out = call.wait()
-        raw, out = out, out[: len(images.slots)]
-        if uncond is not None:
-            out = classifier_free(raw[uncond], out, table.cfg_scale[index], self._channels)
-        prediction, var_values = split_output(out, self._channels)
-        gradient = self._gradient(images, asking) if asking else None
-        with np.errstate(over="ignore", invalid="ignore"):
-            result = finish_advance(begun, prediction, var_values, noise(), gradient)
-
-        table.x[index] = result.x_prev
-        table.x0[index] = result.x0
-        table.step[index] = next_step
+        table, count = self._slots, len(steps)
+        update = self._begin_noise(block[:count], numbers, images)
+        raw = call.wait()
+        grad = self._gradient(steps, images)
+        result = finish(numbers, images, raw, update, grad, guided=rows_of(steps) > count)
+        slot = numbers.slot[:count]
+        table.x[slot] = result.x_prev
+        table.x0[slot] = result.x0
         ok: list[bool] = to_numpy(result.ok).tolist()
         return ok
 
@@ -98,39 +90,41 @@ class HostSteps(Generic[A]):
         copied: A = array[self._slots.integers(slots)]
         return Later(lambda: to_uint8(copied))
 
-    def _begin_noise(self, rows: PlanRows[A], images: _Gathered[A]) -> Callable[[], A]:
-        """Return what gives the step's noise; on the host it is made meanwhile, while the network is called."""
+    def _begin_noise(self, block: Block, numbers: StepNumbers[A], images: Images[A]) -> Update[A]:
+        """Return what takes the step with its noise, which is made while the network is called."""
+        count = len(block)
         shape: tuple[int, int, int] = self._slots.image_shape
-        seeds, image_indices, steps = self._slots.seed[images.where], self._slots.image_index[images.where], images.step
-        if not on_host(seeds):
-            return lambda: normal(seeds, image_indices, steps, STREAM_STEP, shape)
-        if not bool((rows.noise_scale > 0).any()):
-            return lambda: self._denoiser.xp.zeros_like(images.x_t)
-        return self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
+        seeds, image_indices, steps = numbers.seed[:count], numbers.image_index[:count], numbers.step[:count]
+        noise: Callable[[], A]
+        if not (block["plan"][:, NOISE_SCALE] > 0).any():
+            noise = lambda: self._denoiser.xp.zeros_like(images.x_t)  # noqa: E731  # one of three
+        elif on_host(images.x_t):
+            noise = self._beside.submit(normal, seeds, image_indices, steps, STREAM_STEP, shape).result
+        else:
+            noise = lambda: normal(seeds, image_indices, steps, STREAM_STEP, shape)  # noqa: E731  # one of three
 
-    def _begin_network(self, images: _Gathered[A], layout: npt.NDArray[np.int64] | None) -> Pending[A]:
-        """Begin a call on the images, or on the rows that they have by a layout."""
-        x_t, emb_t, labels = images.x_t, self._slots.emb_t[images.line], images.y
-        if layout is not None:
-            rows = self._slots.send(layout[ROW_IMAGE])
-            x_t, emb_t, labels = x_t[rows], emb_t[rows], labels[rows]
-            labels[self._slots.send(np.flatnonzero(layout[ROW_IS_NULL]))] = self._null_class
-        return self._begin(x_t, emb_t, labels if self._conditional else None)
+        def update(lines: A, x_t: A, x0_prev: A, out: A, var_values: A, _: tuple[A, A, A], grad: A | None) -> Step[A]:
+            return advance(PlanRows.from_lines(lines), x_t, x0_prev, out, var_values, noise(), grad)
 
-    def _gradient(self, images: _Gathered[A], asking: Sequence[int]) -> A:
-        """Call the classifier on the images that ask for it; the others' gradient is zero.
+        return update
+
+    def _gradient(self, steps: Sequence[ImageStep], images: Images[A]) -> A | None:
+        """Call the classifier on the images that ask for it; the others' gradient is zero. None: none asks.
 
         Raises:
             ModelError: an image that asks for a classifier that is not there.
         """
-        table = self._slots
-        if self._denoiser.classifier is None:
+        asking = asking_places(steps)
+        if not asking:
+            return None
+        classifier, emb_t = self._denoiser.classifier, self._embeddings.classifier
+        if classifier is None or emb_t is None:
             raise no_classifier(self._denoiser.description)
-        count: int = len(asking)
-        padding: list[int] = [asking[0]] * (self._sizes.padded_classified_rows(count) - count)
-        rows = table.integers([*asking, *padding])
-        out = self._denoiser.classifier(images.x_t[rows], table.classifier_emb_t[images.line[rows]], images.y[rows])
-        scale = table.classifier_scale[images.where[rows[:count]]]
-        gradient: A = self._denoiser.xp.zeros_like(images.x_t)
-        gradient[rows[:count]] = scaled_gradient(out[:count], scale)
-        return gradient
+        size = self._sizes.padded_classified_rows(len(asking))
+        spare = (steps[asking[0]].slot, asking[0])  # padding: any image will do
+        block = classifier_block(steps, asking, size, self._plan_of, spare=spare)
+        numbers = classifier_numbers(self._slots.send(words_of(block)))
+        found = gradients(numbers, self._slots.x, emb_t, classifier)
+        grad: A = self._denoiser.xp.zeros_like(images.x_t)
+        grad[numbers.place[: len(asking)]] = found[: len(asking)]
+        return grad

@@ -1,19 +1,18 @@
-"""The two ways in which a runner takes steps share this much."""
+"""What the two ways in which a runner takes steps have in common."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A
-from diffusion.noise import STREAM_STEP, unchecked_normal
-from diffusion.update import PlanRows, Step, begin_advance, finish_advance
 from service.backends.pending import Pending
+from service.engine.request import ImageStep
 from service.errors import ModelError
 
 
@@ -23,7 +22,7 @@ class BatchSizes:
 
     network: tuple[int, ...]
     classifier: tuple[int, ...]
-    """None where there is no classifier."""
+    """Empty where there is no classifier."""
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next batch size that the network may be run at."""
@@ -34,13 +33,22 @@ class BatchSizes:
         return self.classifier[bisect_left(self.classifier, rows)] if self.classifier else 0
 
 
+class Embeddings(NamedTuple, Generic[A]):
+    """The embedded timesteps of a model, made once, by training timestep."""
+
+    network: A
+    """float32 [T, emb_channels]."""
+    classifier: A | None
+    """The same, as the classifier embeds them; None where there is none."""
+
+
 class Steps(Protocol):
     """Takes steps of a `SlotTable`."""
 
     depth: int
     """Steps that may be under way when the next one is launched."""
 
-    def launch(self, slots: Sequence[int]) -> Pending[list[bool]]:
+    def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
         """As `Runner.launch`."""
         ...
 
@@ -49,25 +57,16 @@ class Steps(Protocol):
         ...
 
 
+def rows_of(steps: Sequence[ImageStep]) -> int:
+    """Return the network rows of a step, padding not counted."""
+    return sum(step.params.rows for step in steps)
+
+
+def asking_places(steps: Sequence[ImageStep]) -> list[int]:
+    """Return the places of the images that the classifier is called on."""
+    return [place for place, step in enumerate(steps) if step.params.classified_rows]
+
+
 def no_classifier(description: str) -> ModelError:
     """Return what is wrong with a step in which an image asks for a classifier that is not there."""
     return ModelError(f"{description}: the model has no classifier, and classifier_scale is not 0")
-
-
-def add_noise_and_advance(
-    lines: A, x_t: A, x0_prev: A, out: A, var_values: A, noise_of: tuple[A, A, A], grad: A | None
-) -> Step[A]:
-    """Make a step's noise and take the step: everything that comes after the network, and nothing but pointwise work.
-
-    Args:
-        lines: of the plan, one per row, float32 [B, 12].
-        x_t: as for `advance`, like x0_prev, out, var_values and grad.
-        x0_prev: see there.
-        out: see there.
-        var_values: see there.
-        noise_of: seed, image index and step of each row, int64 [B].
-        grad: see there.
-    """
-    _, channels, height, width = x_t.shape
-    z = unchecked_normal(*noise_of, STREAM_STEP, (channels, height, width))
-    return finish_advance(begin_advance(PlanRows.from_lines(lines), x_t, x0_prev), out, var_values, z, grad)

@@ -1,0 +1,147 @@
+"""The numbers of a step, which the host knows, as one block that travels to the device with it.
+
+A block is a structured numpy array on the host and int64 words on the device. A line of it describes both a place of
+the step and a row of the network call, of which there are equally many, the batch size. Images come first, then a
+second row for each image with classifier-free guidance, then padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.arrays import A, namespace
+from diffusion.plans import PLAN_COLUMNS, SamplingPlan
+from service.engine.request import ImageStep, PlanKey
+
+PlanOf = Callable[[PlanKey], SamplingPlan]
+Block = npt.NDArray[np.void]
+
+STEP_BLOCK = np.dtype(
+    [
+        # by place
+        ("slot", "i8"),
+        ("step", "i8"),
+        ("seed", "i8"),
+        ("image_index", "i8"),
+        ("uncond_row", "i8"),  # the row without class of the image; its own where it is not guided
+        # by network row
+        ("row_place", "i8"),  # place of the row's image
+        ("row_label", "i8"),
+        ("row_timestep", "i8"),
+        # by place
+        ("plan", "f4", (len(PLAN_COLUMNS),)),
+        ("cfg_scale", "f4"),
+        ("unused", "f4"),  # whole words
+    ]
+)
+CLASSIFIER_BLOCK = np.dtype(
+    [("slot", "i8"), ("place", "i8"), ("label", "i8"), ("timestep", "i8"), ("scale", "f4"), ("unused", "f4")]
+)
+_STEP_WORDS = 8
+_CLASSIFIER_WORDS = 4
+NOISE_SCALE = PLAN_COLUMNS.index("noise_scale")
+
+
+class StepNumbers(NamedTuple, Generic[A]):
+    """A step's block where the arrays are, int64 [n] unless said otherwise; `STEP_BLOCK` says what is by place."""
+
+    slot: A
+    step: A
+    seed: A
+    image_index: A
+    uncond_row: A
+    row_place: A
+    row_label: A
+    row_timestep: A
+    plan: A
+    """float32 [n, 12]."""
+    cfg_scale: A
+    """float32 [n]."""
+
+
+class ClassifierNumbers(NamedTuple, Generic[A]):
+    """A classifier call's block where the arrays are, int64 [n] unless said otherwise."""
+
+    slot: A
+    place: A
+    label: A
+    timestep: A
+    scale: A
+    """float32 [n]."""
+
+
+def step_block(
+    steps: Sequence[ImageStep], size: int, plan_of: PlanOf, *, null_class: int, spare_slot: int = 0
+) -> Block:
+    """Return the block of a step, [size].
+
+    Args:
+        steps: the images' steps, in order; with a second row for each guided one there are at most `size` rows.
+        size: rows of the network call.
+        plan_of: finds sampling plans.
+        null_class: label of rows without class.
+        spare_slot: for places without an image.
+    """
+    block = np.zeros(size, dtype=STEP_BLOCK)
+    block["slot"] = spare_slot
+    block["uncond_row"] = range(size)
+    row = len(steps)
+    for place, (slot, params, step) in enumerate((s.slot, s.params, s.step) for s in steps):
+        plan = plan_of(params.plan)
+        timestep, uncond_row = plan.timesteps[step], place
+        if params.rows == 2:
+            uncond_row, row = row, row + 1
+            block["row_place"][uncond_row] = place
+            block["row_label"][uncond_row] = null_class
+            block["row_timestep"][uncond_row] = timestep
+        whose = (slot, step, params.seed, params.image_index, uncond_row)
+        block[place] = (*whose, place, params.class_index or 0, timestep, plan.table[step], params.cfg_scale, 0)
+    return block
+
+
+def classifier_block(
+    steps: Sequence[ImageStep], asking: Sequence[int], size: int, plan_of: PlanOf, *, spare: tuple[int, int]
+) -> Block:
+    """Return the block of a classifier call, [size].
+
+    Args:
+        steps: of the step's images.
+        asking: places among them of those that the classifier is called on.
+        size: rows of the call.
+        plan_of: finds sampling plans.
+        spare: slot and place for padding.
+    """
+    block = np.zeros(size, dtype=CLASSIFIER_BLOCK)
+    block["slot"], block["place"] = spare
+    for row, place in enumerate(asking):
+        step = steps[place]
+        timestep = plan_of(step.params.plan).timesteps[step.step]
+        block[row] = (step.slot, place, step.params.class_index or 0, timestep, step.params.classifier_scale, 0)
+    return block
+
+
+def words_of(block: Block) -> npt.NDArray[np.int64]:
+    """Return a block as whole words, int64 [n, words], which is what is sent."""
+    return block.view(np.int64).reshape(len(block), -1)
+
+
+def step_numbers(words: A) -> StepNumbers[A]:
+    """Name the columns of a step's block."""
+    floats = _floats(words, _STEP_WORDS)
+    return StepNumbers._make(
+        [*(words[:, k] for k in range(_STEP_WORDS)), floats[:, : len(PLAN_COLUMNS)], floats[:, len(PLAN_COLUMNS)]]
+    )
+
+
+def classifier_numbers(words: A) -> ClassifierNumbers[A]:
+    """Name the columns of a classifier call's block."""
+    scale = _floats(words, _CLASSIFIER_WORDS)[:, 0]
+    return ClassifierNumbers._make([*(words[:, k] for k in range(_CLASSIFIER_WORDS)), scale])
+
+
+def _floats(words: Any, start: int) -> Any:
+    return words[:, start:].view(namespace(words).float32)

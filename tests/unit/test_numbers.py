@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from diffusion.config import DiffusionConfig
+from diffusion.plans import SamplingPlan, build_plan
+from service.engine.request import ImageStep, PlanKey
+from service.engine.runners.numbers import (
+    classifier_block,
+    classifier_numbers,
+    step_block,
+    step_numbers,
+    words_of,
+)
+from tests.fakes import params
+
+DIFFUSION = DiffusionConfig(num_timesteps=1000)
+NULL_CLASS = 4
+LAST_SEED = 2**53 - 1
+STEPS = [
+    ImageStep(slot=7, params=replace(params(20, cfg_scale=2.5, seed=LAST_SEED), class_index=3), step=0),
+    ImageStep(slot=3, params=replace(params(50, seed=5, classifier_scale=1.5), image_index=2**32 - 1), step=49),
+    ImageStep(slot=5, params=replace(params(20, cfg_scale=0.0), class_index=None), step=4),
+]
+KINDS = pytest.mark.parametrize("send", [lambda words: words, torch.from_numpy], ids=["numpy", "torch"])
+Send = Callable[[npt.NDArray[np.int64]], Any]
+
+
+def plan_of(key: PlanKey) -> SamplingPlan:
+    return build_plan(DIFFUSION, key.sampler, key.spec, key.eta)
+
+
+@KINDS
+def test_a_step_s_numbers_say_who_stands_where(send: Send) -> None:
+    block = step_block(STEPS, 8, plan_of, null_class=NULL_CLASS, spare_slot=9)
+    numbers = step_numbers(send(words_of(block)))
+    timesteps = [plan_of(step.params.plan).timesteps[step.step] for step in STEPS]
+    assert numbers.slot.tolist() == [7, 3, 5, 9, 9, 9, 9, 9]
+    assert numbers.uncond_row.tolist() == [3, 1, 4, 3, 4, 5, 6, 7]
+    assert numbers.row_place.tolist()[:5] == [0, 1, 2, 0, 2]
+    assert numbers.row_label.tolist()[:5] == [3, 0, 0, NULL_CLASS, NULL_CLASS]
+    assert numbers.row_timestep.tolist()[:5] == [*timesteps, timesteps[0], timesteps[2]]
+    assert max(numbers.row_place.tolist()[5:]) < 3  # padding repeats some image
+
+
+@KINDS
+def test_a_step_s_numbers_are_each_image_s_own(send: Send) -> None:
+    numbers = step_numbers(send(words_of(step_block(STEPS, 5, plan_of, null_class=NULL_CLASS))))
+    assert numbers.seed.tolist()[:3] == [LAST_SEED, 5, 0]
+    assert numbers.image_index.tolist()[:3] == [0, 2**32 - 1, 0]
+    assert numbers.step.tolist()[:3] == [0, 49, 4]
+    assert numbers.cfg_scale.tolist()[:3] == [2.5, 1.0, 0.0]
+    for line, step in zip(numbers.plan, STEPS, strict=False):
+        np.testing.assert_array_equal(np.asarray(line), plan_of(step.params.plan).table[step.step])
+
+
+@KINDS
+def test_a_classifier_s_numbers_are_those_of_the_images_that_ask(send: Send) -> None:
+    block = classifier_block(STEPS, [1], 4, plan_of, spare=(9, 8))
+    numbers = classifier_numbers(send(words_of(block)))
+    assert numbers.slot.tolist() == [3, 9, 9, 9]
+    assert numbers.place.tolist() == [1, 8, 8, 8]
+    assert numbers.scale.tolist() == [1.5, 0, 0, 0]
+    assert numbers.timestep.tolist()[0] == plan_of(STEPS[1].params.plan).timesteps[49] == 0
+    assert numbers.label.tolist()[0] == 0
+
+
+def test_what_is_sent_is_the_block_itself() -> None:
+    block = step_block(STEPS, 8, plan_of, null_class=NULL_CLASS)
+    words = words_of(block)
+    assert words.dtype == np.int64
+    assert (words.nbytes, words.flags.c_contiguous) == (block.nbytes, True)
