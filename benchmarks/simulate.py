@@ -30,10 +30,11 @@ from dataclasses import dataclass, field
 from benchmarks import traffic
 from benchmarks.traffic import MIX, SLO, draw_arrival, mean_row_steps, percentile
 from service.engine.config import EngineConfig
-from service.engine.forecast import DeviceView, Forecast
+from service.engine.forecast import Forecast
 from service.engine.policies import PolicyName
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, images_of
 from service.engine.scheduler import Scheduler
+from service.engine.snapshot import Snapshot, StartedImage
 from service.engine.step_costs import StepCosts
 
 HURRIED, HURRY = 0.25, 4.0
@@ -117,14 +118,14 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
                 number, arrival = coming.popleft()
                 request = as_request(number, arrival)
                 images = images_of(request, arrival.at * UNIT_S)
-                view = DeviceView(
-                    running=scheduler.started(),
+                snapshot = Snapshot(
+                    started=tuple(map(StartedImage.of, scheduler.started())),
                     steps={MODEL: scheduler.steps(MODEL)},
                     widths={MODEL: scheduler.width(MODEL)},
-                    costs={MODEL: costs},
+                    costs={MODEL: costs.now},
                 )
-                predicted[number] = forecast.predict(images, view).finish_s
-                forecast.add(images, view)
+                predicted[number] = forecast.predict(images, snapshot).finish_s
+                forecast.add(images, snapshot)
                 scheduler.add(images_of(request, arrival.at * UNIT_S))
             batch = scheduler.schedule(now)
             assert batch is not None

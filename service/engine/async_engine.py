@@ -175,8 +175,8 @@ class AsyncEngine:
             raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._models}))
         self._check_room(request)
         now = time.monotonic()
-        images, view = images_of(request, now), self._engine.view()
-        prediction = self._forecast.predict(images, view)
+        images, snapshot = images_of(request, now), self._engine.snapshot
+        prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
 
         loop = asyncio.get_running_loop()
@@ -186,7 +186,7 @@ class AsyncEngine:
             events = EventStream(len(images), prediction, lambda: self.eta(request.request_id))
         ticket = Ticket(request, futures, now, prediction, events, loop.create_future())
         self._tickets[request.request_id] = ticket
-        self._forecast.add(images, view)
+        self._forecast.add(images, snapshot)
         self._rows_in_flight[request.client] += request.rows
         self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
         self._idle.clear()
@@ -284,7 +284,9 @@ class AsyncEngine:
 
     def _until_free_s(self, rows: int) -> float:
         """Predict when so many of the rows in flight will have left, taking all to be alike; at least a second."""
-        return max(1.0, self._forecast.backlog_s(self._engine.view()) * rows / max(rows, self._rows_in_flight.total()))
+        return max(
+            1.0, self._forecast.backlog_s(self._engine.snapshot) * rows / max(rows, self._rows_in_flight.total())
+        )
 
     def abort(self, request_id: str) -> None:
         """Free a request's rows at the next step; its unfinished images end with `Aborted`, its events end here."""
@@ -297,7 +299,7 @@ class AsyncEngine:
     def eta(self, request_id: str) -> Prediction | None:
         """Say how many images come before a request's and when it will be done; None: it is, or was never accepted."""
         ticket = self._tickets.get(request_id)
-        return None if ticket is None else self._forecast.eta(request_id, len(ticket.images), self._engine.view())
+        return None if ticket is None else self._forecast.eta(request_id, len(ticket.images), self._engine.snapshot)
 
     def drain(self) -> None:
         """Refuse new requests from now on; accepted ones go on."""

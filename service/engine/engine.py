@@ -25,7 +25,6 @@ from service.backends.base import FailureKind
 from service.backends.pending import Pending, Raised
 from service.engine.config import EngineConfig
 from service.engine.counting import EngineCounts
-from service.engine.forecast import DeviceView
 from service.engine.model_ids import name_of
 from service.engine.observing import observe
 from service.engine.recovery import Attempt, MemoryLimit, Outcome, take_step
@@ -41,6 +40,7 @@ from service.engine.request import (
 )
 from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
+from service.engine.snapshot import Snapshot, StartedImage
 from service.engine.step_costs import StepCosts, knee
 from service.engine.timing import observe_step, time_steps
 from service.engine.watchdog import StepUnderWay
@@ -106,6 +106,9 @@ class Engine:
         """Steps that are to be reported."""
         self._ended = -math.inf
         """When the last step did."""
+        self.snapshot: Snapshot
+        """The engine as it was last published: another thread may look."""
+        self.publish()
 
     def warm_up(self) -> None:
         """Warm every runner up."""
@@ -123,14 +126,16 @@ class Engine:
         for model, runner in self._runners.items():
             self.costs[model] = time_steps(runner, self._config, self.clock)
             self._choose_width(model)
+        self.publish()
 
     def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
         """Take in a model between two steps; whoever made its runner has warmed it up, and timed it."""
         self._memory[model] = MemoryLimit(self._config.max_rows)
-        self.costs = {**self.costs, model: costs}  # not changed in place: another thread may look
+        self.costs[model] = costs
         self._runners[model] = runner
         self.scheduler.add_model(model)
         self._choose_width(model)
+        self.publish()
 
     def drop(self, model: str) -> None:
         """Forget a model, which frees its weights.
@@ -141,29 +146,21 @@ class Engine:
         if any(step.batch.model == model for step in (*self._launched, *self._settled)):
             raise RuntimeError(f"model {model} has steps that were not reported")
         self.scheduler.remove_model(model)
-        del self._runners[model], self._memory[model]
-        self.costs = {known: costs for known, costs in self.costs.items() if known != model}
+        del self._runners[model], self._memory[model], self.costs[model]
+        self.publish()
         if all(name_of(other) != name_of(model) for other in self._runners):
             self._counts.model_gone(model)
 
-    def view(self) -> DeviceView:
-        """Return what predictions need; another thread may ask.
-
-        Steps count as taken from their launch: the numbers are ahead of the device by those that are under way, one,
-        or `depth` and one more.
-        """
+    def publish(self) -> None:
+        """Replace the snapshot with what is true now."""
+        leaving = [image for step in (*self._launched, *self._settled) for image in step.left]
         scheduler = self.scheduler
-        return DeviceView(
-            running=list(dict.fromkeys([*scheduler.started(), *self._leaving()])),
+        self.snapshot = Snapshot(
+            started=tuple(map(StartedImage.of, dict.fromkeys((*scheduler.started(), *leaving)))),
             steps=scheduler.all_steps(),
             widths=scheduler.all_widths(),
-            costs=self.costs,
+            costs={model: costs.now for model, costs in self.costs.items()},
         )
-
-    def _leaving(self) -> list[Image]:
-        """Return the images whose last step was launched, and that nobody has been told of yet."""
-        steps = dict.fromkeys((*self._launched, *self._settled))  # one that moves meanwhile is in both, or met twice
-        return [image for step in steps for image in step.left]
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Let a request's images wait for their first step."""
@@ -175,6 +172,7 @@ class Engine:
         aborted = self.scheduler.abort(request_id)
         self._forget(aborted)
         self._counts.in_flight(self.scheduler)
+        self.publish()
         return [self._result(image, self.clock()) for image in aborted]
 
     def has_work(self) -> bool:
@@ -232,6 +230,7 @@ class Engine:
         if runner.depth:
             self._look(step)
         self._launched.append(step)
+        self.publish()
 
     def settle(self) -> None:
         """Wait until no more steps are under way than may be, and for one at least where no other can be launched.
@@ -272,8 +271,7 @@ class Engine:
         step.seconds = step.ended - max(step.begun, self._ended)
         step.is_timed = is_timed
         self._ended = step.ended
-        self._settled.append(step)  # first: at no time is it in neither, for `_leaving` in another thread
-        self._launched.popleft()
+        self._settled.append(self._launched.popleft())
         if self._launched:
             batch = self._launched[0].batch
             self._expect(batch, batch.images)

@@ -19,16 +19,18 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from service.engine.config import EngineConfig
 from service.engine.ordered_work import OrderedWork
 from service.engine.policies import policy_named
 from service.engine.request import Image, Priority
-from service.engine.step_costs import StepCosts
+from service.engine.snapshot import Snapshot, StartedImage
 
 _Order = tuple[float, int]
+_Known = Image | StartedImage
+"""An image as it was accepted, or as it was at the time of a snapshot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,6 @@ class Prediction:
     """Until the last of them is done."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceView:
-    """What a forecast is told of the device."""
-
-    running: Sequence[Image]
-    """Images that have started, with or without a slot, of all models; also those that have ended unreported."""
-    steps: Mapping[str, int]
-    """Steps that each model has taken."""
-    widths: Mapping[str, int]
-    costs: Mapping[str, StepCosts]
-
-
 @dataclass
 class _Ahead:
     """What comes before the images of one request; they join it one by one."""
@@ -62,7 +52,7 @@ class _Ahead:
     line: OrderedWork
     progress: list[tuple[_Order, int, int]]
     """What has changed in the line since its images arrived: (order, images, row-steps)."""
-    taking_part: list[Image]
+    taking_part: list[_Known]
     """Images that run, and those that have joined; in order."""
     interactive: int
     """Row-steps left of interactive work."""
@@ -73,7 +63,7 @@ class _Ahead:
     joined_classified: int = 0
     joined_work: int = 0
 
-    def before(self, image: Image) -> tuple[int, int]:
+    def before(self, image: _Known) -> tuple[int, int]:
         """Return how many images come before one, and their row-steps; those that joined are in the work alone."""
         count, work = self.line.before(image.order)
         for order, images, row_steps in self.progress:
@@ -82,7 +72,7 @@ class _Ahead:
             count, work = count + images, work + row_steps
         return count, work + self.joined_work
 
-    def join(self, image: Image) -> None:
+    def join(self, image: _Known) -> None:
         """Let an image come before those of its request that are still to be predicted."""
         insort(self.taking_part, image, key=_order)
         self.joined_rows += image.rows
@@ -91,7 +81,7 @@ class _Ahead:
 
 
 class Forecast:
-    """Accepted images that are not done, as they were on arrival; what has become of them since is in `DeviceView`.
+    """Accepted images that are not done, as they were on arrival; what has become of them since is in `Snapshot`.
 
     It sees every image the scheduler sees, in the same order, a moment sooner.
     """
@@ -112,25 +102,25 @@ class Forecast:
             self.add_model(model)
 
     def add_model(self, model: str) -> None:
-        """Make room for a model, which every `DeviceView` holds from now on."""
+        """Make room for a model, which every `Snapshot` holds from now on."""
         self._models.append(model)
         self._lines |= {(model, priority): OrderedWork() for priority in Priority}
 
     def remove_model(self, model: str) -> None:
-        """Forget a model whose images are all done; a `DeviceView` may hold it for a while."""
+        """Forget a model whose images are all done; a `Snapshot` may hold it for a while."""
         self._models.remove(model)
         for priority in Priority:
             del self._lines[model, priority], self._clients[model, priority]
         del self._rows[model], self._classified_rows[model]
 
-    def predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
+    def predict(self, images: Sequence[Image], snapshot: Snapshot) -> Prediction:
         """Say when new images of one request would be done if they were accepted now."""
-        self._arrive(images, view)
-        return self._predict(images, view)
+        self._arrive(images, snapshot)
+        return self._predict(images, snapshot)
 
-    def add(self, images: Sequence[Image], view: DeviceView) -> None:
+    def add(self, images: Sequence[Image], snapshot: Snapshot) -> None:
         """Take accepted images in."""
-        self._arrive(images, view)
+        self._arrive(images, snapshot)
         self._arrivals += len(images)
         for image in images:
             self._lines[image.model, image.priority].add(image.order, image.remaining_row_steps)
@@ -153,43 +143,43 @@ class Forecast:
             del self._client_work[client]
             self._clients[image.model, image.priority] -= 1
 
-    def eta(self, request_id: str, count: int, view: DeviceView) -> Prediction | None:
+    def eta(self, request_id: str, count: int, snapshot: Snapshot) -> Prediction | None:
         """Say when an accepted request of so many images will be done; None: it is."""
-        running = {(image.request_id, image.position): image for image in view.running}
+        started = {(image.request_id, image.position): image for image in snapshot.started}
         ids = [(request_id, position) for position in range(count)]
-        images = [running.get(i, self._images[i]) for i in ids if i in self._images]
-        return self._predict(images, view) if images else None
+        images: list[_Known] = [started.get(i, self._images[i]) for i in ids if i in self._images]
+        return self._predict(images, snapshot) if images else None
 
-    def backlog_s(self, view: DeviceView) -> float:
+    def backlog_s(self, snapshot: Snapshot) -> float:
         """Say how long everything accepted will take."""
-        done = self._progress(view.running)
+        done = self._progress(snapshot.started)
         total = 0.0
         for model in self._models:
-            width = view.widths[model]
+            width = snapshot.widths[model]
             work = sum(self._lines[model, priority].work - done[model, priority] for priority in Priority)
-            total += work / width * self._step_s(model, width, view)
+            total += work / width * self._step_s(model, width, snapshot)
         return total
 
-    def _step_s(self, model: str, rows: int, view: DeviceView, new_rows: int = 0, new_classified: int = 0) -> float:
+    def _step_s(self, model: str, rows: int, snapshot: Snapshot, new_rows: int = 0, new_classified: int = 0) -> float:
         """Say how long a step of so many rows takes, where the classifier is asked as often as in all accepted work."""
         all_rows = self._rows[model] + new_rows
         classified = self._classified_rows[model] + new_classified
-        return view.costs[model].seconds(rows, rows * classified / all_rows if classified else 0)
+        return snapshot.costs[model].seconds(rows, rows * classified / all_rows if classified else 0)
 
-    def _arrive(self, images: Sequence[Image], view: DeviceView) -> None:
+    def _arrive(self, images: Sequence[Image], snapshot: Snapshot) -> None:
         for sequence, image in enumerate(images, self._arrivals):
             image.sequence = sequence
-            image.arrival_step = view.steps[image.model]
+            image.arrival_step = snapshot.steps[image.model]
             image.order = (self._policy(image), sequence)
 
-    def _predict(self, images: Sequence[Image], view: DeviceView) -> Prediction:
+    def _predict(self, images: Sequence[_Known], snapshot: Snapshot) -> Prediction:
         """Predict images of one request: all of them accepted, or none."""
         ordered = sorted(images, key=_order)
         known = (ordered[0].request_id, ordered[0].position) in self._images
-        ahead = self._ahead(ordered[0], view)
+        ahead = self._ahead(ordered[0], snapshot)
         predicted = []
         for image in ordered:
-            predicted.append(self._predict_image(image, ahead, view, known=known))
+            predicted.append(self._predict_image(image, ahead, snapshot, known=known))
             if not known:
                 ahead.join(image)
         return Prediction(
@@ -198,10 +188,12 @@ class Forecast:
             finish_s=max(p.finish_s for p in predicted),
         )
 
-    def _ahead(self, image: Image, view: DeviceView) -> _Ahead:
+    def _ahead(self, image: _Known, snapshot: Snapshot) -> _Ahead:
         """Sum up what all images of a request share."""
         model, priority = image.model, image.priority
-        running = sorted((i for i in view.running if i.model == model), key=_order)
+        running = sorted(
+            (i for i in snapshot.started if i.model == model and (i.request_id, i.position) in self._images), key=_order
+        )
         done = self._progress(running)
         return _Ahead(
             line=self._lines[model, priority],
@@ -210,14 +202,14 @@ class Forecast:
             interactive=self._lines[model, Priority.INTERACTIVE].work - done[model, Priority.INTERACTIVE],
             batch=self._lines[model, Priority.BATCH].work - done[model, Priority.BATCH],
             others_step_s=sum(
-                self._step_s(other, view.widths[other], view)
+                self._step_s(other, snapshot.widths[other], snapshot)
                 for other in self._models
                 if other != model and any(self._lines[other, p].work for p in Priority)
             ),
         )
 
-    def _predict_image(self, image: Image, ahead: _Ahead, view: DeviceView, *, known: bool) -> Prediction:
-        model, priority, width = image.model, image.priority, view.widths[image.model]
+    def _predict_image(self, image: _Known, ahead: _Ahead, snapshot: Snapshot, *, known: bool) -> Prediction:
+        model, priority, width = image.model, image.priority, snapshot.widths[image.model]
         position, work = ahead.before(image)
 
         clients = self._clients[model, priority]
@@ -240,7 +232,7 @@ class Forecast:
         rows = self._rows[model] + new_rows
         wait_steps = max(least_left, wait_steps - mean_left) if rows > width else 0.0
 
-        step_s = self._step_s(model, min(rows, width), view, new_rows, new_classified)
+        step_s = self._step_s(model, min(rows, width), snapshot, new_rows, new_classified)
         if step_s:
             step_s += ahead.others_step_s
         finish_steps = wait_steps + image.remaining_row_steps / image.rows
@@ -252,7 +244,7 @@ class Forecast:
             )
         return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=finish_steps * step_s)
 
-    def _progress_by_order(self, running: Iterable[Image], priority: Priority) -> list[tuple[_Order, int, int]]:
+    def _progress_by_order(self, running: Iterable[StartedImage], priority: Priority) -> list[tuple[_Order, int, int]]:
         """Return what running has changed in a line, as `_Ahead.progress`: out of the old place, into the new one."""
         changes = []
         for image in running:
@@ -262,7 +254,7 @@ class Forecast:
                 changes.append((image.order, +1, +image.remaining_row_steps))
         return sorted(changes)
 
-    def _progress(self, running: Iterable[Image]) -> Counter[tuple[str, Priority]]:
+    def _progress(self, running: Iterable[StartedImage]) -> Counter[tuple[str, Priority]]:
         """Return the row-steps that images have taken since they arrived, by model and priority."""
         done: Counter[tuple[str, Priority]] = Counter()
         for image in running:
@@ -272,11 +264,11 @@ class Forecast:
         return done
 
 
-def _order(image: Image) -> _Order:
+def _order(image: _Known) -> _Order:
     return image.order
 
 
-def _drain(taking_part: Iterable[Image], image: Image, width: int) -> tuple[float, float]:
+def _drain(taking_part: Iterable[_Known], image: _Known, width: int) -> tuple[float, float]:
     """Return the mean steps left, by row, of what comes before an image, and how long until a row is free for it."""
     rows = work = 0
     least = math.inf

@@ -139,9 +139,8 @@ class Scheduler:
         return [image for queue in self._queues() for image in queue.running]
 
     def started(self) -> list[Image]:
-        """Return the images that have started, with or without a slot; another thread may ask."""
-        # An image that moves meanwhile may be met twice
-        return list(dict.fromkeys(i for queue in self._queues() for i in (*queue.running, *queue.evicted.images())))
+        """Return the images that have started, with or without a slot."""
+        return [image for queue in self._queues() for image in (*queue.running, *queue.evicted)]
 
     def steps(self, model: str) -> int:
         """Return how many steps a model has taken: the clock that images age by."""
@@ -168,16 +167,16 @@ class Scheduler:
         self._lanes[model].width, self._lanes[model].probe_widths = rows, probe_widths
 
     def all_steps(self) -> dict[str, int]:
-        """Return the steps of every model; another thread may ask."""
+        """Return the steps of every model."""
         return {model: lane.steps for model, lane in self._lanes.items()}
 
     def all_widths(self) -> dict[str, int]:
-        """Return the width of every model; another thread may ask."""
+        """Return the width of every model."""
         return {model: lane.width for model, lane in self._lanes.items()}
 
     def add_model(self, model: str) -> None:
         """Make room for a model, which takes its turns from now on."""
-        self._lanes = {**self._lanes, model: _Lane(self._config)}  # not changed in place: another thread may look
+        self._lanes[model] = _Lane(self._config)
         self._turn.append(model)
 
     def remove_model(self, model: str) -> None:
@@ -188,7 +187,7 @@ class Scheduler:
         """
         if len(self._lanes[model]):
             raise RuntimeError(f"model {model} has images in flight")
-        self._lanes = {known: lane for known, lane in self._lanes.items() if known != model}
+        del self._lanes[model]
         self._turn.remove(model)
 
     def add(self, images: Iterable[Image]) -> None:
@@ -275,7 +274,7 @@ class Scheduler:
         """Choose the images of the next step, most urgent first within each priority."""
         interactive, batch = lane.interactive, lane.batch
         for queue in (interactive, batch):
-            queue.running = sorted(queue.running, key=queue.urgency)  # not in place: that empties it for other threads
+            queue.running.sort(key=queue.urgency)
         picked: dict[Image, None] = {}
         rows = lane.most_rows()
         if len(interactive) and len(batch):

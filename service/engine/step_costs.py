@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 SMOOTHING = 0.05
 """Weight of the newest step in the running mean of how slow the machine is."""
@@ -17,6 +18,67 @@ HELD_UP = 4.0
 """A step counts as at most so many times what it should take: a machine that stood still is not one that is slow."""
 ESTABLISHED = 64
 """Steps after which a size is as well known as any."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds by padded rows, from those of some sizes.
+
+    More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
+    cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
+    """
+
+    sizes: tuple[int, ...] = ()
+    """Ascending."""
+    costs: tuple[float, ...] = ()
+    """Seconds of each size; non-decreasing."""
+
+    @classmethod
+    def through(cls, measured: Mapping[int, float]) -> Curve:
+        """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
+        sizes = sorted(measured)
+        pools: list[tuple[float, int]] = []  # mean, sizes in it
+        for size in sizes:
+            mean, count = measured[size], 1
+            while pools and pools[-1][0] > mean:
+                before, number = pools.pop()
+                mean = (mean * count + before * number) / (count + number)
+                count += number
+            pools.append((mean, count))
+        return cls(tuple(sizes), tuple(mean for mean, count in pools for _ in range(count)))
+
+    def seconds(self, rows: float) -> float:
+        """Return what so many rows take; 0 before anything was measured."""
+        sizes, costs = self.sizes, self.costs
+        if not sizes:
+            return 0.0
+        at = bisect_left(sizes, rows)
+        if at == len(sizes):
+            return costs[-1] * rows / sizes[-1]
+        if at == 0 or sizes[at] == rows:
+            return costs[at]
+        part = (rows - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+        return costs[at - 1] + part * (costs[at] - costs[at - 1])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of an engine step as known at one moment."""
+
+    network: Curve = Curve()
+    """At a slowness of 1."""
+    classifier: Curve = Curve()
+    slowness: float = 1.0
+    """Of the machine, as far as it has changed since the first step."""
+
+    def seconds(self, rows: float, classified: float = 0) -> float:
+        """Return what a step of so many rows takes; 0 before anything was measured."""
+        network = self.slowness * self.network.seconds(rows)
+        return network + (self.classifier.seconds(classified) if classified else 0.0)
+
+    def table(self) -> dict[int, float]:
+        """Return the measured sizes of network calls and their pooled seconds."""
+        return {rows: self.slowness * cost for rows, cost in zip(self.network.sizes, self.network.costs, strict=True)}
 
 
 class StepCosts:
@@ -33,11 +95,11 @@ class StepCosts:
     """
 
     def __init__(self) -> None:
-        self._network = _Curve()
-        """At a slowness of 1."""
-        self._classifier = _Curve()
-        self._slowness = 1.0
-        """Of the machine, as far as it has changed since the first step."""
+        self.now = Costs()
+        """What is known now."""
+        self._network: dict[int, float] = {}
+        """Measured seconds by rows, at a slowness of 1."""
+        self._classifier: dict[int, float] = {}
         self._last_rows: int | None = None
         """Of the step before."""
         self._yardstick: tuple[int, float] | None = None
@@ -59,27 +121,27 @@ class StepCosts:
             self._observe_network(rows, seconds)
             return
         beyond = max(0.0, seconds - self.seconds(rows))
-        mean = self._classifier.measured.get(classified, beyond)
-        self._classifier.change({classified: mean + SMOOTHING * (beyond - mean)})
+        mean = self._classifier.get(classified, beyond)
+        self._classifier[classified] = mean + SMOOTHING * (beyond - mean)
+        self.now = replace(self.now, classifier=Curve.through(self._classifier))
 
     def seconds(self, rows: float, classified: float = 0) -> float:
         """Return what a step of so many rows takes; 0 before anything was measured."""
-        network = self._slowness * self._network.seconds(rows)
-        return network + (self._classifier.seconds(classified) if classified else 0.0)
+        return self.now.seconds(rows, classified)
 
     def table(self) -> dict[int, float]:
         """Return the measured sizes of network calls and their pooled seconds."""
-        return {rows: self._slowness * seconds for rows, seconds in self._network.table().items()}
+        return self.now.table()
 
     def _observe_network(self, rows: int, seconds: float) -> None:
-        costs = self._network.measured
+        costs, slowness = self._network, self.now.slowness
         is_first, self._last_rows = rows != self._last_rows, rows
         self._steps[rows] = min(self._steps[rows] + 1, ESTABLISHED)
         if rows not in costs:
-            self._network.change({rows: seconds / self._slowness})
+            self._change({rows: seconds / slowness})
             return
-        slower = min(seconds / (costs[rows] * self._slowness), HELD_UP)
-        self._slowness *= 1 + SMOOTHING * (slower - 1)
+        slower = min(seconds / (costs[rows] * slowness), HELD_UP)
+        self.now = replace(self.now, slowness=slowness * (1 + SMOOTHING * (slower - 1)))
         if is_first:
             return
         if self._yardstick is not None and self._yardstick[0] != rows:
@@ -87,62 +149,15 @@ class StepCosts:
         self._yardstick = (rows, seconds)
 
     def _compare(self, rows: int, seconds: float, other: int, took: float) -> None:
-        costs = self._network.measured
+        costs = self._network
         surprise = (seconds / took) / (costs[rows] / costs[other])
         step = COMPARING * math.log(min(max(surprise, 1 / DOUBT), DOUBT))
         share = self._steps[other] / (self._steps[rows] + self._steps[other])
-        self._network.change(
-            {rows: costs[rows] * math.exp(step * share), other: costs[other] * math.exp(step * (share - 1))}
-        )
+        self._change({rows: costs[rows] * math.exp(step * share), other: costs[other] * math.exp(step * (share - 1))})
 
-
-class _Curve:
-    """Seconds by padded rows, from those of some sizes.
-
-    More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
-    cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
-    """
-
-    def __init__(self) -> None:
-        self.measured: dict[int, float] = {}
-        self._curve: tuple[list[int], list[float]] | None = None  # forgotten when a measurement comes in
-
-    def change(self, measured: Mapping[int, float]) -> None:
-        """Take in what some sizes cost."""
-        self.measured.update(measured)
-        self._curve = None
-
-    def seconds(self, rows: float) -> float:
-        """Return what so many rows take; 0 before anything was measured."""
-        sizes, costs = self._monotone()
-        if not sizes:
-            return 0.0
-        at = bisect_left(sizes, rows)
-        if at == len(sizes):
-            return costs[-1] * rows / sizes[-1]
-        if at == 0 or sizes[at] == rows:
-            return costs[at]
-        part = (rows - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
-        return costs[at - 1] + part * (costs[at] - costs[at - 1])
-
-    def table(self) -> dict[int, float]:
-        """Return the measured sizes and their pooled seconds."""
-        return dict(zip(*self._monotone(), strict=True))
-
-    def _monotone(self) -> tuple[list[int], list[float]]:
-        """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
-        if self._curve is None:
-            sizes = sorted(self.measured)
-            pools: list[tuple[float, int]] = []  # mean, sizes in it
-            for size in sizes:
-                mean, count = self.measured[size], 1
-                while pools and pools[-1][0] > mean:
-                    before, number = pools.pop()
-                    mean = (mean * count + before * number) / (count + number)
-                    count += number
-                pools.append((mean, count))
-            self._curve = (sizes, [mean for mean, count in pools for _ in range(count)])
-        return self._curve
+    def _change(self, measured: Mapping[int, float]) -> None:
+        self._network.update(measured)
+        self.now = replace(self.now, network=Curve.through(self._network))
 
 
 def knee(costs: StepCosts, max_rows: int, efficiency: float, least: int = 2) -> int:

@@ -41,10 +41,6 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Image]:
         return iter(self._members)
 
-    def images(self) -> tuple[Image, ...]:
-        """Return its images; another thread may ask."""
-        return tuple(self._members)
-
     def push(self, image: Image) -> None:
         """Let an image wait; its order must not change until it leaves."""
         rows = image.rows

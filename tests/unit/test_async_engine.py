@@ -301,6 +301,12 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
     asyncio.run(asyncio.wait_for(check(), timeout=120))
 
 
+def measure(engine: AsyncEngine, seconds: float) -> None:
+    """Let steps of two rows have taken so long; nothing is in flight."""
+    engine._engine.costs["m"].observe(2, seconds)
+    engine._engine.publish()
+
+
 @runs
 async def test_a_failing_warm_up_is_reported_too() -> None:
     class Broken(CountingRunner):
@@ -314,7 +320,7 @@ async def test_a_failing_warm_up_is_reported_too() -> None:
 @runs
 async def test_retry_after_grows_with_accepted_work() -> None:
     async with started(PausedRunner()) as engine:
-        engine._engine.costs["m"].observe(2, 1.0)
+        measure(engine, 1.0)
         retries = []
         for request in (generation("r", params(steps=100)), generation("s", params(steps=100, cfg_scale=2.0))):
             engine.submit(request)
@@ -350,7 +356,7 @@ async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() ->
 @runs
 async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finish() -> None:
     async with started(PausedRunner()) as engine:
-        engine._engine.costs["m"].observe(2, 1.0)
+        measure(engine, 1.0)
         engine.submit(generation("a", params(steps=100), params(steps=100)))
         with pytest.raises(DeadlineUnmeetable, match="would be done in 125 s, wanted within 124 s") as refusal:
             engine.submit(generation("b", *[params(steps=25)], deadline_s=124.0))
@@ -364,7 +370,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 @runs
 async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() -> None:
     async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0)) as engine:
-        engine._engine.costs["m"].observe(2, 1.0)
+        measure(engine, 1.0)
         engine.submit(generation("a", params(steps=500)))  # alone, whatever it takes
         engine.submit(generation("b", params(steps=500)))  # the second row is free
         with pytest.raises(QueueFull, match="the predicted wait is 500 s, at most 60 s can be") as refusal:
@@ -377,7 +383,7 @@ async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() 
 async def test_predictions_are_compared_with_what_came_of_them() -> None:
     metrics = Metrics()
     async with started(CountingRunner(), metrics=metrics) as engine:
-        engine._engine.costs["m"].observe(2, 1e-9)
+        measure(engine, 1e-9)
         ticket = engine.submit(generation("r", params(), params(), deadline_s=1e-6))
         await asyncio.gather(*ticket.images)
         value = metrics.registry.get_sample_value

@@ -22,7 +22,7 @@ from service.backends.torch_backend import TorchBackend
 from service.backends.torch_classifier import load_torch_classifier
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.forecast import DeviceView, Forecast
+from service.engine.forecast import Forecast
 from service.engine.request import ImageResult, ImageStatus, images_of
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
@@ -246,11 +246,11 @@ def test_predictions_count_the_classifier_s_time_for_those_who_ask() -> None:
     runner = TimedRunner()
     engine = Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: runner.now)
     engine.measure()
-    view: DeviceView = engine.view()
+    snapshot = engine.snapshot
 
     def finish(*images: Any) -> float:
         request = generation("r", *images)
-        return Forecast(CONFIG, ["m"]).predict(images_of(request, 0.0), view).finish_s
+        return Forecast(CONFIG, ["m"]).predict(images_of(request, 0.0), snapshot).finish_s
 
     assert finish(params(steps=5)) == 5 * 1
     assert finish(params(steps=5, classifier_scale=1.0)) == 5 * (1 + 3)

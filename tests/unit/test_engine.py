@@ -348,14 +348,29 @@ def test_a_step_is_reported_behind_the_launch_of_the_next_one() -> None:
     assert engine.report() == []
 
 
-def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_before_it_is_reported() -> None:
+def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_until_it_has_been_reported() -> None:
     engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
     engine.add(generation("r", params(steps=1)), submitted_at=0.0)
-    for act in (engine.launch, engine.settle):
+    for act in (engine.launch, engine.settle, engine.report):
         act()
-        assert [image.remaining_row_steps for image in engine.view().running] == [0]
-    engine.report()
-    assert engine.view().running == []
+        assert [image.remaining_row_steps for image in engine.snapshot.started] == [0]
+    engine.add(generation("s", params(steps=2)), submitted_at=0.0)
+    engine.launch()
+    assert [(i.request_id, i.remaining_row_steps) for i in engine.snapshot.started] == [("s", 1)]
+
+
+def test_a_snapshot_stays_as_it_was_published() -> None:
+    engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
+    engine.add(generation("r", params(steps=5)), submitted_at=0.0)
+    engine.step()
+    before = engine.snapshot
+    seen = (before.started, dict(before.steps), dict(before.widths), before.costs["m"].table())
+    engine.costs["m"].observe(3, 1.0)
+    engine.step()
+    engine.abort("r")
+    assert (before.started, dict(before.steps), dict(before.widths), before.costs["m"].table()) == seen
+    assert before.started[0].remaining_row_steps == 4
+    assert engine.snapshot.started == ()
 
 
 def test_times_are_split_into_queue_and_compute() -> None:

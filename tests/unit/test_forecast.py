@@ -9,10 +9,11 @@ import pytest
 from benchmarks.simulate import DEVICES, Arrival, Device, Outcome, arrivals, best_batcher, latencies, step_level
 from benchmarks.traffic import percentile
 from service.engine.config import EngineConfig
-from service.engine.forecast import DeviceView, Forecast
+from service.engine.forecast import Forecast
 from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageParams, Priority, images_of
 from service.engine.scheduler import Scheduler
+from service.engine.snapshot import Snapshot, StartedImage
 from service.engine.step_costs import StepCosts
 from tests.fakes import generation, params
 
@@ -30,18 +31,17 @@ class Device4:
         self.now = 0.0
         self.finished: dict[str, float] = {}
 
-    def view(self) -> DeviceView:
+    def snapshot(self) -> Snapshot:
         steps, width = self.scheduler.steps("m"), self.scheduler.width("m")
-        return DeviceView(
-            running=self.scheduler.started(), steps={"m": steps}, widths={"m": width}, costs={"m": self.costs}
-        )
+        started = tuple(map(StartedImage.of, self.scheduler.started()))
+        return Snapshot(started=started, steps={"m": steps}, widths={"m": width}, costs={"m": self.costs.now})
 
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
         """Accept a request; returns its predicted wait and finish, from now."""
         request = generation(name, *images, priority=priority)
-        new, view = images_of(request, self.now), self.view()
-        predicted = self.forecast.predict(new, view)
-        self.forecast.add(new, view)
+        new, snapshot = images_of(request, self.now), self.snapshot()
+        predicted = self.forecast.predict(new, snapshot)
+        self.forecast.add(new, snapshot)
         self.scheduler.add(images_of(request, self.now))
         return predicted.wait_s, predicted.finish_s
 
@@ -103,7 +103,7 @@ def test_progress_counts() -> None:
     device.add("a", *[params(100)] * 4)
     for _ in range(90):
         device.step()
-    assert device.forecast.backlog_s(device.view()) == 10.0
+    assert device.forecast.backlog_s(device.snapshot()) == 10.0
     for k in range(8):
         finish = device.add(f"b{k}", params(20))[1]
     began = device.now
@@ -136,7 +136,7 @@ def test_what_an_evicted_image_has_done_counts() -> None:
     device.add("short", *[params(10)] * 4)
     device.step()
     assert device.scheduler.num_evicted == 4
-    assert device.forecast.backlog_s(device.view()) == 150 + 9
+    assert device.forecast.backlog_s(device.snapshot()) == 150 + 9
 
 
 def test_an_eta_shrinks_with_every_step_and_ends() -> None:
@@ -144,7 +144,7 @@ def test_an_eta_shrinks_with_every_step_and_ends() -> None:
     device.add("a", params(10), params(10))
     device.add("b", *[params(30)] * 4)
     seen = []
-    while (eta := device.forecast.eta("b", 4, device.view())) is not None:
+    while (eta := device.forecast.eta("b", 4, device.snapshot())) is not None:
         seen.append((eta.position, eta.finish_s))
         device.step()
     assert seen == sorted(seen, reverse=True)

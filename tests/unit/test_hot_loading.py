@@ -65,7 +65,7 @@ def test_steps_alternate_between_what_was_loaded_and_what_replaces_it_and_nothin
     assert not engine.has_work()
     assert metrics.registry.get_sample_value("iddpm_network_calls_total", {"model": "m"}) == 7
     engine.drop("m")
-    assert set(engine.view().widths) == set(engine.view().steps) == set(engine.view().costs) == {"m/2"}
+    assert set(engine.snapshot.widths) == set(engine.snapshot.steps) == set(engine.snapshot.costs) == {"m/2"}
     assert metrics.registry.get_sample_value("iddpm_width_rows", {"model": "m"}) == 2
     engine.drop("m/2")
     assert metrics.registry.get_sample_value("iddpm_width_rows", {"model": "m"}) is None
@@ -134,12 +134,12 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
             engine.submit(generation("late", params()))
         after = engine.submit(generation("after", params(steps=2), model="m/2"))
         assert after.prediction.finish_s > 0
-        assert engine._forecast.backlog_s(engine._engine.view()) >= 1
+        assert engine._forecast.backlog_s(engine._engine.snapshot) >= 1
         old.let.release(100)
         await asyncio.gather(*before.images, *after.images)
         assert len(old.calls) == 5
         assert engine.models_held == 1
-        assert engine._forecast.backlog_s(engine._engine.view()) == 0
+        assert engine._forecast.backlog_s(engine._engine.snapshot) == 0
         old = None
         await gone(held)
 
