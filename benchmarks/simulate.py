@@ -34,7 +34,7 @@ from service.engine.forecast import Forecast
 from service.engine.policies import PolicyName
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, images_of
 from service.engine.scheduler import Scheduler
-from service.engine.snapshot import Snapshot, StartedImage
+from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
 
 HURRIED, HURRY = 0.25, 4.0
@@ -118,8 +118,8 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
                 number, arrival = coming.popleft()
                 request = as_request(number, arrival)
                 images = images_of(request, arrival.at * UNIT_S)
-                snapshot = Snapshot(
-                    started=tuple(map(StartedImage.of, scheduler.started())),
+                snapshot = Snapshot.of(
+                    scheduler.started(),
                     steps={MODEL: scheduler.steps(MODEL)},
                     widths={MODEL: scheduler.width(MODEL)},
                     costs={MODEL: costs.now},

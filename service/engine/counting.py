@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from service.backends.base import FailureKind
 from service.engine.model_ids import name_of
 from service.engine.recovery import Outcome
-from service.engine.request import FAILURE_REASONS, Image, ImageResult, StepBatch
+from service.engine.request import FAILURE_REASONS, ImageResult, StepBatch
 from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
 from service.metrics import Metrics
@@ -23,15 +23,14 @@ class EngineCounts:
         for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
             metrics.failed_attempts.labels(kind.value)
 
-    def attempt(self, model: str, runner: Runner, images: Sequence[Image]) -> None:
-        """Count a network call for these images, and a classifier call if some ask for one."""
+    def attempt(self, model: str, runner: Runner, rows: int, classified: int) -> None:
+        """Count a network call of so many rows, and the classifier call that goes with it, if any."""
         metrics, name = self._metrics, name_of(model)
-        rows = sum(image.rows for image in images)
         metrics.network_calls.labels(name).inc()
         metrics.rows_per_call.observe(rows)
         metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
         metrics.uncaptured_steps.labels(name).inc(runner.is_uncaptured(rows))
-        if classified := sum(image.classified_rows for image in images):
+        if classified:
             metrics.classifier_calls.labels(name).inc()
             metrics.classified_rows.labels(name).inc(classified)
 

@@ -40,7 +40,7 @@ from service.engine.request import (
 )
 from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.snapshot import Snapshot, StartedImage
+from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts, knee
 from service.engine.timing import observe_step, time_steps
 from service.engine.watchdog import StepUnderWay
@@ -155,8 +155,8 @@ class Engine:
         """Replace the snapshot with what is true now."""
         leaving = [image for step in (*self._launched, *self._settled) for image in step.left]
         scheduler = self.scheduler
-        self.snapshot = Snapshot(
-            started=tuple(map(StartedImage.of, dict.fromkeys((*scheduler.started(), *leaving)))),
+        self.snapshot = Snapshot.of(
+            images=(*scheduler.started(), *leaving),
             steps=scheduler.all_steps(),
             widths=scheduler.all_widths(),
             costs={model: costs.now for model, costs in self.costs.items()},
@@ -330,18 +330,19 @@ class Engine:
     def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> Pending[list[bool]]:
         """Begin a step of some images of its batch, setting those up that it is the first step of."""
         runner = self._runners[batch.model]
-        steps = [step for image, step in zip(batch.images, batch.steps, strict=True) if image in images]
+        taking = set(images)
+        steps = [step for image, step in zip(batch.images, batch.steps, strict=True) if image in taking]
         try:
             runner.start([step for step in steps if step.step == 0])
             return runner.launch(steps)
         finally:
-            self._counts.attempt(batch.model, runner, images)
+            self._counts.attempt(batch.model, runner, *batch.rows_of(images))
 
     def _expect(self, batch: StepBatch, images: Sequence[Image]) -> None:
         """Say what is under way, and how long it should take."""
-        rows = self._runners[batch.model].padded_rows(sum(image.rows for image in images))
-        classified = sum(image.classified_rows for image in images)
-        self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(rows, classified))
+        rows, classified = batch.rows_of(images)
+        padded = self._runners[batch.model].padded_rows(rows)
+        self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(padded, classified))
 
     def _move(self, batch: StepBatch, runner: Runner) -> None:
         """Copy images out of their slots, then others back into slots."""

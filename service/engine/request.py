@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -169,8 +170,7 @@ def images_of(request: GenerationRequest, submitted_at: float) -> list[Image]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageStep:
+class ImageStep(NamedTuple):
     """Which step of which image a runner takes: every number of an image is on the host, with whom it is known."""
 
     slot: int
@@ -207,12 +207,18 @@ class StepBatch:
     @cached_property
     def rows(self) -> int:
         """Network rows, padding not counted."""
-        return sum(image.rows for image in self.images)
+        return sum([image.rows for image in self.images])
 
-    @property
+    @cached_property
     def classified_rows(self) -> int:
         """Rows that the classifier is called on, padding not counted."""
-        return sum(image.classified_rows for image in self.images)
+        return sum([image.classified_rows for image in self.images])
+
+    def rows_of(self, images: Sequence[Image]) -> tuple[int, int]:
+        """Return network rows and classifier rows of some of its images."""
+        if len(images) == len(self.images):
+            return self.rows, self.classified_rows
+        return sum(image.rows for image in images), sum(image.classified_rows for image in images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -339,7 +339,7 @@ class Scheduler:
         return StepBatch(
             model=model,
             images=lane.last,
-            steps=tuple(ImageStep(slot=_slot(image), params=image.params, step=image.steps_done) for image in images),
+            steps=tuple([ImageStep(_slot(image), image.params, image.steps_done) for image in images]),
             evictions=tuple(evictions),
             restores=tuple(restores),
             preempted=preempted,

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Self
 
 from service.engine.request import Image, Priority
 from service.engine.step_costs import Costs
 
 
 class StartedImage(NamedTuple):
-    """An image that has started, at the time of a snapshot; fields are those of `Image`."""
+    """An image that has started, at the time of a snapshot."""
 
-    request_id: str
-    position: int
-    model: str
-    client: str
-    priority: Priority
-    rows: int
-    classified_rows: int
+    image: Image
+    """Whose it is; only fields that never change may be read of it, which the properties below do."""
     order: tuple[float, int]
     remaining_row_steps: int
 
-    @classmethod
-    def of(cls, image: Image) -> StartedImage:
-        """Copy what a forecast needs of an image."""
-        return cls(
-            image.request_id,
-            image.position,
-            image.model,
-            image.client,
-            image.priority,
-            image.rows,
-            image.classified_rows,
-            image.order,
-            image.remaining_row_steps,
-        )
+    @property
+    def request_id(self) -> str:
+        """As of the image."""
+        return self.image.request_id
+
+    @property
+    def position(self) -> int:
+        """As of the image."""
+        return self.image.position
+
+    @property
+    def model(self) -> str:
+        """As of the image."""
+        return self.image.model
+
+    @property
+    def client(self) -> str:
+        """As of the image."""
+        return self.image.client
+
+    @property
+    def priority(self) -> Priority:
+        """As of the image."""
+        return self.image.priority
+
+    @property
+    def rows(self) -> int:
+        """As of the image."""
+        return self.image.rows
+
+    @property
+    def classified_rows(self) -> int:
+        """As of the image."""
+        return self.image.classified_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +63,41 @@ class Snapshot:
     `depth` and one more.
     """
 
-    started: tuple[StartedImage, ...]
+    images: Sequence[Image]
     """Images that have started, with or without a slot, of all models.
 
     Images that end stay until their results have been delivered, and perhaps a step longer, so that nobody who reads
     this takes them for images that have not started.
     """
+    orders: Sequence[tuple[float, int]]
+    """Of each of them, its order."""
+    remaining: Sequence[int]
+    """Of each of them, its row-steps left."""
     steps: Mapping[str, int]
     """Steps that each model has taken."""
     widths: Mapping[str, int]
     costs: Mapping[str, Costs]
+
+    @classmethod
+    def of(
+        cls,
+        images: Iterable[Image],
+        steps: Mapping[str, int],
+        widths: Mapping[str, int],
+        costs: Mapping[str, Costs],
+    ) -> Self:
+        """Return a snapshot of images as they are now; taken at every step, so it does as little as it can."""
+        kept = tuple(dict.fromkeys(images))
+        return cls(
+            images=kept,
+            orders=[image.order for image in kept],
+            remaining=[image.remaining_row_steps for image in kept],
+            steps=steps,
+            widths=widths,
+            costs=costs,
+        )
+
+    @cached_property
+    def started(self) -> tuple[StartedImage, ...]:
+        """The images as they were then."""
+        return tuple(map(StartedImage, self.images, self.orders, self.remaining))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -146,5 +145,5 @@ def test_a_guided_chain_of_the_runner_equals_the_reference(
     for noise, sample in zip(GOLDEN[f"{key}.step_noise"], GOLDEN[f"{key}.samples"], strict=True):
         draw(monkeypatch, noise)
         assert all(runner.launch(steps).wait())
-        steps = [replace(step, step=step.step + 1) for step in steps]
+        steps = [step._replace(step=step.step + 1) for step in steps]
         np.testing.assert_allclose(to_numpy(runner._slots.x)[: len(y)], sample, rtol=0, atol=5e-4)

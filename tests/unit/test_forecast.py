@@ -13,7 +13,7 @@ from service.engine.forecast import Forecast
 from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageParams, Priority, images_of
 from service.engine.scheduler import Scheduler
-from service.engine.snapshot import Snapshot, StartedImage
+from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
 from tests.fakes import generation, params
 
@@ -33,8 +33,7 @@ class Device4:
 
     def snapshot(self) -> Snapshot:
         steps, width = self.scheduler.steps("m"), self.scheduler.width("m")
-        started = tuple(map(StartedImage.of, self.scheduler.started()))
-        return Snapshot(started=started, steps={"m": steps}, widths={"m": width}, costs={"m": self.costs.now})
+        return Snapshot.of(self.scheduler.started(), {"m": steps}, {"m": width}, {"m": self.costs.now})
 
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
         """Accept a request; returns its predicted wait and finish, from now."""
