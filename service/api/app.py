@@ -21,7 +21,8 @@ from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
 from service.api.idempotency import Idempotency
 from service.api.identify import Identify
-from service.api.keys import KeyRing, read_keys
+from service.api.key_ring import KeyRing
+from service.api.keys import read_keys
 from service.api.loop_lag import measure_loop_lag
 from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.client import Client, client_of
 from service.api.health import HEALTH_PATHS
-from service.api.keys import ApiKey, KeyRing
+from service.api.key_ring import KeyRing
+from service.api.keys import ApiKey
 from service.api.problems import problem
 from service.api.rates import RequestRates
 from service.hosts import Network
