@@ -156,7 +156,12 @@ def test_a_change_of_mode_is_a_reason_to_read_the_file_again(
     write_keys(path, [])
     ring = KeyRing(path, clock=lambda: 100.0)
     read: list[Path] = []
-    monkeypatch.setattr(key_ring, "read_keys", lambda path: read.append(path) or ())
+
+    def read_keys(path: Path) -> tuple[ApiKey, ...]:
+        read.append(path)
+        return ()
+
+    monkeypatch.setattr(key_ring, "read_keys", read_keys)
     ring.find("")
     assert not read
     before = path.stat().st_ctime_ns
@@ -273,7 +278,7 @@ def test_a_file_that_cannot_be_replaced_alone_is_not_changed(tmp_path: Path, mak
 
 def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    command = [Path(sys.executable).with_name("iddpm"), "keys", "add", "alice", "--file", path]
+    command = [str(Path(sys.executable).with_name("iddpm")), "keys", "add", "alice", "--file", str(path)]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     message = "error: the key cannot be shown, and was not stored: standard output: No space left on device\n"
