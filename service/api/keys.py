@@ -75,18 +75,40 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """
     try:
         content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise KeysError(f"{path}: {error.strerror}; iddpm keys add NAME --file {path} makes one") from error
     except PermissionError as error:
         raise KeysError(f"{path}: {error.strerror}; user {os.geteuid()} must be able to read it") from error
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror}") from error
     if not content.strip():
-        raise KeysError(f"{path} is empty; iddpm keys add NAME --file {path} puts a key into it")
+        raise KeysError(f"{path} is empty")
     try:
         return _KeysFile.model_validate_json(content).keys
     except ValidationError as error:
         raise KeysError(f"{path}: {_described(error)}") from None  # which quotes the file
+
+
+def require_keys(path: Path) -> None:
+    """Check that a keys file can be read, before a service starts.
+
+    Raises:
+        KeysError: see `read_keys`; where there are no keys yet, says how to make one.
+    """
+    try:
+        read_keys(path)
+    except KeysError as error:
+        if is_absent_or_empty(path):  # while a service runs, that would replace the keys which it still knows
+            raise KeysError(f"{error}; iddpm keys add NAME --file {path} puts a key into it") from error
+        raise
+
+
+def is_absent_or_empty(path: Path) -> bool:
+    """Return whether there are no keys yet; an empty file may have been made for its owner and mode."""
+    try:
+        return not path.read_bytes().strip()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # reading it says why
 
 
 def keys_text(keys: Sequence[ApiKey]) -> str:

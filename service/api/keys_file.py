@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from service.api.keys import ApiKey, keys_text, read_keys
+from service.api.keys import ApiKey, is_absent_or_empty, keys_text, read_keys
 from service.errors import KeysError
 
 LOCK_WAIT_S = 30.0
@@ -33,7 +33,7 @@ def add_key(path: Path, added: ApiKey, show: Callable[[], None]) -> None:
         KeysError: there is a key of that name, or the file cannot be changed.
     """
     with _locked(path):
-        known = () if _is_absent_or_empty(path) else read_keys(path)
+        known = () if is_absent_or_empty(path) else read_keys(path)
         if any(added.name == key.name for key in known):
             raise KeysError(f"{path} has a key of the name {added.name}: remove it first, or choose another name")
         write_keys(path, [*known, added], before_replacing=show)
@@ -111,16 +111,6 @@ def _wait_for_lock(path: Path, descriptor: int) -> None:
 def _target(path: Path) -> Path:
     """Return the file that a path leads to through all links; it need not exist."""
     return Path(os.path.realpath(path))
-
-
-def _is_absent_or_empty(path: Path) -> bool:
-    """Return whether there are no keys yet; an empty file may have been made for its owner and mode."""
-    try:
-        return not path.read_bytes().strip()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False  # reading it says why
 
 
 def _write_beside(temporary: Path, target: Path, text: str) -> None:
