@@ -34,6 +34,7 @@ from cli.client_core import (
     pixels_of,
     read_generated,
     read_models,
+    refuse_other_streams,
     stream_call,
 )
 from cli.connecting import connection
@@ -148,6 +149,7 @@ class Client:
     def _chunks(self, response: httpx.Response) -> Generator[bytes]:
         with as_client_errors(self._name):  # not around what is called with events: its errors are the caller's
             try:
+                refuse_other_streams(response)
                 yield from response.iter_bytes()
             finally:
                 response.close()
@@ -227,6 +229,7 @@ class AsyncClient:
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
         with as_client_errors(self._name):
             try:
+                refuse_other_streams(response)
                 async for chunk in response.aiter_bytes():
                     yield chunk
             finally:

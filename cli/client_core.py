@@ -38,6 +38,7 @@ ANSWER_S = 3660.0
 STREAM_SILENCE_S = 60.0
 """A stream says something every 15 seconds."""
 SHOWN = 200
+EVENTS = "text/event-stream"
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
 """X509_V_ERR_... of OpenSSL: the certificate, or its authority's, is signed by itself or by nobody that is known."""
@@ -197,6 +198,17 @@ def read_models(response: httpx.Response) -> ModelList:
 def read_generated(response: httpx.Response) -> GenerateResponse:
     """Read the answer to `generate_call`."""
     return _read(GenerateResponse, response.content)
+
+
+def refuse_other_streams(response: httpx.Response) -> None:
+    """Check that a good answer is declared as events, where it is declared at all.
+
+    Raises:
+        UnexpectedAnswer: it is a page of a proxy, for example.
+    """
+    declared = response.headers.get("content-type", EVENTS)
+    if declared.partition(";")[0].strip().lower() != EVENTS:
+        raise UnexpectedAnswer(f"{response.status_code} with {declared[:SHOWN]} instead of {EVENTS}")
 
 
 def failure_of(outcome: Outcome) -> Exception:

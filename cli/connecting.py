@@ -103,7 +103,7 @@ def _parsed(url: str) -> httpx.URL:
         raise ValueError(f"the port must be 1..{MAX_PORT}")
     if address.raw_host:
         try:
-            address.host.encode("idna")  # as the resolver will
+            address.raw_host.decode("ascii").encode("idna")  # as the resolver will
         except UnicodeError:
             raise ValueError("its host is no host name") from None
         if not HOST.fullmatch(address.raw_host):
@@ -150,12 +150,9 @@ def _is_this_machine(host: str) -> bool:
 def _trusted_certificates() -> ssl.SSLContext:
     """Return what checks certificates: the authorities of SSL_CERT_FILE or SSL_CERT_DIR, else those of certifi."""
     file, folders, key_log = (os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"))
-    if (
-        folders
-        and not file
-        and (missing := [name for name in folders.split(os.pathsep) if name and not Path(name).is_dir()])
-    ):
-        raise ValueError(f"SSL_CERT_DIR: {missing[0]!r} is no folder")  # OpenSSL does not say so
+    for folder in filter(None, (folders or "").split(os.pathsep) if not file else []):  # the file goes first
+        if not Path(folder).is_dir():  # which OpenSSL does not say
+            raise ValueError(f"SSL_CERT_DIR: {folder!r} is no folder")
     try:
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one

@@ -360,6 +360,14 @@ def test_whoever_is_not_this_service_is_told_apart(ask: Ask, answer: httpx.Respo
     assert len(service.asked) == 1
 
 
+def test_a_page_instead_of_events_is_not_of_this_service(ask: Ask) -> None:
+    body = Chunks(b"<html>sign in</html>")
+    service = Service(httpx.Response(200, stream=body, headers={"Content-Type": "text/html; charset=utf-8"}))
+    with pytest.raises(UnexpectedAnswer, match=r"^200 with text/html; charset=utf-8 instead of text/event-stream$"):
+        ask(service, on_event=print)
+    assert body.closed
+
+
 def test_what_a_socks_proxy_does_wrong_is_a_lost_connection(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     class MalformedReply(Exception):
         """Stands for the errors of an optional package."""
