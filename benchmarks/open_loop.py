@@ -95,4 +95,6 @@ async def offer(
 def open_client(url: str) -> httpx.AsyncClient:
     """Return a client that keeps as many connections as there are requests in flight, and its patience."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, limits=limits, timeout=httpx.Timeout(PATIENCE_S), headers=PLAIN)
+    return httpx.AsyncClient(
+        base_url=url, limits=limits, timeout=httpx.Timeout(PATIENCE_S), headers=PLAIN, trust_env=False
+    )

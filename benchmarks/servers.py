@@ -188,7 +188,7 @@ class Server:
         """
         deadline = time.monotonic() + START_SECONDS
         path = self.entry.kind.ready.format(steps=max(steps))
-        with httpx.Client(base_url=self.url) as client:
+        with httpx.Client(base_url=self.url, trust_env=False) as client:
             while self.process.poll() is None and time.monotonic() < deadline:
                 try:
                     if client.get(path).status_code == OK:

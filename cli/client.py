@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -27,15 +28,16 @@ from cli.client_core import (
     RequestFailed,
     UnexpectedAnswer,
     as_client_errors,
-    connection,
     failure_of,
     generate_call,
     models_call,
     pixels_of,
     read_generated,
     read_models,
+    refuse_other_streams,
     stream_call,
 )
+from cli.connecting import connection
 from cli.retries import Outcome, Retries
 from service.api.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
 from service.api.schemas import GeneratedImage, GenerateResponse, ModelInfo
@@ -85,9 +87,12 @@ class Client:
             transport: instead of the network, for tests.
 
         Raises:
-            ValueError: an address or a key that cannot be one.
+            ValueError: an address or a key that cannot be one, or a variable of the environment that the connection
+                depends on (proxies, certificates) and that cannot be used.
         """
-        self._http = httpx.Client(**connection(url, key), transport=transport)
+        to = connection(url, key, direct=transport is not None)
+        self._http = httpx.Client(**to.options, transport=transport)
+        self._name = to.name
         self._patience_s = patience_s
 
     def __enter__(self) -> Self:
@@ -108,8 +113,7 @@ class Client:
         Raises:
             ClientError: there was no such answer.
         """
-        with as_client_errors(self._http):
-            return read_models(self._send(models_call())).models
+        return read_models(self._send(models_call())).models
 
     def generate(
         self,
@@ -131,22 +135,31 @@ class Client:
             RequestFailed: the service said no, or could not.
             ConnectionLost: there was no connection, or it ended before the answer did.
             UnexpectedAnswer: what answers there is not this service.
-            ValueError: an Idempotency-Key for a stream.
+            ValueError: a field that JSON cannot hold, an Idempotency-Key that cannot be one, or one for a stream.
         """
-        with as_client_errors(self._http):
-            if on_event is None:
-                return read_generated(self._send(generate_call(fields, idempotency_key)))
-            following = Following(on_event)
-            response = self._send(stream_call(fields, idempotency_key))
+        if on_event is None:
+            return read_generated(self._send(generate_call(fields, idempotency_key)))
+        following = Following(on_event)
+        response = self._send(stream_call(fields, idempotency_key))
+        with closing(self._chunks(response)) as chunks:
+            for chunk in chunks:
+                following.feed(chunk)
+        return following.answer()
+
+    def _chunks(self, response: httpx.Response) -> Generator[bytes]:
+        with as_client_errors(self._name):  # not around what is called with events: its errors are the caller's
             try:
-                for chunk in response.iter_bytes():
-                    following.feed(chunk)
+                refuse_other_streams(response)
+                yield from response.iter_bytes()
             finally:
                 response.close()
-            return following.answer()
 
     def _send(self, call: Call) -> httpx.Response:
         """Send a request, again where that is safe; return its good answer."""
+        with as_client_errors(self._name):
+            return self._send_until_answered(call)
+
+    def _send_until_answered(self, call: Call) -> httpx.Response:
         retries = Retries(self._patience_s, repeatable=call.repeatable)
         while True:
             outcome: Outcome
@@ -175,7 +188,9 @@ class AsyncClient:
         patience_s: float = PATIENCE_S,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._http = httpx.AsyncClient(**connection(url, key), transport=transport)
+        to = connection(url, key, direct=transport is not None)
+        self._http = httpx.AsyncClient(**to.options, transport=transport)
+        self._name = to.name
         self._patience_s = patience_s
 
     async def __aenter__(self) -> Self:
@@ -192,8 +207,7 @@ class AsyncClient:
 
     async def models(self) -> list[ModelInfo]:
         """See `Client.models`."""
-        with as_client_errors(self._http):
-            return read_models(await self._send(models_call())).models
+        return read_models(await self._send(models_call())).models
 
     async def generate(
         self,
@@ -203,19 +217,29 @@ class AsyncClient:
         **fields: Unpack[GenerateFields],
     ) -> GenerateResponse:
         """See `Client.generate`; cancelling it frees its rows."""
-        with as_client_errors(self._http):
-            if on_event is None:
-                return read_generated(await self._send(generate_call(fields, idempotency_key)))
-            following = Following(on_event)
-            response = await self._send(stream_call(fields, idempotency_key))
+        if on_event is None:
+            return read_generated(await self._send(generate_call(fields, idempotency_key)))
+        following = Following(on_event)
+        response = await self._send(stream_call(fields, idempotency_key))
+        async with aclosing(self._chunks(response)) as chunks:
+            async for chunk in chunks:
+                following.feed(chunk)
+        return following.answer()
+
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+        with as_client_errors(self._name):
             try:
+                refuse_other_streams(response)
                 async for chunk in response.aiter_bytes():
-                    following.feed(chunk)
+                    yield chunk
             finally:
                 await response.aclose()
-            return following.answer()
 
     async def _send(self, call: Call) -> httpx.Response:
+        with as_client_errors(self._name):
+            return await self._send_until_answered(call)
+
+    async def _send_until_answered(self, call: Call) -> httpx.Response:
         retries = Retries(self._patience_s, repeatable=call.repeatable)
         while True:
             outcome: Outcome

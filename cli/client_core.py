@@ -11,11 +11,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import ssl
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import httpx
 import numpy as np
@@ -23,7 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from cli.retries import Outcome
+from cli.connecting import CONNECTION_ERRORS
+from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
 from diffusion.plans import Sampler
 from service.api.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
@@ -35,6 +38,10 @@ ANSWER_S = 3660.0
 STREAM_SILENCE_S = 60.0
 """A stream says something every 15 seconds."""
 SHOWN = 200
+EVENTS = "text/event-stream"
+IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
+"""X509_V_ERR_... of OpenSSL: the certificate, or its authority's, is signed by itself or by nobody that is known."""
 
 Event = QueuedEvent | ProgressEvent | PreviewEvent
 M = TypeVar("M", bound=BaseModel)
@@ -104,34 +111,25 @@ class Call:
         return http.build_request(self.method, self.path, content=self.content, headers=self.headers, timeout=timeout)
 
 
-def connection(url: str, key: str | None) -> dict[str, Any]:
-    """Return what both kinds of httpx client are made with.
-
-    Raises:
-        ValueError: an address or a key that cannot be one; the key is not told.
-    """
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"url: {error}; got {url!r}") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise ValueError(f"url: must be http://HOST[:PORT] or https://...; got {url!r}")
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise ValueError("key: must be printable ASCII characters")
-    return {"base_url": address, "headers": {} if key is None else {"Authorization": f"Bearer {key}"}}
-
-
 def models_call() -> Call:
     """Ask which models there are."""
     return Call(method="GET", path="v1/models", headers={}, silence_s=STREAM_SILENCE_S, repeatable=True)
 
 
 def generate_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
-    """Ask for images in one answer. The key, which is drawn if none is given, makes it safe to send again."""
+    """Ask for images in one answer. The key, which is drawn if none is given, makes it safe to send again.
+
+    Raises:
+        ValueError: a key that cannot be one, or a field that JSON cannot hold.
+    """
+    if idempotency_key is None:
+        idempotency_key = uuid.uuid4().hex
+    if not IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise ValueError(f"idempotency_key: must be 1 to 255 printable ASCII characters; got {idempotency_key!r}")
     headers = {
         "Accept": "application/json",
         "Content-Type": "application/json",
-        "Idempotency-Key": idempotency_key or uuid.uuid4().hex,
+        "Idempotency-Key": idempotency_key,
     }
     content = _body(fields, stream=False)
     return Call(
@@ -143,7 +141,7 @@ def stream_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
     """Ask for images and to be told how they come about.
 
     Raises:
-        ValueError: with a key; a stream cannot be answered twice.
+        ValueError: with a key, since a stream cannot be answered twice; or a field that JSON cannot hold.
     """
     if idempotency_key is not None:
         raise ValueError("idempotency_key: a stream cannot be answered twice; leave it or on_event out, or give a seed")
@@ -202,6 +200,17 @@ def read_generated(response: httpx.Response) -> GenerateResponse:
     return _read(GenerateResponse, response.content)
 
 
+def refuse_other_streams(response: httpx.Response) -> None:
+    """Check that a good answer is declared as events, where it is declared at all.
+
+    Raises:
+        UnexpectedAnswer: it is a page of a proxy, for example.
+    """
+    declared = response.headers.get("content-type", EVENTS)
+    if declared.partition(";")[0].strip().lower() != EVENTS:
+        raise UnexpectedAnswer(f"{response.status_code} with {declared[:SHOWN]} instead of {EVENTS}")
+
+
 def failure_of(outcome: Outcome) -> Exception:
     """Return the error to raise for what is no good answer; a proxy's may hold no problem."""
     if isinstance(outcome, httpx.TransportError):
@@ -209,17 +218,31 @@ def failure_of(outcome: Outcome) -> Exception:
     try:
         return RequestFailed(Problem.model_validate_json(outcome.content))
     except ValidationError:
-        said = outcome.text[:SHOWN].strip()
+        said = " ".join(outcome.content.decode(errors="replace").split())[:SHOWN]
         return UnexpectedAnswer(f"{outcome.status_code} {outcome.reason_phrase}: {said}".rstrip(": "))
 
 
 @contextmanager
-def as_client_errors(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
-    """Turn what httpx raises into ConnectionLost."""
+def as_client_errors(name: str) -> Iterator[None]:
+    """Turn what httpx raises while it sends and reads into errors of the client.
+
+    Args:
+        name: what errors call the other end.
+    """
     try:
         yield
-    except httpx.RequestError as error:
-        raise ConnectionLost(f"{http.base_url}: {str(error) or type(error).__name__}") from error
+    except httpx.DecodingError as error:
+        raise UnexpectedAnswer(f"{name}: the answer cannot be unpacked: {error}") from error
+    except CONNECTION_ERRORS as error:
+        raise ConnectionLost(f"{name}: {_described(error)}") from error
+
+
+def _described(error: Exception) -> str:
+    cause = tls_error_of(error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        cure = "; SSL_CERT_FILE may name a file with the authority's" if cause.verify_code in UNKNOWN_AUTHORITY else ""
+        return f"its certificate is not trusted: {cause.verify_message}{cure}"
+    return str(error) or type(error).__name__
 
 
 def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
@@ -240,6 +263,11 @@ def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
 
 def _body(fields: GenerateFields, *, stream: bool) -> bytes:
     named = {"class" if name == "class_" else name: value for name, value in fields.items()}
+    for name, value in named.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: cannot be sent as JSON: {error}") from error
     return json.dumps({**named, "stream": stream}).encode()
 
 

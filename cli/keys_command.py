@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +38,8 @@ def add_key(
     from pydantic import ValidationError
 
     from diffusion.checkpoint_config import describe_validation_error
-    from service.api.keys import ApiKey, Limits, hash_of, new_key, read_keys, write_keys
+    from service.api.keys import ApiKey, Limits, hash_of, new_key
+    from service.api.keys_file import add_key as add_to_file
     from service.errors import KeysError
 
     key = new_key()
@@ -45,15 +50,11 @@ def add_key(
             row_steps_per_request=row_steps_per_request,
         )
         added = ApiKey(name=name, sha256=hash_of(key), limits=limits, admin=admin)
-        known = read_keys(file) if file.exists() else ()
-        if any(name == other.name for other in known):
-            fail(f"{file} has a key of the name {name}: remove it first, or give both a name")
-        write_keys(file, [*known, added])
+        add_to_file(file, added, lambda: _show(key))
     except ValidationError as error:
         fail(describe_validation_error(error), code=2)
     except KeysError as error:
         fail(error)
-    typer.echo(key)
     typer.echo(f"Added to {file}. This is the only time that the key is shown.", err=True)
 
 
@@ -75,13 +76,22 @@ def list_keys(file: File) -> None:
 @keys_app.command("remove")
 def remove_key(name: Name, file: File) -> None:
     """Take a key back; what it has in flight is still answered."""
-    from service.api.keys import read_keys, write_keys
+    from service.api.keys_file import remove_key as remove_from_file
     from service.errors import KeysError
 
     try:
-        known = read_keys(file)
-        if all(name != key.name for key in known):
-            fail(f"{file} has no key of the name {name}")
-        write_keys(file, [key for key in known if key.name != name])
+        remove_from_file(file, name)
     except KeysError as error:
         fail(error)
+
+
+def _show(key: str) -> None:
+    """Print a key; end the command where nobody can see it."""
+    try:
+        if sys.stdout is None:  # where it was closed before the command began
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        typer.echo(key)
+    except OSError as error:
+        with suppress(OSError, ValueError, AttributeError):  # or Python would try to write the rest at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"the key cannot be shown, and was not stored: standard output: {error.strerror}")

@@ -21,7 +21,9 @@ def sample_command(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder; with --url the name of a served model, default its first.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Ask the service there, http://HOST:PORT.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask the service there, http://HOST:PORT; /v1 at the end is dropped.")
+    ] = None,
     key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")] = None,
     class_: Annotated[
         str | None, typer.Option("--class", help="Class by name or index; absent: drawn from the seed.")

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import os
 import re
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.backends.base import BackendOptions, Precision
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
+from service.hosts import Network, canonical_host, network_of
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
+MAY_BE_EMPTY = frozenset({"cache_dir", "host", "models", "allowed_hosts", "trusted_proxies"})
+"""Settings in which nothing means something, or is refused with words of their own."""
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
 """Ours, but read by the client and the tests."""
 SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 """What Kubernetes puts into every container beside a Service whose name begins with `iddpm`, but for the next."""
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """How the value of its variable IDDPM_..._PORT begins."""
+AllowedHost = Annotated[str, AfterValidator(lambda host: host if host == "*" else canonical_host(host))]
+TrustedProxy = Annotated[Network, BeforeValidator(lambda value: network_of(value) if isinstance(value, str) else value)]
 
 
 class Settings(BaseSettings):
@@ -66,11 +71,9 @@ class Settings(BaseSettings):
     """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a network call; unset: one per core."""
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=("localhost", "127.0.0.1", "[::1]"), min_length=1
-    )
-    """Host headers answered to, without port (comma list); `*` answers to all."""
-    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    allowed_hosts: Annotated[tuple[AllowedHost, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    """Host headers answered to: names or addresses without scheme and port (comma list); `*` answers to all."""
+    trusted_proxies: Annotated[tuple[TrustedProxy, ...], NoDecode] = ()
     """Addresses or networks (comma list) whose X-Forwarded-For says who the client is; of others it is ignored."""
     max_rows: int = Field(default=8, ge=2, le=1024)
     """Most rows of a network call."""
@@ -116,6 +119,23 @@ class Settings(BaseSettings):
     def _pass_over_a_service_link(cls, value: object) -> object:
         is_link = isinstance(value, str) and LINK_ADDRESS.match(value)
         return cls.model_fields["port"].default if is_link else value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _need_a_host(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("is empty: list the names and addresses that clients use, or write * to answer to all")
+        return value
+
+    @field_validator("*", mode="before")  # the last of its mode is the first that runs
+    @classmethod
+    def _strip(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        stripped = value.strip()  # .env files leave spaces, and a carriage return at the end of a line
+        if not stripped and info.field_name not in MAY_BE_EMPTY:
+            raise ValueError(f"is empty: give a value, or remove the variable {PREFIX}{str(info.field_name).upper()}")
+        return stripped
 
     @model_validator(mode="after")
     def _refuse_to_be_open_unasked(self) -> Settings:

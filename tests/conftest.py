@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 settings.register_profile("iddpm", deadline=None)
 settings.load_profile("iddpm")
 
+# Services under test are asked directly, whatever proxy this machine needs for others.
+_others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [_others, "localhost,127.0.0.1"]))
+
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
 

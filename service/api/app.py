@@ -21,7 +21,8 @@ from service.api.encoding_pool import EncodingPool
 from service.api.guard import Guard
 from service.api.idempotency import Idempotency
 from service.api.identify import Identify
-from service.api.keys import KeyRing, read_keys
+from service.api.key_ring import KeyRing
+from service.api.keys import require_keys
 from service.api.loop_lag import measure_loop_lag
 from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe
@@ -59,7 +60,7 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     folders = _distinct(settings.models)
     if settings.keys_file is not None:
-        read_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
+        require_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
     tracing = _tracing() if settings.traces else None
 
     def load(folder: Path) -> Denoiser[Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from service.api.keys import Limits
+from service.hosts import Network
 
-Network = IPv4Network | IPv6Network
 IPV6_PREFIX = 64
 """What one household or machine gets: its addresses are one client."""
+WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]*)\](:\d*)?|(?P<ipv4>[\d.]+):\d*")
+"""What some proxies write in X-Forwarded-For instead of an address: one with a port, of IPv6 in brackets."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collecti
 
     Every proxy appends whom it was asked by, so the chain is believed from its end, and only as far as the proxies
     that say so are trusted: anybody can send the header.
+
+    Elements may have a port, and brackets around an IPv6 address. What is no address ends the chain: the client is then
+    the proxy that wrote it.
 
     Args:
         peer: address of the connection's other end; "" where there is none.
@@ -53,8 +59,9 @@ def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collecti
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
+    with_port = WITH_PORT.fullmatch(text)
     try:
-        address = ip_address(text)
+        address = ip_address((with_port["ipv6"] or with_port["ipv4"]) if with_port else text)
     except ValueError:
         return None
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None

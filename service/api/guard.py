@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.health import HEALTH_PATHS
 from service.api.interfaces import Interface, interface_of
 from service.api.problems import problem
+from service.hosts import canonical_host
 
 MAX_HEADER_BYTES = 32768
 """The HTTP parser stops heads that grow beyond this; one that comes in a single packet is measured here."""
@@ -26,7 +27,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
         self._app = app
-        self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._allowed_hosts = frozenset(allowed_hosts)  # each as `canonical_host` writes it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -52,7 +53,7 @@ class Guard:
         return refusal if refusal is not None and _has_handler(scope) else None
 
     def _is_ours(self, host: str) -> bool:
-        return "*" in self._allowed_hosts or _without_port(host.lower()) in self._allowed_hosts
+        return "*" in self._allowed_hosts or _host_of(host) in self._allowed_hosts
 
 
 def _refusal_of_body(path: str, headers: Headers) -> Response | None:
@@ -86,5 +87,9 @@ def _expected_media_type(path: str, headers: Headers) -> str | None:
     return "application/json or application/octet-stream"
 
 
-def _without_port(host: str) -> str:
-    return re.sub(r":\d*$", "", host) if not host.endswith("]") else host
+def _host_of(header: str) -> str:
+    """Return the host that a Host header names, as the settings write it; "" where it names none."""
+    try:  # other than ASCII is never sent by a client that keeps to the rules, and costs much to read
+        return canonical_host(re.sub(r":\d*$", "", header)) if header.isascii() else ""
+    except ValueError:
+        return ""

@@ -9,11 +9,13 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.client import Client, Network, client_of
+from service.api.client import Client, client_of
 from service.api.health import HEALTH_PATHS
-from service.api.keys import ApiKey, KeyRing
+from service.api.key_ring import KeyRing
+from service.api.keys import ApiKey
 from service.api.problems import problem
 from service.api.rates import RequestRates
+from service.hosts import Network
 
 OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/openapi.json"}
 """Answered without a key: supervisors and load balancers have none, documentation is public, the page asks for one."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hmac
-import logging
 import os
 import secrets
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +15,6 @@ from service.errors import KeysError
 
 PREFIX = "iddpm_"
 """So that people, and programs that look for leaked secrets, know what they see."""
-
-log = logging.getLogger(__name__)
 
 
 class Limits(BaseModel):
@@ -80,31 +74,46 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         KeysError: it cannot be read, or is no keys file; says what is wrong with it.
     """
     try:
-        return _KeysFile.model_validate_json(path.read_bytes()).keys
+        content = path.read_bytes()
+    except PermissionError as error:
+        raise KeysError(f"{path}: {error.strerror}; user {os.geteuid()} must be able to read it") from error
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror}") from error
+    if not content.strip():
+        raise KeysError(f"{path} is empty")
+    try:
+        return _KeysFile.model_validate_json(content).keys
     except ValidationError as error:
         raise KeysError(f"{path}: {_described(error)}") from None  # which quotes the file
 
 
-def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
-    """Write a keys file; a service that reads it meanwhile sees the old one or the new one.
+def require_keys(path: Path) -> None:
+    """Check that a keys file can be read, before a service starts.
 
     Raises:
-        KeysError: it cannot be written.
+        KeysError: see `read_keys`; where there are no keys yet, says how to make one.
     """
-    text = _KeysFile(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True) + "\n"
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with temporary.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # where there is no folder, there is no file to be removed either
-            temporary.unlink(missing_ok=True)
-        raise KeysError(f"{path}: {error.strerror}") from error
+        read_keys(path)
+    except KeysError as error:
+        if is_absent_or_empty(path):  # while a service runs, that would replace the keys which it still knows
+            raise KeysError(f"{error}; iddpm keys add NAME --file {path} puts a key into it") from error
+        raise
+
+
+def is_absent_or_empty(path: Path) -> bool:
+    """Return whether there are no keys yet; an empty file may have been made for its owner and mode."""
+    try:
+        return not path.read_bytes().strip()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # reading it says why
+
+
+def keys_text(keys: Sequence[ApiKey]) -> str:
+    """Return what a keys file holds."""
+    return _KeysFile(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
 def _described(error: ValidationError) -> str:
@@ -115,45 +124,3 @@ def _described(error: ValidationError) -> str:
         message = "has an unknown field" if problem["type"] == "extra_forbidden" else problem["msg"]
         told.append(": ".join(filter(None, [".".join(map(str, where)), message.removeprefix("Value error, ")])))
     return "; ".join(told)
-
-
-class KeyRing:
-    """The keys in force: those of a file as it is now; while it is damaged or gone, those that were last read."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            KeysError: see `read_keys`.
-        """
-        self._path = path
-        self._seen = self._state_of_file()
-        self._keys = read_keys(path)
-
-    def find(self, key: str) -> ApiKey | None:
-        """Return what is known of a key; the time it takes does not tell how much of it was right."""
-        self._refresh()
-        presented, found = hash_of(key), None
-        for known in self._keys:
-            if hmac.compare_digest(presented, known.sha256):
-                found = known
-        return found
-
-    def _refresh(self) -> None:
-        now = self._state_of_file()
-        if now == self._seen:
-            return
-        self._seen = now
-        try:
-            self._keys = read_keys(self._path)
-        except KeysError as error:
-            log.error("keys: %s; those read before stay in force", error)
-        else:
-            log.info("keys: read again, %d in force", len(self._keys))
-
-    def _state_of_file(self) -> tuple[int, int, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size

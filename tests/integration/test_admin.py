@@ -25,7 +25,8 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.api.admin import registry_for_admins
 from service.api.app import assemble, create_app
-from service.api.keys import ApiKey, Limits, hash_of, new_key, write_keys
+from service.api.keys import ApiKey, Limits, hash_of, new_key
+from service.api.keys_file import write_keys
 from service.api.kserve import check_version
 from service.api.state import service_state
 from service.backends.base import Denoiser

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from service.api.idempotency import derived_seed
-from service.api.keys import ApiKey, Limits, hash_of, new_key, write_keys
+from service.api.keys import ApiKey, Limits, hash_of, new_key
+from service.api.keys_file import write_keys
 from service.api.security_headers import SECURITY_HEADERS
 from tests.fakes import tiny_checkpoint
 from tests.integration.in_process import Service, running, runs

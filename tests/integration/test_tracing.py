@@ -20,7 +20,8 @@ from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_tra
 
 from service.api import tracing as tracing_module
 from service.api.app import create_app
-from service.api.keys import ApiKey, hash_of, write_keys
+from service.api.keys import ApiKey, hash_of
+from service.api.keys_file import write_keys
 from service.api.tracing import Tracing, tracing_to_collector
 from service.errors import TracingError
 from service.settings import Settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from fastapi.sse import format_sse_event
 
 from cli import client as client_module
+from cli import client_core
 from cli.client import (
     AsyncClient,
     Client,
@@ -231,6 +233,30 @@ def test_what_would_come_to_the_same_or_is_still_running_is_not_sent_again(
     assert (len(service.asked), pauses) == (1, [])
 
 
+def tls_error(cause: ssl.SSLError) -> httpx.ConnectError:
+    """Return what httpx raises where a connection cannot be encrypted."""
+    error = httpx.ConnectError(str(cause))
+    error.__cause__ = OSError("of a layer between")
+    error.__cause__.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_certificate_that_is_not_trusted_ends_the_trying_at_once(ask: Ask, pauses: Pauses, streamed: bool) -> None:
+    cause = ssl.SSLCertVerificationError("certificate verify failed")
+    cause.verify_code, cause.verify_message = 18, "self-signed certificate"
+    service = Service(tls_error(cause))
+    with pytest.raises(ConnectionLost, match=r"certificate is not trusted: self-signed certificate; SSL_CERT_FILE may"):
+        ask(service, on_event=print if streamed else None)
+    assert (len(service.asked), pauses) == (1, [])
+
+
+def test_a_connection_that_broke_while_it_was_encrypted_is_made_again(ask: Ask, pauses: Pauses) -> None:
+    service = Service(tls_error(ssl.SSLEOFError("EOF occurred in violation of protocol")), good())
+    assert ask(service).model == "m"
+    assert len(pauses) == 1
+
+
 def test_events_are_told_in_order_and_the_answer_is_that_of_a_plain_request(ask: Ask) -> None:
     told: list[Event] = []
     rest = QUEUED[9:] + b": keep-alive\n\n" + event("new-kind", x=1)
@@ -276,6 +302,37 @@ def test_whoever_raises_while_being_told_ends_the_request(ask: Ask) -> None:
     assert body.closed
 
 
+def test_what_a_function_for_events_raises_is_its_caller_s_even_if_it_asks_a_service_itself(ask: Ask) -> None:
+    def ask_elsewhere(_: Event) -> None:
+        raise httpx.ReadTimeout("of another service")
+
+    body = Chunks(QUEUED, PROGRESS)
+    with pytest.raises(httpx.ReadTimeout, match="of another service"):
+        ask(Service(httpx.Response(200, stream=body)), on_event=ask_elsewhere)
+    assert body.closed
+
+
+@pytest.mark.parametrize("key", ["", "a\nb", "clé", "x" * 256])
+def test_an_idempotency_key_that_cannot_be_one_is_refused_before_it_is_sent(ask: Ask, key: str) -> None:
+    service = Service(good())
+    with pytest.raises(ValueError, match=r"^idempotency_key: must be 1 to 255 printable ASCII characters; got '"):
+        ask(service, idempotency_key=key)
+    assert not service.asked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"), [("eta", float("nan")), ("cfg_scale", float("inf")), ("seed", object()), ("class_", {1, 2})]
+)
+def test_a_field_that_json_cannot_hold_is_refused_before_it_is_sent(
+    ask: Ask, field: str, value: object, streamed: bool
+) -> None:
+    service = Service(good())
+    with pytest.raises(ValueError, match=f"^{field.strip('_')}: cannot be sent as JSON: "):
+        ask(service, on_event=print if streamed else None, **{field: value})
+    assert not service.asked
+
+
 def test_a_stream_with_an_idempotency_key_is_refused_before_it_is_sent(ask: Ask) -> None:
     service = Service(good())
     with pytest.raises(ValueError, match="idempotency_key: a stream cannot be answered twice"):
@@ -287,6 +344,11 @@ def test_a_stream_with_an_idempotency_key_is_refused_before_it_is_sent(ask: Ask)
     ("answer", "said"),
     [
         (httpx.Response(404, text="<html>nginx</html>"), "404 Not Found: <html>nginx</html>"),
+        (httpx.Response(413, text="<html>\n  too\n large\n</html>"), "413 .*: <html> too large </html>$"),
+        (
+            httpx.Response(404, content=b"no \xff", headers={"Content-Type": "text/html; charset=idna"}),
+            "404 Not Found: no",
+        ),
         (httpx.Response(301, headers={"Location": "https://elsewhere"}), "301 Moved Permanently"),
         (httpx.Response(200, json={"images": 3}), "what came is no GenerateResponse"),
     ],
@@ -298,10 +360,30 @@ def test_whoever_is_not_this_service_is_told_apart(ask: Ask, answer: httpx.Respo
     assert len(service.asked) == 1
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://service", "http://", "http://host:port", ""])
-def test_an_address_that_cannot_be_one_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ValueError, match="url: "):
-        Client(url)
+def test_a_page_instead_of_events_is_not_of_this_service(ask: Ask) -> None:
+    body = Chunks(b"<html>sign in</html>")
+    service = Service(httpx.Response(200, stream=body, headers={"Content-Type": "text/html; charset=utf-8"}))
+    with pytest.raises(UnexpectedAnswer, match=r"^200 with text/html; charset=utf-8 instead of text/event-stream$"):
+        ask(service, on_event=print)
+    assert body.closed
+
+
+def test_what_a_socks_proxy_does_wrong_is_a_lost_connection(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MalformedReply(Exception):
+        """Stands for the errors of an optional package."""
+
+    monkeypatch.setattr(client_core, "CONNECTION_ERRORS", (httpx.RequestError, MalformedReply))
+    with pytest.raises(ConnectionLost, match=r"^http://service: Malformed reply$"):
+        ask(Service(MalformedReply("Malformed reply")))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_cannot_be_unpacked_is_not_of_this_service(ask: Ask, streamed: bool) -> None:
+    body = Chunks(b"no gzip")
+    service = Service(httpx.Response(200, stream=body, headers={"Content-Encoding": "gzip"}))
+    with pytest.raises(UnexpectedAnswer, match=r"^http://service: the answer cannot be unpacked: "):
+        ask(service, on_event=print if streamed else None)
+    assert body.closed
 
 
 @pytest.mark.parametrize("key", ["iddpm_secret\n", "iddpm_sécret", ""])

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import stat
+import struct
+import subprocess
+import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from service.api import key_ring, keys_file
 from service.api.app import create_app
-from service.api.keys import ApiKey, KeyRing, Limits, hash_of, new_key, read_keys, write_keys
+from service.api.key_ring import KeyRing
+from service.api.keys import ApiKey, Limits, hash_of, new_key, read_keys
+from service.api.keys_file import add_key, remove_key, write_keys
 from service.api.rates import RequestRates
-from service.errors import KeysError
+from service.errors import KeysError, ModelError
 from service.settings import Settings
 
 
@@ -35,7 +46,9 @@ def test_a_file_keeps_names_hashes_and_limits_and_no_key(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "Invalid JSON"),
+        ("", "is empty"),
+        ("\n", "is empty"),
+        ("{", "Invalid JSON"),
         ("[]", "Input should be an object"),
         ('{"keys": [{"name": "a", "sha256": "abc"}]}', "keys.0.sha256"),
         ('{"keys": [{"name": "a b", "sha256": "' + "0" * 64 + '"}]}', "keys.0.name"),
@@ -110,6 +123,169 @@ def test_a_file_that_is_damaged_later_leaves_the_last_keys_in_force(
     assert ring.find(key) is None
 
 
+def test_a_file_that_cannot_be_read_is_read_again_soon_and_the_log_says_what_is_in_force_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, key, now = tmp_path / "keys.json", new_key(), 100.0
+    write_keys(path, [entry("alice", key)])
+    ring = KeyRing(path, clock=lambda: now)
+
+    def unreadable(path: Path) -> tuple[ApiKey, ...]:
+        raise KeysError(f"{path}: Permission denied")
+
+    write_keys(path, [])  # whoever took the key back believes that it is
+    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
+        patch.setattr(key_ring, "read_keys", unreadable)
+        for _ in range(3):
+            assert ring.find(key) is not None
+            now += key_ring.RETRY_S
+        now += key_ring.REMIND_S
+        assert ring.find(key) is not None
+    assert len(caplog.records) == 2  # once, and a reminder
+    for record in caplog.records:
+        assert "keys.json: Permission denied. Until it can be read, the keys read at 20" in record.getMessage()
+    assert ring.find(key) is not None  # nothing has changed, and the next try is not due
+    now += key_ring.RETRY_S
+    assert ring.find(key) is None
+
+
+def test_a_change_of_mode_is_a_reason_to_read_the_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, [])
+    ring = KeyRing(path, clock=lambda: 100.0)
+    read: list[Path] = []
+
+    def read_keys(path: Path) -> tuple[ApiKey, ...]:
+        read.append(path)
+        return ()
+
+    monkeypatch.setattr(key_ring, "read_keys", read_keys)
+    ring.find("")
+    assert not read
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:  # the clock of a file system may be coarse
+        path.chmod(0o600)
+    ring.find("")
+    assert read == [path]
+
+
+def test_a_file_without_keys_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, [])
+    with caplog.at_level(logging.WARNING):
+        KeyRing(path)
+    assert f"{path} holds no key: requests get 401 until iddpm keys add NAME --file {path}" in caplog.text
+
+
+def nothing() -> None:
+    """Show a key to nobody."""
+
+
+def test_keys_that_are_added_and_removed_at_once_are_all_kept_and_all_gone(tmp_path: Path) -> None:
+    path, names = tmp_path / "keys.json", [f"key{number}" for number in range(16)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: add_key(path, entry(name, new_key()), nothing), names))
+        assert sorted(key.name for key in read_keys(path)) == sorted(names)
+        list(pool.map(lambda name: remove_key(path, name), names[1:]))
+    assert [key.name for key in read_keys(path)] == names[:1]
+    assert [file.name for file in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_a_folder_that_stays_locked_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys_file, "LOCK_WAIT_S", 0.0)
+    path = tmp_path / "keys.json"
+
+    def add_another() -> None:
+        with pytest.raises(KeysError, match=r"keys\.json: another process has locked its folder for 0 s"):
+            add_key(path, entry("bob", new_key()), nothing)
+
+    add_key(path, entry("alice", new_key()), add_another)
+    assert [key.name for key in read_keys(path)] == ["alice"]
+
+
+def test_a_changed_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    path, link = tmp_path / "secrets" / "keys.json", tmp_path / "keys.json"
+    path.parent.mkdir()
+    path.touch()  # empty: made for its mode
+    path.chmod(0o640)
+    link.symlink_to("secrets/keys.json")
+    before = os.umask(0o077)
+    try:
+        add_key(link, entry("alice", new_key()), nothing)
+        add_key(link, entry("bob", new_key()), nothing)
+        remove_key(link, "alice")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert link.readlink() == Path("secrets/keys.json")
+    assert [key.name for key in read_keys(path)] == ["bob"]
+    assert [file.name for file in path.parent.iterdir()] == ["keys.json"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_changed_file_keeps_its_owner_or_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, [entry("alice", new_key()), entry("bob", new_key())])
+    os.chown(path, 12345, 23456)
+    remove_key(path, "alice")
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(
+        KeysError, match=r"belongs to user 12345 and group 23456, which user 0 cannot keep .*: run this as"
+    ):
+        remove_key(path, "bob")
+    assert [key.name for key in read_keys(path)] == ["bob"]
+    assert [file.name for file in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_a_changed_file_keeps_its_access_control_list(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, [entry("alice", new_key())])
+    owner, user, group, mask, other = 1, 2, 4, 16, 32  # of acl_entry in linux/posix_acl_xattr.h: tag, rights, id
+    nobody = 0xFFFFFFFF
+    rights = [(owner, 6, nobody), (user, 4, 10001), (group, 0, nobody), (mask, 4, nobody), (other, 0, nobody)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *right) for right in rights)
+    try:
+        os.setxattr(path, keys_file.ACL, acl)
+    except OSError as error:
+        pytest.skip(f"this file system has no access control lists: {error}")
+    remove_key(path, "alice")
+    assert os.getxattr(path, keys_file.ACL) == acl
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.with_name("other").hardlink_to(path), "has 2 names"),
+        (lambda path: (path.unlink(), path.symlink_to(os.devnull)), "is not a regular file"),
+    ],
+)
+def test_a_file_that_cannot_be_replaced_alone_is_not_changed(tmp_path: Path, make: Any, message: str) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, [])
+    make(path)
+    before = sorted(file.name for file in tmp_path.iterdir())
+    with pytest.raises(KeysError, match=message):
+        add_key(path, entry("alice", new_key()), nothing)
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    command = [str(Path(sys.executable).with_name("iddpm")), "keys", "add", "alice", "--file", str(path)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    message = "error: the key cannot be shown, and was not stored: standard output: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, message)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_rate_lets_a_minute_s_requests_through_at_once_and_then_evenly() -> None:
     now = 100.0
     rates = RequestRates(clock=lambda: now)
@@ -149,9 +325,16 @@ def test_a_file_in_no_folder_ends_the_command_in_one_line(tmp_path: Path) -> Non
     for folder in ("file", "nowhere"):
         ended = CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(tmp_path / folder / "keys.json")])
         assert (ended.exit_code, ended.stdout) == (1, "")
-        assert ended.stderr.strip().endswith(("keys.json: Not a directory", "keys.json: No such file or directory"))
+        assert ended.stderr.strip().endswith((f"{folder}: Not a directory", f"{folder}: No such file or directory"))
 
 
 def test_a_bad_keys_file_ends_the_service_before_a_model_is_looked_at(tmp_path: Path) -> None:
-    with pytest.raises(KeysError, match=r"keys\.json: No such file"):
-        create_app(Settings(models=(tmp_path / "nowhere",), keys_file=tmp_path / "keys.json"))
+    path = tmp_path / "keys.json"
+    for begin in ("keys.json: No such file or directory", "keys.json is empty"):
+        with pytest.raises(KeysError) as raised:
+            create_app(Settings(models=(tmp_path / "nowhere",), keys_file=path))
+        assert str(raised.value) == f"{tmp_path}/{begin}; iddpm keys add NAME --file {path} puts a key into it"
+        path.touch()
+    assert CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(path)]).exit_code == 0
+    with pytest.raises(ModelError):
+        create_app(Settings(models=(tmp_path / "nowhere",), keys_file=path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from ipaddress import ip_network
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from diffusion.checkpoint_config import describe_validation_error
 from service.settings import Settings, refuse_unknown_variables
 
 MODELS = (Path("m"),)
@@ -73,6 +75,64 @@ def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch
 def test_without_a_model_it_says_how_to_name_one() -> None:
     with pytest.raises(ValidationError, match=r"name a model folder: --model FOLDER, or IDDPM_MODELS"):
         Settings()
+
+
+def variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Settings:
+    """Return the settings with one variable set."""
+    monkeypatch.setenv(f"IDDPM_{name.upper()}", value)
+    return Settings(models=MODELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        (
+            "allowed_hosts",
+            " ::1, Images.Example. ,bücher.example",
+            ("[::1]", "images.example", "xn--bcher-kva.example"),
+        ),
+        ("allowed_hosts", "*", ("*",)),
+        ("trusted_proxies", "10.0.0.0/8, [fd00::1]", (ip_network("10.0.0.0/8"), ip_network("fd00::1/128"))),
+        ("trusted_proxies", "", ()),
+        ("backend", "openvino \r", "openvino"),
+        ("device", " cpu", "cpu"),
+        ("host", "127.0.0.1\n", "127.0.0.1"),
+        ("max_rows", " 4\r\n", 4),
+        ("keys_file", " keys.json ", Path("keys.json")),
+        ("traces", "true ", True),
+        ("cache_dir", "", ""),
+    ],
+)
+def test_values_are_read_in_one_spelling_without_the_space_around_them(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, read: object
+) -> None:
+    assert getattr(variable(monkeypatch, name, value), name) == read
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("allowed_hosts", "localhost:9101,*.example.com", "allowed_hosts.0: 'localhost:9101' must be a host alone, "),
+        ("allowed_hosts", " , ", "allowed_hosts: is empty: list the names and addresses that clients use"),
+        ("trusted_proxies", "*", "trusted_proxies.0: '*' is no network: list the addresses of the proxies"),
+        ("trusted_proxies", "10.0.0.5/8", "trusted_proxies.0: '10.0.0.5/8' is an address inside a network: write 10.0"),
+        ("trusted_proxies", "10.0.0.1,proxy", "trusted_proxies.1: 'proxy' is neither an IP address nor a network"),
+        ("port", "", "port: is empty: give a value, or remove the variable IDDPM_PORT"),
+        ("max_rows", "  ", "max_rows: is empty: give a value, or remove the variable IDDPM_MAX_ROWS"),
+        ("client_share", "", "client_share: is empty: give a value, or remove the variable IDDPM_CLIENT_SHARE"),
+        ("traces", "", "traces: is empty: give a value, or remove the variable IDDPM_TRACES"),
+        ("keys_file", "", "keys_file: is empty: give a value, or remove the variable IDDPM_KEYS_FILE"),
+        ("admin_root", " ", "admin_root: is empty: give a value, or remove the variable IDDPM_ADMIN_ROOT"),
+    ],
+)
+def test_values_that_could_never_do_what_they_say_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    with pytest.raises(ValidationError) as raised:
+        variable(monkeypatch, name, value)
+    described = describe_validation_error(raised.value)
+    assert described.startswith(message)
+    assert "\n" not in described
 
 
 def allowed(schema: dict[str, Any]) -> str:
