@@ -15,7 +15,7 @@ def serve_command(
     model: Annotated[
         list[Path] | None, typer.Option(help="Model folder; repeat for several, the first is the default.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1; '': all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
@@ -32,6 +32,7 @@ def serve_command(
     from service.api.address import refuse_taken_address
     from service.api.app import create_app
     from service.api.logs import configure_logging
+    from service.api.process_end import let_sigterm_end_start_up
     from service.api.server import serve
     from service.errors import AddressError, KeysError, ModelError, TracingError
     from service.settings import Settings, refuse_unknown_variables
@@ -40,6 +41,7 @@ def serve_command(
     flags["build_engines"] = build
     flags["models"] = tuple(model) if model else None
     configure_logging()
+    let_sigterm_end_start_up()
     try:
         refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
@@ -49,5 +51,9 @@ def serve_command(
         fail(describe_validation_error(error), code=2)
     except (AddressError, KeysError, ModelError, TracingError, ValueError) as error:
         fail(error)
-    if not serve(app, settings):
+    try:
+        ended_well = serve(app, settings)
+    except AddressError as error:  # taken while models were loaded
+        fail(error)
+    if not ended_well:
         raise typer.Exit(1)

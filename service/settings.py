@@ -53,7 +53,8 @@ class Settings(BaseSettings):
     strict_graphs: bool = False
     """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
     host: str = "127.0.0.1"
-    """Address to listen on; one that others reach needs `keys_file`, or `allow_keyless`."""
+    """Address to listen on (`::` takes IPv4 too; empty: all addresses); one that others reach needs `keys_file`, or
+    `allow_keyless`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
     keys_file: Path | None = None
@@ -94,6 +95,9 @@ class Settings(BaseSettings):
     """Longest time from a request's first byte to its last; then it gets 408."""
     write_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time in which a client takes nothing of its answer; then its connection is cut."""
+    keep_alive_s: int = Field(default=130, ge=1)
+    """How long a connection is kept between two requests; longer than a proxy in front keeps it, which would otherwise
+    send a request into a connection that closes."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Most work of one request: images x steps, twice that with classifier-free guidance."""
     traces: bool = False

@@ -25,6 +25,7 @@ from service.api.keys import KeyRing, read_keys
 from service.api.loop_lag import measure_loop_lag
 from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe
+from service.api.request_line import HeadAsGet, OriginForm
 from service.api.state import ServiceState
 from service.api.thumbnails import Thumbnails
 from service.backends.base import Denoiser
@@ -144,11 +145,13 @@ def assemble(
     app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Observe, metrics=metrics)
     if tracing is not None:
         from service.api.tracing import Traced
 
         app.add_middleware(Traced, tracing=tracing)
+    app.add_middleware(OriginForm)
     return app
 
 
