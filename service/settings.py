@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     max_loaded: int = Field(default=4, ge=1)
     """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of a network call; unset: one per core."""
+    """Threads of a network call; unset: one per core that affinity and cgroup quota allow."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("localhost", "127.0.0.1", "[::1]"), min_length=1
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from diffusion.cpus import available_cpus
 from diffusion.extras import install_command
 from diffusion.tensorrt_files import BuildEngines
 from service.api import admin, docs_page, generate, info, kserve, openai, page, problems
@@ -92,6 +93,7 @@ def assemble(
     metrics = Metrics()
     runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
+    threads = {name: denoiser.threads for name, denoiser in denoisers.items()}
     root = settings.admin_root
     if root is not None:
         _refuse_unfit_admin_root(root, denoisers.values())
@@ -108,8 +110,12 @@ def assemble(
         )
         runners.clear()  # the engine has them, and must be able to let go of them
         log.info("settings: %s", settings.model_dump_json())
+        log.info("processors: %s", available_cpus())
         for model in served.values():
-            log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
+            log.info(
+                "model %s: %s, %d threads, numerics_id %s",
+                model.name, model.backend, threads[model.name], model.numerics_id,
+            )  # fmt: skip
         engine.start()
         lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield
