@@ -111,12 +111,13 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()  # what was sent has been answered with a reset
             return
         if self.conn.our_state is h11.SEND_RESPONSE and not self._was_sent_100:
-            if self.conn.their_http_version == b"1.0":
-                self.transport.abort()  # knows no "100 Continue": it had the time of a short answer
+            if self.conn.their_http_version != b"1.0":
+                self._was_sent_100 = True
+                head = h11.InformationalResponse(status_code=HTTPStatus.CONTINUE, reason=b"Continue", headers=[])
+                self.transport.write(self.conn.send(head) or b"")
+            elif waited == LOOK_EVERY_S:  # it knows no "100 Continue", and has had the time of any answer but pictures
+                self.transport.abort()
                 return
-            self._was_sent_100 = True
-            head = h11.InformationalResponse(status_code=HTTPStatus.CONTINUE, reason=b"Continue", headers=[])
-            self.transport.write(self.conn.send(head) or b"")
         wait = min(2 * waited, LOOK_EVERY_S)
         self._looking = self.loop.call_later(wait, self._look_after_half_closed, wait)
 
