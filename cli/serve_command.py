@@ -20,7 +20,7 @@ def serve_command(
     backend: Annotated[
         str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: all that may run.")] = None,
     build: Annotated[
         bool | None, typer.Option("--build", help="Build the TensorRT engines that are missing: minutes each.")
     ] = None,

@@ -22,12 +22,13 @@ def refuse_taken_address(host: str, port: int) -> None:
         listener.close()
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, backlog: int | None = None) -> list[socket.socket]:
     """Return sockets bound to every address of a host; the caller closes them.
 
     Args:
         host: an address or a name; `::` takes IPv4 too, `""` is every address of this machine.
         port: 0 is any free one, the same for all addresses.
+        backlog: connections that the kernel keeps until they are accepted; None: the sockets do not listen.
 
     Raises:
         AddressError: another process listens there, ports below 1024 are not for this user, or no such host is known.
@@ -39,7 +40,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     try:
         for family, address in _addresses(host):
             try:
-                bound.append(_bind(family, (address[0], port, *address[2:])))
+                bound.append(_bind(family, (address[0], port, *address[2:]), backlog))
             except OSError as error:
                 if error.errno not in NOT_HERE:
                     raise
@@ -64,11 +65,14 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # a label that is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
-def _bind(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+def _bind(family: socket.AddressFamily, address: tuple[Any, ...], backlog: int | None) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection lingers
@@ -76,6 +80,8 @@ def _bind(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.sock
             both = address[0] == "::" and socket.has_dualstack_ipv6()
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         listener.bind(address)
+        if backlog is not None:
+            listener.listen(backlog)  # a port that two processes have bound is refused to the second one here
     except BaseException:
         listener.close()
         raise

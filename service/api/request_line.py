@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+ABSOLUTE_FORM = re.compile(rb"https?://([^/]*)(.*)", re.IGNORECASE)
+"""Scheme, authority and path; servers cut the query off."""
 
 
 class OriginForm:
@@ -18,11 +20,10 @@ class OriginForm:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "http" and (target := ABSOLUTE_FORM.fullmatch(scope["path"])) is not None:
-            raw = ABSOLUTE_FORM.fullmatch(scope["raw_path"].decode("latin-1"))
-            assert raw is not None  # noqa: S101  # the same, quoted
-            scope["path"], scope["raw_path"] = target[2] or "/", (raw[2] or "/").encode("latin-1")
-            MutableHeaders(scope=scope)["host"] = raw[1]  # the target's name wins over the header's
+        if scope["type"] == "http" and (target := ABSOLUTE_FORM.fullmatch(scope.get("raw_path") or b"")) is not None:
+            scope["raw_path"] = target[2] or b"/"
+            scope["path"] = unquote(scope["raw_path"].decode("ascii"))  # as uvicorn does
+            MutableHeaders(scope=scope)["host"] = target[1].decode("ascii")  # counts more than the header
         await self._app(scope, receive, send)
 
 

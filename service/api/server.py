@@ -50,7 +50,7 @@ class DrainingServer(uvicorn.Server):
         """Start as uvicorn does, and watch the engine: a process whose engine is dead must end, to be restarted."""
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # uvicorn's `backlog`, which is asyncio's, is how many are accepted at once, too
+            listener.listen(BACKLOG)  # asyncio has taken the number of connections that it accepts at once for it
             log.info("listening on %s", url_of(listener))
         engine = engine_of(self._app)
         if engine is not None:
@@ -115,7 +115,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
     Raises:
         AddressError: the service cannot listen where the settings say.
     """
-    sockets = bind(settings.host, settings.port)
+    sockets = bind(settings.host, settings.port, BACKLOG)
     budget = descriptor_budget()
     log.info("connections: at most %d, from the limit of open files", budget.connections)
     config = uvicorn.Config(

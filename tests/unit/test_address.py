@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,9 +29,10 @@ def test_a_taken_port_ends_the_command_before_a_model_is_looked_at(taken: int, m
     assert ended.stderr.strip() == f"error: port: {taken} of 127.0.0.1 cannot be listened on: Address already in use"
 
 
-def test_an_unknown_host_is_refused() -> None:
-    with pytest.raises(AddressError, match=r"host: 'no-such-host\.invalid' is no address of this machine"):
-        refuse_taken_address("no-such-host.invalid", 8000)
+@pytest.mark.parametrize("host", ["no-such-host.invalid", ".invalid", "x" * 64 + ".invalid"])
+def test_an_unknown_host_is_refused(host: str) -> None:
+    with pytest.raises(AddressError, match=rf"host: '{re.escape(host)}' is no address of this machine: \w"):
+        refuse_taken_address(host, 8000)
 
 
 def test_a_port_that_was_closed_is_free_again() -> None:
