@@ -32,7 +32,6 @@ def serve_command(
     from service.api.address import refuse_taken_address
     from service.api.app import create_app
     from service.api.logs import configure_logging
-    from service.api.process_end import let_sigterm_end_start_up
     from service.api.server import serve
     from service.errors import AddressError, KeysError, ModelError, TracingError
     from service.settings import Settings, refuse_unknown_variables
@@ -41,7 +40,6 @@ def serve_command(
     flags["build_engines"] = build
     flags["models"] = tuple(model) if model else None
     configure_logging()
-    let_sigterm_end_start_up()
     try:
         refuse_unknown_variables()
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})

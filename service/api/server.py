@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,7 +19,6 @@ from service.api.address import bind, url_of
 from service.api.connection import limited_protocol
 from service.api.connection_limit import OpenConnections, descriptor_budget
 from service.api.guard import MAX_HEADER_BYTES
-from service.api.process_end import end_process
 from service.api.state import ServiceState
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.settings import Settings
@@ -96,6 +97,12 @@ class DrainingServer(uvicorn.Server):
         await engine.died.wait()
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
         self.should_exit = self.force_exit = True  # without waiting for connections, or for a thread that hangs
+
+
+def end_process(code: int) -> NoReturn:
+    """End at once, whatever other threads are doing; what was logged is written, if it can be."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def engine_of(app: FastAPI) -> AsyncEngine | None:

@@ -141,16 +141,16 @@ def test_a_signal_while_the_network_warms_up_ends_the_process_at_once(tmp_path: 
 
 PROCESS_1 = """
 import ctypes, os, subprocess, sys
-from service.api.process_end import let_sigterm_end_start_up
+from cli.process_one import let_sigterm_end_process_1
 
 assert os.getpid() == 1
-let_sigterm_end_start_up()
+let_sigterm_end_process_1()
 subprocess.run([sys.executable, "-c", "import os; os.kill(1, 15)"])
 ctypes.CDLL(None).sleep(300)  # where no handler of Python's would run
 """
 
 
-def test_sigterm_ends_the_start_up_of_process_1() -> None:
+def test_sigterm_ends_process_1_like_any_other() -> None:
     unshare = [tool("unshare"), "--pid", "--fork", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine allows no new process namespaces")
