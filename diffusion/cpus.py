@@ -47,7 +47,7 @@ def _quotas(proc: Path) -> Iterator[float]:
         mounts = (proc / "mountinfo").read_text().splitlines()
     except OSError:
         return
-    paths = {}  # of the process's cgroup, by version
+    paths: dict[int | None, str] = {}  # of the process's cgroup, by version
     for line in memberships:
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -56,8 +56,8 @@ def _quotas(proc: Path) -> Iterator[float]:
             paths[1] = path
     for line in mounts:
         place, _, kind = line.partition(" - ")
-        root, point = place.split()[3:5]
-        filesystem, _, options = kind.split(maxsplit=2)
+        root, point = place.split(" ")[3:5]
+        filesystem, _, options = kind.split(" ", 2)  # what is between them may be empty
         version = {"cgroup2": 2, "cgroup": 1 if "cpu" in options.split(",") else None}.get(filesystem)
         if version not in paths:
             continue

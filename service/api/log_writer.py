@@ -49,9 +49,7 @@ class BackgroundHandler(logging.Handler):
         except Exception as error:  # logging would print a traceback to standard error, which may block
             text = self.format(_record(logging.ERROR, f"log record cannot be formatted: {record.msg!r}: {error!r}"))
         try:
-            self._lines.put_nowait(
-                Line(f"{text}\n".encode(errors="backslashreplace"), self._dropped, threading.Event())
-            )
+            self._lines.put_nowait(Line(f"{text}\n".encode(errors="backslashreplace"), self._dropped))
         except queue.Full:
             self._dropped += 1
             LOG_LINES_DROPPED.labels("queue_full").inc()

@@ -18,7 +18,7 @@ V1 = "32 31 0:29 {root} {point} rw,relatime - cgroup cgroup rw,{controllers}"
 def system(folder: Path, memberships: list[str], mounts: list[str], files: dict[str, str]) -> Path:
     """Write what a process sees of its cgroups; return the folder that stands for /proc/self."""
     (folder / "cgroup").write_text("".join(f"{line}\n" for line in memberships))
-    other = f"30 23 0:27 / {folder / 'tmp'} rw - tmpfs tmpfs rw,cpu"
+    other = f"30 23 0:27 / {folder / 'tmp'} rw - tmpfs  rw,cpu"
     (folder / "mountinfo").write_text("".join(f"{line}\n" for line in (other, *mounts)))
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
