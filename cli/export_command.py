@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from cli.errors import fail, needs_extra, tidy_on_sigterm
+from cli.threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from diffusion.artifact import ChainParity, NetworkParity, Precision
@@ -55,6 +56,7 @@ def export_command(
     sizes = _parse_buckets(BUCKETS if buckets is None else buckets)
     try:
         with needs_extra("export"), tidy_on_sigterm():
+            limit_torch_threads()
             if format_ == "diffusers":
                 from model_export.diffusers_export import export_diffusers
 

@@ -10,6 +10,7 @@ from cli.ema_command import ema_command
 from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
+from cli.process_one import let_sigterm_end_process_1
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
 from cli.train_command import train_command
@@ -37,6 +38,7 @@ def main(
     ] = False,
 ) -> None:
     """Diffusion models of the Improved DDPM family: train, import, export, sample, serve."""
+    let_sigterm_end_process_1()
 
 
 app.command("train")(train_command)

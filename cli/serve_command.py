@@ -15,12 +15,12 @@ def serve_command(
     model: Annotated[
         list[Path] | None, typer.Option(help="Model folder; repeat for several, the first is the default.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1; '': all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: all that may run.")] = None,
     build: Annotated[
         bool | None, typer.Option("--build", help="Build the TensorRT engines that are missing: minutes each.")
     ] = None,
@@ -49,5 +49,9 @@ def serve_command(
         fail(describe_validation_error(error), code=2)
     except (AddressError, KeysError, ModelError, TracingError, ValueError) as error:
         fail(error)
-    if not serve(app, settings):
+    try:
+        ended_well = serve(app, settings)
+    except AddressError as error:  # taken while models were loaded
+        fail(error)
+    if not ended_well:
         raise typer.Exit(1)

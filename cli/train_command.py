@@ -26,10 +26,13 @@ def train_command(
     with needs_extra("train"):
         from pydantic import ValidationError
 
+        from cli.threads import limit_torch_threads
         from diffusion.checkpoint_config import describe_validation_error
         from trainer.data import open_dataset
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
+
+        limit_torch_threads()
 
     run = out or Path("runs") / preset
     try:

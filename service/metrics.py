@@ -20,6 +20,16 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 
+LOG_LINES_DROPPED = Counter(
+    "iddpm_log_lines_dropped_total",
+    "Log lines that were not written: queue_full (standard error is read too slowly), write_failed (closed, disk full)",
+    ["reason"],
+    registry=None,
+)
+"""Of the process, as logging is: every service in it shows the same."""
+for _reason in ("queue_full", "write_failed"):
+    LOG_LINES_DROPPED.labels(_reason)
+
 
 class Metrics:
     """The metrics of one service, on a registry of its own, so that two services fit in one process."""
@@ -158,6 +168,8 @@ class Metrics:
             buckets=LAG_BUCKETS,
             registry=registry,
         )
+        self.log_lines_dropped = LOG_LINES_DROPPED
+        registry.register(LOG_LINES_DROPPED)
         self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)
         self.model_info = Gauge(
             "iddpm_model_info",

@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     strict_graphs: bool = False
     """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
     host: str = "127.0.0.1"
-    """Address to listen on; one that others reach needs `keys_file`, or `allow_keyless`."""
+    """Address to listen on (`::` takes IPv4 too; empty: all addresses); one that others reach needs `keys_file`, or
+    `allow_keyless`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
     keys_file: Path | None = None
@@ -70,7 +71,7 @@ class Settings(BaseSettings):
     max_loaded: int = Field(default=4, ge=1)
     """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of a network call; unset: one per core."""
+    """Threads of a network call; unset: one per core that affinity and cgroup quota allow."""
     allowed_hosts: Annotated[tuple[AllowedHost, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     """Host headers answered to: names or addresses without scheme and port (comma list); `*` answers to all."""
     trusted_proxies: Annotated[tuple[TrustedProxy, ...], NoDecode] = ()
@@ -97,6 +98,9 @@ class Settings(BaseSettings):
     """Longest time from a request's first byte to its last; then it gets 408."""
     write_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time in which a client takes nothing of its answer; then its connection is cut."""
+    keep_alive_s: int = Field(default=130, ge=1)
+    """How long a connection is kept between two requests; longer than a proxy in front keeps it, which would otherwise
+    send a request into a connection that closes."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Most work of one request: images x steps, twice that with classifier-free guidance."""
     traces: bool = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from diffusion.cpus import available_cpus
 from diffusion.extras import install_command
 from diffusion.tensorrt_files import BuildEngines
 from service.api import admin, docs_page, generate, info, kserve, openai, page, problems
@@ -26,6 +27,7 @@ from service.api.keys import require_keys
 from service.api.loop_lag import measure_loop_lag
 from service.api.model_registry import LoadDenoiser, ModelRegistry, served_model
 from service.api.observe import Observe
+from service.api.request_line import HeadAsGet, OriginForm
 from service.api.state import ServiceState
 from service.api.thumbnails import Thumbnails
 from service.backends.base import Denoiser
@@ -92,6 +94,7 @@ def assemble(
     metrics = Metrics()
     runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
+    threads = {name: denoiser.threads for name, denoiser in denoisers.items()}
     root = settings.admin_root
     if root is not None:
         _refuse_unfit_admin_root(root, denoisers.values())
@@ -108,8 +111,12 @@ def assemble(
         )
         runners.clear()  # the engine has them, and must be able to let go of them
         log.info("settings: %s", settings.model_dump_json())
+        log.info("processors: %s", available_cpus())
         for model in served.values():
-            log.info("model %s: %s, numerics_id %s", model.name, model.backend, model.numerics_id)
+            log.info(
+                "model %s: %s, %d threads, numerics_id %s",
+                model.name, model.backend, threads[model.name], model.numerics_id,
+            )  # fmt: skip
         engine.start()
         lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield
@@ -145,11 +152,13 @@ def assemble(
     app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Observe, metrics=metrics)
     if tracing is not None:
         from service.api.tracing import Traced
 
         app.add_middleware(Traced, tracing=tracing)
+    app.add_middleware(OriginForm)
     return app
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
+
+from diffusion.cpus import available_cpus
 
 MAX_THREADS = 4
 """Encoders release the interpreter lock; more threads would take cores from the network."""
@@ -19,7 +20,7 @@ class EncodingPool:
     """Runs functions in its threads. Whoever waits for one gives it one thing at a time, so nothing piles up."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._threads = ThreadPoolExecutor(min(MAX_THREADS, available_cpus().usable), thread_name_prefix="encode")
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in one of the threads."""

@@ -13,17 +13,19 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.health import HEALTH_PATHS
+from service.api.health import HEALTH_PATHS, QUIET_PATHS
 from service.api.interfaces import Interface, interface_of
 from service.api.problems import problem
 from service.hosts import canonical_host
 
 MAX_HEADER_BYTES = 32768
 """The HTTP parser stops heads that grow beyond this; one that comes in a single packet is measured here."""
+NO_PLACE = "no_place"
+"""Item of a request's state, where its connection is one more than may be open."""
 
 
 class Guard:
-    """Refuses what no handler should see: 421, 431, 415."""
+    """Refuses what no handler should see: 503 where there are too many connections, 421, 431, 415."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
         self._app = app
@@ -41,6 +43,13 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        if NO_PLACE in scope["state"] and scope["path"] not in QUIET_PATHS:
+            return problem(
+                503,
+                "Too many connections",
+                "as many connections as may be open are busy",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
         if scope["path"] not in HEALTH_PATHS and not self._is_ours(headers.get("host", "")):
             return problem(
                 421,

@@ -9,6 +9,8 @@ from service.engine.async_engine import AsyncEngine, EngineState
 
 HEALTH_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Machines ask here every few seconds, by whatever address they have; what is told is no secret."""
+QUIET_PATHS = HEALTH_PATHS | {"/metrics"}
+"""Asked for by machines every few seconds, in trouble above all: logged at DEBUG only, and answered without a place."""
 
 
 def refusal_if_dead(engine: AsyncEngine) -> Response | None:

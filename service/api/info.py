@@ -51,14 +51,12 @@ async def model_card(model: Annotated[str, Path(description="Its name.")], state
     return _card(find_model(state.models, model))
 
 
-@router.head("/healthz", response_model=None, include_in_schema=False)
 @router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def healthz(state: State) -> Status | Response:
     """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
     return refusal_if_dead(state.engine) or Status(status="ok")
 
 
-@router.head("/readyz", response_model=None, include_in_schema=False)
 @router.get("/readyz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def readyz(state: State) -> Status | Response:
     """Say whether requests are accepted: after warm-up, until shutdown begins."""

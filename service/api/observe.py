@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.client import Client
-from service.api.health import HEALTH_PATHS
+from service.api.health import QUIET_PATHS
 from service.api.interfaces import generates
 from service.api.logs import REQUEST_FIELDS
 from service.api.problems import problem
@@ -22,8 +22,6 @@ from service.metrics import Metrics, Outcome
 
 log = logging.getLogger(__name__)
 
-QUIET_PATHS = HEALTH_PATHS | {"/metrics"}
-"""Asked for by machines every few seconds: logged at DEBUG only."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 CLIENT_CLOSED = 499
 REFUSED = frozenset({429, 503})

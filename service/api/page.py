@@ -41,7 +41,7 @@ def install(app: FastAPI) -> None:
     """Serve the page at `/`, and what it is made of under `/page/`; its links are relative, for any proxy's prefix."""
     files = PageFiles(directory=FOLDER)
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
 

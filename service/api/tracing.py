@@ -33,7 +33,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.api.observe import CLIENT_CLOSED, QUIET_PATHS, printable, status_of
+from service.api.health import QUIET_PATHS
+from service.api.observe import CLIENT_CLOSED, printable, status_of
 from service.api.route_templates import RouteTemplates
 from service.engine.async_engine import Ticket
 from service.engine.model_ids import name_of

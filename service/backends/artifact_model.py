@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from diffusion.artifact import (
 )
 from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.cpus import available_cpus
 from diffusion.time_mlp import TimeMLP
 from service.backends.processor import vector_instructions
 from service.errors import ModelError
@@ -131,9 +131,7 @@ def _classifier(artifact: Path) -> ArtifactClassifier | None:
 
 def cpu_threads(wanted: int | None) -> int:
     """Return how many threads a network call shall take: what was asked for, or one per core that we may use."""
-    if wanted is not None:
-        return wanted
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus().usable if wanted is None else wanted
 
 
 def refuse_unfit_options(backend: str, device: str, torch_compile: bool) -> None:

@@ -26,7 +26,7 @@ class BackendOptions:
     """Batch sizes to compile, ascending, where a backend compiles; None: those that an artifact was exported for, else
     1, 2, 4, ..., of them what is below the width, and the width."""
     threads: int | None = None
-    """Threads of a network call; None: one per core."""
+    """Threads of a network call; None: one per core that we may use."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
+from diffusion.cpus import available_cpus
 from diffusion.unet import UNet
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
@@ -34,8 +35,7 @@ class TorchBackend:
 
     def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
         options = options or BackendOptions()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or min(torch.get_num_threads(), available_cpus().usable))
         self.device = choose_device(options.device)
         on_cuda = self.device.type == "cuda"
         if on_cuda:

@@ -301,8 +301,26 @@ async def test_probes_may_ask_by_any_address_and_see_nothing_but_health() -> Non
             assert (await service.ask("GET", path, headers={"Host": "10.1.2.3:8000"})).status_code == 200
         for path in ("/metrics", "/v1/models", "/healthz/", "/"):
             assert (await service.ask("GET", path, headers={"Host": "10.1.2.3:8000"})).status_code == 421
-        for path in ("/healthz", "/readyz"):
-            assert (await service.ask("HEAD", path)).status_code == 200
+
+
+@runs
+async def test_head_is_answered_wherever_get_is() -> None:
+    async with running() as service:
+        routes = {path for path, operations in service.app.openapi()["paths"].items() if "get" in operations}
+        paths = {path.replace("{model}", "m").replace("{version}", "exact") for path in routes}
+        for path in (paths | {"/", "/docs", "/openapi.json", "/page/main.js"}) - {"/metrics"}:
+            get, head = [await service.ask(method, path) for method in ("GET", "HEAD")]
+            assert (head.status_code, head.content) == (get.status_code, b"")
+            changing = {"x-request-id"}
+            assert {n: v for n, v in head.headers.items() if n not in changing} == {
+                n: v for n, v in get.headers.items() if n not in changing
+            }
+        assert (await service.ask("HEAD", "/metrics")).status_code == 200
+        assert (await service.ask("HEAD", "/nowhere")).status_code == 404
+        refused = await service.ask("HEAD", "/v1/generate")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        refused = await service.ask("POST", "/v1/models", json={})
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
 
 
 @runs

@@ -1,0 +1,99 @@
+"""Write log lines in a thread: a pipe that is full, or that nobody reads, must not stop the event loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import threading
+from typing import NamedTuple
+
+from service.metrics import LOG_LINES_DROPPED
+
+QUEUED_LINES = 4096
+"""Most lines that wait to be written; about a megabyte of request lines."""
+FLUSH_SECONDS = 1.0
+"""Longest wait, at the process's end, for what is still to be written."""
+
+
+class Line(NamedTuple):
+    """A formatted log line on its way to the writing thread."""
+
+    text: bytes
+    dropped_before: int
+    """Lines dropped between the one that was queued before it and this one."""
+    written: threading.Event | None = None
+    """Set when it has been written, or has failed to be."""
+
+
+class BackgroundHandler(logging.Handler):
+    """Format records in the thread that logs, and write them in a thread of its own.
+
+    A line that finds the queue full, or that cannot be written (a closed pipe, a full disk), is dropped and counted in
+    `LOG_LINES_DROPPED`; the next line that can be written is preceded by one that says how many were.
+    """
+
+    def __init__(self, descriptor: int, queued_lines: int = QUEUED_LINES) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[Line] = queue.Queue(queued_lines)
+        self._dropped = 0  # since a line was last queued; guarded by the handler's lock
+        self._unreported = 0  # the writing thread's
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record's line, or drop it. Never waits."""
+        try:
+            text = self.format(record)
+        except Exception as error:  # logging would print a traceback to standard error, which may block
+            text = self.format(_record(logging.ERROR, f"log record cannot be formatted: {record.msg!r}: {error!r}"))
+        try:
+            self._lines.put_nowait(Line(f"{text}\n".encode(errors="backslashreplace"), self._dropped))
+        except queue.Full:
+            self._dropped += 1
+            LOG_LINES_DROPPED.labels("queue_full").inc()
+        else:
+            self._dropped = 0
+
+    def flush(self) -> None:
+        """Wait until all lines are written; for a few seconds only, since standard error may be blocked for good."""
+        written = threading.Event()
+        try:
+            self._lines.put(Line(b"", self._dropped, written), timeout=FLUSH_SECONDS)
+        except queue.Full:
+            return
+        self._dropped = 0
+        written.wait(FLUSH_SECONDS)
+
+    def _write_lines(self) -> None:
+        while True:
+            line = self._lines.get()
+            self._unreported += line.dropped_before
+            try:
+                self._write(self._notice() + line.text)
+                self._unreported = 0
+            except OSError:
+                lost = bool(line.text)  # no more than its notice is left of a flush
+                self._unreported += lost
+                LOG_LINES_DROPPED.labels("write_failed").inc(lost)
+            if line.written is not None:
+                line.written.set()
+
+    def _notice(self) -> bytes:
+        if not self._unreported:
+            return b""
+        notice = f"log lines dropped here: {self._unreported}; standard error was full or closed"
+        return f"{self.format(_record(logging.WARNING, notice))}\n".encode()
+
+    def _write(self, text: bytes) -> None:
+        # Not through sys.stderr: the interpreter cannot end while a thread is blocked inside it
+        while text:
+            try:
+                text = text[os.write(self._descriptor, text) :]
+            except BlockingIOError:  # another process that has the pipe made it non-blocking
+                select.select([], [self._descriptor], [])
+
+
+def _record(level: int, message: str) -> logging.LogRecord:
+    return logging.LogRecord(__name__, level, __file__, 0, message, (), None)

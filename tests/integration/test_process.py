@@ -1,0 +1,158 @@
+"""What the process does with its log, its file descriptors and its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.server import PATIENCE, START_SECONDS
+from tests.programs import tool
+
+SERVING = """
+import sys, time
+from pathlib import Path
+from service.api.app import assemble
+from service.api.logs import configure_logging
+from service.api.server import serve
+from service.settings import Settings
+from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from tests.denoisers import ExactDenoiser
+
+class Slow(ExactDenoiser):
+    def __call__(self, x_t, emb_t, y):
+        time.sleep(float(sys.argv[3]))
+        return super().__call__(x_t, emb_t, y)
+
+configure_logging()
+settings = Settings(models=(Path("m"),), host=sys.argv[1], port=int(sys.argv[2]), allow_keyless=True)
+model = ModelConfig(image_size=8, image_channels=1, model_channels=32, attention_resolutions=(8,), channel_mult=(1,))
+config = CheckpointConfig(model=model, diffusion=DiffusionConfig(num_timesteps=100))
+app = assemble(settings, {"m": Slow(config)})
+sys.exit(0 if serve(app, settings) else 1)
+"""
+DESCRIPTORS = 40
+CONNECTIONS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(output: Any, host: str = "127.0.0.1", seconds: float = 0, **options: Any) -> Iterator[tuple[Any, str]]:
+    """Serve a network that takes so many seconds, in a process; yield the process and its URL."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVING, host, str(port), str(seconds)]
+    process = subprocess.Popen(command, stdout=output, stderr=output, **options)
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def status_of(url: str) -> int | None:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, timeout=PATIENCE).status_code
+    return None
+
+
+def wait_for(process: Any, url: str, status: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while status_of(url) != status:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"." * 4096)
+    os.set_blocking(writing, True)
+
+    def ignore_hangup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+    with serving(writing, preexec_fn=ignore_hangup) as (process, url):
+        wait_for(process, f"{url}/readyz", 200)
+        process.send_signal(signal.SIGHUP)
+        assert [status_of(f"{url}/{path}") for path in ("v1/models", "healthz", "readyz")] == [200] * 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    os.close(reading)
+    os.close(writing)
+
+
+def test_more_connections_than_file_descriptors_leave_health_and_the_log_alone_and_sighup_drains(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+
+    def limit_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+
+    host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104  # how IPv4 is reached is the point
+    with (
+        log.open("wb") as output,
+        serving(output, host, preexec_fn=limit_descriptors) as (process, url),
+        ExitStack() as open_ones,
+    ):
+        wait_for(process, f"{url}/readyz", 200)
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for _ in range(CONNECTIONS):
+            open_ones.enter_context(socket.create_connection(address))
+        for _ in range(10):
+            assert status_of(f"{url}/healthz") == 200
+        assert httpx.post(f"{url}/v1/generate", json={"steps": 2}, timeout=PATIENCE).status_code == 200
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(PATIENCE) == 0
+    lines = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert len(lines) < 50
+    assert any(line.endswith("idle ones are closed for new ones") for line in lines)
+    assert "SIGHUP: finishing accepted requests, refusing new ones" in lines
+
+
+def test_a_signal_while_the_network_warms_up_ends_the_process_at_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as output, serving(output, seconds=10 * PATIENCE) as (process, url):
+        wait_for(process, f"{url}/readyz", 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert "SIGTERM during start-up: ending; nothing was accepted yet" in log.read_text()
+
+
+PROCESS_1 = """
+import ctypes, os, subprocess, sys
+from cli.process_one import let_sigterm_end_process_1
+
+assert os.getpid() == 1
+let_sigterm_end_process_1()
+subprocess.run([sys.executable, "-c", "import os; os.kill(1, 15)"])
+ctypes.CDLL(None).sleep(300)  # where no handler of Python's would run
+"""
+
+
+def test_sigterm_ends_process_1_like_any_other() -> None:
+    unshare = [tool("unshare"), "--pid", "--fork", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine allows no new process namespaces")
+    ended = subprocess.run([*unshare, sys.executable, "-c", PROCESS_1], timeout=PATIENCE, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM

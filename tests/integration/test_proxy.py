@@ -1,0 +1,111 @@
+"""HAProxy with deploy's configuration, before a replica that dies."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.server import PATIENCE
+from tests.programs import tool
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy" / "haproxy.cfg"
+REPLICAS = "server-template api- 32 api:8000 resolvers docker init-addr none"
+
+
+class Replica(BaseHTTPRequestHandler):
+    """Answers everything, and dies of a header."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "X-Die" in self.headers:
+            self.close_connection = True
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Replicas(ThreadingHTTPServer):
+    """Replicas whose health checks may be cut short by the proxy."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def proxied(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Run HAProxy before a replica; yield the port and the log."""
+    with socket.socket() as front, socket.socket() as exporter, Replicas(("127.0.0.1", 0), Replica) as replica:
+        for listener in (front, exporter):
+            listener.bind(("127.0.0.1", 0))
+        port = front.getsockname()[1]
+        config, log = CONFIG.read_text(), folder / "log"
+        assert config.count(REPLICAS) == 2
+        config = config.replace(REPLICAS, f"server replica 127.0.0.1:{replica.server_port}")
+        for published, listener in (("8000", front), ("8404", exporter)):  # sockets that HAProxy inherits
+            assert f"bind :{published}\n" in config
+            listener.listen()
+            config = config.replace(f"bind :{published}\n", f"bind fd@{listener.fileno()}\n")
+        (folder / "haproxy.cfg").write_text(config)
+        threading.Thread(target=replica.serve_forever, daemon=True).start()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
+                stdout=output,
+                stderr=output,
+                pass_fds=(front.fileno(), exporter.fileno()),
+                env={**os.environ, "ALLOWED_HOSTS": "127.0.0.1"},
+            )
+        try:
+            yield port, log
+        finally:
+            process.kill()
+            process.wait()
+            replica.shutdown()
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/generate"), ("GET", "/v1/models")])
+def test_a_replica_that_dies_during_a_later_request_of_a_client_is_a_502_and_a_log_line(
+    tmp_path: Path, method: str, path: str
+) -> None:
+    with proxied(tmp_path) as (port, log):
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+
+        def ask(**headers: str) -> tuple[int, bytes]:
+            client.request(method, path, headers={"Content-Type": "application/json", **headers})
+            answer = client.getresponse()
+            return answer.status, answer.read()
+
+        while ask()[0] != 200:  # 503 until the replica's health has been checked
+            time.sleep(0.05)
+        status, body = ask(**{"X-Die": "now"})
+        assert status == 502
+        assert json.loads(body)["status"] == 502
+        client.close()
+        deadline = time.monotonic() + PATIENCE
+        while b" 502 " not in log.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert b" SH-- " in log.read_bytes()
