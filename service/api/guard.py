@@ -43,7 +43,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        if NO_PLACE in scope["state"] and scope["path"] not in QUIET_PATHS:
+        if NO_PLACE in scope.get("state", ()) and scope["path"] not in QUIET_PATHS:
             return problem(
                 503,
                 "Too many connections",
