@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data import DataConfig, DataError, Dataset, folder, open_dataset
+from trainer.data import DataConfig, DataError, Dataset, checking, open_dataset
 from trainer.data.image_file import inspect
 
 
@@ -158,7 +158,7 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a" / "5.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
     assert opened(tmp_path).summary == (
         "data: 6 images 4x4 to 8x30; 1 class: a (6); 1 smaller than the model's 8x8, framed in black; "
-        "1 scaled and cropped to 8x8; 4 colour read as grey; 1 CMYK read without a colour profile; "
+        "1 scaled and cropped to 8x8; 4 colour read as grey (--set model.image_channels=3 keeps it); 1 CMYK read without a colour profile; "
         "1 with transparency, laid on white; 1 of more than 8 bits, whole range scaled to 0..255; "
         "1 with several frames or pages, of which the first is used; "
         "the 1 looked at of more than 8 bits reach 4095, so they become dark: "
@@ -208,7 +208,7 @@ def test_the_list_of_bad_files_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="300 of 301 image files cannot be read") as caught:
         opened(tmp_path)
     lines = str(caught.value).splitlines()
-    assert len(lines) == folder.BAD_FILES_SHOWN + 2
+    assert len(lines) == checking.BAD_FILES_SHOWN + 2
     assert lines[-1].strip() == "and 280 more"
 
 
@@ -216,16 +216,16 @@ def test_large_sets_are_decoded_only_when_asked(tmp_path: Path, monkeypatch: pyt
     put(tmp_path / "a" / "0.png")
     damaged(tmp_path / "a" / "1.png")
     inspect(tmp_path / "a" / "1.png", "L", DataConfig())  # its header is good
-    monkeypatch.setattr(folder, "DECODED_FILES", 1)
+    monkeypatch.setattr(checking, "DECODED_FILES", 1)
     data = opened(tmp_path)
     with pytest.raises(DataError, match=r"1\.png: .*; mend it; --decode-all lists all such files"):
         data.images(np.array([1]))
-    with pytest.raises(DataError, match=r"1\.png: .*the other 1 files can be read"):
+    with pytest.raises(DataError, match=r"1\.png: .*mend or remove it \(the other files, 1, can be read\)"):
         opened(tmp_path, decode_all=True)
-    monkeypatch.setattr(folder, "DECODED_FILES", 2)
-    monkeypatch.setattr(folder, "DECODED_PIXELS", 8 * 8 + 64 * 64 - 1)
+    monkeypatch.setattr(checking, "DECODED_FILES", 2)
+    monkeypatch.setattr(checking, "DECODED_PIXELS", 8 * 8 + 64 * 64 - 1)
     opened(tmp_path)
-    monkeypatch.setattr(folder, "DECODED_PIXELS", 8 * 8 + 64 * 64)
+    monkeypatch.setattr(checking, "DECODED_PIXELS", 8 * 8 + 64 * 64)
     with pytest.raises(DataError, match=r"1\.png"):
         opened(tmp_path)
 

@@ -125,6 +125,8 @@ def _what_it_is(head: bytes) -> str:
         return "it is a Git LFS pointer, not the image: run git lfs pull"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page, not an image"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "it is a TIFF that is damaged or of a kind that is not read here; save it as grey or RGB of 8 or 16 bits"
     return f"it is damaged, or no image in a format that is read here ({', '.join(FORMATS)})"
 
 
@@ -138,9 +140,10 @@ def _check(image: Image.Image, options: DataConfig) -> None:
     elif not _is_deep(image):
         raise ValueError(f"colour mode {image.mode} is not supported; save it as 8-bit grey or RGB")
     elif options.value_range is None and _container_range(image) is None:
+        kind, example = ("floating-point numbers", "0,1") if image.mode == "F" else ("32 bits or with a sign", "0,4095")
         raise ValueError(
-            f"grey of {'floating-point numbers' if image.mode == 'F' else '32 bits or with a sign'} has no values that "
-            "are black and white by convention; give them: --set data.value_range=BLACK,WHITE"
+            f"grey of {kind} has no values that "
+            f"are black and white by convention; give them, for example --set data.value_range={example}"
         )
 
 

@@ -37,20 +37,16 @@ class NpzDataset:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.description: dict[str, str | int] = {"file": path.name, "sha256": digest, "images": len(self._images)}
-        self.summary = self._summarise(channels, options, labelled=labelled)
+        summary = Summary(image_size, options)
+        height, width = self._images.shape[1:3]
+        summary.add(width, height, count=len(self._images))
+        if labelled:
+            summary.count_classes(self.class_names, self.labels)
+        self.summary = summary.line()
 
     def images(self, indices: IntArray) -> Uint8Array:
         """Return the images at these indices."""
         return np.stack([fit_array(self._images[i], self._image_size, self._small_images) for i in indices])
-
-    def _summarise(self, channels: int, options: DataConfig, *, labelled: bool) -> str:
-        summary = Summary(self._image_size, channels, options)
-        height, width = self._images.shape[1:3]
-        summary.add(width, height, count=len(self._images))
-        if labelled:
-            counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
-            summary.classes = dict(zip(self.class_names, counts, strict=True))
-        return summary.line()
 
 
 def _read(path: Path, needed: set[str]) -> dict[str, Array]:

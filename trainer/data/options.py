@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from PIL import ImageColor
-from pydantic import Field, field_validator, model_validator
+from pydantic import FiniteFloat, field_validator, model_validator
 
 from diffusion.config import FrozenConfig
 
@@ -20,7 +20,7 @@ class DataConfig(FrozenConfig):
     black square and never enlarges; `enlarge` scales it up until the shorter side fits, as OpenAI's code does."""
     background: str = "white"
     """Colour behind transparent pixels: a name or #rrggbb. Most viewers and every browser show white."""
-    value_range: tuple[float, float] | None = Field(default=None)
+    value_range: tuple[FiniteFloat, FiniteFloat] | None = None
     """Values that become black and white in grey images of more than 8 bits; None: the whole range of a 16-bit file,
     0..65535. Files of 32 bits and of floating-point numbers have no range of their own and need one."""
 
@@ -30,9 +30,9 @@ class DataConfig(FrozenConfig):
         try:
             colour = ImageColor.getrgb(value)
         except ValueError as error:
-            raise ValueError("must be a colour such as white, black or #808080") from error
+            raise ValueError(f"must be a colour such as white, black or #808080; got {value!r}") from error
         if len(colour) == 4:
-            raise ValueError("must be a colour without transparency, such as white, black or #808080")
+            raise ValueError(f"must be a colour without transparency, such as white or #808080; got {value!r}")
         return value
 
     @model_validator(mode="after")

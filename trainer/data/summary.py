@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from trainer.data.dataset import IntArray
 from trainer.data.image_file import Trait
 from trainer.data.listing import describe_counts, shorten
 from trainer.data.options import DataConfig
@@ -18,7 +22,6 @@ class Summary:
 
     image_size: int
     """Of the model."""
-    channels: int
     options: DataConfig
     images: int = 0
     smallest: tuple[int, int] | None = None
@@ -48,6 +51,10 @@ class Summary:
             self.reshaped += count
         for trait in traits:
             self.traits[trait] += count
+
+    def count_classes(self, names: Sequence[str], labels: IntArray) -> None:
+        """Count the images of each class."""
+        self.classes = dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
 
     def line(self) -> str:
         """Return the line."""
@@ -83,7 +90,7 @@ class Summary:
         phrases = {
             f"smaller than the model's {size}, {done}": self.smaller,
             f"scaled and cropped to {size}": self.reshaped,
-            "colour read as grey": self.traits["colour"],
+            "colour read as grey (--set model.image_channels=3 keeps it)": self.traits["colour"],
             "grey read as RGB": self.traits["grey"],
             "CMYK read without a colour profile": self.traits["cmyk"],
             f"with transparency, laid on {self.options.background}": self.traits["transparent"],
