@@ -74,11 +74,14 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         name, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set takes name=value; got {assignment!r}")
-        values[name] = text
-        for reading in (text, f"[{text}]" if "," in text else text):
-            try:
-                values[name] = json.loads(reading)
-                break
-            except json.JSONDecodeError:
-                continue
+        values[name] = _read_value(text)
     return values
+
+
+def _read_value(text: str) -> Any:
+    for json_text in (text, f"[{text}]") if "," in text else (text,):
+        try:
+            return json.loads(json_text)
+        except json.JSONDecodeError:
+            continue
+    return text

@@ -157,19 +157,30 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
     put(tmp_path / "a" / "4.tif", mode="CMYK")
     Image.new("L", (8, 8)).save(tmp_path / "a" / "5.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
     assert opened(tmp_path).summary == (
-        "data: 6 images 4x4 to 8x30; 1 class: a (6); 1 smaller than the model's 8x8, framed in black; "
-        "1 scaled and cropped to 8x8; 4 colour read as grey (--set model.image_channels=3 keeps it); 1 CMYK read without a colour profile; "
-        "1 with transparency, laid on white; 1 of more than 8 bits, whole range scaled to 0..255; "
+        "data: 6 images 4x4 to 8x30; 1 class: a (6); "
+        "1 smaller than the model's 8x8, framed in black (data.small_images); "
+        "1 scaled and cropped to 8x8; 4 colour read as grey (--set model.image_channels=3 keeps it); "
+        "1 CMYK read without a colour profile; "
+        "1 with transparency, laid on white (data.background); 1 of more than 8 bits, whole range scaled to 0..255; "
         "1 with several frames or pages, of which the first is used; "
         "the 1 looked at of more than 8 bits reach 4095, so they become dark: "
         "--set data.value_range=0,4095 makes 4095 white"
     )
     options = DataConfig(small_images="enlarge", background="black", value_range=(0, 4095))
     summary = open_dataset(tmp_path, 8, 3, options).summary
-    for part in ("1 smaller than the model's 8x8, enlarged", "laid on black", "0..4095 scaled to 0..255"):
+    for part in (
+        "1 smaller than the model's 8x8, enlarged (data.small_images)",
+        "laid on black",
+        "0..4095 scaled to 0..255",
+    ):
         assert part in summary
     assert "2 grey read as RGB" in summary
     assert "dark" not in summary
+
+
+def test_the_summary_is_one_line_whatever_classes_are_called(tmp_path: Path) -> None:
+    put(tmp_path / "a\nb" / "0.png")
+    assert r"1 class: 'a\nb' (1)" in opened(tmp_path).summary
 
 
 def test_many_classes_are_counted_in_short(tmp_path: Path) -> None:

@@ -37,10 +37,13 @@ def test_small_images_are_framed_as_ever_or_enlarged(tmp_path: Path) -> None:
     framed = open_dataset(path, 8, 1)
     expected = np.pad(array[..., None], ((0, 0), (1, 1), (1, 1), (0, 0)))
     assert np.array_equal(framed.images(np.arange(2)), expected)
-    assert framed.summary == "data: 2 images 6x6; 1 class: 0 (2); 2 smaller than the model's 8x8, framed in black"
+    assert (
+        framed.summary
+        == "data: 2 images 6x6; 1 class: 0 (2); 2 smaller than the model's 8x8, framed in black (data.small_images)"
+    )
     enlarged = open_dataset(path, 8, 1, DataConfig(small_images="enlarge"))
     assert enlarged.images(np.arange(2))[:, 0].any(axis=1).all()  # no border
-    assert "2 smaller than the model's 8x8, enlarged" in enlarged.summary
+    assert "2 smaller than the model's 8x8, enlarged (data.small_images)" in enlarged.summary
 
 
 @pytest.mark.parametrize(

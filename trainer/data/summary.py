@@ -76,7 +76,7 @@ class Summary:
         counts = list(self.classes.values())
         plural = "class" if len(counts) == 1 else "classes"
         if len(counts) <= CLASSES_SHOWN:
-            told = ", ".join(f"{name} ({count:,})" for name, count in self.classes.items())
+            told = ", ".join(f"{_printable(name)} ({count:,})" for name, count in self.classes.items())
             text = f"{len(counts)} {plural}: {told}"
         else:
             text = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images"
@@ -88,12 +88,12 @@ class Summary:
         size = f"{self.image_size}x{self.image_size}"
         done = "framed in black" if self.options.small_images == "frame" else "enlarged"
         phrases = {
-            f"smaller than the model's {size}, {done}": self.smaller,
+            f"smaller than the model's {size}, {done} (data.small_images)": self.smaller,
             f"scaled and cropped to {size}": self.reshaped,
             "colour read as grey (--set model.image_channels=3 keeps it)": self.traits["colour"],
             "grey read as RGB": self.traits["grey"],
             "CMYK read without a colour profile": self.traits["cmyk"],
-            f"with transparency, laid on {self.options.background}": self.traits["transparent"],
+            f"with transparency, laid on {self.options.background} (data.background)": self.traits["transparent"],
             f"of more than 8 bits, {self._range()} scaled to 0..255": self.traits["deep"],
             "turned as EXIF says": self.traits["rotated"],
             "with several frames or pages, of which the first is used": self.traits["frames"],
@@ -113,3 +113,7 @@ class Summary:
                 if int(name) != index:
                     return [f"note that class names are not indices: index {index} is class {name!r}"]
         return []
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
