@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data import DataConfig, DataError, Uint8Array
-from trainer.data.image_file import LARGE_PIXELS, SUFFIXES, Mode, decode, inspect
+from trainer.data import DataConfig, DataError, Uint8Array, image_file
+from trainer.data.image_file import ROWS_AT_ONCE, SUFFIXES, Mode, check_whole, decode, inspect
 
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257  # 0..65535: byte k becomes k
 BYTES = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -21,7 +23,7 @@ BYTES = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 def pixels(path: Path, mode: Mode = "L", **options: Any) -> Uint8Array:
     inspect(path, mode, DataConfig(**options))
-    return np.asarray(decode(path, mode, DataConfig(**options)))
+    return decode(path, mode, DataConfig(**options), np.array)
 
 
 def saved(path: Path, image: Image.Image, **options: Any) -> Path:
@@ -89,7 +91,7 @@ def test_what_no_viewer_shows_is_refused(tmp_path: Path, name: str, image: Image
 def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", Image.fromarray(np.full((2, 2), np.nan, np.float32)))
     with pytest.raises(DataError, match=r"a\.tif: it holds values that are not finite"):
-        decode(path, "L", DataConfig(value_range=(0, 1)))
+        check_whole(path, "L", DataConfig(value_range=(0, 1)))
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "palette of alphas", "colour key"])
@@ -191,7 +193,7 @@ def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"a\.png: No such file or directory"):
         inspect(tmp_path / "a.png", "L", DataConfig())
     with pytest.raises(DataError, match="Is a directory"):
-        decode(tmp_path, "L", DataConfig())
+        check_whole(tmp_path, "L", DataConfig())
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
@@ -218,7 +220,7 @@ def test_whatever_a_decoder_raises_names_the_file(
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(DataError, match=r"a\.png: .*(two.*lines|MemoryError)") as caught:
-        decode(path, "L", DataConfig())
+        check_whole(path, "L", DataConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -229,9 +231,27 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: py
         inspect(path, "L", DataConfig())
 
 
-def test_large_images_are_decoded(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.new("1", (LARGE_PIXELS // 1024 + 1, 1024)), compress_level=1)
-    assert pixels(path).max() == 0
+def test_transparency_is_laid_on_the_background_strip_by_strip(tmp_path: Path) -> None:
+    alpha = np.zeros((ROWS_AT_ONCE + 3, 5), np.uint8)
+    alpha[::2] = 255
+    image = Image.fromarray(np.stack([np.zeros_like(alpha), alpha], axis=-1), "LA")
+    assert np.array_equal(pixels(saved(tmp_path / "a.png", image)), 255 - alpha)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(BYTES))
+    monkeypatch.setattr(image_file, "LARGE_PIXELS", BYTES.size - 1)
+
+    def thread_of(image: Image.Image) -> str:
+        assert np.array_equal(np.asarray(image), BYTES)
+        return threading.current_thread().name
+
+    with ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(lambda _: decode(path, "L", DataConfig(), thread_of), range(16)))
+    assert len(set(names)) == 1
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"a\.png: "):
+        check_whole(path, "L", DataConfig())
 
 
 def test_suffixes_are_those_that_pillow_reads_here() -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from trainer.data.dataset import DataError
-from trainer.data.image_file import Header, Mode, decode, grey_values, inspect
+from trainer.data.image_file import Header, Mode, check_whole, grey_values, inspect
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
 
@@ -50,7 +50,7 @@ def check_files(
         return inspect(folder / file, mode, options)
 
     def read_whole(file: str) -> None:
-        decode(folder / file, mode, options)
+        check_whole(folder / file, mode, options)
 
     for file, header in _each(files, read_header, "checking images"):
         if isinstance(header, DataError):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from trainer.data.checking import check_files
 from trainer.data.dataset import DataError, IntArray, Uint8Array
@@ -65,11 +66,13 @@ class FolderDataset:
         return np.stack(list(self._threads.map(self._image, indices.tolist())))
 
     def _image(self, index: int) -> Uint8Array:
+        def fit(image: Image.Image) -> Uint8Array:
+            return fit_image(image, self._image_size, self._options.small_images)
+
         try:
-            image = decode(self._folder / self._files[index], self._mode, self._options)
+            return decode(self._folder / self._files[index], self._mode, self._options, fit)
         except DataError as error:
             raise DataError(f"{error}; mend it; --decode-all lists all such files before the first step") from error
-        return fit_image(image, self._image_size, self._options.small_images)
 
 
 def _remarks_on_levels(path: Path, listing: Listing) -> list[str]:

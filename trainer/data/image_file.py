@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from trainer.data.dataset import DataError, Uint8Array
 from trainer.data.options import DataConfig
 
+Result = TypeVar("Result")
 Mode = Literal["L", "RGB"]
 Trait = Literal["colour", "grey", "deep", "cmyk", "transparent", "rotated", "frames"]
 """What makes an image's pixels depend on how it is read."""
@@ -31,15 +32,17 @@ EIGHT_BIT_MODES = frozenset({"1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RG
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 
 LARGE_PIXELS = 16 << 20
-"""Images of more pixels are decoded one at a time, so that the threads together stay within a few hundred MB."""
+"""Images of more pixels are decoded one at a time."""
 ROWS_AT_ONCE = 256
+"""What needs more memory than an image before and after it is done in strips."""
 TAIL_BYTES = 64
 TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
 """What the last bytes of a whole file hold."""
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
 
-_large_image = threading.Lock()
+# Always in the same thread: the C library keeps memory that was freed for the thread that had it.
+_large_images = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
 # Viewers are silent about these, too: a corrupt EXIF block beside an intact image, an image beyond the size at which
 # Pillow begins to warn (it refuses twice that).
@@ -69,23 +72,39 @@ def inspect(path: Path, mode: Mode, options: DataConfig) -> Header:
         file.seek(-min(TAIL_BYTES, file.seek(0, 2)), 2)
         whole = TAILS.get(image.format or "", b"") in file.read()
     if not whole:
-        decode(path, mode, options)
+        check_whole(path, mode, options)
     return header
 
 
-def decode(path: Path, mode: Mode, options: DataConfig) -> Image.Image:
-    """Return an image as a viewer shows it, in 8-bit grey or RGB.
+def check_whole(path: Path, mode: Mode, options: DataConfig) -> None:
+    """Decode a file to see whether that works.
+
+    Raises:
+        DataError: it does not.
+    """
+    decode(path, mode, options, lambda image: None)
+
+
+def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
+    """Decode an image as a viewer shows it, to 8-bit grey or RGB, and return what is made of it.
 
     EXIF orientation is applied; transparent pixels show the background; 16-bit grey is scaled to 8 bits; of several
     frames or pages the first is taken.
+
+    Args:
+        path: of the file.
+        mode: `L` for grey, `RGB`.
+        options: how it is read.
+        then: makes the result of the decoded image, which takes much memory and is not kept.
 
     Raises:
         DataError: a file that cannot be read, or not as a viewer shows it.
     """
     with _opened(path) as (_, image):
         _check(image, options)
-        with _large_image if image.width * image.height > LARGE_PIXELS else nullcontext():
-            return _as_shown(image, mode, options)
+        if image.width * image.height > LARGE_PIXELS:
+            return _large_images.submit(lambda: then(_as_shown(image, mode, options))).result()
+        return then(_as_shown(image, mode, options))
 
 
 def grey_values(path: Path) -> npt.NDArray[Any]:
@@ -173,11 +192,18 @@ def _as_shown(image: Image.Image, mode: Mode, options: DataConfig) -> Image.Imag
     if _is_deep(image):
         return _deep_as_shown(image, options).convert(mode)
     if image.has_transparency_data:
-        straight = image.convert("LA") if image.mode == "La" else image
-        canvas = Image.new("RGBA", image.size, options.background)
-        canvas.alpha_composite(straight.convert("RGBA"))
-        return canvas.convert(mode)
-    return image.convert(mode)
+        return _on_background(image, mode, options.background)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _on_background(image: Image.Image, mode: Mode, background: str) -> Image.Image:
+    shown = Image.new(mode, image.size)
+    for top in range(0, image.height, ROWS_AT_ONCE):
+        strip = image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height)))
+        canvas = Image.new("RGBA", strip.size, background)
+        canvas.alpha_composite((strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA"))
+        shown.paste(canvas.convert(mode), (0, top))
+    return shown
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -199,7 +225,7 @@ def _deep_as_shown(image: Image.Image, options: DataConfig) -> Image.Image:
     if 0 in _tiff_tag(image, TIFF_PHOTOMETRIC):  # WhiteIsZero
         black, white = white, black
     pixels: Uint8Array = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), ROWS_AT_ONCE):  # float64 takes eight times the memory of the result
+    for top in range(0, len(values), ROWS_AT_ONCE):
         rows = values[top : top + ROWS_AT_ONCE].astype(np.float64)
         if not np.isfinite(rows).all():
             raise ValueError("it holds values that are not finite numbers")
