@@ -163,7 +163,7 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
         "1 CMYK read without a colour profile; "
         "1 with transparency, laid on white (data.background); 1 of more than 8 bits, whole range scaled to 0..255; "
         "1 with several frames or pages, of which the first is used; "
-        "the 1 looked at of more than 8 bits reach 4095, so they become dark: "
+        "1 of those of more than 8 bits were looked at and reach 4095 of 65535, which is dark: "
         "--set data.value_range=0,4095 makes 4095 white"
     )
     options = DataConfig(small_images="enlarge", background="black", value_range=(0, 4095))
@@ -176,6 +176,20 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
         assert part in summary
     assert "2 grey read as RGB" in summary
     assert "dark" not in summary
+
+
+@pytest.mark.parametrize(("highest", "cure"), [(255, "0,255"), (4000, "0,4095"), (16383, "0,16383"), (16384, None)])
+def test_sixteen_bit_files_of_fewer_bits_are_pointed_out(tmp_path: Path, highest: int, cure: str | None) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(40):
+        Image.fromarray(np.full((8, 8), highest if number == 0 else 1, np.uint16)).save(tmp_path / f"a/{number:02}.png")
+    summary = opened(tmp_path).summary
+    assert ("dark" in summary) == (cure is not None)
+    if cure is not None:
+        black, white = map(int, cure.split(","))
+        assert f"--set data.value_range={cure} makes {white} white" in summary
+        cured = open_dataset(tmp_path, 8, 1, DataConfig(value_range=(black, white)))
+        assert cured.images(np.array([0])).max() > 127
 
 
 def test_the_summary_is_one_line_whatever_classes_are_called(tmp_path: Path) -> None:

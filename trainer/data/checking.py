@@ -10,7 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from trainer.data.dataset import DataError
-from trainer.data.image_file import Header, Mode, check_whole, grey_values, inspect
+from trainer.data.image_file import Header, Mode, check_whole, highest_grey, inspect
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
 
@@ -21,8 +21,9 @@ BAD_FILES_SHOWN = 20
 DECODED_FILES, DECODED_PIXELS = 10_000, 200_000_000
 """A data set within both limits is decoded whole: that takes seconds."""
 DEEP_FILES_LOOKED_AT = 16
-DARK_BITS = 14
-"""If the values of 16-bit images need no more bits than these, nothing is brighter than a quarter of white."""
+"""At least, of those that there are; fewer than twice as many."""
+DARK_BITS = 2
+"""Images whose values leave that many of a file's bits unused are nowhere brighter than a quarter of white."""
 Result = TypeVar("Result")
 
 
@@ -91,14 +92,16 @@ def _each(files: Sequence[str], work: Callable[[str], Result], title: str) -> It
 
 
 def _remarks_on_range(deep: Sequence[Path]) -> list[str]:
-    """Say so if the values of 16-bit images use a small part of their range: 12-bit data become nearly black."""
-    looked_at = deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)][:DEEP_FILES_LOOKED_AT]
-    highest = max((int(grey_values(path).max()) for path in looked_at), default=2**16)
+    """Say so if images of more than 8 bits use a small part of their range: 12-bit data become nearly black."""
+    looked_at = [highest_grey(path) for path in deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)]]
+    if not looked_at:
+        return []
+    highest, white = (max(values) for values in zip(*looked_at, strict=True))
     bits = max(8, highest.bit_length())
-    if bits > DARK_BITS:
+    if bits > white.bit_length() - DARK_BITS:
         return []
     return [
-        f"the {len(looked_at)} looked at of more than 8 bits reach {highest}, so they become dark: "
+        f"{len(looked_at)} of those of more than 8 bits were looked at and reach {highest} of {white}, which is dark: "
         f"--set data.value_range=0,{2**bits - 1} makes {2**bits - 1} white"
     ]
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from trainer.data.dataset import DataError, Uint8Array
@@ -107,14 +106,17 @@ def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Im
         return then(_as_shown(image, mode, options))
 
 
-def grey_values(path: Path) -> npt.NDArray[Any]:
-    """Return the values of a grey image of more than 8 bits, as they are stored.
+def highest_grey(path: Path) -> tuple[int, int]:
+    """Return the highest value in a grey image of more than 8 bits, and the highest that its file could hold.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file that cannot be read, or of values that have no limit.
     """
     with _opened(path) as (_, image):
-        return np.asarray(image)
+        limits = _container_range(image)
+        if limits is None:
+            raise ValueError(f"values of mode {image.mode} have no limit")
+        return int(np.asarray(image).max()), limits[1]
 
 
 @contextmanager
