@@ -20,7 +20,12 @@ def train_command(
         list[str] | None, typer.Option("--set", help="Override a field: name=value; dotted names reach inside.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the data, print the resolved configuration and stop.")
+    ] = False,
+    decode_all: Annotated[
+        bool, typer.Option("--decode-all", help="Decode every image before the first step, however many there are.")
+    ] = False,
 ) -> None:
     """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes."""
     with needs_extra("train"):
@@ -37,9 +42,17 @@ def train_command(
     run = out or Path("runs") / preset
     try:
         config = named_preset(preset).with_overrides(parse_assignments(assignments or []))
-        dataset = open_dataset(data, config.model.image_size, config.model.image_channels)
+        dataset = open_dataset(
+            data,
+            config.model.image_size,
+            config.model.image_channels,
+            config.data,
+            labelled=config.class_conditional,
+            decode_all=decode_all,
+        )
         resolved = resolve(config, dataset)
         typer.echo(resolved.model_dump_json(indent=2))
+        typer.echo(dataset.summary, err=True)
         if dry_run:
             return
         command = ["iddpm", "train", preset, "--data", data.name]
@@ -54,7 +67,7 @@ def train_command(
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Read `name=value` pairs; values are JSON where they can be, else strings.
+    """Read `name=value` pairs; values are JSON where they can be, else lists of it without brackets, else strings.
 
     Raises:
         ValueError: a part without `=`.
@@ -64,8 +77,14 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         name, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set takes name=value; got {assignment!r}")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
+        values[name] = _read_value(text)
     return values
+
+
+def _read_value(text: str) -> Any:
+    for json_text in (text, f"[{text}]") if "," in text else (text,):
+        try:
+            return json.loads(json_text)
+        except json.JSONDecodeError:
+            continue
+    return text

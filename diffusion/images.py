@@ -82,10 +82,13 @@ def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:
 
 
 def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Image.Image:
-    """Draw one captioned row of images [n, H, W, C] per entry, enlarged by a whole factor."""
+    """Draw one captioned row of images [n, H, W, C] per entry, enlarged by a whole factor.
+
+    Channels that are neither grey nor RGB are drawn side by side, each in grey.
+    """
     font = ImageFont.load_default(CAPTION_HEIGHT - 3)
     label_width = max(int(font.getlength(caption)) for caption, _ in rows) + 8
-    strips = [_picture(grid(images, columns=len(images))).convert("RGB") for _, images in rows]
+    strips = [_picture(grid(_channels_apart(images), columns=len(images))).convert("RGB") for _, images in rows]
     strips = [strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST) for strip in strips]
     width = label_width + max(strip.width for strip in strips)
     sheet = Image.new("RGB", (width, sum(strip.height + GRID_GAP for strip in strips)), "white")
@@ -96,6 +99,13 @@ def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Im
         sheet.paste(strip, (label_width, top))
         top += strip.height + GRID_GAP
     return sheet
+
+
+def _channels_apart(images: Uint8Array) -> Uint8Array:
+    """Return images [n, H, W, C] of a C other than 1 and 3 as grey ones [n, H, C * W, 1]."""
+    if images.shape[-1] in (1, 3):
+        return images
+    return np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
 
 
 def _picture(pixels: Uint8Array) -> Image.Image:

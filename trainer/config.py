@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
 from diffusion.losses import LossType
+from trainer.data.options import DataConfig
 
 TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -69,6 +70,8 @@ class TrainConfig(FrozenConfig):
 
     Their snapshots, one per checkpoint, let `iddpm ema` make the average of any width after the run.
     """
+    data: DataConfig = DataConfig()
+    """How images are read."""
     horizontal_flip: bool = False
     """Mirror images at random."""
     precision: Precision = "auto"
@@ -82,8 +85,8 @@ class TrainConfig(FrozenConfig):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older checkpoints are deleted."""
     log_every_batches: int = Field(default=50, ge=1)
-    preview_per_class: int = Field(default=4, ge=1)
-    """Images per class in the sample grid at each checkpoint (times ten for an unconditional model)."""
+    preview_per_class: int = Field(default=4, ge=0)
+    """Images per class in the sample grid at each checkpoint (times ten for an unconditional model); 0: no grid."""
     preview_steps: int = Field(default=50, ge=2)
     """Respaced steps of the sample grid."""
 
@@ -114,7 +117,8 @@ class TrainConfig(FrozenConfig):
             if not isinstance(node, dict) or leaf not in node:
                 allowed = node if isinstance(node, dict) else values
                 raise ValueError(f"unknown field {name!r}; allowed here: {', '.join(sorted(allowed))}")
-            node[leaf] = value
+            is_list = isinstance(node[leaf], tuple)
+            node[leaf] = [value] if is_list and not isinstance(value, list) else value
         return type(self).model_validate(values)
 
     def changed_fields(self, other: TrainConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,7 +164,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
             train_state.delete_old(run, config.keep_checkpoints)
             if state.power_emas:
                 train_state.save_ema_snapshot(state, run / EMA_FOLDER / f"{state.images_seen:012d}.safetensors")
-            _write_preview(config, described, state, run)
+            if config.preview_per_class:
+                _write_preview(config, described, state, run)
     bar.close()
     return run / MODEL_FOLDER
 
@@ -263,13 +265,17 @@ def preview(
 
 
 def _write_preview(config: TrainConfig, described: CheckpointConfig, state: TrainState, run: Path) -> None:
-    device = next(iter(state.ema.weights.values())).device
-    network = UNet(config.model).to(device).eval()
-    network.load_state_dict(state.ema.weights)
-    folder = run / "samples"
-    folder.mkdir(exist_ok=True)
-    picture = preview(network, described, config.preview_per_class, config.preview_steps, device)
-    picture.save(folder / f"{state.images_seen:012d}.png")
+    try:
+        device = next(iter(state.ema.weights.values())).device
+        network = UNet(config.model).to(device).eval()
+        network.load_state_dict(state.ema.weights)
+        folder = run / "samples"
+        folder.mkdir(exist_ok=True)
+        picture = preview(network, described, config.preview_per_class, config.preview_steps, device)
+        picture.save(folder / f"{state.images_seen:012d}.png")
+    except Exception as error:  # memory, disk, a font: the checkpoint is written, and the run is worth more
+        reason = str(error) or type(error).__name__
+        tqdm.write(f"warning: no sample grid after {state.images_seen} images: {reason}", file=sys.stderr)
 
 
 def _claim(run: Path, config: TrainConfig, dataset: Dataset, *, resume: bool) -> None:

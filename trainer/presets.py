@@ -8,6 +8,7 @@ from functools import partial
 
 from diffusion.config import ModelConfig, SamplingDefaults
 from trainer.config import TrainConfig
+from trainer.data.options import DataConfig
 
 
 def fashion32() -> TrainConfig:
@@ -28,6 +29,7 @@ def fashion32() -> TrainConfig:
         lr_warmup_images=20_000,
         lr_schedule="cosine",
         grad_clip=1.0,
+        data=DataConfig(small_images="frame"),
         sampling=SamplingDefaults(cfg_scale=2.0),
         checkpoint_every_images=20_000,
     )
@@ -51,6 +53,7 @@ def imagenet64(model_channels: int = 128) -> TrainConfig:
         label_dropout=0.0,
         total_images=1_500_000 * 128,
         lr=1e-4 / math.sqrt(model_channels / 128),
+        data=DataConfig(small_images="enlarge"),
     )
 
 

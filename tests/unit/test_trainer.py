@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.train_command import parse_assignments
 from diffusion.checkpoint import load_unet
 from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig, ModelConfig
@@ -136,6 +137,42 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path
     assert (tmp_path / "run" / "train_config.json").read_text() == started_as
 
 
+def test_a_run_that_began_before_data_could_be_read_otherwise_is_resumed(npz: Path, tmp_path: Path) -> None:
+    train(tiny(total_images=20), npz, tmp_path / "run")
+    path = tmp_path / "run" / "train_config.json"
+    written = json.loads(path.read_text())
+    del written["data"]
+    path.write_text(json.dumps(written))
+    assert tiny().data == preset("fashion32").data  # what such runs did
+    train(tiny(), npz, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 12])
+def test_channels_that_are_no_picture_are_previewed_side_by_side(tmp_path: Path, channels: int) -> None:
+    data = tmp_path / "data.npz"
+    np.savez(data, images=np.zeros((4, 8, 8, channels), np.uint8), labels=np.zeros(4, np.int64))
+    model = tiny().model.replace(image_channels=channels).model_dump()
+    train(tiny(total_images=4, model=model), data, tmp_path / "run")
+    with Image.open(tmp_path / "run" / "samples" / "000000000004.png") as picture:
+        assert picture.width > 8 * channels
+
+
+def test_a_preview_that_fails_does_not_end_a_run(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "preview", fail)
+    assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
+    assert "warning: no sample grid after 4 images: MemoryError" in capsys.readouterr().err
+
+
+def test_previews_can_be_turned_off(npz: Path, tmp_path: Path) -> None:
+    train(tiny(total_images=4, preview_per_class=0), npz, tmp_path / "run")
+    assert not (tmp_path / "run" / "samples").exists()
+
+
 def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train_config.json").write_text("half a conf")
@@ -159,14 +196,6 @@ def test_order_is_a_permutation_per_epoch_and_independent_of_the_batch_size() ->
     assert order[:IMAGES].tolist() != order[IMAGES:].tolist()
     parts = [batch_indices(3, start, 5, IMAGES) for start in range(0, 45, 5)]
     assert np.concatenate(parts).tolist() == order[:45].tolist()
-
-
-def test_small_images_are_padded_with_black_in_the_middle(npz: Path) -> None:
-    dataset = open_dataset(npz, 8, 1)
-    image = dataset.images(np.array([0]))[0]
-    assert image.shape == (8, 8, 1)
-    assert image[0].max() == image[-1].max() == image[:, 0].max() == image[:, -1].max() == 0
-    assert image[1:-1, 1:-1].max() > 0
 
 
 def test_a_folder_of_class_folders_is_read_scaled_and_cropped(tmp_path: Path) -> None:
@@ -245,6 +274,36 @@ def test_the_command_line_names_what_is_allowed(npz: Path) -> None:
     assert (code, "loss 'hybrid' needs a learned variance" in output) == (1, True)
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "loss=l2")
     assert (code, "'simple', 'hybrid' or 'vlb'" in output) == (1, True)
+
+
+def test_lists_may_be_given_without_brackets(npz: Path) -> None:
+    assert parse_assignments(["a=1,2,3", "b=[1,2]", "c=0.5, 1", "d=rgb(1,2,3)", "e=x,y", "f=7", "g=null"]) == {
+        "a": [1, 2, 3], "b": [1, 2], "c": [0.5, 1], "d": "rgb(1,2,3)", "e": "x,y", "f": 7, "g": None,
+    }  # fmt: skip
+    settings = ["model.channel_mult=1,2,3", "model.attention_resolutions=16", "data.value_range=0,4095"]
+    code, output = run_cli(
+        "train", "fashion32", "--data", str(npz), "--dry-run", *(part for s in settings for part in ("--set", s))
+    )
+    assert code == 0, output
+    assert '"channel_mult": [ 1.0, 2.0, 3.0 ]' in output
+    assert '"attention_resolutions": [ 16 ]' in output
+
+
+def test_a_dry_run_says_what_was_understood_of_the_data(npz: Path, tmp_path: Path) -> None:
+    code, output = run_cli("train", "fashion32", "--data", str(npz), "--dry-run")
+    counts = dict(zip(*np.unique(np.load(npz)["labels"], return_counts=True), strict=True))
+    told = ", ".join(f"{name} ({counts[index]})" for index, name in enumerate("xyz"))
+    assert (code, f"data: 24 images 6x6; 3 classes: {told}; 24 smaller than the model's 32x32, framed" in output) == (
+        0,
+        True,
+    )
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (40, 40)).save(tmp_path / "flat" / "0.png")
+    code, output = run_cli("train", "fashion32", "--data", str(tmp_path / "flat"), "--dry-run")
+    assert (code, "--set class_conditional=false" in output) == (1, True)
+    command = ("train", "fashion32", "--data", str(tmp_path / "flat"), "--set", "class_conditional=false", "--dry-run")
+    code, output = run_cli(*command, "--decode-all")
+    assert (code, "data: 1 image 40x40; no classes; 1 scaled and cropped to 32x32" in output) == (0, True)
 
 
 def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(npz: Path, tmp_path: Path) -> None:

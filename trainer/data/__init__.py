@@ -1,0 +1,8 @@
+"""Images to train on: listed, checked, decoded as a viewer shows them, and fitted to the model's size."""
+
+from trainer.data.dataset import DataError, Dataset, IntArray, Uint8Array
+from trainer.data.opening import open_dataset
+from trainer.data.options import DataConfig
+from trainer.data.order import batch_indices
+
+__all__ = ["DataConfig", "DataError", "Dataset", "IntArray", "Uint8Array", "batch_indices", "open_dataset"]

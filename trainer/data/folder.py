@@ -1,0 +1,86 @@
+"""Images that are files below a folder: listed and checked at the start, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.data.checking import check_files
+from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.fitting import fit_image
+from trainer.data.image_file import Mode, decode
+from trainer.data.listing import Listing, list_images, shorten
+from trainer.data.options import DataConfig
+from trainer.data.summary import Summary
+
+LOADER_THREADS = 8
+
+
+class FolderDataset:
+    """A folder with one subfolder per class, or without classes."""
+
+    def __init__(
+        self,
+        path: Path,
+        image_size: int,
+        channels: int,
+        options: DataConfig,
+        *,
+        labelled: bool,
+        decode_all: bool,
+    ) -> None:
+        if channels not in (1, 3):
+            raise DataError(
+                f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
+                "choose --set model.image_channels=3, or give an npz of arrays with that many channels"
+            )
+        listing = list_images(path, labelled=labelled)
+        self._folder = path
+        self._files = listing.files
+        self._image_size = image_size
+        self._options = options
+        self._mode: Mode = "L" if channels == 1 else "RGB"
+        self._threads = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="decode")
+        self.labels: IntArray = np.array(listing.labels, dtype=np.int64)
+        self.class_names = listing.class_names
+        self.description: dict[str, str | int] = {
+            "folder": path.name,
+            "listing_sha256": hashlib.sha256(os.fsencode("\n".join(self._files))).hexdigest(),
+            "images": len(self._files),
+        }
+        summary = Summary(image_size, options, left_out=listing.left_out)
+        if labelled:
+            summary.count_classes(self.class_names, self.labels)
+        summary.remarks += _remarks_on_levels(path, listing)
+        check_files(path, self._files, self._mode, options, summary, decode_all=decode_all)
+        self.summary = summary.line()
+
+    def images(self, indices: IntArray) -> Uint8Array:
+        """Decode the images at these indices."""
+        return np.stack(list(self._threads.map(self._image, indices.tolist())))
+
+    def _image(self, index: int) -> Uint8Array:
+        def fit(image: Image.Image) -> Uint8Array:
+            return fit_image(image, self._image_size, self._options.small_images)
+
+        try:
+            return decode(self._folder / self._files[index], self._mode, self._options, fit)
+        except DataError as error:
+            raise DataError(f"{error}; mend it; --decode-all lists all such files before the first step") from error
+
+
+def _remarks_on_levels(path: Path, listing: Listing) -> list[str]:
+    """Say so if the only class has subfolders that may have been meant as classes."""
+    if len(listing.class_names) != 1:
+        return []
+    below = Counter(parts[1] if len(parts := Path(file).parts) > 2 else "" for file in listing.files)
+    if len(below) < 2 or "" in below:
+        return []
+    only = path / listing.class_names[0]
+    return [f"the subfolders of the only class are no classes: {shorten(below)}; --data {only} makes them classes"]

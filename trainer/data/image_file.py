@@ -1,0 +1,254 @@
+"""What an image file is, and how it becomes 8-bit grey or RGB: as a viewer shows it, or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from trainer.data.dataset import DataError, Uint8Array
+from trainer.data.options import DataConfig
+
+Result = TypeVar("Result")
+Mode = Literal["L", "RGB"]
+Trait = Literal["colour", "grey", "deep", "cmyk", "transparent", "rotated", "frames"]
+"""What makes an image's pixels depend on how it is read."""
+
+# Formats that Pillow knows and that are not here start other programs (EPS), are no pictures (HDF5, GRIB), or have no
+# signature (TGA), so that any damaged file may be taken for one.
+_WANTED = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+Image.init()
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+
+EIGHT_BIT_MODES = frozenset({"1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+GREY_MODES = frozenset({"1", "L", "LA", "La"})
+
+LARGE_PIXELS = 16 << 20
+"""Images of more pixels are decoded one at a time."""
+ROWS_AT_ONCE = 256
+"""What needs more memory than an image before and after it is done in strips."""
+TAIL_BYTES = 64
+TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
+"""What the last bytes of a whole file hold."""
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+EXIF_ORIENTATION = 274
+
+# Always in the same thread: the C library keeps memory that was freed for the thread that had it.
+_large_images = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
+
+# Viewers are silent about these, too: a corrupt EXIF block beside an intact image, an image beyond the size at which
+# Pillow begins to warn (it refuses twice that).
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class Header(NamedTuple):
+    """What can be known of a file without decoding it."""
+
+    width: int
+    height: int
+    traits: tuple[Trait, ...]
+
+
+def inspect(path: Path, mode: Mode, options: DataConfig) -> Header:
+    """Read a file's header; decode it, too, if it looks cut off.
+
+    Raises:
+        DataError: a file that cannot be read, or not as a viewer shows it.
+    """
+    with _opened(path) as (file, image):
+        _check(image, options)
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        header = Header(*image.size, tuple(_traits(image, mode)))
+        file.seek(-min(TAIL_BYTES, file.seek(0, 2)), 2)
+        whole = TAILS.get(image.format or "", b"") in file.read()
+    if not whole:
+        check_whole(path, mode, options)
+    return header
+
+
+def check_whole(path: Path, mode: Mode, options: DataConfig) -> None:
+    """Decode a file to see whether that works.
+
+    Raises:
+        DataError: it does not.
+    """
+    decode(path, mode, options, lambda image: None)
+
+
+def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
+    """Decode an image as a viewer shows it, to 8-bit grey or RGB, and return what is made of it.
+
+    EXIF orientation is applied; transparent pixels show the background; 16-bit grey is scaled to 8 bits; of several
+    frames or pages the first is taken.
+
+    Args:
+        path: of the file.
+        mode: `L` for grey, `RGB`.
+        options: how it is read.
+        then: makes the result of the decoded image, which takes much memory and is not kept.
+
+    Raises:
+        DataError: a file that cannot be read, or not as a viewer shows it.
+    """
+    with _opened(path) as (_, image):
+        _check(image, options)
+        if image.width * image.height > LARGE_PIXELS:
+            return _large_images.submit(lambda: then(_as_shown(image, mode, options))).result()
+        return then(_as_shown(image, mode, options))
+
+
+def highest_grey(path: Path) -> tuple[int, int]:
+    """Return the highest value in a grey image of more than 8 bits, and the highest that its file could hold.
+
+    Raises:
+        DataError: a file that cannot be read, or of values that have no limit.
+    """
+    with _opened(path) as (_, image):
+        limits = _container_range(image)
+        if limits is None:
+            raise ValueError(f"values of mode {image.mode} have no limit")
+        return int(np.asarray(image).max()), limits[1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
+    """Open an image; whatever is raised until it is closed becomes an error that names the file."""
+    try:
+        with path.open("rb") as file:
+            try:
+                image = Image.open(file, formats=FORMATS)
+            except UnidentifiedImageError:
+                file.seek(0)
+                raise ValueError(_what_it_is(file.read(64))) from None
+            with image:
+                yield file, image
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(f"{path}: it has more than {most:,} pixels; shrink it") from error
+    except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, zlib.error and more
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{path}: {' '.join(reason.split()) or type(error).__name__}") from error
+
+
+def _what_it_is(head: bytes) -> str:
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the image: run git lfs pull"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page, not an image"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "it is a TIFF that is damaged or of a kind that is not read here; save it as grey or RGB of 8 or 16 bits"
+    return f"it is damaged, or no image in a format that is read here ({', '.join(FORMATS)})"
+
+
+def _check(image: Image.Image, options: DataConfig) -> None:
+    """Refuse what would be mangled."""
+    if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
+        raise ValueError("a transparent colour in a 16-bit RGB image is not supported; save it with an alpha channel")
+    if image.mode in EIGHT_BIT_MODES:
+        if 2 in _tiff_tag(image, TIFF_SAMPLE_FORMAT):
+            raise ValueError("signed 8-bit pixels are not supported; save it as unsigned 8-bit")
+    elif not _is_deep(image):
+        raise ValueError(f"colour mode {image.mode} is not supported; save it as 8-bit grey or RGB")
+    elif options.value_range is None and _container_range(image) is None:
+        kind, example = ("floating-point numbers", "0,1") if image.mode == "F" else ("32 bits or with a sign", "0,4095")
+        raise ValueError(
+            f"grey of {kind} has no values that "
+            f"are black and white by convention; give them, for example --set data.value_range={example}"
+        )
+
+
+def _traits(image: Image.Image, mode: Mode) -> Iterator[Trait]:
+    grey = image.mode in GREY_MODES or _is_deep(image)
+    if mode == "L" and not grey:
+        yield "colour"
+    if mode == "RGB" and grey:
+        yield "grey"
+    if _is_deep(image):
+        yield "deep"
+    if image.mode == "CMYK":
+        yield "cmyk"
+    if image.has_transparency_data:
+        yield "transparent"
+    # Asked for its EXIF block, a PNG without one is decoded whole in search of it.
+    if (image.format != "PNG" or "exif" in image.info) and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        yield "rotated"
+    if getattr(image, "is_animated", False):
+        yield "frames"
+
+
+def _as_shown(image: Image.Image, mode: Mode, options: DataConfig) -> Image.Image:
+    _scale_transparent_grey(image)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if _is_deep(image):
+        return _deep_as_shown(image, options).convert(mode)
+    if image.has_transparency_data:
+        return _on_background(image, mode, options.background)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _on_background(image: Image.Image, mode: Mode, background: str) -> Image.Image:
+    shown = Image.new(mode, image.size)
+    for top in range(0, image.height, ROWS_AT_ONCE):
+        strip = image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height)))
+        canvas = Image.new("RGBA", strip.size, background)
+        canvas.alpha_composite((strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA"))
+        shown.paste(canvas.convert(mode), (0, top))
+    return shown
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether it is grey of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _container_range(image: Image.Image) -> tuple[int, int] | None:
+    """Return which values are black and white in a grey image of more than 8 bits; None: nothing says so."""
+    if image.mode in ("I", "F") and not (image.mode == "I" and image.format == "PPM"):  # Pillow scales PGM to 16 bits
+        return None
+    white = 4095 if 12 in _tiff_tag(image, TIFF_BITS_PER_SAMPLE) else 65535
+    return 0, white
+
+
+def _deep_as_shown(image: Image.Image, options: DataConfig) -> Image.Image:
+    values = np.asarray(image)
+    black, white = options.value_range or _container_range(image) or (0, 65535)
+    if 0 in _tiff_tag(image, TIFF_PHOTOMETRIC):  # WhiteIsZero
+        black, white = white, black
+    pixels: Uint8Array = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), ROWS_AT_ONCE):
+        rows = values[top : top + ROWS_AT_ONCE].astype(np.float64)
+        if not np.isfinite(rows).all():
+            raise ValueError("it holds values that are not finite numbers")
+        pixels[top : top + ROWS_AT_ONCE] = np.floor(((rows - black) / (white - black)).clip(0, 1) * 255 + 0.5)
+    if "transparency" in image.info:
+        pixels[values == image.info["transparency"]] = ImageColor.getcolor(options.background, "L")
+    return Image.fromarray(pixels)
+
+
+def _scale_transparent_grey(image: Image.Image) -> None:
+    """Mend the transparent grey of PNG files of 2 and 4 bits: Pillow scales their pixels to 8 bits, and not this."""
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image))
+    if factor and isinstance(key := image.info.get("transparency"), int):
+        image.info["transparency"] = key * factor
+
+
+def _raw_mode(image: Image.Image) -> str:
+    tile = getattr(image, "tile", None)
+    return str(tile[0].args) if image.format == "PNG" and tile else ""
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> tuple[int, ...]:
+    value = getattr(image, "tag_v2", {}).get(tag, ())
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,155 @@
+"""Which files of a folder are images of the data set, and of which class."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.data.dataset import DataError
+from trainer.data.image_file import SUFFIXES
+
+SYSTEM_NAMES = frozenset(
+    {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
+)
+"""Left by archivers, notebooks and file managers, in lower case; so are names that begin with a dot."""
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+NAMES_SHOWN = 10
+
+
+@dataclass
+class Listing:
+    """The images below a folder."""
+
+    files: list[str]
+    """Paths below the folder, class by class."""
+    labels: list[int]
+    class_names: tuple[str, ...]
+    """Empty if the subfolders are no classes."""
+    left_out: Counter[str]
+    """What was left out, and how often: a suffix, or another reason."""
+
+
+@dataclass
+class _Found:
+    images: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def list_images(folder: Path, *, labelled: bool) -> Listing:
+    """List the images below a folder.
+
+    Args:
+        folder: holds one subfolder per class, which may have subfolders of its own.
+        labelled: whether the subfolders are classes; if not, images may lie anywhere below the folder.
+
+    Raises:
+        DataError: no images, a class without images, or a folder that holds something else than classes.
+    """
+    beside = _Found()
+    by_class: dict[str, _Found] = {}
+    for entry in _visible(folder, beside):
+        if entry.is_dir():
+            by_class[entry.name] = _Found()
+            _collect(folder, entry.name, frozenset({os.path.realpath(folder)}), by_class[entry.name])
+        else:
+            _sort_in(entry.name, beside)
+    left_out = sum((found.left_out for found in by_class.values()), beside.left_out)
+    if not any(found.images for found in (beside, *by_class.values())):
+        raise DataError(
+            f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); it holds: {describe_counts(left_out)}"
+        )
+    _refuse_splits(folder, by_class)
+    if not labelled:
+        files = [*beside.images, *(path for found in by_class.values() for path in found.images)]
+        files.sort(key=lambda path: path.split(os.sep))  # noqa: PTH206 - as below
+        return Listing(files, [0] * len(files), (), left_out)
+
+    _refuse_what_is_no_class(folder, beside, by_class)
+    if beside.images:
+        left_out["beside the class folders"] = len(beside.images)
+    names = _sorted_class_names(by_class)
+    files = [path for name in names for path in by_class[name].images]
+    labels = [label for label, name in enumerate(names) for _ in by_class[name].images]
+    return Listing(files, labels, names, left_out)
+
+
+def describe_counts(counts: Counter[str]) -> str:
+    """Return, for example, "3 .txt, 1 .csv"."""
+    return shorten(f"{count} {what}" for what, count in counts.most_common()) or "nothing"
+
+
+def shorten(items: Iterable[str]) -> str:
+    """Join the first items, and say how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
+    return ", ".join(listed[:NAMES_SHOWN]) + more
+
+
+def _collect(folder: Path, below: str, ancestors: frozenset[str], found: _Found) -> None:
+    """Add what lies in a subfolder, in the order of names; a link to a folder that it lies in is not followed."""
+    real = os.path.realpath(folder / below)
+    if real in ancestors:
+        return
+    for entry in _visible(folder / below, found):
+        path = f"{below}{os.sep}{entry.name}"  # a Path per file would take seconds for 200,000 files
+        if entry.is_dir():
+            _collect(folder, path, ancestors | {real}, found)
+        else:
+            _sort_in(path, found)
+
+
+def _visible(folder: Path, found: _Found) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        by_name = sorted(entries, key=lambda entry: entry.name)
+    for entry in by_name:
+        if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
+            found.left_out["hidden or of the system"] += 1
+        else:
+            yield entry
+
+
+def _sort_in(path: str, found: _Found) -> None:
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 - as above
+    if suffix in SUFFIXES:
+        found.images.append(path)
+    else:
+        found.left_out[suffix or "without a suffix"] += 1
+
+
+def _refuse_splits(folder: Path, by_class: dict[str, _Found]) -> None:
+    splits = [name for name in by_class if name.lower() in SPLIT_NAMES]
+    if splits and len(splits) == len(by_class):
+        choice = next((name for name in splits if name.lower().startswith("train")), splits[0])
+        raise DataError(
+            f"{folder} holds {shorten(splits)}: parts of a data set, not classes; give one of them: "
+            f"--data {folder / choice}"
+        )
+
+
+def _refuse_what_is_no_class(folder: Path, beside: _Found, by_class: dict[str, _Found]) -> None:
+    if not by_class:
+        raise DataError(
+            f"{folder} holds images and no class subfolders; put the images of each class into a "
+            "subfolder, or train without classes: --set class_conditional=false"
+        )
+    empty = [f"{name!r} ({describe_counts(found.left_out)})" for name, found in by_class.items() if not found.images]
+    if empty:
+        raise DataError(
+            f"{folder}: every subfolder is a class, and these hold no image: {shorten(empty)}; "
+            "move them elsewhere, or put images into them"
+        )
+    for name in by_class:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{folder}: the name of the class folder {name!a} is not UTF-8; rename it") from error
+
+
+def _sorted_class_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort by name, or as numbers if all are, so that index 2 is class "2" and not "10"."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))

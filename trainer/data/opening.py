@@ -1,0 +1,53 @@
+"""open_dataset: from a path that a user gives to images that can be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.data.dataset import DataError, Dataset
+from trainer.data.folder import FolderDataset
+from trainer.data.image_file import SUFFIXES
+from trainer.data.npz import NpzDataset
+from trainer.data.options import DataConfig
+
+ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"})
+
+
+def open_dataset(
+    path: Path,
+    image_size: int,
+    channels: int,
+    options: DataConfig | None = None,
+    *,
+    labelled: bool = True,
+    decode_all: bool = False,
+) -> Dataset:
+    """Open an npz file or a folder of images, and check everything in it; docs/training.md says what is accepted.
+
+    Args:
+        path: of the file or the folder.
+        image_size: height and width of the images that the data set returns.
+        channels: 1 for grey, 3 for RGB; an npz may have any number.
+        options: how images are read; None: the defaults.
+        labelled: whether labels are used; a folder then holds one subfolder per class, an npz an array `labels`.
+        decode_all: decode every file now, however many there are; otherwise small data sets only.
+
+    Raises:
+        DataError: nothing there, or nothing that can be trained on; every bad file is named.
+    """
+    options = options or DataConfig()
+    if path.is_dir():
+        return FolderDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all)
+    if not path.is_file():
+        raise DataError(f"data must be an npz file or a folder of images; there is nothing at {path}")
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        raise DataError(
+            f"{path} is one array; an npz file is needed, with labels: "
+            f"np.savez({path.with_suffix('.npz').name!r}, images=np.load({path.name!r}), labels=labels)"
+        )
+    if suffix in SUFFIXES:
+        raise DataError(f"{path} is one image; give the folder that holds the class subfolders")
+    if suffix in ARCHIVE_SUFFIXES:
+        raise DataError(f"{path} is an archive; unpack it and give the folder")
+    return NpzDataset(path, image_size, channels, options, labelled=labelled)

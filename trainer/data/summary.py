@@ -1,0 +1,119 @@
+"""The line that says what was understood of the data, and what is done to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainer.data.dataset import IntArray
+from trainer.data.image_file import Trait
+from trainer.data.listing import describe_counts, shorten
+from trainer.data.options import DataConfig
+
+CLASSES_SHOWN = 20
+
+
+@dataclass
+class Summary:
+    """What was found, as counts."""
+
+    image_size: int
+    """Of the model."""
+    options: DataConfig
+    images: int = 0
+    smallest: tuple[int, int] | None = None
+    """Width and height of the image with the fewest pixels, and of the one with the most."""
+    largest: tuple[int, int] | None = None
+    smaller: int = 0
+    """Images whose shorter side is smaller than the model."""
+    reshaped: int = 0
+    """Images that are scaled down, cropped, or both."""
+    traits: Counter[Trait] = field(default_factory=Counter)
+    classes: dict[str, int] | None = None
+    """Images per class, in the order of labels; None: the labels are not used."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, width: int, height: int, traits: tuple[Trait, ...] = (), count: int = 1) -> None:
+        """Count images of one size."""
+        self.images += count
+        size = (width, height)
+        if self.smallest is None or width * height < self.smallest[0] * self.smallest[1]:
+            self.smallest = size
+        if self.largest is None or width * height > self.largest[0] * self.largest[1]:
+            self.largest = size
+        if min(size) < self.image_size:
+            self.smaller += count
+        elif size != (self.image_size, self.image_size):
+            self.reshaped += count
+        for trait in traits:
+            self.traits[trait] += count
+
+    def count_classes(self, names: Sequence[str], labels: IntArray) -> None:
+        """Count the images of each class."""
+        self.classes = dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+
+    def line(self) -> str:
+        """Return the line."""
+        images = "1 image" if self.images == 1 else f"{self.images:,} images"
+        parts = [f"{images} {self._sizes()}", self._classes(), *self._treatment()]
+        if self.left_out:
+            parts.append(f"left out: {describe_counts(self.left_out)}")
+        return "data: " + "; ".join([*parts, *self._numbers_that_mislead(), *self.remarks])
+
+    def _sizes(self) -> str:
+        if self.smallest is None or self.largest is None:
+            return ""
+        sizes = dict.fromkeys(f"{width}x{height}" for width, height in (self.smallest, self.largest))
+        return " to ".join(sizes)
+
+    def _classes(self) -> str:
+        if self.classes is None:
+            return "no classes"
+        counts = list(self.classes.values())
+        plural = "class" if len(counts) == 1 else "classes"
+        if len(counts) <= CLASSES_SHOWN:
+            told = ", ".join(f"{_printable(name)} ({count:,})" for name, count in self.classes.items())
+            text = f"{len(counts)} {plural}: {told}"
+        else:
+            text = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images"
+        if unused := [repr(name) for name, count in self.classes.items() if count == 0]:
+            text += f" ({len(unused)} without an image: {shorten(unused)})"
+        return text
+
+    def _treatment(self) -> list[str]:
+        size = f"{self.image_size}x{self.image_size}"
+        done = "framed in black" if self.options.small_images == "frame" else "enlarged"
+        phrases = {
+            f"smaller than the model's {size}, {done} (data.small_images)": self.smaller,
+            f"scaled and cropped to {size}": self.reshaped,
+            "colour read as grey (--set model.image_channels=3 keeps it)": self.traits["colour"],
+            "grey read as RGB": self.traits["grey"],
+            "CMYK read without a colour profile": self.traits["cmyk"],
+            f"with transparency, laid on {self.options.background} (data.background)": self.traits["transparent"],
+            f"of more than 8 bits, {self._range()} scaled to 0..255": self.traits["deep"],
+            "turned as EXIF says": self.traits["rotated"],
+            "with several frames or pages, of which the first is used": self.traits["frames"],
+        }
+        return [f"{count:,} {phrase}" for phrase, count in phrases.items() if count]
+
+    def _range(self) -> str:
+        if self.options.value_range is None:
+            return "whole range"
+        black, white = self.options.value_range
+        return f"{black:g}..{white:g}"
+
+    def _numbers_that_mislead(self) -> list[str]:
+        names = list(self.classes or ())
+        if all(name.isascii() and name.isdigit() for name in names):
+            for index, name in enumerate(names):
+                if int(name) != index:
+                    return [f"note that class names are not indices: index {index} is class {name!r}"]
+        return []
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
