@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import DiffusionConfig
+from diffusion.quoting import quoted
 from diffusion.schedules import Schedule, named_betas
 
 IntArray = npt.NDArray[np.int64]
@@ -39,8 +40,8 @@ def space_timesteps(num_timesteps: int, spec: str) -> IntArray:
         return _integer_stride(num_timesteps, int(match.group(1)))
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", spec):
         raise ValueError(
-            f"respacing must be a number of steps ('100'), numbers per section ('10,10,20,40'), 'ddimN' or ''; "
-            f"got {spec!r}"
+            f'respacing must be a number of steps ("100"), numbers per section ("10,10,20,40"), "ddimN" or ""; '
+            f"got {quoted(spec)}"
         )
     return _sections(num_timesteps, [int(count) for count in spec.split(",")])
 
@@ -52,7 +53,7 @@ def _integer_stride(num_timesteps: int, num_steps: int) -> IntArray:
     possible = sorted({-(-num_timesteps // stride) for stride in range(1, num_timesteps)})
     nearest = sorted(possible, key=lambda n: abs(n - num_steps))[:2]
     raise ValueError(
-        f"respacing 'ddim{num_steps}' is impossible: no integer stride through {num_timesteps} timesteps takes "
+        f'respacing "ddim{num_steps}" is impossible: no integer stride through {num_timesteps} timesteps takes '
         f"{num_steps} steps; the nearest that exist are {' and '.join(f'ddim{n}' for n in sorted(nearest))}"
     )
 
@@ -104,7 +105,7 @@ def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
     """
     timestep_map = space_timesteps(diffusion.num_timesteps, spec)
     if len(timestep_map) < MIN_STEPS:
-        raise ValueError(f"respacing must keep at least {MIN_STEPS} steps; {spec!r} keeps {len(timestep_map)}")
+        raise ValueError(f"respacing must keep at least {MIN_STEPS} steps; {quoted(spec)} keeps {len(timestep_map)}")
     base = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps))
     kept = base.alphas_cumprod[timestep_map]
     schedule = Schedule(1.0 - kept / np.append(1.0, kept[:-1]))

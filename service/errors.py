@@ -1,7 +1,9 @@
 """The service's exception tree; `service.api.problems` maps it to HTTP.
 
 ServiceError
+├── MalformedJson         the body is no JSON
 ├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
+├── NotAcceptable         the client takes no form that there is
 ├── UnknownModel          no model of that name is served
 ├── Forbidden             the key may not do that
 ├── LoadFailed            a folder that cannot be served; what was served before still is
@@ -25,9 +27,18 @@ AddressError              the port is taken; ends start-up
 
 from __future__ import annotations
 
+from diffusion.quoting import quoted
+
 
 class ServiceError(Exception):
     """Anything a client can be told."""
+
+
+class MalformedJson(ServiceError):
+    """A body that is no JSON."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the body is not valid JSON: {reason}")
 
 
 class InvalidRequest(ServiceError):
@@ -39,11 +50,18 @@ class InvalidRequest(ServiceError):
         self.message = message
 
 
+class NotAcceptable(ServiceError):
+    """The Accept header excludes every form of an answer."""
+
+    def __init__(self, accept: str, forms: list[str]) -> None:
+        super().__init__(f"Accept: must allow {', '.join(forms)} or */*; got {quoted(accept)}")
+
+
 class UnknownModel(ServiceError):
     """No model of that name."""
 
     def __init__(self, name: str, known: list[str]) -> None:
-        super().__init__(f"model: must be one of {', '.join(known)}; got {name!r}")
+        super().__init__(f"model: must be one of {', '.join(known)}; got {quoted(name)}")
 
 
 class Forbidden(ServiceError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from starlette.responses import Response
 
+from diffusion.quoting import alternatives, quoted
+from service.api.accept import preferred
 from service.api.encoding import (
     CHANNELS,
     MEDIA_TYPES,
@@ -23,7 +24,9 @@ from service.api.encoding import (
 from service.api.execution import Accepted
 from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ImageFormat, Timing
 from service.engine.request import ImageParams, ImageResult
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, NotAcceptable
+
+JSON_MEDIA_TYPE = "application/json"
 
 Body = Literal["json", "file", "zip"]
 
@@ -44,31 +47,36 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
 
     Args:
         body: asks for a format of images, and perhaps for a stream, which is always JSON.
-        accept: the Accept header; the first form that it names and that there is decides.
+        accept: the Accept header: JSON, unless it asks for a file (`service.api.accept`).
         channels: of the model's images.
 
     Raises:
+        NotAcceptable: a header that allows none of the forms that there are.
         InvalidRequest: options that contradict each other, or that the model's images cannot have.
     """
-    kind, image_format = _accepted("" if body.stream else accept, body.format)
+    kind, image_format = _preferred("" if body.stream else accept, body.format)
     if body.preview_every is not None and not body.stream:
         raise InvalidRequest("preview_every", "is a choice of `stream` only, which is false")
     if body.quality is not None and image_format != "jpeg":
-        raise InvalidRequest("quality", f"is a choice of format 'jpeg' only; format is '{image_format}'")
+        raise InvalidRequest("quality", f'is a choice of format "jpeg" only; format is {quoted(image_format)}')
     if body.compression is not None and image_format == "jpeg":
-        raise InvalidRequest("compression", "is no choice of format 'jpeg', which has `quality`")
+        raise InvalidRequest("compression", 'is no choice of format "jpeg", which has `quality`')
     if kind == "zip" and image_format == "npz":
-        raise InvalidRequest("format", f"must be {_or(PICTURE_FORMATS)} in a zip; an npz holds all images by itself")
+        raise InvalidRequest(
+            "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz holds all images by itself"
+        )
     if channels not in CHANNELS.get(image_format, (channels,)):
         fit = [name for name in MEDIA_TYPES if channels in CHANNELS.get(name, (channels,))]
-        raise InvalidRequest("format", f"must be {_or(fit)} for images of {channels} channels; got '{image_format}'")
+        raise InvalidRequest(
+            "format", f"must be {alternatives(fit)} for images of {channels} channels; got {quoted(image_format)}"
+        )
     return Form(kind, image_format, body.quality, body.compression)
 
 
 def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
     """Encode what came of a request."""
     if form.body == "json":
-        return Response(answer_json(form, accepted, results, timing), media_type="application/json")
+        return Response(answer_json(form, accepted, results, timing), media_type=JSON_MEDIA_TYPE)
     params = accepted.images
     headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
     if form.body == "zip":
@@ -121,20 +129,12 @@ def _class_name(accepted: Accepted, params: ImageParams) -> str | None:
     return None if names is None or params.class_index is None else names[params.class_index]
 
 
-def _accepted(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
-    for part in accept.split(","):
-        media_type = part.partition(";")[0].strip().lower()
-        if media_type in ("application/json", "*/*"):
-            return "json", wanted
-        if media_type == ZIP_MEDIA_TYPE:
-            return "zip", wanted
-        if media_type == "image/*":
-            return "file", "png" if wanted == "npz" else wanted
-        for image_format, known in MEDIA_TYPES.items():
-            if media_type == known:
-                return "file", image_format
-    return "json", wanted
-
-
-def _or(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]
+def _preferred(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
+    """Return what the Accept header asks for; `wanted` is the format of the body."""
+    formats = {MEDIA_TYPES[name]: name for name in sorted(MEDIA_TYPES, key=lambda name: name != wanted)}
+    media_type = preferred(accept, JSON_MEDIA_TYPE, [*formats, ZIP_MEDIA_TYPE])
+    if media_type is None:
+        raise NotAcceptable(accept, [JSON_MEDIA_TYPE, *MEDIA_TYPES.values(), ZIP_MEDIA_TYPE])
+    if media_type in formats:
+        return "file", formats[media_type]
+    return "zip" if media_type == ZIP_MEDIA_TYPE else "json", wanted

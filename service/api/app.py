@@ -131,9 +131,12 @@ def assemble(
         version=version("iddpm"),
         summary="Images from diffusion models of the Improved DDPM family",
         lifespan=lifespan,
+        servers=[{"url": ".", "description": "where this document is, whatever prefix a proxy puts before it"}],
+        root_path_in_servers=False,
         docs_url=None,  # api/docs_page.py, as what it shows
         openapi_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # Location would be a whole URL; behind a proxy its scheme and prefix are not known
         # FastAPI would tell query strings, and the messages of exceptions; ours is in api/tracing.py
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )

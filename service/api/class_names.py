@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
+from diffusion.quoting import quoted
 from service.api.schemas import MAX_CLASS_NAME
 from service.errors import InvalidRequest
 
@@ -50,7 +51,7 @@ class ClassNames:
         """
         found = self._named(asked)
         if not found and asked.isascii() and asked.isdigit():
-            raise InvalidRequest("class", f"no class has the name {asked!r}; an index is a number without quotes")
+            raise InvalidRequest("class", f"no class has the name {quoted(asked)}; an index is a number without quotes")
         return self._only(found, asked, "class")
 
     def in_prompt(self, prompt: str, most: int) -> list[int]:
@@ -108,12 +109,11 @@ class ClassNames:
         if not found:
             raise self._unknown(asked, field)
         if len(found) > 1:
-            raise InvalidRequest(field, f"{asked!r} names the classes {found}: give the index")
+            raise InvalidRequest(field, f"{quoted(asked)} names the classes {found}: give the index")
         return found[0]
 
     def _unknown(self, asked: str, field: str) -> InvalidRequest:
-        asked = asked if len(asked) <= 60 else asked[:57] + "..."
-        return InvalidRequest(field, f"must be one of {self._some(asked)}; got {asked!r}")
+        return InvalidRequest(field, f"must be one of {self._some(asked)}; got {quoted(asked)}")
 
     def _some(self, asked: str) -> str:
         """List all names if they are few, the nearest ones otherwise."""

@@ -24,6 +24,6 @@ def openapi(request: Request) -> Response:
 @router.get("/docs", include_in_schema=False)
 async def docs() -> Response:
     """Show the routes, their fields and their answers."""
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title="iddpm", swagger_favicon_url="data:,")
+    page = get_swagger_ui_html(openapi_url="openapi.json", title="iddpm", swagger_favicon_url="data:,")
     page.headers["Content-Security-Policy"] = _POLICY
     return page

@@ -40,6 +40,8 @@ class PreviewEvent(BaseModel):
     b64_json: str = Field(description="The picture, base64.")
 
 
+ONE_EVENT = "One event; the answer is a sequence of them."
+"""OpenAPI 3.1 has no word for that (3.2 has `itemSchema`); other documents put the schema of an event there, too."""
 _COMPONENT = "#/components/schemas/{model}"
 _DATA: dict[EventName, dict[str, Any]] = {
     "queued": QueuedEvent.model_json_schema(),
@@ -49,6 +51,7 @@ _DATA: dict[EventName, dict[str, Any]] = {
     "failed": Problem.model_json_schema(),
 }
 EVENT_SCHEMA: dict[str, Any] = {
+    "description": ONE_EVENT,
     "oneOf": [
         {
             "type": "object",
@@ -60,6 +63,5 @@ EVENT_SCHEMA: dict[str, Any] = {
             },
         }
         for name, data in _DATA.items()
-    ]
+    ],
 }
-"""One event of the stream, in the words of OpenAPI 3.2 (`itemSchema`)."""

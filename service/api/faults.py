@@ -14,7 +14,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from service.api.interfaces import Interface, interface_of
+from service.api.interfaces import Interface
+from service.api.routes import interface_of
 
 MEDIA_TYPE = "application/problem+json"
 REFUSED_BEFORE_WORK = frozenset({429, 503})
@@ -51,15 +52,18 @@ class FaultResponse(JSONResponse):
         """Send it."""
         fault = self._fault
         client_error = 400 if fault.status == 422 else fault.status
-        match interface_of(scope["path"]):
+        retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}
+        match interface_of(scope):
             case Interface.NATIVE:
-                await super().__call__(scope, receive, send)
+                answer = JSONResponse(as_problem(fault), fault.status, self._given_headers, MEDIA_TYPE)
             case Interface.OPENAI:
-                retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}
                 answer = JSONResponse({"error": as_openai_error(fault)}, client_error, self._given_headers | retry)
-                await answer(scope, receive, send)
             case Interface.KSERVE:
-                await JSONResponse({"error": fault.detail}, client_error, self._given_headers)(scope, receive, send)
+                answer = JSONResponse({"error": fault.detail}, client_error, self._given_headers)
+            case Interface.NATIVE_AND_OPENAI:
+                both = as_problem(fault) | {"error": as_openai_error(fault)}
+                answer = JSONResponse(both, fault.status, self._given_headers | retry, MEDIA_TYPE)
+        await answer(scope, receive, send)
 
 
 def as_problem(fault: Fault) -> dict[str, Any]:

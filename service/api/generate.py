@@ -14,12 +14,13 @@ from service.api.event_schemas import EVENT_SCHEMA
 from service.api.event_source import MEDIA_TYPE as EVENT_STREAM
 from service.api.event_source import EventSource
 from service.api.execution import encode_answer, prepare, submit, wait
+from service.api.interfaces import NativeRoute
 from service.api.schemas import GenerateRequest, GenerateResponse, Problem
 from service.api.state import ServiceState, service_state
 from service.api.streaming import stream_events
 from service.engine.request import Watch
 
-router = APIRouter(prefix="/v1", tags=["generate"])
+router = APIRouter(prefix="/v1", tags=["generate"], route_class=NativeRoute)
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -29,7 +30,7 @@ _RESPONSES = {
     200: {
         "content": {
             "application/json": {"example": _EXAMPLE},
-            EVENT_STREAM: {"itemSchema": EVENT_SCHEMA},
+            EVENT_STREAM: {"schema": EVENT_SCHEMA},
             **dict.fromkeys([*MEDIA_TYPES.values(), ZIP_MEDIA_TYPE], _FILE),
         }
     },
@@ -39,6 +40,7 @@ _RESPONSES = {
             400: "The body is not JSON",
             401: "No valid API key, where the service wants one",
             404: "No such model",
+            406: "Accept allows none of the forms that there are",
             408: "The request did not arrive in time",
             413: "The body is too long",
             415: "The body is not declared as JSON",
@@ -58,13 +60,14 @@ _RESPONSES = {
 async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
     """Generate images.
 
-    Answers JSON with base64 images; with `Accept: image/png`, `image/webp` or `image/jpeg` the picture itself (a grid
-    if there are several), with `application/zip` a picture per image, with `application/x-npz` all of them as arrays.
+    Answers JSON with base64 images unless Accept prefers a file: with `image/png`, `image/webp` or `image/jpeg` the
+    picture itself (a grid if there are several), with `application/zip` a picture per image, with `application/x-npz`
+    all of them as arrays.
     With `stream`, answers Server-Sent Events: `queued` at once and while it waits, then `progress` and `preview` of
     its images, and last `completed`, with what the JSON answer would hold, or `failed`, with a problem.
     """
     prepared = prepare(body, request, state)
-    form = form_of(body, request.headers.get("accept", ""), prepared.model.config.model.image_channels)
+    form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)
     if body.stream:
         accepted = submit(prepared, state, Watch(preview_every=body.preview_every))
         return EventSource(stream_events(accepted, form, request, state))

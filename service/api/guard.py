@@ -10,12 +10,12 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.health import HEALTH_PATHS, QUIET_PATHS
-from service.api.interfaces import Interface, interface_of
+from service.api.interfaces import Interface
 from service.api.problems import problem
+from service.api.routes import interface_of, routes_of
 from service.hosts import canonical_host
 
 MAX_HEADER_BYTES = 32768
@@ -58,15 +58,14 @@ class Guard:
             )
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
-        refusal = _refusal_of_body(scope["path"], headers) if scope["method"] == "POST" else None
-        return refusal if refusal is not None and _has_handler(scope) else None
+        return _refusal_of_body(scope, headers) if scope["method"] == "POST" and _has_handler(scope) else None
 
     def _is_ours(self, host: str) -> bool:
         return "*" in self._allowed_hosts or _host_of(host) in self._allowed_hosts
 
 
-def _refusal_of_body(path: str, headers: Headers) -> Response | None:
-    if (expected := _expected_media_type(path, headers)) is not None:
+def _refusal_of_body(scope: Scope, headers: Headers) -> Response | None:
+    if (expected := _expected_media_type(interface_of(scope), headers)) is not None:
         return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
     if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
         refused = "Content-Encoding: compressed bodies are not accepted"
@@ -75,11 +74,12 @@ def _refusal_of_body(path: str, headers: Headers) -> Response | None:
 
 
 def _has_handler(scope: Scope) -> bool:
-    """Say whether a route would take the request; otherwise it gets 404 or 405, whatever its body is."""
-    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
+    """Return whether a route would take the request; otherwise it gets 404 or 405, whatever its body is."""
+    route = routes_of(scope).find(scope["path"])
+    return route is not None and scope["method"] in route.methods
 
 
-def _expected_media_type(path: str, headers: Headers) -> str | None:
+def _expected_media_type(interface: Interface, headers: Headers) -> str | None:
     """Return what a body should be declared as; None: as it is.
 
     A page of another origin may send what a form can send, or nothing declared, without asking. So bodies are declared,
@@ -88,7 +88,7 @@ def _expected_media_type(path: str, headers: Headers) -> str | None:
     declared = headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared == "application/json":
         return None
-    if interface_of(path) is not Interface.KSERVE:
+    if interface is not Interface.KSERVE:
         return "application/json"
     from_browser = "origin" in headers or "sec-fetch-site" in headers
     if declared == "application/octet-stream" or (not declared and not from_browser):

@@ -178,7 +178,7 @@ class Idempotency:
 def _hash_of(scope: Scope, body: bytes) -> bytes:
     """Hash what determines an answer."""
     headers = Headers(scope=scope)
-    named = (headers.get(name, "").encode() for name in ("accept", LENGTH_HEADER))
+    named = (", ".join(headers.getlist(name)).encode() for name in ("accept", LENGTH_HEADER))
     parts = (scope["path"].encode(), scope["query_string"], *named, body)
     return sha256(b"".join(len(part).to_bytes(8) + part for part in parts)).digest()
 

@@ -9,18 +9,21 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from service.api.health import refusal_if_dead, refusal_if_not_ready
+from service.api.interfaces import OpenAIRoute, SharedRoute
 from service.api.openai_schemas import OpenAIError
 from service.api.schemas import ModelCard, ModelInfo, ModelList, Problem, Status
 from service.api.state import ServiceState, service_state
 from service.api.translate import ServedModel, find_model
 
 router = APIRouter()
+models_list = APIRouter(route_class=SharedRoute)
+openai_card = APIRouter(route_class=OpenAIRoute)
 
 State = Annotated[ServiceState, Depends(service_state)]
 _RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}}
 
 
-@router.get("/v1/models", tags=["models"])
+@models_list.get("/v1/models", tags=["models"])
 async def models(state: State) -> ModelList:
     """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
     return ModelList(
@@ -45,7 +48,7 @@ def model_info(model: ServedModel) -> ModelInfo:
     )
 
 
-@router.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
+@openai_card.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
 async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
     """Say of one model what OpenAI's SDK reads of models."""
     return _card(find_model(state.models, model))
@@ -68,6 +71,10 @@ async def metrics(state: State) -> Response:
     """Answer Prometheus."""
     state.metrics.tell_models((model.name, model.numerics_id, model.backend) for model in state.models.values())
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+router.include_router(models_list)
+router.include_router(openai_card)
 
 
 def _card(model: ServedModel) -> ModelCard:

@@ -1,30 +1,49 @@
-"""Which interface a path belongs to: ours, OpenAI's Images, or the Open Inference Protocol (KServe v2)."""
+"""Whose words a client expects: ours, OpenAI's Images', or the Open Inference Protocol's (KServe v2)."""
 
 from __future__ import annotations
 
 import enum
 import re
 
-_OPENAI = re.compile(r"/v1/(images|models)/.+", re.DOTALL)
-_KSERVE = re.compile(r"/v2(/.*)?", re.DOTALL)
+from service.api.json_body import JsonRoute
+
 _GENERATES = re.compile(r"/v1/generate|/v1/images/generations|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
 class Interface(enum.Enum):
-    """Whose words a client expects, in errors most of all."""
+    """How a client reads answers, errors most of all."""
 
     NATIVE = "native"
     OPENAI = "openai"
     KSERVE = "kserve"
+    NATIVE_AND_OPENAI = "native and openai"
+    """Both kinds of clients ask there, in the same way."""
 
 
-def interface_of(path: str) -> Interface:
-    """Return the interface of a path; of one that no route has, too."""
-    if _KSERVE.fullmatch(path):
-        return Interface.KSERVE
-    return Interface.OPENAI if _OPENAI.fullmatch(path) else Interface.NATIVE
+class NativeRoute(JsonRoute):
+    """Route class of routers that our own clients use, and people."""
+
+    interface = Interface.NATIVE
+
+
+class OpenAIRoute(JsonRoute):
+    """Route class of routers that OpenAI's clients use."""
+
+    interface = Interface.OPENAI
+
+
+class KserveRoute(JsonRoute):
+    """Route class of routers that clients of the Open Inference Protocol use."""
+
+    interface = Interface.KSERVE
+
+
+class SharedRoute(JsonRoute):
+    """Route class of routers that our clients and OpenAI's use."""
+
+    interface = Interface.NATIVE_AND_OPENAI
 
 
 def generates(method: str, path: str) -> bool:
-    """Say whether a request asks for images."""
+    """Return whether a request asks for images."""
     return method == "POST" and _GENERATES.fullmatch(path) is not None

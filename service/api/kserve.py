@@ -12,8 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from diffusion.quoting import quoted
+from service.api.broken_rules import dotted, message_of
 from service.api.execution import Accepted, encode_answer, prepare, submit, wait
 from service.api.health import refusal_if_dead, refusal_if_not_ready
+from service.api.interfaces import KserveRoute
+from service.api.json_body import read_json
 from service.api.kserve_schemas import (
     ConfigTensor,
     InferRequest,
@@ -101,8 +105,8 @@ _INFER_BODY = {
     },
 }
 
-server = APIRouter(prefix="/v2", tags=["kserve"], responses=_ERRORS)
-of_model = APIRouter()
+server = APIRouter(prefix="/v2", tags=["kserve"], responses=_ERRORS, route_class=KserveRoute)
+of_model = APIRouter(route_class=KserveRoute)
 
 
 @server.get("")
@@ -221,20 +225,19 @@ def _outputs(model: ServedModel) -> list[TensorMetadata]:
 
 def _read(head: bytes) -> InferRequest:
     try:
-        return InferRequest.model_validate_json(head)
+        return InferRequest.model_validate(read_json(head))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"]) or "the JSON object"
-        raise InvalidRequest(where, first["msg"][:1].lower() + first["msg"][1:]) from error
+        first = error.errors()[0]
+        raise InvalidRequest(dotted(first["loc"]), message_of(first, InferRequest)) from error
 
 
 def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
     """Return the request that tensors and parameters mean."""
     for tensor in asked.inputs:
         if tensor.name not in INPUTS:
-            raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {tensor.name[:60]!r}")
+            raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")
         if tensor.datatype != INPUTS[tensor.name]:
-            raise InvalidRequest(tensor.name, f"datatype must be {INPUTS[tensor.name]}; got {tensor.datatype[:60]!r}")
+            raise InvalidRequest(tensor.name, f"datatype must be {INPUTS[tensor.name]}; got {quoted(tensor.datatype)}")
     available = [tensor.name for tensor in _outputs(model)]
     if missing := {output.name for output in asked.outputs or []}.difference(available):
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")

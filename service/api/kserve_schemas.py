@@ -6,15 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from service.api.request_body import RequestBody
 from service.api.tensors import Datatype, InputTensor, OutputTensor
 
 OutputName = Literal["images", "seed", "image_index", "class_index"]
 
 
-class InferParameters(BaseModel):
+class InferParameters(RequestBody):
     """Parameters of a request, as Triton names them."""
-
-    model_config = ConfigDict(extra="forbid")
 
     binary_data_output: StrictBool = Field(
         default=False, description="Whether outputs come as bytes behind the JSON object, unless they say otherwise."
@@ -29,27 +28,21 @@ class InferParameters(BaseModel):
     )
 
 
-class RequestedOutputParameters(BaseModel):
+class RequestedOutputParameters(RequestBody):
     """Parameters of a requested output."""
-
-    model_config = ConfigDict(extra="forbid")
 
     binary_data: StrictBool | None = Field(default=None, description="Absent: as `binary_data_output` says.")
 
 
-class RequestedOutput(BaseModel):
+class RequestedOutput(RequestBody):
     """An output that is wanted."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: OutputName
     parameters: RequestedOutputParameters = RequestedOutputParameters()
 
 
-class InferRequest(BaseModel):
+class InferRequest(RequestBody):
     """A request for images, as tensors. All inputs are optional; GET /v2/models/{model} lists them."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Annotated[StrictStr, Field(max_length=200)] | None = Field(default=None, description="Comes back as it is.")
     parameters: InferParameters = InferParameters()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.quoting import quoted
 from service.api.class_names import ClassNames
 from service.api.translate import ServedModel
 from service.backends.base import Denoiser
@@ -140,7 +141,7 @@ class ModelRegistry:
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
         # Not a consequence of that error, which would keep what was loaded so far in memory
-        raise LoadFailed(f"model {name!r} could not be loaded ({kind}); the log says why")
+        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); the log says why")
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
         gc.collect()  # what an earlier load left behind in cycles goes before more comes

@@ -17,6 +17,7 @@ from service.api.health import QUIET_PATHS
 from service.api.interfaces import generates
 from service.api.logs import REQUEST_FIELDS
 from service.api.problems import problem
+from service.api.routes import printable
 from service.api.security_headers import SECURITY_HEADERS
 from service.metrics import Metrics, Outcome
 
@@ -114,8 +115,3 @@ def outcome_of(status: int) -> Outcome:
     if status in REFUSED:
         return "rejected"
     return "invalid" if status < 500 else "failed"
-
-
-def printable(path: str) -> str:
-    """Return a path as it may be logged: one line, and not a long one."""
-    return repr(path[:200]) if not (path.isascii() and path.isprintable()) else path[:200]

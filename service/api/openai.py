@@ -11,10 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from diffusion.quoting import quoted
 from service.api.answers import Form, form_of, generated_image
+from service.api.event_schemas import ONE_EVENT
 from service.api.event_source import MEDIA_TYPE as EVENT_STREAM
 from service.api.event_source import EventSource
 from service.api.execution import Accepted, encode_answer, prepare, submit, wait
+from service.api.interfaces import OpenAIRoute
 from service.api.openai_schemas import CompletedEvent, ImagesRequest, ImagesResponse, OpenAIError, PartialImageEvent
 from service.api.openai_streaming import image_size, stream_images
 from service.api.openapi import one_of
@@ -25,7 +28,9 @@ from service.engine.request import ImageResult, Watch
 from service.errors import InvalidRequest
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {EVENT_STREAM: {"itemSchema": one_of(PartialImageEvent, CompletedEvent)}}},
+    200: {
+        "content": {EVENT_STREAM: {"schema": {"description": ONE_EVENT, **one_of(PartialImageEvent, CompletedEvent)}}}
+    },
     "4XX": {
         "model": OpenAIError,
         "description": "A field breaks a rule (400), no such model (404), too much of this client is in flight (429)",
@@ -36,7 +41,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute)
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -66,7 +71,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
         RequestValidationError: the same, of one of our fields.
     """
     if body.size is not None and body.size not in ("auto", image_size(model)):
-        raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {body.size[:60]!r}")
+        raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images", "is a choice of `stream` only")
     fields: dict[str, Any] = body.model_dump(include=set(SamplingOptions.model_fields), exclude_unset=True)
@@ -84,7 +89,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
 def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
     """Return `class` and `n`: what a prompt lists, again and again until there are n."""
     if model.classes is None:
-        raise InvalidRequest("prompt", f"must be empty: model {model.name!r} is unconditional")
+        raise InvalidRequest("prompt", f"must be empty: model {quoted(model.name)} is unconditional")
     classes = model.classes.in_prompt(body.prompt, MAX_IMAGES)
     n = body.n or len(classes)
     if n % len(classes):

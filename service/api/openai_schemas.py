@@ -24,8 +24,9 @@ class ImagesRequest(SamplingOptions):
     )
 
     prompt: Annotated[StrictStr, Field(max_length=MAX_PROMPT)] = Field(
+        default="",
         description="A class by name (whatever its case, spaces and underscores) or index, or several between commas. "
-        "Empty: drawn from the seed.",
+        "Empty or absent: drawn from the seed.",
     )
     n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
         default=None, description="Images; where `prompt` lists several classes: that many, or a multiple of it."
@@ -45,6 +46,7 @@ class ImagesRequest(SamplingOptions):
         default=None, description="Previews of each image at most, where `stream` is true."
     )
     quality: Literal["auto", "standard"] | None = Field(default=None, description="`steps` is what makes it better.")
+    style: Literal["vivid", "natural"] | None = Field(default=None, description="Not used: pictures have one style.")
     background: Literal["auto", "opaque"] | None = Field(default=None, description="There is no transparency.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Not used: classes are a fixed list.")
     user: Annotated[StrictStr, Field(max_length=512)] | None = Field(default=None, description="Not used.")

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from diffusion.quoting import quoted
 from service.api.encoding import CHANNELS
 from service.api.state import ServiceState, service_state
 from service.api.translate import find_model
@@ -62,5 +63,5 @@ async def thumbnail(
     model = find_model(state.models, name)
     has_pictures = model.config.model.image_channels in CHANNELS["png"]
     if not has_pictures or class_index not in range(len(model.class_names or ())):
-        raise HTTPException(404, f"model {name!r} has no picture of a class {class_index}")
+        raise HTTPException(404, f"model {quoted(name)} has no picture of a class {class_index}")
     return Response(await state.thumbnails.get(model, class_index), media_type="image/png")

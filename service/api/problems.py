@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from http import HTTPStatus
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from service.api.broken_rules import field_of, message_of
 from service.api.faults import Fault, FaultResponse
+from service.api.interfaces import Interface
+from service.api.routes import printable, routes_of
 from service.errors import (
     Aborted,
     ClientLimit,
@@ -26,6 +30,8 @@ from service.errors import (
     InvalidRequest,
     LoadConflict,
     LoadFailed,
+    MalformedJson,
+    NotAcceptable,
     NotFinite,
     QueueFull,
     ServiceError,
@@ -36,7 +42,12 @@ from service.errors import (
 
 MAX_ERRORS = 10
 """More are not listed: an answer must not be longer than the request."""
-HTTP_TITLES = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
+BASE_URL = "base_url of OpenAI's clients is the service's address and /v1, once"
+ROUTES_THAT_GENERATE = (
+    f"images come from POST /v1/generate, from POST /v1/images/generations ({BASE_URL}), and from POST "
+    "/v2/models/{model}/infer (KServe); GET /openapi.json lists all routes"
+)
+HTTP_TITLES = {400: "Bad request", 403: "Forbidden", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
 
 
 class Kind(NamedTuple):
@@ -47,7 +58,9 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[type[ServiceError], Kind] = {
+    MalformedJson: Kind(400, "Malformed JSON"),
     InvalidRequest: Kind(422, "Invalid request"),
+    NotAcceptable: Kind(406, "Not acceptable"),
     UnknownModel: Kind(404, "Unknown model"),
     Forbidden: Kind(403, "Forbidden"),
     LoadFailed: Kind(422, "Model cannot be served"),
@@ -105,39 +118,45 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    found = error.errors()
-    if any(item["type"] == "json_invalid" for item in found):
-        reason = found[0].get("ctx", {}).get("error", "syntax error")
-        return problem(400, "Malformed JSON", f"the body is not valid JSON: {reason}", instance=_instance(request))
-    fields = _fields(request)
+    body = _body_model(request)
     # A field may break a rule thousands of times, and thousands of fields may be unknown: few are put into words
-    broken: dict[tuple[str, str], dict[str, Any]] = {}
-    for item in found:
-        broken.setdefault((_field(item["loc"]), item["type"]), item)
+    broken: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        broken.setdefault(field_of(item["loc"]), item)
     listed = islice(broken.items(), MAX_ERRORS)
-    errors = [{"field": field, "message": _message(item, fields)} for (field, _), item in listed]
+    errors = [{"field": field, "message": message_of(item, body)} for field, item in listed]
     detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors)
     return problem(422, "Invalid request", detail, instance=_instance(request), errors=errors)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
-    if error.status_code == 400 and error.__cause__ is not None:  # how FastAPI says that it could not read a body
-        detail = f"the body is not valid JSON: {_unreadable(error.__cause__)}"
-        return problem(400, "Malformed JSON", detail, instance=_instance(request))
+    if isinstance(error.__cause__, ServiceError):  # FastAPI hides what JsonRequest raises
+        return await _service_error(request, error.__cause__)
     return problem(
         error.status_code,
         HTTP_TITLES.get(error.status_code, "Error"),
-        str(error.detail),
+        _unrouted(request, error),
         instance=_instance(request),
         headers=dict(error.headers or {}),
     )
 
 
-def _unreadable(cause: BaseException) -> str:
-    if isinstance(cause, RecursionError):
-        return "nested too deeply"
-    return "not UTF-8" if isinstance(cause, UnicodeDecodeError) else "a number is too long"
+def _unrouted(request: Request, error: HTTPException) -> str:
+    """Return the detail of an error; of one that no handler raised, with what was asked and what can be."""
+    path = request.scope["path"]
+    asked = f"{request.method} {printable(path)}"
+    if error.status_code == 405:
+        return f"{asked}: this route takes {(error.headers or {}).get('Allow', 'no such method')}"
+    if error.status_code != 404 or error.detail != HTTPStatus.NOT_FOUND.phrase:
+        return str(error.detail)
+    nearest = routes_of(request.scope).nearest(path)
+    if nearest is None:
+        return f"there is no {asked} here; {ROUTES_THAT_GENERATE}"
+    meant, route = nearest
+    there_is = f"there is no {asked} here, but there is {', '.join(sorted(route.methods))} {printable(meant)}"
+    of_openai = route.interface in (Interface.OPENAI, Interface.NATIVE_AND_OPENAI)
+    return f"{there_is}; {BASE_URL}" if of_openai else there_is
 
 
 def _instance(request: Request) -> str | None:
@@ -145,31 +164,8 @@ def _instance(request: Request) -> str | None:
     return None if request_id is None else f"urn:iddpm:request:{request_id}"
 
 
-def _field(location: Sequence[str | int]) -> str:
-    # pydantic puts the member of a union it tried between the field and the error; people know the field only
-    named = [part for part in location if part != "body"]
-    return "body" if not named else str(named[0])[:60]
-
-
-def _fields(request: Request) -> list[str]:
-    """List the fields that a body of the request's route may have."""
+def _body_model(request: Request) -> type[BaseModel] | None:
+    """Return what a body of the request's route should be."""
     route = request.scope.get("route")
     body = route.body_field.field_info.annotation if isinstance(route, APIRoute) and route.body_field else None
-    fields = body.model_fields if isinstance(body, type) and issubclass(body, BaseModel) else {}
-    return [field.alias or name for name, field in fields.items()]
-
-
-def _message(item: dict[str, Any], fields: Sequence[str]) -> str:
-    context = item.get("ctx", {})
-    text = str(item["msg"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown field; allowed: {', '.join(fields)}"
-    if "expected" in context and item["type"] == "literal_error":
-        return f"must be {context['expected']}; got {_short(item.get('input'))}"
-    rule = f"{text[:1].lower()}{text[1:]}"
-    return rule if item["type"] == "missing" else f"{rule}; got {_short(item.get('input'))}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return body if isinstance(body, type) and issubclass(body, BaseModel) else None

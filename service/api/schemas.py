@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from diffusion.images import JPEG_QUALITY
 from diffusion.noise import MAX_SEED
 from diffusion.plans import Sampler
+from service.api.request_body import RequestBody
 
 MAX_IMAGES = 64
 DEFAULT_STEPS = 100
@@ -49,10 +50,8 @@ def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
-class SamplingOptions(BaseModel):
+class SamplingOptions(RequestBody):
     """What every interface lets a client choose, under these names."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic_core import to_json
 
+from service.api.request_body import RequestBody
 from service.api.schemas import MAX_IMAGES
 from service.errors import InvalidRequest
 
@@ -31,20 +32,16 @@ Element = int | float | str
 NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT8": "u1"}
 
 
-class InputParameters(BaseModel):
+class InputParameters(RequestBody):
     """Parameters of an input tensor."""
-
-    model_config = ConfigDict(extra="forbid")
 
     binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = Field(
         default=None, description="Bytes behind the JSON object that are this tensor's; absent: it has `data`."
     )
 
 
-class InputTensor(BaseModel):
+class InputTensor(RequestBody):
     """An input tensor, or what there is to know of one whose elements are behind the JSON object."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: Annotated[StrictStr, Field(max_length=200)]
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=1)]

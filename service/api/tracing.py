@@ -34,8 +34,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from service.api.health import QUIET_PATHS
-from service.api.observe import CLIENT_CLOSED, printable, status_of
-from service.api.route_templates import RouteTemplates
+from service.api.observe import CLIENT_CLOSED, status_of
+from service.api.routes import printable, template_of
 from service.engine.async_engine import Ticket
 from service.engine.model_ids import name_of
 from service.engine.request import ImageStatus
@@ -61,7 +61,6 @@ class Tracing:
         self._tracer = self._provider.get_tracer("iddpm", version("iddpm"))
         # And not baggage, which nothing here wants: the SDK would log whole what is wrong with it
         self._callers = TraceContextTextMapPropagator()
-        self._templates = RouteTemplates()
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[None]:
@@ -90,7 +89,7 @@ class Tracing:
                 self._describe_end(span, name, scope)
 
     def _describe_end(self, span: Span, name: str, scope: Scope) -> None:
-        template, status = self._templates.of(scope), status_of(scope)
+        template, status = template_of(scope), status_of(scope)
         span.set_attribute("iddpm.request_id", scope["state"]["request_id"])
         span.set_attribute(HTTP_RESPONSE_STATUS_CODE, status)
         if template is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.noise import MAX_SEED, draw_class
 from diffusion.plans import build_plan
+from diffusion.quoting import quoted
 from service.api.class_names import ClassNames
 from service.api.schemas import DEFAULT_STEPS, GenerateRequest
 from service.engine.model_ids import model_id
@@ -123,7 +124,7 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
     else:
         spec = body.respacing
     if body.eta is not None and body.sampler != "ddim":
-        raise InvalidRequest("eta", f"is a choice of sampler 'ddim' only; sampler is '{body.sampler}'")
+        raise InvalidRequest("eta", f'is a choice of sampler "ddim" only; sampler is {quoted(body.sampler)}')
     key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
     try:
         plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
@@ -155,7 +156,7 @@ def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: fl
     if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
         if asked is not None:
             unless = "" if classes is None else ", and only its classifier knows classes: ask for classifier_scale too"
-            raise InvalidRequest("class", f"must be absent: model {model.name!r} is unconditional{unless}")
+            raise InvalidRequest("class", f"must be absent: model {quoted(model.name)} is unconditional{unless}")
         return None
     if asked is None:
         return draw_class(seed, body.image_index + k, len(classes.names))

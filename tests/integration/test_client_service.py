@@ -106,7 +106,7 @@ def test_a_repeated_idempotency_key_is_one_execution(client: Client) -> None:
 
 
 def test_what_the_service_says_reaches_who_asked(server: Server, client: Client) -> None:
-    with pytest.raises(RequestFailed, match=r"class: must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"):
+    with pytest.raises(RequestFailed, match=r'class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'):
         client.generate(class_="Dog")
     with pytest.raises(RequestFailed, match="unknown field"):
         client.generate(colour="red", on_event=print)  # type: ignore[call-arg]  # what a newer service might know
@@ -181,9 +181,9 @@ def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "key", "message"),
     [
-        (["--class", "Dog"], None, "Invalid request: class: must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
+        (["--class", "Dog"], None, 'Invalid request: class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'),
         (["--class", "17"], None, "Invalid request: class: index must be 0..3; got 17"),
-        (["--model", "other"], None, "Unknown model: model: must be one of tiny; got 'other'"),
+        (["--model", "other"], None, 'Unknown model: model: must be one of tiny; got "other"'),
         ([], "iddpm_wrong", "Unauthorized: Authorization: not a valid key"),
         ([], "iddpm_\twrong", "key: must be printable ASCII characters"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig
@@ -53,6 +54,13 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         ]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=7200)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_document_is_valid_for_the_version_that_it_declares(tmp_path: Path) -> None:
+    document = exact_app(admin_root=tmp_path).openapi()
+    assert document["openapi"].startswith("3.1.")
+    assert "/v1/admin/models/{name}/load" in document["paths"]
+    OpenAPIV31SpecValidator(document).validate()
 
 
 def test_a_post_where_there_is_none_is_told_so_whatever_its_body_is(address: str) -> None:

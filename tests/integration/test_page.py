@@ -115,7 +115,7 @@ async def test_only_our_page_may_have_thumbnails_made_and_only_of_classes_there_
         foreign = await service.ask("GET", "/v1/models/m/thumbnails/0")  # as <img> of another origin asks
         assert foreign.status_code == 403
         assert [(await thumbnail(service, index)).status_code for index in (4, -1)] == [404, 404]
-        assert (await thumbnail(service, "x")).status_code == 400  # as OpenAI says it, whose path this is
+        assert (await thumbnail(service, "x")).status_code == 422
         assert (await thumbnail(service, 0, model="other")).status_code == 404
         assert await service.metric("iddpm_image_queue_seconds_count") == 0
     unconditional = PausedDenoiser()

@@ -190,9 +190,9 @@ def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_fr
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"class": "Dog"}, "class", "must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
+    ({"class": "Dog"}, "class", 'must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'),
     ({"class": 4}, "class", "index must be 0..3; got 4"),
-    ({"class": "3"}, "class", "no class has the name '3'; an index is a number without quotes"),
+    ({"class": "3"}, "class", 'no class has the name "3"; an index is a number without quotes'),
     ({"class": -1}, "class", "its index (an integer, 0 or more), or a list of 1 to 64 of these; got -1"),
     ({"class": 1.5}, "class", "must be the name of a class (1 to 200 characters)"),
     ({"class": []}, "class", "a list of 1 to 64 of these; got []"),
@@ -209,17 +209,17 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"respacing": "600,600"}, "respacing", "section 1 of 2, which has only 500"),
     ({"respacing": "x"}, "respacing", "number of steps"),
     ({"respacing": "1"}, "respacing", "at least 2"),
-    ({"sampler": "euler"}, "sampler", "must be 'ancestral' or 'ddim'; got 'euler'"),
-    ({"eta": 0.5}, "eta", "sampler 'ddim' only"),
+    ({"sampler": "euler"}, "sampler", 'must be "ancestral" or "ddim"; got "euler"'),
+    ({"eta": 0.5}, "eta", 'sampler "ddim" only'),
     ({"sampler": "ddim", "eta": 1.5}, "eta", "less than or equal to 1"),
     ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),
     ({"cfg_scale": 21}, "cfg_scale", "less than or equal to 20"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2**53}, "seed", "9007199254740991"),
-    ({"format": "gif"}, "format", "'png', 'webp', 'jpeg' or 'npz'"),
-    ({"quality": 90}, "quality", "format 'jpeg' only; format is 'png'"),
+    ({"format": "gif"}, "format", '"png", "webp", "jpeg" or "npz"'),
+    ({"quality": 90}, "quality", 'format "jpeg" only; format is "png"'),
     ({"format": "jpeg", "quality": 0}, "quality", "greater than or equal to 1; got 0"),
-    ({"format": "jpeg", "compression": 5}, "compression", "no choice of format 'jpeg'"),
+    ({"format": "jpeg", "compression": 5}, "compression", 'no choice of format "jpeg"'),
     ({"compression": 10}, "compression", "less than or equal to 9; got 10"),
     ({"preview_every": 5}, "preview_every", "`stream` only"),
     ({"stream": True, "preview_every": 0}, "preview_every", "greater than or equal to 1; got 0"),
@@ -248,7 +248,7 @@ def test_requests_that_are_wrong_before_their_fields_are(server: Server) -> None
     assert raw(server, b"{}", Content_Type="text/plain").status_code == 415
     assert raw(server, b" " * 70_000).status_code == 413
     assert raw(server, b"{}", Host="evil.example").status_code == 421
-    assert problem_of(server.generate(model="nope"))["detail"] == "model: must be one of tiny; got 'nope'"
+    assert problem_of(server.generate(model="nope"))["detail"] == 'model: must be one of tiny; got "nope"'
     assert problem_of(server.get("/nowhere"))["status"] == 404
     assert problem_of(server.get("/v1/generate"))["status"] == 405
 

@@ -204,7 +204,7 @@ async def test_every_event_is_described_in_openapi() -> None:
     async with running() as service:
         document = (await service.ask("GET", "/openapi.json")).json()
         content = document["paths"]["/v1/generate"]["post"]["responses"]["200"]["content"]
-        assert len(content["text/event-stream"]["itemSchema"]["oneOf"]) == 5
+        assert len(content["text/event-stream"]["schema"]["oneOf"]) == 5
         events = {
             schema["properties"]["event"]["const"]: schema["properties"]["data"]["contentSchema"]
             for schema in EVENT_SCHEMA["oneOf"]

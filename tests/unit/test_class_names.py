@@ -44,7 +44,7 @@ def test_case_spaces_underscores_and_hyphens_are_forgiven(asked: str) -> None:
 def test_what_a_class_is_called_exactly_comes_before_what_is_like_it() -> None:
     names = ClassNames(("t_shirt", "T-shirt", "tshirt"))
     assert [names.find(name) for name in names.names] == [0, 1, 2]
-    with pytest.raises(InvalidRequest, match=r"'T SHIRT' names the classes \[0, 1, 2\]: give the index"):
+    with pytest.raises(InvalidRequest, match=r'"T SHIRT" names the classes \[0, 1, 2\]: give the index'):
         names.find("T SHIRT")
 
 
@@ -82,11 +82,11 @@ def test_names_that_hold_commas_are_found_whole_or_by_a_part(prompt: str, classe
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("goldfish, crane", r"'crane' names the classes \[2, 3\]: give the index"),
-        ("goldfish, dog, tench", "must be one of tench, Tinca tinca, goldfish, .*; got 'dog'"),
-        ("goldfish,", "got ''"),
-        ("x" * 200, "got 'x{57}\\.\\.\\.'"),
-        ("9", "got '9'"),
+        ("goldfish, crane", r'"crane" names the classes \[2, 3\]: give the index'),
+        ("goldfish, dog, tench", 'must be one of tench, Tinca tinca, goldfish, .*; got "dog"'),
+        ("goldfish,", 'got ""'),
+        ("x" * 200, 'got "x{57}\\.\\.\\."'),
+        ("9", 'got "9"'),
         ("goldfish," * 64 + "goldfish", "must list at most 64 classes; got 65"),
         ("," * 12_000, "must list at most 64 classes"),
     ],

@@ -130,7 +130,7 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
         await loading
         engine.retire("m")
         assert engine.models_held == 2
-        with pytest.raises(UnknownModel, match="model: must be one of m; got 'm'"):
+        with pytest.raises(UnknownModel, match='model: must be one of m; got "m"'):
             engine.submit(generation("late", params()))
         after = engine.submit(generation("after", params(steps=2), model="m/2"))
         assert after.prediction.finish_s > 0

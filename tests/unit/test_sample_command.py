@@ -63,7 +63,7 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--class", "Dog"], "error: class: must be one of Ape, Bee, Cat, T-shirt/top; got 'Dog'"),
+        (["--class", "Dog"], 'error: class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'),
         (["--steps", "1001"], "error: steps: must be 2..1000"),
         (["--sampler", "euler"], "error: sampler: Input should be 'ancestral' or 'ddim'"),
         (["--seed", "-1"], "error: seed:"),

@@ -1,0 +1,34 @@
+"""Values in messages: written as JSON, as whoever sent them would write them, short, and safe to print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+LONGEST = 60
+"""Characters of a value that a message shows."""
+
+
+def quoted(value: object, longest: int = LONGEST) -> str:
+    """Return a value as JSON, of at most `longest` characters (a string: within its quotation marks)."""
+    if isinstance(value, str) and len(value) > longest:
+        value = value[: longest - 3] + "..."
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "a value that is nested too deeply"
+    # JSON lets pass what a terminal acts on (C1 controls, marks of direction) and what UTF-8 has not (lone surrogates)
+    text = "".join(char if char.isprintable() else _escaped(char) for char in text)
+    most = longest + len('""')
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def alternatives(values: Iterable[object]) -> str:
+    """Return values as JSON, as a sentence lists them: "a", "b" or "c"."""
+    *first, last = map(quoted, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _escaped(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[begin : begin + 4]}" for begin in range(0, len(units), 4))

@@ -1,0 +1,74 @@
+"""From what pydantic finds wrong to messages: the field, the rule, and the value as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from diffusion.quoting import quoted
+
+MAX_NAME = 60
+_RULES = {
+    "model_attributes_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "dict_type": "must be a JSON object",
+    "list_type": "must be a list",
+    "bool_type": "must be true or false",
+}
+"""Instead of messages that speak of Python's types."""
+
+Location = Sequence[str | int]
+
+
+def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
+    """Return what a client is told of a broken rule.
+
+    Args:
+        item: as pydantic lists it.
+        body: what the body should have been, if it is known.
+    """
+    context = item.get("ctx", {})
+    text = str(item["msg"])
+    if item["type"] == "missing":
+        return "field required"
+    if item["type"] == "extra_forbidden":
+        return f"unknown field; allowed: {', '.join(_allowed(body, _inside(item['loc'])))}"
+    if item["type"] == "literal_error":
+        rule = f"must be {context['expected'].replace(chr(39), chr(34))}"  # ours hold no quotation marks
+    else:
+        rule = _RULES.get(item["type"], f"{text[:1].lower()}{text[1:]}")
+    return f"{rule}; got {quoted(item.get('input'))}"
+
+
+def field_of(location: Location) -> str:
+    """Return the field that something is in."""
+    return dotted(_inside(location)[:1])  # what follows may be the member of a union that pydantic tried
+
+
+def dotted(location: Location) -> str:
+    """Return where in a body something is: inputs.0.name."""
+    return ".".join(str(part)[:MAX_NAME] for part in location) or "body"
+
+
+def _inside(location: Location) -> Location:
+    """Return a location without what FastAPI puts before it: where the fields come from."""
+    return location[1:] if location and location[0] in ("body", "path", "query", "header") else location
+
+
+def _allowed(body: type[BaseModel] | None, location: Location) -> list[str]:
+    """List the fields of the object that a field is in."""
+    for part in location[:-1]:
+        if isinstance(part, str) and body is not None:
+            field = body.model_fields.get(part)
+            body = next(_models(field.annotation), None) if field is not None else None
+    return [] if body is None else [field.alias or name for name, field in body.model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models that an annotation speaks of: X, X | None, list[X]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

@@ -1,0 +1,43 @@
+"""What the bodies of all interfaces have in common: unknown fields are refused, and null means absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+_SAID_OF_ALL = frozenset({"default", "description", "title"})
+
+
+class RequestBody(BaseModel):
+    """A body, or an object in one. In fields that may be absent, null is the same as that."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: item for name, item in value.items() if item is not None or name not in optional}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the JSON schema, where null is one of the values that a field may have."""
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        for name, field in described.get("properties", {}).items():
+            if name not in described.get("required", ()):
+                described["properties"][name] = _or_null(field)
+        return schema
+
+
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    null = {"type": "null"}
+    if null in field.get("anyOf", ()):
+        return field
+    value = {key: item for key, item in field.items() if key not in _SAID_OF_ALL}
+    return {"anyOf": [value, null]} | {key: item for key, item in field.items() if key in _SAID_OF_ALL}
