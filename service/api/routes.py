@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fastapi.routing import iter_route_contexts
@@ -49,6 +49,9 @@ class RouteTable:
                 interface=getattr(route.original_route, "interface", Interface.NATIVE),
             )
         self._routes = tuple(by_template.values())
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._routes)
 
     def find(self, path: str) -> Route | None:
         """Return the route of a path, whatever the method; None where there is none."""

@@ -167,7 +167,7 @@ def test_null_is_absent_in_every_optional_field_and_the_document_says_so(body: t
 
     schema = body.model_json_schema()
     check(body, schema)
-    required = {"inputs": []} if body is InferRequest else {}
+    required: dict[str, Any] = {"inputs": []} if body is InferRequest else {}
     nulls = {field.alias or name: None for name, field in body.model_fields.items() if not field.is_required()}
     assert body.model_validate(required | nulls) == body.model_validate(required)
     assert body.model_validate(required | nulls).model_fields_set == set(required)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -69,6 +70,7 @@ def proxied(folder: Path) -> Iterator[tuple[int, Path]]:
             listener.listen()
             config = config.replace(f"bind :{published}\n", f"bind fd@{listener.fileno()}\n")
         (folder / "haproxy.cfg").write_text(config)
+        shutil.copy(CONFIG.with_name("errors.map"), folder)
         threading.Thread(target=replica.serve_forever, daemon=True).start()
         with log.open("wb") as output:
             process = subprocess.Popen(

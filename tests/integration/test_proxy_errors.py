@@ -1,0 +1,177 @@
+"""The proxy of deploy/: what it answers itself is told in the words of the interface that was asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.client import HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api.faults import Fault, as_openai_error
+from service.api.interfaces import Interface, generates
+from service.api.routes import RouteTable
+from tests.integration.exact_service import exact_app
+from tests.integration.server import PATIENCE
+from tests.programs import tool
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "haproxy"
+GENERATES = {
+    "/v1/generate": Interface.NATIVE,
+    "/v1/images/generations": Interface.OPENAI,
+    "/v2/models/model/infer": Interface.KSERVE,
+}
+
+
+class Replica(BaseHTTPRequestHandler):
+    """Is ready, and goes away while it works; with a query it hangs instead."""
+
+    reached = SimpleQueue[str]()
+    released = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.reached.put(self.path)
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if "?" in self.path:
+            self.released.wait(PATIENCE)
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
+    """Return ours, listening elsewhere, with one replica for what generates, none for the rest, and a short wait."""
+    config = (FOLDER / "haproxy.cfg").read_text()
+    config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
+    config = re.sub(r"timeout server +\S+", "timeout server 2s", config)
+    generate, name, light = config.partition("\nbackend light\n")
+    generate = re.sub(r"server-template .*", f"server one 127.0.0.1:{replica}", generate)
+    return generate + name + re.sub(r"server-template .*", "", light)
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("haproxy")
+    shutil.copy(FOLDER / "errors.map", folder)
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        (folder / "log").open("wb") as log,
+    ):
+        threading.Thread(target=replica.serve_forever).start()
+        (folder / "haproxy.cfg").write_text(configuration(listener, folder / "exporter", replica.server_port))
+        process = subprocess.Popen(
+            [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
+            env={**os.environ, "ALLOWED_HOSTS": "127.0.0.1 [::1]"},
+            pass_fds=[listener.fileno()],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            process.kill()
+            process.wait()
+            Replica.released.set()
+            replica.shutdown()
+
+
+def told_in(answer: httpx.Response) -> Interface:
+    """Return in whose words an error of the proxy is."""
+    body = answer.json()
+    is_problem = answer.headers["content-type"] == "application/problem+json"
+    if is_problem:
+        assert body["status"] == answer.status_code
+    detail = body["detail"] if is_problem else None
+    assert is_problem or (set(body) == {"error"} and answer.headers["content-type"] == "application/json")
+    if isinstance(body.get("error"), str):
+        return Interface.KSERVE
+    if "error" not in body:
+        assert "x-should-retry" not in answer.headers
+        return Interface.NATIVE
+    error = body["error"]
+    assert detail in (None, error["message"])
+    title = error["code"].replace("_", " ").capitalize()
+    assert error == as_openai_error(Fault(status=answer.status_code, title=title, detail=error["message"]))
+    assert answer.headers["x-should-retry"] == ("true" if answer.status_code == 503 else "false")
+    return Interface.NATIVE_AND_OPENAI if is_problem else Interface.OPENAI
+
+
+def ask(method: str, url: str, **options: Any) -> httpx.Response:
+    with httpx.Client(timeout=PATIENCE, verify=False) as client:  # noqa: S501  # nothing here is encrypted
+        return client.request(method, url, **options)
+
+
+def test_a_path_belongs_to_the_interface_that_the_service_says(proxy: str) -> None:
+    table = RouteTable(exact_app(admin_root=FOLDER).routes)
+    known = [route.template.replace("{", "").replace("}", "") for route in table]
+    unknown = ["/v1", "/v1/chat/completions", "/v1/images/edits", "/v2/", "/v2/nowhere", "/v1/generate/", "/nowhere"]
+    assert {"/v1/models/name/thumbnails/class_index", "/v1/admin/models/name/load", *GENERATES} < {*known, *unknown}
+    for path in known + unknown:
+        answer = ask("POST", proxy + path, json={})
+        assert told_in(answer) is table.interface_of(path), path
+        if generates("POST", path):
+            assert answer.status_code == 502
+        elif answer.status_code == 503:
+            assert answer.headers["retry-after"] == "10"
+
+
+@pytest.mark.parametrize(("query", "status"), [("", 502), ("?hang", 504)])
+def test_a_replica_that_goes_away_or_hangs_is_told_in_the_callers_words(proxy: str, query: str, status: int) -> None:
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda path: ask("POST", proxy + path + query, json={}), GENERATES)
+    for answer, interface in zip(answers, GENERATES.values(), strict=True):
+        assert (answer.status_code, told_in(answer)) == (status, interface)
+        assert "retry-after" not in answer.headers
+
+
+def test_a_foreign_host_is_refused_in_the_callers_words(proxy: str) -> None:
+    for path, interface in {**GENERATES, "/v1/models": Interface.NATIVE_AND_OPENAI}.items():
+        answer = ask("GET", proxy + path, headers={"Host": "evil.example"})
+        assert (answer.status_code, told_in(answer)) == (421, interface)
+
+
+def test_a_body_that_is_damaged_on_the_way_is_told_in_the_callers_words(proxy: str) -> None:
+    address = httpx.URL(proxy)
+    for path, interface in GENERATES.items():
+        with socket.create_connection((address.host, address.port or 0), PATIENCE) as client:
+            head = f"POST {path}?damaged HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+            client.sendall(head.encode())
+            while Replica.reached.get(timeout=PATIENCE) != f"{path}?damaged":
+                pass  # of an earlier test
+            client.sendall(b"no length\r\n")
+            answer = HTTPResponse(client)
+            answer.begin()
+            told = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        assert (told.status_code, told_in(told)) == (400, interface)
+
+
+def test_the_bodies_say_the_same_in_every_form() -> None:
+    lines = [line for line in (FOLDER / "errors.map").read_text().splitlines() if line and not line.startswith("#")]
+    bodies = {key: json.loads(value) for key, _, value in (line.partition(" ") for line in lines)}
+    statuses = {key.partition("/")[0] for key in bodies}
+    config = (FOLDER / "haproxy.cfg").read_text()
+    assert statuses == set(re.findall(r"str\((\d+)/\)", config))
+    for status in statuses:
+        native, openai, kserve, both = (bodies[f"{status}/{form}"] for form in ("native", "openai", "kserve", "both"))
+        assert both == native | openai
+        assert native["detail"] == openai["error"]["message"] == kserve["error"]
+        assert (native["status"], native["title"]) == (int(status), HTTPStatus(int(status)).phrase)
