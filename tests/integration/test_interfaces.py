@@ -63,7 +63,6 @@ def test_every_route_says_whose_it_is_by_its_router() -> None:
         "/healthz": Interface.NATIVE,
         "/metrics": Interface.NATIVE,
         "/": Interface.NATIVE,
-        "/page/main.js": Interface.NATIVE,
     }
     for path, interface in expected.items():
         assert table.interface_of(path) is interface, path
@@ -82,8 +81,8 @@ ERRORS = [
     ("GET", "/v1", 404, Interface.OPENAI, "no GET /v1 here"),
     ("GET", "/v2/nowhere", 404, Interface.KSERVE, "no GET /v2/nowhere here; images come from"),
     ("POST", "/v2/models/m/generate", 404, Interface.KSERVE, "no POST /v2/models/m/generate here; images come from"),
-    ("POST", "/chat/completions", 404, Interface.NATIVE, "base_url of OpenAI's clients is the service's address"),
-    ("GET", "/page/nothing.js", 404, Interface.NATIVE, "no GET /page/nothing.js here"),
+    ("POST", "/chat/completions", 404, Interface.NATIVE_AND_OPENAI, "base_url of OpenAI's clients is the service"),
+    ("GET", "/page/nothing.js", 404, Interface.NATIVE_AND_OPENAI, "no GET /page/nothing.js here"),
     # one that there is was meant
     ("POST", "/images/generations", 404, Interface.OPENAI, "there is POST /v1/images/generations; base_url of OpenAI"),
     ("POST", "/v1/v1/images/generations", 404, Interface.OPENAI, "there is POST /v1/images/generations; base_url"),
@@ -97,7 +96,7 @@ ERRORS = [
     ("GET", "/docs/", 404, Interface.NATIVE, "but there is GET /docs"),
     ("GET", "/v1//models", 404, Interface.NATIVE_AND_OPENAI, "no GET /v1//models here, but there is GET /v1/models"),
     # a path does what it likes, and no line breaks
-    ("GET", "/%0a%1b[31m%e2%80%ae", 404, Interface.NATIVE, r'no GET "/\n\u001b[31m\u202e" here'),
+    ("GET", "/%0a%1b[31m%e2%80%ae", 404, Interface.NATIVE_AND_OPENAI, r'no GET "/\n\u001b[31m\u202e" here'),
     ("GET", "/v1/" + "x" * 5000, 404, Interface.OPENAI, "no GET /v1/xxx"),
     ("GET", "/v1" + "/x" * 2000, 404, Interface.OPENAI, "no GET /v1/x/x/x"),
 ]  # fmt: skip

@@ -193,6 +193,9 @@ def test_an_image_that_fails_ends_the_stream_with_an_error(client: openai.OpenAI
         ({"prompt": "cat", "response_format": "url"}, "response_format", 'must be "b64_json"; got "url"'),
         ({"prompt": "cat", "output_format": "gif"}, "output_format", 'must be "png", "webp" or "jpeg"'),
         ({"prompt": "cat", "background": "transparent"}, "background", 'must be "auto" or "opaque"'),
+        ({"prompt": "cat", "style": "anime"}, "style", 'must be "vivid" or "natural"; got "anime"'),
+        ({"prompt": "cat", "quality": "hd"}, "quality", 'must be "auto" or "standard"; got "hd"'),
+        ({"prompt": "cat", "extra_body": {"complexity": "low"}}, "complexity", "unknown field; allowed: model, "),
         ({"prompt": "cat", "partial_images": 1}, "partial_images", "is a choice of `stream` only"),
         ({"prompt": "cat", "stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
         ({"prompt": "cat", "extra_body": {"steps": 1}}, "steps", "greater than or equal to 2"),
@@ -210,6 +213,35 @@ def test_what_is_wrong_is_a_bad_request_that_names_its_parameter(
     assert (error.value.param, error.value.type) == (param, "invalid_request_error")
     assert error.value.response.headers["x-should-retry"] == "false"
     assert error.value.request_id
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": None},  # LiteLLM's probe of a model
+        {
+            "prompt": "cat",
+            "n": 1,
+            "size": "auto",
+            "response_format": "b64_json",
+            "style": "vivid",
+            "quality": "standard",
+        },
+        {"prompt": "cat", "n": 1, "size": "8x8", "response_format": "b64_json"},  # Open WebUI, Vercel's AI SDK
+        {"prompt": "cat", "n": 1, "size": "8x8", "style": "natural", "quality": "standard"},  # LibreChat's dalle
+        {"prompt": "cat", "n": 1, "background": "auto", "quality": "auto", "size": "auto", "output_format": "png"},
+        {"prompt": "cat", "moderation": "auto", "user": "u", "safety_identifier": "s", "output_compression": 100},
+        {"prompt": "cat", **dict.fromkeys(["n", "size", "quality", "style", "background", "user", "output_format"])},
+    ],
+    ids=["litellm", "langchain.js", "open-webui", "librechat-dalle", "librechat-gpt-image", "unused", "null"],
+)
+def test_what_popular_clients_send_is_accepted_when_it_asks_for_nothing_else(
+    address: str, body: dict[str, Any]
+) -> None:
+    url = f"http://{address}/v1/images/generations"
+    answer = httpx.post(url, json={"model": MODEL, "steps": 2, "seed": 1, **body}, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == 1
 
 
 def test_an_image_that_fails_is_not_asked_for_again(address: str) -> None:
