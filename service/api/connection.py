@@ -12,10 +12,10 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.api.connection_limit import OpenConnections
-from service.api.faults import MEDIA_TYPE
+from service.api.faults import Fault, answer_of
 from service.api.guard import NO_PLACE
 from service.api.observe import ended_as
-from service.api.problems import problem
+from service.api.routes import ANYBODY, interface_of
 from service.api.security_headers import SECURITY_HEADERS
 
 INCOMPLETE = (h11.IDLE, h11.SEND_BODY)
@@ -166,19 +166,20 @@ class LimitedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        body = bytes(problem(status, status.phrase.capitalize(), detail).body)
-        headers = {"Content-Type": MEDIA_TYPE, **SECURITY_HEADERS, "Content-Length": str(len(body))}
+        interface, more = ANYBODY, dict(SECURITY_HEADERS)
         if self.cycle is not None and not self.cycle.response_complete:  # an app waits for the body of this request
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             scope = cast("Scope", self.cycle.scope)  # uvicorn's type is narrower
             ended_as(scope, status)
+            interface = interface_of(scope)
             if request_id := scope["state"].get("request_id"):
-                headers["X-Request-ID"] = request_id
-        head = h11.Response(
-            status_code=status, reason=status.phrase.encode(), headers=[*headers.items(), ("Connection", "close")]
-        )
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                more["X-Request-ID"] = request_id
+        answer = answer_of(Fault(status=status, title=status.phrase.capitalize(), detail=detail), interface)
+        told = {name.title(): value for name, value in answer.headers.items()}
+        headers = [*told.items(), *more.items(), ("Connection", "close")]
+        head = h11.Response(status_code=status, reason=status.phrase.encode(), headers=headers)
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

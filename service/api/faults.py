@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.interfaces import Interface
 from service.api.routes import interface_of
 
 MEDIA_TYPE = "application/problem+json"
-REFUSED_BEFORE_WORK = frozenset({429, 503})
+REFUSED_BEFORE_WORK = frozenset({408, 429, 503})
 """The request may be sent again: nothing was done for it."""
 
 
@@ -40,30 +40,34 @@ class Fault:
         return self.title.lower().replace(" ", "-")
 
 
-class FaultResponse(JSONResponse):
+class FaultResponse(Response):
     """A fault's answer; which interface's, is decided when it is sent: the path is known then, to whoever made it."""
 
     def __init__(self, fault: Fault, headers: Mapping[str, str] | None = None) -> None:
         self._fault = fault
         self._given_headers = dict(headers or {})
-        super().__init__(as_problem(fault), fault.status, self._given_headers, MEDIA_TYPE)
+        super().__init__(status_code=fault.status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        fault = self._fault
-        client_error = 400 if fault.status == 422 else fault.status
-        retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}
-        match interface_of(scope):
-            case Interface.NATIVE:
-                answer = JSONResponse(as_problem(fault), fault.status, self._given_headers, MEDIA_TYPE)
-            case Interface.OPENAI:
-                answer = JSONResponse({"error": as_openai_error(fault)}, client_error, self._given_headers | retry)
-            case Interface.KSERVE:
-                answer = JSONResponse({"error": fault.detail}, client_error, self._given_headers)
-            case Interface.NATIVE_AND_OPENAI:
-                both = as_problem(fault) | {"error": as_openai_error(fault)}
-                answer = JSONResponse(both, fault.status, self._given_headers | retry, MEDIA_TYPE)
-        await answer(scope, receive, send)
+        await answer_of(self._fault, interface_of(scope), self._given_headers)(scope, receive, send)
+
+
+def answer_of(fault: Fault, interface: Interface, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a fault's answer in the words of an interface."""
+    given = dict(headers or {})
+    client_error = 400 if fault.status == 422 else fault.status
+    retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}
+    match interface:
+        case Interface.NATIVE:
+            return JSONResponse(as_problem(fault), fault.status, given, MEDIA_TYPE)
+        case Interface.OPENAI:
+            return JSONResponse({"error": as_openai_error(fault)}, client_error, given | retry)
+        case Interface.KSERVE:
+            return JSONResponse({"error": fault.detail}, client_error, given)
+        case Interface.NATIVE_AND_OPENAI:
+            both = as_problem(fault) | {"error": as_openai_error(fault)}
+            return JSONResponse(both, fault.status, given | retry, MEDIA_TYPE)
 
 
 def as_problem(fault: Fault) -> dict[str, Any]:

@@ -19,7 +19,7 @@ MAX_SEGMENTS = 16
 """Of a path that no route has: longer ones are not compared with routes."""
 _BY_FIRST_SEGMENT = {"v1": Interface.OPENAI, "v2": Interface.KSERVE}
 """Who probably asks where there is no route: our own clients know the routes."""
-_ANYBODY = Interface.NATIVE_AND_OPENAI
+ANYBODY = Interface.NATIVE_AND_OPENAI
 """Who asks for any other path: people, or an OpenAI client whose base_url lacks /v1."""
 
 
@@ -83,7 +83,7 @@ class RouteTable:
             _, route = nearest
         if route is not None:
             return route.interface
-        return _BY_FIRST_SEGMENT.get(next(iter(_segments(path)), ""), _ANYBODY)
+        return _BY_FIRST_SEGMENT.get(next(iter(_segments(path)), ""), ANYBODY)
 
 
 def _segments(path: str) -> list[str]:

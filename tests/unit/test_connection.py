@@ -424,7 +424,7 @@ async def test_health_is_answered_while_all_connections_are_busy() -> None:
             assert head.startswith(b"HTTP/1.1 " + status)
             if status == b"503":
                 assert b"\r\nRetry-After: 1\r\n" in head.replace(b"retry-after", b"Retry-After")
-                assert json.loads(await reader.read())["title"] == "Too many connections"
+                assert json.loads(await reader.read())["error"]["code"] == "too_many_connections"
             writer.close()
         app.let.set()
         for reader, writer in busy:
