@@ -1,4 +1,4 @@
-"""Values in messages: written as JSON, as whoever sent them would write them, short, and safe to print."""
+"""Values in messages: as JSON, short, and safe to print."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def quoted(value: object, longest: int = LONGEST) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         return "a value that is nested too deeply"
-    # JSON lets pass what a terminal acts on (C1 controls, marks of direction) and what UTF-8 has not (lone surrogates)
+    # JSON does not escape C1 controls and marks of direction, on which terminals act, nor lone surrogates
     text = "".join(char if char.isprintable() else _escaped(char) for char in text)
     most = longest + len('""')
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def alternatives(values: Iterable[object]) -> str:
-    """Return values as JSON, as a sentence lists them: "a", "b" or "c"."""
+    """Return values as JSON, listed as in a sentence: "a", "b" or "c"."""
     *first, last = map(quoted, values)
     return f"{', '.join(first)} or {last}" if first else last
 

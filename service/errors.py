@@ -3,7 +3,7 @@
 ServiceError
 ├── MalformedJson         the body is no JSON
 ├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
-├── NotAcceptable         the client takes no form that there is
+├── NotAcceptable         the client accepts no available form of an answer
 ├── UnknownModel          no model of that name is served
 ├── Forbidden             the key may not do that
 ├── LoadFailed            a folder that cannot be served; what was served before still is
@@ -51,7 +51,7 @@ class InvalidRequest(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The Accept header excludes every form of an answer."""
+    """The Accept header excludes every available form of an answer."""
 
     def __init__(self, accept: str, forms: list[str]) -> None:
         super().__init__(f"Accept: must allow {', '.join(forms)} or */*; got {quoted(accept)}")

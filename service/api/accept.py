@@ -1,4 +1,4 @@
-"""The Accept header (RFC 9110, section 12.5.1): which of the media types that there are a client wants most."""
+"""The Accept header (RFC 9110, section 12.5.1): choose the available media type that a client prefers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MediaRange:
 
 
 def read_accept(header: str) -> list[MediaRange]:
-    """Read the header; what is no media range is left out."""
+    """Parse the header; elements that are no media range are ignored."""
     ranges = []
     for element in _ELEMENT.findall(header):
         name, *parameters = [part.strip().lower() for part in _PARAMETER.findall(element)] or [""]
@@ -46,32 +46,31 @@ def read_accept(header: str) -> list[MediaRange]:
 
 
 def preferred(header: str, plain: str, files: Sequence[str]) -> str | None:
-    """Return the media type that a client wants most; None where it wants none of those that there are.
+    """Return the media type that a client prefers; None if it accepts none of them.
 
-    `plain` wins unless the client prefers a file: names it with a higher quality, more exactly, or before. A header
-    that wants something else just as much, such as text/html, is a program's default, and no wish for a file.
+    `plain` wins unless the client prefers a file: by a higher quality, else a more specific range, else an earlier one.
+    It also wins where it is accepted, and a type that is neither available nor an image, such as text/html, has at
+    least the quality of the file: such a header is a program's default and does not ask for a file.
 
     Args:
-        header: the value of Accept; empty: anything.
-        plain: what most clients want.
-        files: what else there is, the likeliest first.
+        header: the value of Accept; empty: anything is accepted.
+        plain: the media type for clients without a preference.
+        files: the other available media types; of equal ones the first is preferred.
     """
     ranges = read_accept(header)
     if not ranges:
         return plain
-    weighed = {}
+    ranked = {}
     for order, media_type in enumerate((plain, *files)):
         covering = [(r.specificity, r.quality, -position) for position, r in enumerate(ranges) if r.covers(media_type)]
         if covering and (best := max(covering))[1] > 0:
             specificity, quality, position = best
-            weighed[media_type] = (quality, specificity, position, -order)
-    if not weighed:
+            ranked[media_type] = (quality, specificity, position, -order)
+    if not ranked:
         return None
-    wanted = max(weighed, key=lambda media_type: weighed[media_type])
-    if wanted != plain and plain in weighed:
-        offers = (plain, *files)
-        for other in ranges:
-            is_elsewhere = other.kind != "image" and not any(other.covers(media_type) for media_type in offers)
-            if is_elsewhere and other.quality >= weighed[wanted][0]:
-                return plain
+    wanted = max(ranked, key=lambda media_type: ranked[media_type])
+    if wanted != plain and plain in ranked:
+        unavailable = [r for r in ranges if r.kind != "image" and not any(map(r.covers, (plain, *files)))]
+        if any(r.quality >= ranked[wanted][0] for r in unavailable):
+            return plain
     return wanted

@@ -51,7 +51,7 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
         channels: of the model's images.
 
     Raises:
-        NotAcceptable: a header that allows none of the forms that there are.
+        NotAcceptable: a header that allows no available form.
         InvalidRequest: options that contradict each other, or that the model's images cannot have.
     """
     kind, image_format = _preferred("" if body.stream else accept, body.format)

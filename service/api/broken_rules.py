@@ -1,4 +1,4 @@
-"""From what pydantic finds wrong to messages: the field, the rule, and the value as JSON."""
+"""Turn pydantic's errors into messages that name the field, the rule, and the value as JSON."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _RULES = {
     "dict_type": "must be a JSON object",
     "list_type": "must be a list",
     "bool_type": "must be true or false",
+    "string_unicode": "must be a string of Unicode characters",
 }
-"""Instead of messages that speak of Python's types."""
+"""By pydantic's type of error: instead of its messages, which name Python's types."""
 
 Location = Sequence[str | int]
 
 
 def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
-    """Return what a client is told of a broken rule.
+    """Return the message for a broken rule, without the field.
 
     Args:
-        item: as pydantic lists it.
-        body: what the body should have been, if it is known.
+        item: one of pydantic's errors.
+        body: the model that the body was validated against, if there is one.
     """
     context = item.get("ctx", {})
     text = str(item["msg"])
@@ -43,17 +44,18 @@ def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
 
 
 def field_of(location: Location) -> str:
-    """Return the field that something is in."""
-    return dotted(_inside(location)[:1])  # what follows may be the member of a union that pydantic tried
+    """Return the name of the field that a location is in."""
+    return dotted(_inside(location)[:1])  # the next part may be the member of a union that pydantic tried
 
 
 def dotted(location: Location) -> str:
-    """Return where in a body something is: inputs.0.name."""
-    return ".".join(str(part)[:MAX_NAME] for part in location) or "body"
+    """Return a location in a body as text: inputs.0.name."""
+    parts = (str(part)[:MAX_NAME] for part in location)
+    return ".".join(part if part.isprintable() else quoted(part) for part in parts) or "body"
 
 
 def _inside(location: Location) -> Location:
-    """Return a location without what FastAPI puts before it: where the fields come from."""
+    """Return a location without the source of the fields, which FastAPI puts before it."""
     return location[1:] if location and location[0] in ("body", "path", "query", "header") else location
 
 
@@ -67,7 +69,7 @@ def _allowed(body: type[BaseModel] | None, location: Location) -> list[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models that an annotation speaks of: X, X | None, list[X]."""
+    """Yield the models in an annotation: X in X | None or list[X]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

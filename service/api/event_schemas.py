@@ -41,7 +41,7 @@ class PreviewEvent(BaseModel):
 
 
 ONE_EVENT = "One event; the answer is a sequence of them."
-"""OpenAPI 3.1 has no word for that (3.2 has `itemSchema`); other documents put the schema of an event there, too."""
+"""OpenAPI 3.1 has no keyword for the items of a stream (3.2: `itemSchema`); by convention `schema` describes one."""
 _COMPONENT = "#/components/schemas/{model}"
 _DATA: dict[EventName, dict[str, Any]] = {
     "queued": QueuedEvent.model_json_schema(),

@@ -1,4 +1,4 @@
-"""An error as an answer: one fault, told in the words of the interface that was spoken to.
+"""An error as an answer: one fault, in the form that the interface of the request has for errors.
 
 Ours is problem+json (RFC 9457). OpenAI's SDK reads `error.message`, and retries 409, 429 and 5xx unless
 `x-should-retry` says otherwise; clients of the Open Inference Protocol read a text in `error`. Both know broken rules
@@ -41,7 +41,7 @@ class Fault:
 
 
 class FaultResponse(Response):
-    """A fault's answer; which interface's, is decided when it is sent: the path is known then, to whoever made it."""
+    """A fault's answer; its form is decided when it is sent, because the path is known then."""
 
     def __init__(self, fault: Fault, headers: Mapping[str, str] | None = None) -> None:
         self._fault = fault
@@ -54,7 +54,7 @@ class FaultResponse(Response):
 
 
 def answer_of(fault: Fault, interface: Interface, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a fault's answer in the words of an interface."""
+    """Return a fault's answer in the form of an interface."""
     given = dict(headers or {})
     client_error = 400 if fault.status == 422 else fault.status
     retry = {"x-should-retry": "true" if fault.status in REFUSED_BEFORE_WORK else "false"}

@@ -40,7 +40,7 @@ _RESPONSES = {
             400: "The body is not JSON",
             401: "No valid API key, where the service wants one",
             404: "No such model",
-            406: "Accept allows none of the forms that there are",
+            406: "Accept allows no available form",
             408: "The request did not arrive in time",
             413: "The body is too long",
             415: "The body is not declared as JSON",

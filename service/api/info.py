@@ -16,14 +16,14 @@ from service.api.state import ServiceState, service_state
 from service.api.translate import ServedModel, find_model
 
 router = APIRouter()
-models_list = APIRouter(route_class=SharedRoute)
-openai_card = APIRouter(route_class=OpenAIRoute)
+shared = APIRouter(route_class=SharedRoute)
+of_openai = APIRouter(route_class=OpenAIRoute)
 
 State = Annotated[ServiceState, Depends(service_state)]
 _RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}}
 
 
-@models_list.get("/v1/models", tags=["models"])
+@shared.get("/v1/models", tags=["models"])
 async def models(state: State) -> ModelList:
     """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
     return ModelList(
@@ -48,7 +48,7 @@ def model_info(model: ServedModel) -> ModelInfo:
     )
 
 
-@openai_card.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
+@of_openai.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
 async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
     """Say of one model what OpenAI's SDK reads of models."""
     return _card(find_model(state.models, model))
@@ -73,8 +73,8 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-router.include_router(models_list)
-router.include_router(openai_card)
+router.include_router(shared)
+router.include_router(of_openai)
 
 
 def _card(model: ServedModel) -> ModelCard:

@@ -1,4 +1,4 @@
-"""Whose words a client expects: ours, OpenAI's Images', or the Open Inference Protocol's (KServe v2)."""
+"""The interfaces of the service, and the route classes by which a router says to which of them its routes belong."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ _GENERATES = re.compile(r"/v1/generate|/v1/images/generations|/v2/models/[^/]+(/
 
 
 class Interface(enum.Enum):
-    """How a client reads answers, errors most of all."""
+    """What a client expects answers to look like, errors most of all."""
 
     NATIVE = "native"
     OPENAI = "openai"
     KSERVE = "kserve"
     NATIVE_AND_OPENAI = "native and openai"
-    """Both kinds of clients ask there, in the same way."""
+    """Clients of both send the same request there; an error has the members of both."""
 
 
 class NativeRoute(JsonRoute):
-    """Route class of routers that our own clients use, and people."""
+    """Route class of routers of our own interface."""
 
     interface = Interface.NATIVE
 
 
 class OpenAIRoute(JsonRoute):
-    """Route class of routers that OpenAI's clients use."""
+    """Route class of routers of OpenAI's interface."""
 
     interface = Interface.OPENAI
 
 
 class KserveRoute(JsonRoute):
-    """Route class of routers that clients of the Open Inference Protocol use."""
+    """Route class of routers of the Open Inference Protocol (KServe v2)."""
 
     interface = Interface.KSERVE
 
 
 class SharedRoute(JsonRoute):
-    """Route class of routers that our clients and OpenAI's use."""
+    """Route class of routers whose routes are ours and OpenAI's."""
 
     interface = Interface.NATIVE_AND_OPENAI
 

@@ -1,4 +1,4 @@
-"""How a JSON body is read, whichever interface it is for: as UTF-8, with or without a byte order mark."""
+"""Read JSON bodies, in the same way for all interfaces: UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def read_json(text: bytes) -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        MalformedJson: it holds none, or none that can be taken.
+        MalformedJson: not UTF-8, not JSON, or beyond Python's limits on depth and on digits.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))  # given bytes it takes UTF-16, too, which RFC 8259 forbids
+        return json.loads(text.decode("utf-8-sig"))  # loads(bytes) would take UTF-16 too, which RFC 8259 forbids
     except UnicodeDecodeError as error:
         raise MalformedJson("not UTF-8") from error
     except json.JSONDecodeError as error:
         raise MalformedJson(f"{error.msg}, in line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
         raise MalformedJson("nested too deeply") from error
-    except ValueError as error:  # Python's limit on the digits of an integer
+    except ValueError as error:  # more digits than Python converts
         raise MalformedJson("a number is too long") from error
 
 
@@ -42,7 +42,7 @@ class JsonRoute(APIRoute):
     """A route whose JSON body is read by `read_json`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what answers a request."""
+        """Return the handler, which gets a `JsonRequest`."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:

@@ -131,19 +131,19 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
-    if isinstance(error.__cause__, ServiceError):  # FastAPI hides what JsonRequest raises
+    if isinstance(error.__cause__, ServiceError):  # FastAPI wraps what JsonRequest raises
         return await _service_error(request, error.__cause__)
     return problem(
         error.status_code,
         HTTP_TITLES.get(error.status_code, "Error"),
-        _unrouted(request, error),
+        _detail(request, error),
         instance=_instance(request),
         headers=dict(error.headers or {}),
     )
 
 
-def _unrouted(request: Request, error: HTTPException) -> str:
-    """Return the detail of an error; of one that no handler raised, with what was asked and what can be."""
+def _detail(request: Request, error: HTTPException) -> str:
+    """Return the detail of an error; where no route took the request, what was asked and what exists."""
     path = request.scope["path"]
     asked = f"{request.method} {printable(path)}"
     if error.status_code == 405:

@@ -1,4 +1,4 @@
-"""What the bodies of all interfaces have in common: unknown fields are refused, and null means absent."""
+"""The base of all request bodies: unknown fields are refused, and null means absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAID_OF_ALL = frozenset({"default", "description", "title"})
 
 
 class RequestBody(BaseModel):
-    """A body, or an object in one. In fields that may be absent, null is the same as that."""
+    """A request body, or an object in one. Null in an optional field is the same as leaving the field out."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -26,7 +26,7 @@ class RequestBody(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the JSON schema, where null is one of the values that a field may have."""
+        """Return the JSON schema, in which every optional field may be null."""
         schema = handler(core_schema)
         described = handler.resolve_ref_schema(schema)
         for name, field in described.get("properties", {}).items():

@@ -16,11 +16,11 @@ from service.api.interfaces import Interface
 LONGEST_PATH = 200
 """Characters of a path that a line of text shows."""
 MAX_SEGMENTS = 16
-"""Of a path that no route has: longer ones are not compared with routes."""
+"""A path with more segments is not searched for a route that may have been meant."""
 _BY_FIRST_SEGMENT = {"v1": Interface.OPENAI, "v2": Interface.KSERVE}
-"""Who probably asks where there is no route: our own clients know the routes."""
+"""The interface of paths without a route: our own clients do not ask for these."""
 ANYBODY = Interface.NATIVE_AND_OPENAI
-"""Who asks for any other path: people, or an OpenAI client whose base_url lacks /v1."""
+"""The interface of other paths without a route: a person may ask, or an OpenAI client whose base_url lacks /v1."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class RouteTable:
                 template=route.path_format,
                 pattern=route.path_regex,
                 methods=frozenset(route.methods) | (known.methods if known else frozenset()),
-                # The router's route class says it
-                interface=getattr(route.original_route, "interface", Interface.NATIVE),
+                interface=getattr(route.original_route, "interface", Interface.NATIVE),  # see JsonRoute's subclasses
             )
         self._routes = tuple(by_template.values())
 
@@ -60,9 +59,10 @@ class RouteTable:
         return next((route for route in self._routes if route.pattern.match(path)), None)
 
     def nearest(self, path: str) -> tuple[str, Route] | None:
-        """Return the path, and its route, that a path without a route was probably meant to be.
+        """Return the path, and its route, that was probably meant by a path without a route; None where none is near.
 
-        That is: without slashes too many, without what a proxy should have cut off in front, and with /v1 once.
+        Tried are: without empty segments, without leading segments (a prefix that the proxy should have removed), and
+        with /v1 before it.
         """
         segments = _segments(path)
         if len(segments) > MAX_SEGMENTS:
@@ -77,7 +77,7 @@ class RouteTable:
         return None
 
     def interface_of(self, path: str) -> Interface:
-        """Return the interface of a path's route; where it has none, of the route that was probably meant."""
+        """Return the interface of a path's route, else of the nearest route, else by the first segment."""
         route = self.find(path)
         if route is None and (nearest := self.nearest(path)) is not None:
             _, route = nearest
@@ -91,9 +91,9 @@ def _segments(path: str) -> list[str]:
 
 
 def routes_of(scope: Scope) -> RouteTable:
-    """Return the routes of the app that a request came to; an app has them all when its first request comes."""
+    """Return the routes of the app of a request. They are read once: all are there before the first request."""
     app = scope.get("app")
-    if app is None:  # a middleware that stands alone
+    if app is None:  # a middleware without an app
         return RouteTable(())
     if not hasattr(app.state, "routes"):
         app.state.routes = RouteTable(app.routes)
@@ -103,7 +103,7 @@ def routes_of(scope: Scope) -> RouteTable:
 
 
 def interface_of(scope: Scope) -> Interface:
-    """Return the interface that a request speaks to."""
+    """Return the interface of a request."""
     return routes_of(scope).interface_of(scope["path"])
 
 
@@ -116,6 +116,6 @@ def template_of(scope: Scope) -> str | None:
 
 
 def printable(path: str) -> str:
-    """Return a path as it may stand in a line of text: printable ASCII as it is, any other as JSON; not a long one."""
+    """Return a path for a line of text, cut to `LONGEST_PATH`: printable ASCII as it is, any other as JSON."""
     shown = path[:LONGEST_PATH]
     return shown if shown.isascii() and shown.isprintable() else quoted(shown, LONGEST_PATH)

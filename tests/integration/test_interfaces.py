@@ -1,4 +1,4 @@
-"""What all interfaces have in common: in whose words an error is told, what null and a byte order mark mean, links."""
+"""What all interfaces have in common: the form of errors, JSON bodies, null, Accept, and relative addresses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def interface_of(answer: httpx.Response) -> Interface:
-    """Return in whose words an error is told."""
+    """Return the interface whose form an error has."""
     body = answer.json()
     if answer.headers["content-type"] == "application/problem+json":
         assert {"type", "title", "status", "detail"} <= set(body)
@@ -117,7 +117,7 @@ def errors() -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize("number", range(len(ERRORS)), ids=[f"{method} {path[:40]}" for method, path, *_ in ERRORS])
-def test_an_error_is_told_in_the_words_of_who_asks(errors: list[httpx.Response], number: int) -> None:
+def test_an_error_has_the_form_of_its_interface(errors: list[httpx.Response], number: int) -> None:
     *_, status, interface, message = ERRORS[number]
     answer = errors[number]
     assert (answer.status_code, interface_of(answer)) == (status, interface)

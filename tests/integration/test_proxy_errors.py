@@ -1,4 +1,4 @@
-"""The proxy of deploy/: what it answers itself is told in the words of the interface that was asked."""
+"""The proxy of deploy/: its own errors have the form of the interface that was asked."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             replica.shutdown()
 
 
-def told_in(answer: httpx.Response) -> Interface:
-    """Return in whose words an error of the proxy is."""
+def form_of(answer: httpx.Response) -> Interface:
+    """Return the interface whose form an error of the proxy has."""
     body = answer.json()
     is_problem = answer.headers["content-type"] == "application/problem+json"
     if is_problem:
@@ -127,7 +127,7 @@ def test_a_path_belongs_to_the_interface_that_the_service_says(proxy: str) -> No
     assert {"/v1/models/name/thumbnails/class_index", "/v1/admin/models/name/load", *GENERATES} < {*known, *unknown}
     for path in known + unknown:
         answer = ask("POST", proxy + path, json={})
-        assert told_in(answer) is table.interface_of(path), path
+        assert form_of(answer) is table.interface_of(path), path
         if generates("POST", path):
             assert answer.status_code == 502
         elif answer.status_code == 503:
@@ -135,21 +135,21 @@ def test_a_path_belongs_to_the_interface_that_the_service_says(proxy: str) -> No
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 502), ("?hang", 504)])
-def test_a_replica_that_goes_away_or_hangs_is_told_in_the_callers_words(proxy: str, query: str, status: int) -> None:
+def test_a_replica_that_goes_away_or_hangs_has_the_callers_form(proxy: str, query: str, status: int) -> None:
     with ThreadPoolExecutor() as pool:
         answers = pool.map(lambda path: ask("POST", proxy + path + query, json={}), GENERATES)
     for answer, interface in zip(answers, GENERATES.values(), strict=True):
-        assert (answer.status_code, told_in(answer)) == (status, interface)
+        assert (answer.status_code, form_of(answer)) == (status, interface)
         assert "retry-after" not in answer.headers
 
 
-def test_a_foreign_host_is_refused_in_the_callers_words(proxy: str) -> None:
+def test_a_foreign_host_is_refused_in_the_callers_form(proxy: str) -> None:
     for path, interface in {**GENERATES, "/v1/models": Interface.NATIVE_AND_OPENAI}.items():
         answer = ask("GET", proxy + path, headers={"Host": "evil.example"})
-        assert (answer.status_code, told_in(answer)) == (421, interface)
+        assert (answer.status_code, form_of(answer)) == (421, interface)
 
 
-def test_a_body_that_is_damaged_on_the_way_is_told_in_the_callers_words(proxy: str) -> None:
+def test_a_body_that_is_damaged_has_the_callers_form(proxy: str) -> None:
     address = httpx.URL(proxy)
     for path, interface in GENERATES.items():
         with socket.create_connection((address.host, address.port or 0), PATIENCE) as client:
@@ -161,7 +161,7 @@ def test_a_body_that_is_damaged_on_the_way_is_told_in_the_callers_words(proxy: s
             answer = HTTPResponse(client)
             answer.begin()
             told = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
-        assert (told.status_code, told_in(told)) == (400, interface)
+        assert (told.status_code, form_of(told)) == (400, interface)
 
 
 def test_the_bodies_say_the_same_in_every_form() -> None:

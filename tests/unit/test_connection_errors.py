@@ -1,4 +1,4 @@
-"""What a connection answers without the app is told in the words of the interface that was asked."""
+"""What a connection answers without the app has the form of the interface that was asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SLOW = "Content-Length: 5\r\n\r\n"
         ("/", Interface.NATIVE_AND_OPENAI),  # no app here that would know it
     ],
 )
-def test_a_body_that_does_not_arrive_is_told_in_the_callers_words(
+def test_a_body_that_does_not_arrive_is_answered_in_the_callers_form(
     path: str, interface: Interface, sent: str, status: int
 ) -> None:
     @runs
