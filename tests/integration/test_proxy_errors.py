@@ -61,7 +61,7 @@ def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
     """Return ours, listening elsewhere, with one replica for what generates, none for the rest, and a short wait."""
     config = (FOLDER / "haproxy.cfg").read_text()
     config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
-    config = re.sub(r"timeout server +\S+", "timeout server 2s", config)
+    config = re.sub(r"timeout server +\S+", "timeout server 5s", config)
     generate, name, light = config.partition("\nbackend light\n")
     generate = re.sub(r"server-template .*", f"server one 127.0.0.1:{replica}", generate)
     return generate + name + re.sub(r"server-template .*", "", light)
@@ -69,7 +69,7 @@ def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("haproxy")
+    program, folder = tool("haproxy"), tmp_path_factory.mktemp("haproxy")
     shutil.copy(FOLDER / "errors.map", folder)
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica,
@@ -79,7 +79,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         threading.Thread(target=replica.serve_forever).start()
         (folder / "haproxy.cfg").write_text(configuration(listener, folder / "exporter", replica.server_port))
         process = subprocess.Popen(
-            [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
+            [program, "-db", "-f", str(folder / "haproxy.cfg")],
             env={**os.environ, "ALLOWED_HOSTS": "127.0.0.1 [::1]"},
             pass_fds=[listener.fileno()],
             stdout=log,
