@@ -29,6 +29,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written; what was there is still there then.
     """
+    path = path.resolve()  # what a link leads to is replaced, not the link
     remove_leftovers(path)
     temporary = temporary_name(path)
     with disk_errors_name(path):
