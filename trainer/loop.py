@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion.atomic_file import write_file
 from diffusion.checkpoint import write_checkpoint
+from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig
 from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
 from diffusion.respacing import respace
@@ -44,7 +45,7 @@ from trainer.run_folder import (
     say,
     warn,
 )
-from trainer.state import TrainState
+from trainer.state import SavedState, TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
 
 MAX_MSE = 100.0
@@ -119,6 +120,7 @@ def _train(
     state = TrainState(network, optimizer, ema, timestep_sampler, power_emas)
     if origin is not None:
         train_state.restore(state, origin.saved)
+        _update_model(run, origin.saved)
         say(f"continuing after {state.images_seen} images{origin.description}")
     _begin_files(run, config, state.images_seen)
 
@@ -147,8 +149,8 @@ def _train(
             raise _diverged(problem, config, state.images_seen, run, bfloat16)
         described = checkpoint_config(config, dataset, state.images_seen, command, bfloat16, origin)
         try:
-            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)  # first: a state implies a model
             train_state.save(state, checkpoint_folder(run, state.images_seen), described)
+            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)
         except OSError as error:
             raise _not_written(error, state.images_seen, run) from error
         delete_old(run, config.keep_checkpoints)
@@ -304,6 +306,16 @@ def checkpoint_config(
             **({"resumed": origin.history} if origin is not None and origin.history else {}),
         },
     )
+
+
+def _update_model(run: Path, saved: SavedState) -> None:
+    """Write `model/` where a run ended between its newest checkpoint and the model of it."""
+    try:
+        current = read_config(run / MODEL_FOLDER).provenance.get("images_seen") == saved.images_seen
+    except CheckpointError:
+        current = False
+    if not current:
+        write_checkpoint(run / MODEL_FOLDER, saved.config, saved.averages)
 
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:

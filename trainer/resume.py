@@ -16,7 +16,7 @@ from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import TrainError
-from trainer.run_folder import checkpoints
+from trainer.run_folder import checkpoints, newest_checkpoint
 from trainer.state import SavedState
 
 NAMES_OF_DATA = ("file", "folder")
@@ -57,18 +57,16 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
     Raises:
         TrainError: no checkpoint, a damaged one, or another preset.
     """
-    folders = checkpoints(run)
-    if not folders:
-        raise TrainError(f"{run} holds no checkpoint to resume from; leave --resume out to start a run there")
+    folder = newest_checkpoint(run)
     try:
-        config = read_config(folders[-1])
+        config = read_config(folder)
     except CheckpointError as error:
         raise TrainError(f"{error}. {_way_out(run)}") from error
     assert isinstance(config, CheckpointConfig)  # noqa: S101  # what the trainer writes
     command = shlex.split(config.provenance.get("command", ""))
     if command[:2] == ["iddpm", "train"] and command[2:3] != [preset]:
         raise TrainError(f"{run} was started from the preset {command[2]}; name that one instead of {preset}")
-    return _trained_with(folders[-1], config)
+    return _trained_with(folder, config)
 
 
 def find_origin(run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool) -> Origin:
@@ -84,7 +82,7 @@ def find_origin(run: Path, config: TrainConfig, dataset: Dataset, *, accept_chan
         TrainError: a damaged checkpoint, a field that a resumed run may not change, or other data.
     """
     try:
-        saved = train_state.read(checkpoints(run)[-1])
+        saved = train_state.read(newest_checkpoint(run))
     except CheckpointError as error:
         raise TrainError(f"{error}. {_way_out(run)}") from error
     _refuse_other_classes(run, saved.config, dataset)

@@ -46,6 +46,18 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint folder of a run.
+
+    Raises:
+        TrainError: there is none; says whether a run can be started there.
+    """
+    if found := checkpoints(run):
+        return found[-1]
+    _refuse_unfit(run, resume=False)
+    raise TrainError(f"{run} holds no checkpoint to resume from; leave --resume out to start a run there")
+
+
 def checkpoint_folder(run: Path, images_seen: int) -> Path:
     """Return where the checkpoint after that many images belongs."""
     return run / CHECKPOINTS_FOLDER / f"{images_seen:012d}"
@@ -89,8 +101,7 @@ def _refuse_unfit(run: Path, *, resume: bool) -> None:
         if (run / name).exists() and not (run / name).is_dir():
             raise TrainError(f"{run / name} is in the way: a run has a folder of that name; give another --out")
     if resume:
-        if not checkpoints(run):
-            raise TrainError(f"{run} holds no checkpoint to resume from; leave --resume out to start a run there")
+        newest_checkpoint(run)
         if not may_replace(run / MODEL_FOLDER, CONFIG_FILE, ("model", "diffusion")):
             raise TrainError(f"{run / MODEL_FOLDER} holds something else than a model, which would be lost; move it")
         return

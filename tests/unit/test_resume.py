@@ -373,12 +373,29 @@ def test_a_checkpoint_on_a_full_disk_is_one_line_and_the_one_before_stays(npz: P
     with longest_file(50_000), pytest.raises(TrainError) as caught:
         train(tiny(total_images=8), npz, run, resume=True)
     assert str(caught.value) == (
-        f"the checkpoint after 8 images could not be written, {run / 'model'}: File too large; "
+        f"the checkpoint after 8 images could not be written, {run / 'checkpoints' / '000000000008'}: File too large; "
         "the one after 4 images is whole"
     )
     assert caught.value.resume_with == ()
     assert files_in(run / "checkpoints") | files_in(run / "model") == before
     assert not [path for path in run.rglob("*") if ".new-" in path.name]
+
+
+def test_a_first_checkpoint_on_a_full_disk_leaves_a_folder_that_can_be_used_again(npz: Path, tmp_path: Path) -> None:
+    with longest_file(50_000), pytest.raises(TrainError, match="File too large; there is no earlier one"):
+        train(tiny(total_images=4), npz, tmp_path / "run")
+    with pytest.raises(TrainError, match="leave --resume out to start a run there"):
+        train(tiny(total_images=4), npz, tmp_path / "run", resume=True)
+    train(tiny(total_images=4), npz, tmp_path / "run")
+
+
+def test_a_run_that_ended_before_its_model_was_written_writes_it(npz: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = train(tiny(total_images=4), npz, run)
+    before = files_in(model)
+    shutil.rmtree(model)
+    train(tiny(total_images=4), npz, run, resume=True)
+    assert files_in(model) == before
 
 
 def test_a_log_line_on_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
