@@ -268,7 +268,9 @@ def test_advice_fits_where_weights_came_from() -> None:
     assert words_for(config).describe({"num_timesteps": 4000, "noise_schedule": "linear"}, config.model) == (
         "diffusion_steps=4000, noise_schedule=linear"
     )
-    preset = words_for(PUBLISHED["cifar10-uncond-50m"].config)
+    published = PUBLISHED["cifar10-uncond-50m"].config
+    assert isinstance(published, CheckpointConfig)
+    preset = words_for(published)
     assert preset.cure.startswith("The flags are those of the preset cifar10-uncond-50m, so the file is hardly the one")
     theirs = words_for(config.replace(provenance={"source": "diffusers"}))
     assert theirs.describe({"num_timesteps": 4000, "noise_schedule": "cosine"}, config.model) == (

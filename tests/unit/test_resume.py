@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from diffusion.checkpoint_config import read_config
+from diffusion.losses import TrainingLosses
 from tests.unit.test_atomic_file import longest_file
 from tests.unit.test_trainer import tiny, weights
 from trainer import loop
@@ -429,7 +430,7 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
     monkeypatch.setattr("trainer.log.time.perf_counter", lambda: next(now))
     window = Window()
     zeros = torch.zeros(4)
-    window.add(loop.TrainingLosses(zeros, zeros, zeros), np.zeros(4, dtype=np.int64), 1.0, 10)
+    window.add(TrainingLosses(zeros, zeros, zeros), np.zeros(4, dtype=np.int64), 1.0, 10)
     with window.clock_stopped():
         pass
     assert window.summary()["images_per_second"] == 2.0
