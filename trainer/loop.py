@@ -30,7 +30,7 @@ from trainer.errors import Stopped, TrainError
 from trainer.log import Window, append_line, cut_log
 from trainer.preview import write_preview
 from trainer.provenance import git_commit
-from trainer.resume import Origin, find_origin
+from trainer.resume import Origin, find_origin, way_out
 from trainer.run_folder import (
     EMA_FOLDER,
     LOG_FILE,
@@ -103,7 +103,9 @@ def _train(
     accept_changed_data: bool,
     stop: Callable[[], bool],
 ) -> Path:
-    origin = find_origin(run, config, dataset, accept_changed_data=accept_changed_data) if resume else None
+    saved, origin = None, None
+    if resume:
+        saved, origin = find_origin(run, config, dataset, accept_changed_data=accept_changed_data)
 
     # Network, optimiser, averages
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,10 +120,11 @@ def _train(
     ema = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
     power_emas = {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels}
     state = TrainState(network, optimizer, ema, timestep_sampler, power_emas)
-    if origin is not None:
-        train_state.restore(state, origin.saved)
-        _update_model(run, origin.saved)
+    if saved is not None and origin is not None:
+        train_state.restore(state, saved)
+        _update_model(run, saved)
         say(f"continuing after {state.images_seen} images{origin.description}")
+    del saved  # as large as the network and its optimiser
     _begin_files(run, config, state.images_seen)
 
     def losses_of(batch: Batch, rows: slice) -> TrainingLosses:
@@ -193,6 +196,8 @@ def _train(
                 (weighted.sum() / config.batch_size).backward()  # type: ignore[no-untyped-call]
                 parts.append(TrainingLosses(*(term.detach().cpu() for term in part)))
             losses = TrainingLosses(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
+            if origin is not None and batches == 0 and not float(losses.mse.mean()) <= MAX_MSE:
+                raise TrainError(f"{origin.folder} is of a network that had diverged already. {way_out(run)}")
             t = batch.t.numpy()
             timestep_sampler.update(t, losses.loss.double().numpy())
 
@@ -225,9 +230,11 @@ def _train(
                     if state.power_emas:
                         snapshot = ema_snapshot_file(run, saved_at)
                         _or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
-                    picture = run / SAMPLES_FOLDER / f"{saved_at:012d}.png"
-                    shown = (config.preview_per_class, config.preview_steps)
-                    _or_warn("preview", partial(write_preview, picture, described, state.ema.weights, *shown, stop))
+                    if config.preview_per_class:
+                        picture = run / SAMPLES_FOLDER / f"{saved_at:012d}.png"
+                        shown = (config.preview_per_class, config.preview_steps)
+                        show = partial(write_preview, picture, described, state.ema.weights, *shown, stop)
+                        _or_warn(f"sample grid after {saved_at} images", show)
     return run / MODEL_FOLDER
 
 
@@ -383,8 +390,8 @@ def _or_warn(what: str, action: Callable[[], None]) -> None:
         action()
     except OSError as error:
         warn(f"no {what}: {error.filename}: {error.strerror}")
-    except (ValueError, RuntimeError) as error:  # of a picture; of PyTorch, such as too little memory
-        warn(f"no {what}: {error}")
+    except Exception as error:  # memory, a font: the checkpoint is written, and the run is worth more
+        warn(f"no {what}: {str(error) or type(error).__name__}")
 
 
 def _labels(

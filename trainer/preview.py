@@ -19,7 +19,6 @@ from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
 
 PREVIEW_ROWS = 10
-PICTURE_CHANNELS = (1, 3, 4)
 
 
 def preview(
@@ -68,11 +67,8 @@ def write_preview(
     """Draw a preview with some weights, and write it as a PNG file, unless the run is asked to stop meanwhile.
 
     Raises:
-        ValueError: images of a number of channels that no picture has.
         OSError: the file cannot be written; names it.
     """
-    if config.model.image_channels not in PICTURE_CHANNELS:
-        raise ValueError(f"{config.model.image_channels} channels cannot be shown as a picture")
     device = next(iter(weights.values())).device
     network = UNet(config.model).to(device).eval()
     network.load_state_dict(weights)

@@ -27,7 +27,10 @@ NAMES_OF_DATA = ("file", "folder")
 class Origin:
     """Where a run goes on."""
 
-    saved: SavedState
+    folder: Path
+    """Of the checkpoint."""
+    earlier: list[dict[str, Any]]
+    """What was changed at each earlier resume."""
     changes: dict[str, Any] | None
     """What this resume changes, for the provenance of later checkpoints; None: nothing."""
 
@@ -43,8 +46,7 @@ class Origin:
     @property
     def history(self) -> list[dict[str, Any]]:
         """What was changed at each resume so far."""
-        earlier = self.saved.config.provenance.get("resumed", [])
-        return [*earlier, *([] if self.changes is None else [self.changes])]
+        return [*self.earlier, *([] if self.changes is None else [self.changes])]
 
 
 def resumed_config(run: Path, preset: str) -> TrainConfig:
@@ -61,7 +63,7 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
     try:
         config = read_config(folder)
     except CheckpointError as error:
-        raise TrainError(f"{error}. {_way_out(run)}") from error
+        raise TrainError(f"{error}. {way_out(run)}") from error
     assert isinstance(config, CheckpointConfig)  # noqa: S101  # what the trainer writes
     command = shlex.split(config.provenance.get("command", ""))
     if command[:2] == ["iddpm", "train"] and command[2:3] != [preset]:
@@ -69,7 +71,9 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
     return _trained_with(folder, config)
 
 
-def find_origin(run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool) -> Origin:
+def find_origin(
+    run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool
+) -> tuple[SavedState, Origin]:
     """Read the newest checkpoint of a run, and check that the run may go on from there.
 
     Args:
@@ -78,13 +82,16 @@ def find_origin(run: Path, config: TrainConfig, dataset: Dataset, *, accept_chan
         dataset: what it shall go on with.
         accept_changed_data: go on although the data are not those of the checkpoint.
 
+    Returns:
+        What the checkpoint holds, and what to remember of it.
+
     Raises:
         TrainError: a damaged checkpoint, a field that a resumed run may not change, or other data.
     """
     try:
         saved = train_state.read(newest_checkpoint(run))
     except CheckpointError as error:
-        raise TrainError(f"{error}. {_way_out(run)}") from error
+        raise TrainError(f"{error}. {way_out(run)}") from error
     _refuse_other_classes(run, saved.config, dataset)
     changed = config.differences(_trained_with(saved.folder, saved.config))
     if refused := {name: values for name, values in changed.items() if name.split(".")[0] not in MAY_CHANGE_ON_RESUME}:
@@ -104,7 +111,8 @@ def find_origin(run: Path, config: TrainConfig, dataset: Dataset, *, accept_chan
                 "or mended), add --accept-changed-data: the run goes on with the data as they are now"
             )
         entry["data_before"] = before
-    return Origin(saved, entry if len(entry) > 1 else None)
+    earlier = list(saved.config.provenance.get("resumed", []))
+    return saved, Origin(saved.folder, earlier, entry if len(entry) > 1 else None)
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -148,8 +156,8 @@ def _trained_with(folder: Path, config: CheckpointConfig) -> TrainConfig:
         ) from error
 
 
-def _way_out(run: Path) -> str:
-    """Say how to go on without the newest checkpoint."""
+def way_out(run: Path) -> str:
+    """Say how to go on without the newest checkpoint, in a sentence."""
     *older, newest = checkpoints(run)
     for folder in reversed(older):
         try:

@@ -32,9 +32,9 @@ from trainer.run_folder import checkpoints, claimed
 IMAGES = 24
 
 
-def write_npz(path: Path, seed: int = 0, names: tuple[str, ...] = ("x", "y", "z"), channels: int = 1) -> Path:
+def write_npz(path: Path, seed: int = 0, names: tuple[str, ...] = ("x", "y", "z")) -> Path:
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (IMAGES, 6, 6, channels), dtype=np.uint8)
+    images = rng.integers(0, 256, (IMAGES, 6, 6, 1), dtype=np.uint8)
     np.savez(path, images=images, labels=np.arange(IMAGES) % len(names), classes=np.array(names))
     return path
 
@@ -150,6 +150,18 @@ def test_a_run_that_diverges_before_its_first_checkpoint_starts_again(npz: Path,
     assert caught.value.resume_with is None
     assert not (tmp_path / "run" / "model").exists()
     train(tiny(total_images=4, lr=1e-4), npz, tmp_path / "run")
+
+
+def test_a_diverged_checkpoint_of_an_older_version_is_named_and_the_one_before_offered(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    newest = checkpoints(tmp_path / "run")[-1]
+    path = newest / "state" / "train_state.safetensors"
+    save_file({name: tensor + 100 if "raw.out" in name else tensor for name, tensor in load_file(path).items()}, path)
+    forget_hashes(newest)
+    with pytest.raises(TrainError, match=r"had diverged already\. The checkpoint after 4 images is whole: to continue"):
+        train(tiny(total_images=12), tmp_path / "toy.npz", tmp_path / "run", resume=True)
 
 
 # --- damaged checkpoints
@@ -409,20 +421,21 @@ def test_a_log_line_on_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> N
 
 
 def test_what_a_run_can_do_without_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_npz(tmp_path / "two.npz", channels=2)
-    config = tiny(total_images=4, log_every_batches=1).with_overrides({"model.image_channels": 2})
+    def fail_without_words(*_: object) -> None:
+        raise MemoryError
 
     def fail(path: Path, _: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(loop, "append_line", fail)
-    train(config, data, tmp_path / "run")
+    monkeypatch.setattr("trainer.preview.preview", fail_without_words)
+    train(tiny(total_images=4, log_every_batches=1), npz, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     log = tmp_path / "run" / "log.jsonl"
     assert f"warning: no line in the log: {log}: No space left on device" in lines
-    assert "warning: no preview: 2 channels cannot be shown as a picture" in lines
+    assert "warning: no sample grid after 4 images: MemoryError" in lines
 
 
 def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.MonkeyPatch) -> None:
