@@ -93,7 +93,7 @@ def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> N
 
 
 def write_images(out: Path, images: list[SampledImage]) -> None:
-    """Write one file per image into a folder, or all into one file of `ONE_FILE`; each appears whole or not at all.
+    """Write one file per image into a folder, or all into one file of `ONE_FILE`.
 
     Raises:
         OSError: a file cannot be written, for one because the disk is full; names it.
@@ -112,5 +112,17 @@ def write_images(out: Path, images: list[SampledImage]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     for image in images:
-        write_file(out / f"{image.seed}_{image.image_index}.png", encode(image.pixels))
+        _write_new(out / f"{image.seed}_{image.image_index}.png", encode(image.pixels))
     typer.echo(f"wrote {len(images)} images to {out}")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write one of many files, or remove what was written of it."""
+    from diffusion.disk_errors import disk_errors_name
+
+    with disk_errors_name(path):
+        try:
+            path.write_bytes(content)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise

@@ -9,10 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+LOCK_SECONDS = 2.0
+"""Longest wait for a lock; who holds one longer is no writer of ours."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -39,13 +43,15 @@ def made_and_held(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
 
 
 @contextmanager
-def renaming_in(folder: Path) -> Iterator[None]:
-    """Keep others that rename or clean up in a folder waiting; takes milliseconds."""
+def renaming_in(folder: Path) -> Iterator[bool]:
+    """Keep others that rename or clean up in a folder waiting, which takes them milliseconds.
+
+    Yields:
+        Whether that is so: not where the file system has no locks, or somebody else holds this one.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # no locks here; then `remove_leftovers` removes nothing either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield _lock_soon(descriptor)
     finally:
         os.close(descriptor)
 
@@ -55,12 +61,10 @@ def remove_leftovers(path: Path) -> None:
 
     Of a writer that was killed between its two renames, the old folder takes its name again.
     """
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() or not _leftovers(path):
         return
-    with renaming_in(path.parent):
-        for left in sorted(path.parent.iterdir()):
-            if left.is_symlink() or not left.name.startswith((f".{path.name}.new-", f".{path.name}.old-")):
-                continue
+    with renaming_in(path.parent) as locked:
+        for left in _leftovers(path) if locked else []:
             if not _is_abandoned(left):
                 continue
             if left.name.startswith(f".{path.name}.old-") and not path.exists():
@@ -69,6 +73,12 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Return what is, or was, being written for a path, new ones first."""
+    begin = (f".{path.name}.new-", f".{path.name}.old-")
+    return sorted(left for left in path.parent.iterdir() if left.name.startswith(begin) and not left.is_symlink())
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -80,6 +90,21 @@ def _is_abandoned(path: Path) -> bool:
         return _try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock_soon(descriptor: int) -> bool:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        except OSError:
+            return False
+        else:
+            return True
 
 
 def _try_lock(descriptor: int) -> bool:

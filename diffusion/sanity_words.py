@@ -23,12 +23,9 @@ class Words:
 
     def describe(self, changes: Mapping[str, Any], model: ModelConfig) -> str:
         """Describe fields of ours that are changed as the source would: `num_heads=4`."""
-        if self.diffusers:
-            return ", ".join(_of_diffusers(name, value, model) for name, value in changes.items())
-        if set(changes) == {"attention_order"}:
-            return f"use_new_attention_order={changes['attention_order'] == 'new'}"
-        names = [name for name in changes if changes[name] is not None]
-        return ", ".join(f"{'diffusion_steps' if name == 'num_timesteps' else name}={changes[name]}" for name in names)
+        given = {name: value for name, value in changes.items() if value is not None}
+        words = _of_diffusers if self.diffusers else _of_flags
+        return ", ".join(words(name, value, model) for name, value in given.items())
 
 
 FLAGS = Words(
@@ -60,6 +57,12 @@ def words_for(config: CheckpointConfig) -> Words:
             eps_prediction=FLAGS.eps_prediction,
         )
     return FLAGS
+
+
+def _of_flags(name: str, value: Any, _: ModelConfig) -> str:
+    if name == "attention_order":
+        return f"use_new_attention_order={value == 'new'}"
+    return f"{'diffusion_steps' if name == 'num_timesteps' else name}={value}"
 
 
 def _of_diffusers(name: str, value: Any, model: ModelConfig) -> str:

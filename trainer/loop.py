@@ -126,6 +126,11 @@ def _train(
         say(f"continuing after {state.images_seen} images{origin.description}")
     del saved  # as large as the network and its optimiser
     _begin_files(run, config, state.images_seen)
+    if config.total_images < config.lr_warmup_images:
+        warn(
+            f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that takes "
+            f"lr_warmup_images, {config.lr_warmup_images}"
+        )
 
     def losses_of(batch: Batch, rows: slice) -> TrainingLosses:
         t, x0, noise = (part[rows].to(device) for part in (batch.t, batch.x0, batch.noise))

@@ -109,6 +109,16 @@ def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tm
     assert {path.name for path in tmp_path.iterdir()} == {"model", live.name, ".models.new-00000000"}
 
 
+def test_a_lock_that_somebody_else_holds_ends_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.leftovers.LOCK_SECONDS", 0.05)
+    (tmp_path / ".file.new-1").touch()
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    write_file(tmp_path / "file", b"new")
+    os.close(holder)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.new-1"}
+
+
 def test_a_writer_killed_between_its_renames_gives_the_old_folder_back(tmp_path: Path) -> None:
     for name in (".model.old-1", ".model.new-1"):
         (tmp_path / name).mkdir()

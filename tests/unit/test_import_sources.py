@@ -276,7 +276,8 @@ def test_advice_fits_where_weights_came_from() -> None:
     assert theirs.describe({"num_timesteps": 4000, "noise_schedule": "cosine"}, config.model) == (
         "num_train_timesteps=4000, beta_schedule=squaredcos_cap_v2"
     )
-    assert theirs.describe({"num_heads": 2}, config.model) == "attention_head_dim=16 (2 heads)"
+    heads = {"num_heads": 2, "num_head_channels": None, "num_heads_upsample": None}
+    assert theirs.describe(heads, config.model) == "attention_head_dim=16 (2 heads)"
 
 
 def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:

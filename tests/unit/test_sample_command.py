@@ -142,12 +142,13 @@ def test_a_place_that_is_taken_is_refused_before_a_model_is_loaded(tmp_path: Pat
     assert (code, message in output) == (1, True)
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("out", "named"), [("x.png", "x.png"), ("pictures", "pictures/1_0.png")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(model: Path, tmp_path: Path, out: str, named: str) -> None:
     with longest_file(20):
-        code, output = sample(model, "--steps", "2", "--out", str(tmp_path / "x.png"))
+        code, output = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path / out))
     assert code == 1
-    assert output.endswith(f"error: [Errno 27] File too large: '{tmp_path / 'x.png'}'")
-    assert list(tmp_path.iterdir()) == []
+    assert output.endswith(f"error: [Errno 27] File too large: '{tmp_path / named}'")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_model_may_be_named(model: Path, tmp_path: Path) -> None:
