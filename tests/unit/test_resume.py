@@ -97,6 +97,15 @@ def test_a_run_goes_on_with_its_own_configuration(npz: Path, tmp_path: Path) -> 
         resumed_config(tmp_path / "run", "fashion32")
 
 
+def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None:
+    train(tiny(total_images=20), npz, tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n{"images": 32, "lo')
+    train(tiny(total_images=32), npz, tmp_path / "run", resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [8, 16, 20, 28, 32]
+
+
 # --- data
 
 
