@@ -85,8 +85,8 @@ def train(
 
     Raises:
         TrainError: the folder is not free, or holds no run that can go on like this; a run that diverged; a checkpoint
-            that cannot be written.
-        DataError: data that cannot be trained on. What was trained until then is saved.
+            that cannot be written; an image that cannot be read. What was trained until then is saved.
+        DataError: an image that cannot be read, before there is anything to save.
         Stopped: the run was asked to stop, and has.
     """
     _refuse_distributed()
@@ -184,11 +184,13 @@ def _train(
                 if stop():
                     raise Stopped(state.images_seen)
                 batch = draw(config, dataset, state.images_seen, timestep_sampler)
-            except (DataError, Stopped):
+            except (DataError, Stopped) as error:
                 if window:
                     report(lr)
                 if batch is not None and state.images_seen > saved_at:
                     save(batch)
+                if isinstance(error, DataError) and checkpoints(run):
+                    raise TrainError(str(error), resume_with=()) from error
                 raise
 
             # Accumulate the gradient of the batch's mean

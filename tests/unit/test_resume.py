@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -123,6 +124,24 @@ def test_data_may_be_renamed_and_are_changed_only_when_that_is_accepted(npz: Pat
         "other.npz",
     ]
     train(tiny(total_images=16), npz, run, resume=True)  # these are the run's data from now on
+
+
+def test_a_folder_may_be_renamed_and_a_removed_or_mended_image_be_accepted(tmp_path: Path) -> None:
+    folder, run = tmp_path / "data", tmp_path / "run"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("L", (8, 8), 40 * index).save(folder / name / f"{index}.png")
+    train(tiny(total_images=4), folder, run)
+    folder = folder.rename(tmp_path / "renamed")
+    train(tiny(total_images=8), folder, run, resume=True)
+    Image.effect_noise((8, 8), 50).save(folder / "a" / "0.png")
+    with pytest.raises(TrainError, match="sizes_sha256 was"):
+        train(tiny(total_images=12), folder, run, resume=True)
+    (folder / "a" / "0.png").unlink()
+    with pytest.raises(TrainError, match=r"images was 6, is 5\. .* add --accept-changed-data"):
+        train(tiny(total_images=12), folder, run, resume=True)
+    train(tiny(total_images=12), folder, run, resume=True, accept_changed_data=True)
 
 
 def test_data_with_other_classes_are_refused_in_any_case(npz: Path, tmp_path: Path) -> None:
@@ -278,8 +297,9 @@ def test_an_image_that_cannot_be_read_costs_nothing_that_was_trained(
         return images(indices)
 
     monkeypatch.setattr(dataset, "images", fail_third)
-    with pytest.raises(DataError, match=r"bee\.png"):
+    with pytest.raises(TrainError, match=r"bee\.png") as caught:
         loop.train(resolve(tiny(), dataset), dataset, tmp_path / "run")
+    assert caught.value.resume_with == ()
     assert [int(path.name) for path in checkpoints(tmp_path / "run")] == [8]
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["images"] == 8
 
