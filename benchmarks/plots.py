@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.atomic_file import replace_file
 from diffusion.extras import install_command
 
 
@@ -34,7 +35,7 @@ def draw_curves(
         powers_of_two: whether x counts something that doubles.
 
     Returns:
-        Whether anything was drawn: not without matplotlib, which is said on stderr.
+        Whether anything was drawn: not without matplotlib or on a full disk, which is said on stderr.
     """
     try:
         import matplotlib as mpl
@@ -63,6 +64,12 @@ def draw_curves(
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(y_label)
     axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    kind = path.suffix.removeprefix(".")
+    try:
+        replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format=kind))
+    except OSError as error:
+        print(f"{path} was not drawn: {error.strerror}", file=sys.stderr)
+        return False
+    finally:
+        plt.close(figure)
     return True

@@ -26,8 +26,8 @@ def ema_command(
         from diffusion.checkpoint import write_checkpoint
         from diffusion.checkpoint_config import read_config
         from diffusion.config import CheckpointConfig
-        from trainer.loop import EMA_FOLDER, MODEL_FOLDER
         from trainer.posthoc_ema import Profile, combine, fit_profile, list_snapshots
+        from trainer.run_folder import EMA_FOLDER, MODEL_FOLDER
 
     try:
         snapshots = list_snapshots(run / EMA_FOLDER)

@@ -31,6 +31,9 @@ def import_command(
     scheduler: Annotated[
         Path | None, typer.Option(help="diffusers: the scheduler_config.json, if it is not in the folder.")
     ] = None,
+    unet: Annotated[
+        str | None, typer.Option(help="diffusers: subfolder of the network; default unet_ema, else unet.")
+    ] = None,
     null_class: Annotated[
         bool, typer.Option("--null-class", help="diffusers: the last label stands for 'no label'.")
     ] = False,
@@ -46,14 +49,16 @@ def import_command(
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out must not exist yet; {out} does")
+        if not path.exists():
+            raise ValueError(f"there is nothing at {path}")
         if path.is_dir():
             if preset is not None or repo is not None or flag or flags:
                 raise ValueError("a diffusers folder describes itself; --preset, --repo, --flag, --flags are for files")
             with needs_extra("torch"):
-                report = _import_folder(path, scheduler, null_class, class_names, out, allow_failed_sanity_check)
+                report = _import_folder(path, scheduler, unet, null_class, class_names, out, allow_failed_sanity_check)
         else:
-            if scheduler is not None or null_class:
-                raise ValueError(f"--scheduler and --null-class are for diffusers folders; {path} is none")
+            if scheduler is not None or unet is not None or null_class:
+                raise ValueError(f"--scheduler, --unet and --null-class are for diffusers folders; {path} is none")
             with needs_extra("torch"):
                 config = _with_class_names(resolve(path, preset, repo, flag or [], flags), class_names)
                 report = _import_file(path, preset, config, out, allow_failed_sanity_check)
@@ -81,19 +86,29 @@ def _import_file(
     if preset is not None:
         typer.secho(f"licence: {PUBLISHED[preset].licence}", fg="yellow")
     typer.echo(f"reading and checking {file} ...")
-    return import_checkpoint(file, config, out, allow_failed_check)
+    return import_checkpoint(file, config, out, allow_failed_check, _note)
 
 
 def _import_folder(
-    path: Path, scheduler: Path | None, null_class: bool, class_names: Path | None, out: Path, allow_failed_check: bool
+    path: Path,
+    scheduler: Path | None,
+    unet: str | None,
+    null_class: bool,
+    class_names: Path | None,
+    out: Path,
+    allow_failed_check: bool,
 ) -> SanityReport:
     from diffusion.import_diffusers import describe_folder, import_folder, open_folder
 
-    folder = open_folder(path, scheduler)
+    folder = open_folder(path, scheduler, unet)
     config = _with_class_names(describe_folder(folder, null_class), class_names)
     typer.echo(summary(config))
     typer.echo(f"reading and checking {folder.weights} ...")
-    return import_folder(folder, config, out, allow_failed_check)
+    return import_folder(folder, config, out, allow_failed_check, _note)
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}")
 
 
 def resolve(
@@ -115,6 +130,8 @@ def resolve(
             raise ValueError(f"unknown preset {preset!r}; allowed: {presets}")
         return PUBLISHED[preset].config
     if repo is None:
+        if (file.parent / "config.json").is_file():
+            raise ValueError(f"{file.name} is described by the config.json beside it: import the folder, {file.parent}")
         named = [model.name for model in PUBLISHED.values() if model.file_name == file.name]
         hint = f"{file.name} is the published name of --preset {named[0]}" if named else f"presets: {presets}"
         raise ValueError(f"say what the weights are: --preset NAME, or --repo improved|guided and flags; {hint}")

@@ -11,7 +11,7 @@ import typer
 from cli.errors import fail
 
 if TYPE_CHECKING:
-    from cli.sampled import SampledImage
+    from cli.sampled import CheckImages, SampledImage
 
 
 def sample_command(
@@ -19,7 +19,7 @@ def sample_command(
         Path, typer.Option("--out", "-o", help="Folder for SEED_INDEX.png, or a file: .png, .webp, .jpg, .npz.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder; with --url the name of a served model, default its first.")
+        str | None, typer.Option(help="Model folder; with --url the name of a served model, default its first.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Ask the service there, http://HOST:PORT; /v1 at the end is dropped.")
@@ -49,7 +49,7 @@ def sample_command(
     from pydantic import ValidationError
 
     from cli.client import ClientError
-    from cli.sampled import refuse_other_files, write_images
+    from cli.sampled import refuse_impossible_pictures, refuse_other_files, write_images
     from diffusion.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
@@ -65,7 +65,11 @@ def sample_command(
     }
     try:
         refuse_other_files(out)
-        images = _sample({k: v for k, v in asked.items() if v is not None}, n, at_once, model, url, key)
+
+        def check(channels: int, size: int) -> None:
+            refuse_impossible_pictures(out, channels, size, n)
+
+        images = _sample({k: v for k, v in asked.items() if v is not None}, n, at_once, model, url, key, check)
         ids = sorted({image.numerics_id for image in images})  # several: replicas that differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
         write_images(out, images)
@@ -76,16 +80,22 @@ def sample_command(
 
 
 def _sample(
-    asked: dict[str, Any], n: int, at_once: int, model: str | None, url: str | None, key: str | None
+    asked: dict[str, Any],
+    n: int,
+    at_once: int,
+    model: str | None,
+    url: str | None,
+    key: str | None,
+    check: CheckImages,
 ) -> list[SampledImage]:
     if url is not None:
         from cli.client import Client
         from cli.sample_there import sample_there
 
         with Client(url, key=key) as client:
-            return sample_there(client, asked if model is None else {**asked, "model": model}, n, at_once)
+            return sample_there(client, asked if model is None else {**asked, "model": model}, n, at_once, check)
     if model is None:
         fail("--model FOLDER or --url ADDRESS must be given", code=2)
     from cli.sample_here import sample_here
 
-    return sample_here(Path(model), asked, n)
+    return sample_here(Path(model), asked, n, check)

@@ -13,24 +13,25 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli.asking import requests
-from cli.sampled import SampledImage
+from cli.sampled import CheckImages, SampledImage
 
 if TYPE_CHECKING:
     from diffusion.images import Uint8Array
     from service.engine.request import ImageParams
 
 
-def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImage]:
+def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) -> list[SampledImage]:
     """Sample images from a model folder.
 
     Args:
-        folder: the model.
+        model: its folder, as FOLDER or NAME=FOLDER.
         asked: fields of a request, the seed among them.
         n: images.
+        check: called when the model is loaded.
 
     Raises:
         ValidationError: a field, or a setting in the environment, breaks a rule.
-        ValueError: a variable in the environment that looks like a setting and is none.
+        ValueError: a variable in the environment that looks like a setting and is none; also of `check`.
         InvalidRequest: a field breaks a rule of the model.
         ModelError: a model that cannot be run.
         GenerationFailed: an image failed.
@@ -47,9 +48,11 @@ def sample_here(folder: Path, asked: dict[str, Any], n: int) -> list[SampledImag
     from service.settings import Settings, refuse_unknown_variables
 
     refuse_unknown_variables()
-    settings = Settings(models=(folder,), host="127.0.0.1")  # nobody listens
+    settings = Settings(models=(model,), host="127.0.0.1")  # nobody listens
     config = settings.engine_config()
+    (folder,) = settings.model_folders.values()
     backend = load_denoiser(folder, settings.backend, settings.backend_options())
+    check(backend.config.model.image_channels, backend.config.model.image_size)
     served = served_model("model", backend, backend.numerics_id)
     params: list[ImageParams] = []
     for fields in requests(asked, n, MAX_IMAGES, lambda: served.class_names or ()):

@@ -13,17 +13,17 @@ import typer
 from cli.asking import requests
 from cli.client import Client, ConnectionLost, Event, ProgressEvent, QueuedEvent, pixels_of
 from cli.retries import log as retries_log
-from cli.sampled import SampledImage
+from cli.sampled import CheckImages, SampledImage
 
 if TYPE_CHECKING:
-    from service.api.schemas import GeneratedImage, GenerateResponse
+    from service.api.schemas import GeneratedImage, GenerateResponse, ModelInfo
 
 
 TRIES = 3
 """Times that a request is sent whose stream breaks off."""
 
 
-def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int) -> list[SampledImage]:
+def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int, check: CheckImages) -> list[SampledImage]:
     """Ask a service for images, as many requests after each other as it takes.
 
     Args:
@@ -31,18 +31,23 @@ def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int) ->
         asked: fields of a request, the seed among them.
         n: images.
         at_once: most of them in a request.
+        check: called before the first request, where the service has such a model.
 
     Raises:
         ClientError: a request did not come to its answer.
+        ValueError: of `check`.
     """
     images: list[SampledImage] = []
-    with _retries_told(), typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
-        shown = _Shown(bar, n)
-        for fields in requests(asked, n, at_once, lambda: _class_names(client, asked.get("model"))):
-            # npz: pixels of any number of channels
-            answer = _ask(client, {**fields, "format": "npz"}, shown)
-            images += [_sampled(image, answer.numerics_id) for image in answer.images]
-            shown.next_request()
+    with _retries_told():
+        if (found := _find_model(client, asked.get("model"))) is not None:
+            check(found.image_channels, found.image_size)
+        with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
+            shown = _Shown(bar, n)
+            for fields in requests(asked, n, at_once, lambda: _class_names(client, asked.get("model"))):
+                # npz: pixels of any number of channels
+                answer = _ask(client, {**fields, "format": "npz"}, shown)
+                images += [_sampled(image, answer.numerics_id) for image in answer.images]
+                shown.next_request()
     return images
 
 
@@ -113,8 +118,12 @@ class _Shown:
 
 
 def _class_names(client: Client, model: str | None) -> list[str]:
-    found = [known for known in client.models() if model in (None, known.name)]
-    return (found[0].classes if found else None) or []
+    found = _find_model(client, model)
+    return (found.classes if found is not None else None) or []
+
+
+def _find_model(client: Client, name: str | None) -> ModelInfo | None:
+    return next((known for known in client.models() if name in (None, known.name)), None)
 
 
 def _sampled(image: GeneratedImage, numerics_id: str) -> SampledImage:

@@ -13,7 +13,8 @@ from cli.errors import fail
 
 def serve_command(
     model: Annotated[
-        list[Path] | None, typer.Option(help="Model folder; repeat for several, the first is the default.")
+        list[Path] | None,
+        typer.Option(help="Model folder, FOLDER or NAME=FOLDER; repeat for several, the first is the default."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1; '': all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,

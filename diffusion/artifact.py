@@ -30,6 +30,7 @@ from diffusion.checkpoint_config import (
 )
 from diffusion.classifier_folder import CLASSIFIER_FOLDER, find_classifier, misfit
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
+from diffusion.file_content import describe_wrong_content
 from diffusion.json_files import read_object
 
 MANIFEST_FILE = "manifest.json"
@@ -207,7 +208,8 @@ def read_artifact(folder: Path) -> Manifest:
         if not file.is_file() or file.is_symlink():
             raise ArtifactError(f"{file} is missing (or no plain file); export the checkpoint again")
         if file.stat().st_size != entry.size:
-            raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it is damaged")
+            problem = describe_wrong_content(file, may_be_text=True) or "is damaged"
+            raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it {problem}")
         if file_entry(file).sha256 != entry.sha256:
             raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
     graphs = [name for name in (MODEL_FILE, GRADIENT_FILE) if name in manifest.files]

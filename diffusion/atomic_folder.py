@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from diffusion.disk_errors import disk_errors_name
 from diffusion.json_files import read_object
+from diffusion.leftovers import aside_name, made_and_held, remove_leftovers, renaming_in, temporary_name
 
 
 def may_replace(folder: Path, marker: str, fields: Collection[str]) -> bool:
@@ -33,24 +34,29 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Everything goes to a hidden sibling folder first, is fsynced, and takes the name in one rename. An old folder of
     that name is moved aside just before and deleted just after. If anything fails, the old one is still there and the
-    temporary folder is gone. If the process is killed, a folder named `.NAME.new-*` may be left over; between the two
-    renames, the old folder is left as `.NAME.old-*` and the new one as `.NAME.new-*`, both whole.
+    temporary folder is gone. What a killed process leaves behind, the next writer of that name removes; where it was
+    killed between the two renames, the old folder is put back first.
 
     Args:
         folder: where it shall be; missing parents are made.
         write: called once with the empty temporary folder, to fill it; whatever it raises goes on to the caller.
+
+    Raises:
+        OSError: it cannot be written, for one because the disk is full; names `folder`.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir()
-        write(temporary)
-        _sync_tree(temporary)
-        _rename_into_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    remove_leftovers(folder)
+    temporary = temporary_name(folder)
+    with disk_errors_name(folder):
+        try:
+            with made_and_held(temporary, Path.mkdir):
+                write(temporary)
+                _sync_tree(temporary)
+                _rename_into_place(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _sync_tree(folder: Path) -> None:
@@ -67,15 +73,16 @@ def _sync(path: Path) -> None:
 
 
 def _rename_into_place(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old-{uuid.uuid4().hex[:8]}") if folder.exists() else None
-    if old is not None:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
+    with renaming_in(folder.parent):
+        old = aside_name(folder) if folder.exists() else None
         if old is not None:
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old is not None:
+                old.rename(folder)
+            raise
+        _sync(folder.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -26,6 +26,7 @@ from diffusion.checkpoint_config import (
 from diffusion.classifier import Classifier
 from diffusion.classifier_folder import find_classifier, misfit
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.file_content import describe_wrong_content
 from diffusion.unet import UNet
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -109,11 +110,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: a truncated or damaged file, one that cannot be read, or a tensor that is not floating point.
     """
     try:
+        if problem := describe_wrong_content(path):
+            raise CheckpointError(f"{path} {problem}")
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated, no safetensors file, or not readable by this user: {error}"
-        ) from error
+        raise CheckpointError(f"{path} is no safetensors file, or not readable by this user: {error}") from error
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} must be floating point; got {tensor.dtype}")

@@ -53,7 +53,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path.parent} is no checkpoint folder: it has no {path.name}") from error
+        inside = path.parent / "model"  # of a training run
+        hint = f"; {inside} is one" if (inside / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(f"{path.parent} is no checkpoint folder: it has no {path.name}{hint}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except ValueError as error:

@@ -61,15 +61,23 @@ def grid(images: Uint8Array, columns: int | None = None) -> Uint8Array:
         uint8 [rows * (H + gap) - gap, columns * (W + gap) - gap, C].
     """
     count, height, width, channels = images.shape
-    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
-    rows = -(-count // columns)
-    sheet = np.full(
-        (rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP, channels), 255, np.uint8
-    )
+    columns = _columns(count, columns)
+    sheet = np.full((*grid_size(count, height, width, columns), channels), 255, np.uint8)
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + GRID_GAP), (index % columns) * (width + GRID_GAP)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def grid_size(count: int, height: int, width: int, columns: int | None = None) -> tuple[int, int]:
+    """Return height and width of a `grid` of images of one size."""
+    columns = _columns(count, columns)
+    rows = -(-count // columns)
+    return rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP
+
+
+def _columns(count: int, columns: int | None) -> int:
+    return min(count, columns or int(np.ceil(np.sqrt(count))))
 
 
 def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:

@@ -5,6 +5,7 @@ Only JSON and safetensors are read; the library is not needed, and nothing is un
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ from diffusion.diffusers_weights import expected_weights, from_diffusers, with_c
 from diffusion.import_openai import write_if_sane
 from diffusion.json_files import read_object
 from diffusion.sanity_check import SanityReport
+from diffusion.wrapped_names import without_wrappers
 
+NETWORK_FOLDERS = ("unet_ema", "unet")
+"""Subfolders that may hold the network, the better one first."""
+ANCHOR = "conv_in.weight"
+"""A weight that every UNet2DModel has."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,15 +56,19 @@ class DiffusersFolder:
     weights: Path
     ours: CheckpointConfig | None
     """The configuration that `iddpm export` left in the folder, which agrees with the other two."""
+    notes: tuple[str, ...] = ()
+    """What was chosen among several possibilities."""
 
 
-def open_folder(path: Path, scheduler: Path | None = None) -> DiffusersFolder:
+def open_folder(path: Path, scheduler: Path | None = None, network: str | None = None) -> DiffusersFolder:
     """Read the configurations of a diffusers folder, and find its weights.
 
     Args:
         path: a pipeline's folder (`model_index.json`, `unet/`, `scheduler/`), a UNet2DModel's own (`config.json` and
             the weights), or both in one, as the first published ones were and `iddpm export` writes them.
         scheduler: the `scheduler_config.json`; None: looked for in the folder, its `scheduler/` and the one beside it.
+        network: the subfolder of the network; None: `unet_ema`, the averaged weights of diffusers' training scripts,
+            where it is there, else `unet`, else the folder itself.
 
     Raises:
         CheckpointError: a folder that is none of these, whose weights are pickled or sharded, that holds another class
@@ -67,7 +77,7 @@ def open_folder(path: Path, scheduler: Path | None = None) -> DiffusersFolder:
     index = path / INDEX_FILE
     if index.is_file():
         _check_index(index)
-    unet_folder = path / "unet" if (path / "unet" / CONFIG_FILE).is_file() else path
+    unet_folder, notes = _find_network(path, network)
     config_file = unet_folder / CONFIG_FILE
     if not config_file.is_file():
         raise CheckpointError(f"{path} is no diffusers folder: it has neither {CONFIG_FILE} nor unet/{CONFIG_FILE}")
@@ -87,7 +97,7 @@ def open_folder(path: Path, scheduler: Path | None = None) -> DiffusersFolder:
         raise CheckpointError(f"{scheduler_file}: {_in_words(error)}") from error
     ours = _read_ours(path / OURS_FILE, unet, process) if (path / OURS_FILE).is_file() else None
     names_variance = scheduler_content["_class_name"] == "DDPMScheduler"
-    return DiffusersFolder(unet, process, names_variance, _find_weights(unet_folder), ours)
+    return DiffusersFolder(unet, process, names_variance, _find_weights(unet_folder), ours, notes)
 
 
 def describe_folder(folder: DiffusersFolder, null_class: bool = False) -> CheckpointConfig:
@@ -123,14 +133,18 @@ def describe_folder(folder: DiffusersFolder, null_class: bool = False) -> Checkp
             f"variance_type must be {'learned_range' if model.learn_sigma else 'of a fixed kind'} for a network with "
             f"{folder.unet.out_channels} output channels for {folder.unet.in_channels}; got {given}"
         )
-    notes = sampling_notes(folder.scheduler)
+    notes = [*folder.notes, *sampling_notes(folder.scheduler)]
     if not folder.names_variance:
         notes.append("a DDIMScheduler names no variance; fixed_small is what it samples with eta = 1")
     return CheckpointConfig(model=model, diffusion=diffusion, provenance={"source": "diffusers", "notes": notes})
 
 
 def import_folder(
-    folder: DiffusersFolder, config: CheckpointConfig, out: Path, allow_failed_check: bool = False
+    folder: DiffusersFolder,
+    config: CheckpointConfig,
+    out: Path,
+    allow_failed_check: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
     """Turn a diffusers folder into a checkpoint folder, unless its network does not predict what it should.
 
@@ -139,6 +153,7 @@ def import_folder(
         config: from `describe_folder`, perhaps with class names added.
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
+        say: told what was noted.
 
     Returns:
         What the sanity check found; the folder was written if it passed, or if that was allowed.
@@ -146,7 +161,13 @@ def import_folder(
     Raises:
         CheckpointError: weights that cannot be read or do not fit the configuration; nothing is written.
     """
-    theirs = with_current_names(read_safetensors(folder.weights))
+    plain, taken = without_wrappers(read_safetensors(folder.weights), ANCHOR)
+    if notes := [f"{prefix!r} in the names of weights: left out" for prefix in taken]:
+        for note in notes:
+            say(note)
+        notes = [*config.provenance.get("notes", []), *notes]
+        config = config.replace(provenance={**config.provenance, "notes": notes})
+    theirs = with_current_names(plain)
     if problems := shape_differences(shapes_of(expected_weights(config.model)), shapes_of(theirs)):
         raise CheckpointError(f"{folder.weights} does not fit {CONFIG_FILE}: {'; '.join(problems)}")
     try:
@@ -164,6 +185,21 @@ def _check_index(index: Path) -> None:
             f"{index}: a pipeline of a network and a scheduler is needed; this one also has {', '.join(more)}, so that "
             "its network does not work on pixels alone"
         )
+
+
+def _find_network(path: Path, named: str | None) -> tuple[Path, tuple[str, ...]]:
+    """Return the folder of the network, and what there is to say about the choice."""
+    found = [name for name in NETWORK_FOLDERS if (path / name / CONFIG_FILE).is_file()]
+    if named is not None:
+        if not (path / named / CONFIG_FILE).is_file():
+            there = f"; there are {' and '.join(found)}" if found else ""
+            raise CheckpointError(f"{path / named} holds no {CONFIG_FILE} of a network{there}")
+        return path / named, ()
+    if not found:
+        return path, ()
+    if len(found) > 1:
+        return path / found[0], (f"{found[0]} was taken, the averaged weights; --unet {found[1]} takes the others",)
+    return path / found[0], ()
 
 
 def _find_scheduler(path: Path, unet_folder: Path) -> Path:

@@ -10,32 +10,43 @@ import hashlib
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import shapes_of, write_checkpoint
+from diffusion.checkpoint import read_safetensors, shapes_of, write_checkpoint
 from diffusion.checkpoint_config import AnyCheckpointConfig, CheckpointError
 from diffusion.config import CheckpointConfig
-from diffusion.openai_shapes import describe_mismatch
+from diffusion.file_content import describe_wrong_content, safetensors_size
+from diffusion.openai_shapes import ANCHOR, channels_to_infer, describe_mismatch
 from diffusion.sanity_check import SanityReport, check_predictions
+from diffusion.wrapped_names import without_wrappers
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a `.pt` file: float32 tensors on the CPU, by name.
+    """Read the weights of a `.pt` or `.safetensors` file: float32 tensors on the CPU, by name.
 
     Only tensors and plain containers are unpickled (`torch.load(weights_only=True)`); there is no way around it.
 
     Raises:
         CheckpointError: a file that cannot be read, is damaged, wants to run code, or holds something else.
     """
+    if not path.exists():
+        raise CheckpointError(f"there is nothing at {path}")
     try:
+        if problem := describe_wrong_content(path):
+            raise CheckpointError(f"{path} {problem}")
+        if safetensors_size(path) is not None:
+            return read_safetensors(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the errors handled here
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except CheckpointError:
+        raise
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refused(path, str(error))) from error
@@ -77,15 +88,23 @@ def _checked_weights(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def import_checkpoint(
-    path: Path, config: AnyCheckpointConfig, out: Path, allow_failed_check: bool = False
+    path: Path,
+    config: AnyCheckpointConfig,
+    out: Path,
+    allow_failed_check: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
     """Turn a `.pt` file into a checkpoint folder, unless its network does not predict what it should.
+
+    What wrappers put before the names of weights is taken out, and where no flag says how many channels images have,
+    the weights do; both are noted in the provenance.
 
     Args:
         path: the `.pt` file.
         config: what the network is and was trained for (`PUBLISHED`, or `config_from_flags`).
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
+        say: told what was noted.
 
     Returns:
         What the sanity check found; the folder was written if it passed, or if that was allowed.
@@ -93,7 +112,14 @@ def import_checkpoint(
     Raises:
         CheckpointError: a file that cannot be read, or weights that do not fit the configuration; nothing is written.
     """
-    weights = load_state_dict(path)
+    weights, taken = without_wrappers(load_state_dict(path), ANCHOR)
+    notes = [f"{prefix!r} in the names of weights: left out" for prefix in taken]
+    if (channels := channels_to_infer(config, shapes_of(weights))) is not None:
+        config = config.replace(model={**config.model.model_dump(), "image_channels": channels})
+        notes.append(f"image_channels: {channels}, read from the weights")
+    for note in notes:
+        say(note)
+    config = config.replace(provenance={**config.provenance, "notes": [*config.provenance.get("notes", []), *notes]})
     if problems := describe_mismatch(config, shapes_of(weights)):
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise CheckpointError(f"{path} does not fit the configuration:{lines}")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusion.file_content import describe_wrong_content
+
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file.
@@ -17,6 +19,8 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if problem := describe_wrong_content(path, may_be_text=True):
+            raise ValueError(f"{path} {problem}") from error
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")

@@ -31,6 +31,9 @@ Kind = Literal["image", "superres", "classifier"]
 NUM_CLASSES = 1000
 """Classes of every conditional model and classifier in OpenAI's code, however many the data has."""
 
+IMAGE_CHANNELS = 3
+"""Of every image in OpenAI's code."""
+
 CLASSIFIER_HEAD_CHANNELS = 64
 """Width of the classifiers' attention heads, which has no flag."""
 
@@ -98,8 +101,10 @@ def config_from_flags(repo: Repo, flags: Mapping[str, str]) -> AnyCheckpointConf
     """Resolve the flags a network was trained with, and the repository's defaults for the others.
 
     `large_size` or `small_size` mean a super-resolution model, a flag `classifier_*` other than `classifier_scale`,
-    `classifier_path` and `classifier_use_fp16` means a noisy classifier, anything else an image model. Two flags are
-    ours: `num_classes`, which OpenAI's code fixes at 1000, and `channel_mult` where a repository has no such flag.
+    `classifier_path` and `classifier_use_fp16` means a noisy classifier, anything else an image model. Some flags are
+    ours: `num_classes`, which OpenAI's code fixes at 1000, `channel_mult` where a repository has no such flag, and
+    `image_channels`, fixed at 3 there, which may also be called `in_channels` (of an image, also where a low-resolution
+    one is appended) or be meant by `out_channels`.
 
     Args:
         repo: `improved` (openai/improved-diffusion) or `guided` (openai/guided-diffusion).
@@ -141,6 +146,7 @@ def known_flags(repo: Repo, kind: Kind) -> dict[str, Flag]:
         return _classifier_flags() if repo == "guided" else {}
     guided = repo == "guided"
     flags = {
+        **_channel_flags(),
         "num_channels": Flag(_positive, 128),
         "num_res_blocks": Flag(_positive, 2),
         "num_heads": Flag(_positive, 4),
@@ -170,6 +176,7 @@ def known_flags(repo: Repo, kind: Kind) -> dict[str, Flag]:
 def _classifier_flags() -> dict[str, Flag]:
     return {
         "image_size": Flag(_positive, 64),
+        **_channel_flags(),
         "channel_mult": Flag(_multiples, None),
         "num_classes": Flag(_positive, NUM_CLASSES),
         "classifier_width": Flag(_positive, 128),
@@ -181,6 +188,23 @@ def _classifier_flags() -> dict[str, Flag]:
         "learn_sigma": Flag(_boolean, False),  # of the process, which the classifier's training never reverses
         **_process_flags(rescale_timesteps=False),
     }
+
+
+def _channel_flags() -> dict[str, Flag]:
+    return {name: Flag(_positive, None) for name in ("image_channels", "in_channels", "out_channels")}
+
+
+def _image_channels(values: Mapping[str, Any], outputs_per_channel: int | None) -> int:
+    """Return the channels of images from the flags that may say so, which must agree."""
+    said = {name: values[name] for name in ("image_channels", "in_channels") if values[name] is not None}
+    if outputs_per_channel is not None and (out_channels := values["out_channels"]) is not None:
+        said["out_channels"], rest = divmod(out_channels, outputs_per_channel)
+        if rest:
+            raise ValueError(f"flag out_channels must be even with learn_sigma True; got {out_channels}")
+    if len(set(said.values())) > 1:
+        words = ", ".join(f"{name} means {channels}" for name, channels in said.items())
+        raise ValueError(f"flags must agree in how many channels images have; {words}")
+    return next(iter(said.values()), IMAGE_CHANNELS)
 
 
 def _process_flags(rescale_timesteps: bool) -> dict[str, Flag]:
@@ -219,6 +243,7 @@ def _unet(repo: Repo, kind: Kind, values: Mapping[str, Any], notes: list[str]) -
         raise ValueError("flag num_classes needs class_cond True: an unconditional model has no label embedding")
     model = ModelConfig(
         image_size=size,
+        image_channels=_image_channels(values, 2 if values["learn_sigma"] else 1),
         model_channels=values["num_channels"],
         channel_mult=mults,
         num_res_blocks=values["num_res_blocks"],
@@ -252,6 +277,7 @@ def _classifier(values: Mapping[str, Any], notes: list[str]) -> ClassifierCheckp
     mults = values["channel_mult"] or _channel_mult("guided", "classifier", size)
     model = ClassifierConfig(
         image_size=size,
+        image_channels=_image_channels(values, None),
         model_channels=values["classifier_width"],
         channel_mult=mults,
         num_res_blocks=values["classifier_depth"],

@@ -7,7 +7,7 @@ back into flags here, and the flags are compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from diffusion.checkpoint import Shapes, expected_shapes, shape_differences
 from diffusion.checkpoint_config import AnyCheckpointConfig
@@ -23,6 +23,36 @@ CLASSIFIER_FLAGS = {
     "resblock_updown": "classifier_resblock_updown",
 }
 """What a classifier's flags are called where a UNet has one of the same meaning."""
+
+
+ANCHOR = "time_embed.0.weight"
+"""A weight that every network of these repositories has."""
+INPUT_CHANNELS, OUTPUT_CHANNELS = "large_size, small_size", "learn_sigma"
+"""Flags that show themselves in numbers of channels, as image_channels does."""
+CHANNEL_FLAGS = frozenset({"image_channels", "in_channels", "out_channels"})
+
+
+def channels_to_infer(config: AnyCheckpointConfig, shapes: Shapes) -> int | None:
+    """Return the channels of images as the weights tell them, where neither a preset nor a flag does.
+
+    None: there is nothing to infer, or the weights leave it open (6 input channels may be an image of 3 and its
+    low-resolution version).
+    """
+    provenance = config.provenance
+    if "preset" in provenance or CHANNEL_FLAGS & provenance.get("flags", {}).keys():
+        return None
+    first, last = shapes.get("input_blocks.0.0.weight", ()), shapes.get("out.2.weight", ())
+    if len(first) != 4:
+        return None
+    channels, rest = first[1], 0
+    if isinstance(config, CheckpointConfig):
+        if config.model.low_res_size is not None:
+            channels, rest = divmod(channels, 2)
+        elif channels == 2 * config.model.image_channels and last[:1] in ((channels // 2,), (channels,)):
+            return None
+        if last[:1] not in ((channels,), (2 * channels,)):
+            return None
+    return None if rest or channels == config.model.image_channels else channels
 
 
 def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
@@ -41,16 +71,40 @@ def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
         return []
     found, wanted = read_flags(shapes, config.model.image_size), read_flags(expected, config.model.image_size)
     if not found:
-        return ["it holds no network of these repositories: time_embed and input_blocks are missing"]
+        return [f"it holds no network of these repositories: {_other_network(shapes)}"]
     if found["kind"] != wanted["kind"]:
         return [f"the file holds a {found['kind']}, the configuration is one of a {wanted['kind']}"]
     names = {} if isinstance(config, CheckpointConfig) else CLASSIFIER_FLAGS
+    if _channels_alone_differ(found, wanted):
+        names = {**names, INPUT_CHANNELS: "image_channels"}
+        del wanted[OUTPUT_CHANNELS]
     lines = [
         f"{names.get(flag, flag)}: the file has {found[flag]}, the configuration says {wanted[flag]}"
         for flag in wanted
         if flag in found and found[flag] != wanted[flag]
     ]
     return lines or differences
+
+
+def _channels_alone_differ(found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Return whether input and output differ in the channels of images, and not in what they are made of."""
+    if OUTPUT_CHANNELS not in found or found[INPUT_CHANNELS] == wanted[INPUT_CHANNELS]:
+        return False
+    ratios = [
+        int(flags[OUTPUT_CHANNELS].split()[0]) / int(flags[INPUT_CHANNELS].split()[0]) for flags in (found, wanted)
+    ]
+    return ratios[0] == ratios[1]
+
+
+def _other_network(shapes: Shapes) -> str:
+    """Say whose network some names are, where they are known, and what to do with it."""
+    if any(name.endswith("conv_in.weight") for name in shapes):
+        return "these are names of diffusers; import the folder with its config.json and scheduler_config.json"
+    if any(name.startswith(("first_stage_model.", "model.diffusion_model.")) for name in shapes):
+        return "it is a latent diffusion model, whose network does not work on pixels"
+    if any("init_conv.weight" in name for name in shapes):
+        return "these are names of denoising-diffusion-pytorch, whose network is another one"
+    return "time_embed and input_blocks are missing"
 
 
 def read_flags(shapes: Shapes, image_size: int) -> dict[str, str]:
@@ -77,7 +131,7 @@ def read_flags(shapes: Shapes, image_size: int) -> dict[str, str]:
         "use_scale_shift_norm": str(
             shapes[f"{first}emb_layers.1.weight"][0] == 2 * shapes[f"{first}out_layers.3.weight"][0]
         ),
-        "large_size, small_size": f"{shapes['input_blocks.0.0.weight'][1]} input channels",
+        INPUT_CHANNELS: f"{shapes['input_blocks.0.0.weight'][1]} input channels",
         **(_classifier_head(shapes) if classifier else _unet_head(shapes)),
     }
     if layout := _layout(shapes):
@@ -98,7 +152,7 @@ def _unet_head(shapes: Shapes) -> dict[str, str]:
     labels = shapes.get("label_emb.weight")
     return {
         "num_classes": "none (class_cond False)" if labels is None else str(labels[0]),
-        "learn_sigma": f"{shapes.get('out.2.weight', (0,))[0]} output channels",
+        OUTPUT_CHANNELS: f"{shapes.get('out.2.weight', (0,))[0]} output channels",
     }
 
 

@@ -53,11 +53,16 @@ class PublishedModel:
 
 
 def _improved(name: str, file_name: str, flags: str) -> PublishedModel:
-    return PublishedModel(name, file_name, "improved", config_from_flags("improved", parse_flag_line(flags)))
+    return _published(name, file_name, "improved", flags)
 
 
 def _guided(name: str, file_name: str, flags: str) -> PublishedModel:
-    return PublishedModel(name, file_name, "guided", config_from_flags("guided", parse_flag_line(flags)))
+    return _published(name, file_name, "guided", flags)
+
+
+def _published(name: str, file_name: str, repo: Repo, flags: str) -> PublishedModel:
+    config = config_from_flags(repo, parse_flag_line(flags))
+    return PublishedModel(name, file_name, repo, config.replace(provenance={**config.provenance, "preset": name}))
 
 
 def _adm(name: str, file_name: str, flags: str) -> PublishedModel:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.respacing import respace
+from diffusion.sanity_words import words_for
 from diffusion.unet import UNet
 from diffusion.update import split_output
 
@@ -48,12 +49,6 @@ MIDDLE_ABAR = 0.5
 PLAIN_BRIGHTNESS = 0.7
 PROBE_PIXELS = 8192
 """Pixels per noise level; small images come in batches of up to 4."""
-
-INVISIBLE_FLAGS = (
-    "num_heads, num_heads_upsample, num_head_channels, use_new_attention_order, diffusion_steps, noise_schedule, "
-    "rescale_timesteps, predict_xstart"
-)
-"""Flags of the network and its process that no weight's shape shows."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +89,18 @@ def check_predictions(config: CheckpointConfig, weights: Mapping[str, Tensor]) -
     at_last = float(errors[-1])
     what = f"mean squared error of eps, whose variance is 1: {_in_words(errors)}"
     if _ratio(better, errors) < CLEARLY_BETTER:
-        return SanityReport(at_last, False, f"{what}. With {flags}: {_in_words(better)}. Check that first")
+        return SanityReport(at_last, False, f"{what}. With {flags}: {_in_words(better)}. {words_for(config).cure}")
     if not at_last <= MAX_EPS_ERROR:
-        return SanityReport(at_last, False, f"{what}, more than {MAX_EPS_ERROR}. {_SUSPECTS}")
+        return SanityReport(at_last, False, f"{what}, more than {MAX_EPS_ERROR}. {_suspects(config)}")
     return SanityReport(at_last, True, f"{what} (limit {MAX_EPS_ERROR})")
 
 
-_SUSPECTS = (
-    f"Either the weights are untrained or damaged, or one of the flags that no shape shows is wrong: {INVISIBLE_FLAGS}"
-)
+def _suspects(config: CheckpointConfig) -> str:
+    words = words_for(config)
+    return (
+        "Either the weights are untrained or damaged, or one of the fields that no shape shows is wrong: "
+        f"{words.invisible}. {words.cure}"
+    )
 
 
 def _in_words(errors: Tensor) -> str:
@@ -125,8 +123,8 @@ def _check_x0(config: CheckpointConfig, weights: Mapping[str, Tensor]) -> Sanity
     if error <= MAX_X0_ERROR:
         return SanityReport(error, True, f"{what} (limit {MAX_X0_ERROR})")
     if as_eps <= MAX_X0_ERROR:
-        return SanityReport(error, False, f"{what}; with predict_xstart=False it would be {as_eps:.2g}")
-    return SanityReport(error, False, f"{what}, more than {MAX_X0_ERROR}. {_SUSPECTS}")
+        return SanityReport(error, False, f"{what}; with {words_for(config).eps_prediction} it would be {as_eps:.2g}")
+    return SanityReport(error, False, f"{what}, more than {MAX_X0_ERROR}. {_suspects(config)}")
 
 
 def _nearest_step(diffusion: DiffusionConfig, abar: float) -> int:
@@ -186,10 +184,11 @@ def _best_alternative(
     same = _behaviour(config)
     names: dict[tuple[Any, ...], list[str]] = {}
     configs: dict[tuple[Any, ...], CheckpointConfig] = {}
-    for flags, alternative in _alternatives(config):
+    words = words_for(config)
+    for changes, alternative in _alternatives(config):
         behaviour = _behaviour(alternative)
         if behaviour != same:
-            names.setdefault(behaviour, []).append(flags)
+            names.setdefault(behaviour, []).append(words.describe(changes, config.model))
             configs.setdefault(behaviour, alternative)
 
     best = ("these flags", errors)
@@ -213,7 +212,7 @@ def _behaviour(config: CheckpointConfig) -> tuple[Any, ...]:
     return (tuple(encoder), tuple(decoder), order, *told)
 
 
-def _alternatives(config: CheckpointConfig) -> Iterator[tuple[str, CheckpointConfig]]:
+def _alternatives(config: CheckpointConfig) -> Iterator[tuple[dict[str, Any], CheckpointConfig]]:
     """Yield the same weights under other flags that no shape shows, one changed at a time but for the timesteps."""
     diffusion = config.diffusion
     schedule = "linear" if diffusion.noise_schedule == "cosine" else "cosine"
@@ -226,8 +225,7 @@ def _alternatives(config: CheckpointConfig) -> Iterator[tuple[str, CheckpointCon
         {"num_timesteps": 4000},
     ]
     for changes in told:
-        flags = ", ".join(f"{_FLAGS.get(name, name)}={value}" for name, value in changes.items())
-        yield flags, config.replace(diffusion=diffusion.replace(**changes))
+        yield changes, config.replace(diffusion=diffusion.replace(**changes))
 
     heads: list[dict[str, Any]] = [
         {"attention_order": "legacy" if config.model.attention_order == "new" else "new"},
@@ -236,12 +234,7 @@ def _alternatives(config: CheckpointConfig) -> Iterator[tuple[str, CheckpointCon
         *({"num_heads_upsample": n} for n in (1, 2, 4, 8)),
     ]
     for changes in heads:
-        name, value = next(iter(changes.items()))
-        flags = f"use_new_attention_order={value == 'new'}" if name == "attention_order" else f"{name}={value}"
         try:
-            yield flags, config.replace(model=config.model.replace(**changes))
+            yield changes, config.replace(model=config.model.replace(**changes))
         except ValidationError:
             continue  # this number of heads does not divide the channels
-
-
-_FLAGS = {"num_timesteps": "diffusion_steps"}

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from diffusion.artifact import MODEL_FILE, FileEntry, NetworkParity, Precision, Sha256
+from diffusion.atomic_file import write_file
 from diffusion.checkpoint_config import describe_validation_error
 from diffusion.config import FrozenConfig
 from diffusion.tensorrt_package import EngineError, Flavour
@@ -194,20 +193,6 @@ def record_parity(artifact: Path, wanted: Wanted, bucket: int, parity: NetworkPa
 def entry_of(content: bytes) -> FileEntry:
     """Measure and hash what is to be a file."""
     return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, replacing an older one."""
-    temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _paths(folder: Path, bucket: int) -> tuple[Path, Path]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from diffusion.artifact import MODEL_FILE, Precision, file_entry, read_artifact
+from diffusion.atomic_file import write_file
 from diffusion.tensorrt_files import (
     DATA_FILE,
     TIMING_CACHE_FILE,
@@ -30,7 +31,6 @@ from diffusion.tensorrt_files import (
     graph_sha256,
     unusable_engines,
     write_engine,
-    write_file,
 )
 from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour, logger_of
 

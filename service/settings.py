@@ -33,13 +33,41 @@ AllowedHost = Annotated[str, AfterValidator(lambda host: host if host == "*" els
 TrustedProxy = Annotated[Network, BeforeValidator(lambda value: network_of(value) if isinstance(value, str) else value)]
 
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""Of a model that is given a name: no separators and no leading dot, so that it cannot lead out of a folder."""
+
+
+def read_model(model: Path) -> tuple[str, Path]:
+    """Return name and folder of FOLDER, whose own name is the model's, or of NAME=FOLDER.
+
+    A folder that exists is taken as it is, also where its path has an equals sign; so is a path whose part before that
+    sign has a separator.
+
+    Raises:
+        ValueError: a name that no model may have, or no folder.
+    """
+    name, equals, folder = str(model).partition("=")
+    if not equals or "/" in name or model.is_dir():
+        if not model.resolve().name:
+            raise ValueError(f"{model} has no name of its own: give it one, NAME={model}")
+        return model.resolve().name, model
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(
+            "NAME=FOLDER: a name must have 1 to 64 letters, digits, dots, dashes and underscores, and begin with a "
+            f"letter or digit; got {name!r}"
+        )
+    if not folder:
+        raise ValueError(f"NAME=FOLDER: the folder is missing; got {str(model)!r}")
+    return name, Path(folder)
+
+
 class Settings(BaseSettings):
     """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), validate_default=True)
-    """Model folders (comma list), the first one the default; needed."""
+    """Model folders (comma list), each FOLDER, served by its own name, or NAME=FOLDER; the first one is the default."""
     backend: BackendName = "auto"
     """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
@@ -113,9 +141,18 @@ class Settings(BaseSettings):
 
     @field_validator("models")
     @classmethod
-    def _need_a_model(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    def _need_models_of_different_names(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         if not value:
             raise ValueError("name a model folder: --model FOLDER, or IDDPM_MODELS")
+        named = [read_model(model) for model in value]
+        names = [name for name, _ in named]
+        for name, folder in named:
+            if names.count(name) > 1:
+                folders = ", ".join(str(other) for another, other in named if another == name)
+                raise ValueError(
+                    f"models must have different names; {folders} would all be {name!r}: give them names, as in "
+                    f"--model NAME={folder}"
+                )
         return value
 
     @field_validator("port", mode="before")
@@ -158,6 +195,11 @@ class Settings(BaseSettings):
                 "file (IDDPM_KEYS_FILE, see iddpm keys add --admin)"
             )
         return self
+
+    @property
+    def model_folders(self) -> dict[str, Path]:
+        """The folders of the models, by name, the default one first."""
+        return dict(read_model(model) for model in self.models)
 
     def engine_config(self) -> EngineConfig:
         """Return what the engine needs of this."""

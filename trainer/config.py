@@ -15,11 +15,18 @@ Precision = Literal["auto", "float32", "bfloat16"]
 LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 
-MAY_CHANGE_ON_RESUME = frozenset({"total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"})
-"""Fields that a resumed run may set anew; any other change would make it another run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        *("total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"),
+        *("preview_per_class", "preview_steps", "sampling"),
+        *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
+        *("precision", "microbatch_size"),
+    }
+)
+"""Fields that a resumed run may set anew, which its checkpoints then record; any other change makes it another run.
 
-With a cosine schedule another total_images changes every later learning rate: longer or shorter, it is the same run
-up to the checkpoint only.
+The first line changes nothing that is trained, except that most schedules of the learning rate end at total_images.
+The others let a run go on that diverged, or whose batch no longer fits into memory.
 """
 
 
@@ -98,6 +105,13 @@ class TrainConfig(FrozenConfig):
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance; diffusion.variance is '{self.diffusion.variance}'"
             )
+        if self.loss == "simple" and self.diffusion.learns_variance:
+            raise ValueError(
+                "loss 'simple' would leave the learned variance untrained: set loss 'hybrid', or diffusion.variance "
+                "'fixed_large' or 'fixed_small'"
+            )
+        if self.model.low_res_size is not None:
+            raise ValueError("model.low_res_size must be null: super-resolution models cannot be trained here yet")
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self
@@ -121,7 +135,14 @@ class TrainConfig(FrozenConfig):
             node[leaf] = [value] if is_list and not isinstance(value, list) else value
         return type(self).model_validate(values)
 
-    def changed_fields(self, other: TrainConfig) -> list[str]:
-        """Name the top-level fields in which two configurations differ."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return [name for name in mine if mine[name] != theirs[name]]
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Return the fields in which another configuration differs, by dotted name: its value, and the one here."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return {name: (theirs[name], mine[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

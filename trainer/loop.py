@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import time
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.atomic_file import write_file
 from diffusion.checkpoint import write_checkpoint
-from diffusion.checkpoint_config import read_config
+from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig
-from diffusion.images import captioned_rows
 from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
-from diffusion.plans import ancestral_plan
 from diffusion.respacing import respace
-from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
 from diffusion.update import from_uint8
 from trainer import state as train_state
-from trainer.config import MAY_CHANGE_ON_RESUME, TimestepSamplerName, TrainConfig
-from trainer.data import Dataset, batch_indices
+from trainer.config import TimestepSamplerName, TrainConfig
+from trainer.data import DataError, Dataset, batch_indices
 from trainer.ema import EMA, exponential_decay, power_decay
+from trainer.errors import Stopped, TrainError
+from trainer.log import Window, append_line, cut_log
+from trainer.preview import write_preview
 from trainer.provenance import git_commit
-from trainer.state import TrainState
+from trainer.resume import Origin, find_origin, way_out
+from trainer.run_folder import (
+    EMA_FOLDER,
+    LOG_FILE,
+    MODEL_FOLDER,
+    SAMPLES_FOLDER,
+    TRAIN_CONFIG_FILE,
+    checkpoint_folder,
+    checkpoints,
+    claimed,
+    delete_old,
+    ema_snapshot_file,
+    say,
+    warn,
+)
+from trainer.state import SavedState, TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
 
-CONFIG_FILE = "train_config.json"
-LOG_FILE = "log.jsonl"
-MODEL_FOLDER = "model"
-EMA_FOLDER = "ema"
-QUARTILES = 4
-PREVIEW_ROWS = 10
+MAX_MSE = 100.0
+"""Mean squared error of the prediction above which a network has diverged; one that predicts zeros has about 1."""
+SAFE_LR = 1e-4
+"""A learning rate that networks of this kind hardly ever diverge at (the paper's)."""
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
     "uniform": UniformSampler,
     "stratified": StratifiedSampler,
@@ -46,11 +59,16 @@ TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] =
 }
 
 
-class TrainError(ValueError):
-    """A run that cannot start or continue; the message says why."""
-
-
-def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = False, command: str = "") -> Path:
+def train(
+    config: TrainConfig,
+    dataset: Dataset,
+    run: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    accept_changed_data: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
     """Train a model and return the folder of its finished checkpoint (`RUN/model`).
 
     Exactly repeatable on one machine: order, timesteps, noise, label dropout and dropout are functions of
@@ -62,13 +80,32 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
         run: the run's folder: configuration, log, sample grids, checkpoints, finished model.
         resume: continue the run that is there.
         command: for the provenance.
+        accept_changed_data: resume although the data are not those that the run was trained on.
+        stop: asked after each batch whether to end the run there, with a checkpoint.
 
     Raises:
-        TrainError: a run is already there, or none to resume, or it had another configuration or other data.
-        DataError: data that cannot be trained on.
+        TrainError: the folder is not free, or holds no run that can go on like this; a run that diverged; a checkpoint
+            that cannot be written; an image that cannot be read. What was trained until then is saved.
+        DataError: an image that cannot be read, before there is anything to save.
+        Stopped: the run was asked to stop, and has.
     """
-    _claim(run, config, dataset, resume=resume)
-    num_images = len(dataset.labels)
+    _refuse_distributed()
+    with claimed(run, resume=resume):
+        return _train(config, dataset, run, resume, command, accept_changed_data, stop)
+
+
+def _train(
+    config: TrainConfig,
+    dataset: Dataset,
+    run: Path,
+    resume: bool,
+    command: str,
+    accept_changed_data: bool,
+    stop: Callable[[], bool],
+) -> Path:
+    saved, origin = None, None
+    if resume:
+        saved, origin = find_origin(run, config, dataset, accept_changed_data=accept_changed_data)
 
     # Network, optimiser, averages
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,91 +120,157 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, *, resume: bool = Fa
     ema = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
     power_emas = {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels}
     state = TrainState(network, optimizer, ema, timestep_sampler, power_emas)
-    if resume:
-        _resume(state, run)
+    if saved is not None and origin is not None:
+        train_state.restore(state, saved)
+        _update_model(run, saved)
+        say(f"continuing after {state.images_seen} images{origin.description}")
+    del saved  # as large as the network and its optimiser
+    _begin_files(run, config, state.images_seen)
+    if config.total_images < config.lr_warmup_images:
+        warn(
+            f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that takes "
+            f"lr_warmup_images, {config.lr_warmup_images}"
+        )
+
+    def losses_of(batch: Batch, rows: slice) -> TrainingLosses:
+        t, x0, noise = (part[rows].to(device) for part in (batch.t, batch.x0, batch.noise))
+        x_t = q_sample(tables, x0, t, noise)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            output = network(x_t, model_t[t], None if batch.y is None else batch.y[rows].to(device))
+        return training_losses(
+            tables,
+            config.diffusion,
+            output,
+            x0,
+            x_t,
+            noise,
+            t,
+            loss=config.loss,
+            rescale=config.rescale_vlb,
+            min_snr_gamma=config.min_snr_gamma,
+        )
+
+    def save(last: Batch) -> CheckpointConfig:
+        with torch.no_grad():
+            mse = float(losses_of(last, slice(0, micro)).mse.mean())
+        if problem := _unusable(state, mse):
+            raise _diverged(problem, config, state.images_seen, run, bfloat16)
+        described = checkpoint_config(config, dataset, state.images_seen, command, bfloat16, origin)
+        try:
+            train_state.save(state, checkpoint_folder(run, state.images_seen), described)
+            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)
+        except OSError as error:
+            raise _not_written(error, state.images_seen, run) from error
+        delete_old(run, config.keep_checkpoints)
+        return described
 
     # Train
+    micro = config.microbatch_size or config.batch_size
+    batch: Batch | None = None
     batches = 0
-    window = Window()
-    bar = tqdm(total=config.total_images, initial=state.images_seen, unit="img", dynamic_ncols=True, smoothing=0.05)
-    while state.images_seen < config.total_images:
-        # Draw: a function of the seed and the position in the run, of nothing else
-        rng = np.random.default_rng((config.seed, 1, state.images_seen))
-        torch.manual_seed(int(rng.integers(2**63)))
-        indices = batch_indices(config.seed, state.images_seen, config.batch_size, num_images)
-        x0 = torch.from_numpy(from_uint8(dataset.images(indices)))
-        if config.horizontal_flip:
-            mirrored = torch.from_numpy(rng.random(len(x0)) < 0.5)
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        y = _labels(config, dataset, indices, rng)
-        t, weights = timestep_sampler.sample(rng, config.batch_size)
-        noise = torch.randn(x0.shape)
+    saved_at = state.images_seen
+    window, lr = Window(), config.lr
+    bar = tqdm(total=config.total_images, initial=saved_at, unit="img", dynamic_ncols=True, smoothing=0.05)
 
-        # Accumulate the gradient of the batch's mean
-        optimizer.zero_grad(set_to_none=True)
-        size = config.microbatch_size or config.batch_size
-        parts: list[TrainingLosses] = []
-        for start in range(0, config.batch_size, size):
-            rows = slice(start, start + size)
-            part_t, part_x0 = torch.from_numpy(t[rows]).to(device), x0[rows].to(device)
-            part_noise, part_weights = noise[rows].to(device), torch.from_numpy(weights[rows]).to(device)
-            x_t = q_sample(tables, part_x0, part_t, part_noise)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                output = network(x_t, model_t[part_t], None if y is None else y[rows].to(device))
-            losses = training_losses(
-                tables,
-                config.diffusion,
-                output,
-                part_x0,
-                x_t,
-                part_noise,
-                part_t,
-                loss=config.loss,
-                rescale=config.rescale_vlb,
-                min_snr_gamma=config.min_snr_gamma,
-            )
-            ((losses.loss * part_weights).sum() / config.batch_size).backward()  # type: ignore[no-untyped-call]
-            parts.append(TrainingLosses(*(term.detach().cpu() for term in losses)))
-        batch = TrainingLosses(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
-        timestep_sampler.update(t, batch.loss.double().numpy())
+    def report(lr: float) -> Window:
+        line = {"images": state.images_seen, "lr": lr, **window.summary()}
+        bar.set_postfix(loss=line["loss"], mse=line["mse"], vb_bpd=line["vb_bpd"])
+        _or_warn("line in the log", partial(append_line, run / LOG_FILE, line))
+        return Window()
 
-        # Step
-        grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
-        if not torch.isfinite(grad_norm):
-            raise TrainError(f"the gradient is not finite after {state.images_seen} images; lower lr, or use float32")
-        lr = learning_rate(config, state.images_seen)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        state.average_in()
-        state.images_seen += config.batch_size
-        batches += 1
+    with bar:  # so that an error begins on a line of its own
+        while state.images_seen < config.total_images:
+            try:
+                if stop():
+                    raise Stopped(state.images_seen)
+                batch = draw(config, dataset, state.images_seen, timestep_sampler)
+            except (DataError, Stopped) as error:
+                if window:
+                    report(lr)
+                if batch is not None and state.images_seen > saved_at:
+                    save(batch)
+                if isinstance(error, DataError) and checkpoints(run):
+                    raise TrainError(str(error), resume_with=()) from error
+                raise
 
-        # Report
-        bar.update(config.batch_size)
-        window.add(batch, t, float(grad_norm), process.num_steps)
-        if batches % config.log_every_batches == 0:
-            line = {"images": state.images_seen, "lr": lr, **window.summary()}
-            bar.set_postfix(loss=line["loss"], mse=line["mse"], vb_bpd=line["vb_bpd"])
-            with (run / LOG_FILE).open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            window = Window()
+            # Accumulate the gradient of the batch's mean
+            optimizer.zero_grad(set_to_none=True)
+            parts: list[TrainingLosses] = []
+            for start in range(0, config.batch_size, micro):
+                rows = slice(start, start + micro)
+                part = losses_of(batch, rows)
+                weighted = part.loss * batch.weights[rows].to(device)
+                (weighted.sum() / config.batch_size).backward()  # type: ignore[no-untyped-call]
+                parts.append(TrainingLosses(*(term.detach().cpu() for term in part)))
+            losses = TrainingLosses(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
+            if origin is not None and batches == 0 and not float(losses.mse.mean()) <= MAX_MSE:
+                raise TrainError(f"{origin.folder} is of a network that had diverged already. {way_out(run)}")
+            t = batch.t.numpy()
+            timestep_sampler.update(t, losses.loss.double().numpy())
 
-        # Checkpoint
-        done = state.images_seen >= config.total_images
-        if done or state.images_seen // config.checkpoint_every_images > (
-            (state.images_seen - config.batch_size) // config.checkpoint_every_images
-        ):
-            described = checkpoint_config(config, dataset, state.images_seen, command, bfloat16)
-            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)  # first: a state implies a model
-            train_state.save(state, train_state.checkpoint_folder(run, state.images_seen), described)
-            train_state.delete_old(run, config.keep_checkpoints)
-            if state.power_emas:
-                train_state.save_ema_snapshot(state, run / EMA_FOLDER / f"{state.images_seen:012d}.safetensors")
-            if config.preview_per_class:
-                _write_preview(config, described, state, run)
-    bar.close()
+            # Step
+            grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
+            if not torch.isfinite(grad_norm):
+                raise _diverged("the gradient is not finite", config, state.images_seen, run, bfloat16)
+            lr = learning_rate(config, state.images_seen)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            state.average_in()
+            state.images_seen += config.batch_size
+            batches += 1
+            done = state.images_seen >= config.total_images
+
+            # Report
+            bar.update(config.batch_size)
+            window.add(losses, t, float(grad_norm), process.num_steps)
+            if batches % config.log_every_batches == 0 or done:
+                window = report(lr)
+
+            # Checkpoint
+            if done or state.images_seen // config.checkpoint_every_images > (
+                (state.images_seen - config.batch_size) // config.checkpoint_every_images
+            ):
+                with window.clock_stopped():
+                    described = save(batch)
+                    saved_at = state.images_seen
+                    if state.power_emas:
+                        snapshot = ema_snapshot_file(run, saved_at)
+                        _or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
+                    if config.preview_per_class:
+                        picture = run / SAMPLES_FOLDER / f"{saved_at:012d}.png"
+                        shown = (config.preview_per_class, config.preview_steps)
+                        show = partial(write_preview, picture, described, state.ema.weights, *shown, stop)
+                        _or_warn(f"sample grid after {saved_at} images", show)
     return run / MODEL_FOLDER
+
+
+class Batch(NamedTuple):
+    """What one step is trained on: a function of the seed and the position in the run, of nothing else."""
+
+    x0: Tensor
+    """Images [B, C, H, W] in [-1, 1]."""
+    y: Tensor | None
+    """int64 [B], num_classes where the label is left out; None: unconditional."""
+    t: Tensor
+    """int64 [B]."""
+    weights: Tensor
+    """Of the losses, [B]."""
+    noise: Tensor
+
+
+def draw(config: TrainConfig, dataset: Dataset, images_seen: int, timestep_sampler: TimestepSampler) -> Batch:
+    """Draw the batch that follows after some images; seeds torch's generator for it, dropout included."""
+    rng = np.random.default_rng((config.seed, 1, images_seen))
+    torch.manual_seed(int(rng.integers(2**63)))
+    indices = batch_indices(config.seed, images_seen, config.batch_size, len(dataset.labels))
+    x0 = torch.from_numpy(from_uint8(dataset.images(indices)))
+    if config.horizontal_flip:
+        mirrored = torch.from_numpy(rng.random(len(x0)) < 0.5)
+        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+    y = _labels(config, dataset, indices, rng)
+    t, weights = timestep_sampler.sample(rng, config.batch_size)
+    return Batch(x0, y, torch.from_numpy(t), torch.from_numpy(weights), torch.randn(x0.shape))
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -198,7 +301,7 @@ def learning_rate(config: TrainConfig, images_seen: int) -> float:
 
 
 def checkpoint_config(
-    config: TrainConfig, dataset: Dataset, images_seen: int, command: str, bfloat16: bool
+    config: TrainConfig, dataset: Dataset, images_seen: int, command: str, bfloat16: bool, origin: Origin | None
 ) -> CheckpointConfig:
     """Describe the model as its checkpoint will, with where it comes from."""
     return CheckpointConfig(
@@ -214,114 +317,88 @@ def checkpoint_config(
             "precision": "bfloat16" if bfloat16 else "float32",
             "torch": torch.__version__,
             "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
+            **({"resumed": origin.history} if origin is not None and origin.history else {}),
         },
     )
 
 
-class Window:
-    """Means of the loss terms since the last log line, whole and per quartile of the timesteps."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._rows: list[Tensor] = []
-        self._grad_norms: list[float] = []
-
-    def add(self, batch: TrainingLosses, t: np.ndarray[Any, Any], grad_norm: float, num_steps: int) -> None:
-        """Take in one batch."""
-        quartile = torch.from_numpy(t * QUARTILES // num_steps).float()
-        self._rows.append(torch.stack([*batch, quartile]))
-        self._grad_norms.append(grad_norm)
-
-    def summary(self) -> dict[str, float]:
-        """Return the means, rounded for reading, and the speed."""
-        *terms, quartile = torch.cat(self._rows, dim=1)
-        values = {name: term.mean().item() for name, term in zip(TrainingLosses._fields, terms, strict=True)}
-        mse = terms[TrainingLosses._fields.index("mse")]
-        for q in range(QUARTILES):
-            if (here := quartile == q).any():
-                values[f"mse_q{q}"] = mse[here].mean().item()
-        values["grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
-        values["images_per_second"] = quartile.numel() / (time.perf_counter() - self._started)
-        return {name: float(f"{value:.5g}") for name, value in values.items()}
-
-
-def preview(
-    network: UNet, config: CheckpointConfig, per_class: int, steps: int, device: torch.device | None = None
-) -> Any:
-    """Draw a captioned grid of samples, each class a row; always the same seeds, so that grids can be compared."""
-    plan = ancestral_plan(config.diffusion, str(steps))
-    names: Sequence[str] = config.class_names[:PREVIEW_ROWS] if config.class_names else [""] * PREVIEW_ROWS
-    rows = []
-    for index, name in enumerate(names):
-        class_index = None if config.model.num_classes is None else index
-        specs = [
-            ImageSpec(seed=k, class_index=class_index, cfg_scale=config.sampling.cfg_scale)
-            if config.class_names
-            else ImageSpec(seed=k + index * per_class)
-            for k in range(per_class)
-        ]
-        rows.append((name, sample_images(network, plan, specs, device=device)))
-    return captioned_rows(rows)
-
-
-def _write_preview(config: TrainConfig, described: CheckpointConfig, state: TrainState, run: Path) -> None:
+def _update_model(run: Path, saved: SavedState) -> None:
+    """Write `model/` where a run ended between its newest checkpoint and the model of it."""
     try:
-        device = next(iter(state.ema.weights.values())).device
-        network = UNet(config.model).to(device).eval()
-        network.load_state_dict(state.ema.weights)
-        folder = run / "samples"
-        folder.mkdir(exist_ok=True)
-        picture = preview(network, described, config.preview_per_class, config.preview_steps, device)
-        picture.save(folder / f"{state.images_seen:012d}.png")
-    except Exception as error:  # memory, disk, a font: the checkpoint is written, and the run is worth more
-        reason = str(error) or type(error).__name__
-        tqdm.write(f"warning: no sample grid after {state.images_seen} images: {reason}", file=sys.stderr)
+        current = read_config(run / MODEL_FOLDER).provenance.get("images_seen") == saved.images_seen
+    except CheckpointError:
+        current = False
+    if not current:
+        write_checkpoint(run / MODEL_FOLDER, saved.config, saved.averages)
 
 
-def _claim(run: Path, config: TrainConfig, dataset: Dataset, *, resume: bool) -> None:
-    """Take a folder for a run that may begin there, or go on; nothing is written before all is known to fit."""
-    path = run / CONFIG_FILE
-    if not resume:
-        if train_state.checkpoints(run):
-            raise TrainError(f"{run} already holds a run; give another --out, or --resume to continue it")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / LOG_FILE).unlink(missing_ok=True)  # of one that ended before its first checkpoint
-    else:
-        if not train_state.checkpoints(run):
-            raise TrainError(f"{run} holds no checkpoint to resume from")
-        before = TrainConfig.model_validate_json(path.read_text())
-        if changed := sorted(set(config.changed_fields(before)) - MAY_CHANGE_ON_RESUME):
-            raise TrainError(
-                f"{run} was started with other values of {', '.join(changed)}; "
-                f"a resumed run may change {', '.join(sorted(MAY_CHANGE_ON_RESUME))} only"
-            )
-        trained_on = read_config(train_state.checkpoints(run)[-1]).provenance.get("data")
-        if trained_on != dataset.description:
-            raise TrainError(f"{run} was trained on {trained_on}; this is {dataset.description}")
-    _replace(path, config.model_dump_json(indent=2) + "\n")
-
-
-def _resume(state: TrainState, run: Path) -> None:
-    """Go back to the last checkpoint; the log must end where it does."""
-    train_state.restore(state, train_state.checkpoints(run)[-1])
+def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:
+    """Write the configuration, and take back what the run wrote after the checkpoint that it goes on from."""
     log = run / LOG_FILE
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        _replace(log, "".join(line for line in lines if _images_of(line) <= state.images_seen))
+    if images_seen:
+        cut_log(log, images_seen)
+    else:
+        log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+    for snapshot in (run / EMA_FOLDER).glob("*.safetensors"):
+        if int(snapshot.stem) > images_seen:
+            snapshot.unlink()
+    write_file(run / TRAIN_CONFIG_FILE, f"{config.model_dump_json(indent=2)}\n".encode())
 
 
-def _images_of(line: str) -> float:
-    """Return the images seen by a line of the log; infinitely many by one that was torn when the machine stopped."""
+def _refuse_distributed() -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise TrainError(
+            f"training on several devices is not supported yet, and WORLD_SIZE is {world}: start iddpm train without "
+            "torchrun, as one process"
+        )
+
+
+def _unusable(state: TrainState, mse: float) -> str | None:
+    """Say why no run should go on from a state; None: it can be trained further."""
+    if not mse <= MAX_MSE:
+        return f"the network's mean squared error is {mse:.3g}, where a network that predicts nothing has 1"
+    weights = {**state.network.state_dict(), **state.ema.weights}
+    if name := train_state.first_not_finite(weights):
+        return f"{name} holds NaN or infinity"
+    return None
+
+
+def _diverged(problem: str, config: TrainConfig, images_seen: int, run: Path, bfloat16: bool) -> TrainError:
+    """Return the error of a run that diverged, with what lets it go on."""
+    fields = [f"lr={min(config.lr / 10, SAFE_LR):g}"]
+    if config.grad_clip is None or config.grad_clip > 1:
+        fields.append("grad_clip=1")
+    if bfloat16:
+        fields.append("precision=float32")
+    options = " ".join(f"--set {field}" for field in fields)
+    if found := checkpoints(run):
+        how = f"Continue from the checkpoint after {int(found[-1].name)} images with --resume {options}"
+    else:
+        how = f"There is no checkpoint yet: start again with {options}"
+    return TrainError(
+        f"the run has diverged after {images_seen} images: {problem}. {how}", resume_with=fields if found else None
+    )
+
+
+def _not_written(error: OSError, images_seen: int, run: Path) -> TrainError:
+    """Return the error of a checkpoint that could not be written."""
+    found = checkpoints(run)
+    last = f"the one after {int(found[-1].name)} images is whole" if found else "there is no earlier one"
+    return TrainError(
+        f"the checkpoint after {images_seen} images could not be written, {error.filename}: {error.strerror}; {last}",
+        resume_with=() if found else None,
+    )
+
+
+def _or_warn(what: str, action: Callable[[], None]) -> None:
+    """Do what a run can do without; where it fails, print why and go on."""
     try:
-        return float(json.loads(line)["images"])
-    except ValueError:
-        return math.inf
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text)
-    temporary.rename(path)
+        action()
+    except OSError as error:
+        warn(f"no {what}: {error.filename}: {error.strerror}")
+    except Exception as error:  # memory, a font: the checkpoint is written, and the run is worth more
+        warn(f"no {what}: {str(error) or type(error).__name__}")
 
 
 def _labels(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,14 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusion.atomic_file import replace_file
 from diffusion.checkpoint import write_checkpoint
-from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError
+from diffusion.checkpoint_config import WEIGHTS_FILE, CheckpointError, read_config
 from diffusion.config import CheckpointConfig
+from diffusion.json_files import read_object
 from trainer.ema import EMA
 from trainer.timestep_sampler import TimestepSampler
 
+STATE_FOLDER = "state"
 TENSORS_FILE = "train_state.safetensors"
 PROGRESS_FILE = "progress.json"
+HASHED_FILES = (WEIGHTS_FILE, f"{STATE_FOLDER}/{TENSORS_FILE}")
+RAW_PREFIX = "raw."
+OPTIMIZER_PREFIX = "optimizer."
+SAMPLER_PREFIX = "timestep_sampler."
 POWER_PREFIX = "power_ema."
 
 
@@ -44,20 +52,28 @@ class TrainState:
 
 
 def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
-    """Write a checkpoint whose weights are the EMA's, with what is needed to resume beside them, atomically."""
+    """Write a checkpoint whose weights are the EMA's, with what is needed to resume beside them, atomically.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it then.
+    """
 
     def add_state(temporary: Path) -> None:
-        (temporary / "state").mkdir()
-        tensors = {f"raw.{name}": tensor for name, tensor in state.network.state_dict().items()}
+        (temporary / STATE_FOLDER).mkdir()
+        tensors = {f"{RAW_PREFIX}{name}": tensor for name, tensor in state.network.state_dict().items()}
         for index, slots in state.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+            tensors |= {f"{OPTIMIZER_PREFIX}{index}.{slot}": value for slot, value in slots.items()}
         for name, array in state.timestep_sampler.state_dict().items():
-            tensors[f"timestep_sampler.{name}"] = torch.from_numpy(np.array(array))
+            tensors[f"{SAMPLER_PREFIX}{name}"] = torch.from_numpy(np.array(array))
         tensors |= _power_tensors(state)
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(cpu, temporary / "state" / TENSORS_FILE)
-        progress = {"images_seen": state.images_seen, "ema_updates": state.ema.num_updates}
-        (temporary / "state" / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
+        save_file(cpu, temporary / STATE_FOLDER / TENSORS_FILE)
+        progress = {
+            "images_seen": state.images_seen,
+            "ema_updates": state.ema.num_updates,
+            "sha256": {name: _sha256(temporary / name) for name in HASHED_FILES},
+        }
+        (temporary / STATE_FOLDER / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
 
     write_checkpoint(folder, config, state.ema.weights, extra=add_state)
 
@@ -68,57 +84,96 @@ def save_ema_snapshot(state: TrainState, path: Path) -> None:
     The metadata `updates` says after how many optimiser steps they were taken.
     """
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".new")
     tensors = {name.removeprefix(POWER_PREFIX): tensor.cpu() for name, tensor in _power_tensors(state).items()}
-    save_file(tensors, temporary, metadata={"updates": str(state.ema.num_updates)})
-    temporary.replace(path)
+    metadata = {"updates": str(state.ema.num_updates)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def restore(state: TrainState, folder: Path) -> None:
-    """Bring the objects of a run to where they were when the checkpoint was written.
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint holds to resume from, read and found to be whole."""
+
+    folder: Path
+    config: CheckpointConfig
+    images_seen: int
+    ema_updates: int
+    averages: Mapping[str, Tensor]
+    """Weights of the EMA."""
+    tensors: Mapping[str, Tensor]
+    """Everything else, by prefixed name."""
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose name begins with a prefix, named without it."""
+        found = self.tensors.items()
+        return {name.removeprefix(prefix): tensor for name, tensor in found if name.startswith(prefix)}
+
+
+def read(folder: Path) -> SavedState:
+    """Read a checkpoint to resume from.
 
     Raises:
-        CheckpointError: a folder without training state.
+        CheckpointError: a file that is missing, damaged or not the one that was written, or NaN in a tensor.
     """
     try:
-        progress = json.loads((folder / "state" / PROGRESS_FILE).read_text())
-        tensors = load_file(folder / "state" / TENSORS_FILE)
-        averages = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be resumed from, its state is missing or damaged: {error}") from error
-    state.network.load_state_dict(_below("raw.", tensors))
+        config = read_config(folder)
+        if not isinstance(config, CheckpointConfig):
+            raise CheckpointError(f"it holds a {config.kind}")
+        progress = read_object(folder / STATE_FOLDER / PROGRESS_FILE)
+        for name, digest in progress.get("sha256", {}).items():  # checkpoints of older versions have none
+            if _sha256(folder / name) != digest:
+                raise CheckpointError(f"{name} is damaged: its sha256 is not that of the file that was written")
+        saved = SavedState(
+            folder=folder,
+            config=config,
+            images_seen=int(progress["images_seen"]),
+            ema_updates=int(progress["ema_updates"]),
+            averages=load_file(folder / WEIGHTS_FILE),
+            tensors=load_file(folder / STATE_FOLDER / TENSORS_FILE),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{folder} is damaged and cannot be resumed from: {reason}") from error
+    if name := first_not_finite({**saved.averages, **saved.tensors}):
+        raise CheckpointError(f"{folder} cannot be resumed from: {name} holds NaN or infinity, the run had diverged")
+    return saved
+
+
+def restore(state: TrainState, saved: SavedState) -> None:
+    """Bring the objects of a run to where they were when a checkpoint was written.
+
+    Raises:
+        CheckpointError: a checkpoint of another network or another configuration.
+    """
     slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _below("optimizer.", tensors).items():
-        index, slot = name.split(".", 1)
+    for name, tensor in saved.below(OPTIMIZER_PREFIX).items():
+        index, _, slot = name.partition(".")
         slots.setdefault(int(index), {})[slot] = tensor
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": slots})
-    sampler_state = {name: tensor.numpy() for name, tensor in _below("timestep_sampler.", tensors).items()}
-    state.timestep_sampler.load_state_dict(sampler_state)
-    for name, target in state.ema.weights.items():
-        target.copy_(averages[name])
-    for sigma_rel, ema in state.power_emas.items():
-        for name, target in ema.weights.items():
-            target.copy_(tensors[f"{POWER_PREFIX}{sigma_rel:g}/{name}"])
+    sampler_state = {name: tensor.numpy() for name, tensor in saved.below(SAMPLER_PREFIX).items()}
+    powers = saved.below(POWER_PREFIX)
+    try:
+        state.network.load_state_dict(saved.below(RAW_PREFIX))
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": slots})
+        state.timestep_sampler.load_state_dict(sampler_state)
+        for name, target in state.ema.weights.items():
+            target.copy_(saved.averages[name])
+        for sigma_rel, ema in state.power_emas.items():
+            for name, target in ema.weights.items():
+                target.copy_(powers[f"{sigma_rel:g}/{name}"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{saved.folder} does not fit the configuration of its run: {error}") from error
     for ema in (state.ema, *state.power_emas.values()):
-        ema.num_updates = progress["ema_updates"]
-    state.images_seen = progress["images_seen"]
+        ema.num_updates = saved.ema_updates
+    state.images_seen = saved.images_seen
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("[0-9]*") if (path / CONFIG_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name))
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
-def checkpoint_folder(run: Path, images_seen: int) -> Path:
-    """Return where the checkpoint after that many images belongs."""
-    return run / "checkpoints" / f"{images_seen:012d}"
-
-
-def delete_old(run: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints."""
-    for folder in checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _power_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -127,7 +182,3 @@ def _power_tensors(state: TrainState) -> dict[str, Tensor]:
         for sigma_rel, ema in state.power_emas.items()
         for name, tensor in ema.weights.items()
     }
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

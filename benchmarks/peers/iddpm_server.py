@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.peers.meter import metered_network
 from benchmarks.peers.options import peer_parser
-from service.api.app import assemble, model_name
+from service.api.app import assemble
 from service.api.logs import configure_logging
 from service.api.server import serve
 from service.settings import Settings
@@ -16,7 +16,7 @@ def main() -> None:
     configure_logging()
     settings = Settings(models=(asked.model,), port=asked.port, max_rows=asked.width, threads=asked.threads)
     network = metered_network(asked.model, settings.backend_options(), asked.meter, asked.device_ms)
-    serve(assemble(settings, {model_name(asked.model): network}), settings)
+    serve(assemble(settings, dict.fromkeys(settings.model_folders, network)), settings)
 
 
 if __name__ == "__main__":

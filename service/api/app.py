@@ -60,7 +60,6 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     if settings.build_engines and build_engines is None:
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
-    folders = _distinct(settings.models)
     if settings.keys_file is not None:
         require_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
     tracing = _tracing() if settings.traces else None
@@ -68,7 +67,7 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     def load(folder: Path) -> Denoiser[Any]:
         return load_denoiser(folder, settings.backend, options)
 
-    return assemble(settings, {model_name(folder): load(folder) for folder in folders}, load, tracing)
+    return assemble(settings, {name: load(folder) for name, folder in settings.model_folders.items()}, load, tracing)
 
 
 def assemble(
@@ -163,18 +162,6 @@ def assemble(
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(OriginForm)
     return app
-
-
-def model_name(folder: Path) -> str:
-    """Return the name a model folder is served under: the folder's own."""
-    return folder.resolve().name
-
-
-def _distinct(folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    names = [model_name(folder) for folder in folders]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ModelError(f"models are served by folder name, which must differ; twice here: {', '.join(sorted(twice))}")
-    return folders
 
 
 def _tracing() -> Tracing:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import re
 import threading
 import time
 from collections import Counter
@@ -32,11 +31,9 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.engine.timing import time_steps
 from service.errors import LoadConflict, LoadFailed, UnknownModel
+from service.settings import MODEL_NAME
 
 log = logging.getLogger(__name__)
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Of a model that may be loaded: no separators and no leading dot, so that it cannot lead out of the root."""
 
 T = TypeVar("T")
 LoadDenoiser = Callable[[Path], Denoiser[Any]]
@@ -93,7 +90,7 @@ class ModelRegistry:
             EngineDead: the engine stopped meanwhile.
         """
         folder = self._root / name
-        if not NAME.fullmatch(name) or not folder.is_dir():
+        if not MODEL_NAME.fullmatch(name) or not folder.is_dir():
             raise UnknownModel(name, self._available())
         self._refuse_second_change()
         if self._engine.models_held >= self._max_loaded:
@@ -156,7 +153,7 @@ class ModelRegistry:
             raise LoadConflict("a model is being loaded; try again when it is")
 
     def _available(self) -> list[str]:
-        return sorted(path.name for path in self._root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
 
 
 async def _in_daemon(function: Callable[[], T]) -> T:

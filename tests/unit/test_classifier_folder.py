@@ -120,7 +120,7 @@ def test_what_cannot_guide_is_refused(model: Path) -> None:
     classifier = model / CLASSIFIER_FOLDER
     assert guide_of(model) is not None
     (classifier / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match="is a short text"):
         guide_of(model)
     shutil.rmtree(classifier)
     classifier.mkdir()

@@ -106,7 +106,7 @@ def test_a_bare_pickle_that_wants_to_run_code_is_refused_without_running_it(tmp_
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world" * 100, SUPERRES.read_bytes()[:10_000]])
+@pytest.mark.parametrize("content", [b"hello world" * 100, b"\x80\x02" + bytes(1000)])
 def test_a_damaged_file_is_called_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
@@ -130,7 +130,7 @@ def test_a_file_with_something_else_says_what_it_holds(tmp_path: Path, content: 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing\.pt cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"there is nothing at .*nothing\.pt"):
         load_state_dict(tmp_path / "nothing.pt")
 
 
@@ -460,6 +460,7 @@ def test_command_explains_wrong_arguments(tmp_path: Path, arguments: tuple[objec
 
 
 def test_command_recognises_the_name_of_a_published_file(tmp_path: Path) -> None:
+    (tmp_path / "64x64_diffusion.pt").touch()
     result = _invoke(tmp_path / "64x64_diffusion.pt", "--out", tmp_path / "model")
     assert "64x64_diffusion.pt is the published name of --preset adm-imagenet64" in result.output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,17 @@ from typer.testing import CliRunner
 from cli.client import ConnectionLost, Event, ProgressEvent
 from cli.main import app
 from cli.sample_there import sample_there
+from cli.sampled import refuse_impossible_pictures
+from diffusion.checkpoint import write_checkpoint
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.api.schemas import GenerateResponse, Timing
+from service.api.schemas import GenerateResponse, ModelInfo, Timing
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
+from tests.unit.test_atomic_file import longest_file
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -78,6 +82,80 @@ def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[s
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "n", "message"),
+    [
+        (
+            "x.jpg",
+            4,
+            8,
+            1,
+            "--out: .jpg files hold images of 1 or 3 channels, and this model's have 4: name",
+        ),
+        (
+            "x",
+            2,
+            8,
+            1,
+            "the .png files of a folder hold images of 1 or 3 or 4 channels, and this",
+        ),
+        (
+            "x.webp",
+            3,
+            64,
+            70_000,
+            "70000 images make a picture of 17488 pixels, and .webp files hold at most 16383",
+        ),
+        ("x.jpeg", 1, 1024, 9999, "and .jpeg files hold at most 65500: name a folder, or a file that ends in .npz"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_images_is_refused(
+    name: str, channels: int, size: int, n: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refuse_impossible_pictures(Path(name), channels, size, n)
+    refuse_impossible_pictures(Path("x.npz"), channels, size, n)
+
+
+def test_it_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    four = config.replace(model=config.model.replace(image_channels=4).model_dump())
+    model = tmp_path / "model"
+    write_checkpoint(model, four, tiny_network(four).state_dict())
+    monkeypatch.setattr("service.engine.engine.Engine.step", None)
+    code, output = sample(model, "--steps", "2", "--out", str(tmp_path / "x.jpg"))
+    assert (code, "and this model's have 4" in output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder.png", "is a folder; name a file, or a folder whose name does not end in .png"),
+        ("file/x.png", "it is no folder, or this user may not"),
+        ("file", "is a file; a folder, or a file that ends in .png"),
+    ],
+)
+def test_a_place_that_is_taken_is_refused_before_a_model_is_loaded(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    code, output = sample(tmp_path / "nowhere", "--out", str(tmp_path / out))
+    assert (code, message in output) == (1, True)
+
+
+@pytest.mark.parametrize(("out", "named"), [("x.png", "x.png"), ("pictures", "pictures/1_0.png")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(model: Path, tmp_path: Path, out: str, named: str) -> None:
+    with longest_file(20):
+        code, output = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path / out))
+    assert code == 1
+    assert output.endswith(f"error: [Errno 27] File too large: '{tmp_path / named}'")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_model_may_be_named(model: Path, tmp_path: Path) -> None:
+    code, output = sample(Path(f"mine={model}"), "--steps", "2", "--out", str(tmp_path / "x.png"))
+    assert code == 0, output
+
+
 def test_it_reads_the_settings_of_the_service(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def numerics_id() -> str:
         code, output = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path / "x.jpg"))
@@ -115,6 +193,9 @@ class Fragile:
         self.breaks, self.after = breaks, after
         self.asked: list[tuple[int, int]] = []
 
+    def models(self) -> list[ModelInfo]:
+        return []
+
     def generate(self, *, on_event: Callable[[Event], None], **fields: Any) -> GenerateResponse:
         self.asked.append((fields["image_index"], fields["n"]))
         for step in range(self.after):
@@ -126,8 +207,12 @@ class Fragile:
         return GenerateResponse(model="m", images=[], numerics_id="x", timing=timing)
 
 
+def refuse_nothing(channels: int, size: int) -> None:
+    """Take images of any kind."""
+
+
 def ask(client: Fragile, n: int = 3) -> None:
-    sample_there(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2)
+    sample_there(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing)
 
 
 def test_a_stream_that_breaks_off_is_asked_for_again() -> None:

@@ -135,6 +135,41 @@ def test_values_that_could_never_do_what_they_say_are_refused_in_one_line(
     assert "\n" not in described
 
 
+def test_models_are_served_by_the_folder_s_name_or_a_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lr=1e-4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IDDPM_MODELS", "a=runs/a/model, b.2=runs/b=3/model,lr=1e-4,runs/lr=2/model,other")
+    assert Settings().model_folders == {
+        "a": Path("runs/a/model"),
+        "b.2": Path("runs/b=3/model"),
+        "lr=1e-4": Path("lr=1e-4"),
+        "model": Path("runs/lr=2/model"),
+        "other": Path("other"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (
+            "runs/a/model,runs/b/model",
+            "would all be 'model': give them names, as in --model NAME=runs/a/model",
+        ),
+        ("x=a,x=b", "a, b would all be 'x'"),
+        ("my model=a", "begin with a letter or digit; got 'my model'"),
+        (".hidden=a", "got '.hidden'"),
+        ("=a", "got ''"),
+        ("a=", "the folder is missing; got 'a='"),
+        ("/", "/ has no name of its own: give it one, NAME=/"),
+    ],
+)
+def test_names_of_models_are_checked(models: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDDPM_MODELS", models)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert message in str(caught.value)
+
+
 def allowed(schema: dict[str, Any]) -> str:
     """Say what a setting may be, by its JSON schema."""
     schema = next((choice for choice in schema.get("anyOf", []) if choice.get("type") != "null"), schema)

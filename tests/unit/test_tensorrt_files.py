@@ -24,7 +24,6 @@ from diffusion.tensorrt_files import (
     refusal,
     unusable_engines,
     write_engine,
-    write_file,
 )
 from diffusion.tensorrt_package import EngineError, installed_flavour
 from tests.fakes import tiny_config
@@ -214,18 +213,6 @@ def test_measured_parity_is_kept_and_decides(artifact: Path, manifest: Manifest,
     record_parity(artifact, wanted, 2, parity(0.1))
     with pytest.raises(EngineError, match="is too far from PyTorch"):
         read_engine(artifact, wanted, 2)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "file", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("diffusion.tensorrt_files.os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_file(tmp_path / "file", b"new")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
 
 
 def test_a_folder_called_tensorrt_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from diffusion.unet import UNet
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import DataError, batch_indices, open_dataset
-from trainer.loop import TrainError, learning_rate, resolve
+from trainer.loop import learning_rate, resolve
 from trainer.presets import PRESETS, preset
-from trainer.state import checkpoints
+from trainer.run_folder import checkpoints
 
 IMAGES = 24
 
@@ -121,32 +121,6 @@ def test_an_unconditional_run_ignores_labels(npz: Path, tmp_path: Path) -> None:
     assert (config.model.num_classes, config.class_names, config.sampling.cfg_scale) == (None, None, 1.0)
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="no checkpoint to resume from"):
-        train(tiny(), npz, tmp_path / "run", resume=True)
-    train(tiny(total_images=20), npz, tmp_path / "run")
-    with pytest.raises(TrainError, match="already holds a run"):
-        train(tiny(), npz, tmp_path / "run")
-    with pytest.raises(TrainError, match="other values of lr"):
-        train(tiny(lr=5.0), npz, tmp_path / "run", resume=True)
-    arrays = dict(np.load(npz))
-    np.savez(npz, **{**arrays, "images": 255 - arrays["images"]})
-    started_as = (tmp_path / "run" / "train_config.json").read_text()
-    with pytest.raises(TrainError, match="was trained on"):
-        train(tiny(), npz, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "train_config.json").read_text() == started_as
-
-
-def test_a_run_that_began_before_data_could_be_read_otherwise_is_resumed(npz: Path, tmp_path: Path) -> None:
-    train(tiny(total_images=20), npz, tmp_path / "run")
-    path = tmp_path / "run" / "train_config.json"
-    written = json.loads(path.read_text())
-    del written["data"]
-    path.write_text(json.dumps(written))
-    assert tiny().data == preset("fashion32").data  # what such runs did
-    train(tiny(), npz, tmp_path / "run", resume=True)
-
-
 @pytest.mark.parametrize("channels", [2, 4, 5, 12])
 def test_channels_that_are_no_picture_are_previewed_side_by_side(tmp_path: Path, channels: int) -> None:
     data = tmp_path / "data.npz"
@@ -157,37 +131,9 @@ def test_channels_that_are_no_picture_are_previewed_side_by_side(tmp_path: Path,
         assert picture.width > 8 * channels
 
 
-def test_a_preview_that_fails_does_not_end_a_run(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(loop, "preview", fail)
-    assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
-    assert "warning: no sample grid after 4 images: MemoryError" in capsys.readouterr().err
-
-
 def test_previews_can_be_turned_off(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4, preview_per_class=0), npz, tmp_path / "run")
     assert not (tmp_path / "run" / "samples").exists()
-
-
-def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train_config.json").write_text("half a conf")
-    (tmp_path / "run" / "log.jsonl").write_text('{"images": 2}\n')
-    assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
-    assert not (tmp_path / "run" / "log.jsonl").exists()  # four images are fewer than a line tells of
-
-
-def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None:
-    train(tiny(total_images=20), npz, tmp_path / "run")
-    with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n{"images": 32, "lo')
-    train(tiny(), npz, tmp_path / "run", resume=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines] == [8, 16, 28, 36]
 
 
 def test_order_is_a_permutation_per_epoch_and_independent_of_the_batch_size() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,17 +50,18 @@ class FolderDataset:
         self._threads = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="decode")
         self.labels: IntArray = np.array(listing.labels, dtype=np.int64)
         self.class_names = listing.class_names
-        self.description: dict[str, str | int] = {
-            "folder": path.name,
-            "listing_sha256": hashlib.sha256(os.fsencode("\n".join(self._files))).hexdigest(),
-            "images": len(self._files),
-        }
         summary = Summary(image_size, options, left_out=listing.left_out)
         if labelled:
             summary.count_classes(self.class_names, self.labels)
         summary.remarks += _remarks_on_levels(path, listing)
         check_files(path, self._files, self._mode, options, summary, decode_all=decode_all)
         self.summary = summary.line()
+        self.description: dict[str, str | int] = {
+            "folder": path.name,
+            "listing_sha256": _sha256_of_lines(self._files),
+            "sizes_sha256": _sha256_of_lines(str((path / file).stat().st_size) for file in self._files),
+            "images": len(self._files),
+        }
 
     def images(self, indices: IntArray) -> Uint8Array:
         """Decode the images at these indices."""
@@ -73,6 +75,10 @@ class FolderDataset:
             return decode(self._folder / self._files[index], self._mode, self._options, fit)
         except DataError as error:
             raise DataError(f"{error}; mend it; --decode-all lists all such files before the first step") from error
+
+
+def _sha256_of_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def _remarks_on_levels(path: Path, listing: Listing) -> list[str]:

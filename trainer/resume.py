@@ -1,0 +1,173 @@
+"""What a run needs to go on from its newest checkpoint: its configuration, its data, and its state, found whole."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffusion.checkpoint_config import CheckpointError, describe_validation_error, read_config
+from diffusion.config import CheckpointConfig
+from trainer import state as train_state
+from trainer.config import MAY_CHANGE_ON_RESUME, TrainConfig
+from trainer.data import Dataset
+from trainer.errors import TrainError
+from trainer.run_folder import checkpoints, newest_checkpoint
+from trainer.state import SavedState
+
+NAMES_OF_DATA = ("file", "folder")
+"""Entries of a data set's description that name it, and say nothing of its content."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run goes on."""
+
+    folder: Path
+    """Of the checkpoint."""
+    earlier: list[dict[str, Any]]
+    """What was changed at each earlier resume."""
+    changes: dict[str, Any] | None
+    """What this resume changes, for the provenance of later checkpoints; None: nothing."""
+
+    @property
+    def description(self) -> str:
+        """What this resume changes, in words that follow others."""
+        changed = {} if self.changes is None else self.changes.get("changed", {})
+        words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
+        if self.changes is not None and "data_before" in self.changes:
+            words.append("the data")
+        return f"; changed: {', '.join(words)}" if words else ""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What was changed at each resume so far."""
+        return [*self.earlier, *([] if self.changes is None else [self.changes])]
+
+
+def resumed_config(run: Path, preset: str) -> TrainConfig:
+    """Return the configuration that a run was trained with up to its newest checkpoint.
+
+    Args:
+        run: the run's folder.
+        preset: the preset that the user names; must be the one that the run was started from, where that is known.
+
+    Raises:
+        TrainError: no checkpoint, a damaged one, or another preset.
+    """
+    folder = newest_checkpoint(run)
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        raise TrainError(f"{error}. {way_out(run)}") from error
+    assert isinstance(config, CheckpointConfig)  # noqa: S101  # what the trainer writes
+    command = shlex.split(config.provenance.get("command", ""))
+    if command[:2] == ["iddpm", "train"] and command[2:3] != [preset]:
+        raise TrainError(f"{run} was started from the preset {command[2]}; name that one instead of {preset}")
+    return _trained_with(folder, config)
+
+
+def find_origin(
+    run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool
+) -> tuple[SavedState, Origin]:
+    """Read the newest checkpoint of a run, and check that the run may go on from there.
+
+    Args:
+        run: the run's folder, claimed.
+        config: what it shall go on with.
+        dataset: what it shall go on with.
+        accept_changed_data: go on although the data are not those of the checkpoint.
+
+    Returns:
+        What the checkpoint holds, and what to remember of it.
+
+    Raises:
+        TrainError: a damaged checkpoint, a field that a resumed run may not change, or other data.
+    """
+    try:
+        saved = train_state.read(newest_checkpoint(run))
+    except CheckpointError as error:
+        raise TrainError(f"{error}. {way_out(run)}") from error
+    _refuse_other_classes(run, saved.config, dataset)
+    changed = config.differences(_trained_with(saved.folder, saved.config))
+    if refused := {name: values for name, values in changed.items() if name.split(".")[0] not in MAY_CHANGE_ON_RESUME}:
+        values = "; ".join(f"{name} was {old}, would be {new}" for name, (old, new) in refused.items())
+        raise TrainError(
+            f"{run} was started with other values: {values}. A resumed run may change "
+            f"{', '.join(sorted(MAY_CHANGE_ON_RESUME))}; for anything else start another one"
+        )
+    before: dict[str, Any] = saved.config.provenance.get("data", {})
+    entry: dict[str, Any] = {"images_seen": saved.images_seen}
+    if changed:
+        entry["changed"] = {name: list(values) for name, values in changed.items()}
+    if differences := data_differences(before, dataset.description):
+        if not accept_changed_data:
+            raise TrainError(
+                f"{run} was trained on other data: {'; '.join(differences)}. If that is intended (an image was removed "
+                "or mended), add --accept-changed-data: the run goes on with the data as they are now"
+            )
+        entry["data_before"] = before
+    earlier = list(saved.config.provenance.get("resumed", []))
+    return saved, Origin(saved.folder, earlier, entry if len(entry) > 1 else None)
+
+
+def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe how data differ from those of a checkpoint, whatever they are called; empty where they do not.
+
+    Entries that only one of the two descriptions has are not compared, unless they are of different kinds: versions
+    describe data in more or less detail.
+    """
+    kinds = [next((name for name in NAMES_OF_DATA if name in described), None) for described in (before, now)]
+    if kinds[0] != kinds[1]:
+        return [f"a {kinds[0] or 'source'} then, a {kinds[1] or 'source'} now"]
+    common = [name for name in before if name in now and name not in NAMES_OF_DATA and before[name] != now[name]]
+    return [f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in common]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _refuse_other_classes(run: Path, config: CheckpointConfig, dataset: Dataset) -> None:
+    if config.class_names is not None and config.class_names != dataset.class_names:
+        raise TrainError(
+            f"{run} was trained with the classes {', '.join(config.class_names)}; the data now have "
+            f"{', '.join(dataset.class_names)}. Give it data with the same classes in the same order, or start "
+            "another run"
+        )
+
+
+def _trained_with(folder: Path, config: CheckpointConfig) -> TrainConfig:
+    """Return the configuration that a checkpoint records."""
+    recorded = config.provenance.get("train_config")
+    if not isinstance(recorded, dict):
+        raise TrainError(f"{folder} does not record what it was trained with, so that no run can go on from it")
+    parts = config.model_dump(include={"model", "diffusion", "sampling"})
+    try:
+        return TrainConfig.model_validate({**recorded, **parts})
+    except ValidationError as error:
+        raise TrainError(
+            f"{folder} was trained with what is refused now: {describe_validation_error(error)}"
+        ) from error
+
+
+def way_out(run: Path) -> str:
+    """Say how to go on without the newest checkpoint, in a sentence."""
+    *older, newest = checkpoints(run)
+    for folder in reversed(older):
+        try:
+            saved = train_state.read(folder)
+        except CheckpointError:
+            continue
+        in_between = checkpoints(run)[checkpoints(run).index(folder) + 1 :]
+        remove = " ".join(shlex.quote(str(path)) for path in in_between)
+        return (
+            f"The checkpoint after {saved.images_seen} images is whole: to continue from there, remove what came later "
+            f"(rm -r {remove}) and give this command again"
+        )
+    return f"No other checkpoint in {newest.parent} is whole: start another run, with another --out"
