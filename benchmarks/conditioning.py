@@ -139,7 +139,7 @@ class Likeness:
     precision: float
     recall: float
     dark_frames: float
-    """Part of the images whose outermost two pixels are all darker than level 10 (of 255)."""
+    """Part of the images whose frame, the outermost two pixels, is darker than level 10 (of 255) in the mean."""
 
     @classmethod
     def measure(cls, judge: Judge, pixels: Uint8Array, reference: npt.NDArray[np.float32]) -> Self:
@@ -150,10 +150,10 @@ class Likeness:
 
 
 def dark_frames(pixels: Uint8Array) -> float:
-    """Return the part of images, uint8 [N, H, W, C], whose frame is dark everywhere."""
-    inside = np.zeros(pixels.shape[1:], dtype=bool)
-    inside[FRAME_PIXELS:-FRAME_PIXELS, FRAME_PIXELS:-FRAME_PIXELS] = True
-    return float((np.where(inside, 0, pixels).max(axis=(1, 2, 3)) < DARK_LEVEL).mean())
+    """Return the part of images, uint8 [N, H, W, C], whose frame is dark."""
+    frame = np.ones(pixels.shape[1:3], dtype=bool)
+    frame[FRAME_PIXELS:-FRAME_PIXELS, FRAME_PIXELS:-FRAME_PIXELS] = False
+    return float((pixels[:, frame].mean(axis=(1, 2)) < DARK_LEVEL).mean())
 
 
 @dataclass(frozen=True)

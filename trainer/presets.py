@@ -21,6 +21,7 @@ def fashion32() -> TrainConfig:
             channel_mult=(1, 2, 3),
             num_res_blocks=1,
             attention_resolutions=(8,),
+            norm_groups=8,  # 32 over 32 channels would hide an image's grey level (docs/experiments.md)
         ),
         timestep_sampler="stratified",
         total_images=200_000,
