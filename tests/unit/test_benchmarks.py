@@ -33,6 +33,7 @@ from diffusion.artifact import read_artifact
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
+from model_export.parity import LIMITS
 from service.backends.base import BackendOptions
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
@@ -158,11 +159,11 @@ def test_the_artifact_for_timing_reports_what_was_measured(network: BenchNetwork
 @pytest.mark.parametrize(
     ("text", "tolerance"),
     [
-        ("torch:fp32", 1e-5),
-        ("eager:fp32", 1e-5),
-        ("onnxruntime:fp32", 1e-5),
-        ("openvino:fp32", 1e-5),
-        ("diffusers:fp32", 1e-5),
+        ("torch:fp32", LIMITS["fp32"]),
+        ("eager:fp32", LIMITS["fp32"]),
+        ("onnxruntime:fp32", LIMITS["fp32"]),
+        ("openvino:fp32", LIMITS["fp32"]),
+        ("diffusers:fp32", LIMITS["fp32"]),
         ("torch:bf16", 0.1),
         ("eager:bf16", 0.1),
         ("diffusers:bf16", 0.1),
