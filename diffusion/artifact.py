@@ -187,7 +187,7 @@ class Manifest(FrozenConfig):
         return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
 
     def reason_not_measured(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> str | None:
-        """Return why a runtime could not be compared in a precision; None where it was, or the manifest says nothing."""
+        """Return why a runtime could not be compared in a precision; None where it was, or no reason is kept."""
         missing = (m for m in self.not_measured if m.file == file and m.precision == precision)
         return next((m.reason for m in missing if m.backend.split(" ")[0] == runtime), None)
 

@@ -76,7 +76,7 @@ def sample_images(
         device: where it takes them.
 
     Returns:
-        uint8 [N, H, W, C].
+        uint8 [N, H, W, C]; an image whose numbers overflowed is black.
     """
     count = len(specs)
     if count == 1:

@@ -30,7 +30,6 @@ from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
 
-
 log = logging.getLogger(__name__)
 
 

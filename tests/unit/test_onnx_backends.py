@@ -135,7 +135,8 @@ def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, r
     least = 1e-4 if "bf16" in backend.description else 0  # or it would not be computed in bfloat16
     assert least < low < limit
     assert least < high < limit
-    assert high < 3 * low + 1e-6  # with a raw t in a bfloat16 graph it grows fivefold
+    if least:
+        assert high < 3 * low  # with a raw t in the graph it grows fivefold
 
 
 def test_neighbouring_timesteps_give_different_outputs(backend: ArtifactBackend) -> None:
@@ -314,7 +315,7 @@ def test_bfloat16_that_was_not_measured_is_not_served_and_said(
     model = open_artifact(artifact, "openvino")
     assert choose_precision(model, "auto") == "fp32"
     assert "no parity of openvino in bf16; export the checkpoint again on a processor with bf16" in caplog.text
-    with pytest.raises(ModelError, match=rf"in bf16 \(where it was exported, {reason}\); export the checkpoint again, on"):
+    with pytest.raises(ModelError, match=rf"in bf16 \(where it was exported, {reason}\); export the checkpoint again"):
         choose_precision(model, "bf16")
 
 
