@@ -34,7 +34,7 @@ class ImageSpec:
     seed: int
     """0..2^53-1."""
     image_index: int = 0
-    """Which image of the seed."""
+    """Which image of the seed, 0..2^32-1."""
     class_index: int | None = None
     """Label; None for an unconditional model (or, where there is a null class, for no label)."""
     cfg_scale: float = 1.0
