@@ -110,7 +110,7 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
     precisions: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
     if wanted == "auto":
         measured = model.manifest.parity_of("openvino", "bf16")
-        fast = has_bfloat16(vector_instructions())
+        fast = bfloat16_is_fast()
         if fast and measured is None:
             log.warning(
                 "%s: float32, because the manifest has no parity of openvino in bf16; export the checkpoint again on a "
@@ -124,6 +124,13 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
     precision = precisions[wanted]
     refuse_unfit_parity(model, "openvino", precision)
     return precision
+
+
+def bfloat16_is_fast() -> bool:
+    """Return whether the processor has bfloat16 products, and OpenVINO uses them on it."""
+    return has_bfloat16(vector_instructions()) and "BF16" in openvino.Core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    )
 
 
 def compile_cache(wanted: str | None) -> Path | None:

@@ -24,7 +24,12 @@ from service.backends import artifact_model, openvino_backend, openvino_graph, s
 from service.backends.artifact_model import ArtifactGraph, cpu_threads, open_artifact
 from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.onnxruntime_backend import OnnxRuntimeBackend
-from service.backends.openvino_backend import OpenVinoBackend, choose_precision, compile_cache
+from service.backends.openvino_backend import (
+    OpenVinoBackend,
+    bfloat16_is_fast,
+    choose_precision,
+    compile_cache,
+)
 from service.backends.openvino_graph import StaticGraph, equal_parts
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.select import BACKENDS, Backend, load_denoiser, preference
@@ -289,7 +294,7 @@ def test_options_that_it_cannot_meet_are_refused(
 
 
 def test_bfloat16_that_is_too_far_from_torch_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_backend, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: True)
     assert choose_precision(open_artifact(with_bfloat16(artifact), "openvino"), "auto") == "bf16"
     model = open_artifact(with_bfloat16(artifact, error=0.1), "openvino")
     with pytest.raises(ModelError, match=r"openvino in bf16 is too far from PyTorch"):
@@ -298,7 +303,7 @@ def test_bfloat16_that_is_too_far_from_torch_is_refused(artifact: Path, monkeypa
 
 
 def test_auto_is_float32_where_bfloat16_is_emulated(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_backend, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: False)
     model = open_artifact(with_bfloat16(artifact), "openvino")
     assert choose_precision(model, "auto") == "fp32"
     assert choose_precision(model, "bf16") == "bf16"
@@ -307,7 +312,7 @@ def test_auto_is_float32_where_bfloat16_is_emulated(artifact: Path, monkeypatch:
 def test_bfloat16_that_was_not_measured_is_not_served_and_said(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(openvino_backend, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: True)
     reason = "OpenVINO computes in f32 on this processor, and not in bf16"
     parity = [p for p in read_artifact(artifact).parity if p.precision == "fp32"]
     missing = NotMeasured(backend="openvino 2026.4.1", precision="bf16", reason=reason)
@@ -322,11 +327,21 @@ def test_bfloat16_that_was_not_measured_is_not_served_and_said(
 def test_bfloat16_that_was_measured_in_float32_counts_as_not_measured(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_backend, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: True)
     model = open_artifact(with_bfloat16(artifact, error=1.6e-6), "openvino")  # by an export that did not check
     assert choose_precision(model, "auto") == "fp32"
     with pytest.raises(ModelError, match="the manifest has no parity of openvino in bf16; export the checkpoint again"):
         choose_precision(model, "bf16")
+
+
+@pytest.mark.parametrize("capabilities", [["FP32", "INT8"], ["FP32", "BF16"]])
+def test_bfloat16_is_fast_where_the_processor_and_openvino_have_it(
+    capabilities: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: capabilities)
+    for instructions in (("x86_64", "avx512_bf16"), ("x86_64", "avx2"), ("aarch64", "bf16")):
+        monkeypatch.setattr(openvino_backend, "vector_instructions", lambda has=instructions: has)
+        assert bfloat16_is_fast() == ("BF16" in capabilities and has_bfloat16(instructions))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
