@@ -21,8 +21,8 @@ PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 AVX2_ONLY := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR' OPENBLAS_CORETYPE=Haswell
 # The tests whose results depend on how the processor computes
-COMPUTING := tests/parity tests/integration/test_bundled_model.py $(addprefix tests/unit/, test_backends.py \
-    test_classifier_guidance.py test_onnx_backends.py test_parity.py test_time_mlp.py test_update.py)
+COMPUTING := $(filter-out tests/parity/test_manifests.py, $(wildcard tests/parity/test_*.py)) tests/integration/test_bundled_model.py \
+    $(addprefix tests/unit/, test_backends.py test_classifier_guidance.py test_onnx_backends.py test_parity.py test_time_mlp.py test_update.py)
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'

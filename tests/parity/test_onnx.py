@@ -260,7 +260,7 @@ def test_a_graph_of_lower_precision_computes_in_it(exports: Exports, precision: 
         graph = open_here(runtime, path)
         for rows in (1, 3):
             inputs = inputs_of(network, rows)
-            assert 1e-6 < relative(graph(inputs), expected_of(network, inputs)) < LIMITS[precision]
+            assert 1e-6 < relative(graph(inputs), expected_of(network, inputs)) < LIMITS[runtime.precision]
 
 
 def test_precisions_are_those_of_artifacts() -> None:
