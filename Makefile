@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one pip at a time in .venv
-.PHONY: help serve check test test-long format train-demo bench clean
+.PHONY: help serve check test test-avx2 test-long format train-demo bench clean
 
 VENV := .venv
 PYTHON ?=
@@ -16,9 +16,17 @@ DATA ?=
 # Whole files go to one process, which then makes a file's fixtures once, the slow folders first; beyond four, memory is what lacks
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
+# What makes libraries take a processor for one with AVX2 only: oneDNN (in OpenVINO and PyTorch), PyTorch, its MKL, numpy and its OpenBLAS.
+# ONNX Runtime has no such switch, nor have a few kernels of OpenVINO (tests/parity/test_limited_instructions.py names them).
+AVX2_ONLY := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+    NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR' OPENBLAS_CORETYPE=Haswell
+# The tests whose results depend on how the processor computes
+COMPUTING := $(filter-out tests/parity/test_manifests.py, $(wildcard tests/parity/test_*.py)) tests/integration/test_bundled_model.py \
+    $(addprefix tests/unit/, test_backends.py test_classifier_guidance.py test_onnx_backends.py test_parity.py test_time_mlp.py test_update.py)
+
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
 serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve plain checkpoints
 	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
@@ -31,6 +39,9 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 
 test: check  ## linters, then all tests with a part of the counts (minutes)
 	$(VENV)/bin/pytest $(PARALLEL)
+
+test-avx2: $(VENV)/.installed-dev  ## the tests that compute, with the kernels of a processor without AVX-512 and bfloat16
+	$(AVX2_ONLY) $(VENV)/bin/pytest $(PARALLEL) $(COMPUTING)
 
 test-long: check  ## linters, then all tests with full counts (for a release)
 	IDDPM_TEST_LONG=1 PYTEST_TIMEOUT=7200 $(VENV)/bin/pytest $(PARALLEL)

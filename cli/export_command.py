@@ -11,7 +11,7 @@ from cli.errors import fail, needs_extra, tidy_on_sigterm
 from cli.threads import limit_torch_threads
 
 if TYPE_CHECKING:
-    from diffusion.artifact import ChainParity, NetworkParity, Precision
+    from diffusion.artifact import ChainParity, NetworkParity, NotMeasured, Precision
 
 OPTIONS = {"onnx": ("--precision", "--buckets"), "tensorrt": ("--precision", "--buckets", "--gpu"), "diffusers": ()}
 """The options that each format has."""
@@ -109,7 +109,7 @@ def _export_onnx(checkpoint: Path, out: Path, precision: Precision, buckets: tup
         typer.echo(parity_table(error.parity, error.chains))
         raise
     for manifest in manifests:
-        typer.echo(parity_table(manifest.parity, manifest.chains))
+        typer.echo(parity_table(manifest.parity, manifest.chains, manifest.not_measured))
 
 
 def _export_tensorrt(
@@ -164,7 +164,9 @@ def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tupl
     return (manifest.precision, manifest.buckets) == (precision, buckets)
 
 
-def parity_table(parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...]) -> str:
+def parity_table(
+    parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...], not_measured: tuple[NotMeasured, ...] = ()
+) -> str:
     """Lay out a parity report: relative errors per band of timesteps, then pixels of chains."""
     lines = ["", "relative error against PyTorch in float32 (prediction / variance), by timestep:"]
     for p in parity:
@@ -173,6 +175,7 @@ def parity_table(parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, .
         for band in p.bands:
             variance = "" if band.variance is None else f" / {band.variance:.1e}"
             lines.append(f"    t {band.t_min:>4}..{band.t_max:<4}  {band.prediction:.1e}{variance}")
+    lines += [f"  {m.file}, {m.backend}, {m.precision}: not measured: {m.reason}" for m in not_measured]
     if chains:
         lines.append("8-bit values that differ after whole chains, by more than 1, 2, 4 levels:")
     for c in chains:

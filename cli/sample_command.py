@@ -41,6 +41,9 @@ def sample_command(
         float | None, typer.Option(help="Guidance by the model's noisy classifier, 0 = off, the default.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="0..2^53-1; absent: random.")] = None,
+    image_index: Annotated[
+        int, typer.Option(min=0, help="Index of the first image, 0..2^32-1: image k of a seed is always the same.")
+    ] = 0,
 ) -> None:
     """Sample images, here or at a service: the same seed gives the same pixels where the numerics_id is the same.
 
@@ -62,6 +65,7 @@ def sample_command(
         "cfg_scale": cfg_scale,
         "classifier_scale": classifier_scale,
         "seed": secrets.randbelow(2**53) if seed is None else seed,
+        "image_index": image_index,
     }
     try:
         refuse_other_files(out)

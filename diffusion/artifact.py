@@ -42,6 +42,9 @@ INSIDE_CHECKPOINT = "artifact"
 """A checkpoint folder may hold its artifact under this name."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LEAST_ERRORS: dict[Precision, float] = {"fp32": 0.0, "bf16": 2e-4, "fp16": 0.0}
+"""The worst band of a network's calls is never nearer to float32 than this: a tenth of half a unit in the last place of
+bfloat16 (2^-9), of which every product's factors are off. ONNX Runtime computes part of a float16 graph in float32."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -97,9 +100,28 @@ class NetworkParity(FrozenConfig):
         """Whether every band is inside the limit."""
         return self.worst <= self.limit
 
+    @property
+    def is_of_its_precision(self) -> bool:
+        """Whether the error is large enough for its precision.
+
+        A smaller one was measured in float32 on a processor without the precision, which exports before `not_measured`
+        existed recorded as if it had been in effect.
+        """
+        return self.worst >= LEAST_ERRORS[self.precision]
+
     def gates(self, precision: Precision) -> bool:
         """Whether an artifact that was exported in a precision must have passed this."""
         return self.precision == ("fp32" if self.file == GRADIENT_FILE else precision)
+
+
+class NotMeasured(FrozenConfig):
+    """A runtime in a precision that a graph could not be compared in where it was exported."""
+
+    backend: str
+    precision: Precision
+    file: str = MODEL_FILE
+    reason: str
+    """Why not, for people."""
 
 
 class ChainParity(FrozenConfig):
@@ -145,6 +167,7 @@ class Manifest(FrozenConfig):
     """Every file but the manifest, by name."""
     parity: tuple[NetworkParity, ...] = Field(min_length=1)
     chains: tuple[ChainParity, ...] = ()
+    not_measured: tuple[NotMeasured, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -159,9 +182,14 @@ class Manifest(FrozenConfig):
         return self
 
     def parity_of(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> NetworkParity | None:
-        """Return the measured parity of a runtime (its name without version) in a precision."""
-        of_model = (p for p in self.parity if p.file == file and p.precision == precision)
+        """Return the measured parity of a runtime (its name without version) in a precision; None: not measured."""
+        of_model = (p for p in self.parity if p.file == file and p.precision == precision and p.is_of_its_precision)
         return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
+
+    def reason_not_measured(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> str | None:
+        """Return why a runtime could not be compared in a precision; None where it was, or no reason is kept."""
+        missing = (m for m in self.not_measured if m.file == file and m.precision == precision)
+        return next((m.reason for m in missing if m.backend.split(" ")[0] == runtime), None)
 
 
 def failures(

@@ -28,7 +28,9 @@ STREAM_CLASS: Final = 2
 MAX_SEED: Final = 2**53 - 1
 """The largest integer that a JSON reader with float64 numbers keeps exactly."""
 MAX_WORD: Final = 2**32 - 1
-"""The largest image index, step and block."""
+"""The largest step and block."""
+MAX_IMAGE_INDEX: Final = MAX_WORD
+"""The largest index of an image of a seed, in every interface: a word of the counter holds it."""
 
 ELEMENTS_PER_BLOCK: Final = 4
 
@@ -87,7 +89,7 @@ def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, 
     xp = namespace(seeds)
     for name, values, limit in (
         ("seeds", seeds, MAX_SEED),
-        ("image_indices", image_indices, MAX_WORD),
+        ("image_indices", image_indices, MAX_IMAGE_INDEX),
         ("steps", steps, MAX_WORD),
     ):
         if values.dtype != xp.int64:
@@ -125,7 +127,7 @@ def draw_class(seed: int, image_index: int, num_classes: int) -> int:
         ValueError: a number out of its range.
     """
     check_range("seed", seed, seed, MAX_SEED)
-    check_range("image_index", image_index, image_index, MAX_WORD)
+    check_range("image_index", image_index, image_index, MAX_IMAGE_INDEX)
     if not 1 <= num_classes <= MAX_WORD:
         raise ValueError(f"num_classes must be in 1..{MAX_WORD}; got {num_classes}")
     low, high, _, _ = philox((0, 0, image_index, STREAM_CLASS), (seed & MAX_WORD, seed >> 32))

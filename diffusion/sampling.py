@@ -34,7 +34,7 @@ class ImageSpec:
     seed: int
     """0..2^53-1."""
     image_index: int = 0
-    """Which image of the seed."""
+    """Which image of the seed, 0..2^32-1."""
     class_index: int | None = None
     """Label; None for an unconditional model (or, where there is a null class, for no label)."""
     cfg_scale: float = 1.0
@@ -76,7 +76,7 @@ def sample_images(
         device: where it takes them.
 
     Returns:
-        uint8 [N, H, W, C].
+        uint8 [N, H, W, C]; an image whose numbers overflowed is black.
     """
     count = len(specs)
     if count == 1:

@@ -27,9 +27,9 @@ MAX_PERIOD = 10000.0
 class TimeMLP:
     """Sinusoidal embedding of timesteps, and the MLP that UNet and classifier begin with.
 
-    Computed in float64 and rounded, so that a timestep's embedding does not depend on those computed with it; within
-    1e-6 of what the network computes itself in float32 (t <= 1000). For that, frequencies and angles are rounded as
-    there: a frequency's last bit is worth 2e-4 of an angle at t = 3999.
+    Computed in float64 and rounded, so that a timestep's embedding does not depend on those computed with it.
+    Frequencies and angles are rounded as the network rounds them in float32: a frequency's last bit is worth 2e-4 of an
+    angle at t = 3999. What is left is the last bit of float32's exp, which differs between libraries and processors.
     """
 
     weights: Mapping[str, Float32Array]

@@ -52,7 +52,10 @@ class Step(NamedTuple, Generic[A]):
     x0: A
     """The images predicted from x_t, shaped like it, before any classifier guidance."""
     ok: A
-    """bool [B]: False for rows that are not finite any more."""
+    """bool [B]: False for rows that are not finite any more, whose x_prev is NaN; so is that of every later step.
+
+    A network's output that overflowed counts, also where clipping would hide it, or where the plan does not read it.
+    """
 
 
 def split_output(output: A, channels: int) -> tuple[A, A]:
@@ -90,7 +93,8 @@ def traceable_advance(
 ) -> Step[A]:
     """Take one step as `advance` does, in a form that torch.compile can trace: numpy may warn of overflows."""
     xp = namespace(out)
-    x0 = xp.minimum(xp.maximum(plan.a_x * x_t + plan.a_out * out, -plan.clip), plan.clip)
+    unclipped = plan.a_x * x_t + plan.a_out * out
+    x0 = xp.minimum(xp.maximum(unclipped, -plan.clip), plan.clip)
     # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
     log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) / 2 * (var_values + 1)
 
@@ -101,7 +105,9 @@ def traceable_advance(
     noise = plan.noise_scale * xp.exp(0.5 * log_variance) * z
     x_prev = mean + xp.where(plan.noise_scale > 0, noise, 0.0)
 
-    return Step(x_prev, x0, xp.all(xp.isfinite(x_prev), axis=(1, 2, 3)))
+    finite = xp.isfinite(unclipped) & xp.isfinite(var_values) & xp.isfinite(x_prev)
+    ok = xp.all(finite, axis=(1, 2, 3))
+    return Step(xp.where(xp.reshape(ok, (-1, 1, 1, 1)), x_prev, xp.nan), x0, ok)
 
 
 def sample_loop(
@@ -127,7 +133,7 @@ def sample_loop(
         on_step: told the index of each step and what it gave, for progress and tests.
 
     Returns:
-        The images, x_0 [B, C, H, W]; about in [-1, 1].
+        The images, x_0 [B, C, H, W]; about in [-1, 1]; NaN for rows that stopped being finite (`Step.ok`).
     """
     xp = namespace(x_T)
     lines = xp.asarray(plan.table.copy(), device=x_T.device)
@@ -155,13 +161,13 @@ def to_uint8(x: A) -> npt.NDArray[np.uint8]:
     Truncating in float32, a quarter of the levels that come straight from `from_uint8` go back one level lower.
 
     Args:
-        x: [B, C, H, W] where data spans [-1, 1]; what lies outside is clamped.
+        x: [B, C, H, W] where data spans [-1, 1]; what lies outside is clamped, and NaN is black.
 
     Returns:
         uint8 [B, H, W, C].
     """
-    pixels = ((to_numpy(x) + 1) * 127.5).clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    levels = np.nan_to_num(((to_numpy(x) + 1) * 127.5).clip(0, 255), copy=False)  # NaN has no defined uint8
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def from_uint8(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -6,6 +6,7 @@ Where a noisy classifier guides the checkpoint's model, its artifact lies inside
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diffusion.artifact import (
     ChainParity,
     Manifest,
     NetworkParity,
+    NotMeasured,
     Precision,
     failures,
     file_entry,
@@ -39,12 +41,21 @@ from model_export.onnx_export import (
     export_unet,
 )
 from model_export.parity import chain_parity, classifier_calls, network_parity, unet_reference
-from model_export.runtimes import runtimes_for
+from model_export.runtimes import PrecisionUnavailable, runtimes_for
 
 MADE_BY = ("torch", "onnx", "onnxscript")
 DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 Say = Callable[[str], None]
+
+
+@dataclass
+class Measured:
+    """What came of comparing an artifact's graphs with PyTorch."""
+
+    parity: list[NetworkParity] = field(default_factory=list)
+    chains: list[ChainParity] = field(default_factory=list)
+    not_measured: list[NotMeasured] = field(default_factory=list)
 
 
 class ParityError(ArtifactError):
@@ -77,10 +88,11 @@ def export_artifact(
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or a classifier that does not fit.
-        ArtifactError: an `out` that holds something else, or a checkpoint that changed meanwhile.
+        ArtifactError: an `out` that holds something else, a checkpoint that changed meanwhile, or a precision that
+            this processor does not have.
         LibraryError: the exporter or a runtime failed.
         ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
-            bfloat16 is recorded, and refused by the service where it did not pass.
+            bfloat16 is recorded, and refused by the service where it did not pass, or could not be measured here.
     """
     if not may_replace(out, MANIFEST_FILE, ("checkpoint_sha256", "files", "parity")):
         raise ArtifactError(f"{out} exists and is no artifact folder; it was left alone")
@@ -116,7 +128,8 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[
     else:
         export_classifier(network, folder / MODEL_FILE, dtype)
         export_classifier_gradient(network, folder / GRADIENT_FILE)
-    parity, chains = _measure(folder, network, config, time_mlp, precision, say)
+    measured = _measure(folder, network, config, time_mlp, precision, say)
+    parity, chains = tuple(measured.parity), tuple(measured.chains)
     if failures(precision, parity, chains):
         raise ParityError(parity, chains)
     if checkpoint_sha256(checkpoint) != sha256:
@@ -131,6 +144,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[
         files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
         parity=parity,
         chains=chains,
+        not_measured=tuple(measured.not_measured),
     )
     (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
     return manifest
@@ -143,9 +157,13 @@ def _measure(
     time_mlp: TimeMLP,
     precision: Precision,
     say: Say,
-) -> tuple[tuple[NetworkParity, ...], tuple[ChainParity, ...]]:
-    parity: list[NetworkParity] = []
-    chains: list[ChainParity] = []
+) -> Measured:
+    """Compare the folder's graphs with PyTorch in every runtime.
+
+    Raises:
+        ArtifactError: the artifact's own precision is not available on this processor.
+    """
+    measured = Measured()
     say("computing the same with PyTorch")
     if isinstance(network, UNet):
         assert isinstance(config, CheckpointConfig)  # noqa: S101  # a UNet's
@@ -156,10 +174,22 @@ def _measure(
         logits, gradients = classifier_calls(network, config.diffusion, time_mlp)
         calls = {MODEL_FILE: logits, GRADIENT_FILE: gradients}
     for file, expected in calls.items():
-        for runtime in runtimes_for("fp32" if file == GRADIENT_FILE else precision):
+        of_file = "fp32" if file == GRADIENT_FILE else precision
+        for runtime in runtimes_for(of_file):
             say(f"comparing {file} with {runtime.backend} {runtime.precision}")
             graph = runtime.open(folder / file)
-            parity.append(network_parity(graph, expected, config, runtime, file))
+            try:
+                measured.parity.append(network_parity(graph, expected, config, runtime, file))
+            except PrecisionUnavailable as error:
+                if runtime.precision == of_file:
+                    raise ArtifactError(
+                        f"{error}, so an artifact in {precision} cannot be compared with PyTorch here; nothing was "
+                        f"written. Export on a processor with {precision}, or with --precision fp32"
+                    ) from error
+                measured.not_measured.append(
+                    NotMeasured(backend=runtime.backend, precision=runtime.precision, file=file, reason=str(error))
+                )
+                continue
             if isinstance(network, UNet):
-                chains.append(chain_parity(graph, reference, time_mlp, runtime))
-    return tuple(parity), tuple(chains)
+                measured.chains.append(chain_parity(graph, reference, time_mlp, runtime))
+    return measured

@@ -24,6 +24,7 @@ from model_export.inference_layers import (
     NormSiLU,
     PlainLayer,
     TokenAttention,
+    VectorNorm,
     plain_linear,
 )
 
@@ -152,6 +153,8 @@ def _for_tracing(layers: nn.Sequential) -> nn.Sequential:
 def _layer_for_tracing(layer: nn.Module) -> nn.Module:
     if isinstance(layer, RowLinear):
         return plain_linear(layer)
+    if isinstance(layer, nn.GroupNorm):
+        return VectorNorm(layer)
     return InferenceAttentionPool(layer) if isinstance(layer, AttentionPool) else layer
 
 

@@ -309,6 +309,27 @@ class NormSiLU(nn.Module):
         return silu_of_twice(h)
 
 
+class VectorNorm(nn.Module):
+    """Group normalisation of vectors [B, C], not maps.
+
+    PyTorch takes a vector for a map of one pixel: the gradient then sums over an axis of size 1, and OpenVINO computes
+    such a sum between products wrongly (docs/decisions/0007-classifier-gradient.md).
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.groups, self.group_size = norm.num_groups, norm.num_channels // norm.num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the members of each group, and apply the learned affine."""
+        members = x.reshape(-1, self.groups, self.group_size)
+        centred = members - members.mean(dim=2, keepdim=True)
+        variance = torch.square(centred).mean(dim=2, keepdim=True)
+        normalized = centred * torch.rsqrt(variance + self.eps)
+        return normalized.reshape(-1, self.groups * self.group_size) * self.weight + self.bias
+
+
 def plain_linear(rows: RowLinear) -> nn.Linear:
     """Return the layer without its blocks of rows, which would tie the graph to the batch size it was traced at."""
     return _linear(rows.weight, rows.bias)

@@ -13,7 +13,7 @@ import onnxruntime
 import openvino
 
 from diffusion.artifact import Precision
-from model_export.library_errors import library_call
+from model_export.library_errors import LibraryError, library_call
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Graph = Callable[[Arrays], npt.NDArray[np.float32]]
@@ -26,6 +26,10 @@ HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 """How OpenVINO calls precisions."""
 
 
+class PrecisionUnavailable(Exception):
+    """A runtime does not compute in the precision asked for on this processor; the message says why."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A runtime in a precision."""
@@ -34,6 +38,7 @@ class Runtime:
     """Name and version."""
     precision: Precision
     open: Callable[[Path], Graph]
+    """The graph raises `PrecisionUnavailable` where another precision would be in effect."""
 
 
 def runtimes_for(precision: Precision) -> list[Runtime]:
@@ -74,14 +79,41 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
             rows = len(inputs["x_t"])
             if rows not in compiled:
                 shapes = {name: list(values.shape) for name, values in inputs.items()}
-                settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-                with library_call(OPENVINO, f"compile {path.name}", RuntimeError):
-                    network = core.read_model(path)
-                    network.reshape(shapes)
-                    compiled[rows] = core.compile_model(network, "CPU", settings)
+                compiled[rows] = _compile(core, path, shapes, precision)
             with library_call(OPENVINO, f"run {path.name}", RuntimeError):
                 return compiled[rows](dict(inputs))[0].copy()
 
         return run
 
     return open_graph
+
+
+def _compile(
+    core: openvino.Core, path: Path, shapes: Mapping[str, list[int]], precision: Precision
+) -> openvino.CompiledModel:
+    """Compile a graph in a precision.
+
+    Raises:
+        LibraryError: OpenVINO cannot compile it.
+        PrecisionUnavailable: OpenVINO compiles it, and not in this precision: a hint that the processor cannot follow
+            is ignored, and under a limit of instruction sets (ONEDNN_MAX_CPU_ISA) it fails in lower precision only.
+    """
+
+    def compiled_in(wanted: Precision) -> openvino.CompiledModel:
+        settings = {"INFERENCE_PRECISION_HINT": HINTS[wanted], "PERFORMANCE_HINT": "LATENCY"}
+        with library_call(OPENVINO, f"compile {path.name}", RuntimeError):
+            network = core.read_model(path)
+            network.reshape(shapes)
+            return core.compile_model(network, "CPU", settings)
+
+    try:
+        compiled = compiled_in(precision)
+    except LibraryError as error:
+        if precision == "fp32":
+            raise
+        compiled_in("fp32")  # raises where the graph is to blame
+        raise PrecisionUnavailable(f"OpenVINO compiles this graph in fp32 only on this processor ({error})") from error
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != HINTS[precision]:
+        raise PrecisionUnavailable(f"OpenVINO computes in {taken} on this processor, and not in {precision}")
+    return compiled

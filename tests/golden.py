@@ -23,6 +23,26 @@ from diffusion.unet import UNet
 
 GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
 
+NETWORK_TOLERANCE = 1e-4
+"""Of networks' outputs, features and logits; absolute. All of these are what tests/data/golden/README.md allows."""
+STEP_TOLERANCE = 1e-4
+"""Of what a step gives, guided or not, relative to the largest number of the array."""
+STEP_X0_TOLERANCE = 1e-3
+"""Of its predicted x0, which divides the network's error by sqrt(alpha-bar); relative likewise."""
+DDIM_TOLERANCE = 1e-3
+"""Of a DDIM step, whose noise is computed from the predicted x0; relative likewise."""
+CHAIN_TOLERANCES = {"final": 1e-3, "samples": 3e-3, "pred_xstart": 2e-2}
+"""Of whole chains; absolute."""
+GUIDANCE_TOLERANCE = 1e-4
+"""Of a guided step; relative to the largest number of the array."""
+GRADIENT_TOLERANCE = 1e-3
+"""Of a classifier's gradient; relative."""
+GUIDED_CHAIN_TOLERANCE = 2e-3
+"""Of guided chains; absolute."""
+
+TIMESTEP_TOLERANCES = {100: 1e-5, 4000: 5e-4}
+"""Of embedded timesteps, up to each of these: angles are products in float32."""
+
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0"}
 """PREVIOUS_X is missing on purpose: no published model uses it, so this project does not have it."""
 

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from diffusion.images import JPEG_QUALITY
-from diffusion.noise import MAX_SEED
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED
 from diffusion.plans import Sampler
 from service.api.request_body import RequestBody
 
@@ -79,8 +79,9 @@ class SamplingOptions(RequestBody):
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="0..2^53-1; absent: random. The same seed gives the same pixels."
     )
-    image_index: Annotated[StrictInt, Field(ge=0, le=2**31)] = Field(
-        default=0, description="Index of the first image: image k of a seed is the same in any request."
+    image_index: Annotated[StrictInt, Field(ge=0, le=MAX_IMAGE_INDEX)] = Field(
+        default=0,
+        description="Index of the first image: image k of a seed is the same in any request. All are 0..2^32-1.",
     )
     priority: PriorityName = Field(
         default="interactive", description="`batch` work takes what interactive work leaves, and a share."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from diffusion.noise import MAX_SEED, draw_class
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
 from diffusion.plans import build_plan
 from diffusion.quoting import quoted
 from service.api.class_names import ClassNames
@@ -68,6 +68,10 @@ def complete(
         InvalidRequest: naming field, rule and allowed values.
     """
     count = _count(body)
+    if body.image_index + count - 1 > MAX_IMAGE_INDEX:
+        raise InvalidRequest(
+            "image_index", f"must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images; got {body.image_index}"
+        )
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     plan, num_steps = _plan(body, model.config)
     cfg_scale = _cfg_scale(body, model.config)

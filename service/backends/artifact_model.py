@@ -109,9 +109,11 @@ def refuse_unfit_parity(opened: ArtifactGraph, runtime: str, precision: Precisio
     """
     measured = opened.manifest.parity_of(runtime, precision, opened.graph.name)
     if measured is None:
+        reason = opened.manifest.reason_not_measured(runtime, precision, opened.graph.name)
+        cure = f"on a processor with {precision}, or use fp32" if precision == "bf16" else "with --precision fp32"
         raise ModelError(
-            f"{opened.graph.parent}: the manifest has no parity of {runtime} in {precision}; export the checkpoint "
-            f"again, with --precision fp32"
+            f"{opened.graph.parent}: the manifest has no parity of {runtime} in {precision}"
+            f"{'' if reason is None else f' (where it was exported, {reason})'}; export the checkpoint again, {cure}"
         )
     if not measured.passed:
         raise ModelError(

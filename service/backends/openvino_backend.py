@@ -6,6 +6,7 @@ static ones do not, so there is no dynamic fall-back. How a graph is run: `servi
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from service.backends.base import BackendOptions, FailureKind, GuidingClassifier
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 
 class OpenVinoBackend:
@@ -107,13 +110,27 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
     precisions: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
     if wanted == "auto":
         measured = model.manifest.parity_of("openvino", "bf16")
-        good = measured is not None and measured.passed and has_bfloat16(vector_instructions())
+        fast = bfloat16_is_fast()
+        if fast and measured is None:
+            log.warning(
+                "%s: float32, because the manifest has no parity of openvino in bf16; export the checkpoint again on a "
+                "processor with bf16, such as this one",
+                model.graph.parent,
+            )
+        good = fast and measured is not None and measured.passed
         wanted = "bf16" if good or model.manifest.precision == "bf16" else "fp32"
     if wanted not in precisions:
         raise ModelError(f"backend 'openvino' computes in fp32 or bf16; got precision '{wanted}'")
     precision = precisions[wanted]
     refuse_unfit_parity(model, "openvino", precision)
     return precision
+
+
+def bfloat16_is_fast() -> bool:
+    """Return whether the processor has bfloat16 products, and OpenVINO uses them on it."""
+    return has_bfloat16(vector_instructions()) and "BF16" in openvino.Core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    )
 
 
 def compile_cache(wanted: str | None) -> Path | None:

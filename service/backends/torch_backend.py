@@ -19,6 +19,7 @@ from service.backends.base import BackendOptions, FailureKind, GuidingClassifier
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
 from service.backends.cuda_queue import CudaQueue
 from service.backends.device_queue import DeviceQueue
+from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
 from service.errors import ModelError
 
@@ -177,8 +178,9 @@ def _describe(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
 
 
 def _processor() -> dict[str, object]:
-    """Return what kernels are chosen by: instruction sets and cache sizes, not names or numbers of cores."""
-    return {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}
+    """Return what kernels are chosen by: instruction sets, their limits, cache sizes; not names or numbers of cores."""
+    chosen_by = {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}
+    return chosen_by | instruction_limits()
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
 from diffusion.config import ModelConfig
-from diffusion.noise import MAX_SEED, MAX_WORD, STREAM_X_T, check_range, normal
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, STREAM_X_T, check_range, normal
 from service.engine.request import ImageParams
 
 
@@ -57,7 +57,7 @@ class SlotTable(Generic[A]):
         """Set slots up for images that begin: x_T is a function of seed and image index."""
         seeds, image_indices = [p.seed for p in params], [p.image_index for p in params]
         check_range("seed", min(seeds), max(seeds), MAX_SEED)
-        check_range("image_index", min(image_indices), max(image_indices), MAX_WORD)
+        check_range("image_index", min(image_indices), max(image_indices), MAX_IMAGE_INDEX)
         index = self.integers(slots)
         step = self._zeros((len(slots),), self._xp.int64)
         self.x[index] = normal(self.integers(seeds), self.integers(image_indices), step, STREAM_X_T, self.image_shape)

@@ -91,6 +91,10 @@ def test_one_kernel_is_near_separate_operations() -> None:
     plain, fused = add_noise_and_advance(*arguments), queue.fuse(add_noise_and_advance)(*arguments)
     torch.testing.assert_close(fused.x_prev, plain.x_prev, rtol=1e-5, atol=1e-5)
 
+    out[1, 0, 0, 0], var_values[2, 0, 0, 0] = torch.inf, -torch.inf
+    for advance in (add_noise_and_advance, queue.fuse(add_noise_and_advance)):
+        assert advance(*arguments).ok.tolist() == [True, False, False, True]
+
 
 def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
     queue = CudaQueue(torch.device("cuda"), lambda x, e, y: x, None, fused=False)

@@ -15,7 +15,6 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions, Denoiser, Precision
 from service.backends.openvino_backend import OpenVinoBackend
-from service.backends.processor import has_bfloat16, vector_instructions
 from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
@@ -23,6 +22,7 @@ from service.engine.engine import Engine
 from service.engine.request import ImageParams, PlanKey
 from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
+from tests import bfloat16
 from tests.fakes import generation
 
 MODEL = Path(__file__).parents[2] / "models" / "fashion32"
@@ -48,8 +48,8 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: Precision) -> None:
-    if precision == "bf16" and not has_bfloat16(vector_instructions()):
-        pytest.skip("this processor has no bfloat16")
+    if precision == "bf16":
+        bfloat16.need_in_openvino()
     options = BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir="")
     backend: Denoiser[Any] = OpenVinoBackend(MODEL, options)
     assert invariant_batch_sizes(backend, 16) == backend.batch_sizes == (1, 2, 4, 8, 16)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.classifier import Classifier
 from diffusion.unet import UNet
 from model_export import artifact_export, onnx_export, parity
+from tests import bfloat16
 from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
@@ -76,23 +78,26 @@ def test_an_exported_checkpoint_is_proven_described_and_read_back(exports: Expor
     assert manifest.checkpoint_sha256 == checkpoint_sha256(folder)
     assert set(manifest.versions) == {"torch", "onnx", "onnxscript"}
     measured = [(p.backend.split(" ")[0], p.precision) for p in manifest.parity]
-    assert measured == [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+    not_measured = [(m.backend.split(" ")[0], m.precision) for m in manifest.not_measured]
+    assert measured + not_measured == [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+    assert not_measured == ([("openvino", "bf16")] if bfloat16.why_not_in_openvino() else [])
     for p in manifest.parity:
         assert [(band.t_min, band.t_max) for band in p.bands] == [(800 * k, 800 * k + 799) for k in range(5)]
         assert 0 < p.worst < p.limit
-    assert [c.limit for c in manifest.chains] == [1e-3, 1e-3, None]
+    assert [c.limit for c in manifest.chains] == [1e-3, 1e-3, None][: len(measured)]
     assert all((c.steps, c.images) == (50, 4) for c in manifest.chains)
 
 
 def test_the_table_shows_every_band_and_chain(exports: Exports) -> None:
     lines = [" ".join(line.split()) for line in exports.output().splitlines()]
     assert lines[-1].startswith("exported: ")
-    for p in read_artifact(exports.checkpoint() / "artifact").parity:
+    manifest = read_artifact(exports.checkpoint() / "artifact")
+    for p in manifest.parity:
         head = f"model.onnx, {p.backend}, {p.precision}: at most {p.worst:.1e}, limit {p.limit:.0e}: ok"
         start = lines.index(head)
         for line, band in zip(lines[start + 1 :], p.bands, strict=False):
             assert line == f"t {band.t_min}..{band.t_max} {band.prediction:.1e} / {band.variance:.1e}"
-    assert sum("50 steps, 4 images" in line for line in lines) == 3
+    assert sum("50 steps, 4 images" in line for line in lines) == len(manifest.parity)
     assert sum("limit 0.1% beyond 2: ok" in line for line in lines) == 2
 
 
@@ -130,12 +135,55 @@ def test_another_network_s_graph_is_not_written(checkpoint: Path, tmp_path: Path
 def test_bfloat16_outside_tolerance_is_written_down_and_does_not_hinder(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bfloat16.need_in_openvino()
     monkeypatch.setitem(parity.LIMITS, "bf16", 1e-9)
     code, output = export(checkpoint, checkpoint / "artifact")
     assert (code, "bf16" in output and "TOO FAR" in output) == (0, True), output
     measured = read_artifact(checkpoint / "artifact").parity_of("openvino", "bf16")
     assert measured is not None
     assert not measured.passed
+
+
+@pytest.fixture(params=["ignored", "failing"])
+def without_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let OpenVINO take a hint for bfloat16 as a processor without it does, or as under a limit of instruction sets."""
+    compile_model = openvino.Core.compile_model
+
+    def compile_in_float32(core: Any, model: Any, device: str, settings: dict[str, Any]) -> Any:
+        if settings["INFERENCE_PRECISION_HINT"] != "f32" and request.param == "failing":
+            raise RuntimeError("object is not initialized")
+        return compile_model(core, model, device, {**settings, "INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_in_float32)
+
+
+@pytest.mark.usefixtures("traced", "without_bfloat16")
+def test_bfloat16_that_the_processor_does_not_have_is_not_recorded_as_measured(checkpoint: Path) -> None:
+    code, output = export(checkpoint, checkpoint / "artifact")
+    assert code == 0, output
+    manifest = read_artifact(checkpoint / "artifact")
+    assert [(p.backend.split(" ")[0], p.precision) for p in manifest.parity] == [
+        ("onnxruntime", "fp32"), ("openvino", "fp32"),
+    ]  # fmt: skip
+    assert manifest.parity_of("openvino", "bf16") is None
+    (missing,) = manifest.not_measured
+    assert (missing.precision, missing.file) == ("bf16", MODEL_FILE)
+    assert missing.reason == manifest.reason_not_measured("openvino", "bf16")
+    assert "on this processor" in missing.reason
+    assert f"model.onnx, {missing.backend}, bf16: not measured: {missing.reason}" in output
+
+
+@pytest.mark.usefixtures("traced", "without_bfloat16")
+def test_a_graph_in_bfloat16_is_not_exported_where_it_cannot_be_compared(
+    exports: Exports, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = exports.checkpoint() / "artifact" / MODEL_FILE
+    monkeypatch.setattr(artifact_export, "export_unet", lambda _network, path, _dtype: shutil.copy(graph, path))
+    code, output = export(checkpoint, checkpoint / "artifact", "--precision", "bf16")
+    assert code == 1
+    assert re.search(r"error: OpenVINO comp.* on this processor.*, so an artifact in bf16 cannot be compared", output)
+    assert "nothing was written. Export on a processor with bf16, or with --precision fp32" in output
+    assert not (checkpoint / "artifact").exists()
 
 
 @pytest.mark.usefixtures("traced")

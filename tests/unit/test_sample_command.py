@@ -55,6 +55,17 @@ def test_images_equal_the_one_image_sampler(model: Path, tmp_path: Path) -> None
             assert np.array_equal(pixels, sample_images(tiny_network(config), plan, [spec])[0])
 
 
+def test_an_image_of_a_seed_can_be_sampled_by_its_index(model: Path, tmp_path: Path) -> None:
+    options = ("--class", "bee", "--steps", "4", "--seed", "6")
+    assert sample(model, *options, "-n", "4", "--out", str(tmp_path / "all"))[0] == 0
+    assert sample(model, *options, "-n", "2", "--image-index", "2", "--out", str(tmp_path / "some"))[0] == 0
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["6_2.png", "6_3.png"]
+    for path in (tmp_path / "some").iterdir():
+        assert path.read_bytes() == (tmp_path / "all" / path.name).read_bytes()
+    code, output = sample(model, *options, "-n", "2", "--image-index", str(2**32 - 1), "--out", str(tmp_path / "none"))
+    assert (code, "image_index must be at most 4294967294 with 2 images; got 4294967295" in output) == (1, True)
+
+
 def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "pictures"
     code, output = sample(model, "-n", "70", "--steps", "2", "--seed", "6", "--cfg-scale", "1", "--out", str(out))

@@ -14,6 +14,7 @@ from diffusion.config import DiffusionConfig
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
 from diffusion.update import PlanRows, Step, advance, from_uint8, sample_loop, to_uint8
+from tests import golden
 from tests.kinds import KINDS, Kind, of_kind, on_kind
 
 COSINE = DiffusionConfig()
@@ -101,6 +102,65 @@ def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("line", [3, -1])
+@pytest.mark.parametrize(
+    ("out_value", "var_value"),
+    [(np.nan, 0.0), (np.inf, 0.0), (-np.inf, 0.0), (0.0, np.nan), (0.0, np.inf), (0.0, -np.inf)],
+)
+def test_a_row_whose_network_output_overflowed_fails_and_spoils_no_other(
+    kind: Kind, line: int, clip: bool, out_value: float, var_value: float
+) -> None:
+    zeros = np.zeros((3, 1, 4, 4), dtype=np.float32)
+    out, var_values = zeros.copy(), zeros.copy()
+    out[1, 0, 2, 2], var_values[1, 0, 2, 2] = out_value, var_value
+    # Clipping makes an infinite x0 finite again, and the last step reads no variance. Warnings are errors here: numpy
+    # must not warn of either.
+    lines = np.stack([ancestral_plan(COSINE, "50", clip=clip).table[line]] * 3)
+    step = _advance(kind, lines, [zeros + 1, zeros, out, var_values, zeros + 1, zeros])
+
+    assert step.ok.tolist() == [True, False, True]
+    assert np.isfinite(step.x_prev[[0, 2]]).all()
+    assert np.isnan(step.x_prev[1]).all()
+
+
+@KINDS
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_a_prediction_that_overflows_on_the_way_to_x0_fails_though_it_is_clipped(kind: Kind, value: float) -> None:
+    zeros = np.zeros((2, 1, 4, 4), dtype=np.float32)
+    out = zeros.copy()
+    out[1, 0, 2, 2] = value
+    lines = np.stack([ancestral_plan(COSINE, "50").table[0]] * 2)
+    assert _advance(kind, lines, [zeros + 1, zeros, out, zeros, zeros + 1, zeros]).ok.tolist() == [True, False]
+
+
+@KINDS
+@pytest.mark.parametrize("fails_at", [0, 20, 49])
+def test_a_row_of_a_chain_that_overflowed_at_any_step_is_not_a_number_at_its_end(kind: Kind, fails_at: int) -> None:
+    plan, calls = ancestral_plan(COSINE, "50"), iter(range(50))
+
+    def network(x_t: Tensor, t_model: Tensor) -> Tensor:
+        output = _rowwise_network(x_t, t_model)
+        if next(calls) == fails_at:
+            output[1, 0, 2, 2] = torch.inf
+        return output
+
+    x_T, noise = torch.ones(2, 1, 6, 6), torch.zeros(50, 2, 1, 6, 6)
+    steps: list[list[bool]] = []
+    x = sample_loop(
+        on_kind(kind, network),
+        plan,
+        of_kind(kind, x_T),
+        of_kind(kind, noise),
+        on_step=lambda _, step: steps.append(step.ok.tolist()),
+    )
+    assert steps == [[True, k < fails_at] for k in range(50)]
+    assert np.isfinite(to_numpy(x)[0]).all()
+    assert np.isnan(to_numpy(x)[1]).all()
+    assert to_uint8(x)[1].max() == 0
+
+
+@KINDS
 @pytest.mark.parametrize(("out_value", "var_value"), [(np.nan, 0.0), (np.inf, 0.0), (0.0, 1e30), (0.0, np.inf)])
 def test_a_row_that_is_not_finite_is_told_and_spoils_no_other(kind: Kind, out_value: float, var_value: float) -> None:
     zeros = np.zeros((3, 1, 4, 4), dtype=np.float32)
@@ -123,7 +183,7 @@ def test_a_chain_of_numpy_arrays_equals_one_of_tensors() -> None:
     of_numpy = sample_loop(on_kind("numpy", _rowwise_network), plan, x_T, noise)
 
     assert isinstance(of_numpy, np.ndarray)
-    np.testing.assert_allclose(of_numpy, of_torch.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(of_numpy, of_torch.numpy(), rtol=0, atol=golden.CHAIN_TOLERANCES["final"])
 
 
 def test_noise_is_not_read_where_the_plan_adds_none() -> None:

@@ -141,12 +141,7 @@ class QueuedSteps(Generic[A]):
         """Copy some slots of an array of images; waited for, as pixels."""
         xp = namespace(array)
         images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))  # an index would be sent, and waited for
-
-        def wait() -> npt.NDArray[np.uint8]:
-            with np.errstate(invalid="ignore"):  # an image may have failed since: its pixels are not looked at
-                return to_uint8(images.wait())
-
-        return Later(wait)
+        return Later(lambda: to_uint8(images.wait()))
 
     def _guide(self, steps: Sequence[ImageStep], asking: Sequence[int]) -> None:
         if self._queue.classifier is None:
