@@ -215,7 +215,7 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
         if isinstance(network, UNet):
             return measure(folder, network, *others)
         errors = {MODEL_FILE: 0.0, GRADIENT_FILE: gradient_error}
-        return tuple(
+        parity = [
             NetworkParity(
                 backend="none 1",
                 precision="fp32",
@@ -224,7 +224,8 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
                 bands=(BandError(t_min=0, t_max=999, prediction=error),),
             )
             for name, error in errors.items()
-        ), ()
+        ]
+        return artifact_export.Measured(parity=parity)
 
     monkeypatch.setattr(artifact_export, "export_classifier", write_logits)
     monkeypatch.setattr(artifact_export, "export_classifier_gradient", lambda _, path: shutil.copy(GRADIENT, path))
@@ -435,11 +436,11 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
                 die()
 
         artifact_export.export_unet = graph
-        artifact_export._measure = lambda *_: (MEASURED, ())
+        artifact_export._measure = lambda *_: artifact_export.Measured(parity=MEASURED)
         atomic_folder._rename_into_place = die
         from diffusion.artifact import BandError, NetworkParity
         band = BandError(t_min=0, t_max=1, prediction=0.0)
-        MEASURED = (NetworkParity(backend="none", precision="fp32", limit=1.0, bands=(band,)),)
+        MEASURED = [NetworkParity(backend="none", precision="fp32", limit=1.0, bands=(band,))]
         artifact_export.export_artifact(Path({str(checkpoint)!r}), Path({str(out)!r}))
     """
     result = run_script(script)
