@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def describe_wrong_content(path: Path, *, may_be_text: bool = False) -> str | No
     Raises:
         OSError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        return "is no regular file"  # opening a named pipe would wait for a writer for ever
     with path.open("rb") as file:
         head, size = file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -76,6 +79,19 @@ def safetensors_size(path: Path) -> int | None:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return None
     return 8 + length + max(ends, default=0)
+
+
+def damaged_part(path: Path) -> str | None:
+    """Return the first part of a zip archive whose checksum is not that of its content; `torch.load` looks at none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        return str(error)
 
 
 def _wrong_zip(path: Path, size: int) -> str | None:

@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from diffusion.checkpoint import read_safetensors, shapes_of, write_checkpoint
 from diffusion.checkpoint_config import AnyCheckpointConfig, CheckpointError
 from diffusion.config import CheckpointConfig
-from diffusion.file_content import describe_wrong_content, safetensors_size
+from diffusion.file_content import damaged_part, describe_wrong_content, safetensors_size
 from diffusion.openai_shapes import ANCHOR, channels_to_infer, describe_mismatch
 from diffusion.sanity_check import SanityReport, check_predictions
 from diffusion.wrapped_names import without_wrappers
@@ -41,6 +42,8 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} {problem}")
         if safetensors_size(path) is not None:
             return read_safetensors(path)
+        if zipfile.is_zipfile(path) and (part := damaged_part(path)):
+            raise CheckpointError(f"{path} is damaged: the checksum of {part} is wrong; copy or download it again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the errors handled here
             content = torch.load(path, map_location="cpu", weights_only=True)

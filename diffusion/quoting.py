@@ -29,6 +29,12 @@ def alternatives(values: Iterable[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def printable(name: object) -> str:
+    """Return the name of a file or a class as it is, or in quotation marks and escaped where it would break a line."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
+
+
 def _escaped(char: str) -> str:
     units = char.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[begin : begin + 4]}" for begin in range(0, len(units), 4))

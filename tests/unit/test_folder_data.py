@@ -259,3 +259,23 @@ def test_files_are_read_as_one_or_three_channels_only(tmp_path: Path) -> None:
     put(tmp_path / "a" / "0.png")
     with pytest.raises(DataError, match=r"model.image_channels is 4: choose --set model.image_channels=3"):
         opened(tmp_path, channels=4)
+
+
+def test_pipes_and_links_without_an_end_are_listed_among_the_bad_files(tmp_path: Path) -> None:
+    put(tmp_path / "cat" / "0.png")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "cat" / "self.png").symlink_to("self.png")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match="2 of 3 image files cannot be read") as caught:
+        opened(tmp_path)
+    assert "pipe.png: it is no regular file" in str(caught.value)
+    assert "self.png: Too many levels of symbolic links" in str(caught.value)
+
+
+def test_names_of_bad_files_do_not_break_lines(tmp_path: Path) -> None:
+    put(tmp_path / "cat" / "0.png")
+    (tmp_path / "cat" / "new\nline.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path)
+    assert r"new\nline.png': the file is empty" in str(caught.value)
+    assert "\n" not in str(caught.value)

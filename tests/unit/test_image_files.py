@@ -192,7 +192,7 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, rea
 def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.png: No such file or directory"):
         inspect(tmp_path / "a.png", "L", DataConfig())
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(DataError, match="it is no regular file"):
         check_whole(tmp_path, "L", DataConfig())
 
 

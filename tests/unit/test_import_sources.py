@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -287,3 +288,19 @@ def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(exported: Pat
     assert code == 1
     assert output.endswith(f"error: [Errno 27] File too large: '{tmp_path / 'out'}'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_whose_checksum_is_wrong_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ema.pt"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(2000)) + 1000] = 1  # one bit of a number; torch.load does not notice
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ema\.pt is damaged: the checksum of ema/data/0 is wrong"):
+        load_state_dict(path)
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ema.pt")
+    with pytest.raises(CheckpointError, match=r"ema\.pt is no regular file"):
+        load_state_dict(tmp_path / "ema.pt")

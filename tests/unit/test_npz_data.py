@@ -124,6 +124,13 @@ def test_class_names_may_be_bytes_or_text(tmp_path: Path, classes: np.ndarray[An
         ({"labels": [0, 1], "classes": [b"\xff", b"a"]}, "must be names in UTF-8"),
         ({"labels": [0, 1], "classes": [["a", "b"]]}, "must be a list of names"),
         ({"labels": [0.0, 1.0]}, r"must be 2 integers; .*labels.astype\('int64'\)"),
+        ({"labels": [0.5, 1.0]}, r"must be 2 integers; got float64 \(2,\) that are not whole numbers$"),
+        ({"labels": [0.0, np.nan]}, "that are not whole numbers$"),
+        ({"labels": [False, True]}, r"got bool \(2,\): convert with labels.astype\('int64'\)"),
+        ({"labels": [[1.0, 0.0], [0.0, 1.0]]}, r"one-hot: convert with labels.argmax\(axis=1\)"),
+        ({"labels": [[1, 0, 1], [0, 1, 0]]}, r"must be 2 integers; got int64 \(2, 3\)$"),
+        ({"images": np.full((2, 8, 8), np.nan), "labels": [0, 1]}, "values that are not finite numbers$"),
+        ({"images": np.ones((2, 8, 8), np.int64), "labels": [0, 1]}, r"in 0..1: .*astype\('uint8'\) \* 255$"),
         ({"labels": ["cat", "dog"]}, "classes, labels = np.unique"),
         ({"labels": [0, 1, 2]}, "must be 2 integers"),
         ({}, r"missing: \['labels'\]; it holds: images; .*--set class_conditional=false"),
@@ -150,3 +157,24 @@ def test_without_classes_no_labels_are_needed(tmp_path: Path) -> None:
 def test_arrays_of_other_names_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing: \['images', 'labels'\]; it holds: train_images, train_labels"):
         opened(tmp_path, train_images=images(2, 8, 8), train_labels=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3e\nsize 12345\n", "is a Git LFS pointer"),
+        (bytes(range(256)) * 4, "is damaged, or no npz file: write one with np.savez"),
+    ],
+)
+def test_what_is_no_npz_file_is_called_what_it_is(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "data.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        open_dataset(path, 8, 1)
+
+
+def test_arrays_of_objects_are_refused_without_advice_to_unpickle(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"save them as numbers, or names as strings$"):
+        opened(tmp_path, images=images(2, 8, 8), labels=[0, 1], classes=np.array(["a", "b"], dtype=object))

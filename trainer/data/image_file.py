@@ -12,6 +12,7 @@ from typing import IO, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from diffusion.quoting import printable
 from trainer.data.dataset import DataError, Uint8Array
 from trainer.data.options import DataConfig
 
@@ -123,6 +124,8 @@ def highest_grey(path: Path) -> tuple[int, int]:
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Open an image; whatever is raised until it is closed becomes an error that names the file."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")  # opening a named pipe would wait for a writer for ever
         with path.open("rb") as file:
             try:
                 image = Image.open(file, formats=FORMATS)
@@ -133,10 +136,10 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 yield file, image
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise DataError(f"{path}: it has more than {most:,} pixels; shrink it") from error
+        raise DataError(f"{printable(path)}: it has more than {most:,} pixels; shrink it") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, zlib.error and more
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{path}: {' '.join(reason.split()) or type(error).__name__}") from error
+        raise DataError(f"{printable(path)}: {' '.join(reason.split()) or type(error).__name__}") from error
 
 
 def _what_it_is(head: bytes) -> str:

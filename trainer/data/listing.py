@@ -51,7 +51,7 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
     beside = _Found()
     by_class: dict[str, _Found] = {}
     for entry in _visible(folder, beside):
-        if entry.is_dir():
+        if _is_folder(entry):
             by_class[entry.name] = _Found()
             _collect(folder, entry.name, frozenset({os.path.realpath(folder)}), by_class[entry.name])
         else:
@@ -95,7 +95,7 @@ def _collect(folder: Path, below: str, ancestors: frozenset[str], found: _Found)
         return
     for entry in _visible(folder / below, found):
         path = f"{below}{os.sep}{entry.name}"  # a Path per file would take seconds for 200,000 files
-        if entry.is_dir():
+        if _is_folder(entry):
             _collect(folder, path, ancestors | {real}, found)
         else:
             _sort_in(path, found)
@@ -109,6 +109,13 @@ def _visible(folder: Path, found: _Found) -> Iterator[os.DirEntry[str]]:
             found.left_out["hidden or of the system"] += 1
         else:
             yield entry
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: named with the other bad files when it is read
+        return False
 
 
 def _sort_in(path: str, found: _Found) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.file_content import describe_wrong_content
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.fitting import fit_array
 from trainer.data.listing import shorten
@@ -51,11 +53,19 @@ class NpzDataset:
 
 def _read(path: Path, needed: set[str]) -> dict[str, Array]:
     try:
+        if problem := describe_wrong_content(path):
+            raise DataError(f"{path} {problem}")
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path} is damaged, or no npz file: write one with np.savez")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = archive.files
             arrays = {name: archive[name] for name in names if name in needed | {"classes"}}
+    except DataError:
+        raise
     except Exception as error:  # of the archive, its compression, or an array's header: there is no end of kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if "allow_pickle" in reason:
+            reason = "it holds arrays of Python objects, which are not read; save them as numbers, or names as strings"
         raise DataError(f"{path} cannot be read as an npz file: {reason or type(error).__name__}") from error
     if missing := needed - arrays.keys():
         without = "; without labels, choose --set class_conditional=false" if missing == {"labels"} else ""
@@ -102,6 +112,10 @@ def _cure_of_type(images: Array) -> str:
     if images.dtype.kind not in "iuf":
         return ""
     low, high = images.min(), images.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return " with values that are not finite numbers"
+    if images.dtype.kind in "iu" and low >= 0 and high <= 1:
+        return " in 0..1: convert with images.astype('uint8') * 255"
     if images.dtype.kind == "f" and low >= 0 and high <= 1:
         return " in 0..1: convert with (images * 255).round().astype('uint8')"
     if images.dtype.kind == "f" and low >= -1 and high <= 1:
@@ -120,11 +134,25 @@ def _check_labels(path: Path, labels: Array, count: int) -> IntArray:
     if labels.shape == (count, 1):
         labels = labels[:, 0]
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        cure = ": convert with labels.astype('int64')" if labels.shape == (count,) and labels.dtype.kind == "f" else ""
-        if labels.shape == (count,) and labels.dtype.kind in "US":
-            cure = ": make both with classes, labels = np.unique(labels, return_inverse=True)"
+        cure = _cure_of_labels(labels, count)
         raise DataError(f"{path}: labels must be {count} integers; got {labels.dtype} {labels.shape}{cure}")
     return labels.astype(np.int64)
+
+
+def _cure_of_labels(labels: Array, count: int) -> str:
+    """Return how such labels become integers, where that is known."""
+    kind = labels.dtype.kind
+    if labels.ndim == 2 and len(labels) == count and kind in "iufb":
+        hot = (labels == 1).sum(axis=1)
+        if (hot == 1).all() and ((labels == 0).sum(axis=1) == labels.shape[1] - 1).all():
+            return ", one-hot: convert with labels.argmax(axis=1)"
+    if labels.shape != (count,):
+        return ""
+    if kind == "b" or (kind == "f" and (labels == np.floor(labels)).all() and np.isfinite(labels).all()):
+        return ": convert with labels.astype('int64')"
+    if kind in "US":
+        return ": make both with classes, labels = np.unique(labels, return_inverse=True)"
+    return " that are not whole numbers" if kind == "f" else ""
 
 
 def _class_names(path: Path, names: Array | None, labels: IntArray) -> tuple[str, ...]:

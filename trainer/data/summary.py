@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diffusion.quoting import printable
 from trainer.data.dataset import IntArray
 from trainer.data.image_file import Trait
 from trainer.data.listing import describe_counts, shorten
@@ -76,7 +77,7 @@ class Summary:
         counts = list(self.classes.values())
         plural = "class" if len(counts) == 1 else "classes"
         if len(counts) <= CLASSES_SHOWN:
-            told = ", ".join(f"{_printable(name)} ({count:,})" for name, count in self.classes.items())
+            told = ", ".join(f"{printable(name)} ({count:,})" for name, count in self.classes.items())
             text = f"{len(counts)} {plural}: {told}"
         else:
             text = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images"
@@ -113,7 +114,3 @@ class Summary:
                 if int(name) != index:
                     return [f"note that class names are not indices: index {index} is class {name!r}"]
         return []
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
