@@ -24,6 +24,7 @@ from diffusion.config import (
     ModelConfig,
     NoiseSchedule,
 )
+from diffusion.quoting import quoted
 
 Repo = Literal["improved", "guided"]
 Kind = Literal["image", "superres", "classifier"]
@@ -81,7 +82,11 @@ def parse_flag_line(line: str) -> dict[str, str]:
     """
     flags: dict[str, str] = {}
     name: str | None = None
-    for word in shlex.split(line):
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"flags cannot be split into words: {error}; got {quoted(line)}") from error
+    for word in words:
         if word.startswith("--"):
             if name is not None:
                 raise ValueError(f"flag --{name} has no value (every flag of these repositories takes one)")
@@ -220,7 +225,7 @@ def _unknown_flag(name: str, repo: Repo, kind: Kind, known: Mapping[str, Flag]) 
     if kind == "classifier" and repo == "improved":
         return f"{name}: improved-diffusion has no classifiers; they are of repo 'guided'"
     nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
     return (
         f"unknown flag {name!r} for a model of kind {kind!r} from {repo}-diffusion{hint} "
         f"Flags that matter: {', '.join(sorted(known))}"

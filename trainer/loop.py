@@ -340,7 +340,7 @@ def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:
     else:
         log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     for snapshot in (run / EMA_FOLDER).glob("*.safetensors"):
-        if int(snapshot.stem) > images_seen:
+        if snapshot.stem.isdecimal() and int(snapshot.stem) > images_seen:
             snapshot.unlink()
     write_file(run / TRAIN_CONFIG_FILE, f"{config.model_dump_json(indent=2)}\n".encode())
 

@@ -60,6 +60,8 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
     if backend != "auto" and backend not in BACKENDS:
         raise ModelError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     with _files_told_of(folder):
+        if folder.is_file():
+            raise ModelError(f"{folder}: a model is a folder, and this is a file; iddpm import makes one of weights")
         if not folder.is_dir():
             raise ModelError(f"{folder}: there is no such folder")
         return _fastest(folder, options) if backend == "auto" else _load(folder, backend, options)

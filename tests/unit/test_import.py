@@ -235,7 +235,12 @@ def test_classifier_flags_give_a_classifier() -> None:
 @pytest.mark.parametrize(
     ("repo", "flags", "message"),
     [
-        ("improved", {"num_heds": "4"}, "unknown flag 'num_heds'.*did you mean num_heads.*num_res_blocks"),
+        (
+            "improved",
+            {"num_heds": "4"},
+            r"unknown flag .num_heds.*did you mean num_heads\? Flags that matter: .*num_res_blocks",
+        ),
+        ("improved", {"qqq": "4"}, r"from improved-diffusion\. Flags that matter: "),
         ("improved", {"use_new_attention_order": "True"}, "unknown flag .*improved-diffusion.*Flags that matter: "),
         ("guided", {"sigma_small": "True"}, "unknown flag 'sigma_small'"),
         ("guided", {"large_size": "256", "use_new_attention_order": "True"}, "of kind 'superres' from guided"),
@@ -470,3 +475,8 @@ def test_command_does_not_touch_a_folder_that_exists(tmp_path: Path) -> None:
     result = _invoke(SUPERRES, "--out", tmp_path, "--repo", "improved")
     assert result.exit_code == 1
     assert "--out must not exist yet" in result.output
+
+
+def test_flags_that_cannot_be_split_are_quoted() -> None:
+    with pytest.raises(ValueError, match=r"flags cannot be split into words: No closing quotation; got "):
+        parse_flag_line('--channel_mult "1,2')

@@ -83,6 +83,7 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
         (["--sampler", "euler"], "error: sampler: Input should be 'ancestral' or 'ddim'"),
         (["--seed", "-1"], "error: seed:"),
         (["--model", "/nonexistent"], "error: /nonexistent: there is no such folder"),
+        (["--model", __file__], f"error: {__file__}: a model is a folder, and this is a file; iddpm import"),
         (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
     ],
 )

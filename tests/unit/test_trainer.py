@@ -80,7 +80,10 @@ def test_power_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(n
     sigma_rels = (0.05, 0.1)
     train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "whole")
     train(tiny(ema_sigma_rels=sigma_rels, total_images=20), npz, tmp_path / "halves")
+    notes = tmp_path / "halves" / "ema" / "mine.safetensors"  # a user's own file, which is none of the run's
+    notes.write_bytes(b"")
     train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "halves", resume=True)
+    notes.unlink()
     snapshots = [sorted((tmp_path / name / "ema").iterdir()) for name in ("whole", "halves")]
     assert [path.name for path in snapshots[0]] == ["000000000020.safetensors", "000000000040.safetensors"]
     for whole, halves in zip(*snapshots, strict=True):
