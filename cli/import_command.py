@@ -153,7 +153,11 @@ def _with_class_names(config: C, path: Path | None) -> C:
 
     if path is None:
         return config
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must hold class names in UTF-8, one a line: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
     try:
         return config.replace(class_names=names)
     except ValidationError as error:

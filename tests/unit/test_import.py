@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from cli.import_command import import_command
+from cli.import_command import _with_class_names, import_command
 from diffusion import sanity_check
 from diffusion.checkpoint import expected_shapes, load_classifier, read_weights
 from diffusion.checkpoint_config import CheckpointError, read_config
@@ -480,3 +480,25 @@ def test_command_does_not_touch_a_folder_that_exists(tmp_path: Path) -> None:
 def test_flags_that_cannot_be_split_are_quoted() -> None:
     with pytest.raises(ValueError, match=r"flags cannot be split into words: No closing quotation; got "):
         parse_flag_line('--channel_mult "1,2')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbfant\r\nbee\r\n", r"names\.txt: class_names must have one name per class: .*got 2 names"),
+        ("ant\n".encode("utf-16"), r"names\.txt must hold class names in UTF-8, one a line"),
+    ],
+)
+def test_files_of_class_names_that_do_not_fit_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    names = tmp_path / "names.txt"
+    names.write_bytes(content)
+    config = config_from_flags("improved", {"class_cond": "True", "num_classes": "3"})
+    with pytest.raises(ValueError, match=message):
+        _with_class_names(config, names)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"\xef\xbb\xbfant\r\nbee\r\n")
+    config = config_from_flags("improved", {"class_cond": "True", "num_classes": "2"})
+    assert _with_class_names(config, names).class_names == ("ant", "bee")

@@ -83,7 +83,6 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
         (["--sampler", "euler"], "error: sampler: Input should be 'ancestral' or 'ddim'"),
         (["--seed", "-1"], "error: seed:"),
         (["--model", "/nonexistent"], "error: /nonexistent: there is no such folder"),
-        (["--model", __file__], f"error: {__file__}: a model is a folder, and this is a file; iddpm import"),
         (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
     ],
 )
@@ -238,3 +237,11 @@ def test_what_keeps_breaking_off_ends_the_command(client: Fragile) -> None:
     with pytest.raises(ConnectionLost):
         ask(client)
     assert len(client.asked) == (3 if client.after else 1)
+
+
+def test_weights_in_place_of_a_model_are_pointed_to_the_import(tmp_path: Path) -> None:
+    weights = tmp_path / "ema.pt"
+    weights.write_bytes(b"weights")
+    code, output = sample(weights, "--out", str(tmp_path / "x.png"))
+    assert code == 1
+    assert output.strip().endswith("ema.pt: a model is a folder, and this is a file; iddpm import makes one of weights")
