@@ -164,9 +164,16 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(npz: Path, tmp_path: 
         open_dataset(npz, 8, 3)
     with pytest.raises(DataError, match="there is nothing at"):
         open_dataset(tmp_path / "nowhere", 8, 1)
-    for name, content in (("junk", b"junk"), ("empty", b""), ("cut", npz.read_bytes()[:300])):
+    damaged = bytearray(npz.read_bytes())
+    damaged[300] ^= 1
+    for name, content, reason in (
+        ("junk", b"junk", "is a short text"),
+        ("empty", b"", "is empty"),
+        ("cut", damaged[:300], "is truncated"),
+        ("damaged", damaged, "cannot be read as an npz file: Bad CRC-32"),
+    ):
         (tmp_path / f"{name}.npz").write_bytes(content)
-        with pytest.raises(DataError, match="cannot be read as an npz file"):
+        with pytest.raises(DataError, match=reason):
             open_dataset(tmp_path / f"{name}.npz", 8, 1)
     np.savez(tmp_path / "pickled.npz", images=np.array([{}], dtype=object), labels=np.array([0]))
     with pytest.raises(DataError, match="cannot be read"):
