@@ -43,6 +43,9 @@ IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
 """X509_V_ERR_... of OpenSSL: the certificate, or its authority's, is signed by itself or by nobody that is known."""
 
+NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST"})
+"""OpenSSL's reasons where the other end answers in plain HTTP."""
+
 Event = QueuedEvent | ProgressEvent | PreviewEvent
 M = TypeVar("M", bound=BaseModel)
 _EVENTS: dict[str, type[Event]] = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent}
@@ -242,6 +245,8 @@ def _described(error: Exception) -> str:
     if isinstance(cause, ssl.SSLCertVerificationError):
         cure = "; SSL_CERT_FILE may name a file with the authority's" if cause.verify_code in UNKNOWN_AUTHORITY else ""
         return f"its certificate is not trusted: {cause.verify_message}{cure}"
+    if cause is not None and cause.reason in NOT_TLS:
+        return "it does not answer with TLS: write http:// if it serves without"
     return str(error) or type(error).__name__
 
 

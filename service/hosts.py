@@ -51,7 +51,7 @@ def network_of(text: str) -> Network:
         ValueError: it is neither; names what to write instead where that is clear.
     """
     try:
-        network = ip_network(_without_brackets(text))
+        network = ip_network(without_brackets(text))
     except ValueError:
         raise ValueError(_why_no_network(text)) from None
     mapped = network.network_address.ipv4_mapped if isinstance(network, IPv6Network) else None
@@ -62,7 +62,7 @@ def network_of(text: str) -> Network:
 
 def _canonical(text: str) -> str:
     try:
-        address = ip_address(_without_brackets(text))
+        address = ip_address(without_brackets(text))
     except ValueError:
         pass
     else:  # without a zone, which no Host header has
@@ -79,7 +79,7 @@ def _why_no_network(text: str) -> str:
     if text == "*":
         return "'*' is no network: list the addresses of the proxies (0.0.0.0/0,::/0 trusts everybody)"
     try:
-        interface = ip_interface(_without_brackets(text))
+        interface = ip_interface(without_brackets(text))
     except ValueError:
         pass
     else:
@@ -100,5 +100,6 @@ def _host_in(text: str) -> str:
     return parts.hostname or "" if parts.path in ("", "/") or parts.scheme else ""
 
 
-def _without_brackets(text: str) -> str:
+def without_brackets(text: str) -> str:
+    """Return an IPv6 address that is written as in URLs without its brackets, anything else as it is."""
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text

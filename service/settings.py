@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.backends.base import BackendOptions, Precision
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
-from service.hosts import Network, canonical_host, network_of
+from service.hosts import Network, canonical_host, network_of, without_brackets
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
 PREFIX = "IDDPM_"
@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
     strict_graphs: bool = False
     """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, AfterValidator(without_brackets)] = "127.0.0.1"
     """Address to listen on (`::` takes IPv4 too; empty: all addresses); one that others reach needs `keys_file`, or
     `allow_keyless`."""
     port: int = Field(default=8000, ge=0, le=65535)

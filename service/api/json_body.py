@@ -19,9 +19,13 @@ def read_json(text: bytes) -> Any:
         MalformedJson: not UTF-8, not JSON, or beyond Python's limits on depth and on digits.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))  # loads(bytes) would take UTF-16 too, which RFC 8259 forbids
+        decoded = text.decode("utf-8-sig")  # loads(bytes) would take UTF-16 too, which RFC 8259 forbids
     except UnicodeDecodeError as error:
         raise MalformedJson("not UTF-8") from error
+    if decoded.startswith("\ufeff"):  # json would advise a codec of Python
+        raise MalformedJson("more than one byte order mark")
+    try:
+        return json.loads(decoded)
     except json.JSONDecodeError as error:
         raise MalformedJson(f"{error.msg}, in line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictInt, StrictStr, WithJsonSchema
 from pydantic_core import to_json
 
+from diffusion.quoting import quoted
 from service.api.request_body import RequestBody
 from service.api.schemas import MAX_IMAGES
 from service.errors import InvalidRequest
@@ -40,6 +41,10 @@ class InputParameters(RequestBody):
     )
 
 
+JsonElement = Annotated[Any, WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "string", "boolean")]})]
+"""Checked by `read_tensors`: what an element must be depends on the tensor's datatype."""
+
+
 class InputTensor(RequestBody):
     """An input tensor, or what there is to know of one whose elements are behind the JSON object."""
 
@@ -47,9 +52,7 @@ class InputTensor(RequestBody):
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=1)]
     datatype: StrictStr
     parameters: InputParameters = InputParameters()
-    data: Annotated[list[StrictInt | StrictFloat | StrictStr | StrictBool], Field(max_length=MAX_ELEMENTS)] | None = (
-        None
-    )
+    data: Annotated[list[JsonElement], Field(max_length=MAX_ELEMENTS)] | None = None
 
 
 class OutputTensor(BaseModel):
@@ -168,8 +171,12 @@ def _from_json(tensor: InputTensor) -> list[Element]:
     data = tensor.data or []
     _check_count(tensor, len(data))
     wanted: tuple[type, ...] = {"BYTES": (str,), "INT64": (int,)}.get(tensor.datatype, (int, float))
-    if any(isinstance(element, bool) or not isinstance(element, wanted) for element in data):
-        raise InvalidRequest(tensor.name, f"data must hold {tensor.datatype} elements")
+    for element in data:
+        if isinstance(element, bool) or not isinstance(element, wanted):
+            kind = {"BYTES": "strings", "INT64": "integers"}.get(tensor.datatype, "numbers")
+            raise InvalidRequest(
+                tensor.name, f"data must hold {tensor.datatype} elements, {kind} in JSON; got {quoted(element)}"
+            )
     return data
 
 

@@ -251,6 +251,14 @@ def test_a_certificate_that_is_not_trusted_ends_the_trying_at_once(ask: Ask, pau
     assert (len(service.asked), pauses) == (1, [])
 
 
+def test_https_to_a_service_without_tls_names_the_cure(ask: Ask, pauses: Pauses) -> None:
+    cause = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+    cause.reason = "WRONG_VERSION_NUMBER"
+    with pytest.raises(ConnectionLost, match=r"does not answer with TLS: write http://"):
+        ask(Service(tls_error(cause)))
+    assert pauses == []
+
+
 def test_a_connection_that_broke_while_it_was_encrypted_is_made_again(ask: Ask, pauses: Pauses) -> None:
     service = Service(tls_error(ssl.SSLEOFError("EOF occurred in violation of protocol")), good())
     assert ask(service).model == "m"

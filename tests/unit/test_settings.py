@@ -32,6 +32,10 @@ def test_listening_for_others_needs_keys_or_the_word_that_none_are_wanted(host: 
     assert Settings(models=MODELS, host=host, allow_keyless=True).host == host
 
 
+def test_a_host_may_have_the_brackets_of_a_url() -> None:
+    assert Settings(models=MODELS, host="[::1]").host == "::1"
+
+
 def test_models_can_be_changed_by_others_only_with_keys() -> None:
     root = Path("models")
     assert Settings(models=MODELS, admin_root=root).admin_root == root
