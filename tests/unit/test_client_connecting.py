@@ -228,6 +228,8 @@ async def ask_async(url: str) -> Any:
 @pytest.mark.parametrize("ask", [lambda url: Client(url).models(), lambda url: asyncio.run(ask_async(url))])
 def test_a_service_that_does_not_encrypt_is_asked_once(ask: Any) -> None:
     with plain_server() as (port, connections):
-        with pytest.raises(ConnectionLost, match=rf"^https://127.0.0.1:{port}: it does not answer with TLS: write http://"):
+        with pytest.raises(
+            ConnectionLost, match=rf"^https://127.0.0.1:{port}: it does not answer with TLS: write http://"
+        ):
             ask(f"https://127.0.0.1:{port}")
         assert len(connections) == 1
