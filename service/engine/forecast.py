@@ -152,7 +152,7 @@ class Forecast:
 
     def backlog_s(self, snapshot: Snapshot) -> float:
         """Say how long everything accepted will take."""
-        done = self._progress(snapshot.started)
+        done = self._progress(self._started(snapshot))
         total = 0.0
         for model in self._models:
             width = snapshot.widths[model]
@@ -191,9 +191,7 @@ class Forecast:
     def _ahead(self, image: _Known, snapshot: Snapshot) -> _Ahead:
         """Sum up what all images of a request share."""
         model, priority = image.model, image.priority
-        running = sorted(
-            (i for i in snapshot.started if i.model == model and (i.request_id, i.position) in self._images), key=_order
-        )
+        running = sorted((image for image in self._started(snapshot) if image.model == model), key=_order)
         done = self._progress(running)
         return _Ahead(
             line=self._lines[model, priority],
@@ -244,12 +242,16 @@ class Forecast:
             )
         return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=finish_steps * step_s)
 
+    def _started(self, snapshot: Snapshot) -> list[StartedImage]:
+        """Return the images that have started and are not done: a snapshot keeps some that are."""
+        return [image for image in snapshot.started if (image.request_id, image.position) in self._images]
+
     def _progress_by_order(self, running: Iterable[StartedImage], priority: Priority) -> list[tuple[_Order, int, int]]:
         """Return what running has changed in a line, as `_Ahead.progress`: out of the old place, into the new one."""
         changes = []
         for image in running:
-            known = self._images.get((image.request_id, image.position))
-            if known is not None and image.priority is priority:
+            if image.priority is priority:
+                known = self._images[image.request_id, image.position]
                 changes.append((known.order, -1, -known.remaining_row_steps))
                 changes.append((image.order, +1, +image.remaining_row_steps))
         return sorted(changes)
@@ -258,9 +260,8 @@ class Forecast:
         """Return the row-steps that images have taken since they arrived, by model and priority."""
         done: Counter[tuple[str, Priority]] = Counter()
         for image in running:
-            known = self._images.get((image.request_id, image.position))
-            if known is not None:
-                done[image.model, image.priority] += known.remaining_row_steps - image.remaining_row_steps
+            known = self._images[image.request_id, image.position]
+            done[image.model, image.priority] += known.remaining_row_steps - image.remaining_row_steps
         return done
 
 

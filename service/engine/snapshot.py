@@ -12,47 +12,17 @@ from service.engine.step_costs import Costs
 
 
 class StartedImage(NamedTuple):
-    """An image that has started, at the time of a snapshot."""
+    """An image that has started, at the time of a snapshot; fields are those of `Image`."""
 
-    image: Image
-    """Whose it is; only fields that never change may be read of it, which the properties below do."""
+    request_id: str
+    position: int
+    model: str
+    client: str
+    priority: Priority
+    rows: int
+    classified_rows: int
     order: tuple[float, int]
     remaining_row_steps: int
-
-    @property
-    def request_id(self) -> str:
-        """As of the image."""
-        return self.image.request_id
-
-    @property
-    def position(self) -> int:
-        """As of the image."""
-        return self.image.position
-
-    @property
-    def model(self) -> str:
-        """As of the image."""
-        return self.image.model
-
-    @property
-    def client(self) -> str:
-        """As of the image."""
-        return self.image.client
-
-    @property
-    def priority(self) -> Priority:
-        """As of the image."""
-        return self.image.priority
-
-    @property
-    def rows(self) -> int:
-        """As of the image."""
-        return self.image.rows
-
-    @property
-    def classified_rows(self) -> int:
-        """As of the image."""
-        return self.image.classified_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,5 +69,10 @@ class Snapshot:
 
     @cached_property
     def started(self) -> tuple[StartedImage, ...]:
-        """The images as they were then."""
-        return tuple(map(StartedImage, self.images, self.orders, self.remaining))
+        """The images as they were then, put together by whoever reads it: all else of an image never changes."""
+        return tuple(
+            StartedImage(
+                i.request_id, i.position, i.model, i.client, i.priority, i.rows, i.classified_rows, order, remaining
+            )
+            for i, order, remaining in zip(self.images, self.orders, self.remaining, strict=True)
+        )
