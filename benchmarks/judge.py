@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffusion.atomic_file import replace_file
 from diffusion.config import CheckpointConfig
 from diffusion.update import from_uint8
 from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
@@ -82,9 +82,8 @@ def load_or_train_judge(path: Path, judge: Judge, data: Path, config: Checkpoint
         return
     train_judge(judge, open_split(data, config), epochs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, temporary)
-    temporary.replace(path)
+    weights = {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}
+    replace_file(path, lambda temporary: save_file(weights, temporary))
 
 
 def predict(judge: Judge, pixels: Uint8Array) -> IntArray:

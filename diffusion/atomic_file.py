@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusion.disk_errors import disk_errors_name
-from diffusion.leftovers import made_and_held, remove_leftovers, temporary_name
+from diffusion.leftovers import temporary_for
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -30,15 +29,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: it cannot be written; what was there is still there then.
     """
     path = path.resolve()  # what a link leads to is replaced, not the link
-    remove_leftovers(path)
-    temporary = temporary_name(path)
-    with disk_errors_name(path):
-        try:
-            with made_and_held(temporary, Path.touch):
-                write(temporary)
-                with temporary.open("rb") as written:
-                    os.fsync(written.fileno())
-                temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with temporary_for(path, Path.touch, lambda temporary: temporary.unlink(missing_ok=True)) as temporary:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
-from diffusion.disk_errors import disk_errors_name
 from diffusion.json_files import read_object
-from diffusion.leftovers import aside_name, made_and_held, remove_leftovers, renaming_in, temporary_name
+from diffusion.leftovers import aside_name, renaming_in, temporary_for
 
 
 def may_replace(folder: Path, marker: str, fields: Collection[str]) -> bool:
@@ -46,17 +46,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    temporary = temporary_name(folder)
-    with disk_errors_name(folder):
-        try:
-            with made_and_held(temporary, Path.mkdir):
-                write(temporary)
-                _sync_tree(temporary)
-                _rename_into_place(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with temporary_for(folder, Path.mkdir, partial(shutil.rmtree, ignore_errors=True)) as temporary:
+        write(temporary)
+        _sync_tree(temporary)
+        _rename_into_place(temporary, folder)
 
 
 def _sync_tree(folder: Path) -> None:

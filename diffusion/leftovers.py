@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffusion.disk_errors import disk_errors_name
+
 LOCK_SECONDS = 2.0
 """Longest wait for a lock; who holds one longer is no writer of ours."""
 
@@ -27,6 +29,28 @@ def temporary_name(path: Path) -> Path:
 def aside_name(path: Path) -> Path:
     """Return a new name beside a folder, to move it to while another one takes its place."""
     return path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def temporary_for(path: Path, make: Callable[[Path], None], remove: Callable[[Path], object]) -> Iterator[Path]:
+    """Make a temporary file or folder beside a path, which whoever fills it renames in the end.
+
+    What killed writers left is removed first; if anything fails inside, so is the temporary one.
+
+    Args:
+        path: what shall be written; errors of the disk name it.
+        make: makes the temporary file or folder.
+        remove: removes it, whole or not.
+    """
+    remove_leftovers(path)
+    temporary = temporary_name(path)
+    with disk_errors_name(path):
+        try:
+            with made_and_held(temporary, make):
+                yield temporary
+        except BaseException:
+            remove(temporary)
+            raise
 
 
 @contextmanager
