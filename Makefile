@@ -13,8 +13,9 @@ PORT ?= 8000
 MODEL ?= models/fashion32
 EXTRA ?= base
 DATA ?=
-# Whole files go to one process, which then makes a file's fixtures once, the slow folders first; beyond four, memory is what lacks
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Whole files go to one process, which then makes a file's fixtures once, the slow folders first; beyond four, memory is what lacks.
+# A process that dies ends the run with the test's name: pytest-xdist starts another, and may then wait without an end.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 # What makes libraries take a processor for one with AVX2 only: oneDNN (in OpenVINO and PyTorch), PyTorch, its MKL, numpy and its OpenBLAS.
 # ONNX Runtime has no such switch, nor have a few kernels of OpenVINO (tests/parity/test_limited_instructions.py names them).

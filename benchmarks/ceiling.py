@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
 from diffusion.artifact import Precision
+from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import compile_settings, equal_parts
 from service.backends.torch_backend import DTYPES
 
@@ -117,7 +118,7 @@ def _openvino_convolution(precision: Precision, place: Place, parts: int) -> Pro
     for _ in range(IN_A_ROW):
         h = ops.convolution(h, ops.constant(_weight(generator)), [1, 1], pad, pad, [1, 1])
     settings = compile_settings(precision, parts, place.threads)
-    compiled = openvino.Core().compile_model(openvino.Model([h], [parameter]), "CPU", settings)
+    compiled = openvino_core().compile_model(openvino.Model([h], [parameter]), "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(parts)]
     for request in requests:
         request.set_input_tensor(openvino.Tensor(generator.standard_normal(shape, dtype=np.float32)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,13 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
     """Return how to open a graph as the service does: compiled for each number of rows that it is given."""
 
     def open_graph(path: Path) -> Graph:
-        core = openvino.Core()
         compiled: dict[int, openvino.CompiledModel] = {}
 
         def run(inputs: Arrays) -> npt.NDArray[np.float32]:
             rows = len(inputs["x_t"])
             if rows not in compiled:
                 shapes = {name: list(values.shape) for name, values in inputs.items()}
-                compiled[rows] = _compile(core, path, shapes, precision)
+                compiled[rows] = _compile(path, shapes, precision)
             with library_call(OPENVINO, f"run {path.name}", RuntimeError):
                 return compiled[rows](dict(inputs))[0].copy()
 
@@ -88,9 +88,13 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
     return open_graph
 
 
-def _compile(
-    core: openvino.Core, path: Path, shapes: Mapping[str, list[int]], precision: Precision
-) -> openvino.CompiledModel:
+@cache
+def _openvino_core() -> openvino.Core:
+    """Return this process's core, which is never destroyed (service/backends/openvino_core.py says why)."""
+    return openvino.Core()
+
+
+def _compile(path: Path, shapes: Mapping[str, list[int]], precision: Precision) -> openvino.CompiledModel:
     """Compile a graph in a precision.
 
     Raises:
@@ -102,9 +106,9 @@ def _compile(
     def compiled_in(wanted: Precision) -> openvino.CompiledModel:
         settings = {"INFERENCE_PRECISION_HINT": HINTS[wanted], "PERFORMANCE_HINT": "LATENCY"}
         with library_call(OPENVINO, f"compile {path.name}", RuntimeError):
-            network = core.read_model(path)
+            network = _openvino_core().read_model(path)
             network.reshape(shapes)
-            return core.compile_model(network, "CPU", settings)
+            return _openvino_core().compile_model(network, "CPU", settings)
 
     try:
         compiled = compiled_in(precision)

@@ -26,6 +26,7 @@ from service.backends.artifact_model import (
     refuse_unfit_parity,
 )
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous, up_to_width
+from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
 from service.errors import ModelError
@@ -50,13 +51,11 @@ class OpenVinoBackend:
 
         sizes = options.batch_sizes or up_to_width(self._model.manifest.buckets, options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
-        core = openvino.Core()
-        if (cache := compile_cache(options.cache_dir)) is not None:
-            core.set_property({"CACHE_DIR": str(cache)})
-        self._network = StaticGraph(core, self._model, sizes, precision, self.threads)
+        cache = compile_cache(options.cache_dir)
+        self._network = StaticGraph(self._model, sizes, precision, self.threads, cache)
         classifier = self._model.classifier
         self.classifier: GuidingClassifier[npt.NDArray[Any]] | None = (
-            None if classifier is None else OpenVinoClassifier(core, classifier, sizes, self.threads)
+            None if classifier is None else OpenVinoClassifier(classifier, sizes, self.threads, cache)
         )
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
@@ -83,14 +82,14 @@ class OpenVinoClassifier:
     device: Any = "cpu"
 
     def __init__(
-        self, core: openvino.Core, classifier: ArtifactClassifier, sizes: tuple[int, ...], threads: int
+        self, classifier: ArtifactClassifier, sizes: tuple[int, ...], threads: int, cache: Path | None = None
     ) -> None:
         refuse_unfit_parity(classifier, "openvino", "fp32")
         self.config = classifier.config
         self.description = f"classifier, openvino {_version()} cpu fp32 static parts"
         self.batch_sizes: tuple[int, ...] | None = sizes
         self._classifier = classifier
-        self._gradient = StaticGraph(core, classifier, sizes, "fp32", threads)
+        self._gradient = StaticGraph(classifier, sizes, "fp32", threads, cache)
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
         """Run the time MLP."""
@@ -128,7 +127,7 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
 
 def bfloat16_is_fast() -> bool:
     """Return whether the processor has bfloat16 products, and OpenVINO uses them on it."""
-    return has_bfloat16(vector_instructions()) and "BF16" in openvino.Core().get_property(
+    return has_bfloat16(vector_instructions()) and "BF16" in openvino_core().get_property(
         "CPU", "OPTIMIZATION_CAPABILITIES"
     )
 

@@ -18,6 +18,7 @@ import openvino
 
 from diffusion.artifact import Precision
 from service.backends.artifact_model import ArtifactGraph, FloatArray
+from service.backends.openvino_core import openvino_core
 from service.errors import ModelError
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
@@ -30,18 +31,23 @@ MOST_PARTS = 4
 
 
 class StaticGraph:
-    """A graph of an artifact, compiled for some batch sizes.
+    """A graph of an artifact, compiled for some batch sizes; compiled graphs are kept in the folder `cache`.
 
     Raises:
         ModelError: OpenVINO cannot compile it.
     """
 
     def __init__(
-        self, core: openvino.Core, artifact: ArtifactGraph, sizes: tuple[int, ...], precision: Precision, threads: int
+        self,
+        artifact: ArtifactGraph,
+        sizes: tuple[int, ...],
+        precision: Precision,
+        threads: int,
+        cache: Path | None = None,
     ) -> None:
         self._artifact = artifact
         try:
-            self._bound = _compile_all(core, artifact.graph, sizes, precision, threads)
+            self._bound = _compile_all(artifact.graph, sizes, precision, threads, cache)
         except RuntimeError as error:
             raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
         _return_freed_memory()
@@ -121,31 +127,30 @@ def equal_parts(rows: int, threads: int) -> int:
     return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
 
 
-def compile_settings(precision: Precision, streams: int, threads: int) -> dict[str, Any]:
-    """Return what OpenVINO is told when it compiles; all streams together take so many threads."""
+def compile_settings(precision: Precision, streams: int, threads: int, cache: Path | None = None) -> dict[str, Any]:
+    """Return the settings for compiling a graph; `threads` is the number for all streams together."""
     return {
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # replicas on one machine would be pinned to the same cores
+        **({} if cache is None else {"CACHE_DIR": str(cache)}),
     }
 
 
 def _compile_all(
-    core: openvino.Core, graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int
+    graph: Path, sizes: tuple[int, ...], precision: Precision, threads: int, cache: Path | None
 ) -> dict[int, _BoundGraph]:
-    network = core.read_model(graph)
-    usable = _usable_threads(core, threads)
+    network = openvino_core().read_model(graph)
+    usable = _usable_threads(threads)
     longest_first = sizes[::-1]
     with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
-        bound = pool.map(lambda size: _compile(core, network, size, precision, usable), longest_first)
+        bound = pool.map(lambda size: _compile(network, size, precision, usable, cache), longest_first)
         return dict(zip(longest_first, bound, strict=True))
 
 
-def _compile(
-    core: openvino.Core, network: openvino.Model, size: int, precision: Precision, threads: int
-) -> _BoundGraph:
+def _compile(network: openvino.Model, size: int, precision: Precision, threads: int, cache: Path | None) -> _BoundGraph:
     """Compile a network for one batch size; the network itself is left as it is."""
     parts = equal_parts(size, threads)
     static = network.clone()
@@ -155,18 +160,18 @@ def _compile(
             for node in static.inputs
         }
     )
-    compiled = core.compile_model(static, "CPU", compile_settings(precision, parts, threads))
+    compiled = openvino_core().compile_model(static, "CPU", compile_settings(precision, parts, threads, cache))
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != HINTS[precision]:
         raise ModelError(f"OpenVINO computes in {taken} on this processor, and not in {precision}; use precision fp32")
     return _BoundGraph(compiled, parts)
 
 
-def _usable_threads(core: openvino.Core, threads: int) -> int:
+def _usable_threads(threads: int) -> int:
     """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
     x = openvino.opset13.parameter([1], np.float32)
     model = openvino.Model([openvino.opset13.relu(x)], [x])
-    compiled = core.compile_model(model, "CPU", compile_settings("fp32", 1, threads))
+    compiled = openvino_core().compile_model(model, "CPU", compile_settings("fp32", 1, threads))
     usable: int = compiled.get_property("INFERENCE_NUM_THREADS")
     return usable
 

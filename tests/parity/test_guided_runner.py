@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import openvino
 import pytest
 from safetensors.torch import load_file
 
@@ -58,7 +57,7 @@ def gradients(exports: Exports) -> dict[Subject, GuidingClassifier[Any]]:
     classifier = open_artifact(exports.guided(), "any").classifier
     assert classifier is not None
     return {
-        "openvino": OpenVinoClassifier(openvino.Core(), classifier, (CONFIG.max_rows,), 1),
+        "openvino": OpenVinoClassifier(classifier, (CONFIG.max_rows,), 1),
         "onnxruntime": OnnxRuntimeClassifier(classifier, 1),
     }
 

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 
 from diffusion.artifact import MODEL_FILE
+from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import compile_settings
 from tests.exports import Exports
 
@@ -23,11 +23,11 @@ UNLIMITED = {"DepthToSpace", "Reduce"}
 
 def kernels(graph: Path) -> dict[str, set[str]]:
     """Compile a graph for a row in OpenVINO; returns its kernels, e.g. jit_avx2_f32, by operation."""
-    core = openvino.Core()
-    network = core.read_model(graph)
+    network = openvino_core().read_model(graph)
     network.reshape({node: [1, *(n.get_length() for n in list(node.partial_shape)[1:])] for node in network.inputs})
     found: dict[str, set[str]] = {}
-    for node in core.compile_model(network, "CPU", compile_settings("fp32", 1, 1)).get_runtime_model().get_ops():
+    compiled = openvino_core().compile_model(network, "CPU", compile_settings("fp32", 1, 1))
+    for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         found.setdefault(info["layerType"].astype(str), set()).add(info["primitiveType"].astype(str))
     return found

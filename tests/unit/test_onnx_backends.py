@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
     shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([4, 2])), False)
     openvino.save_model(openvino.Model([shaped], [x_t, emb_t], "m"), tmp_path / "m.xml", compress_to_fp16=False)
     artifact = ArtifactGraph(tmp_path / "m.xml", cast("Any", None), cast("Any", None))
-    graph = StaticGraph(openvino.Core(), artifact, (8,), "fp32", threads=2)  # in parts, one of which fails
+    graph = StaticGraph(artifact, (8,), "fp32", threads=2)  # in parts, one of which fails
 
     x, fit = np.arange(16, dtype=np.float32).reshape(8, 2), np.tile(np.array([4, 2], np.float32), (8, 1))
 
@@ -654,3 +655,25 @@ def test_no_backend_of_an_artifact_imports_torch() -> None:
     assert "torch" in sys.modules  # here; there it is hidden
     code = "import service.backends.openvino_backend, service.backends.onnxruntime_backend; print('imported')"
     assert without_torch(code).strip() == "imported"
+
+
+def test_a_signal_is_handled_after_backends_were_closed_in_any_order(exports: Exports) -> None:
+    """Each openvino.Core takes the place of its thread's signal stack: two of them left a freed one behind."""
+    script = (
+        "import faulthandler, gc, signal, sys\n"
+        "from pathlib import Path\n"
+        "from service.backends.base import BackendOptions\n"
+        "from service.backends.openvino_backend import OpenVinoBackend\n"
+        "faulthandler.enable()  # gives the main thread a signal stack of its own\n"
+        "options = BackendOptions(max_rows=1, batch_sizes=(1,), threads=1, precision='fp32', cache_dir='')\n"
+        "first, second = (OpenVinoBackend(Path(sys.argv[1]), options) for _ in range(2))\n"
+        "del first\n"
+        "del second\n"
+        "gc.collect()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(exports.bundled())], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
