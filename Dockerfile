@@ -18,6 +18,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip --python /opt/iddpm/bin/python install -c constraints.txt ".${EXTRA:+[$EXTRA]}"
 COPY cli cli
 COPY diffusion diffusion
+COPY formats formats
+COPY interchange interchange
 COPY trainer trainer
 COPY model_export model_export
 COPY service service

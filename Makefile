@@ -23,7 +23,8 @@ AVX2_ONLY := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUC
     NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR' OPENBLAS_CORETYPE=Haswell
 # The tests whose results depend on how the processor computes
 COMPUTING := $(filter-out tests/parity/test_manifests.py, $(wildcard tests/parity/test_*.py)) tests/integration/test_bundled_model.py \
-    $(addprefix tests/unit/, test_backends.py test_classifier_guidance.py test_onnx_backends.py test_parity.py test_time_mlp.py test_update.py)
+    $(addprefix tests/unit/, service/backends/test_backends.py service/backends/test_onnx_backends.py model_export/test_parity.py) \
+    $(addprefix tests/unit/diffusion/test_, classifier_guidance.py time_mlp.py update.py)
 
 help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'

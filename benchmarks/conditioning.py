@@ -32,13 +32,13 @@ from tqdm import tqdm
 from benchmarks.feature_metrics import coverage, frechet_distance
 from benchmarks.judge import Judge, features_of, load_or_train_judge, open_split, predict
 from benchmarks.reporting import cpu_name, markdown_table
-from diffusion.checkpoint import load_unet
-from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.config import CheckpointConfig
 from diffusion.plans import ancestral_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
 from diffusion.update import Step
+from formats.checkpoint import load_unet
+from formats.checkpoint_config import checkpoint_sha256
 from trainer.data import IntArray, Uint8Array
 from trainer.provenance import git_commit
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from benchmarks.networks import BenchNetwork
 from diffusion.arrays import to_numpy
-from diffusion.artifact import Precision
-from diffusion.checkpoint import load_unet
 from diffusion.config import CheckpointConfig
-from diffusion.diffusers_config import DoesNotMap
-from diffusion.extras import install_command
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
+from formats.artifact import Precision
+from formats.checkpoint import load_unet
+from formats.extras import install_command
+from interchange.diffusers_config import DoesNotMap
 from service.backends.base import BackendOptions, Denoiser
 from service.backends.cuda_graphs import EmbNetwork
 from service.backends.select import BACKENDS, load_denoiser

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from diffusion.atomic_file import replace_file
 from diffusion.config import CheckpointConfig
 from diffusion.update import from_uint8
+from formats.atomic_file import replace_file
 from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
 
 JUDGE_BATCH = 500

@@ -19,7 +19,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.artifact import (
+from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from diffusion.noise import STREAM_X_T, normal
+from diffusion.respacing import respace
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from diffusion.unet import UNet
+from formats.artifact import (
     MANIFEST_FILE,
     MODEL_FILE,
     TIME_MLP_FILE,
@@ -30,15 +35,10 @@ from diffusion.artifact import (
     manifest_json,
     read_artifact,
 )
-from diffusion.atomic_folder import write_folder
-from diffusion.checkpoint import load_unet, write_checkpoint
-from diffusion.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, read_config
-from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
-from diffusion.noise import STREAM_X_T, normal
-from diffusion.published import PUBLISHED
-from diffusion.respacing import respace
-from diffusion.time_mlp import WEIGHTS, TimeMLP
-from diffusion.unet import UNet
+from formats.atomic_folder import write_folder
+from formats.checkpoint import load_unet, write_checkpoint
+from formats.checkpoint_config import CONFIG_FILE, CheckpointError, checkpoint_sha256, read_config
+from interchange.published import PUBLISHED
 from model_export import inference_graph, inference_layers, onnx_export
 from model_export.artifact_export import export_artifact
 from model_export.diffusers_export import export_diffusers

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion.atomic_file import replace_file
-from diffusion.extras import install_command
+from formats.atomic_file import replace_file
+from formats.extras import install_command
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from typing import Any
 
 import httpx
 
-from diffusion.checkpoint_config import read_config
-from diffusion.classifier_folder import find_classifier
 from diffusion.config import CheckpointConfig
-from service.api.app import create_app
+from formats.checkpoint_config import read_config
+from formats.classifier_folder import find_classifier
+from service.http.app import create_app
 from service.settings import Settings
 
 REQUESTS = 50

@@ -39,8 +39,8 @@ from cli.client_core import (
 )
 from cli.connecting import connection
 from cli.retries import Outcome, Retries
-from service.api.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
-from service.api.schemas import GeneratedImage, GenerateResponse, ModelInfo
+from service.http.native.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
+from service.http.native.schemas import GeneratedImage, GenerateResponse, ModelInfo
 
 __all__ = [
     "AsyncClient",

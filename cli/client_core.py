@@ -29,8 +29,9 @@ from cli.connecting import CONNECTION_ERRORS
 from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
 from diffusion.plans import Sampler
-from service.api.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
-from service.api.schemas import GenerateResponse, ImageFormat, ModelList, PriorityName, Problem
+from service.http.native.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
+from service.http.native.schemas import GenerateResponse, ModelList, Problem
+from service.requests.generate_request import ImageFormat, PriorityName
 
 CONNECT_S = 10.0
 ANSWER_S = 3660.0

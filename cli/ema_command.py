@@ -23,9 +23,9 @@ def ema_command(
 ) -> None:
     """Choose the width of the weights' average after training (post-hoc EMA, arXiv:2312.02696)."""
     with needs_extra("train"):
-        from diffusion.checkpoint import write_checkpoint
-        from diffusion.checkpoint_config import read_config
         from diffusion.config import CheckpointConfig
+        from formats.checkpoint import write_checkpoint
+        from formats.checkpoint_config import read_config
         from trainer.posthoc_ema import Profile, combine, fit_profile, list_snapshots
         from trainer.run_folder import EMA_FOLDER, MODEL_FOLDER
 

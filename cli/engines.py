@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from diffusion.artifact import NetworkParity
-    from diffusion.tensorrt_files import Target
+    from formats.artifact import NetworkParity
+    from formats.tensorrt_files import Target
     from model_export.runtimes import Graph
     from service.backends.base import Denoiser
 
@@ -50,9 +50,9 @@ def measure_engines(checkpoint: Path, artifact: Path, device: str = "auto") -> d
         ArtifactError: an artifact of another checkpoint.
         ModelError: engines that cannot be run.
     """
-    from diffusion.artifact import MODEL_FILE, read_artifact, refuse_foreign
-    from diffusion.checkpoint import load_unet
-    from diffusion.tensorrt_files import record_parity
+    from formats.artifact import MODEL_FILE, read_artifact, refuse_foreign
+    from formats.checkpoint import load_unet
+    from formats.tensorrt_files import record_parity
     from model_export.parity import network_parity, unet_reference
     from model_export.runtimes import Runtime
     from service.backends.base import BackendOptions

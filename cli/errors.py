@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from diffusion.extras import install_command
+from formats.extras import install_command
 
 
 def fail(message: object, code: int = 1) -> NoReturn:

@@ -11,7 +11,7 @@ from cli.errors import fail, needs_extra, tidy_on_sigterm
 from cli.threads import limit_torch_threads
 
 if TYPE_CHECKING:
-    from diffusion.artifact import ChainParity, NetworkParity, NotMeasured, Precision
+    from formats.artifact import ChainParity, NetworkParity, NotMeasured, Precision
 
 OPTIONS = {"onnx": ("--precision", "--buckets"), "tensorrt": ("--precision", "--buckets", "--gpu"), "diffusers": ()}
 """The options that each format has."""
@@ -42,10 +42,10 @@ def export_command(
     CHECKPOINT/classifier, which guides the model, is exported with it, into OUT/classifier. For tensorrt, engines are
     then built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
     """
-    from diffusion.artifact import ArtifactError
-    from diffusion.checkpoint_config import CheckpointError
-    from diffusion.diffusers_config import DoesNotMap
-    from diffusion.tensorrt_package import EngineError
+    from formats.artifact import ArtifactError
+    from formats.checkpoint_config import CheckpointError
+    from formats.tensorrt_package import EngineError
+    from interchange.diffusers_config import DoesNotMap
     from model_export.library_errors import LibraryError
     from service.errors import ModelError
 
@@ -85,7 +85,7 @@ def _refuse_other_options(format_: str, given: dict[str, str | None]) -> None:
 
 
 def _parse_precision(text: str) -> Precision:
-    from diffusion.artifact import Precision
+    from formats.artifact import Precision
 
     precision: Precision | None = next((p for p in get_args(Precision) if p == text), None)
     if precision is None:
@@ -118,8 +118,8 @@ def _export_tensorrt(
     import torch
 
     from cli.engines import measure_engines, show_phase
-    from diffusion.checkpoint_config import read_config
-    from diffusion.tensorrt_package import EngineError
+    from formats.checkpoint_config import read_config
+    from formats.tensorrt_package import EngineError
     from model_export.tensorrt_build import build_missing, find_target
 
     config = read_config(checkpoint)
@@ -144,7 +144,7 @@ def _export_tensorrt(
 
 def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
     """Say whether an artifact is already what would be exported, so that engines can be added to it."""
-    from diffusion.artifact import (
+    from formats.artifact import (
         ArtifactError,
         find_artifact,
         read_artifact,

@@ -10,9 +10,9 @@ import typer
 from cli.errors import fail, needs_extra
 
 if TYPE_CHECKING:
-    from diffusion.checkpoint_config import AnyCheckpointConfig
     from diffusion.config import FrozenConfig
-    from diffusion.sanity_check import SanityReport
+    from formats.checkpoint_config import AnyCheckpointConfig
+    from interchange.sanity_check import SanityReport
 
 
 C = TypeVar("C", bound="FrozenConfig")
@@ -79,8 +79,8 @@ def import_command(
 def _import_file(
     file: Path, preset: str | None, config: AnyCheckpointConfig, out: Path, allow_failed_check: bool
 ) -> SanityReport:
-    from diffusion.import_openai import import_checkpoint
-    from diffusion.published import PUBLISHED
+    from interchange.import_openai import import_checkpoint
+    from interchange.published import PUBLISHED
 
     typer.echo(summary(config))
     if preset is not None:
@@ -98,7 +98,7 @@ def _import_folder(
     out: Path,
     allow_failed_check: bool,
 ) -> SanityReport:
-    from diffusion.import_diffusers import describe_folder, import_folder, open_folder
+    from interchange.import_diffusers import describe_folder, import_folder, open_folder
 
     folder = open_folder(path, scheduler, unet)
     config = _with_class_names(describe_folder(folder, null_class), class_names)
@@ -119,8 +119,8 @@ def resolve(
     Raises:
         ValueError: neither or both were given, or a name or value that is not known; the message lists the known ones.
     """
-    from diffusion.openai_flags import config_from_flags, parse_flag_line
-    from diffusion.published import PUBLISHED
+    from interchange.openai_flags import config_from_flags, parse_flag_line
+    from interchange.published import PUBLISHED
 
     presets = ", ".join(PUBLISHED)
     if preset is not None:
@@ -149,7 +149,7 @@ def resolve(
 def _with_class_names(config: C, path: Path | None) -> C:
     from pydantic import ValidationError
 
-    from diffusion.checkpoint_config import describe_validation_error
+    from formats.checkpoint_config import describe_validation_error
 
     if path is None:
         return config

@@ -37,10 +37,10 @@ def add_key(
     """Make a key and print it, once: the file holds its hash."""
     from pydantic import ValidationError
 
-    from diffusion.checkpoint_config import describe_validation_error
-    from service.api.keys import ApiKey, Limits, hash_of, new_key
-    from service.api.keys_file import add_key as add_to_file
+    from formats.checkpoint_config import describe_validation_error
     from service.errors import KeysError
+    from service.http.door.keys import ApiKey, Limits, hash_of, new_key
+    from service.http.door.keys_file import add_key as add_to_file
 
     key = new_key()
     try:
@@ -61,8 +61,8 @@ def add_key(
 @keys_app.command("list")
 def list_keys(file: File) -> None:
     """Print the names, the beginnings of the hashes and the limits."""
-    from service.api.keys import read_keys
     from service.errors import KeysError
+    from service.http.door.keys import read_keys
 
     try:
         known = read_keys(file)
@@ -76,8 +76,8 @@ def list_keys(file: File) -> None:
 @keys_app.command("remove")
 def remove_key(name: Name, file: File) -> None:
     """Take a key back; what it has in flight is still answered."""
-    from service.api.keys_file import remove_key as remove_from_file
     from service.errors import KeysError
+    from service.http.door.keys_file import remove_key as remove_from_file
 
     try:
         remove_from_file(file, name)

@@ -53,7 +53,7 @@ def sample_command(
 
     from cli.client import ClientError
     from cli.sampled import refuse_impossible_pictures, refuse_other_files, write_images
-    from diffusion.checkpoint_config import describe_validation_error
+    from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
     asked = {

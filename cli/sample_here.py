@@ -16,7 +16,7 @@ from cli.asking import requests
 from cli.sampled import CheckImages, SampledImage
 
 if TYPE_CHECKING:
-    from diffusion.images import Uint8Array
+    from formats.images import Uint8Array
     from service.engine.request import ImageParams
 
 
@@ -36,15 +36,15 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
         ModelError: a model that cannot be run.
         GenerationFailed: an image failed.
     """
-    from service.api.model_registry import served_model
-    from service.api.schemas import MAX_IMAGES, GenerateRequest
-    from service.api.translate import complete
     from service.backends.select import load_denoiser
     from service.engine.async_engine import image_failure
     from service.engine.engine import Engine
     from service.engine.request import GenerationRequest
     from service.engine.runners.array_runner import ArrayRunner
     from service.metrics import Metrics
+    from service.models.registry import served_model
+    from service.requests.completion import complete
+    from service.requests.generate_request import MAX_IMAGES, GenerateRequest
     from service.settings import Settings, refuse_unknown_variables
 
     refuse_unknown_variables()

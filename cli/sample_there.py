@@ -16,7 +16,7 @@ from cli.retries import log as retries_log
 from cli.sampled import CheckImages, SampledImage
 
 if TYPE_CHECKING:
-    from service.api.schemas import GeneratedImage, GenerateResponse, ModelInfo
+    from service.http.native.schemas import GeneratedImage, GenerateResponse, ModelInfo
 
 
 TRIES = 3

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from diffusion.images import Uint8Array
-    from service.api.schemas import ImageFormat
+    from formats.images import Uint8Array
+    from service.requests.generate_request import ImageFormat
 
 ONE_FILE: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg", ".npz": "npz"}
 """By the ending of its name; whatever ends otherwise is a folder."""
@@ -71,8 +71,8 @@ def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> N
     Raises:
         ValueError: names the format, its limit and one that has none.
     """
-    from diffusion.images import grid_size
-    from service.api.encoding import CHANNELS
+    from formats.images import grid_size
+    from service.encoding import CHANNELS
 
     image_format = ONE_FILE.get(out.suffix.lower())
     if image_format == "npz":
@@ -100,9 +100,9 @@ def write_images(out: Path, images: list[SampledImage]) -> None:
     """
     import numpy as np
 
-    from diffusion.atomic_file import write_file
-    from diffusion.images import encode
-    from service.api.encoding import encode_picture
+    from formats.atomic_file import write_file
+    from formats.images import encode
+    from service.encoding import encode_picture
 
     if (image_format := ONE_FILE.get(out.suffix.lower())) is not None:
         labels = [image.class_index for image in images]
@@ -118,7 +118,7 @@ def write_images(out: Path, images: list[SampledImage]) -> None:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Write one of many files, or remove what was written of it."""
-    from diffusion.disk_errors import disk_errors_name
+    from formats.disk_errors import disk_errors_name
 
     with disk_errors_name(path):
         try:

@@ -29,12 +29,12 @@ def serve_command(
     """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""
     from pydantic import ValidationError
 
-    from diffusion.checkpoint_config import describe_validation_error
-    from service.api.address import refuse_taken_address
-    from service.api.app import create_app
-    from service.api.logs import configure_logging
-    from service.api.server import serve
+    from formats.checkpoint_config import describe_validation_error
     from service.errors import AddressError, KeysError, ModelError, TracingError
+    from service.http.app import create_app
+    from service.http.door.address import refuse_taken_address
+    from service.http.server import serve
+    from service.logs import configure_logging
     from service.settings import Settings, refuse_unknown_variables
 
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}

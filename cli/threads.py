@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusion.cpus import available_cpus
+from service.cpus import available_cpus
 
 
 def limit_torch_threads() -> None:

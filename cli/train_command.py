@@ -42,7 +42,7 @@ def train_command(
         from pydantic import ValidationError
 
         from cli.threads import limit_torch_threads
-        from diffusion.checkpoint_config import describe_validation_error
+        from formats.checkpoint_config import describe_validation_error
         from trainer.data import open_dataset
         from trainer.decided import refuse_overruled, split_decided
         from trainer.errors import Stopped, TrainError

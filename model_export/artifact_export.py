@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusion.artifact import (
+from diffusion.classifier import Classifier
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from diffusion.unet import UNet
+from formats.artifact import (
     GRADIENT_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -25,14 +29,10 @@ from diffusion.artifact import (
     file_entry,
     manifest_json,
 )
-from diffusion.atomic_folder import may_replace, write_folder
-from diffusion.checkpoint import load_classifier, load_guide, load_unet
-from diffusion.checkpoint_config import AnyCheckpointConfig, checkpoint_sha256, read_config
-from diffusion.classifier import Classifier
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
-from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from diffusion.time_mlp import WEIGHTS, TimeMLP
-from diffusion.unet import UNet
+from formats.atomic_folder import may_replace, write_folder
+from formats.checkpoint import load_classifier, load_guide, load_unet
+from formats.checkpoint_config import AnyCheckpointConfig, checkpoint_sha256, read_config
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from model_export.onnx_export import (
     OPSET,
     PRECISIONS,

@@ -1,4 +1,4 @@
-"""A checkpoint written as a folder that the diffusers library loads; `diffusion.diffusers_config` says what maps.
+"""A checkpoint written as a folder that the diffusers library loads; `interchange.diffusers_config` says what maps.
 
 Everything lies in one folder, as in the first published DDPM repositories, so that UNet2DModel, DDPMScheduler and
 DDPMPipeline all load from the same path:
@@ -17,11 +17,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from diffusion.atomic_folder import write_folder
-from diffusion.checkpoint import load_unet
-from diffusion.checkpoint_config import CheckpointError
 from diffusion.config import CheckpointConfig
-from diffusion.diffusers_config import (
+from formats.atomic_folder import write_folder
+from formats.checkpoint import load_unet
+from formats.checkpoint_config import CheckpointError
+from interchange.diffusers_config import (
     CONFIG_FILE,
     DIFFUSERS_VERSION,
     INDEX_FILE,
@@ -36,7 +36,7 @@ from diffusion.diffusers_config import (
     to_unet_config,
     unet_json,
 )
-from diffusion.diffusers_weights import to_diffusers
+from interchange.diffusers_weights import to_diffusers
 
 
 def export_diffusers(checkpoint: Path, out: Path) -> None:

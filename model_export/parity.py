@@ -19,8 +19,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffusion.artifact import BandError, ChainParity, NetworkParity, Precision
-from diffusion.checkpoint_config import AnyCheckpointConfig
 from diffusion.classifier import Classifier, classifier_gradient
 from diffusion.config import BackboneConfig, CheckpointConfig, DiffusionConfig
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
@@ -29,6 +27,8 @@ from diffusion.respacing import respace
 from diffusion.time_mlp import TimeMLP
 from diffusion.unet import UNet
 from diffusion.update import sample_loop, to_uint8
+from formats.artifact import BandError, ChainParity, NetworkParity, Precision
+from formats.checkpoint_config import AnyCheckpointConfig
 from model_export.runtimes import Arrays, Graph, Runtime
 
 STEPS = 50

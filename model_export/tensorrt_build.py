@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from diffusion.artifact import MODEL_FILE, Precision, file_entry, read_artifact
-from diffusion.atomic_file import write_file
-from diffusion.tensorrt_files import (
+from formats.artifact import MODEL_FILE, Precision, file_entry, read_artifact
+from formats.atomic_file import write_file
+from formats.tensorrt_files import (
     DATA_FILE,
     TIMING_CACHE_FILE,
     EngineRecord,
@@ -32,7 +32,7 @@ from diffusion.tensorrt_files import (
     unusable_engines,
     write_engine,
 )
-from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour, logger_of
+from formats.tensorrt_package import EngineError, Flavour, installed_flavour, logger_of
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The service's exception tree; `service.api.problems` maps it to HTTP.
+"""The service's exception tree; `service.http.problems` maps it to HTTP.
 
 ServiceError
 ├── MalformedJson         the body is no JSON

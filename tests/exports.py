@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.artifact import (
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, DiffusionConfig
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from formats.artifact import (
     GRADIENT_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -22,15 +24,13 @@ from diffusion.artifact import (
     file_entry,
     manifest_json,
 )
-from diffusion.checkpoint import load_classifier, write_checkpoint
-from diffusion.checkpoint_config import checkpoint_sha256
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
-from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, DiffusionConfig
-from diffusion.time_mlp import WEIGHTS, TimeMLP
+from formats.checkpoint import load_classifier, write_checkpoint
+from formats.checkpoint_config import checkpoint_sha256
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from model_export.onnx_export import OPSET, PRECISIONS, export_classifier, export_classifier_gradient, export_unet
 from tests import golden
+from tests.paths import BUNDLED
 
-BUNDLED = Path(__file__).parents[1] / "models" / "fashion32"
 EXPORTED = "imp_cond_ls"
 """The golden network that goes through `iddpm export`."""
 CLASSIFIER = "clf_attention"

@@ -11,9 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from diffusion.checkpoint import write_checkpoint
 from diffusion.classifier import Classifier
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import (
     CheckpointConfig,
     ClassifierCheckpointConfig,
@@ -23,6 +21,8 @@ from diffusion.config import (
     SamplingDefaults,
 )
 from diffusion.unet import UNet
+from formats.checkpoint import write_checkpoint
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from service.backends.base import FailureKind, classify_synchronous
 from service.backends.pending import Later, Pending
 from service.engine.request import GenerationRequest, ImageParams, ImageStep, PlanKey, Priority, Watch

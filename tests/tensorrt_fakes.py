@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.artifact import (
+from diffusion.config import CheckpointConfig
+from diffusion.time_mlp import WEIGHTS, TimeMLP
+from formats.artifact import (
     MANIFEST_FILE,
     MODEL_FILE,
     TIME_MLP_FILE,
@@ -28,9 +30,7 @@ from diffusion.artifact import (
     file_entry,
     manifest_json,
 )
-from diffusion.config import CheckpointConfig
-from diffusion.tensorrt_files import EngineRecord, Target, Wanted, entry_of, graph_sha256, write_engine
-from diffusion.time_mlp import WEIGHTS, TimeMLP
+from formats.tensorrt_files import EngineRecord, Target, Wanted, entry_of, graph_sha256, write_engine
 
 VERSION = "10.99.0.1"
 GPU = "NVIDIA H200"

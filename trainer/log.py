@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.atomic_file import write_file
-from diffusion.disk_errors import disk_errors_name
 from diffusion.losses import TrainingLosses
+from formats.atomic_file import write_file
+from formats.disk_errors import disk_errors_name
 
 QUARTILES = 4
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.atomic_file import write_file
-from diffusion.checkpoint import write_checkpoint
-from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig
 from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
 from diffusion.respacing import respace
 from diffusion.unet import UNet
 from diffusion.update import from_uint8
+from formats.atomic_file import write_file
+from formats.checkpoint import write_checkpoint
+from formats.checkpoint_config import CheckpointError, read_config
 from trainer import state as train_state
 from trainer.config import TimestepSamplerName, TrainConfig
 from trainer.data import DataError, Dataset, batch_indices

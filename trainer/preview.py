@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.atomic_file import write_file
 from diffusion.config import CheckpointConfig
-from diffusion.images import captioned_rows
 from diffusion.plans import ancestral_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
+from formats.atomic_file import write_file
+from formats.images import captioned_rows
 
 PREVIEW_ROWS = 10
 

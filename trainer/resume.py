@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffusion.checkpoint_config import CheckpointError, describe_validation_error, read_config
 from diffusion.config import CheckpointConfig
+from formats.checkpoint_config import CheckpointError, describe_validation_error, read_config
 from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from trainer.data import Dataset

@@ -25,10 +25,10 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from diffusion.atomic_folder import may_replace
-from diffusion.checkpoint_config import CONFIG_FILE
-from diffusion.disk_errors import disk_errors_name
-from diffusion.leftovers import remove_leftovers
+from formats.atomic_folder import may_replace
+from formats.checkpoint_config import CONFIG_FILE
+from formats.disk_errors import disk_errors_name
+from formats.leftovers import remove_leftovers
 from trainer.errors import TrainError
 
 TRAIN_CONFIG_FILE = "train_config.json"

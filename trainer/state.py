@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion.atomic_file import replace_file
-from diffusion.checkpoint import write_checkpoint
-from diffusion.checkpoint_config import WEIGHTS_FILE, CheckpointError, read_config
 from diffusion.config import CheckpointConfig
-from diffusion.json_files import read_object
+from formats.atomic_file import replace_file
+from formats.checkpoint import write_checkpoint
+from formats.checkpoint_config import WEIGHTS_FILE, CheckpointError, read_config
+from formats.json_files import read_object
 from trainer.ema import EMA
 from trainer.timestep_sampler import TimestepSampler
 

@@ -10,8 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from benchmarks.null_servers.loop_lag import LoopLag
-from diffusion.images import encode
-from service.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, Timing
+from formats.images import encode
+from service.http.native.schemas import GeneratedImage, GenerateResponse, Timing
+from service.requests.generate_request import GenerateRequest
 
 PICTURE = base64.b64encode(encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), "png")).decode()
 TIMING = Timing(images_ahead=0, predicted_wait_s=0, wait_s=0, predicted_finish_s=0, finish_s=0)

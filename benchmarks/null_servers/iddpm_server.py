@@ -7,9 +7,9 @@ from pathlib import Path
 
 from benchmarks.null_network import NullDenoiser
 from benchmarks.null_servers.loop_lag import LoopLag
-from service.api.app import assemble
-from service.api.logs import configure_logging
-from service.api.server import serve
+from service.http.app import assemble
+from service.http.server import serve
+from service.logs import configure_logging
 from service.settings import Settings
 
 

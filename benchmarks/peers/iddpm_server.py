@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from benchmarks.peers.meter import metered_network
 from benchmarks.peers.options import peer_parser
-from service.api.app import assemble
-from service.api.logs import configure_logging
-from service.api.server import serve
+from service.http.app import assemble
+from service.http.server import serve
+from service.logs import configure_logging
 from service.settings import Settings
 
 

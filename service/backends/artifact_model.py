@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.artifact import (
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.time_mlp import TimeMLP
+from formats.artifact import (
     GRADIENT_FILE,
     MODEL_FILE,
     TIME_MLP_FILE,
@@ -22,11 +24,9 @@ from diffusion.artifact import (
     read_artifact,
     read_classifier_artifact,
 )
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
-from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from diffusion.cpus import available_cpus
-from diffusion.time_mlp import TimeMLP
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from service.backends.processor import vector_instructions
+from service.cpus import available_cpus
 from service.errors import ModelError
 
 FloatArray = npt.NDArray[np.float32]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from diffusion.arrays import A
-from diffusion.checkpoint_config import AnyCheckpointConfig
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from diffusion.tensorrt_files import BuildEngines
+from formats.checkpoint_config import AnyCheckpointConfig
+from formats.tensorrt_files import BuildEngines
 from service.backends.pending import Later, Pending
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

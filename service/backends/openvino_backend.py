@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from diffusion.artifact import Precision
+from formats.artifact import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
     ArtifactModel,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from diffusion.artifact import Precision
+from formats.artifact import Precision
 from service.backends.artifact_model import ArtifactGraph, FloatArray
 from service.backends.openvino_core import openvino_core
 from service.errors import ModelError

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion.artifact import find_artifact
-from diffusion.extras import install_command
+from formats.artifact import find_artifact
+from formats.extras import install_command
 from service.backends.base import BackendOptions, Denoiser
 from service.backends.self_test import invariant_batch_sizes
 from service.errors import ModelError

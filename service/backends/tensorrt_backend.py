@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.artifact import ArtifactError, Manifest
 from diffusion.config import CheckpointConfig, ModelConfig
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
-from diffusion.tensorrt_files import (
+from formats.artifact import ArtifactError, Manifest
+from formats.tensorrt_files import (
     EngineRecord,
     Target,
     Wanted,
@@ -29,7 +29,7 @@ from diffusion.tensorrt_files import (
     read_engine,
     unusable_engines,
 )
-from diffusion.tensorrt_package import EngineError, Flavour, installed_flavour
+from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.tensorrt_package import logger_of
+from formats.tensorrt_package import logger_of
 from service.errors import ModelError
 
 OUTPUT = "out"

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import load_unet
-from diffusion.checkpoint_config import CheckpointError, checkpoint_sha256
-from diffusion.cpus import available_cpus
 from diffusion.unet import UNet
+from formats.checkpoint import load_unet
+from formats.checkpoint_config import CheckpointError, checkpoint_sha256
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
 from service.backends.cuda_queue import CudaQueue
 from service.backends.device_queue import DeviceQueue
 from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
+from service.cpus import available_cpus
 from service.errors import ModelError
 
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})

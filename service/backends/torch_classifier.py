@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusion.checkpoint import load_guide
-from diffusion.checkpoint_config import checkpoint_sha256
 from diffusion.classifier import Classifier, log_p_gradient
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from formats.checkpoint import load_guide
+from formats.checkpoint_config import checkpoint_sha256
+from formats.classifier_folder import CLASSIFIER_FOLDER
 
 
 class TorchClassifier:

@@ -15,7 +15,7 @@ import uvicorn
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.app import assemble
+from service.http.app import assemble
 from service.settings import Settings
 from tests.integration.in_process import PausedDenoiser
 from tests.programs import tool

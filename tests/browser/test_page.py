@@ -20,8 +20,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
-from service.api.keys import ApiKey, hash_of, new_key
-from service.api.keys_file import write_keys
+from service.http.door.keys import ApiKey, hash_of, new_key
+from service.http.door.keys_file import write_keys
 from tests.browser.conftest import PATIENCE_S, Site, serving
 from tests.counts import LONG
 from tests.fakes import CLASS_NAMES, tiny_config

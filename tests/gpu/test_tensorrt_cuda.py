@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, Precision, file_entry, manifest_json
-from diffusion.tensorrt_files import Target
-from diffusion.tensorrt_package import EngineError, installed_flavour
 from diffusion.time_mlp import WEIGHTS, TimeMLP
+from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, Precision, file_entry, manifest_json
+from formats.tensorrt_files import Target
+from formats.tensorrt_package import EngineError, installed_flavour
 from model_export.onnx_export import PRECISIONS, export_unet
 from model_export.tensorrt_build import build_missing
 from service.backends.base import BackendOptions

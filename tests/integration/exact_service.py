@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.api.app import assemble
+from service.http.app import assemble
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config

@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.app import assemble
-from service.api.tracing import Tracing
+from service.http.app import assemble
+from service.http.tracing import Tracing
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config

@@ -23,19 +23,19 @@ from fastapi.routing import iter_route_contexts
 
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.api.admin import registry_for_admins
-from service.api.app import assemble, create_app
-from service.api.keys import ApiKey, Limits, hash_of, new_key
-from service.api.keys_file import write_keys
-from service.api.kserve import check_version
-from service.api.state import service_state
 from service.backends.base import Denoiser
 from service.errors import ModelError
+from service.http.app import assemble, create_app
+from service.http.door.keys import ApiKey, Limits, hash_of, new_key
+from service.http.door.keys_file import write_keys
+from service.http.kserve.routes import check_version
+from service.http.native.admin import registry_for_admins
+from service.http.state import service_state
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
-from tests.exports import BUNDLED
 from tests.fakes import tiny_config
 from tests.integration.in_process import PausedDenoiser, Service, runs
+from tests.paths import BUNDLED
 
 NPZ = {"Accept": "application/x-npz"}
 

@@ -15,13 +15,13 @@ import pytest
 
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from service.api.app import create_app
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import ImageParams, ImageResult, PlanKey
 from service.engine.runners.array_runner import ArrayRunner
+from service.http.app import create_app
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.counts import count

@@ -6,14 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.integration.server import running
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("cli", "diffusion", "trainer", "model_export", "service")
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
 
 
 @pytest.fixture(scope="module")

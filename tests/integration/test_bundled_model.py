@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion.checkpoint import load_unet
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
+from formats.checkpoint import load_unet
 from service.backends.base import BackendOptions, Denoiser, Precision
 from service.backends.openvino_backend import OpenVinoBackend
 from service.backends.self_test import invariant_batch_sizes
@@ -24,8 +23,9 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 from tests import bfloat16
 from tests.fakes import generation
+from tests.paths import BUNDLED
 
-MODEL = Path(__file__).parents[2] / "models" / "fashion32"
+MODEL = BUNDLED
 MEGABYTE = 1_000_000
 
 

@@ -18,9 +18,9 @@ from cli.main import app as command_line
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from model_export.parity import PIXEL_LIMIT
-from service.api.app import create_app
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
+from service.http.app import create_app
 from service.settings import Settings
 from tests.counts import LONG
 from tests.denoisers import AsGradient, AsNetwork

@@ -29,8 +29,8 @@ from cli.client import (
     pixels_of,
 )
 from cli.main import app
-from service.api.keys import ApiKey, Limits, hash_of, new_key
-from service.api.keys_file import write_keys
+from service.http.door.keys import ApiKey, Limits, hash_of, new_key
+from service.http.door.keys_file import write_keys
 from tests.fakes import CLASS_NAMES, tiny_checkpoint
 from tests.integration.server import PATIENCE, Server, running
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from service.api.app import assemble
-from service.api.state import ServiceState
 from service.engine.async_engine import AsyncEngine, EngineState
+from service.http.app import assemble
+from service.http.state import ServiceState
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.counts import LONG, count

@@ -17,8 +17,8 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from torch import Tensor
 
-from service.api.app import assemble
 from service.backends.torch_backend import TorchBackend
+from service.http.app import assemble
 from service.settings import Settings
 from tests.fakes import tiny_checkpoint
 from tests.integration.collector import collecting
@@ -73,10 +73,10 @@ def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_r
 DOOMED = """
 import sys, time
 from pathlib import Path
-from service.api.app import assemble
-from service.api.logs import configure_logging
-from service.api.server import serve
-from service.api.tracing import tracing_to_collector
+from service.http.app import assemble
+from service.logs import configure_logging
+from service.http.server import serve
+from service.http.tracing import tracing_to_collector
 from service.engine import watchdog
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser

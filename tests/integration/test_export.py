@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.artifact import (
+from diffusion.classifier import Classifier
+from diffusion.unet import UNet
+from formats.artifact import (
     GRADIENT_FILE,
     MODEL_FILE,
     ArtifactError,
@@ -30,17 +32,14 @@ from diffusion.artifact import (
     read_artifact,
     read_classifier_artifact,
 )
-from diffusion.checkpoint import load_unet, write_checkpoint
-from diffusion.checkpoint_config import checkpoint_sha256
-from diffusion.classifier import Classifier
-from diffusion.unet import UNet
+from formats.checkpoint import load_unet, write_checkpoint
+from formats.checkpoint_config import checkpoint_sha256
 from model_export import artifact_export, onnx_export, parity
 from tests import bfloat16
 from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 def export(*arguments: object) -> tuple[int, str]:
@@ -424,7 +423,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
     script = f"""
         import os, signal
         from pathlib import Path
-        from diffusion import atomic_folder
+        from formats import atomic_folder
         from model_export import artifact_export
 
         def die(*_):
@@ -438,7 +437,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
         artifact_export.export_unet = graph
         artifact_export._measure = lambda *_: artifact_export.Measured(parity=MEASURED)
         atomic_folder._rename_into_place = die
-        from diffusion.artifact import BandError, NetworkParity
+        from formats.artifact import BandError, NetworkParity
         band = BandError(t_min=0, t_max=1, prediction=0.0)
         MEASURED = [NetworkParity(backend="none", precision="fp32", limit=1.0, bands=(band,))]
         artifact_export.export_artifact(Path({str(checkpoint)!r}), Path({str(out)!r}))

@@ -9,11 +9,11 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from service.api.interfaces import Interface, generates
-from service.api.kserve_schemas import InferRequest
-from service.api.openai_schemas import ImagesRequest
-from service.api.routes import RouteTable
-from service.api.schemas import GenerateRequest
+from service.http.interfaces import Interface, generates
+from service.http.kserve.schemas import InferRequest
+from service.http.openai.schemas import ImagesRequest
+from service.http.routes import RouteTable
+from service.requests.generate_request import GenerateRequest
 from tests.integration.exact_service import exact_app
 from tests.integration.in_process import Service, running, runs
 

@@ -15,9 +15,9 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from service.api.kserve import INPUTS
-from service.api.kserve_schemas import InferParameters
-from service.api.schemas import SamplingOptions
+from service.http.kserve.routes import INPUTS
+from service.http.kserve.schemas import InferParameters
+from service.requests.generate_request import SamplingOptions
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
 
 

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from diffusion.checkpoint_config import read_config
 from diffusion.config import CheckpointConfig
+from formats.checkpoint_config import read_config
 from tests.counts import LONG
 from tests.denoisers import ExactDenoiser
 from tests.integration.exact_service import exact_app, serving
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "models" / "fashion32"
 PAGE = ROOT / "docs" / "http.md"
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.images import shrink
-from service.api import thumbnails
-from service.api.page import FOLDER
-from service.api.thumbnails import CLIENT, LONGEST_SIDE, SEED, STEPS
+from formats.images import shrink
+from service.http.page import thumbnails
+from service.http.page.routes import FOLDER
+from service.http.page.thumbnails import CLIENT, LONGEST_SIDE, SEED, STEPS
 from tests.integration.in_process import PausedDenoiser, Service, running, runs
 
 OURS = {"X-Requested-With": "test"}

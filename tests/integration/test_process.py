@@ -24,9 +24,9 @@ from tests.programs import tool
 SERVING = """
 import sys, time
 from pathlib import Path
-from service.api.app import assemble
-from service.api.logs import configure_logging
-from service.api.server import serve
+from service.http.app import assemble
+from service.logs import configure_logging
+from service.http.server import serve
 from service.settings import Settings
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from tests.denoisers import ExactDenoiser

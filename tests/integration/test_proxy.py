@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from tests.integration.server import PATIENCE
+from tests.paths import ROOT
 from tests.programs import tool
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy" / "haproxy.cfg"
+CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 REPLICAS = "server-template api- 32 api:8000 resolvers docker init-addr none"
 
 

@@ -21,14 +21,15 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.faults import Fault, as_openai_error
-from service.api.interfaces import Interface, generates
-from service.api.routes import RouteTable
+from service.http.faults import Fault, as_openai_error
+from service.http.interfaces import Interface, generates
+from service.http.routes import RouteTable
 from tests.integration.exact_service import exact_app
 from tests.integration.server import PATIENCE
+from tests.paths import ROOT
 from tests.programs import tool
 
-FOLDER = Path(__file__).parents[2] / "deploy" / "haproxy"
+FOLDER = ROOT / "deploy" / "haproxy"
 GENERATES = {
     "/v1/generate": Interface.NATIVE,
     "/v1/images/generations": Interface.OPENAI,

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.idempotency import derived_seed
-from service.api.keys import ApiKey, Limits, hash_of, new_key
-from service.api.keys_file import write_keys
-from service.api.security_headers import SECURITY_HEADERS
+from service.http.door.idempotency import derived_seed
+from service.http.door.keys import ApiKey, Limits, hash_of, new_key
+from service.http.door.keys_file import write_keys
+from service.http.door.security_headers import SECURITY_HEADERS
 from tests.fakes import tiny_checkpoint
 from tests.integration.in_process import Service, running, runs
 from tests.integration.server import PATIENCE, Server
@@ -386,7 +386,7 @@ def test_secrets_never_appear_in_logs_and_no_request_can_write_lines_of_its_own(
         assert not [line for line in lines if secret in line]
     records = [json.loads(line) for line in lines]
     assert not [record for record in records if record["level"] == "forged"]
-    requests = [record for record in records if record["logger"] == "service.api.observe"]
+    requests = [record for record in records if record["logger"] == "service.http.door.observe"]
     assert all(record["request_id"] for record in requests)
     (mine,) = [record for record in requests if record["request_id"] == "mine-42"]
     assert mine["event"].startswith("POST /v1/generate 200 ")

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.counts import LONG
-from tests.exports import BUNDLED
 from tests.integration.server import PATIENCE, Server, running
+from tests.paths import BUNDLED
 
 REQUESTS = 5000
 CONCURRENCY = 20

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api import event_source
-from service.api.event_schemas import EVENT_SCHEMA, PreviewEvent, ProgressEvent, QueuedEvent
-from service.api.schemas import GenerateResponse, Problem
 from service.engine import event_stream
+from service.http import event_source
+from service.http.native.event_schemas import EVENT_SCHEMA, PreviewEvent, ProgressEvent, QueuedEvent
+from service.http.native.schemas import GenerateResponse, Problem
 from tests.integration.in_process import WIDTH, Overflowing, Service, running, runs
 from tests.integration.streams import SentEvent, StreamClient, streaming
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cli.engines import build_engines
-from diffusion.artifact import MODEL_FILE, Precision
-from diffusion.tensorrt_files import Target, Wanted, engine_folder, read_engine, unusable_engines
-from diffusion.tensorrt_package import EngineError, logger_of
+from formats.artifact import MODEL_FILE, Precision
+from formats.tensorrt_files import Target, Wanted, engine_folder, read_engine, unusable_engines
+from formats.tensorrt_package import EngineError, logger_of
 from model_export import tensorrt_build
 from model_export.onnx_export import PRECISIONS, export_unet
 from model_export.tensorrt_build import (

@@ -18,12 +18,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
-from service.api import tracing as tracing_module
-from service.api.app import create_app
-from service.api.keys import ApiKey, hash_of
-from service.api.keys_file import write_keys
-from service.api.tracing import Tracing, tracing_to_collector
 from service.errors import TracingError
+from service.http import tracing as tracing_module
+from service.http.app import create_app
+from service.http.door.keys import ApiKey, hash_of
+from service.http.door.keys_file import write_keys
+from service.http.tracing import Tracing, tracing_to_collector
 from service.settings import Settings
 from tests.integration.collector import collecting
 from tests.integration.in_process import Overflowing, running, runs
@@ -102,7 +102,7 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
         def emit(self, record: logging.LogRecord) -> None:
             ids.append(structlog.contextvars.get_contextvars().get("trace_id"))
 
-    observe, handler = logging.getLogger("service.api.observe"), Ids()
+    observe, handler = logging.getLogger("service.http.door.observe"), Ids()
     observe.addHandler(handler)
     observe.setLevel(logging.INFO)
     try:
@@ -303,7 +303,7 @@ def test_a_tracer_of_the_whole_process_is_not_told_what_we_keep_to_ourselves(mon
 def test_traces_without_what_they_need_end_start_up_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "service.api.tracing")
+    monkeypatch.delitem(sys.modules, "service.http.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(
         TracingError, match=r"need opentelemetry.sdk.trace, .* pip install -c constraints.txt -e '\.\[otel\]'"

@@ -15,10 +15,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.checkpoint import load_unet, shapes_of, write_checkpoint
-from diffusion.checkpoint_config import CheckpointError, read_config
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig, NoiseSchedule
-from diffusion.diffusers_config import (
+from diffusion.guidance import classifier_free
+from diffusion.plans import SamplingPlan, build_plan
+from diffusion.respacing import respace
+from diffusion.unet import UNet
+from diffusion.update import PlanRows, advance, sample_loop
+from formats.checkpoint import load_unet, shapes_of, write_checkpoint
+from formats.checkpoint_config import CheckpointError, read_config
+from interchange.diffusers_config import (
     DoesNotMap,
     SchedulerConfig,
     UNet2DConfig,
@@ -30,24 +35,19 @@ from diffusion.diffusers_config import (
     to_unet_config,
     unet_json,
 )
-from diffusion.diffusers_weights import expected_weights, from_diffusers, to_diffusers
-from diffusion.guidance import classifier_free
-from diffusion.import_diffusers import describe_folder, import_folder, open_folder
-from diffusion.plans import SamplingPlan, build_plan
-from diffusion.published import PUBLISHED
-from diffusion.respacing import respace
-from diffusion.sanity_check import SanityReport
-from diffusion.unet import UNet
-from diffusion.update import PlanRows, advance, sample_loop
+from interchange.diffusers_weights import expected_weights, from_diffusers, to_diffusers
+from interchange.import_diffusers import describe_folder, import_folder, open_folder
+from interchange.published import PUBLISHED
+from interchange.sanity_check import SanityReport
 from model_export.diffusers_export import export_diffusers
 from tests import golden
+from tests.paths import BUNDLED
 
 M = TypeVar("M", bound=torch.nn.Module)
 
 TOLERANCE = golden.NETWORK_TOLERANCE
 """Largest difference of two outputs over the largest output."""
 
-BUNDLED = Path(__file__).parents[2] / "models" / "fashion32"
 MAPPABLE = ("imp_uncond", "imp_cond_ls", "adm_new", "adm_legacy")
 """Of the golden networks; the others have other heads in the decoder, or a low-resolution input."""
 
@@ -104,7 +104,7 @@ def _import(path: Path, out: Path, **how: Any) -> CheckpointConfig:
     folder = open_folder(path, how.pop("scheduler", None))
     with pytest.MonkeyPatch.context() as patch:
         report = SanityReport(None, True, "not made")
-        patch.setattr("diffusion.import_openai.check_predictions", lambda *_: report)
+        patch.setattr("interchange.import_openai.check_predictions", lambda *_: report)
         assert import_folder(folder, describe_folder(folder, **how), out) is report
     config = read_config(out)
     assert isinstance(config, CheckpointConfig)
@@ -266,7 +266,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffusion.atomic_folder._sync_tree", fail)
+    monkeypatch.setattr("formats.atomic_folder._sync_tree", fail)
     with pytest.raises(OSError, match="disk full"):
         export_diffusers(BUNDLED, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

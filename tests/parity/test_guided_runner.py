@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusion.arrays import to_numpy
-from diffusion.checkpoint import write_checkpoint
-from diffusion.classifier_folder import CLASSIFIER_FOLDER
 from diffusion.config import CheckpointConfig
 from diffusion.plans import Sampler
+from formats.checkpoint import write_checkpoint
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from service.backends.artifact_model import open_artifact
 from service.backends.base import BackendOptions, Denoiser, GuidingClassifier
 from service.backends.onnxruntime_backend import OnnxRuntimeClassifier

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.artifact import MODEL_FILE
+from formats.artifact import MODEL_FILE
 from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import compile_settings
 from tests.exports import Exports

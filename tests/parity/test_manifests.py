@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from diffusion.checkpoint import expected_shapes
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from diffusion.openai_flags import config_from_flags
-from diffusion.openai_shapes import describe_mismatch, read_flags
-from diffusion.published import PUBLISHED, PublishedModel
+from formats.checkpoint import expected_shapes
+from interchange.openai_flags import config_from_flags
+from interchange.openai_shapes import describe_mismatch, read_flags
+from interchange.published import PUBLISHED, PublishedModel
 from tests.golden import GOLDEN_DIR
 
 MODELS = pytest.mark.parametrize("model", PUBLISHED.values(), ids=list(PUBLISHED))

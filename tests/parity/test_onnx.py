@@ -25,6 +25,7 @@ from tests.counts import LONG
 from tests.exports import CLASSIFIER, EXPORTED, GRADIENT, Exports
 from tests.networks import random_classifier
 from tests.parity.test_networks import CLASSIFIERS, UNETS
+from tests.paths import ROOT
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -38,7 +39,6 @@ FLOATS = {
     "bf16": onnx.TensorProto.BFLOAT16,
     "fp16": onnx.TensorProto.FLOAT16,
 }
-ROOT = Path(__file__).parents[2]
 
 
 def name_of(runtime: Runtime) -> str:

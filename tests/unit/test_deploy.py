@@ -10,22 +10,20 @@ import sys
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from service.api.interfaces import generates
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.http.interfaces import generates
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.fakes import CountingRunner, generation, params
+from tests.paths import ROOT
 from tests.programs import tool
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

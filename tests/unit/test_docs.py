@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
-from service.api.schemas import GenerateRequest
 from service.metrics import Metrics
+from service.requests.generate_request import GenerateRequest
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MARKDOWN = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "runs", "build", "data"} & set(path.parts))
 
 

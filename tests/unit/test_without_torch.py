@@ -44,7 +44,7 @@ def test_the_service_gives_the_pictures_of_the_one_image_sampler() -> None:
 
         import httpx
         from diffusion.config import CheckpointConfig
-        from service.api.app import assemble
+        from service.http.app import assemble
         from service.settings import Settings
         from tests.denoisers import ExactDenoiser
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     output = without_torch(f"""
         from pathlib import Path
-        from diffusion.checkpoint_config import checkpoint_sha256, read_config
+        from formats.checkpoint_config import checkpoint_sha256, read_config
 
         folder = Path({str(folder)!r})
         print(read_config(folder).model.image_size, len(checkpoint_sha256(folder)))
@@ -110,7 +110,7 @@ def test_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
 def test_serving_a_checkpoint_says_what_to_install(tmp_path: Path) -> None:
     output = without_torch(f"""
         from pathlib import Path
-        from service.api.app import create_app
+        from service.http.app import create_app
         from service.errors import ModelError
         from service.settings import Settings
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.file_content import describe_wrong_content
+from formats.file_content import describe_wrong_content
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.fitting import fit_array
 from trainer.data.listing import shorten

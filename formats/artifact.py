@@ -1,0 +1,346 @@
+"""The artifact folder: a network compiled for runtimes other than PyTorch, and `manifest.json`, which vouches for it.
+
+    manifest.json   what the network is, where it came from, how far it is from PyTorch, a hash of every file
+    model.onnx      the graph (and model.onnx.data, weights beyond protobuf's 2 GiB)
+    gradient.onnx   a classifier's gradient
+    time_mlp.npz    the embedding of timesteps, which is an input of the graph
+    classifier/     the artifact of the noisy classifier that guides the network, where it has one
+
+A manifest is written only where parity was inside tolerance, and last. Reading checks every file's size and hash, and
+that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, FrozenConfig
+from formats.checkpoint_config import (
+    CONFIG_FILE,
+    CheckpointError,
+    checkpoint_sha256,
+    describe_validation_error,
+    read_config,
+)
+from formats.classifier_folder import CLASSIFIER_FOLDER, find_classifier, misfit
+from formats.file_content import describe_wrong_content
+from formats.json_files import read_object
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+GRADIENT_FILE = "gradient.onnx"
+TIME_MLP_FILE = "time_mlp.npz"
+FORMAT_VERSION = 1
+INSIDE_CHECKPOINT = "artifact"
+"""A checkpoint folder may hold its artifact under this name."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+LEAST_ERRORS: dict[Precision, float] = {"fp32": 0.0, "bf16": 2e-4, "fp16": 0.0}
+"""The worst band of a network's calls is never nearer to float32 than this: a tenth of half a unit in the last place of
+bfloat16 (2^-9), of which every product's factors are off. ONNX Runtime computes part of a float16 graph in float32."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ArtifactError(ValueError):
+    """An artifact folder that cannot be written or read; the message names the file, the field and the rule."""
+
+
+class FileEntry(FrozenConfig):
+    """One file of the folder."""
+
+    sha256: Sha256
+    size: int = Field(ge=0)
+    """Bytes."""
+
+
+class BandError(FrozenConfig):
+    """How far outputs are from PyTorch's float32 over a band of timesteps: norm of the difference / norm."""
+
+    t_min: int
+    t_max: int
+    """Inclusive."""
+    prediction: float
+    """Of eps (or x0), of logits, or of a gradient."""
+    variance: float | None = None
+    """Of var_values, where the network has them."""
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return _largest([self.prediction, self.variance or 0.0])
+
+
+class NetworkParity(FrozenConfig):
+    """A runtime's network calls against PyTorch's, along chains of the reference."""
+
+    backend: str
+    """Runtime and version."""
+    precision: Precision
+    """What the runtime computes in."""
+    file: str = MODEL_FILE
+    """Which graph of the folder."""
+    limit: float
+    """Largest relative error allowed in any band."""
+    bands: tuple[BandError, ...] = Field(min_length=1)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of any band."""
+        return _largest(band.worst for band in self.bands)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every band is inside the limit."""
+        return self.worst <= self.limit
+
+    @property
+    def is_of_its_precision(self) -> bool:
+        """Whether the error is large enough for its precision.
+
+        A smaller one was measured in float32 on a processor without the precision, which exports before `not_measured`
+        existed recorded as if it had been in effect.
+        """
+        return self.worst >= LEAST_ERRORS[self.precision]
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == ("fp32" if self.file == GRADIENT_FILE else precision)
+
+
+class NotMeasured(FrozenConfig):
+    """A runtime in a precision that a graph could not be compared in where it was exported."""
+
+    backend: str
+    precision: Precision
+    file: str = MODEL_FILE
+    reason: str
+    """Why not, for people."""
+
+
+class ChainParity(FrozenConfig):
+    """Whole ancestral chains of a runtime against PyTorch's, with the same noise: how many 8-bit values differ."""
+
+    backend: str
+    precision: Precision
+    steps: int
+    images: int
+    beyond_1: float
+    """Fraction of values that differ by more than 1 level of 255."""
+    beyond_2: float
+    beyond_4: float
+    limit: float | None = None
+    """Largest `beyond_2` allowed; None: reported only."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the pixels are inside the limit."""
+        return self.limit is None or self.beyond_2 <= self.limit
+
+    def gates(self, precision: Precision) -> bool:
+        """Whether an artifact that was exported in a precision must have passed this."""
+        return self.precision == precision
+
+
+class Manifest(FrozenConfig):
+    """The content of `manifest.json`."""
+
+    format_version: Literal[1] = 1
+    checkpoint: Annotated[CheckpointConfig | ClassifierCheckpointConfig, Field(discriminator="kind")]
+    """The `config.json` of the checkpoint this came from."""
+    checkpoint_sha256: Sha256
+    """See `formats.checkpoint_config.checkpoint_sha256`."""
+    precision: Precision = "fp32"
+    """What the graph computes in."""
+    opset: int
+    buckets: tuple[int, ...] = Field(min_length=1)
+    """Batch sizes it is meant to be compiled for, ascending."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that made it."""
+    files: dict[str, FileEntry]
+    """Every file but the manifest, by name."""
+    parity: tuple[NetworkParity, ...] = Field(min_length=1)
+    chains: tuple[ChainParity, ...] = ()
+    not_measured: tuple[NotMeasured, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.files:
+            if not name or Path(name).name != name or name in (".", "..") or "\\" in name:
+                raise ValueError(f"files must be plain names inside the folder; got {name!r}")
+        needed = {MODEL_FILE, TIME_MLP_FILE} | ({GRADIENT_FILE} if self.checkpoint.kind == "classifier" else set())
+        if missing := sorted(needed - set(self.files)):
+            raise ValueError(f"files must list {', '.join(missing)}")
+        if list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1:
+            raise ValueError(f"buckets must be ascending and at least 1; got {list(self.buckets)}")
+        return self
+
+    def parity_of(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> NetworkParity | None:
+        """Return the measured parity of a runtime (its name without version) in a precision; None: not measured."""
+        of_model = (p for p in self.parity if p.file == file and p.precision == precision and p.is_of_its_precision)
+        return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
+
+    def reason_not_measured(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> str | None:
+        """Return why a runtime could not be compared in a precision; None where it was, or no reason is kept."""
+        missing = (m for m in self.not_measured if m.file == file and m.precision == precision)
+        return next((m.reason for m in missing if m.backend.split(" ")[0] == runtime), None)
+
+
+def failures(
+    precision: Precision, parity: Iterable[NetworkParity], chains: Iterable[ChainParity]
+) -> list[NetworkParity | ChainParity]:
+    """Return what keeps a graph of a precision from being an artifact; empty where everything is inside its limit."""
+    measured: list[NetworkParity | ChainParity] = [*parity, *chains]
+    return [p for p in measured if p.gates(precision) and not p.passed]
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Measure and hash a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(sha256=digest, size=path.stat().st_size)
+
+
+def manifest_json(manifest: Manifest) -> str:
+    """Return the text of a `manifest.json`."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def find_artifact(folder: Path) -> Path | None:
+    """Return the artifact of a model folder: itself, or what lies in it as `artifact`; None where there is none."""
+    for candidate in (folder, folder / INSIDE_CHECKPOINT):
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
+    return None
+
+
+def read_artifact(folder: Path) -> Manifest:
+    """Read and check an artifact folder.
+
+    One that lies inside a checkpoint folder must have been made from that checkpoint.
+
+    Raises:
+        ArtifactError: no manifest, a manifest that is wrong, a file that is missing, damaged or of another
+            checkpoint; the message names the file and what to do.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = _parse(path)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or file.is_symlink():
+            raise ArtifactError(f"{file} is missing (or no plain file); export the checkpoint again")
+        if file.stat().st_size != entry.size:
+            problem = describe_wrong_content(file, may_be_text=True) or "is damaged"
+            raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it {problem}")
+        if file_entry(file).sha256 != entry.sha256:
+            raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
+    graphs = [name for name in (MODEL_FILE, GRADIENT_FILE) if name in manifest.files]
+    measured = {p.file for p in manifest.parity if p.gates(manifest.precision)}
+    if unmeasured := [name for name in graphs if name not in measured]:
+        raise ArtifactError(f"{path}: nobody has compared {unmeasured[0]} with PyTorch; export the checkpoint again")
+    if failed := failures(manifest.precision, manifest.parity, manifest.chains):
+        raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit; export the checkpoint again")
+    for checkpoint in _checkpoints_around(folder):
+        refuse_foreign(folder, manifest, checkpoint)
+    return manifest
+
+
+def _checkpoints_around(folder: Path) -> list[Path]:
+    """Return the checkpoint folders that an artifact lies in, as it is named and where links lead to."""
+    places = dict.fromkeys([folder.absolute(), folder.resolve()])
+    around = [*places, *(place.parent for place in places if place.name == INSIDE_CHECKPOINT)]
+    return list(dict.fromkeys(place.resolve() for place in around if (place / CONFIG_FILE).is_file()))
+
+
+def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
+    """Refuse an artifact that was made from another checkpoint than this one.
+
+    Raises:
+        ArtifactError: saying so; also a checkpoint that cannot be read.
+    """
+    try:
+        found, config = checkpoint_sha256(checkpoint), read_config(checkpoint)
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    if found != manifest.checkpoint_sha256:
+        raise ArtifactError(
+            f"{folder} was exported from another checkpoint ({manifest.checkpoint_sha256[:12]}...) than the one in "
+            f"{checkpoint} ({found[:12]}...); export it again"
+        )
+    described = manifest.checkpoint
+    if (described.kind, described.model, described.diffusion) != (config.kind, config.model, config.diffusion):
+        raise ArtifactError(f"{folder / MANIFEST_FILE} describes another model than {checkpoint}; export it again")
+
+
+def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpointConfig] | None:
+    """Read and check the artifact of the classifier that guides an artifact's model; None where there is none.
+
+    Inside a checkpoint folder, model and classifier must have been exported together.
+
+    Args:
+        folder: the model's artifact.
+
+    Returns:
+        The classifier's manifest, and the checkpoint in it.
+
+    Raises:
+        ArtifactError: as `read_artifact`; also something else than a classifier, and one that does not fit the model.
+    """
+    for checkpoint in _checkpoints_around(folder):
+        refuse_foreign_classifier(folder, checkpoint)
+    classifier = find_classifier(folder)
+    if classifier is None:
+        return None
+    manifest, model = read_artifact(classifier), _parse(folder / MANIFEST_FILE).checkpoint
+    if manifest.checkpoint.kind != "classifier" or model.kind != "unet":
+        raise ArtifactError(f"{classifier} must hold the classifier of a UNet; it holds a {manifest.checkpoint.kind}")
+    if problem := misfit(model, manifest.checkpoint):
+        raise ArtifactError(f"{classifier} cannot guide the model in {folder}: {problem}")
+    return manifest, manifest.checkpoint
+
+
+def refuse_foreign_classifier(folder: Path, checkpoint: Path) -> None:
+    """Refuse an artifact whose classifier was made from another one than guides this checkpoint.
+
+    Raises:
+        ArtifactError: saying so; also where only one of the two has a classifier.
+    """
+    exported, original = find_classifier(folder), find_classifier(checkpoint)
+    if exported is not None and original is not None:
+        refuse_foreign(exported, _parse(exported / MANIFEST_FILE), original)
+    elif original is not None:
+        raise ArtifactError(f"{folder} was exported without the classifier in {original}; export {checkpoint} again")
+    elif exported is not None:
+        raise ArtifactError(
+            f"{folder} was exported with a classifier, and {checkpoint} has no {CLASSIFIER_FOLDER} folder; "
+            f"export it again"
+        )
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        content = read_object(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"{path.parent} is no artifact folder: it has no {MANIFEST_FILE}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    version = content.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path}: format_version must be {FORMAT_VERSION}; got {version!r}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {describe_validation_error(error)}") from error
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """Return the largest error; one that is not a number is beyond every limit (`max` would skip it)."""
+    return max(math.inf if math.isnan(error) else error for error in errors)

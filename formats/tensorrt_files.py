@@ -1,0 +1,235 @@
+"""Engines of TensorRT as files: what they are called, what is known of each, and which may be used.
+
+They lie in the artifact, by GPU, TensorRT version and batch size (bucket):
+
+    tensorrt/sm89-rtx-1.7.1.116/4.plan         the engine for a batch of 4
+    tensorrt/sm89-rtx-1.7.1.116/4.json         its record, written last: a plan without one is no engine
+    tensorrt/nvidia-h200-sm90-10.13.3.9/...    of the data-centre package, which builds for one model of GPU
+    tensorrt/nvidia-h200-sm90-10.13.3.9/timing.cache
+
+An engine is code that TensorRT runs. Its hash protects from damage and mix-ups, not from somebody who may write into
+the folder. Nothing here needs TensorRT, a GPU or PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from diffusion.config import FrozenConfig
+from formats.artifact import MODEL_FILE, FileEntry, NetworkParity, Precision, Sha256
+from formats.atomic_file import write_file
+from formats.checkpoint_config import describe_validation_error
+from formats.tensorrt_package import EngineError, Flavour
+
+FOLDER = "tensorrt"
+TIMING_CACHE_FILE = "timing.cache"
+DATA_FILE = f"{MODEL_FILE}.data"
+"""Weights of a graph beyond protobuf's 2 GiB."""
+
+
+class Target(FrozenConfig):
+    """What an engine is built for. An engine runs on no other."""
+
+    flavour: Flavour
+    version: str = Field(pattern=r"^[0-9A-Za-z.+]+$")
+    """Of the package: TensorRT loads engines of its own version only."""
+    compute_capability: str = Field(pattern=r"^sm\d{2,3}$")
+    """Such as sm89."""
+    gpu: str | None = None
+    """Name of the GPU; None with TensorRT-RTX, whose engines run on all GPUs of a compute capability."""
+
+    @classmethod
+    def of_device(cls, flavour: Flavour, version: str, capability: tuple[int, int], gpu: str) -> Self:
+        """Return the target that a GPU is, by its compute capability and name."""
+        sm = f"sm{capability[0]}{capability[1]}"
+        return cls(flavour=flavour, version=version, compute_capability=sm, gpu=gpu if flavour == "tensorrt" else None)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, from letters, digits, dots and dashes."""
+        flavour = "rtx-" if self.flavour == "tensorrt_rtx" else ""
+        gpu = "" if self.gpu is None else re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-") + "-"
+        return f"{gpu}{self.compute_capability}-{flavour}{self.version}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an engine must be to stand for a graph on a GPU."""
+
+    target: Target
+    precision: Precision
+    onnx_sha256: str
+    """See `graph_sha256`."""
+
+
+class EngineRecord(FrozenConfig):
+    """What is known of an engine; the content of `<bucket>.json`."""
+
+    format_version: Literal[1] = 1
+    target: Target
+    bucket: int = Field(ge=1)
+    """Rows of its inputs."""
+    precision: Precision
+    """What the graph computes in."""
+    onnx_sha256: Sha256
+    """Of the graph it was built from; see `graph_sha256`."""
+    plan: FileEntry
+    flags: tuple[str, ...] = ()
+    """Of the builder, by TensorRT's names."""
+    workspace_bytes: int = Field(ge=0)
+    """Most scratch memory its kernels may take."""
+    parity: NetworkParity | None = None
+    """Its measured distance from PyTorch; None: never measured."""
+
+
+BuildEngines = Callable[[Path, Target, tuple[int, ...]], None]
+"""Build engines: for an artifact folder, a target, buckets. The service is given one where it may build."""
+
+
+def graph_sha256(files: Mapping[str, FileEntry]) -> str:
+    """Hash a graph of some files by name: `model.onnx`, with `model.onnx.data` where it has one."""
+    digests = [files[name].sha256 for name in (MODEL_FILE, DATA_FILE) if name in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def needed_buckets(buckets: Iterable[int], max_rows: int) -> tuple[int, ...]:
+    """Return the buckets that a width makes use of, ascending: those below it, and the next one."""
+    ascending = sorted(buckets)
+    enough = next((k for k, bucket in enumerate(ascending) if bucket >= max_rows), len(ascending))
+    return tuple(ascending[: enough + 1])
+
+
+def engine_folder(artifact: Path, target: Target) -> Path:
+    """Return where an artifact's engines for a target lie."""
+    return artifact / FOLDER / target.name
+
+
+def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
+    """Write an engine beside the graph it was built from: the plan, and then its record; each appears whole.
+
+    Args:
+        artifact: the artifact folder.
+        plan: the serialised engine, which `record.plan` describes.
+        record: where it belongs, and what it is.
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        EngineError: a record of another plan.
+    """
+    if record.plan != entry_of(plan):
+        raise EngineError(f"the record of bucket {record.bucket} describes another plan")
+    folder = engine_folder(artifact, record.target)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, record_path = _paths(folder, record.bucket)
+    record_path.unlink(missing_ok=True)  # a new plan under an old record would look damaged
+    write_file(path, plan)
+    _write_record(folder, record)
+    return path
+
+
+def read_engine(artifact: Path, wanted: Wanted, bucket: int) -> tuple[EngineRecord, bytes]:
+    """Read an engine, and refuse one that is not exactly what is wanted.
+
+    Returns:
+        Its record, and the very bytes that were checked.
+
+    Raises:
+        EngineError: no such engine, or one that is damaged, stale or foreign; says which, and why.
+    """
+    record = _read_record(artifact, wanted, bucket)
+    path = _paths(engine_folder(artifact, wanted.target), bucket)[0]
+    plan = path.read_bytes()
+    if hashlib.sha256(plan).hexdigest() != record.plan.sha256:
+        raise EngineError(f"{path} is damaged, or another file: its sha256 is not that of its record")
+    return record, plan
+
+
+def unusable_engines(artifact: Path, wanted: Wanted, buckets: Iterable[int]) -> dict[int, str]:
+    """Return the buckets whose engine is missing or would be refused, each with the reason."""
+    reasons = {}
+    for bucket in buckets:
+        try:
+            read_engine(artifact, wanted, bucket)
+        except EngineError as error:
+            reasons[bucket] = str(error)
+    return reasons
+
+
+def refusal(record: EngineRecord, wanted: Wanted, bucket: int) -> str | None:
+    """Say why an engine of that record cannot stand for what is wanted; None: it can."""
+    if record.target != wanted.target:
+        return f"was built for {record.target.name}, and this is {wanted.target.name}"
+    if record.bucket != bucket:
+        return f"was built for batches of {record.bucket}"
+    if record.onnx_sha256 != wanted.onnx_sha256:
+        return f"is stale: it was built from another graph ({record.onnx_sha256[:12]}...) than {MODEL_FILE} is now"
+    if record.precision != wanted.precision:
+        return f"computes in {record.precision}, and the artifact says {wanted.precision}"
+    if record.parity is not None and not record.parity.passed:
+        return f"is too far from PyTorch: {record.parity.worst:.1e}, where {record.parity.limit:.1e} is allowed"
+    return None
+
+
+def record_parity(artifact: Path, wanted: Wanted, bucket: int, parity: NetworkParity) -> None:
+    """Note how far an engine is from PyTorch; from then on one outside the limit is refused.
+
+    Raises:
+        EngineError: an engine that is refused already.
+    """
+    record, _ = read_engine(artifact, wanted, bucket)
+    _write_record(engine_folder(artifact, wanted.target), record.replace(parity=parity))
+
+
+def entry_of(content: bytes) -> FileEntry:
+    """Measure and hash what is to be a file."""
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
+def _paths(folder: Path, bucket: int) -> tuple[Path, Path]:
+    return folder / f"{bucket}.plan", folder / f"{bucket}.json"
+
+
+def _write_record(folder: Path, record: EngineRecord) -> None:
+    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(_paths(folder, record.bucket)[1], text.encode())
+
+
+def _read_record(artifact: Path, wanted: Wanted, bucket: int) -> EngineRecord:
+    """Read a record; refuse it, or a plan beside it that is not even of the right size."""
+    folder = engine_folder(artifact, wanted.target)
+    path, record_path = _paths(folder, bucket)
+    for file in (record_path, path):
+        if file.is_symlink():
+            raise EngineError(f"{file} is a link; engines must lie in the artifact")
+    if not record_path.is_file():
+        raise EngineError(_missing(artifact, folder, bucket))
+    try:
+        content: Any = json.loads(record_path.read_text(encoding="utf-8"))
+        record = EngineRecord.model_validate(content)
+    except ValidationError as error:
+        raise EngineError(f"{record_path}: {describe_validation_error(error)}") from error
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{record_path} cannot be read: {error}") from error
+    if reason := refusal(record, wanted, bucket):
+        raise EngineError(f"{path} {reason}")
+    if not path.is_file():
+        raise EngineError(f"{path} is missing, although {record_path.name} describes it")
+    if path.stat().st_size != record.plan.size:
+        raise EngineError(f"{path} has {path.stat().st_size} bytes instead of {record.plan.size}: it is damaged")
+    return record
+
+
+def _missing(artifact: Path, folder: Path, bucket: int) -> str:
+    others = sorted(path.name for path in (artifact / FOLDER).glob("*") if path.is_dir() and path != folder)
+    note = f"; there are some for {', '.join(others)}, which cannot be used here" if others else ""
+    return f"{folder} has no engine for batches of {bucket}{note}"

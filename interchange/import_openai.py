@@ -1,0 +1,170 @@
+"""OpenAI's `.pt` files (improved-diffusion, guided-diffusion) turned into checkpoint folders.
+
+Reading such a file never runs code from it. What does not fit is said in the words of the flags that the network was
+trained with, because those are what a wrong configuration was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.config import CheckpointConfig
+from formats.checkpoint import read_safetensors, shapes_of, write_checkpoint
+from formats.checkpoint_config import AnyCheckpointConfig, CheckpointError
+from formats.file_content import damaged_part, describe_wrong_content, safetensors_size
+from interchange.openai_shapes import ANCHOR, channels_to_infer, describe_mismatch
+from interchange.sanity_check import SanityReport, check_predictions
+from interchange.wrapped_names import without_wrappers
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a `.pt` or `.safetensors` file: float32 tensors on the CPU, by name.
+
+    Only tensors and plain containers are unpickled (`torch.load(weights_only=True)`); there is no way around it.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is damaged, wants to run code, or holds something else.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is nothing at {path}")
+    try:
+        if problem := describe_wrong_content(path):
+            raise CheckpointError(f"{path} {problem}")
+        if safetensors_size(path) is not None:
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path) and (part := damaged_part(path)):
+            raise CheckpointError(f"{path} is damaged: the checksum of {part} is wrong; copy or download it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, before the errors handled here
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refused(path, str(error))) from error
+    except Exception as error:  # a damaged pickle may raise anything: KeyError, EOFError, RuntimeError, ...
+        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {_first_sentence(error)}") from error
+    return _checked_weights(path, content)
+
+
+def _refused(path: Path, message: str) -> str:
+    wanted = re.search(r"GLOBAL (\S+)", message)
+    if wanted is None:
+        return f"{path} is damaged, or no file of torch.save"
+    return (
+        f"{path} wants to run code when it is opened ({wanted.group(1)}), so it was not opened any further. OpenAI's "
+        "files and those of its training scripts hold tensors only. If you trust the file, load it where it was made "
+        "and save the tensors alone: torch.save({name: tensor, ...}, path)"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__} {text.splitlines()[0].split('. ')[0]}" if text else type(error).__name__
+
+
+def _checked_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a state dict; it holds a {type(content).__name__}")
+    if {"state", "param_groups"} <= content.keys():
+        raise CheckpointError(f"{path} holds the state of an optimizer (opt*.pt); import the weights, ema_*.pt")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} must hold a state dict, names and tensors; {name!r} is a {type(value).__name__}. "
+                "Save the inner state dict on its own if this file wraps it"
+            )
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: {name} must be floating point; it is {value.dtype}")
+    return {name: value.detach().to(torch.float32).contiguous() for name, value in content.items()}
+
+
+def import_checkpoint(
+    path: Path,
+    config: AnyCheckpointConfig,
+    out: Path,
+    allow_failed_check: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> SanityReport:
+    """Turn a `.pt` file into a checkpoint folder, unless its network does not predict what it should.
+
+    What wrappers put before the names of weights is taken out, and where no flag says how many channels images have,
+    the weights do; both are noted in the provenance.
+
+    Args:
+        path: the `.pt` file.
+        config: what the network is and was trained for (`PUBLISHED`, or `config_from_flags`).
+        out: the checkpoint folder to write.
+        allow_failed_check: write the folder even if the sanity check fails.
+        say: told what was noted.
+
+    Returns:
+        What the sanity check found; the folder was written if it passed, or if that was allowed.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or weights that do not fit the configuration; nothing is written.
+    """
+    weights, taken = without_wrappers(load_state_dict(path), ANCHOR)
+    notes = [f"{prefix!r} in the names of weights: left out" for prefix in taken]
+    if (channels := channels_to_infer(config, shapes_of(weights))) is not None:
+        config = config.replace(model={**config.model.model_dump(), "image_channels": channels})
+        notes.append(f"image_channels: {channels}, read from the weights")
+    for note in notes:
+        say(note)
+    config = config.replace(provenance={**config.provenance, "notes": [*config.provenance.get("notes", []), *notes]})
+    if problems := describe_mismatch(config, shapes_of(weights)):
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise CheckpointError(f"{path} does not fit the configuration:{lines}")
+    return write_if_sane(path, config, weights, out, allow_failed_check)
+
+
+def write_if_sane(
+    path: Path, config: AnyCheckpointConfig, weights: dict[str, Tensor], out: Path, allow_failed_check: bool
+) -> SanityReport:
+    """Write imported weights as a checkpoint folder, unless their network does not predict what it should.
+
+    Args:
+        path: the file that the weights were read from, for the provenance and for errors.
+        config: what the network is and was trained for; the weights must fit it.
+        weights: float32 tensors on the CPU, by our names.
+        out: the checkpoint folder to write.
+        allow_failed_check: write the folder even if the sanity check fails.
+
+    Returns:
+        What the sanity check found; the folder was written if it passed, or if that was allowed.
+
+    Raises:
+        CheckpointError: weights that are not finite; nothing is written.
+    """
+    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path}: {len(damaged)} of {len(weights)} tensors hold NaN or infinity ({damaged[0]})")
+
+    report = SanityReport(None, True, "Classifiers are not checked: nothing is known about what they should answer.")
+    if isinstance(config, CheckpointConfig):
+        report = check_predictions(config, weights)
+
+    if report.passed or allow_failed_check:
+        provenance = {
+            **config.provenance,
+            "file": path.name,
+            "file_sha256": _sha256(path),
+            "sanity_check": report.advice if report.passed else f"FAILED, imported all the same: {report.advice}",
+        }
+        write_checkpoint(out, config.replace(provenance=provenance), weights)
+    return report
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

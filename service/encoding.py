@@ -1,0 +1,98 @@
+"""From pixels to bytes a client can use. Slow: call it in the `EncodingPool`."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import get_args
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+import numpy.typing as npt
+
+from formats.images import PictureFormat, encode, grid
+from service.requests.generate_request import ImageFormat
+
+Uint8Array = npt.NDArray[np.uint8]
+
+MEDIA_TYPES: dict[ImageFormat, str] = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "jpeg": "image/jpeg",
+    "npz": "application/x-npz",
+}
+ZIP_MEDIA_TYPE = "application/zip"
+PICTURE_FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
+CHANNELS: dict[ImageFormat, tuple[int, ...]] = {"png": (1, 3, 4), "webp": (1, 3, 4), "jpeg": (1, 3)}
+"""Image channels that a format can hold; npz holds any number."""
+_NAME_LENGTH = 40
+
+
+def encode_one(
+    pixels: Uint8Array,
+    class_index: int | None,
+    image_format: ImageFormat,
+    *,
+    quality: int | None = None,
+    compression: int | None = None,
+) -> bytes:
+    """Encode one image [H, W, C] for the JSON answer; see `formats.images.encode` for the options."""
+    if image_format == "npz":
+        return encode_npz(pixels[None], [class_index], compression=compression)
+    return encode(pixels, image_format, quality=quality, compression=compression)
+
+
+def encode_picture(
+    images: Uint8Array,
+    class_indices: Sequence[int | None],
+    image_format: ImageFormat,
+    *,
+    quality: int | None = None,
+    compression: int | None = None,
+) -> bytes:
+    """Encode a whole answer [N, H, W, C] as one body: a picture (a grid of several), or an npz with all."""
+    if image_format == "npz":
+        return encode_npz(images, class_indices, compression=compression)
+    picture = images[0] if len(images) == 1 else grid(images)
+    return encode(picture, image_format, quality=quality, compression=compression)
+
+
+def encode_npz(images: Uint8Array, class_indices: Sequence[int | None], *, compression: int | None = None) -> bytes:
+    """Encode as the ADM evaluator reads it: arr_0 uint8 [N, H, W, C], and arr_1 int64 labels if there are any."""
+    arrays: list[npt.NDArray[np.generic]] = [images]
+    labels = [index for index in class_indices if index is not None]
+    if labels:
+        arrays.append(np.array(labels, dtype=np.int64))
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w") as archive:  # np.savez_compressed has no level
+        for number, array in enumerate(arrays):
+            content = io.BytesIO()
+            np.lib.format.write_array(content, array, allow_pickle=False)
+            archive.writestr(_member(f"arr_{number}.npy"), content.getvalue(), ZIP_DEFLATED, compression)
+    return buffer.getvalue()
+
+
+def encode_zip(files: Sequence[tuple[str, bytes]]) -> bytes:
+    """Pack encoded images; equal files give equal bytes, whenever it is done."""
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w", ZIP_STORED) as archive:  # what is inside has been compressed
+        for name, content in files:
+            archive.writestr(_member(name), content)
+    return buffer.getvalue()
+
+
+def file_name(position: int, class_name: str | None, seed: int, image_index: int, extension: str) -> str:
+    """Name an image's file, for any file system: letters, digits and hyphens, whatever its class is called.
+
+    Different positions give different names.
+    """
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", class_name or "").strip("-")[:_NAME_LENGTH]
+    return "-".join(filter(None, [f"{position:04d}", readable, f"seed{seed}", str(image_index)])) + f".{extension}"
+
+
+def _member(name: str) -> ZipInfo:
+    """Describe a file of an archive, which says nothing about when it was written."""
+    info = ZipInfo(name)
+    info.external_attr = 0o644 << 16  # without, unzip makes files that nobody may read
+    return info

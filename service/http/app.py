@@ -1,0 +1,190 @@
+"""create_app(settings): loads the models, wires engine, routes and error handling. No globals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+from formats.extras import install_command
+from formats.tensorrt_files import BuildEngines
+from service.backends.base import Denoiser
+from service.backends.select import load_denoiser
+from service.cpus import available_cpus
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.engine import Engine
+from service.engine.runners.array_runner import ArrayRunner
+from service.errors import ModelError, TracingError
+from service.http import docs_page, problems
+from service.http.door.body import WholeBody
+from service.http.door.guard import Guard
+from service.http.door.idempotency import Idempotency
+from service.http.door.identify import Identify
+from service.http.door.key_ring import KeyRing
+from service.http.door.keys import require_keys
+from service.http.door.observe import Observe
+from service.http.door.request_line import HeadAsGet, OriginForm
+from service.http.encoding_pool import EncodingPool
+from service.http.kserve import routes as kserve
+from service.http.loop_lag import measure_loop_lag
+from service.http.native import admin, generate, info
+from service.http.openai import routes as openai
+from service.http.page import routes as page
+from service.http.page.thumbnails import Thumbnails
+from service.http.state import ServiceState
+from service.metrics import Metrics
+from service.models.registry import LoadDenoiser, ModelRegistry, served_model
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.http.tracing import Tracing  # needs the extra otel
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, build_engines: BuildEngines | None = None) -> FastAPI:
+    """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
+
+    Args:
+        settings: what the operator said.
+        build_engines: what builds engines of TensorRT, where the settings ask for that: the service cannot.
+
+    Raises:
+        ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
+        KeysError: a keys file that cannot be read.
+        TracingError: the settings ask for traces, and what that needs is not installed, or is told otherwise.
+    """
+    if settings.build_engines and build_engines is None:
+        raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
+    options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
+    if settings.keys_file is not None:
+        require_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
+    tracing = _tracing() if settings.traces else None
+
+    def load(folder: Path) -> Denoiser[Any]:
+        return load_denoiser(folder, settings.backend, options)
+
+    return assemble(settings, {name: load(folder) for name, folder in settings.model_folders.items()}, load, tracing)
+
+
+def assemble(
+    settings: Settings,
+    denoisers: Mapping[str, Denoiser[Any]],
+    load: LoadDenoiser | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """Wire an application around networks that are already loaded.
+
+    Args:
+        settings: what the operator said.
+        denoisers: by name, the default one first.
+        load: loads others, where the settings allow that.
+        tracing: what tells of requests, and is closed in the end; None: nothing does.
+
+    Raises:
+        ModelError: a network that was compiled for batches smaller than `max_rows`; settings that ask for what cannot
+            be.
+        KeysError: a keys file that cannot be read.
+    """
+    config = settings.engine_config()
+    metrics = Metrics()
+    runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
+    served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
+    threads = {name: denoiser.threads for name, denoiser in denoisers.items()}
+    root = settings.admin_root
+    if root is not None:
+        _refuse_unfit_admin_root(root, denoisers.values())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
+        encoding = EncodingPool()
+        registry = None
+        if root is not None and load is not None:
+            registry = ModelRegistry(served, engine, config, load, root, settings.max_loaded)
+        app.state.service = ServiceState(
+            settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry, tracing
+        )
+        runners.clear()  # the engine has them, and must be able to let go of them
+        log.info("settings: %s", settings.model_dump_json())
+        log.info("processors: %s", available_cpus())
+        for model in served.values():
+            log.info(
+                "model %s: %s, %d threads, numerics_id %s",
+                model.name, model.backend, threads[model.name], model.numerics_id,
+            )  # fmt: skip
+        engine.start()
+        lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
+        yield
+        await engine.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
+        lag.cancel()
+        encoding.close()
+
+    app = FastAPI(
+        title="iddpm",
+        version=version("iddpm"),
+        summary="Images from diffusion models of the Improved DDPM family",
+        lifespan=lifespan,
+        servers=[{"url": ".", "description": "where this document is, whatever prefix a proxy puts before it"}],
+        root_path_in_servers=False,
+        docs_url=None,  # api/docs_page.py, as what it shows
+        openapi_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # Location would be a whole URL; behind a proxy its scheme and prefix are not known
+        # FastAPI would tell query strings, and the messages of exceptions; ours is in api/tracing.py
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    app.include_router(generate.router)
+    app.include_router(openai.router)
+    app.include_router(kserve.router)
+    app.include_router(info.router)
+    app.include_router(docs_page.router)
+    if root is not None:
+        app.include_router(admin.router)
+    page.install(app)
+    problems.install(app)
+    keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
+    # From the inside out: a request passes the last one first.
+    app.add_middleware(Idempotency, max_bytes=settings.max_kept_bytes, keep_s=settings.keep_answers_s)
+    app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(Observe, metrics=metrics)
+    if tracing is not None:
+        from service.http.tracing import Traced
+
+        app.add_middleware(Traced, tracing=tracing)
+    app.add_middleware(OriginForm)
+    return app
+
+
+def _tracing() -> Tracing:
+    try:
+        from service.http.tracing import tracing_to_collector
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise TracingError(f"traces need {error.name}, which is not installed: {install_command('otel')}") from error
+    return tracing_to_collector()
+
+
+def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[Denoiser[Any]]) -> None:
+    if not root.is_dir():
+        raise ModelError(f"admin_root: {root} is no folder")
+    if any(denoiser.threads == 0 for denoiser in denoisers):
+        # A CUDA graph is captured while another thread uses the device: nobody has tried that yet
+        raise ModelError("admin_root: on a CUDA device models cannot be loaded while others run; leave it out")
+
+
+def _log_state(state: EngineState) -> None:
+    log.info("engine: %s", state.value)

@@ -1,0 +1,31 @@
+"""EncodingPool: the threads that turn pixels into bytes, so that the event loop never does. A fixed number of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from service.cpus import available_cpus
+
+MAX_THREADS = 4
+"""Encoders release the interpreter lock; more threads would take cores from the network."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EncodingPool:
+    """Runs functions in its threads. Whoever waits for one gives it one thing at a time, so nothing piles up."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(min(MAX_THREADS, available_cpus().usable), thread_name_prefix="encode")
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in one of the threads."""
+        return await asyncio.wrap_future(self._threads.submit(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Drop what has not begun, and end the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

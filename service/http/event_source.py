@@ -1,0 +1,71 @@
+"""EventSource: an answer of Server-Sent Events that never falls silent, and ends at once when its reader goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from fastapi.sse import format_sse_event
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.http.door.observe import CLIENT_CLOSED, ended_as
+from service.http.execution import disconnected
+
+KEEP_ALIVE_S = 15.0
+"""A comment goes out after so long without an event: proxies close connections that are silent for a minute."""
+MEDIA_TYPE = "text/event-stream"
+_KEEP_ALIVE = format_sse_event(comment="keep-alive")
+
+
+class EventSource(Response):
+    """Sends what a generator of framed events yields.
+
+    When the client closes the connection the generator is closed, wherever it waits, so that it lets go of what it
+    holds. Not a StreamingResponse, which leaves that to the garbage collector.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+        self.status_code = 200
+        self.background = None
+        # No cache may keep it, and no proxy collect it before it passes it on
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+        self._events = events
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        sending = asyncio.ensure_future(self._send_events(send))
+        tasks = [sending, asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._keep_alive(send))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if sending.cancelled():
+            ended_as(scope, CLIENT_CLOSED)
+        else:
+            sending.result()
+
+    async def _send_events(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._sent_at = time.monotonic()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _keep_alive(self, send: Send) -> None:
+        self._sent_at = time.monotonic()
+        while True:
+            silent = time.monotonic() - self._sent_at
+            if silent >= KEEP_ALIVE_S:
+                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+                self._sent_at = time.monotonic()
+            else:
+                await asyncio.sleep(KEEP_ALIVE_S - silent)

@@ -1,0 +1,291 @@
+"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. What Triton's clients speak."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as version_of
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Depends, Path, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from diffusion.quoting import quoted
+from service.engine.request import ImageResult
+from service.errors import InvalidRequest, UnknownModel
+from service.http.broken_rules import dotted, message_of
+from service.http.door.json_body import read_json
+from service.http.execution import Accepted, encode_answer, prepare, submit, wait
+from service.http.health import refusal_if_dead, refusal_if_not_ready
+from service.http.interfaces import KserveRoute
+from service.http.kserve.schemas import (
+    ConfigTensor,
+    InferRequest,
+    InferResponse,
+    KserveError,
+    Live,
+    ModelConfig,
+    ModelMetadata,
+    ModelReady,
+    ModelStatsList,
+    Ready,
+    ServerMetadata,
+    TensorMetadata,
+)
+from service.http.kserve.stats import model_stats
+from service.http.kserve.tensors import (
+    LENGTH_HEADER,
+    Datatype,
+    Element,
+    read_tensors,
+    split_body,
+    with_member,
+    write_tensors,
+)
+from service.http.openapi import inlined
+from service.http.state import ServiceState, service_state
+from service.models.served_model import ServedModel, find_model
+from service.requests.generate_request import GenerateRequest
+
+INPUTS: dict[str, Datatype] = {
+    "class": "BYTES",
+    "class_index": "INT64",
+    "n": "INT64",
+    "steps": "INT64",
+    "respacing": "BYTES",
+    "sampler": "BYTES",
+    "eta": "FP32",
+    "cfg_scale": "FP32",
+    "classifier_scale": "FP32",
+    "seed": "INT64",
+    "image_index": "INT64",
+}
+"""Fields of a native request, all optional; `class_index` is a `class` that is given as a number."""
+ONE_PER_IMAGE = frozenset({"class", "class_index"})
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "schedule_policy", "statistics"]
+TRITON_TYPES: dict[Datatype, str] = {
+    "BYTES": "TYPE_STRING",
+    "INT64": "TYPE_INT64",
+    "FP32": "TYPE_FP32",
+    "UINT8": "TYPE_UINT8",
+}
+BATCH_PRIORITY = 2
+"""Triton's priorities count from 1, the highest."""
+NO_CLASS = -1
+"""`class_index` of an image that has none: its model's classifier knows classes, and was not asked to guide."""
+
+State = Annotated[ServiceState, Depends(service_state)]
+
+
+async def served_model(model: Annotated[str, Path(description="Name of a served model.")], state: State) -> ServedModel:
+    """Return the model that a path names."""
+    return find_model(state.models, model)
+
+
+Model = Annotated[ServedModel, Depends(served_model)]
+
+
+async def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
+    """Refuse versions that the model does not have."""
+    if version != model.numerics_id:
+        raise UnknownModel(f"{model.name}, version {version}", [f"{model.name}, version {model.numerics_id}"])
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": KserveError, "description": "The request is wrong, or too much is in flight (429)"},
+    "5XX": {"model": KserveError, "description": "Not ready (503), an image or the engine failed, or it took too long"},
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_EXAMPLE = {
+    "inputs": [
+        {"name": "class_index", "shape": [2], "datatype": "INT64", "data": [0, 1]},
+        {"name": "steps", "shape": [1], "datatype": "INT64", "data": [50]},
+        {"name": "seed", "shape": [1], "datatype": "INT64", "data": [7]},
+    ]
+}
+_INFER_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": inlined(InferRequest), "example": _EXAMPLE},
+        "application/octet-stream": _BINARY,
+    },
+}
+
+server = APIRouter(prefix="/v2", tags=["kserve"], responses=_ERRORS, route_class=KserveRoute)
+of_model = APIRouter(route_class=KserveRoute)
+
+
+@server.get("")
+async def server_metadata() -> ServerMetadata:
+    """Say what this server is."""
+    return ServerMetadata(name="iddpm", version=version_of("iddpm"), extensions=EXTENSIONS)
+
+
+@server.get("/health/live", response_model=Live)
+async def live(state: State) -> Live | Response:
+    """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
+    return refusal_if_dead(state.engine) or Live(live=True)
+
+
+@server.get("/health/ready", response_model=Ready)
+async def ready(state: State) -> Ready | Response:
+    """Say whether requests are accepted: after warm-up, until shutdown begins."""
+    return refusal_if_not_ready(state.engine) or Ready(ready=True)
+
+
+@server.get("/models/stats")
+async def all_stats(state: State) -> ModelStatsList:
+    """Say what all models have done since the process began."""
+    return ModelStatsList(model_stats=[model_stats(model, state.metrics) for model in state.models.values()])
+
+
+@of_model.get("")
+async def metadata(model: Model) -> ModelMetadata:
+    """List a model's inputs and outputs."""
+    return ModelMetadata(
+        name=model.name,
+        versions=[model.numerics_id],
+        platform="iddpm",
+        inputs=[
+            TensorMetadata(name=name, datatype=datatype, shape=[-1 if name in ONE_PER_IMAGE else 1])
+            for name, datatype in INPUTS.items()
+        ],
+        outputs=_outputs(model),
+    )
+
+
+@of_model.get("/ready", response_model=ModelReady)
+async def model_ready(model: Model, state: State) -> ModelReady | Response:
+    """Say whether requests for a model are accepted."""
+    return refusal_if_not_ready(state.engine) or ModelReady(name=model.name, ready=True)
+
+
+@of_model.get("/config", response_model_exclude_none=True)
+async def config(model: Model) -> ModelConfig:
+    """Say of a model what Triton would say of its configuration."""
+    return ModelConfig(
+        name=model.name,
+        platform="iddpm",
+        backend=model.backend,
+        max_batch_size=0,
+        input=[
+            ConfigTensor(
+                name=name,
+                data_type=TRITON_TYPES[datatype],
+                dims=[-1 if name in ONE_PER_IMAGE else 1],
+                optional=True,
+            )
+            for name, datatype in INPUTS.items()
+        ],
+        output=[
+            ConfigTensor(name=tensor.name, data_type=TRITON_TYPES[tensor.datatype], dims=tensor.shape)
+            for tensor in _outputs(model)
+        ],
+    )
+
+
+@of_model.get("/stats")
+async def stats(model: Model, state: State) -> ModelStatsList:
+    """Say what a model has done since the process began."""
+    return ModelStatsList(model_stats=[model_stats(model, state.metrics)])
+
+
+@of_model.post(
+    "/infer",
+    response_model=InferResponse,
+    response_model_exclude_none=True,
+    responses={200: {"content": {"application/octet-stream": _BINARY}}},
+    openapi_extra={"requestBody": _INFER_BODY},
+)
+async def infer(model: Model, request: Request, state: State) -> Response:
+    """Generate images.
+
+    Elements of tensors are in the JSON object, or behind it as bytes; then the header Inference-Header-Content-Length
+    says how long the object is.
+    """
+    head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
+    asked = _read(head)
+    accepted = submit(prepare(_generate_request(asked, behind, model), request, state), state)
+    results = await wait(accepted.ticket, request, state)
+    answer = await encode_answer(state, _answer, asked, accepted, results)
+    state.metrics.images.inc(len(results))
+    return answer
+
+
+server.include_router(of_model, prefix="/models/{model}")
+server.include_router(of_model, prefix="/models/{model}/versions/{version}", dependencies=[Depends(check_version)])
+router = server
+
+
+def _outputs(model: ServedModel) -> list[TensorMetadata]:
+    size, channels = model.config.model.image_size, model.config.model.image_channels
+    outputs = [
+        TensorMetadata(name="images", datatype="UINT8", shape=[-1, size, size, channels]),
+        TensorMetadata(name="seed", datatype="INT64", shape=[-1]),
+        TensorMetadata(name="image_index", datatype="INT64", shape=[-1]),
+    ]
+    if model.classes is not None:
+        outputs.append(TensorMetadata(name="class_index", datatype="INT64", shape=[-1]))
+    return outputs
+
+
+def _read(head: bytes) -> InferRequest:
+    try:
+        return InferRequest.model_validate(read_json(head))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(dotted(first["loc"]), message_of(first, InferRequest)) from error
+
+
+def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
+    """Return the request that tensors and parameters mean."""
+    for tensor in asked.inputs:
+        if tensor.name not in INPUTS:
+            raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")
+        if tensor.datatype != INPUTS[tensor.name]:
+            raise InvalidRequest(tensor.name, f"datatype must be {INPUTS[tensor.name]}; got {quoted(tensor.datatype)}")
+    available = [tensor.name for tensor in _outputs(model)]
+    if missing := {output.name for output in asked.outputs or []}.difference(available):
+        raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
+    elements = read_tensors(asked.inputs, behind)
+    fields: dict[str, Element | list[Element]] = {"model": model.name}
+    for name, values in elements.items():
+        if name not in ONE_PER_IMAGE and len(values) != 1:
+            raise InvalidRequest(name, f"shape must be [1]; got [{len(values)}]")
+        fields[name] = values if name in ONE_PER_IMAGE else values[0]
+    if "class_index" in fields:
+        if "class" in fields:
+            raise InvalidRequest("class_index", "give either `class` or `class_index`, not both")
+        fields["class"] = fields.pop("class_index")
+    if asked.parameters.timeout:
+        fields["deadline_s"] = asked.parameters.timeout / 1e6
+    fields["priority"] = "batch" if asked.parameters.priority >= BATCH_PRIORITY else "interactive"
+    try:
+        return GenerateRequest.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _answer(asked: InferRequest, accepted: Accepted, results: list[ImageResult]) -> Response:
+    params, model = accepted.images, accepted.model
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "images": np.stack([result.pixels for result in results if result.pixels is not None]),
+        "seed": np.array([image.seed for image in params], np.int64),
+        "image_index": np.array([image.image_index for image in params], np.int64),
+    }
+    if model.classes is not None:
+        indices = [NO_CLASS if image.class_index is None else image.class_index for image in params]
+        arrays["class_index"] = np.array(indices, np.int64)
+    as_bytes = dict.fromkeys(arrays, asked.parameters.binary_data_output)
+    if asked.outputs:
+        wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
+        arrays = {name: arrays[name] for name in wanted}
+        as_bytes = {name: as_bytes[name] if binary is None else binary for name, binary in wanted.items()}
+    outputs, behind = write_tensors(arrays, as_bytes)
+    response = InferResponse(model_name=model.name, model_version=model.numerics_id, id=asked.id, outputs=[])
+    head = with_member(response, "outputs", outputs)
+    if not any(as_bytes.values()):
+        return Response(head, media_type="application/json")
+    return Response(head + behind, media_type="application/octet-stream", headers={LENGTH_HEADER: str(len(head))})

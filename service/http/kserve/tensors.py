@@ -1,0 +1,223 @@
+"""Tensors of the Open Inference Protocol on the wire: in JSON, or as bytes behind it (the binary tensor extension).
+
+A body is a JSON object, followed by the bytes of those tensors that say `binary_data_size`, in order; the header
+Inference-Header-Content-Length says where the object ends. Nothing a body says of itself is believed.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field, StrictInt, StrictStr, WithJsonSchema
+from pydantic_core import to_json
+
+from diffusion.quoting import quoted
+from service.errors import InvalidRequest
+from service.requests.generate_request import MAX_IMAGES
+from service.requests.request_body import RequestBody
+
+LENGTH_HEADER = "Inference-Header-Content-Length"
+MAX_ELEMENTS = MAX_IMAGES
+"""No input holds more: an element per image."""
+
+PIECE = 16384
+"""Elements that are put into JSON at once: about a millisecond, in which no other thread runs."""
+
+Datatype = Literal["BYTES", "INT64", "FP32", "UINT8"]
+Element = int | float | str
+NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT8": "u1"}
+
+
+class InputParameters(RequestBody):
+    """Parameters of an input tensor."""
+
+    binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None, description="Bytes behind the JSON object that are this tensor's; absent: it has `data`."
+    )
+
+
+JsonElement = Annotated[Any, WithJsonSchema({"anyOf": [{"type": kind} for kind in ("number", "string", "boolean")]})]
+"""Checked by `read_tensors`: what an element must be depends on the tensor's datatype."""
+
+
+class InputTensor(RequestBody):
+    """An input tensor, or what there is to know of one whose elements are behind the JSON object."""
+
+    name: Annotated[StrictStr, Field(max_length=200)]
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=1)]
+    datatype: StrictStr
+    parameters: InputParameters = InputParameters()
+    data: Annotated[list[JsonElement], Field(max_length=MAX_ELEMENTS)] | None = None
+
+
+class OutputTensor(BaseModel):
+    """An output tensor; its elements are in `data`, or behind the JSON object where `parameters` say so."""
+
+    name: str
+    shape: list[int]
+    datatype: Datatype
+    parameters: dict[str, int] | None = None
+    data: list[Any] | None = None
+
+
+def split_body(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
+    """Return the JSON object of a body, and what is behind it.
+
+    Args:
+        body: all of it.
+        header_length: value of Inference-Header-Content-Length; None: the object is all there is.
+
+    Raises:
+        InvalidRequest: the header is no length, or longer than the body.
+    """
+    if header_length is None:
+        return body, b""
+    is_length = header_length.isascii() and header_length.isdigit() and len(header_length) < 10
+    if not is_length or int(header_length) > len(body):
+        raise InvalidRequest(LENGTH_HEADER, f"must be the JSON object's part of the body's {len(body)} bytes")
+    return body[: int(header_length)], body[int(header_length) :]
+
+
+def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, list[Element]]:
+    """Return the elements of each tensor, by its name.
+
+    Args:
+        tensors: as the JSON object describes them; datatypes have been checked.
+        binary: what is behind the object.
+
+    Raises:
+        InvalidRequest: two tensors have one name, or lengths do not agree, or bytes are not what they should be.
+    """
+    elements: dict[str, list[Element]] = {}
+    offset = 0
+    for tensor in tensors:
+        if tensor.name in elements:
+            raise InvalidRequest(tensor.name, "is given twice")
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise InvalidRequest(tensor.name, "must have either `data` or the parameter `binary_data_size`")
+        if size is None:
+            elements[tensor.name] = _from_json(tensor)
+            continue
+        if size > len(binary) - offset:
+            raise InvalidRequest(
+                tensor.name, f"binary_data_size is {size}, but only {len(binary) - offset} bytes are left in the body"
+            )
+        elements[tensor.name] = _from_bytes(tensor, binary[offset : offset + size])
+        offset += size
+    if offset != len(binary):
+        raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body are no tensor's")
+    return elements
+
+
+def with_member(described: BaseModel, name: str, value: bytes) -> bytes:
+    """Return the JSON object of a model, with one more member, or another value of one.
+
+    Args:
+        described: has a field before that one.
+        name: the member's.
+        value: JSON.
+    """
+    others = described.model_dump_json(exclude={name}, exclude_none=True).encode().removesuffix(b"}")
+    return b"".join([others, b',"', name.encode(), b'":', value, b"}"])
+
+
+def write_tensors(arrays: Mapping[str, npt.NDArray[Any]], as_bytes: Mapping[str, bool]) -> tuple[bytes, bytes]:
+    """Return output tensors as the JSON object has them, a list of `OutputTensor`, and the bytes behind it.
+
+    Args:
+        arrays: by name, in order; of a type that the protocol has.
+        as_bytes: which of them go behind the object.
+    """
+    tensors, behind = [], []
+    for name, array in arrays.items():
+        datatype = _DATATYPES[array.dtype]
+        tensor = OutputTensor(name=name, shape=list(array.shape), datatype=datatype)
+        if as_bytes[name]:
+            content = np.ascontiguousarray(array, NUMPY_TYPES[datatype]).tobytes()
+            tensor.parameters = {"binary_data_size": len(content)}
+            behind.append(content)
+            tensors.append(tensor.model_dump_json(exclude_none=True).encode())
+        else:
+            tensors.append(with_member(tensor, "data", _as_json(array)))
+    return _listed(tensors), b"".join(behind)
+
+
+def _as_json(array: npt.NDArray[Any]) -> bytes:
+    """Return elements as a JSON list, made in pieces: in between them other threads get the interpreter."""
+    flat = array.ravel()
+    pieces = (to_json(flat[begin : begin + PIECE].tolist())[1:-1] for begin in range(0, flat.size, PIECE))
+    return _listed(pieces)
+
+
+def _listed(items: Iterable[bytes]) -> bytes:
+    """Return a JSON list. Made by `join`, which lets other threads run while it copies megabytes."""
+    return b"".join([b"[", b",".join(items), b"]"])
+
+
+_DATATYPES: Mapping[np.dtype[Any], Datatype] = {
+    np.dtype(np.int64): "INT64",
+    np.dtype(np.float32): "FP32",
+    np.dtype(np.uint8): "UINT8",
+}
+
+
+def _from_json(tensor: InputTensor) -> list[Element]:
+    data = tensor.data or []
+    _check_count(tensor, len(data))
+    wanted: tuple[type, ...] = {"BYTES": (str,), "INT64": (int,)}.get(tensor.datatype, (int, float))
+    for element in data:
+        if isinstance(element, bool) or not isinstance(element, wanted):
+            kind = {"BYTES": "strings", "INT64": "integers"}.get(tensor.datatype, "numbers")
+            raise InvalidRequest(
+                tensor.name, f"data must hold {tensor.datatype} elements, {kind} in JSON; got {quoted(element)}"
+            )
+    return data
+
+
+def _from_bytes(tensor: InputTensor, content: bytes) -> list[Element]:
+    if tensor.datatype == "BYTES":
+        strings = _strings(tensor.name, content)
+        _check_count(tensor, len(strings))
+        return list(strings)
+    size = np.dtype(NUMPY_TYPES[tensor.datatype]).itemsize
+    if len(content) != size * math.prod(tensor.shape):
+        raise InvalidRequest(
+            tensor.name,
+            f"shape {tensor.shape} of {tensor.datatype} takes {size * math.prod(tensor.shape)} bytes; "
+            f"binary_data_size is {len(content)}",
+        )
+    array = np.frombuffer(content, NUMPY_TYPES[tensor.datatype])
+    if tensor.datatype == "FP32":
+        # The shortest decimal that is this float: 0.3, as the client wrote it, and as it would come in JSON
+        return [float(str(element)) for element in array]
+    return array.tolist()
+
+
+def _strings(name: str, content: bytes) -> list[str]:
+    """Read strings that each have their length before them, in four bytes."""
+    strings: list[str] = []
+    offset = 0
+    while offset < len(content):
+        if len(strings) == MAX_ELEMENTS:
+            raise InvalidRequest(name, f"holds more than {MAX_ELEMENTS} strings")
+        begin = offset + 4
+        length = struct.unpack_from("<I", content, offset)[0] if begin <= len(content) else len(content)
+        if length > len(content) - begin:
+            raise InvalidRequest(name, "a string's length reaches beyond the tensor's bytes")
+        try:
+            strings.append(content[begin : begin + length].decode())
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(name, "strings must be UTF-8") from error
+        offset = begin + length
+    return strings
+
+
+def _check_count(tensor: InputTensor, count: int) -> None:
+    if count != math.prod(tensor.shape):
+        raise InvalidRequest(tensor.name, f"shape {tensor.shape} has {math.prod(tensor.shape)} elements; got {count}")

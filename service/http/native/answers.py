@@ -1,0 +1,141 @@
+"""Which form an answer takes, and the answer in that form."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from starlette.responses import Response
+
+from diffusion.quoting import alternatives, quoted
+from service.encoding import (
+    CHANNELS,
+    MEDIA_TYPES,
+    PICTURE_FORMATS,
+    ZIP_MEDIA_TYPE,
+    encode_one,
+    encode_picture,
+    encode_zip,
+    file_name,
+)
+from service.engine.request import ImageParams, ImageResult
+from service.errors import InvalidRequest, NotAcceptable
+from service.http.execution import Accepted
+from service.http.native.accept import preferred
+from service.http.native.schemas import GeneratedImage, GenerateResponse, Timing
+from service.requests.generate_request import GenerateRequest, ImageFormat
+
+JSON_MEDIA_TYPE = "application/json"
+
+Body = Literal["json", "file", "zip"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer looks like."""
+
+    body: Body
+    """JSON with base64 images; the picture or npz itself; a zip of pictures."""
+    format: ImageFormat
+    quality: int | None
+    compression: int | None
+
+
+def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
+    """Choose the form of an answer.
+
+    Args:
+        body: asks for a format of images, and perhaps for a stream, which is always JSON.
+        accept: the Accept header: JSON, unless it asks for a file (`service.http.native.accept`).
+        channels: of the model's images.
+
+    Raises:
+        NotAcceptable: a header that allows no available form.
+        InvalidRequest: options that contradict each other, or that the model's images cannot have.
+    """
+    kind, image_format = _preferred("" if body.stream else accept, body.format)
+    if body.preview_every is not None and not body.stream:
+        raise InvalidRequest("preview_every", "is a choice of `stream` only, which is false")
+    if body.quality is not None and image_format != "jpeg":
+        raise InvalidRequest("quality", f'is a choice of format "jpeg" only; format is {quoted(image_format)}')
+    if body.compression is not None and image_format == "jpeg":
+        raise InvalidRequest("compression", 'is no choice of format "jpeg", which has `quality`')
+    if kind == "zip" and image_format == "npz":
+        raise InvalidRequest(
+            "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz holds all images by itself"
+        )
+    if channels not in CHANNELS.get(image_format, (channels,)):
+        fit = [name for name in MEDIA_TYPES if channels in CHANNELS.get(name, (channels,))]
+        raise InvalidRequest(
+            "format", f"must be {alternatives(fit)} for images of {channels} channels; got {quoted(image_format)}"
+        )
+    return Form(kind, image_format, body.quality, body.compression)
+
+
+def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
+    """Encode what came of a request."""
+    if form.body == "json":
+        return Response(answer_json(form, accepted, results, timing), media_type=JSON_MEDIA_TYPE)
+    params = accepted.images
+    headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
+    if form.body == "zip":
+        files = [
+            (file_name(k, _class_name(accepted, p), p.seed, p.image_index, form.format), _encode(form, p, result))
+            for k, (p, result) in enumerate(zip(params, results, strict=True))
+        ]
+        headers["Content-Disposition"] = f'attachment; filename="iddpm-{params[0].seed}.zip"'
+        return Response(encode_zip(files), media_type=ZIP_MEDIA_TYPE, headers=headers)
+    pixels = np.stack([result.pixels for result in results if result.pixels is not None])
+    content = encode_picture(
+        pixels, [p.class_index for p in params], form.format, quality=form.quality, compression=form.compression
+    )
+    return Response(content, media_type=MEDIA_TYPES[form.format], headers=headers)
+
+
+def answer_json(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> str:
+    """Encode what came of a request as JSON with base64 images."""
+    images = [generated_image(form, accepted, result) for result in results]
+    model = accepted.model
+    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
+    return response.model_dump_json(by_alias=True)
+
+
+def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> GeneratedImage:
+    """Describe an image that is done, with its pixels."""
+    params = accepted.images[result.position]
+    return GeneratedImage(
+        b64_json=base64.b64encode(_encode(form, params, result)).decode(),
+        class_=_class_name(accepted, params),
+        class_index=params.class_index,
+        seed=params.seed,
+        image_index=params.image_index,
+        steps=params.num_steps,
+        queue_ms=round(result.queue_s * 1000, 3),
+        compute_ms=round(result.compute_s * 1000, 3),
+    )
+
+
+def _encode(form: Form, params: ImageParams, result: ImageResult) -> bytes:
+    if result.pixels is None:
+        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
+    return encode_one(
+        result.pixels, params.class_index, form.format, quality=form.quality, compression=form.compression
+    )
+
+
+def _class_name(accepted: Accepted, params: ImageParams) -> str | None:
+    names = accepted.model.class_names
+    return None if names is None or params.class_index is None else names[params.class_index]
+
+
+def _preferred(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
+    """Return what the Accept header asks for; `wanted` is the format of the body."""
+    formats = {MEDIA_TYPES[name]: name for name in sorted(MEDIA_TYPES, key=lambda name: name != wanted)}
+    media_type = preferred(accept, JSON_MEDIA_TYPE, [*formats, ZIP_MEDIA_TYPE])
+    if media_type is None:
+        raise NotAcceptable(accept, [JSON_MEDIA_TYPE, *MEDIA_TYPES.values(), ZIP_MEDIA_TYPE])
+    if media_type in formats:
+        return "file", formats[media_type]
+    return "zip" if media_type == ZIP_MEDIA_TYPE else "json", wanted

@@ -1,0 +1,67 @@
+"""What the events of `stream: true` hold, as JSON; `completed` is a `GenerateResponse`, `failed` a `Problem`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from formats.images import PictureFormat
+from service.http.native.schemas import Problem
+
+EventName = Literal["queued", "progress", "preview", "completed", "failed"]
+
+
+class QueuedEvent(BaseModel):
+    """The request was accepted; again about every second until its first image has taken a step."""
+
+    images_ahead: int = Field(description="Images that come before this request's first one.")
+    predicted_wait_s: float = Field(description="From now to its first network call.")
+    eta_s: float = Field(description="From now to its last image; 0 before any step was timed.")
+
+
+class ProgressEvent(BaseModel):
+    """How far an image has come. Not every step is told; the last one is."""
+
+    position: int = Field(description="Which image of the request, from 0.")
+    step: int = Field(description="Sampling steps taken.")
+    steps: int
+    eta_s: float = Field(description="From now to the request's last image.")
+
+
+class PreviewEvent(BaseModel):
+    """What an image is going to be, as predicted after some of its steps."""
+
+    position: int
+    step: int
+    steps: int
+    eta_s: float
+    format: PictureFormat
+    b64_json: str = Field(description="The picture, base64.")
+
+
+ONE_EVENT = "One event; the answer is a sequence of them."
+"""OpenAPI 3.1 has no keyword for the items of a stream (3.2: `itemSchema`); by convention `schema` describes one."""
+_COMPONENT = "#/components/schemas/{model}"
+_DATA: dict[EventName, dict[str, Any]] = {
+    "queued": QueuedEvent.model_json_schema(),
+    "progress": ProgressEvent.model_json_schema(),
+    "preview": PreviewEvent.model_json_schema(),
+    "completed": {"$ref": _COMPONENT.format(model="GenerateResponse")},
+    "failed": Problem.model_json_schema(),
+}
+EVENT_SCHEMA: dict[str, Any] = {
+    "description": ONE_EVENT,
+    "oneOf": [
+        {
+            "type": "object",
+            "required": ["event", "data", "id"],
+            "properties": {
+                "event": {"const": name},
+                "id": {"type": "string", "description": "Counts the events of this answer, from 1."},
+                "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+            },
+        }
+        for name, data in _DATA.items()
+    ],
+}

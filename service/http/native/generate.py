@@ -1,0 +1,81 @@
+"""POST /v1/generate: validate, submit, wait for the pictures and encode them, or tell how they come about."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from service.encoding import MEDIA_TYPES, ZIP_MEDIA_TYPE
+from service.engine.request import Watch
+from service.http.event_source import MEDIA_TYPE as EVENT_STREAM
+from service.http.event_source import EventSource
+from service.http.execution import encode_answer, prepare, submit, wait
+from service.http.interfaces import NativeRoute
+from service.http.native.answers import answer, form_of
+from service.http.native.event_schemas import EVENT_SCHEMA
+from service.http.native.schemas import GenerateResponse, Problem
+from service.http.native.streaming import stream_events
+from service.http.state import ServiceState, service_state
+from service.requests.generate_request import GenerateRequest
+
+router = APIRouter(prefix="/v1", tags=["generate"], route_class=NativeRoute)
+
+State = Annotated[ServiceState, Depends(service_state)]
+
+_EXAMPLE = {"images": [], "model": "fashion32", "numerics_id": "0123456789abcdef", "timing": {}}
+_FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_RESPONSES = {
+    200: {
+        "content": {
+            "application/json": {"example": _EXAMPLE},
+            EVENT_STREAM: {"schema": EVENT_SCHEMA},
+            **dict.fromkeys([*MEDIA_TYPES.values(), ZIP_MEDIA_TYPE], _FILE),
+        }
+    },
+    **{
+        status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+        for status, text in {
+            400: "The body is not JSON",
+            401: "No valid API key, where the service wants one",
+            404: "No such model",
+            406: "Accept allows no available form",
+            408: "The request did not arrive in time",
+            413: "The body is too long",
+            415: "The body is not declared as JSON",
+            421: "Not a name of this service",
+            422: "A field breaks a rule, the deadline cannot be met, or the Idempotency-Key is another request's",
+            429: "This client has too much in flight, or asks too often; Retry-After says when to try again",
+            431: "The headers are too long",
+            500: "An image or the engine failed",
+            503: "Queue full or shutting down; Retry-After says when to try again",
+            504: "It took longer than the service allows",
+        }.items()
+    },
+}
+
+
+@router.post("/generate", response_model=GenerateResponse, responses=_RESPONSES)  # type: ignore[arg-type]
+async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
+    """Generate images.
+
+    Answers JSON with base64 images unless Accept prefers a file: with `image/png`, `image/webp` or `image/jpeg` the
+    picture itself (a grid if there are several), with `application/zip` a picture per image, with `application/x-npz`
+    all of them as arrays.
+    With `stream`, answers Server-Sent Events: `queued` at once and while it waits, then `progress` and `preview` of
+    its images, and last `completed`, with what the JSON answer would hold, or `failed`, with a problem.
+    """
+    prepared = prepare(body, request, state)
+    form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)
+    if body.stream:
+        accepted = submit(prepared, state, Watch(preview_every=body.preview_every))
+        return EventSource(stream_events(accepted, form, request, state))
+    accepted = submit(prepared, state)
+    results = await wait(accepted.ticket, request, state)
+    timing, done = accepted.timing(results), time.monotonic()
+    response = await encode_answer(state, answer, form, accepted, results, timing)
+    response.headers["Server-Timing"] = accepted.server_timing(results, time.monotonic() - done)
+    state.metrics.images.inc(len(results))
+    return response

@@ -1,0 +1,81 @@
+"""What can be asked without generating anything: models, health, metrics. None of it runs the network."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from service.http.health import refusal_if_dead, refusal_if_not_ready
+from service.http.interfaces import OpenAIRoute, SharedRoute
+from service.http.native.schemas import ModelCard, ModelInfo, ModelList, Problem, Status
+from service.http.openai.schemas import OpenAIError
+from service.http.state import ServiceState, service_state
+from service.models.served_model import ServedModel, find_model
+
+router = APIRouter()
+shared = APIRouter(route_class=SharedRoute)
+of_openai = APIRouter(route_class=OpenAIRoute)
+
+State = Annotated[ServiceState, Depends(service_state)]
+_RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}}
+
+
+@shared.get("/v1/models", tags=["models"])
+async def models(state: State) -> ModelList:
+    """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
+    return ModelList(
+        data=[_card(model) for model in state.models.values()],
+        models=[model_info(model) for model in state.models.values()],
+    )
+
+
+def model_info(model: ServedModel) -> ModelInfo:
+    """Return all we tell of a model."""
+    return ModelInfo(
+        name=model.name,
+        image_size=model.config.model.image_size,
+        image_channels=model.config.model.image_channels,
+        classes=None if model.class_names is None else list(model.class_names),
+        num_timesteps=model.config.diffusion.num_timesteps,
+        guidance=model.config.model.null_class,
+        default_cfg_scale=model.config.sampling.cfg_scale,
+        classifier_guidance=model.classifier is not None,
+        numerics_id=model.numerics_id,
+        backend=model.backend,
+    )
+
+
+@of_openai.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
+async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
+    """Say of one model what OpenAI's SDK reads of models."""
+    return _card(find_model(state.models, model))
+
+
+@router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
+async def healthz(state: State) -> Status | Response:
+    """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
+    return refusal_if_dead(state.engine) or Status(status="ok")
+
+
+@router.get("/readyz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
+async def readyz(state: State) -> Status | Response:
+    """Say whether requests are accepted: after warm-up, until shutdown begins."""
+    return refusal_if_not_ready(state.engine) or Status(status="ready")
+
+
+@router.get("/metrics", tags=["metrics"], response_class=Response)
+async def metrics(state: State) -> Response:
+    """Answer Prometheus."""
+    state.metrics.tell_models((model.name, model.numerics_id, model.backend) for model in state.models.values())
+    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+router.include_router(shared)
+router.include_router(of_openai)
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=int(model.loaded_at))

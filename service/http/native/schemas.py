@@ -1,0 +1,97 @@
+"""Answers of the native interface, as JSON."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class GeneratedImage(BaseModel):
+    """One image and what it was made from."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    b64_json: str = Field(description="The image in the requested format, base64.")
+    class_: str | None = Field(alias="class", description="Name of its class; null if the model has none.")
+    class_index: int | None
+    seed: int
+    image_index: int
+    steps: int
+    queue_ms: float = Field(description="From admission to its first network call.")
+    compute_ms: float = Field(description="From its first network call to its last.")
+
+
+class Timing(BaseModel):
+    """What was predicted on admission, and what it came to. Predictions are 0 before any step was timed."""
+
+    images_ahead: int = Field(description="Images that came before this request's first one, on admission.")
+    predicted_wait_s: float = Field(description="From admission to the first network call.")
+    wait_s: float
+    predicted_finish_s: float = Field(description="From admission to the last image.")
+    finish_s: float
+
+
+class GenerateResponse(BaseModel):
+    """The images of a request, in order."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str
+    images: list[GeneratedImage]
+    numerics_id: str = Field(description="Equal ids give equal pixels for equal requests.")
+    timing: Timing
+
+
+class ModelInfo(BaseModel):
+    """A served model."""
+
+    name: str
+    image_size: int
+    image_channels: int
+    classes: list[str] | None = Field(
+        description="Class names in index order; null if unconditional. Of a classifier, where only that has classes."
+    )
+    num_timesteps: int = Field(description="T: `steps` may be at most this.")
+    guidance: bool = Field(description="Whether cfg_scale other than 1 is possible.")
+    default_cfg_scale: float
+    classifier_guidance: bool = Field(description="Whether classifier_scale other than 0 is possible.")
+    numerics_id: str
+    backend: str
+
+
+class ModelCard(BaseModel):
+    """A served model as OpenAI's SDK lists it."""
+
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = "model"
+    created: int = Field(description="When it was loaded, in seconds since 1970.")
+    owned_by: Literal["iddpm"] = "iddpm"
+
+
+class ModelList(BaseModel):
+    """The served models, the default one first: all we know of them, and what OpenAI's SDK reads."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+    models: list[ModelInfo]
+
+
+class Problem(BaseModel):
+    """An error as application/problem+json (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    errors: list[dict[str, str]] | None = Field(default=None, description="`field` and `message` of each broken rule.")
+    predicted_finish_s: float | None = Field(
+        default=None, description="When the images would be done, where a deadline cannot be met."
+    )
+
+
+class Status(BaseModel):
+    """Answer of the health routes."""
+
+    status: str

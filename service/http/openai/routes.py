@@ -1,0 +1,118 @@
+"""OpenAI's Images interface: what their SDK sends becomes a native request, and the answer is told in their words."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from diffusion.quoting import quoted
+from service.engine.request import ImageResult, Watch
+from service.errors import InvalidRequest
+from service.http.event_source import MEDIA_TYPE as EVENT_STREAM
+from service.http.event_source import EventSource
+from service.http.execution import Accepted, encode_answer, prepare, submit, wait
+from service.http.interfaces import OpenAIRoute
+from service.http.native.answers import Form, form_of, generated_image
+from service.http.native.event_schemas import ONE_EVENT
+from service.http.native.schemas import Timing
+from service.http.openai.schemas import CompletedEvent, ImagesRequest, ImagesResponse, OpenAIError, PartialImageEvent
+from service.http.openai.streaming import image_size, stream_images
+from service.http.openapi import one_of
+from service.http.state import ServiceState, service_state
+from service.models.served_model import ServedModel, find_model
+from service.requests.generate_request import MAX_IMAGES, GenerateRequest, SamplingOptions
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {EVENT_STREAM: {"schema": {"description": ONE_EVENT, **one_of(PartialImageEvent, CompletedEvent)}}}
+    },
+    "4XX": {
+        "model": OpenAIError,
+        "description": "A field breaks a rule (400), no such model (404), too much of this client is in flight (429)",
+    },
+    "5XX": {
+        "model": OpenAIError,
+        "description": "Queue full or shutting down (503), an image or the engine failed, or it took too long",
+    },
+}
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute)
+
+State = Annotated[ServiceState, Depends(service_state)]
+
+
+@router.post("/images/generations", response_model=ImagesResponse, responses=_RESPONSES)
+async def generate_images(body: ImagesRequest, request: Request, state: State) -> Response:
+    """Generate images of classes; with `stream`, previews and images come as Server-Sent Events."""
+    model = find_model(state.models, body.model)
+    asked = native_request(body, model)
+    prepared = prepare(asked, request, state)
+    form = form_of(asked, "application/json", model.config.model.image_channels)
+    if body.stream:
+        accepted = submit(prepared, state, _watch(body.partial_images, prepared.request.images[0].num_steps))
+        return EventSource(stream_images(accepted, form, request, state))
+    accepted = submit(prepared, state)
+    results = await wait(accepted.ticket, request, state)
+    answer = await encode_answer(state, _answer, form, accepted, results, accepted.timing(results))
+    state.metrics.images.inc(len(results))
+    return answer
+
+
+def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
+    """Return the native request that is meant.
+
+    Raises:
+        InvalidRequest: naming OpenAI's field, rule and allowed values.
+        RequestValidationError: the same, of one of our fields.
+    """
+    if body.size is not None and body.size not in ("auto", image_size(model)):
+        raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
+    if body.partial_images and not body.stream:
+        raise InvalidRequest("partial_images", "is a choice of `stream` only")
+    fields: dict[str, Any] = body.model_dump(include=set(SamplingOptions.model_fields), exclude_unset=True)
+    fields |= {"model": model.name, "n": body.n, "format": body.output_format or "png"}
+    if body.output_compression is not None and fields["format"] == "jpeg":
+        fields["quality"] = max(1, body.output_compression)
+    if body.prompt.strip():
+        fields |= _classes(body, model)
+    try:
+        return GenerateRequest.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
+    """Return `class` and `n`: what a prompt lists, again and again until there are n."""
+    if model.classes is None:
+        raise InvalidRequest("prompt", f"must be empty: model {quoted(model.name)} is unconditional")
+    classes = model.classes.in_prompt(body.prompt, MAX_IMAGES)
+    n = body.n or len(classes)
+    if n % len(classes):
+        raise InvalidRequest("n", f"must be a multiple of {len(classes)}, the classes in `prompt`; got {n}")
+    return {"class": classes * (n // len(classes)), "n": n}
+
+
+def _watch(partial_images: int | None, num_steps: int) -> Watch:
+    """Return what shows an image so often at most, spread evenly over its steps."""
+    return Watch(preview_every=math.ceil(num_steps / (partial_images + 1)) if partial_images else None)
+
+
+def _answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
+    response = ImagesResponse.model_validate(
+        {
+            "created": int(time.time()),
+            "data": [generated_image(form, accepted, result) for result in results],
+            "output_format": form.format,
+            "size": image_size(accepted.model),
+            "model": accepted.model.name,
+            "numerics_id": accepted.model.numerics_id,
+            "timing": timing,
+        }
+    )
+    return Response(response.model_dump_json(by_alias=True), media_type="application/json")

@@ -1,0 +1,67 @@
+"""The playground at `/`: the files of static/, under a policy that lets them load nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from diffusion.quoting import quoted
+from service.encoding import CHANNELS
+from service.http.state import ServiceState, service_state
+from service.models.served_model import find_model
+
+FOLDER = Path(__file__).with_name("static")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Nothing inline and nothing from elsewhere; pictures may come from answers that the page has read (blob:, data:)."""
+
+State = Annotated[ServiceState, Depends(service_state)]
+
+router = APIRouter(include_in_schema=False)
+
+
+class PageFiles(StaticFiles):
+    """Files that browsers keep, and ask about each time: after an update nobody runs half of the old page."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Answer one file, or that it has not changed."""
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+
+def install(app: FastAPI) -> None:
+    """Serve the page at `/`, and what it is made of under `/page/`; its links are relative, for any proxy's prefix."""
+    files = PageFiles(directory=FOLDER)
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
+
+    app.mount("/page", files)
+    app.include_router(router)
+
+
+@router.get("/v1/models/{name}/thumbnails/{class_index}")
+async def thumbnail(
+    name: str, class_index: int, state: State, x_requested_with: Annotated[str | None, Header()] = None
+) -> Response:
+    """Answer a class's thumbnail.
+
+    The header is what no page of another origin can send unasked: only ours may make the service work by a GET.
+    """
+    if x_requested_with is None:
+        raise HTTPException(403, "X-Requested-With: must be given, whatever it says")
+    model = find_model(state.models, name)
+    has_pictures = model.config.model.image_channels in CHANNELS["png"]
+    if not has_pictures or class_index not in range(len(model.class_names or ())):
+        raise HTTPException(404, f"model {quoted(name)} has no picture of a class {class_index}")
+    return Response(await state.thumbnails.get(model, class_index), media_type="image/png")

@@ -1,0 +1,75 @@
+"""Thumbnails: a small picture of each class, for the page's gallery.
+
+Made by the engine rather than shipped, so that every model has some; the first time somebody looks at a class, at batch
+priority, so that no client waits for them; then kept in memory, for all who look later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from formats.images import encode, shrink
+from service.engine.async_engine import AsyncEngine
+from service.engine.request import ImageResult
+from service.http.encoding_pool import EncodingPool
+from service.models.served_model import ServedModel
+from service.requests.completion import complete
+from service.requests.generate_request import GenerateRequest
+
+LONGEST_SIDE = 64
+"""Larger pictures are shrunk: those of 1,000 classes take about 10 MB."""
+STEPS = 50
+SEED = 0
+CLIENT = "thumbnails"
+"""Whom fairness between clients takes them to be from."""
+AT_ONCE = 4
+"""Most of them in the engine: whoever looks at all classes must leave the queue to those who generate."""
+_Key = tuple[str, str, int]
+"""Name and numerics_id of a model, and the class."""
+
+
+class Thumbnails:
+    """Owns the thumbnails that were made, and the tasks that make some. Belongs to the event loop."""
+
+    def __init__(self, engine: AsyncEngine, encoding: EncodingPool) -> None:
+        self._engine = engine
+        self._encoding = encoding
+        self._tasks: dict[_Key, asyncio.Task[bytes]] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def get(self, model: ServedModel, class_index: int) -> bytes:
+        """Return a class's thumbnail as PNG, making it if nobody has asked before; all who wait share the work.
+
+        Raises:
+            ServiceError: it could not be made now; asking again tries again.
+        """
+        key = (model.name, model.numerics_id, class_index)
+        if key not in self._tasks:
+            # Those of weights that were replaced go: memory must not grow with every reload
+            self._tasks = {k: t for k, t in self._tasks.items() if k[0] != model.name or k[1] == model.numerics_id}
+            self._tasks[key] = asyncio.create_task(self._make(model, class_index))
+            self._tasks[key].add_done_callback(lambda task: self._forget_failure(key, task))
+        return await asyncio.shield(self._tasks[key])  # one who leaves does not take it from the others
+
+    async def _make(self, model: ServedModel, class_index: int) -> bytes:
+        steps = min(STEPS, model.config.diffusion.num_timesteps)
+        body = {"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"}
+        if model.config.model.num_classes is None:  # only its classifier knows classes
+            body["classifier_scale"] = 1
+        asked = GenerateRequest.model_validate(body)
+        request = complete(asked, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
+        async with self._turns:
+            [image] = self._engine.submit(request).images
+            result = await image
+        return await self._encoding.run(_picture, result)
+
+    def _forget_failure(self, key: _Key, task: asyncio.Task[bytes]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._tasks.pop(key, None)
+
+
+def _picture(result: ImageResult) -> bytes:
+    if result.pixels is None:
+        raise ValueError(f"thumbnail {result.request_id} has no pixels")
+    return encode(shrink(result.pixels, LONGEST_SIDE))

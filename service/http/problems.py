@@ -1,0 +1,171 @@
+"""From exceptions to answers: one table of statuses and titles, no tracebacks; faults.py says how they look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from http import HTTPStatus
+from itertools import islice
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service.errors import (
+    Aborted,
+    ClientLimit,
+    DeadlineUnmeetable,
+    Draining,
+    EngineDead,
+    Forbidden,
+    ImageFailed,
+    InvalidRequest,
+    LoadConflict,
+    LoadFailed,
+    MalformedJson,
+    NotAcceptable,
+    NotFinite,
+    QueueFull,
+    ServiceError,
+    TimedOut,
+    Unavailable,
+    UnknownModel,
+)
+from service.http.broken_rules import field_of, message_of
+from service.http.faults import Fault, FaultResponse
+from service.http.interfaces import Interface
+from service.http.routes import printable, routes_of
+
+MAX_ERRORS = 10
+"""More are not listed: an answer must not be longer than the request."""
+BASE_URL = "base_url of OpenAI's clients is the service's address and /v1, once"
+ROUTES_THAT_GENERATE = (
+    f"images come from POST /v1/generate, from POST /v1/images/generations ({BASE_URL}), and from POST "
+    "/v2/models/{model}/infer (KServe); GET /openapi.json lists all routes"
+)
+HTTP_TITLES = {400: "Bad request", 403: "Forbidden", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
+
+
+class Kind(NamedTuple):
+    """How an exception looks on the wire."""
+
+    status: int
+    title: str
+
+
+KINDS: dict[type[ServiceError], Kind] = {
+    MalformedJson: Kind(400, "Malformed JSON"),
+    InvalidRequest: Kind(422, "Invalid request"),
+    NotAcceptable: Kind(406, "Not acceptable"),
+    UnknownModel: Kind(404, "Unknown model"),
+    Forbidden: Kind(403, "Forbidden"),
+    LoadFailed: Kind(422, "Model cannot be served"),
+    LoadConflict: Kind(409, "Conflict"),
+    DeadlineUnmeetable: Kind(422, "Deadline cannot be met"),
+    QueueFull: Kind(503, "Queue full"),
+    ClientLimit: Kind(429, "Too many requests"),
+    Draining: Kind(503, "Not accepting requests"),
+    ImageFailed: Kind(500, "Image failed"),
+    NotFinite: Kind(500, "Image failed"),
+    Aborted: Kind(499, "Client closed request"),
+    TimedOut: Kind(504, "Took too long"),
+    EngineDead: Kind(500, "Engine stopped"),
+}
+
+
+def problem(
+    status: int,
+    title: str,
+    detail: str,
+    *,
+    instance: str | None = None,
+    errors: Sequence[dict[str, str]] | None = None,
+    headers: dict[str, str] | None = None,
+) -> FaultResponse:
+    """Build an error's answer."""
+    return FaultResponse(Fault(status=status, title=title, detail=detail, instance=instance, errors=errors), headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of an app."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+def fault_of(error: ServiceError, request: Request) -> Fault:
+    """Return what a client is to be told of an error."""
+    kind = KINDS[type(error)]
+    return Fault(
+        status=kind.status,
+        title=kind.title,
+        detail=str(error),
+        instance=_instance(request),
+        errors=[{"field": error.field, "message": error.message}] if isinstance(error, InvalidRequest) else None,
+        more={"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable) else {},
+    )
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)  # noqa: S101  # registered for it
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Unavailable) else None
+    return FaultResponse(fault_of(error, request), headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    body = _body_model(request)
+    # A field may break a rule thousands of times, and thousands of fields may be unknown: few are put into words
+    broken: dict[str, dict[str, Any]] = {}
+    for item in error.errors():
+        broken.setdefault(field_of(item["loc"]), item)
+    listed = islice(broken.items(), MAX_ERRORS)
+    errors = [{"field": field, "message": message_of(item, body)} for field, item in listed]
+    detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors)
+    return problem(422, "Invalid request", detail, instance=_instance(request), errors=errors)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    if isinstance(error.__cause__, ServiceError):  # FastAPI wraps what JsonRequest raises
+        return await _service_error(request, error.__cause__)
+    return problem(
+        error.status_code,
+        HTTP_TITLES.get(error.status_code, "Error"),
+        _detail(request, error),
+        instance=_instance(request),
+        headers=dict(error.headers or {}),
+    )
+
+
+def _detail(request: Request, error: HTTPException) -> str:
+    """Return the detail of an error; where no route took the request, what was asked and what exists."""
+    path = request.scope["path"]
+    asked = f"{request.method} {printable(path)}"
+    if error.status_code == 405:
+        return f"{asked}: this route takes {(error.headers or {}).get('Allow', 'no such method')}"
+    if error.status_code != 404 or error.detail != HTTPStatus.NOT_FOUND.phrase:
+        return str(error.detail)
+    nearest = routes_of(request.scope).nearest(path)
+    if nearest is None:
+        return f"there is no {asked} here; {ROUTES_THAT_GENERATE}"
+    meant, route = nearest
+    there_is = f"there is no {asked} here, but there is {', '.join(sorted(route.methods))} {printable(meant)}"
+    of_openai = route.interface in (Interface.OPENAI, Interface.NATIVE_AND_OPENAI)
+    return f"{there_is}; {BASE_URL}" if of_openai else there_is
+
+
+def _instance(request: Request) -> str | None:
+    request_id = getattr(request.state, "request_id", None)
+    return None if request_id is None else f"urn:iddpm:request:{request_id}"
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    """Return what a body of the request's route should be."""
+    route = request.scope.get("route")
+    body = route.body_field.field_info.annotation if isinstance(route, APIRoute) and route.body_field else None
+    return body if isinstance(body, type) and issubclass(body, BaseModel) else None

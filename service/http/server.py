@@ -1,0 +1,150 @@
+"""Run the app under uvicorn, and end it well: a signal drains first, accepted requests finish, exit code 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.http.door.address import bind, url_of
+from service.http.door.connection import limited_protocol
+from service.http.door.connection_limit import OpenConnections, descriptor_budget
+from service.http.door.guard import MAX_HEADER_BYTES
+from service.http.state import ServiceState
+from service.settings import Settings
+
+STRAGGLER_SECONDS = 30
+"""After the drain, connections that still send or read (half a body, an answer nobody takes) get this long."""
+DEATH_NOTICE_SECONDS = 2.0
+"""A dead engine's process stays this long, so that answers get out and health checks see red."""
+
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter's lock that another one wants, instead of Python's 5 ms: the engine's
+thread wants it while the device has nothing to do (docs/decisions/0012)."""
+
+log = logging.getLogger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn closes its socket at once on a signal; this one keeps answering (503, /readyz red) until it is idle."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and watch the engine: a process whose engine is dead must end, to be restarted."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # asyncio has taken the number of connections that it accepts at once for it
+            log.info("listening on %s", url_of(listener))
+        engine = engine_of(self._app)
+        if engine is not None:
+            self._watch = asyncio.get_running_loop().create_task(self._exit_on_death(engine))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle SIGTERM, SIGINT and SIGHUP: the first drains, a second SIGTERM or SIGINT stops at once."""
+        loop = asyncio.get_running_loop()
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        engine = engine_of(self._app)
+        if self._drain is not None:
+            if number is signal.SIGHUP:  # a closed terminal may send several
+                log.info("SIGHUP: requests are already being finished")
+                return
+            log.warning("%s again: stopping at once, accepted requests are lost", number.name)
+            end_process(1)
+        elif engine is not None and engine.state is EngineState.STARTING:
+            log.info("%s during start-up: ending; nothing was accepted yet", number.name)
+            end_process(0)  # warming up cannot be interrupted, and may take minutes
+        log.info("%s: finishing accepted requests, refusing new ones", number.name)
+        self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
+
+    async def _drain_then_exit(self) -> None:
+        engine = engine_of(self._app)
+        if engine is not None:
+            engine.drain()
+            await engine.wait_idle()
+        self.should_exit = True
+
+    async def _exit_on_death(self, engine: AsyncEngine) -> None:
+        await engine.died.wait()
+        await asyncio.sleep(DEATH_NOTICE_SECONDS)
+        self.should_exit = self.force_exit = True  # without waiting for connections, or for a thread that hangs
+
+
+def end_process(code: int) -> NoReturn:
+    """End at once, whatever other threads are doing; what was logged is written, if it can be."""
+    logging.shutdown()
+    os._exit(code)
+
+
+def engine_of(app: FastAPI) -> AsyncEngine | None:
+    """Return the engine of an app that has started."""
+    service = _service_of(app)
+    return None if service is None else service.engine
+
+
+def _service_of(app: FastAPI) -> ServiceState | None:
+    state = getattr(app.state, "service", None)
+    return state if isinstance(state, ServiceState) else None
+
+
+def serve(app: FastAPI, settings: Settings) -> bool:
+    """Serve until a signal, or the engine's death, ends it; return whether all went well.
+
+    Raises:
+        AddressError: the service cannot listen where the settings say.
+    """
+    sockets = bind(settings.host, settings.port, BACKLOG)
+    budget = descriptor_budget()
+    log.info("connections: at most %d, from the limit of open files", budget.connections)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # uvicorn would believe X-Forwarded-For of anybody on this machine; see api/client.py
+        http=limited_protocol(settings.read_timeout_s, settings.write_timeout_s, OpenConnections(budget.connections)),
+        ws="none",
+        backlog=budget.accepts,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=STRAGGLER_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    DrainingServer(config, app).run(sockets)
+    service = _service_of(app)
+    if service is None:
+        return False
+    if service.engine.state is EngineState.DEAD:
+        if service.tracing is not None:
+            service.tracing.close()  # the app was not asked to: this exit was forced
+        end_process(1)  # a thread that hangs inside a library could keep the interpreter from ending
+    return service.engine.state is EngineState.STOPPED

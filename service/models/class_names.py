@@ -1,0 +1,156 @@
+"""From what people write to class indices: spelling is forgiven, meaning is never guessed."""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+from diffusion.quoting import quoted
+from service.errors import InvalidRequest
+
+MAX_CLASS_NAME = 200
+"""Characters."""
+
+NAMES_SHOWN = 20
+NEAREST_SHOWN = 5
+SHORTLIST = 50
+"""Names that share most pairs of letters with what was asked; the nearest are looked for among these."""
+
+_Index = dict[str, list[int]]
+
+
+class ClassNames:
+    """The names of a model's classes, and what they may be written like.
+
+    A name is taken as it is written if a class has it; else without regard to case; else without regard to spaces,
+    underscores and hyphens either. In a prompt, which lists names between commas, a name that holds commas itself
+    ("tench, Tinca tinca") may be given whole or by one of its parts, and any class by its index.
+
+    All there is to look up is built at once, so that no request waits for it.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        named = list(enumerate(names))
+        parts = [(index, part) for index, name in named for part in name.split(",")]
+        self._most_parts = max(name.count(",") + 1 for name in names)
+        self._exactly = _index(named, str)
+        self._in_any_case = _index(named, _without_case)
+        self._squeezed = _index(named, _squeezed)
+        self._parts = _index(parts, _squeezed)
+        self._pairs = {part: _pairs(part) for part in self._parts}
+
+    def find(self, asked: str) -> int:
+        """Return the index of the class of that name.
+
+        Raises:
+            InvalidRequest: no class has that name, or several have.
+        """
+        found = self._named(asked)
+        if not found and asked.isascii() and asked.isdigit():
+            raise InvalidRequest("class", f"no class has the name {quoted(asked)}; an index is a number without quotes")
+        return self._only(found, asked, "class")
+
+    def in_prompt(self, prompt: str, most: int) -> list[int]:
+        """Return the classes that a prompt lists, in order.
+
+        Args:
+            prompt: names, between commas if there are several.
+            most: classes it may list.
+
+        Raises:
+            InvalidRequest: something in it is no name, or the name of several classes; or it lists too many.
+        """
+        parts = prompt.split(",")
+        if len(parts) > most * self._most_parts:
+            raise InvalidRequest("prompt", f"must list at most {most} classes")
+        # Where names may end, each with where it began: the longest name first, so that a whole one beats its parts
+        ends: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+        for begin in range(len(parts)):
+            if begin not in ends:
+                continue
+            for end in range(min(begin + self._most_parts, len(parts)), begin, -1):
+                found = self._meant(",".join(parts[begin:end]))
+                if found and end not in ends:
+                    ends[end] = (begin, found)
+        reached = max(ends)
+        if reached < len(parts):
+            raise self._unknown(parts[reached].strip(), "prompt")
+        classes: list[int] = []
+        while reached:
+            begin, found = ends[reached]
+            classes.append(self._only(found, ",".join(parts[begin:reached]).strip(), "prompt"))
+            reached = begin
+        if len(classes) > most:
+            raise InvalidRequest("prompt", f"must list at most {most} classes; got {len(classes)}")
+        return classes[::-1]
+
+    def _named(self, asked: str) -> list[int]:
+        return (
+            self._exactly.get(asked)
+            or self._in_any_case.get(_without_case(asked))
+            or self._squeezed.get(_squeezed(asked), [])
+        )
+
+    def _meant(self, asked: str) -> list[int]:
+        """Return the classes that a piece of a prompt may mean: a name, a part of one, an index."""
+        asked = asked.strip()
+        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # to compare a spelling takes time, and a prompt may be long
+            return []
+        if found := self._named(asked) or self._parts.get(_squeezed(asked)):
+            return found
+        is_index = asked.isascii() and asked.isdigit() and len(asked) < 10 and int(asked) < len(self.names)
+        return [int(asked)] if is_index else []
+
+    def _only(self, found: list[int], asked: str, field: str) -> int:
+        if not found:
+            raise self._unknown(asked, field)
+        if len(found) > 1:
+            raise InvalidRequest(field, f"{quoted(asked)} names the classes {found}: give the index")
+        return found[0]
+
+    def _unknown(self, asked: str, field: str) -> InvalidRequest:
+        return InvalidRequest(field, f"must be one of {self._some(asked)}; got {quoted(asked)}")
+
+    def _some(self, asked: str) -> str:
+        """List all names if they are few, the nearest ones otherwise."""
+        if len(self.names) <= NAMES_SHOWN:
+            return ", ".join(self.names)
+        near = difflib.get_close_matches(_squeezed(asked), self._shortlist(asked), n=NEAREST_SHOWN, cutoff=0.5)
+        indices = dict.fromkeys(index for part in near for index in self._parts[part])
+        listed = [self.names[index] for index in list(indices)[:NEAREST_SHOWN]] or self.names[:NEAREST_SHOWN]
+        return f"{', '.join(listed)}, ... ({len(self.names)} in all, see GET /v1/models)"
+
+    def _shortlist(self, asked: str) -> list[str]:
+        """Return the parts most like it by the pairs of letters they share (Dice's coefficient): sets are quick."""
+        pairs = _pairs(_squeezed(asked))
+        return heapq.nlargest(
+            SHORTLIST, self._pairs, lambda part: len(pairs & self._pairs[part]) / (len(pairs) + len(self._pairs[part]))
+        )
+
+
+def _index(named: Iterable[tuple[int, str]], spelling: Callable[[str], str]) -> _Index:
+    index: _Index = defaultdict(list)
+    for class_index, name in named:
+        indices = index[spelling(name)]
+        if class_index not in indices:
+            indices.append(class_index)
+    return dict(index)
+
+
+def _without_case(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", _without_case(name))
+
+
+def _pairs(squeezed: str) -> frozenset[str]:
+    """Return the pairs of neighbouring letters; the first and the last one have a space for a neighbour."""
+    return frozenset(map("".join, pairwise(f" {squeezed} ")))

@@ -1,0 +1,196 @@
+"""ModelRegistry: loads, reloads and unloads models by name while the engine works.
+
+A model that is loaded again is another one to the engine: images that were accepted for the old weights finish on
+them, under their numerics_id, and the old weights go with the last of them. What is slow (reading, compiling, the
+self-test, warm-up, timing) happens in a thread of its own; the engine takes the result in between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.quoting import quoted
+from service.backends.base import Denoiser
+from service.engine.async_engine import AsyncEngine
+from service.engine.config import EngineConfig
+from service.engine.runners.array_runner import ArrayRunner
+from service.engine.step_costs import StepCosts
+from service.engine.timing import time_steps
+from service.errors import LoadConflict, LoadFailed, UnknownModel
+from service.models.class_names import ClassNames
+from service.models.served_model import ServedModel
+from service.settings import MODEL_NAME
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+LoadDenoiser = Callable[[Path], Denoiser[Any]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    runner: ArrayRunner[Any]
+    costs: StepCosts
+    served: ServedModel
+
+
+class ModelRegistry:
+    """Changes which models are served; one change at a time. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        models: dict[str, ServedModel],
+        engine: AsyncEngine,
+        config: EngineConfig,
+        load: LoadDenoiser,
+        root: Path,
+        max_loaded: int,
+    ) -> None:
+        """Begin with what is served.
+
+        Args:
+            models: by name, the default one first; changed here, and by nobody else.
+            engine: runs them.
+            config: of the engine.
+            load: makes a network of a folder; slow, and called in a thread.
+            root: the folder whose folders may be loaded, by their names.
+            max_loaded: most models in memory, those counted that are being loaded, or finish their last images.
+        """
+        self._models = models
+        self._engine = engine
+        self._config = config
+        self._load = load
+        self._root = root
+        self._max_loaded = max_loaded
+        self._times_loaded = Counter(models.keys())
+        self._changing: asyncio.Task[ServedModel] | None = None
+
+    async def load(self, name: str) -> ServedModel:
+        """Load a model, or load it again; what it replaces serves until then, and for good if this fails.
+
+        Goes on to its end when whoever asked has gone.
+
+        Raises:
+            UnknownModel: the root has no folder of that name.
+            LoadConflict: another one is being loaded, or there are as many in memory as may be.
+            LoadFailed: it cannot be served; the log says why.
+            Draining: the engine does not accept work.
+            EngineDead: the engine stopped meanwhile.
+        """
+        folder = self._root / name
+        if not MODEL_NAME.fullmatch(name) or not folder.is_dir():
+            raise UnknownModel(name, self._available())
+        self._refuse_second_change()
+        if self._engine.models_held >= self._max_loaded:
+            raise LoadConflict(
+                f"{self._engine.models_held} models are in memory, at most {self._max_loaded} may be: unload one, or "
+                "wait for the last images of one that was replaced"
+            )
+        self._changing = asyncio.create_task(self._load_and_swap(name, folder))
+        return await asyncio.shield(self._changing)
+
+    def unload(self, name: str) -> None:
+        """Serve a model no more; accepted images finish. The next one becomes the default if it was that.
+
+        Raises:
+            UnknownModel: none of that name is served.
+            LoadConflict: it is the last one, or one is being loaded.
+        """
+        if name not in self._models:
+            raise UnknownModel(name, list(self._models))
+        self._refuse_second_change()
+        if len(self._models) == 1:
+            raise LoadConflict(f"{name} is the only model; a service without any cannot answer")
+        self._engine.retire(self._models.pop(name).engine_id)
+        log.info("model %s: unloaded", name)
+
+    async def _load_and_swap(self, name: str, folder: Path) -> ServedModel:
+        try:
+            prepared = await self._prepared(name, folder)
+            served = prepared.served
+            await self._engine.load(served.engine_id, prepared.runner, prepared.costs)
+            self._times_loaded[name] += 1
+            replaced = self._models.get(name)
+            self._models[name] = served  # in its place: the default stays the default
+            if replaced is not None:
+                self._engine.retire(replaced.engine_id)
+            log.info("model %s: loaded, %s, numerics_id %s", name, served.backend, served.numerics_id)
+            return served
+        finally:
+            self._changing = None
+
+    async def _prepared(self, name: str, folder: Path) -> _Prepared:
+        try:
+            return await _in_daemon(partial(self._prepare, name, folder, self._times_loaded[name] + 1))
+        except Exception as error:  # a damaged file may raise anything in anybody's parser
+            log.exception("model %s: could not be loaded", name)
+            kind = type(error).__name__
+        # Not a consequence of that error, which would keep what was loaded so far in memory
+        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); the log says why")
+
+    def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
+        gc.collect()  # what an earlier load left behind in cycles goes before more comes
+        denoiser = self._load(folder)
+        runner = ArrayRunner(denoiser, self._config)
+        runner.warm_up()
+        costs = time_steps(runner, self._config, time.monotonic)
+        return _Prepared(runner, costs, served_model(name, denoiser, runner.numerics_id, loaded))
+
+    def _refuse_second_change(self) -> None:
+        if self._changing is not None:
+            raise LoadConflict("a model is being loaded; try again when it is")
+
+    def _available(self) -> list[str]:
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
+
+
+async def _in_daemon(function: Callable[[], T]) -> T:
+    """Call a function in a thread that keeps no process from ending, as those of the event loop's executor would."""
+    called: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, name="load", daemon=True).start()
+    return await asyncio.wrap_future(called)
+
+
+def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:
+    """Return what routes know of a network that is loaded."""
+    classifier = None if denoiser.classifier is None else denoiser.classifier.config
+    return ServedModel(
+        name=name,
+        loaded=loaded,
+        config=denoiser.config,
+        numerics_id=numerics_id,
+        backend=denoiser.description,
+        loaded_at=time.time(),
+        classifier=classifier,
+        classes=_classes(denoiser.config, classifier),
+    )
+
+
+def _classes(config: CheckpointConfig, classifier: ClassifierCheckpointConfig | None) -> ClassNames | None:
+    """Return the names of a model's classes, or of its classifier's: they are the same, where both have some."""
+    count = config.model.num_classes
+    if count is None and classifier is not None:
+        count = classifier.model.num_classes
+    if count is None:
+        return None
+    of_classifier = None if classifier is None else classifier.class_names
+    return ClassNames(config.class_names or of_classifier or tuple(str(index) for index in range(count)))

@@ -1,0 +1,128 @@
+"""From a validated JSON body to a complete request: names to indices, defaults filled in, limits checked."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+
+from diffusion.config import CheckpointConfig
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
+from diffusion.plans import build_plan
+from diffusion.quoting import quoted
+from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
+from service.errors import InvalidRequest
+from service.models.served_model import ServedModel
+from service.requests.generate_request import DEFAULT_STEPS, GenerateRequest
+
+
+def complete(
+    body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int, client: str = ""
+) -> GenerationRequest:
+    """Fill in defaults and check what depends on the model.
+
+    Raises:
+        InvalidRequest: naming field, rule and allowed values.
+    """
+    count = _count(body)
+    if body.image_index + count - 1 > MAX_IMAGE_INDEX:
+        raise InvalidRequest(
+            "image_index", f"must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images; got {body.image_index}"
+        )
+    seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+    plan, num_steps = _plan(body, model.config)
+    cfg_scale = _cfg_scale(body, model.config)
+    classifier_scale = _classifier_scale(body, model)
+    images = tuple(
+        ImageParams(
+            plan=plan,
+            num_steps=num_steps,
+            seed=seed,
+            image_index=body.image_index + k,
+            class_index=_class_index(body, model, classifier_scale, seed, k),
+            cfg_scale=cfg_scale,
+            classifier_scale=classifier_scale,
+        )
+        for k in range(count)
+    )
+    request = GenerationRequest(
+        request_id=request_id,
+        model=model.engine_id,
+        images=images,
+        client=client,
+        priority=Priority(body.priority),
+        deadline_s=None if body.deadline_s is None else float(body.deadline_s),
+    )
+    if request.row_steps > max_row_steps:
+        guided = images[0].rows == 2
+        raise InvalidRequest(
+            "steps",
+            f"images x steps{' x 2 for guidance' if guided else ''} must be at most {max_row_steps} per request; "
+            f"got {count} x {num_steps}{' x 2' if guided else ''} = {request.row_steps}",
+        )
+    return request
+
+
+def _count(body: GenerateRequest) -> int:
+    if not isinstance(body.class_, list):
+        return body.n or 1
+    if body.n is not None and body.n != len(body.class_):
+        raise InvalidRequest(
+            "n", f"must be {len(body.class_)}, the length of the list in `class`, or absent; got {body.n}"
+        )
+    return len(body.class_)
+
+
+def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int]:
+    timesteps = config.diffusion.num_timesteps
+    if body.respacing is not None and body.steps is not None:
+        raise InvalidRequest("respacing", "give either `steps` or `respacing`, not both")
+    if body.respacing is None:
+        steps = min(DEFAULT_STEPS, timesteps) if body.steps is None else body.steps
+        if steps > timesteps:
+            raise InvalidRequest("steps", f"must be 2..{timesteps}, the model's timesteps; got {steps}")
+        spec = str(steps)
+    else:
+        spec = body.respacing
+    if body.eta is not None and body.sampler != "ddim":
+        raise InvalidRequest("eta", f'is a choice of sampler "ddim" only; sampler is {quoted(body.sampler)}')
+    key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
+    try:
+        plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
+    except ValueError as error:
+        raise InvalidRequest("steps" if body.respacing is None else "respacing", str(error)) from error
+    return key, plan.num_steps
+
+
+def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
+    if body.cfg_scale is None:
+        return config.sampling.cfg_scale
+    if body.cfg_scale != 1 and not config.model.null_class:
+        raise InvalidRequest(
+            "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
+        )
+    return float(np.float32(body.cfg_scale))  # what the engine computes with: 1 + 1e-9 is 1, and takes one row
+
+
+def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
+    scale = body.classifier_scale or 0
+    if scale != 0 and model.classifier is None:
+        raise InvalidRequest("classifier_scale", f"must be 0: the model has no noisy classifier; got {scale:g}")
+    return float(np.float32(scale))  # what the engine computes with
+
+
+def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:
+    classes = model.classes
+    asked = body.class_[k] if isinstance(body.class_, list) else body.class_
+    if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
+        if asked is not None:
+            unless = "" if classes is None else ", and only its classifier knows classes: ask for classifier_scale too"
+            raise InvalidRequest("class", f"must be absent: model {quoted(model.name)} is unconditional{unless}")
+        return None
+    if asked is None:
+        return draw_class(seed, body.image_index + k, len(classes.names))
+    if isinstance(asked, str):
+        return classes.find(asked)
+    if asked >= len(classes.names):
+        raise InvalidRequest("class", f"index must be 0..{len(classes.names) - 1}; got {asked}")
+    return asked

@@ -1,0 +1,126 @@
+"""A request for images as clients write it: its fields, their types and their limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
+
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED
+from diffusion.plans import Sampler
+from formats.images import JPEG_QUALITY
+from service.models.class_names import MAX_CLASS_NAME
+from service.requests.request_body import RequestBody
+
+MAX_IMAGES = 64
+DEFAULT_STEPS = 100
+MAX_CFG_SCALE = 20.0
+MAX_CLASSIFIER_SCALE = 100.0
+MAX_DEADLINE_S = 86400.0
+MAX_PREVIEW_EVERY = 10_000
+
+ImageFormat = Literal["png", "webp", "jpeg", "npz"]
+PriorityName = Literal["interactive", "batch"]
+ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
+
+
+def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Say of a class that is none what it may be, instead of what each kind of it may be."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "class_spec",
+            "must be the name of a class (1 to {name} characters), its index (an integer, 0 or more), or a list of 1 "
+            "to {most} of these",
+            {"name": MAX_CLASS_NAME, "most": MAX_IMAGES},
+        ) from None
+
+
+class SamplingOptions(RequestBody):
+    """What every interface lets a client choose, under these names."""
+
+    model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
+    steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        default=None,
+        description=f"Respaced sampling steps, 2..T of the model, 50 to 250 recommended; default {DEFAULT_STEPS}.",
+    )
+    respacing: Annotated[StrictStr, Field(max_length=200)] | None = Field(
+        default=None,
+        description="Instead of `steps`: '100', sections such as '10,10,20,40', or 'ddim25'.",
+    )
+    sampler: Sampler = Field(default="ancestral", description="`ancestral` or `ddim`.")
+    eta: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="Noise of `ddim`, 0..1; default 0."
+    )
+    cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Classifier-free guidance: 1 = off; default: what the model recommends.",
+    )
+    classifier_scale: (
+        Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
+    ) = Field(
+        default=None,
+        description="Classifier guidance, where the model has a noisy classifier: 0 = off, the default.",
+    )
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None, description="0..2^53-1; absent: random. The same seed gives the same pixels."
+    )
+    image_index: Annotated[StrictInt, Field(ge=0, le=MAX_IMAGE_INDEX)] = Field(
+        default=0,
+        description="Index of the first image: image k of a seed is the same in any request. All are 0..2^32-1.",
+    )
+    priority: PriorityName = Field(
+        default="interactive", description="`batch` work takes what interactive work leaves, and a share."
+    )
+    deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Seconds within which all images are wanted; refused at once (422) if that is predicted to fail.",
+    )
+
+
+class GenerateRequest(SamplingOptions):
+    """A request for images. Those of other interfaces become one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
+    )
+
+    class_: Annotated[
+        ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None,
+        WrapValidator(_say_once),
+    ] = Field(
+        default=None,
+        alias="class",
+        description="Class by name or index, or a list with one per image; absent: drawn from the seed.",
+    )
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        default=None, description=f"Images, 1..{MAX_IMAGES}; default 1, or the length of `class` if that is a list."
+    )
+    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy) or `npz`.")
+    quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
+        default=None, description=f"Of format `jpeg`, 1..100; default {JPEG_QUALITY}."
+    )
+    compression: Annotated[StrictInt, Field(ge=0, le=9)] | None = Field(
+        default=None,
+        description="Of the other formats, 0 (fast) to 9 (small): the pixels are the same; default: the encoder's.",
+    )
+    stream: StrictBool = Field(
+        default=False, description="Answer with Server-Sent Events: queued, progress, preview, completed, failed."
+    )
+    preview_every: Annotated[StrictInt, Field(ge=1, le=MAX_PREVIEW_EVERY)] | None = Field(
+        default=None,
+        description="With `stream`: show what an image is going to be every so many of its steps; default: never. "
+        "Slow readers get fewer.",
+    )

@@ -1,0 +1,139 @@
+"""Files that appear whole or not at all, what killed writers leave, and errors of the disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from formats.atomic_file import write_file
+from formats.atomic_folder import write_folder
+from formats.disk_errors import disk_errors_name
+from formats.leftovers import remove_leftovers
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """Let every file that grows beyond a size fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    with longest_file(100), pytest.raises(OSError, match="File too large") as caught:
+        write_file(path, b"new" * 100)
+    assert caught.value.filename == str(path)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def save_tensors(path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, path / "a.safetensors")
+
+
+def save_arrays(path: Path) -> None:
+    np.savez(path / "a.npz", a=np.random.default_rng(0).random(1000))
+
+
+def save_text(path: Path) -> None:
+    (path / "a.txt").write_text("a" * 4000)
+
+
+@pytest.mark.parametrize("write", [save_tensors, save_arrays, save_text])
+def test_a_folder_whose_disk_is_full_names_itself_and_stays_as_it_was(tmp_path: Path, write: object) -> None:
+    assert callable(write)
+    write_folder(tmp_path / "model", lambda at: (at / "old").touch())
+    with longest_file(1000), pytest.raises(OSError, match="File too large") as caught:
+        write_folder(tmp_path / "model", write)
+    assert caught.value.filename == str(tmp_path / "model")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
+
+
+def raise_behind(outer: type[Exception]) -> None:
+    try:
+        raise FULL
+    except OSError as error:
+        raise outer("cannot close while there is an open handle") from error
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: raise_behind(ValueError),
+        lambda: raise_behind(zipfile.BadZipFile),
+        lambda: (_ for _ in ()).throw(SafetensorError("Error: I/O error: No space left on device (os error 28)")),
+        lambda: (_ for _ in ()).throw(SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No" })')),
+    ],
+)
+def test_a_full_disk_is_one_error_whoever_met_it(fail: object) -> None:
+    assert callable(fail)
+    with pytest.raises(OSError, match="No space left on device: 'here'"), disk_errors_name(Path("here")):
+        fail()
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(FileNotFoundError, match="x"), disk_errors_name(Path("here")):
+        Path("x/y").read_bytes()
+    with pytest.raises(ValueError, match="nothing to do with disks"), disk_errors_name(Path("here")):
+        raise ValueError("nothing to do with disks")
+
+
+def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    dead, live = tmp_path / ".model.new-0000dead", tmp_path / ".model.new-0000beef"
+    for folder in (dead, live, tmp_path / ".models.new-00000000"):
+        (folder / "half").mkdir(parents=True)
+    writer = os.open(live, os.O_RDONLY)
+    fcntl.flock(writer, fcntl.LOCK_EX)
+    write_folder(tmp_path / "model", lambda at: (at / "new").touch())
+    os.close(writer)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", live.name, ".models.new-00000000"}
+
+
+def test_a_lock_that_somebody_else_holds_ends_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("formats.leftovers.LOCK_SECONDS", 0.05)
+    (tmp_path / ".file.new-1").touch()
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    write_file(tmp_path / "file", b"new")
+    os.close(holder)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.new-1"}
+
+
+def test_a_writer_killed_between_its_renames_gives_the_old_folder_back(tmp_path: Path) -> None:
+    for name in (".model.old-1", ".model.new-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name[7:10]).touch()
+    remove_leftovers(tmp_path / "model")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
+
+
+def test_a_killed_process_leaves_nothing_that_the_next_writer_does_not_remove(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from formats.atomic_folder import write_folder\n"
+        "write_folder(Path(sys.argv[1]), lambda at: os.kill(os.getpid(), 9))"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model"], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model.new-")
+    write_folder(tmp_path / "model", lambda at: (at / "new").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

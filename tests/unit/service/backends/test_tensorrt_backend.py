@@ -1,0 +1,325 @@
+"""The TensorRT backend's control flow, with a fake of the package that computes on the CPU.
+
+What TensorRT itself does is not tested here: see tests/integration/test_tensorrt_build.py and tests/gpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli.engines import as_graph, build_engines, measure_engines
+from cli.main import app
+from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json
+from formats.checkpoint_config import checkpoint_sha256
+from formats.tensorrt_files import Target
+from formats.tensorrt_package import EngineError, logger_of
+from service.backends import tensorrt_backend
+from service.backends.base import BackendOptions
+from service.backends.cuda_graphs import call_again
+from service.backends.select import load_denoiser
+from service.backends.tensorrt_backend import TensorRTBackend
+from service.backends.tensorrt_engines import mismatch
+from service.engine.config import EngineConfig
+from service.engine.runners.array_runner import ArrayRunner
+from service.errors import ModelError
+from service.http.app import create_app
+from service.settings import Settings
+from tests import tensorrt_fakes as fakes
+from tests.fakes import tiny_checkpoint, tiny_config
+from tests.tensorrt_fakes import TARGET, expected_output, write_artifact, write_fake_engine
+
+OPTIONS = BackendOptions(max_rows=4)
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU pass for a GPU, and the fake for TensorRT."""
+    monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
+    monkeypatch.setattr(tensorrt_backend, "_cuda_device", lambda wanted: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt_backend, "cuda_capture", lambda device: call_again)
+    stream = SimpleNamespace(cuda_stream=7)
+    for name, value in {
+        "get_device_capability": fakes.CAPABILITY,
+        "get_device_name": fakes.GPU,
+        "get_device_properties": SimpleNamespace(multi_processor_count=132),
+        "current_stream": stream,
+        "Stream": stream,
+        "device": contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return tmp_path / "artifact"
+
+
+@pytest.fixture
+def manifest(artifact: Path) -> Manifest:
+    return write_artifact(artifact, tiny_config())
+
+
+@pytest.fixture
+def engines(artifact: Path, manifest: Manifest) -> Path:
+    for bucket in manifest.buckets:
+        write_fake_engine(artifact, manifest, bucket)
+    return artifact
+
+
+def test_the_fake_has_no_name_that_the_real_package_lacks() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    for fake in (fakes.IExecutionContext, fakes.ICudaEngine, fakes.Runtime, fakes.ILogger):
+        names = {name for name in vars(fake) if not name.startswith("_")}
+        assert names - {"INFO"} <= set(dir(getattr(real, fake.__name__))), fake
+    assert set(fakes.DataType.__members__) <= set(real.DataType.__members__)
+
+
+def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> None:
+    backend = TensorRTBackend(engines, OPTIONS)
+    assert backend.batch_sizes == (1, 2, 4)
+    outputs = []
+    for size in (4, 1, 2, 4):
+        x_t, y = torch.randn(size, 1, 8, 8), torch.arange(size)
+        emb_t = backend.embed_timesteps(torch.linspace(0, 999, size))
+        expected = expected_output(x_t.numpy(), emb_t.numpy(), y.numpy(), 2)
+        outputs.append((backend(x_t, emb_t, y), expected))
+    for out, expected in outputs:
+        np.testing.assert_array_equal(out.numpy(), expected)
+    with pytest.raises(ValueError, match="captured were batches of 1, 2, 4; got 3"):
+        backend(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_runner_passes_its_own_test_with_it(engines: Path) -> None:
+    backend = load_denoiser(engines, "tensorrt", OPTIONS)
+    runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
+    runner.warm_up()
+    assert runner.sizes.network == (1, 2, 4)
+
+
+def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: Manifest) -> None:
+    for bucket in (1, 2):
+        write_fake_engine(artifact, manifest, bucket)
+    assert TensorRTBackend(artifact, BackendOptions(max_rows=2)).batch_sizes == (1, 2)
+
+
+def test_pixels_are_named_by_the_plans_too(engines: Path, manifest: Manifest) -> None:
+    first, again = TensorRTBackend(engines, OPTIONS), TensorRTBackend(engines, OPTIONS)
+    assert first.numerics_id == again.numerics_id
+    assert first.description == "tensorrt 10.99.0.1 cuda NVIDIA H200 fp32"
+    write_fake_engine(engines, manifest, 2, built="again")
+    assert TensorRTBackend(engines, OPTIONS).numerics_id != first.numerics_id
+
+
+def test_nothing_is_built_unless_asked(artifact: Path, manifest: Manifest) -> None:
+    write_fake_engine(artifact, manifest, 2)
+    with pytest.raises(ModelError) as caught:
+        TensorRTBackend(artifact, OPTIONS)
+    lines = str(caught.value).splitlines()
+    assert [line.rpartition(" ")[2] for line in lines[:2]] == ["1", "4"]
+    assert lines[2].endswith(f"iddpm serve --model {artifact} --backend tensorrt --build")
+    assert [path.name for path in (artifact / "tensorrt" / TARGET.name).glob("*.plan")] == ["2.plan"]
+
+
+def test_what_cannot_be_used_is_built_when_asked(artifact: Path, manifest: Manifest) -> None:
+    for bucket in (1, 2):
+        write_fake_engine(artifact, manifest, bucket)
+    (artifact / "tensorrt" / TARGET.name / "2.plan").write_bytes(b"damaged")
+    asked = []
+
+    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
+        asked.append((folder, target, buckets))
+        for bucket in buckets:
+            write_fake_engine(folder, manifest, bucket)
+
+    options = BackendOptions(max_rows=4, build_engines=build)
+    assert TensorRTBackend(artifact, options).batch_sizes == (1, 2, 4)
+    assert TensorRTBackend(artifact, options).batch_sizes == (1, 2, 4)
+    assert asked == [(artifact, TARGET, (2, 4))]
+
+
+def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) -> None:
+    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
+        raise EngineError("no kernel for this")
+
+    with pytest.raises(ModelError, match="no kernel for this"):
+        TensorRTBackend(artifact, BackendOptions(max_rows=4, build_engines=build))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"error": "version tag does not match"},
+            "cannot load the engine for batches of 2: version tag does not match",
+        ),
+        ({"no_memory": True}, "cannot prepare the engine for batches of 2"),
+        ({"tensors": {"x_t": ([2, 1, 8, 8], "HALF")}}, "batches of 2 is not this model's: it has no tensor emb_t"),
+        ({"unequal": True}, "batches of 2 gives identical rows different outputs; build it anew"),
+        ({"nan": True}, "batches of 2 gives numbers that are not finite"),
+    ],
+)
+def test_an_engine_that_fails_its_test_is_refused(
+    engines: Path, manifest: Manifest, changes: dict[str, object], reason: str
+) -> None:
+    write_fake_engine(engines, manifest, 2, **changes)
+    with pytest.raises(ModelError, match=reason):
+        TensorRTBackend(engines, OPTIONS)
+
+
+def test_an_engine_that_does_not_start_is_an_error(engines: Path, manifest: Manifest) -> None:
+    write_fake_engine(engines, manifest, 4, fails=True)
+    with pytest.raises(RuntimeError, match="TensorRT did not run the engine for batches of 4"):
+        TensorRTBackend(engines, OPTIONS)
+
+
+def test_engines_that_cannot_be_captured_are_launched_anew(
+    engines: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_fake_engine(engines, manifest, 2, capturable=False)
+    backend = TensorRTBackend(engines, OPTIONS)
+    assert backend.description.endswith("without graphs")
+    assert "no CUDA graphs can be made of these engines" in caplog.text
+
+
+def test_engines_whose_parity_nobody_measured_are_named(engines: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        TensorRTBackend(engines, OPTIONS)
+    assert "never measured of engines for batches of 1, 2, 4" in caplog.text
+
+
+def test_a_precision_that_the_graph_has_not_is_refused(engines: Path) -> None:
+    with pytest.raises(ModelError, match=r"precision 'bf16': the graph in .* computes in fp32"):
+        TensorRTBackend(engines, BackendOptions(max_rows=4, precision="bf16"))
+
+
+def test_a_checkpoint_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'tensorrt' serves exported artifacts, and .* has none: iddpm export"):
+        TensorRTBackend(tiny_checkpoint(tmp_path / "tiny"), OPTIONS)
+
+
+def test_a_damaged_graph_is_refused(engines: Path) -> None:
+    (engines / MODEL_FILE).write_bytes(b"another")
+    with pytest.raises(ModelError, match=r"model\.onnx is not the file that manifest\.json vouches for"):
+        TensorRTBackend(engines, OPTIONS)
+
+
+def test_without_the_package_it_says_what_to_install(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise EngineError("TensorRT is not installed")
+
+    monkeypatch.setattr(tensorrt_backend, "installed_flavour", missing)
+    with pytest.raises(ModelError, match="TensorRT is not installed"):
+        TensorRTBackend(engines, OPTIONS)
+
+
+def test_without_a_gpu_it_says_so(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ModelError, match="device 'auto': TensorRT needs a CUDA device"):
+        TensorRTBackend(engines, OPTIONS)
+
+
+def test_a_difference_of_tensors_is_named() -> None:
+    image = ((2, 1, 8, 8), torch.float32)
+    assert mismatch({"x_t": image}, {"x_t": image}) is None
+    assert mismatch({"x_t": image, "t": image}, {"x_t": image}) == "it has a tensor t"
+    found = mismatch({"x_t": ((2, 1, 8, 8), torch.float16)}, {"x_t": image})
+    assert found == "x_t is [2, 1, 8, 8] float16 instead of [2, 1, 8, 8] float32"
+
+
+def test_the_logger_keeps_errors_and_there_is_one() -> None:
+    trt: Any = importlib.import_module("tensorrt")
+    logger = logger_of(trt)
+    assert logger_of(trt) is logger
+    logger.errors.clear()
+    logger.log(trt.ILogger.WARNING, "mind")
+    assert logger.said() == ""
+    logger.log(trt.ILogger.ERROR, "one")
+    logger.log(trt.ILogger.INTERNAL_ERROR, "two")
+    assert logger.said() == ": one; two"
+
+
+def test_a_service_without_a_builder_cannot_be_told_to_build(engines: Path) -> None:
+    settings = Settings(models=(engines,), backend="tensorrt", build_engines=True, max_rows=4)
+    with pytest.raises(ModelError, match="use iddpm serve --build"):
+        create_app(settings)
+    asked = []
+    create_app(settings, lambda *arguments: asked.append(arguments))
+    assert asked == []  # nothing was missing
+
+
+def test_the_builder_reaches_the_backend_only_when_the_settings_say_so(artifact: Path, manifest: Manifest) -> None:
+    asked = []
+
+    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
+        asked.append(buckets)
+        for bucket in buckets:
+            write_fake_engine(folder, manifest, bucket)
+
+    settings = Settings(models=(artifact,), backend="tensorrt", max_rows=4)
+    with pytest.raises(ModelError, match="has no engine for batches of 1"):
+        create_app(settings, build)
+    create_app(settings.model_copy(update={"build_engines": True}), build)
+    assert asked == [(1, 2, 4)]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.MonkeyPatch, flag: bool) -> None:
+    given = []
+
+    def create(settings: Settings, builder: object) -> None:
+        given.append((settings.build_engines, builder))
+        raise ModelError("far enough")
+
+    monkeypatch.setattr("service.http.app.create_app", create)
+    monkeypatch.setattr("service.logs.configure_logging", lambda: None)  # it would keep the runner's stderr
+    arguments = ["serve", "--model", str(artifact), "--backend", "tensorrt", *(["--build"] if flag else [])]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert given == [(flag, build_engines)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_graph_of_any_rows_is_run_in_batches_of_one_size(engines: Path, size: int) -> None:
+    graph = as_graph(TensorRTBackend(engines, OPTIONS), size)
+    rng = np.random.default_rng(0)
+    x_t, emb_t = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 1, 8, 8), (5, 128)))
+    y = np.arange(5)
+    out = graph({"x_t": x_t, "emb_t": emb_t, "y": y})
+    np.testing.assert_allclose(out, expected_output(x_t, emb_t, y, 2), rtol=1e-6)
+
+
+def test_an_engine_far_from_pytorch_is_refused_once_it_is_measured(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    artifact = tmp_path / "artifact"
+    manifest = write_artifact(artifact, tiny_config())
+    manifest = manifest.replace(checkpoint_sha256=checkpoint_sha256(checkpoint))
+    (artifact / MANIFEST_FILE).write_text(manifest_json(manifest))
+    for bucket in manifest.buckets:
+        write_fake_engine(artifact, manifest, bucket)
+    TensorRTBackend(artifact, OPTIONS)
+    found = measure_engines(checkpoint, artifact)
+    assert list(found) == [1, 2, 4]
+    for measured in found.values():
+        assert measured.backend == "tensorrt 10.99.0.1"
+        assert len(measured.bands) == 5
+        assert not measured.passed  # the fake is no UNet
+    with pytest.raises(ModelError, match=r"4\.plan is too far from PyTorch"):
+        TensorRTBackend(artifact, OPTIONS)
+
+
+def test_engines_of_another_checkpoint_are_not_measured(engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was exported from another checkpoint"):
+        measure_engines(tiny_checkpoint(tmp_path / "tiny"), engines)

@@ -1,0 +1,261 @@
+"""What a reader of a request's events is told: everything that matters once, of the rest the newest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from service.backends.pending import Pending
+from service.engine import event_stream
+from service.engine.event_stream import EventStream
+from service.engine.events import Event, ImageDone, ImageFailed, Preview, Progress, Queued
+from service.engine.forecast import Prediction
+from service.engine.mailbox import Mailbox
+from service.engine.request import ImagePreview, ImageProgress, ImageResult, ImageStatus, Observation, Watch
+from service.errors import EngineDead, GenerationFailed, NotFinite
+from tests.fakes import CountingRunner, generation, params
+from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, runs, started, until
+
+AT_ONCE = pytest.mark.usefixtures("at_once")
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rounds of progress follow each other without a pause."""
+    monkeypatch.setattr(event_stream, "ROUND_EVERY_S", 0.0)
+
+
+def prediction(position: int = 3, seconds: float = 9.0) -> Prediction:
+    return Prediction(position=position, wait_s=seconds / 3, finish_s=seconds)
+
+
+def stream(images: int = 2) -> EventStream:
+    return EventStream(images, prediction(), lambda: prediction(0, 5.0))
+
+
+def moved(position: int, step: int) -> ImageProgress:
+    return ImageProgress(request_id="r", position=position, step=step, steps=50)
+
+
+def shown(position: int, step: int) -> ImagePreview:
+    pixels = np.full((1, 1, 1), step, dtype=np.uint8)
+    return ImagePreview(request_id="r", position=position, step=step, steps=50, pixels=pixels)
+
+
+def done(position: int) -> ImageResult:
+    return ImageResult(request_id="r", position=position, status=ImageStatus.DONE)
+
+
+async def rest(events: EventStream) -> list[Event]:
+    return [event async for event in events]
+
+
+def kinds(events: Sequence[Event]) -> list[str]:
+    return [type(event).__name__ for event in events]
+
+
+@AT_ONCE
+@runs
+async def test_a_slow_reader_gets_the_newest_and_every_end() -> None:
+    events = stream()
+    for step in range(1, 50):
+        for position in range(2):
+            events.observe(moved(position, step))
+            if step % 5 == 0:
+                events.observe(shown(position, step))
+    assert len(events._steps) == 4
+    queued = await anext(events)
+    assert queued == Queued(images_ahead=3, wait_s=3.0, eta_s=9.0)
+    told = [await anext(events) for _ in range(4)]
+    assert [(type(e), e.position, e.step) for e in told if isinstance(e, Progress | Preview)] == [
+        (Progress, 0, 49),
+        (Progress, 1, 49),
+        (Preview, 0, 45),
+        (Preview, 1, 45),
+    ]
+    assert all(0 < event.eta_s <= 5.0 for event in told if isinstance(event, Progress | Preview))
+    events.observe(moved(0, 49))
+    events.observe(shown(0, 49))
+    events.image_ended(0, done(0))
+    events.image_ended(1, done(1))
+    assert kinds(await rest(events)) == ["ImageDone", "ImageDone", "Completed"]
+
+
+@runs
+async def test_progress_comes_in_rounds_that_keep_a_distance_however_fast_the_engine_is() -> None:
+    now = 100.0
+    events = EventStream(2, prediction(), lambda: prediction(0, 5.0), clock=lambda: now)
+    await anext(events)
+    events.observe(moved(0, 1))
+    events.observe(moved(1, 1))
+    assert kinds([await anext(events)]) == ["Progress"]
+    events.observe(moved(0, 2))  # the round under way is not joined
+    assert kinds([await anext(events)]) == ["Progress"]
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    assert events._newest_step() is None
+    now += event_stream.ROUND_EVERY_S
+    told = await waiting
+    assert isinstance(told, Progress)
+    assert (told.position, told.step, told.steps) == (0, 2, 50)
+    assert told.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # counted down
+
+
+@AT_ONCE
+@runs
+async def test_an_image_that_failed_is_told_and_then_there_is_no_completion() -> None:
+    events = stream()
+    events.image_ended(1, NotFinite("image 1: overflow"))
+    events.image_ended(0, done(0))
+    told = await rest(events)
+    assert kinds(told) == ["Queued", "ImageFailed", "ImageDone"]
+    assert isinstance(told[1], ImageFailed)
+    assert (told[1].position, str(told[1].error)) == (1, "image 1: overflow")
+
+
+@runs
+async def test_a_cancelled_wait_loses_no_event() -> None:
+    events = stream(1)
+    await anext(events)
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    events.image_ended(0, done(0))
+    assert kinds(await rest(events)) == ["ImageDone", "Completed"]
+
+
+@runs
+async def test_closing_ends_a_waiting_reader_and_drops_what_was_not_read() -> None:
+    events = stream(1)
+    await anext(events)
+    waiting = asyncio.ensure_future(anext(events, None))
+    await asyncio.sleep(0)
+    events.close()
+    events.observe(moved(0, 1))
+    events.image_ended(0, done(0))
+    assert await waiting is None
+    assert await rest(events) == []
+
+
+@runs
+async def test_whoever_waits_in_the_queue_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "QUEUED_EVERY_S", 0.001)
+    events = stream(1)
+    told = [await anext(events) for _ in range(3)]
+    assert [event.images_ahead for event in told if isinstance(event, Queued)] == [3, 0, 0]
+    events.observe(moved(0, 1))
+    assert kinds([await anext(events)]) == ["Progress"]
+
+
+def test_the_mailbox_keeps_the_newest_of_each_kind_and_says_when_to_look() -> None:
+    mailbox = Mailbox()
+    first: list[Observation] = [moved(0, 1), shown(0, 1), moved(1, 1)]
+    assert mailbox.put(first)
+    assert not mailbox.put([moved(0, 2)])
+    kept = [(type(seen), seen.position, seen.step) for seen in mailbox.take()]
+    assert kept == [(ImageProgress, 0, 2), (ImagePreview, 0, 1), (ImageProgress, 1, 1)]
+    assert mailbox.take() == []
+    assert mailbox.put([moved(0, 3)])
+
+
+class SteppedRunner(CountingRunner):
+    """Takes as many steps as it is allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import threading
+
+        self.allowed = threading.Semaphore(0)
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        assert self.allowed.acquire(timeout=100)
+        return super().step(slots)
+
+
+@AT_ONCE
+@runs
+async def test_a_reader_that_keeps_up_sees_every_step_and_every_preview() -> None:
+    runner = SteppedRunner()
+    async with started(runner) as engine:
+        ticket = engine.submit(generation("r", params(steps=6), watch=Watch(preview_every=2)))
+        assert ticket.events is not None
+        assert isinstance(await anext(ticket.events), Queued)
+        told: list[tuple[str, int]] = []
+        for step in range(1, 6):
+            runner.allowed.release()
+            for _ in range(2 if step % 2 == 0 else 1):
+                event = await anext(ticket.events)
+                assert isinstance(event, Progress | Preview)
+                told.append((type(event).__name__, event.step))
+        runner.allowed.release()
+        last = await rest(ticket.events)
+        assert [step for kind, step in told if kind == "Progress"] == [1, 2, 3, 4, 5]
+        assert [step for kind, step in told if kind == "Preview"] == [2, 4]
+        assert kinds(last) == ["ImageDone", "Completed"]
+        assert isinstance(last[0], ImageDone)
+        assert last[0].result.pixels is not None
+        assert len(runner.calls) == 6
+
+
+@AT_ONCE
+@runs
+async def test_a_loop_that_is_busy_is_called_once_however_many_steps_are_taken() -> None:
+    async with started(CountingRunner()) as engine:
+        ticket = engine.submit(generation("r", params(steps=200), watch=Watch(preview_every=1)))
+        other = engine.submit(generation("s", params(steps=200)))
+        assert ticket.events is not None
+        while not engine._engine.scheduler.steps("m") or engine._engine.has_work():
+            pass  # the event loop looks at nothing while the engine works
+        assert len(engine._mailbox._newest) <= 2
+        told = await rest(ticket.events)
+        assert kinds(told) == ["Queued", "ImageDone", "Completed"]
+        assert other.events is None
+        assert (await other.images[0]).pixels is not None
+
+
+@AT_ONCE
+@runs
+async def test_events_stop_at_abort_and_its_rows_are_free_at_the_next_step() -> None:
+    runner = SteppedRunner()
+    async with started(runner) as engine:
+        watch = Watch(preview_every=1)
+        ticket = engine.submit(generation("r", *[params(steps=1000)] * CONFIG.max_in_flight, watch=watch))
+        assert ticket.events is not None
+        runner.allowed.release()
+        await anext(ticket.events)
+        assert isinstance(await anext(ticket.events), Progress)
+        engine.abort("r")
+        assert await rest(ticket.events) == []
+        runner.allowed.release()  # the step that had begun
+        assert {await outcome(future) for future in ticket.images} == {"Aborted"}
+        assert len(runner.calls) <= 2
+
+
+@runs
+async def test_the_engines_end_reaches_readers_of_events() -> None:
+    async with started(CountingRunner(error_at=2)) as engine:
+        ticket = engine.submit(generation("r", params(), params(), params(), watch=Watch()))
+        assert ticket.events is not None
+        ends = [event for event in await rest(ticket.events) if isinstance(event, ImageFailed)]
+        assert [(end.position, type(end.error)) for end in ends] == [(k, EngineDead) for k in range(3)]
+        assert all(isinstance(end.error, GenerationFailed) for end in ends)
+
+
+@AT_ONCE
+@runs
+async def test_a_request_without_a_watch_has_no_events_and_its_images_are_not_looked_at() -> None:
+    class Blind(PausedRunner):
+        def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+            raise AssertionError("nobody watches")
+
+    runner = Blind()
+    async with started(runner) as engine:
+        ticket = engine.submit(generation("r", params()))
+        assert ticket.events is None
+        runner.released.set()
+        await until(ticket.images[0].done)
+        assert ticket.images[0].result().pixels is not None

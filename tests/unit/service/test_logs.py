@@ -1,0 +1,185 @@
+"""What gets into the log, and what becomes of lines that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from service.log_writer import BackgroundHandler
+from service.logs import REQUEST_FIELDS, Seldom, configure_logging
+from service.metrics import LOG_LINES_DROPPED
+
+Dropped = Callable[[str], float]
+
+
+def record(logger: str, line: int, message: str, error: Exception | None = None) -> logging.LogRecord:
+    told = None if error is None else (type(error), error, None)
+    return logging.LogRecord(logger, logging.WARNING, "library/export.py", line, message, (), told)
+
+
+def test_a_library_logs_each_thing_once_a_minute_and_we_are_not_held_back() -> None:
+    now = 0.0
+    seldom = Seldom(clock=lambda: now)
+    for attempt in range(3):
+        assert seldom.filter(record("library.export", 10, f"try again in {attempt} s")) is (attempt == 0)
+    assert seldom.filter(record("library.export", 20, "gave up"))
+    assert seldom.filter(record("library.export", 10, "another error", OSError()))
+    assert not seldom.filter(record("library.export", 10, "another error", OSError()))
+    for ours in ("service.http.door.observe", "service", "cli.main", "py.warnings"):
+        assert all(seldom.filter(record(ours, 10, "GET / 200")) for _ in range(2))
+    now = 59.0
+    assert not seldom.filter(record("library.export", 10, "try again in 4 s"))
+    now = 61.0
+    passed = record("library.export", 10, "try again in 5 s")
+    assert seldom.filter(passed)
+    assert passed.getMessage() == "try again in 5 s (3 more like it were not logged)"
+    now = 122.0
+    passed = record("library.export", 10, "try again in 6 s")
+    assert seldom.filter(passed)
+    assert passed.getMessage() == "try again in 6 s"
+
+
+@pytest.fixture
+def logging_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackgroundHandler]:
+    """Configure logging as the service does, and put everything back."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", root.handlers)
+    level = root.level
+    configure_logging()
+    (handler,) = root.handlers
+    assert isinstance(handler, BackgroundHandler)
+    yield handler
+    logging.captureWarnings(False)
+    root.setLevel(level)
+
+
+def test_machines_read_a_request_s_fields_apart_from_its_line(
+    capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
+) -> None:
+    told = dict(zip(REQUEST_FIELDS, ("GET", "/", 200, 0.001, "alice"), strict=True))
+    logging.getLogger("x").info("GET / 200", extra={**told, "colour": "red"})
+    logging_configured.flush()
+    line = json.loads(capfd.readouterr().err)
+    assert line["event"] == "GET / 200"
+    assert {name: line.get(name) for name in (*REQUEST_FIELDS, "colour")} == {**told, "colour": None}
+
+
+def test_warnings_are_log_lines(capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning("old", DeprecationWarning, "file.py", 1)
+    logging_configured.flush()
+    assert "DeprecationWarning: old" in json.loads(capfd.readouterr().err)["event"]
+
+
+def test_a_record_that_cannot_be_formatted_is_an_error_in_the_log_and_no_traceback(
+    capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
+) -> None:
+    unfit = logging.LogRecord("x", logging.INFO, "file.py", 1, "%d images", ("many",), None)
+    logging_configured.handle(unfit)  # pytest's own handlers would raise
+    logging_configured.flush()
+    line = json.loads(capfd.readouterr().err)
+    assert line["level"] == "error"
+    assert line["event"].startswith("log record cannot be formatted: '%d images': TypeError(")
+
+
+@pytest.fixture
+def dropped() -> Dropped:
+    """Return how many lines were dropped in this test, by reason."""
+
+    def count(reason: str) -> float:
+        return LOG_LINES_DROPPED.labels(reason)._value.get()
+
+    before = {reason: count(reason) for reason in ("queue_full", "write_failed")}
+    return lambda reason: count(reason) - before[reason]
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Make a pipe, and close what a test has left open of it."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        with suppress(OSError):
+            os.close(end)
+
+
+def fill(writing: int) -> int:
+    """Fill a pipe; return the number of bytes."""
+    os.set_blocking(writing, False)
+    written = 0
+    try:
+        while True:
+            written += os.write(writing, b"." * 4096)
+    except BlockingIOError:
+        return written
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_pipe_that_nobody_reads_costs_lines_and_the_log_says_how_many(
+    pipe: tuple[int, int], dropped: Dropped, blocking: bool
+) -> None:
+    reading, writing = pipe
+    filled = fill(writing)
+    os.set_blocking(writing, blocking)
+    handler = BackgroundHandler(writing, queued_lines=10)
+    for number in range(100):
+        handler.handle(record("x", 1, f"line {number}"))  # returns, although nothing can be written
+    handler.flush()
+    lost = int(dropped("queue_full"))
+    assert lost in (89, 90)  # the writing thread may hold one line
+
+    written = b""
+    while len(written) < filled:
+        written += os.read(reading, filled - len(written))
+    handler.flush()
+    handler.handle(record("x", 1, "the last line"))
+    handler.flush()
+    lines = os.read(reading, 1 << 16).decode().splitlines()
+    assert lines == [
+        *(f"line {number}" for number in range(100 - lost)),
+        f"log lines dropped here: {lost}; standard error was full or closed",
+        "the last line",
+    ]
+
+
+def test_a_closed_pipe_costs_lines_and_nothing_else(pipe: tuple[int, int], dropped: Dropped) -> None:
+    reading, writing = pipe
+    os.close(reading)
+    handler = BackgroundHandler(writing)
+    for _ in range(3):
+        handler.handle(record("x", 1, "line"))
+    handler.flush()
+    assert dropped("write_failed") == 3
+
+
+WITHOUT_STANDARD_ERROR = """
+import logging, os, socket, sys
+from service.logs import configure_logging
+from service.metrics import LOG_LINES_DROPPED
+
+configure_logging()
+with socket.socket() as other:
+    assert other.fileno() != 2  # else whatever is written to standard error would go there
+    logging.getLogger("x").info("line")
+    logging.getLogger().handlers[0].flush()
+print(LOG_LINES_DROPPED.labels("write_failed")._value.get())
+"""
+
+
+def test_closed_standard_error_does_not_end_the_process() -> None:
+    def close_standard_error() -> None:
+        os.close(2)
+
+    options: dict[str, Any] = {"preexec_fn": close_standard_error, "stdout": subprocess.PIPE}
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_STANDARD_ERROR], timeout=120, check=False, **options)
+    assert (ended.returncode, ended.stdout) == (0, b"1.0\n")
