@@ -175,7 +175,7 @@ async def time_calls(config: EngineConfig, waiting: int, steps: int) -> tuple[li
         engine.eta(asked)
         eta.append(time.perf_counter() - begun)
         for place, ticket in enumerate(tickets):
-            if not ticket.pending:
+            if ticket.ended.done():
                 request = crowd.next()
                 begun = time.perf_counter()
                 tickets[place] = engine.submit(request)

@@ -31,8 +31,9 @@ from benchmarks import traffic
 from benchmarks.traffic import MIX, SLO, draw_arrival, mean_row_steps, percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import Forecast
+from service.engine.ledger import Ledger
 from service.engine.policies import PolicyName
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, images_of
+from service.engine.request import GenerationRequest, ImageParams, PlanKey
 from service.engine.scheduler import Scheduler
 from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
@@ -104,7 +105,8 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
 
     def serve(device: Device, requests: Sequence[Arrival]) -> Outcome:
         config = EngineConfig(max_rows=device.width, policy=policy, ageing=ageing)
-        scheduler, forecast, costs = Scheduler(config, [MODEL]), Forecast(config, [MODEL]), StepCosts()
+        scheduler, ledger, costs = Scheduler(config, [MODEL]), Ledger([MODEL]), StepCosts()
+        forecast = Forecast(config, ledger)
         for rows in range(1, device.width + 1):
             costs.observe(rows, device.seconds(rows))
         outcome = Outcome([0.0] * len(requests), 0.0)
@@ -116,17 +118,17 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
                 now = max(now, coming[0][1].at)
             while coming and coming[0][1].at <= now:
                 number, arrival = coming.popleft()
-                request = as_request(number, arrival)
-                images = images_of(request, arrival.at * UNIT_S)
+                request, steps = as_request(number, arrival), scheduler.steps(MODEL)
+                images = scheduler.order.images_of(request, arrival.at * UNIT_S, steps)
                 snapshot = Snapshot.of(
                     scheduler.started(),
-                    steps={MODEL: scheduler.steps(MODEL)},
+                    steps={MODEL: steps},
                     widths={MODEL: scheduler.width(MODEL)},
                     costs={MODEL: costs.now},
                 )
                 predicted[number] = forecast.predict(images, snapshot).finish_s
-                forecast.add(images, snapshot)
-                scheduler.add(images_of(request, arrival.at * UNIT_S))
+                ledger.add(images)
+                scheduler.add(images)
             batch = scheduler.schedule(now)
             assert batch is not None
             took = device.seconds(batch.rows)
@@ -134,7 +136,7 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
             outcome.busy += took
             for image in scheduler.complete(batch, [True] * len(batch.images)):
                 outcome.finished[int(image.request_id)] = now
-                forecast.remove(image.request_id, image.position)
+                ledger.remove(image.request_id, image.position)
         outcome.ratios = [
             (end - arrival.at) / p for end, arrival, p in zip(outcome.finished, requests, predicted, strict=True)
         ]

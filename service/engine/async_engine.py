@@ -13,7 +13,6 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,16 +22,18 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.event_stream import EventStream
 from service.engine.forecast import Forecast, Prediction
+from service.engine.ledger import Ledger
 from service.engine.mailbox import Mailbox
 from service.engine.model_ids import name_of
+from service.engine.order import ServiceOrder
 from service.engine.request import (
     FailureReason,
     GenerationRequest,
+    Image,
     ImageResult,
     ImageStatus,
     Observation,
     Priority,
-    images_of,
 )
 from service.engine.runners.base import Runner
 from service.engine.step_costs import StepCosts
@@ -69,9 +70,8 @@ class EngineState(enum.Enum):
 
 
 @dataclass(frozen=True)
-class _Add:
-    request: GenerationRequest
-    submitted_at: float
+class _Enter:
+    images: list[Image]
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,6 @@ class Ticket:
     """Done when the engine has let go of every image, later than `images` where they were given up."""
     outcomes: list[ImageResult] = field(init=False, default_factory=list)
     """What the engine said of each image that left it, of failed and aborted ones too."""
-    pending: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.pending = len(self.images)
 
 
 class AsyncEngine:
@@ -133,16 +129,18 @@ class AsyncEngine:
         self._config = config
         self._metrics = metrics
         self._on_state = on_state
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Load | _Drop | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Enter | _Abort | _Load | _Drop | _Stop] = queue.SimpleQueue()
         self._mailbox = Mailbox()
         self._tickets: dict[str, Ticket] = {}
-        self._forecast = Forecast(config, engine.costs)
+        self.ledger = Ledger(engine.costs)
+        """Accepted work; to be read only."""
+        self._order = ServiceOrder(config)
+        self._forecast = Forecast(config, self.ledger)
         self._models = set(engine.costs)
         """Those that requests may be for."""
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._retiring: set[str] = set()
         """Those that only go on until their last image is done."""
-        self._rows_in_flight: Counter[str] = Counter()  # by client
         self._idle = asyncio.Event()
         self._idle.set()
         self._ended = asyncio.Event()
@@ -175,7 +173,8 @@ class AsyncEngine:
             raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._models}))
         self._check_room(request)
         now = time.monotonic()
-        images, snapshot = images_of(request, now), self._engine.snapshot
+        snapshot = self._engine.snapshot
+        images = self._order.images_of(request, now, snapshot.steps[request.model])
         prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
 
@@ -186,11 +185,10 @@ class AsyncEngine:
             events = EventStream(len(images), prediction, lambda: self.eta(request.request_id))
         ticket = Ticket(request, futures, now, prediction, events, loop.create_future())
         self._tickets[request.request_id] = ticket
-        self._forecast.add(images, snapshot)
-        self._rows_in_flight[request.client] += request.rows
+        self.ledger.add(images)
         self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
         self._idle.clear()
-        self._commands.put(_Add(request, now))
+        self._commands.put(_Enter(images))
         return ticket
 
     @property
@@ -223,9 +221,9 @@ class AsyncEngine:
 
     def _drop_if_done(self, model: str) -> None:
         # Here and not in the engine's thread: predictions look at models until the loop knows that all images are done
-        if model in self._retiring and all(ticket.request.model != model for ticket in self._tickets.values()):
+        if model in self._retiring and not self.ledger.models[model].rows:
             self._retiring.remove(model)
-            self._forecast.remove_model(model)
+            self.ledger.remove_model(model)
             self._commands.put(_Drop(model))
 
     def _check_ready(self) -> None:
@@ -236,7 +234,7 @@ class AsyncEngine:
         """Refuse by rows: what is in flight in all, and of this client."""
         self._check_client_images(request)
         rows, limit = request.rows, self._config.max_in_flight
-        in_flight = self._rows_in_flight.total()
+        in_flight = self.ledger.rows
         if rows > limit:
             count = limit * len(request.images) // rows
             raise InvalidRequest(
@@ -247,7 +245,7 @@ class AsyncEngine:
                 f"{in_flight} rows are in flight, at most {limit} can be; this request has {rows}",
                 self._until_free_s(in_flight + rows - limit),
             )
-        own, part = self._rows_in_flight[request.client], int(limit * self._config.client_share)
+        own, part = self.ledger.client(request.client).rows, int(limit * self._config.client_share)
         if request.client and own and own + rows > part:  # whoever has nothing in flight is never refused here
             raise ClientLimit(
                 f"{own} rows of this client are in flight, at most {part} can be; this request has {rows}",
@@ -263,8 +261,7 @@ class AsyncEngine:
             raise InvalidRequest(
                 "n", f"must be at most {limit}, the images this client may have in flight; got {count}"
             )
-        own = [ticket for ticket in self._tickets.values() if ticket.request.client == request.client]
-        in_flight = sum(ticket.pending for ticket in own)
+        in_flight = self.ledger.client(request.client).images
         if in_flight + count > limit:
             raise ClientLimit(
                 f"{in_flight} images of this client are in flight, at most {limit} can be; this request has {count}",
@@ -284,9 +281,7 @@ class AsyncEngine:
 
     def _until_free_s(self, rows: int) -> float:
         """Predict when so many of the rows in flight will have left, taking all to be alike; at least a second."""
-        return max(
-            1.0, self._forecast.backlog_s(self._engine.snapshot) * rows / max(rows, self._rows_in_flight.total())
-        )
+        return max(1.0, self._forecast.backlog_s(self._engine.snapshot) * rows / max(rows, self.ledger.rows))
 
     def abort(self, request_id: str) -> None:
         """Free a request's rows at the next step; its unfinished images end with `Aborted`, its events end here."""
@@ -299,7 +294,7 @@ class AsyncEngine:
     def eta(self, request_id: str) -> Prediction | None:
         """Say how many images come before a request's and when it will be done; None: it is, or was never accepted."""
         ticket = self._tickets.get(request_id)
-        return None if ticket is None else self._forecast.eta(request_id, len(ticket.images), self._engine.snapshot)
+        return None if ticket is None else self._forecast.eta(request_id, self._engine.snapshot)
 
     def drain(self) -> None:
         """Refuse new requests from now on; accepted ones go on."""
@@ -352,8 +347,8 @@ class AsyncEngine:
             except queue.Empty:
                 return True
             match command:
-                case _Add(request, submitted_at):
-                    self._engine.add(request, submitted_at)
+                case _Enter(images):
+                    self._engine.enter(images)
                 case _Abort(request_id):
                     self._deliver(self._engine.abort(request_id))
                 case _Load(model, runner, costs):
@@ -408,7 +403,7 @@ class AsyncEngine:
         loading = self._loading.pop(model, None)
         if loading is not None:  # else the engine has died meanwhile
             self._models.add(model)
-            self._forecast.add_model(model)
+            self.ledger.add_model(model)
             loading.set_result(None)
 
     def _on_observations(self) -> None:
@@ -424,7 +419,7 @@ class AsyncEngine:
                 continue
             ticket.outcomes.append(result)
             params = ticket.request.images[result.position]
-            self._forecast.remove(result.request_id, result.position)  # first: events tell when the rest will be done
+            self.ledger.remove(result.request_id, result.position)  # first: events tell when the rest will be done
             if result.status is ImageStatus.DONE:
                 self._metrics.image_done(name_of(ticket.request.model), result.queue_s, result.compute_s)
                 self._metrics.deadline_misses.inc(result.late_s > 0)
@@ -434,9 +429,7 @@ class AsyncEngine:
                 _resolve(ticket, result.position, image_failure(params.image_index, result.failure))
             else:
                 _resolve(ticket, result.position, Aborted("the request was cancelled"))
-            ticket.pending -= 1
-            self._rows_in_flight[ticket.request.client] -= params.rows
-            if ticket.pending == 0:
+            if len(ticket.outcomes) == len(ticket.images):
                 self._end(ticket)
         if not self._tickets:
             self._idle.set()
@@ -447,8 +440,6 @@ class AsyncEngine:
         ticket.ended.set_result(None)
         del self._tickets[request.request_id]
         self._drop_if_done(request.model)
-        if not self._rows_in_flight[request.client]:
-            del self._rows_in_flight[request.client]
         complete = all(future.done() and not future.cancelled() and not future.exception() for future in ticket.images)
         if complete and ticket.prediction.finish_s > 0:
             took = time.monotonic() - ticket.submitted_at

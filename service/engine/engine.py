@@ -36,7 +36,6 @@ from service.engine.request import (
     ImageStatus,
     Observation,
     StepBatch,
-    images_of,
 )
 from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
@@ -163,8 +162,12 @@ class Engine:
         )
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
-        """Let a request's images wait for their first step."""
-        self.scheduler.add(images_of(request, submitted_at))
+        """Accept a request, which has passed no admission."""
+        self.enter(self.scheduler.order.images_of(request, submitted_at, self.scheduler.steps(request.model)))
+
+    def enter(self, images: Sequence[Image]) -> None:
+        """Let accepted images wait for their first step."""
+        self.scheduler.add(images)
         self._counts.in_flight(self.scheduler)
 
     def abort(self, request_id: str) -> list[ImageResult]:

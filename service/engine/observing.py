@@ -15,7 +15,7 @@ def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation
     Returns:
         What to say of them; pixels are made when it is waited for.
     """
-    watched = [image for image in images if image.watch is not None and image.status is ImageStatus.RUNNING]
+    watched = [image for image in images if image.request.watch is not None and image.status is ImageStatus.RUNNING]
     steps = [
         ImageProgress(
             request_id=image.request_id, position=image.position, step=image.steps_done, steps=image.params.num_steps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-_Order = tuple[float, int]
+from service.engine.request import Order
+
 BLOCK = 256
 
 
@@ -12,8 +13,8 @@ class OrderedWork:
     """Entries (order, work), sorted, in blocks whose sums are kept: adding, removing and asking cost a block each."""
 
     def __init__(self) -> None:
-        self._blocks: list[list[tuple[_Order, int]]] = []
-        self._lasts: list[_Order] = []
+        self._blocks: list[list[tuple[Order, int]]] = []
+        self._lasts: list[Order] = []
         self._sums: list[int] = []
         self.work = 0
         """Work of all entries."""
@@ -21,7 +22,7 @@ class OrderedWork:
     def __len__(self) -> int:
         return sum(map(len, self._blocks))
 
-    def add(self, order: _Order, work: int) -> None:
+    def add(self, order: Order, work: int) -> None:
         """Put an entry in its place; no other may have this order."""
         self.work += work
         at = min(bisect_left(self._lasts, order), len(self._blocks) - 1)
@@ -33,7 +34,7 @@ class OrderedWork:
         middle = len(block) // 2
         self._replace(at, 1, [block] if len(block) <= BLOCK else [block[:middle], block[middle:]])
 
-    def remove(self, order: _Order) -> None:
+    def remove(self, order: Order) -> None:
         """Take an entry out.
 
         Raises:
@@ -47,7 +48,7 @@ class OrderedWork:
         self.work -= block.pop(place)[1]
         self._replace(at, 1, [block] if block else [])
 
-    def before(self, order: _Order) -> tuple[int, int]:
+    def before(self, order: Order) -> tuple[int, int]:
         """Return how many entries come before a place in the order, and their work."""
         at = bisect_left(self._lasts, order)
         count = sum(map(len, self._blocks[:at]))
@@ -59,7 +60,7 @@ class OrderedWork:
             work += sum(work for _, work in block[:place])
         return count, work
 
-    def _replace(self, at: int, count: int, blocks: list[list[tuple[_Order, int]]]) -> None:
+    def _replace(self, at: int, count: int, blocks: list[list[tuple[Order, int]]]) -> None:
         end = at + count
         self._blocks[at:end] = blocks
         self._lasts[at:end] = [block[-1][0] for block in blocks]

@@ -19,6 +19,8 @@ from service.engine.request import Image
 
 PolicyName = Literal["fifo", "srw", "deadline"]
 Policy = Callable[[Image], float]
+CHANGE_WITH_STEPS: frozenset[PolicyName] = frozenset({"srw"})
+"""Policies that give an image another number after each of its steps; the others keep to the first one."""
 
 PATIENCE_S = 60.0
 """Seconds after its arrival in which an image without a deadline is due, so that deadlines never starve it."""
@@ -29,13 +31,17 @@ def fifo(image: Image) -> float:
     return image.sequence
 
 
-def srw(image: Image, ageing: float) -> float:
-    """Aged shortest remaining work: `remaining - ageing * age`, less what is the same for all at any moment.
+def srw(ageing: float) -> Policy:
+    """Return aged shortest remaining work: `remaining - ageing * age`, less what is the same for all at any moment.
 
     Remaining work is in row-steps, age in steps of the model. Unaged, this is shortest remaining processing time,
     which has the least mean latency of all orders (Schrage 1968) and starves long images.
     """
-    return image.remaining_row_steps + ageing * image.arrival_step
+
+    def aged_work(image: Image) -> float:
+        return image.remaining_row_steps + ageing * image.arrival_step
+
+    return aged_work
 
 
 def deadline(image: Image) -> float:
@@ -49,7 +55,7 @@ def policy_named(name: PolicyName, ageing: float) -> Policy:
         case "fifo":
             return fifo
         case "srw":
-            return lambda image: srw(image, ageing)
+            return srw(ageing)
         case "deadline":
             return deadline
         case _:

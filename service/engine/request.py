@@ -110,64 +110,80 @@ class ImageStatus(enum.Enum):
     ABORTED = "aborted"
 
 
+Order = tuple[float, int]
+"""What images of a priority are sorted by, least first; see `service.engine.order`."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Image:
-    """An image in flight. The scheduler writes `sequence` and everything below it."""
+    """An accepted image: one object from its admission to its result.
 
-    request_id: str
+    `ServiceOrder` sets `sequence`, `arrival_step` and `order` at admission. From then on only the scheduler writes,
+    and nothing but `order` and what comes after it: any thread may read the rest.
+    """
+
+    request: GenerationRequest
     position: int
     """Which image of its request."""
-    model: str
-    params: ImageParams
     submitted_at: float
     """time.monotonic() at admission."""
+    params: ImageParams = field(init=False)
     rows: int = field(init=False)
     """Network rows per step."""
     classified_rows: int = field(init=False)
     """Rows per step that the classifier is called on."""
-    client: str = ""
-    priority: Priority = Priority.INTERACTIVE
-    deadline: float | None = None
+    row_steps: int = field(init=False)
+    """Work of all its steps: rows times steps."""
+    deadline: float | None = field(init=False)
     """On the clock of `submitted_at`."""
-    watch: Watch | None = None
     sequence: int = -1
-    """Order of arrival at the scheduler."""
+    """Order of arrival."""
     arrival_step: int = 0
     """Steps its model had taken when it arrived: age is counted in steps, so that no clock decides an order."""
-    order: tuple[float, int] = (0.0, -1)
-    """Its policy's sort key (least first), then `sequence`; changes only when the image takes a step."""
+    order: Order = (0.0, -1)
+    """Changes only when the image takes a step."""
     status: ImageStatus = ImageStatus.WAITING
     slot: int | None = None
     steps_done: int = 0
     started_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.rows = self.params.rows
-        self.classified_rows = self.params.classified_rows
+        params, deadline_s = self.request.images[self.position], self.request.deadline_s
+        self.params = params
+        self.rows = params.rows
+        self.classified_rows = params.classified_rows
+        self.row_steps = params.rows * params.num_steps
+        self.deadline = None if deadline_s is None else self.submitted_at + deadline_s
+
+    @property
+    def request_id(self) -> str:
+        """Return its request's id."""
+        return self.request.request_id
+
+    @property
+    def model(self) -> str:
+        """Return the id of the model that makes it."""
+        return self.request.model
+
+    @property
+    def client(self) -> str:
+        """Return who asks for it."""
+        return self.request.client
+
+    @property
+    def priority(self) -> Priority:
+        """Return its request's priority."""
+        return self.request.priority
+
+    @property
+    def watch(self) -> Watch | None:
+        """Return what of it is to be shown while it is made."""
+        return self.request.watch
 
     @property
     def remaining_row_steps(self) -> int:
-        """Work left: rows times steps."""
-        return self.rows * (self.params.num_steps - self.steps_done)
-
-
-def images_of(request: GenerationRequest, submitted_at: float) -> list[Image]:
-    """Return a request's images, none of them started."""
-    deadline = None if request.deadline_s is None else submitted_at + request.deadline_s
-    return [
-        Image(
-            request_id=request.request_id,
-            position=position,
-            model=request.model,
-            params=params,
-            submitted_at=submitted_at,
-            client=request.client,
-            priority=request.priority,
-            deadline=deadline,
-            watch=request.watch,
-        )
-        for position, params in enumerate(request.images)
-    ]
+        """Return the work left: rows times steps."""
+        return self.row_steps - self.rows * self.steps_done
 
 
 class ImageStep(NamedTuple):

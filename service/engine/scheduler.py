@@ -9,7 +9,7 @@ from typing import Any
 
 from service.engine.client_shares import ClientShares
 from service.engine.config import EngineConfig
-from service.engine.policies import policy_named
+from service.engine.order import ServiceOrder
 from service.engine.request import Image, ImageStatus, ImageStep, Move, Priority, StepBatch
 from service.engine.waiting_line import WaitingLine
 
@@ -35,7 +35,7 @@ class _Queue:
     def urgency(self) -> Callable[[Image], Any]:
         """What the queue is sorted by, until the next step is done; least first."""
         ahead = self.shares.ahead
-        return (lambda image: (image.client in ahead, image.order)) if ahead else _ORDER
+        return (lambda image: (image.request.client in ahead, image.order)) if ahead else _ORDER
 
     def next_in_line(self, rows: int) -> Image | None:
         """Return the most urgent image without a slot that takes at most so many rows and may go on."""
@@ -77,7 +77,7 @@ class _Lane:
         return self.width
 
     def queue(self, image: Image) -> _Queue:
-        return self.batch if image.priority is Priority.BATCH else self.interactive
+        return self.batch if image.request.priority is Priority.BATCH else self.interactive
 
 
 class Scheduler:
@@ -102,10 +102,10 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
         self._config = config
-        self._policy = policy_named(config.policy, config.ageing)
+        self.order = ServiceOrder(config)
+        """Sets images' order after each step. Of images that no admission has accepted, also their arrival."""
         self._lanes = {model: _Lane(config) for model in models}
         self._turn = deque(self._lanes)
-        self._arrivals = 0
         self._by_request: defaultdict[str, set[Image]] = defaultdict(set)
         self.remaining_row_steps = 0
         """Work left of everything in flight."""
@@ -191,14 +191,9 @@ class Scheduler:
         self._turn.remove(model)
 
     def add(self, images: Iterable[Image]) -> None:
-        """Let images wait for their first step."""
+        """Let images wait for their first step; their order is set."""
         for image in images:
-            lane = self._lanes[image.model]
-            image.sequence = self._arrivals
-            image.arrival_step = lane.steps
-            self._set_order(image)
-            self._arrivals += 1
-            queue = lane.queue(image)
+            queue = self._lanes[image.model].queue(image)
             queue.waiting.push(image)
             queue.shares.enter(image.client)
             self._by_request[image.request_id].add(image)
@@ -241,7 +236,7 @@ class Scheduler:
         lane.steps += 1
         served: dict[_Queue, defaultdict[str, int]] = {q: defaultdict(int) for q in (lane.interactive, lane.batch)}
         for image in batch.images:
-            served[lane.queue(image)][image.client] += image.rows
+            served[lane.queue(image)][image.request.client] += image.rows
         for queue, rows in served.items():
             queue.served(rows)
         self.remaining_row_steps -= batch.rows
@@ -249,7 +244,7 @@ class Scheduler:
         for image, fine in zip(batch.images, ok, strict=True):
             image.steps_done += 1
             if fine and image.steps_done < image.params.num_steps:
-                self._set_order(image)
+                self.order.update(image)
             else:
                 self._leave(lane, image, ImageStatus.DONE if fine else ImageStatus.FAILED)
                 left.append(image)
@@ -379,9 +374,6 @@ class Scheduler:
         siblings.remove(image)
         if not siblings:
             del self._by_request[image.request_id]
-
-    def _set_order(self, image: Image) -> None:
-        image.order = (self._policy(image), image.sequence)
 
     def _queues(self) -> Iterable[_Queue]:
         for lane in self._lanes.values():

@@ -7,21 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
 
-from service.engine.request import Image, Priority
+from service.engine.request import Image, Order
 from service.engine.step_costs import Costs
 
 
-class StartedImage(NamedTuple):
-    """An image that has started, at the time of a snapshot; fields are those of `Image`."""
+class PlacedImage(NamedTuple):
+    """An image with what changes of it, at one moment."""
 
-    request_id: str
-    position: int
-    model: str
-    client: str
-    priority: Priority
-    rows: int
-    classified_rows: int
-    order: tuple[float, int]
+    image: Image
+    order: Order
     remaining_row_steps: int
 
 
@@ -39,7 +33,7 @@ class Snapshot:
     Images that end stay until their results have been delivered, and perhaps a step longer, so that nobody who reads
     this takes them for images that have not started.
     """
-    orders: Sequence[tuple[float, int]]
+    orders: Sequence[Order]
     """Of each of them, its order."""
     remaining: Sequence[int]
     """Of each of them, its row-steps left."""
@@ -68,11 +62,6 @@ class Snapshot:
         )
 
     @cached_property
-    def started(self) -> tuple[StartedImage, ...]:
+    def started(self) -> tuple[PlacedImage, ...]:
         """The images as they were then, put together by whoever reads it: all else of an image never changes."""
-        return tuple(
-            StartedImage(
-                i.request_id, i.position, i.model, i.client, i.priority, i.rows, i.classified_rows, order, remaining
-            )
-            for i, order, remaining in zip(self.images, self.orders, self.remaining, strict=True)
-        )
+        return tuple(map(PlacedImage, self.images, self.orders, self.remaining))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from heapq import heapify, heappop, heappush
 
-from service.engine.request import Image
+from service.engine.request import Image, Order
 
-_Order = tuple[float, int]
-_Head = tuple[_Order, str]
+_Head = tuple[Order, str]
 SLACK = 64
 """Outdated entries a heap may hold before it is worth cleaning."""
 
@@ -17,7 +16,7 @@ class _Flow:
     """The waiting images of one client that take the same number of rows."""
 
     def __init__(self) -> None:
-        self.images: list[tuple[_Order, Image]] = []  # heap; may hold images that have left the line
+        self.images: list[tuple[Order, Image]] = []  # heap; may hold images that have left the line
         self.gone = 0
 
 

@@ -152,8 +152,7 @@ def check_nothing_is_left(engine: AsyncEngine) -> None:
     assert sorted(lane.free_slots) == list(range(engine._config.num_slots))
     assert not engine._engine._saved
     assert not engine._tickets
-    assert not engine._rows_in_flight
-    assert not engine._forecast._images
+    assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
 
 
 def check_metrics(metrics: Metrics, clients: list[Client]) -> None:

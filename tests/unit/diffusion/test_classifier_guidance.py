@@ -23,7 +23,9 @@ from service.backends.torch_classifier import load_torch_classifier
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.forecast import Forecast
-from service.engine.request import ImageResult, ImageStatus, images_of
+from service.engine.ledger import Ledger
+from service.engine.order import ServiceOrder
+from service.engine.request import ImageResult, ImageStatus
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.errors import ModelError
@@ -249,8 +251,8 @@ def test_predictions_count_the_classifier_s_time_for_those_who_ask() -> None:
     snapshot = engine.snapshot
 
     def finish(*images: Any) -> float:
-        request = generation("r", *images)
-        return Forecast(CONFIG, ["m"]).predict(images_of(request, 0.0), snapshot).finish_s
+        accepted = ServiceOrder(CONFIG).images_of(generation("r", *images), 0.0, snapshot.steps["m"])
+        return Forecast(CONFIG, Ledger(["m"])).predict(accepted, snapshot).finish_s
 
     assert finish(params(steps=5)) == 5 * 1
     assert finish(params(steps=5, classifier_scale=1.0)) == 5 * (1 + 3)

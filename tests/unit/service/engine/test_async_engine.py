@@ -294,8 +294,7 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
             assert [resolved[id(future)] for ticket in tickets for future in ticket.images] == [1] * resolved.total()
             assert resolved.total() == sum(len(ticket.images) for ticket in tickets)
             assert not engine._tickets
-            assert not engine._rows_in_flight
-            assert not engine._forecast._images
+            assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
             assert engine.state is EngineState.READY
 
     asyncio.run(asyncio.wait_for(check(), timeout=120))

@@ -353,10 +353,10 @@ def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_until_it_has_
     engine.add(generation("r", params(steps=1)), submitted_at=0.0)
     for act in (engine.launch, engine.settle, engine.report):
         act()
-        assert [image.remaining_row_steps for image in engine.snapshot.started] == [0]
+        assert [placed.remaining_row_steps for placed in engine.snapshot.started] == [0]
     engine.add(generation("s", params(steps=2)), submitted_at=0.0)
     engine.launch()
-    assert [(i.request_id, i.remaining_row_steps) for i in engine.snapshot.started] == [("s", 1)]
+    assert [(placed.image.request_id, placed.remaining_row_steps) for placed in engine.snapshot.started] == [("s", 1)]
 
 
 def test_a_snapshot_stays_as_it_was_published() -> None:

@@ -10,8 +10,9 @@ from benchmarks.simulate import DEVICES, Arrival, Device, Outcome, arrivals, bes
 from benchmarks.traffic import percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import Forecast
+from service.engine.ledger import Ledger
 from service.engine.policies import PolicyName
-from service.engine.request import Image, ImageParams, Priority, images_of
+from service.engine.request import Image, ImageParams, Priority
 from service.engine.scheduler import Scheduler
 from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
@@ -26,7 +27,8 @@ class Device4:
 
     def __init__(self, policy: PolicyName = "fifo", **changes: float) -> None:
         config = EngineConfig(policy=policy).replace(max_rows=WIDTH, **changes)
-        self.scheduler, self.forecast, self.costs = Scheduler(config, ["m"]), Forecast(config, ["m"]), StepCosts()
+        self.scheduler, self.ledger, self.costs = Scheduler(config, ["m"]), Ledger(["m"]), StepCosts()
+        self.forecast = Forecast(config, self.ledger)
         self.costs.observe(WIDTH, 1.0)
         self.now = 0.0
         self.finished: dict[str, float] = {}
@@ -38,10 +40,10 @@ class Device4:
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
         """Accept a request; returns its predicted wait and finish, from now."""
         request = generation(name, *images, priority=priority)
-        new, snapshot = images_of(request, self.now), self.snapshot()
-        predicted = self.forecast.predict(new, snapshot)
-        self.forecast.add(new, snapshot)
-        self.scheduler.add(images_of(request, self.now))
+        accepted = self.scheduler.order.images_of(request, self.now, self.scheduler.steps("m"))
+        predicted = self.forecast.predict(accepted, self.snapshot())
+        self.ledger.add(accepted)
+        self.scheduler.add(accepted)
         return predicted.wait_s, predicted.finish_s
 
     def step(self) -> list[Image]:
@@ -50,7 +52,7 @@ class Device4:
         self.now += 1.0
         left = self.scheduler.complete(batch, [True] * len(batch.images))
         for image in left:
-            self.forecast.remove(image.request_id, image.position)
+            self.ledger.remove(image.request_id, image.position)
             self.finished[image.request_id] = self.now
         return left
 
@@ -143,7 +145,7 @@ def test_an_eta_shrinks_with_every_step_and_ends() -> None:
     device.add("a", params(10), params(10))
     device.add("b", *[params(30)] * 4)
     seen = []
-    while (eta := device.forecast.eta("b", 4, device.snapshot())) is not None:
+    while (eta := device.forecast.eta("b", device.snapshot())) is not None:
         seen.append((eta.position, eta.finish_s))
         device.step()
     assert seen == sorted(seen, reverse=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from service.backends.base import FailureKind
 from service.engine.recovery import STEPS_BEFORE_GROWING, MemoryLimit, Outcome, take_step
 from service.engine.request import Image
-from tests.fakes import CountingRunner, params
+from tests.fakes import CountingRunner, generation, params
 
 
 class DeviceLost(Exception):
@@ -38,7 +38,8 @@ class ProbedRunner(CountingRunner):
 
 
 def images_of(count: int) -> list[Image]:
-    return [Image(request_id="r", position=k, model="m", params=params(), submitted_at=0.0) for k in range(count)]
+    request = generation("r", *[params()] * count)
+    return [Image(request=request, position=k, submitted_at=0.0) for k in range(count)]
 
 
 class Steps:

@@ -10,20 +10,21 @@ from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageStatus, StepBatch
 from service.engine.scheduler import PROBE_INTERVAL, PROBE_STEPS, Scheduler
+from tests.arriving import ArrivingScheduler
 from tests.counts import count
-from tests.fakes import params
+from tests.fakes import generation, params
 
 WIDTH = 4
 
 
 def make(models: tuple[str, ...] = ("m",), policy: PolicyName = "fifo", **changes: int) -> Scheduler:
     sizes = {"max_rows": WIDTH, "slots_per_row": 2, **changes}
-    return Scheduler(EngineConfig(policy=policy).replace(**sizes), models)
+    return ArrivingScheduler(EngineConfig(policy=policy).replace(**sizes), models)
 
 
 def image(name: str, steps: int = 3, guided: bool = False, model: str = "m") -> Image:
     scale = 2.0 if guided else 1.0
-    return Image(request_id=name, position=0, model=model, params=params(steps, scale), submitted_at=0.0)
+    return Image(request=generation(name, params(steps, scale), model=model), position=0, submitted_at=0.0)
 
 
 def names(batch: StepBatch | None) -> list[str]:

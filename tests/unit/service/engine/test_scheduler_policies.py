@@ -14,8 +14,9 @@ from service.engine.config import EngineConfig
 from service.engine.policies import PATIENCE_S, PolicyName
 from service.engine.request import Image, ImageStatus, Priority, StepBatch
 from service.engine.scheduler import Scheduler
+from tests.arriving import ArrivingScheduler
 from tests.counts import count
-from tests.fakes import CountingRunner, params
+from tests.fakes import CountingRunner, generation, params
 
 WIDTH = 4
 EVERY_POLICY = pytest.mark.parametrize("policy", ["fifo", "srw", "deadline"])
@@ -24,7 +25,7 @@ POLICY_NAMES = st.sampled_from(["fifo", "srw", "deadline"])
 
 def make(policy: PolicyName = "srw", **changes: float) -> Scheduler:
     sizes = {"max_rows": WIDTH, "slots_per_row": 2, **changes}
-    return Scheduler(EngineConfig(policy=policy).replace(**sizes), ["m"])
+    return ArrivingScheduler(EngineConfig(policy=policy).replace(**sizes), ["m"])
 
 
 def image(
@@ -33,18 +34,12 @@ def image(
     guided: bool = False,
     client: str = "",
     priority: Priority = Priority.INTERACTIVE,
-    deadline: float | None = None,
+    deadline_s: float | None = None,
+    submitted_at: float = 0.0,
 ) -> Image:
-    return Image(
-        request_id=name,
-        position=0,
-        model="m",
-        params=params(steps, 2.0 if guided else 1.0),
-        submitted_at=0.0,
-        client=client,
-        priority=priority,
-        deadline=deadline,
-    )
+    wanted = params(steps, 2.0 if guided else 1.0)
+    request = generation(name, wanted, client=client, priority=priority, deadline_s=deadline_s)
+    return Image(request=request, position=0, submitted_at=submitted_at)
 
 
 class Driver:
@@ -180,10 +175,8 @@ def test_nobody_is_overtaken_beyond_the_stated_bound(
             assert sum(later.rows for later in beyond) <= (0 if earlier.rows == 1 else 1)
 
     for number, (steps, (length, guided, _, priority, deadline)) in enumerate(arrivals):
-        due = None if deadline is None else scheduler.steps("m") + deadline
-        new = image(str(number), length, guided, f"client {number}", priority, due)
-        new.submitted_at = float(scheduler.steps("m"))
-        scheduler.add([new])
+        now = float(scheduler.steps("m"))
+        scheduler.add([image(str(number), length, guided, f"client {number}", priority, deadline, now)])
         for _ in range(steps):
             checked_step()
     while scheduler.has_work():
@@ -222,8 +215,7 @@ def test_a_long_image_in_an_endless_stream_of_short_ones_finishes_within_the_bou
             short = sum(i.priority is other for i in scheduler.in_flight() if i is not long)
             for name in itertools.islice(names, 2 * WIDTH - short):
                 now = scheduler.steps("m") * STEP_S
-                new = image(name, 50, priority=other, deadline=now)  # as urgent as one can be
-                new.submitted_at = now
+                new = image(name, 50, priority=other, deadline_s=0.0, submitted_at=now)  # as urgent as one can be
                 scheduler.add([new])
         driver.step()
         assert scheduler.steps("m") <= bound
@@ -244,8 +236,8 @@ def test_shortest_remaining_work_goes_first_and_waiting_makes_up_for_work() -> N
 
 def test_the_earliest_deadline_goes_first_and_having_none_is_a_late_one() -> None:
     driver = Driver(make("deadline"))
-    driver.scheduler.add([image("none", 9), image("far", 9, deadline=PATIENCE_S + 1)])
-    driver.scheduler.add([image(f"near {k}", 9, deadline=5.0 - k) for k in range(4)])
+    driver.scheduler.add([image("none", 9), image("far", 9, deadline_s=PATIENCE_S + 1)])
+    driver.scheduler.add([image(f"near {k}", 9, deadline_s=5.0 - k) for k in range(4)])
     assert driver.step() == ["near 3", "near 2", "near 1", "near 0"]
     for _ in range(8):
         driver.step()
@@ -259,9 +251,9 @@ def test_batch_work_gets_its_share_and_what_nobody_else_wants(policy: PolicyName
     scheduler = make(policy, batch_share=share)
     driver = Driver(scheduler)
     steps = 400
-    batch = [image(f"b{k}", 50, guided, "b", Priority.BATCH, deadline=1000.0) for k in range(80)]
+    batch = [image(f"b{k}", 50, guided, "b", Priority.BATCH, deadline_s=1000.0) for k in range(80)]
     scheduler.add(batch)
-    scheduler.add([image(f"i{k}", 20, client="i", deadline=0.0) for k in range(100)])
+    scheduler.add([image(f"i{k}", 20, client="i", deadline_s=0.0) for k in range(100)])
     for step in range(1, steps + 1):
         driver.step()
         assert driver.served["b"] >= share * WIDTH * step - (share * WIDTH + 2)
