@@ -37,10 +37,10 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
         GenerationFailed: an image failed.
     """
     from service.backends.select import load_denoiser
-    from service.engine.async_engine import image_failure
     from service.engine.engine import Engine
     from service.engine.request import GenerationRequest
     from service.engine.runners.array_runner import ArrayRunner
+    from service.engine.tickets import image_failure
     from service.metrics import Metrics
     from service.models.registry import served_model
     from service.requests.completion import complete

@@ -17,9 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import Request
 from starlette.types import Receive
 
-from service.engine.async_engine import Ticket
 from service.engine.events import Event, ImageFailed
 from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
+from service.engine.tickets import Ticket
 from service.errors import Aborted, InvalidRequest, TimedOut
 from service.http.door.idempotency import derived_seed
 from service.http.native.schemas import Timing

@@ -33,9 +33,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.engine.async_engine import Ticket
 from service.engine.model_ids import name_of
 from service.engine.request import ImageStatus
+from service.engine.tickets import Ticket
 from service.errors import TracingError
 from service.http.door.observe import CLIENT_CLOSED, status_of
 from service.http.health import QUIET_PATHS

@@ -140,7 +140,7 @@ def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) 
             old = weakref.ref(service.denoiser)
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=1000, seed=1))
-            while not service.app.state.service.engine._tickets:
+            while not service.app.state.service.engine.ledger.requests:
                 await asyncio.sleep(0.001)
             loaded = await letting_steps(service, asyncio.create_task(change(service, "m")))
             assert loaded.status_code == 200, loaded.text
@@ -220,7 +220,7 @@ def test_memory_is_bounded_and_one_model_is_loaded_at_a_time(root: Path) -> None
         async with running(root, shelf=shelf, max_loaded=2) as service:
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=1000))
-            while not service.app.state.service.engine._tickets:
+            while not service.app.state.service.engine.ledger.requests:
                 await asyncio.sleep(0.001)
             shelf.may_load.clear()
             loading = asyncio.create_task(change(service, "m"))
@@ -248,7 +248,7 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
             assert (await change(service, "other")).status_code == 200
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=4, seed=3))
-            while not service.app.state.service.engine._tickets:
+            while not service.app.state.service.engine.ledger.requests:
                 await asyncio.sleep(0.001)
             assert (await change(service, "m", "unload")).json() == {"status": "unloaded"}
             assert list(await served(service)) == ["other"]

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.config import EngineConfig
 from service.http.app import assemble
 from service.http.state import ServiceState
 from service.metrics import Metrics
@@ -123,8 +124,9 @@ async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw
         for task in [task for task in asking if task.done()]:
             del asking[task]
         if arrival in done:  # the engine stands still in a network call
-            assert not freed & {image.params.seed for image in engine._engine.scheduler.in_flight()}
-            started = {image.params.seed for image in engine._engine.scheduler.started()}
+            assert not freed & {image.params.seed for image in engine.ledger.orders}
+            started = {placed.image.params.seed for placed in engine.snapshot.started if placed.remaining_row_steps}
+            assert not freed & started
             leaving = [
                 task
                 for task, client in asking.items()
@@ -149,9 +151,8 @@ def check_nothing_is_left(engine: AsyncEngine) -> None:
     scheduler = engine._engine.scheduler
     assert not scheduler.has_work()
     lane = scheduler._lanes["m"]
-    assert sorted(lane.free_slots) == list(range(engine._config.num_slots))
+    assert sorted(lane.free_slots) == list(range(EngineConfig(max_rows=WIDTH).num_slots))
     assert not engine._engine._saved
-    assert not engine._tickets
     assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
 
 

@@ -77,7 +77,7 @@ async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
     async with running() as service:
         service.denoiser.let.clear()
         filling = asyncio.ensure_future(service.generate(n=3, steps=2))  # six rows of the seven that there is room for
-        while not service.app.state.service.engine._tickets:
+        while not service.app.state.service.engine.ledger.requests:
             await asyncio.sleep(0.005)
         refused = await thumbnail(service, 0)
         assert refused.status_code == 503
@@ -96,12 +96,12 @@ def test_who_looks_at_all_classes_does_not_fill_the_queue(monkeypatch: pytest.Mo
             engine = service.app.state.service.engine
             service.denoiser.let.clear()
             looking = [asyncio.ensure_future(thumbnail(service, index)) for index in range(4)]
-            while len(engine._tickets) < 2:
+            while engine.ledger.requests < 2:
                 await asyncio.sleep(0.005)
             generating = asyncio.ensure_future(service.generate(n=3, steps=2, cfg_scale=1))
-            while len(engine._tickets) < 3:
+            while engine.ledger.requests < 3:
                 await asyncio.sleep(0.005)
-            assert sum(ticket.request.client == CLIENT for ticket in engine._tickets.values()) == 2
+            assert engine.ledger.client(CLIENT).images == 2
             service.denoiser.let.set()
             answers = await asyncio.gather(generating, *looking)
             assert {answer.status_code for answer in answers} == {200}

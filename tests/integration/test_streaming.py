@@ -118,7 +118,7 @@ async def test_a_reader_that_goes_away_frees_its_rows_within_one_step() -> None:
         assert await service.metric("iddpm_images_running") == 0
         assert await service.metric("iddpm_requests_total", outcome="cancelled") == 1
         assert await service.metric("iddpm_requests_total", outcome="ok") == 0
-        assert not service.app.state.service.engine._tickets
+        assert not service.app.state.service.engine.ledger.requests
 
 
 @runs

@@ -179,7 +179,7 @@ async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> No
                 await asyncio.wait([waiting.answering])
         # The other one's answer was cut off by its server, as uvicorn does to those that outlast a drain
         service.denoiser.let.set()
-        await service.until(lambda: asyncio.sleep(0, not service.app.state.service.engine._tickets))
+        await service.until(lambda: asyncio.sleep(0, not service.app.state.service.engine.ledger.requests))
     told.tracing.close()
     spans = told._exporter.get_finished_spans()
     assert sorted(span.name for span in spans) == [*["POST /v1/generate"] * 2, "denoise", "queue", "queue"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from service.backends.base import FailureKind
 from service.engine import async_engine
-from service.engine.async_engine import AsyncEngine, EngineState, Ticket
+from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import Priority
+from service.engine.tickets import Ticket
 from service.engine.watchdog import HANG_FLOOR_S
 from service.errors import (
     ClientLimit,
@@ -55,23 +57,28 @@ class PausedRunner(CountingRunner):
 
     def __init__(self) -> None:
         super().__init__()
-        import threading
-
+        self.arrived = threading.Event()
         self.released = threading.Event()
 
     def step(self, slots: Sequence[int]) -> list[bool]:
+        self.arrived.set()
         assert self.released.wait(timeout=100)
         return super().step(slots)
 
 
 @asynccontextmanager
 async def started(
-    runner: CountingRunner, config: EngineConfig = CONFIG, metrics: Metrics | None = None
+    runner: CountingRunner, config: EngineConfig = CONFIG, metrics: Metrics | None = None, step_s: float | None = None
 ) -> AsyncIterator[AsyncEngine]:
+    """Run an engine; with `step_s`, it has learnt that a step of two rows takes so many seconds."""
     metrics = metrics or Metrics()
-    engine = AsyncEngine(Engine({"m": runner}, config, metrics), config, metrics)
+    in_thread = Engine({"m": runner}, config, metrics)
+    engine = AsyncEngine(in_thread, config, metrics)
     engine.start()
     await until(lambda: engine.state is not EngineState.STARTING)
+    if step_s is not None:  # the thread has nothing to do yet
+        in_thread.costs["m"].observe(2, step_s)
+        in_thread.publish()
     yield engine
     if engine.state is not EngineState.DEAD:
         if isinstance(runner, PausedRunner):
@@ -174,7 +181,7 @@ async def test_images_that_were_done_before_the_engine_died_are_delivered() -> N
     runner, config = DiesWhenItEvicts(), EngineConfig(max_rows=2, slots_per_row=1, timed_calls=0)
     async with started(runner, config) as engine:
         first = engine.submit(generation("first", params(steps=1), params(steps=500)))
-        await until(lambda: engine._engine.under_way is not None)
+        await until(runner.arrived.is_set)
         urgent = engine.submit(generation("urgent", params(steps=3), params(steps=3)))
         runner.released.set()
         assert [await outcome(future) for future in (*first.images, *urgent.images)] == [
@@ -223,10 +230,12 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     monkeypatch.setattr(async_engine, "LOOK_EVERY_S", 0.002)
     runner = PausedRunner()
     engine = AsyncEngine(Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: now), CONFIG, Metrics())
+    others = set(threading.enumerate())
     engine.start()
+    [thread] = set(threading.enumerate()) - others
     await until(lambda: engine.state is EngineState.READY)
     tickets = [engine.submit(generation(str(k), params())) for k in range(3)]
-    await until(lambda: engine._engine.under_way is not None)
+    await until(runner.arrived.is_set)
     now = HANG_FLOOR_S - 0.5
     await asyncio.sleep(0.02)
     assert engine.state is EngineState.READY
@@ -240,8 +249,7 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     await engine.stop()
     assert engine.state is EngineState.DEAD
     runner.released.set()
-    assert engine._thread is not None
-    await asyncio.to_thread(engine._thread.join)  # it ends by itself, should it ever come back
+    await asyncio.to_thread(thread.join)  # it ends by itself, should it ever come back
     assert [future.done() for ticket in tickets for future in ticket.images] == [True] * 3
 
 
@@ -293,17 +301,10 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
             assert ends <= {"done", "Aborted", "NotFinite", "ImageFailed"}
             assert [resolved[id(future)] for ticket in tickets for future in ticket.images] == [1] * resolved.total()
             assert resolved.total() == sum(len(ticket.images) for ticket in tickets)
-            assert not engine._tickets
             assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
             assert engine.state is EngineState.READY
 
     asyncio.run(asyncio.wait_for(check(), timeout=120))
-
-
-def measure(engine: AsyncEngine, seconds: float) -> None:
-    """Let steps of two rows have taken so long; nothing is in flight."""
-    engine._engine.costs["m"].observe(2, seconds)
-    engine._engine.publish()
 
 
 @runs
@@ -318,8 +319,7 @@ async def test_a_failing_warm_up_is_reported_too() -> None:
 
 @runs
 async def test_retry_after_grows_with_accepted_work() -> None:
-    async with started(PausedRunner()) as engine:
-        measure(engine, 1.0)
+    async with started(PausedRunner(), step_s=1.0) as engine:
         retries = []
         for request in (generation("r", params(steps=100)), generation("s", params(steps=100, cfg_scale=2.0))):
             engine.submit(request)
@@ -354,8 +354,7 @@ async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() ->
 
 @runs
 async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finish() -> None:
-    async with started(PausedRunner()) as engine:
-        measure(engine, 1.0)
+    async with started(PausedRunner(), step_s=1.0) as engine:
         engine.submit(generation("a", params(steps=100), params(steps=100)))
         with pytest.raises(DeadlineUnmeetable, match="would be done in 125 s, wanted within 124 s") as refusal:
             engine.submit(generation("b", *[params(steps=25)], deadline_s=124.0))
@@ -368,8 +367,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 
 @runs
 async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() -> None:
-    async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0)) as engine:
-        measure(engine, 1.0)
+    async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0), step_s=1.0) as engine:
         engine.submit(generation("a", params(steps=500)))  # alone, whatever it takes
         engine.submit(generation("b", params(steps=500)))  # the second row is free
         with pytest.raises(QueueFull, match="the predicted wait is 500 s, at most 60 s can be") as refusal:
@@ -381,8 +379,7 @@ async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() 
 @runs
 async def test_predictions_are_compared_with_what_came_of_them() -> None:
     metrics = Metrics()
-    async with started(CountingRunner(), metrics=metrics) as engine:
-        measure(engine, 1e-9)
+    async with started(CountingRunner(), metrics=metrics, step_s=1e-9) as engine:
         ticket = engine.submit(generation("r", params(), params(), deadline_s=1e-6))
         await asyncio.gather(*ticket.images)
         value = metrics.registry.get_sample_value

@@ -97,15 +97,17 @@ class Held(CountingRunner):
 
     def __init__(self) -> None:
         super().__init__()
+        self.arrived = threading.Event()
         self.let = threading.Semaphore(0)
 
     def step(self, slots: Sequence[int]) -> list[bool]:
+        self.arrived.set()
         assert self.let.acquire(timeout=100)
         return super().step(slots)
 
 
-async def step_under_way(engine: AsyncEngine) -> None:
-    while engine._engine.under_way is None:
+async def step_under_way(runner: Held) -> None:
+    while not runner.arrived.is_set():
         await asyncio.sleep(0.001)
 
 
@@ -122,7 +124,7 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
     held: weakref.ref[CountingRunner] = weakref.ref(old)
     async with started(old) as engine:
         before = engine.submit(generation("before", params(steps=5)))
-        await step_under_way(engine)
+        await step_under_way(old)
         loading = asyncio.ensure_future(engine.load("m/2", CountingRunner(), Measured()))
         await asyncio.sleep(0)
         assert not loading.done()  # a step is under way
@@ -134,12 +136,12 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
             engine.submit(generation("late", params()))
         after = engine.submit(generation("after", params(steps=2), model="m/2"))
         assert after.prediction.finish_s > 0
-        assert engine._forecast.backlog_s(engine._engine.snapshot) >= 1
+        assert engine.ledger.models["m/2"].row_steps == 2
         old.let.release(100)
         await asyncio.gather(*before.images, *after.images)
         assert len(old.calls) == 5
         assert engine.models_held == 1
-        assert engine._forecast.backlog_s(engine._engine.snapshot) == 0
+        assert [work.row_steps for work in engine.ledger.models.values()] == [0]
         old = None
         await gone(held)
 
@@ -182,7 +184,7 @@ async def test_nobody_waits_for_an_engine_that_dies_and_one_that_drains_takes_no
     dying = Dying()
     async with started(dying) as engine:
         ticket = engine.submit(generation("r", params()))
-        await step_under_way(engine)
+        await step_under_way(dying)
         loading = asyncio.ensure_future(engine.load("m/2", CountingRunner(), StepCosts()))
         await asyncio.sleep(0)
         dying.let.release(10)

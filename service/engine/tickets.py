@@ -1,0 +1,157 @@
+"""Tickets: what waits for the images of accepted requests. It resolves their futures and feeds their events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from service.engine.event_stream import EventStream
+from service.engine.forecast import Prediction
+from service.engine.model_ids import name_of
+from service.engine.request import FailureReason, GenerationRequest, ImageResult, ImageStatus, Observation
+from service.errors import Aborted, EngineDead, GenerationFailed, ImageFailed, NotFinite
+from service.metrics import Metrics
+
+
+@dataclass
+class Ticket:
+    """An accepted request: one future per image, in order."""
+
+    request: GenerationRequest
+    images: list[asyncio.Future[ImageResult]]
+    submitted_at: float
+    """time.monotonic() at admission."""
+    prediction: Prediction
+    """Made at admission; `AsyncEngine.eta` has a newer one."""
+    events: EventStream | None
+    """For one reader; None where the request has no `watch`."""
+    ended: asyncio.Future[None]
+    """Done when the engine has let go of every image, later than `images` where they were given up."""
+    outcomes: list[ImageResult] = field(init=False, default_factory=list)
+    """What the engine said of each image that left it, of failed and aborted ones too."""
+
+    def resolve(self, position: int, outcome: ImageResult | GenerationFailed) -> None:
+        """Set an image's future and tell the reader of events, unless that has been done."""
+        future = self.images[position]
+        if future.done():
+            return
+        if self.events is not None:
+            self.events.image_ended(position, outcome)
+        if isinstance(outcome, ImageResult):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+            future.exception()  # read once: a client that went away leaves nobody to retrieve it
+
+
+class Tickets:
+    """The tickets of requests that have not ended. Belongs to the event loop."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._tickets: dict[str, Ticket] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._tickets
+
+    def open(
+        self,
+        request: GenerationRequest,
+        submitted_at: float,
+        prediction: Prediction,
+        predict: Callable[[], Prediction | None],
+    ) -> Ticket:
+        """Return the ticket of a request that is accepted.
+
+        Args:
+            request: accepted.
+            submitted_at: time.monotonic() at admission.
+            prediction: made at admission.
+            predict: makes a newer one; None once all images have ended.
+        """
+        loop = asyncio.get_running_loop()
+        count = len(request.images)
+        ticket = Ticket(
+            request=request,
+            images=[loop.create_future() for _ in range(count)],
+            submitted_at=submitted_at,
+            prediction=prediction,
+            events=None if request.watch is None else EventStream(count, prediction, predict),
+            ended=loop.create_future(),
+        )
+        self._tickets[request.request_id] = ticket
+        self._empty.clear()
+        self._metrics.predicted_wait_seconds.observe(prediction.wait_s)
+        return ticket
+
+    def observe(self, observations: Iterable[Observation]) -> None:
+        """Pass on what steps showed of watched images that go on."""
+        for seen in observations:
+            ticket = self._tickets.get(seen.request_id)
+            if ticket is not None and ticket.events is not None and not ticket.images[seen.position].done():
+                ticket.events.observe(seen)
+
+    def image_ended(self, result: ImageResult) -> None:
+        """Count an image that has left the engine, and give its result to whoever waits; the last one ends its request.
+
+        Raises:
+            KeyError: its request has ended, or was never accepted.
+        """
+        ticket, metrics = self._tickets[result.request_id], self._metrics
+        ticket.outcomes.append(result)
+        model = name_of(ticket.request.model)
+        if result.status is ImageStatus.DONE:
+            metrics.image_done(model, result.queue_s, result.compute_s)
+            metrics.deadline_misses.inc(result.late_s > 0)
+            ticket.resolve(result.position, result)
+        elif result.failure is not None:
+            metrics.model_images.labels(model, "failed").inc()
+            image_index = ticket.request.images[result.position].image_index
+            ticket.resolve(result.position, image_failure(image_index, result.failure))
+        else:
+            ticket.resolve(result.position, Aborted("the request was cancelled"))
+        if len(ticket.outcomes) == len(ticket.images):
+            self._end(ticket)
+
+    def close_events(self, request_id: str) -> None:
+        """End a request's events here: it is being aborted."""
+        events = self._tickets[request_id].events
+        if events is not None:
+            events.close()
+
+    def fail_all(self, message: str) -> None:
+        """End all requests with `EngineDead`."""
+        for ticket in self._tickets.values():
+            for position in range(len(ticket.images)):
+                ticket.resolve(position, EngineDead(message))
+            ticket.ended.set_result(None)
+        self._tickets.clear()
+        self._empty.set()
+
+    async def wait_empty(self) -> None:
+        """Wait until every accepted request has ended."""
+        await self._empty.wait()
+
+    def _end(self, ticket: Ticket) -> None:
+        """Forget a request, and note how true its prediction was if it came to all its pictures."""
+        ticket.ended.set_result(None)
+        del self._tickets[ticket.request.request_id]
+        if not self._tickets:
+            self._empty.set()
+        complete = all(future.done() and not future.cancelled() and not future.exception() for future in ticket.images)
+        if complete and ticket.prediction.finish_s > 0:
+            took = time.monotonic() - ticket.submitted_at
+            self._metrics.finish_over_predicted.observe(took / ticket.prediction.finish_s)
+
+
+def image_failure(image_index: int, reason: FailureReason) -> GenerationFailed:
+    """Return the error that says why an image failed."""
+    if reason == "not_finite":
+        return NotFinite(f"image {image_index}: its numbers overflowed while sampling")
+    if reason == "out_of_memory":
+        return ImageFailed(f"image {image_index}: it does not fit the memory that is left, not even alone")
+    return ImageFailed(f"image {image_index}: the network failed on it, also alone; the log has the details")
