@@ -1,0 +1,89 @@
+"""Admission alone: without a thread, a runner or a loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.admission import Admission
+from service.engine.config import EngineConfig
+from service.engine.request import GenerationRequest
+from service.engine.snapshot import Snapshot
+from service.engine.step_costs import StepCosts
+from service.errors import ClientLimit, DeadlineUnmeetable, InvalidRequest, QueueFull, ServiceError, UnknownModel
+from tests.fakes import generation, params
+
+CONFIG = EngineConfig(max_rows=2, max_queue=4, max_wait_s=60.0, client_share=0.5, policy="fifo")
+
+
+def snapshot(*models: str) -> Snapshot:
+    """Return an engine that has done nothing, and whose steps of two rows take a second."""
+    costs = StepCosts()
+    costs.observe(2, 1.0)
+    return Snapshot.of(
+        [], dict.fromkeys(models, 0), dict.fromkeys(models, CONFIG.max_rows), dict.fromkeys(models, costs.now)
+    )
+
+
+def limited(request: GenerationRequest, images: int) -> GenerationRequest:
+    return GenerationRequest(**{**vars(request), "max_client_images": images})
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (generation("r", params(), model="k"), UnknownModel),
+        (generation("r", *[params()] * 7), InvalidRequest),
+        (generation("r", *[params()] * 5), QueueFull),
+        (generation("r", params(), params(), client="a"), ClientLimit),
+        (limited(generation("r", params(), client="a"), 2), ClientLimit),
+        (limited(generation("r", params(), params(), params()), 2), InvalidRequest),
+        (generation("r", params(steps=5)), QueueFull),
+        (generation("r", params(steps=5), deadline_s=9.0), QueueFull),
+    ],
+)
+def test_a_refused_request_changes_no_account(request_: GenerationRequest, error: type[ServiceError]) -> None:
+    admission = Admission(CONFIG, ["m"])
+    admission.accept(generation("before", params(steps=80), params(steps=80), client="a"), 0.0, snapshot("m"))
+    before = dict(admission.ledger.orders)
+    with pytest.raises(error):
+        admission.accept(request_, 0.0, snapshot("m"))
+    assert dict(admission.ledger.orders) == before
+    assert admission.ledger.rows == admission.ledger.client("a").images == 2
+    assert admission.eta("r", snapshot("m")) is None
+
+
+def test_a_deadline_is_compared_with_the_prediction_that_is_returned() -> None:
+    admission = Admission(CONFIG, ["m"])
+    with pytest.raises(DeadlineUnmeetable):
+        admission.accept(generation("r", params(steps=5), deadline_s=4.9), 0.0, snapshot("m"))
+    [image], prediction = admission.accept(generation("r", params(steps=5), deadline_s=5.0), 100.0, snapshot("m"))
+    assert (prediction.finish_s, image.deadline) == (5.0, 105.0)
+    assert admission.eta("r", snapshot("m")) == prediction
+
+
+def test_room_of_images_that_ended_is_given_again() -> None:
+    admission = Admission(CONFIG, ["m"])
+    admission.accept(limited(generation("r", params(), params(), client="a"), 2), 0.0, snapshot("m"))
+    second = limited(generation("s", params(), client="a"), 2)
+    with pytest.raises(ClientLimit, match="2 images of this client are in flight, at most 2 can be"):
+        admission.accept(second, 0.0, snapshot("m"))
+    admission.release("r", 0)
+    admission.accept(second, 0.0, snapshot("m"))
+    admission.release_all()
+    assert admission.ledger.rows == admission.ledger.requests == 0
+
+
+def test_a_retired_model_accepts_nothing_and_is_forgotten_after_its_last_image() -> None:
+    admission = Admission(CONFIG, ["m"])
+    admission.accept(generation("r", params(), params()), 0.0, snapshot("m"))
+    admission.add_model("m/2")
+    admission.retire_model("m")
+    with pytest.raises(UnknownModel):
+        admission.accept(generation("s", params()), 0.0, snapshot("m", "m/2"))
+    admission.release("r", 0)
+    assert admission.remove_finished_models() == []
+    admission.release("r", 1)
+    assert admission.remove_finished_models() == ["m"]
+    assert list(admission.ledger.models) == ["m/2"]
+    assert admission.remove_finished_models() == []
+    admission.accept(generation("t", params(), model="m/2"), 0.0, snapshot("m/2"))
