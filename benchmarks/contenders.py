@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.networks import BenchNetwork
 from diffusion.arrays import to_numpy
 from diffusion.config import CheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from formats.artifact import Precision
@@ -28,7 +29,6 @@ from formats.checkpoint import load_unet
 from formats.extras import install_command
 from interchange.diffusers_config import DoesNotMap
 from service.backends.base import BackendOptions, Denoiser
-from service.backends.cuda_graphs import EmbNetwork
 from service.backends.select import BACKENDS, load_denoiser
 from service.backends.torch_backend import choose_dtype, lower_weights
 from service.errors import ModelError
@@ -170,10 +170,10 @@ def denoiser_call(denoiser: Denoiser[Any], rows: Rows, place: Place) -> Call:
         return denoiser.xp.asarray(array, device=denoiser.device)
 
     x_t, emb_t = put(rows.x_t), denoiser.embed_timesteps(put(rows.t))
-    y = None if rows.y is None else put(rows.y)
+    inputs: NetworkInputs[Any] = NetworkInputs(x_t, emb_t, None if rows.y is None else put(rows.y))
 
     def call() -> Any:
-        out = denoiser(x_t, emb_t, y)
+        out = denoiser(inputs)
         place.wait()
         return out
 
@@ -217,7 +217,7 @@ class EagerUNet:
             lower_weights(unet, self._dtype)
         self.config = unet.config
         self._unet = unet
-        self._forward_emb: EmbNetwork = unet.forward_emb
+        self._forward_emb: Callable[..., Tensor] = unet.forward_emb
         if entry.kind == "eager-compile":
             self._forward_emb = torch.compile(unet.forward_emb, fullgraph=True, dynamic=False)
 

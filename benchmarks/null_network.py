@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from diffusion.network_inputs import NetworkInputs
 from service.backends.base import FailureKind, GuidingClassifier, classify_synchronous
 
 
@@ -45,6 +46,7 @@ class NullDenoiser:
         """Nothing raises here."""
         return classify_synchronous(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         """Predict no noise."""
-        return np.zeros((len(x_t), self.config.model.out_channels, *x_t.shape[2:]), dtype=np.float32)
+        rows, _, *size = inputs.x_t.shape
+        return np.zeros((rows, self.config.model.out_channels, *size), dtype=np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, classify_synchronous
 from service.backends.pending import Later, Pending
 
@@ -45,7 +46,8 @@ class ExactDenoiser:
     def classify(self, error: Exception) -> FailureKind:
         return classify_synchronous(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
         told = xp.reshape(emb_t[:, 1], (-1, 1, 1, 1))
@@ -59,13 +61,13 @@ class ExactDenoiser:
 class AsynchronousDenoiser(ExactDenoiser):
     """Goes on by itself, as far as a caller can tell: it reads its inputs until it is waited for."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
-        given = [None if array is None else array.copy() for array in (x_t, emb_t, y)]
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
+        given = [None if array is None else array.copy() for array in inputs]
 
         def end() -> Any:
-            for before, array in zip(given, (x_t, emb_t, y), strict=True):
+            for before, array in zip(given, inputs, strict=True):
                 np.testing.assert_array_equal(before, array)
-            return self(x_t, emb_t, y)
+            return self(inputs)
 
         return Later(end)
 
@@ -87,7 +89,8 @@ class ExactClassifier:
         channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
         return t_model[:, None] / 512 + channels[None]
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
         told = xp.reshape(emb_t[:, 2] + xp.astype(y, xp.float32) / 4, (-1, 1, 1, 1))
@@ -118,18 +121,18 @@ class BatchDependent:
     def classify(self, error: Exception) -> FailureKind:
         return self._honest.classify(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = self._honest(x_t, emb_t, y)
-        return out * (1 + 1e-6) if len(x_t) in self._dependent_sizes else out
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = self._honest(inputs)
+        return out * (1 + 1e-6) if len(out) in self._dependent_sizes else out
 
 
 class PlaceDependent(BatchDependent):
     """A denoiser whose last row changes a little at some batch sizes."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = self._honest(x_t, emb_t, y)
-        if len(x_t) in self._dependent_sizes:
-            out[len(x_t) - 1] *= 1 + 1e-6
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = self._honest(inputs)
+        if len(out) in self._dependent_sizes:
+            out[len(out) - 1] *= 1 + 1e-6
         return out
 
 
@@ -141,7 +144,7 @@ class AsGradient:
         self._classifier: GuidingClassifier[Any] = denoiser.classifier
 
     def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
-        return self._classifier(x_t, self._classifier.embed_timesteps(t), y)
+        return self._classifier(NetworkInputs(x_t, self._classifier.embed_timesteps(t), y))
 
 
 class AsNetwork:
@@ -152,4 +155,4 @@ class AsNetwork:
         self._denoiser = denoiser
 
     def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-        return self._denoiser(x_t, self._denoiser.embed_timesteps(t), y)
+        return self._denoiser(NetworkInputs(x_t, self._denoiser.embed_timesteps(t), y))

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
 from benchmarks.peers.simulated_device import SimulatedDevice
+from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray
 from service.backends.base import BackendOptions, Denoiser, FailureKind
 from service.backends.openvino_backend import OpenVinoBackend
@@ -117,7 +118,7 @@ class TimedCall(Pending[FloatArray], Protocol):
 class TimedNetwork(Denoiser[Any], Protocol):
     """A network whose calls say what they take."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> TimedCall:
+    def begin(self, inputs: NetworkInputs[Any]) -> TimedCall:
         """Begin a call."""
         ...
 
@@ -168,13 +169,13 @@ class MeteredNetwork:
         """Ask the network."""
         return self._network.classify(error)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Call the network when it is free."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> Pending[FloatArray]:
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[FloatArray]:
         """Begin a call when the network is free."""
-        return self._meter.begin(len(x_t), self.used_rows, lambda: self._network.begin(x_t, emb_t, y))
+        return self._meter.begin(len(inputs.x_t), self.used_rows, lambda: self._network.begin(inputs))
 
 
 def metered_network(

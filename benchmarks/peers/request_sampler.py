@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
 from benchmarks.peers.meter import metered_network
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.update import sample_loop, to_uint8
@@ -93,7 +94,7 @@ class RequestSampler:
 
         def network(x_t: FloatArray, _: FloatArray) -> FloatArray:
             emb_t = np.broadcast_to(next(lines), (size, embedded.shape[1]))
-            return self._network(x_t[padded], emb_t, y)[:count]
+            return self._network(NetworkInputs(x_t[padded], emb_t, y))[:count]
 
         with self._turns.held() if self._turns else nullcontext():
             x = sample_loop(network, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP))

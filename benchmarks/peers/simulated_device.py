@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray, open_artifact
 from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
 
@@ -37,14 +38,14 @@ class SimulatedDevice:
         """Nothing raises here."""
         return classify_synchronous(error)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Let the time of a call pass."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> SimulatedCall:
+    def begin(self, inputs: NetworkInputs[Any]) -> SimulatedCall:
         """Let the time of a call begin."""
-        shape = (len(x_t), self.config.model.out_channels, *x_t.shape[2:])
-        return SimulatedCall(self.costs[len(x_t)], shape)
+        rows, _, *size = inputs.x_t.shape
+        return SimulatedCall(self.costs[rows], (rows, self.config.model.out_channels, *size))
 
 
 class SimulatedCall:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.time_mlp import TimeMLP
 from formats.artifact import (
     GRADIENT_FILE,
@@ -40,9 +41,9 @@ class ArtifactGraph:
     manifest: Manifest
     time_mlp: TimeMLP
 
-    def inputs(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> dict[str, Any]:
-        """Name the graph's inputs."""
-        return {"x_t": x_t, "emb_t": emb_t, **({} if y is None else {"y": y})}
+    def feed(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays by the names of the graph's inputs."""
+        return {name: array for name, array in inputs._asdict().items() if array is not None}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
 from formats.tensorrt_files import BuildEngines
 from service.backends.pending import Later, Pending
@@ -93,8 +94,8 @@ class RowNetwork(Protocol[A]):
         """Return emb_t, float32 [n, emb_channels], for what the network is told of n timesteps, float32 [n]; any n."""
         ...
 
-    def __call__(self, x_t: A, emb_t: A, y: A | None) -> A:
-        """Run it on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> float32 [n, ...].
+    def __call__(self, inputs: NetworkInputs[A]) -> A:
+        """Run it on a batch of n rows; returns float32 [n, ...].
 
         What it returns is the caller's: a later call does not change it.
         """
@@ -105,16 +106,16 @@ class RowNetwork(Protocol[A]):
 class Begins(Protocol):
     """A network whose calls go on by themselves once begun, while the caller's thread does something else."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
         """Begin a call; what is waited for is what `__call__` returns. One call at a time."""
         ...
 
 
-def beginning_of(network: RowNetwork[A]) -> Callable[[A, A, A | None], Pending[A]]:
+def beginning_of(network: RowNetwork[A]) -> Callable[[NetworkInputs[A]], Pending[A]]:
     """Return what begins a call; where the network cannot go on by itself, it is called when it is waited for."""
     if isinstance(network, Begins):
         return network.begin
-    return lambda x_t, emb_t, y: Later(lambda: network(x_t, emb_t, y))
+    return lambda inputs: Later(lambda: network(inputs))
 
 
 class GuidingClassifier(RowNetwork[A], Protocol[A]):

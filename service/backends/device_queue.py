@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A
+from diffusion.network_inputs import NetworkInputs
 from service.backends.pending import Pending
 
-Forward = Callable[[A, A, A | None], A]
+Forward = Callable[[NetworkInputs[A]], A]
 """A network or a classifier as `RowNetwork.__call__`, but for being captured: it neither waits for the device nor reads
 what is there, and what it returns may be written over by the next call."""
 

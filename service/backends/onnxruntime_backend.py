@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from diffusion.network_inputs import NetworkInputs, take_rows
 from service.backends.artifact_model import (
     ArtifactClassifier,
     FloatArray,
@@ -54,9 +55,9 @@ class OnnxRuntimeBackend:
         """Run the time MLP."""
         return self._model.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the graph."""
-        out: FloatArray = self._session.run(None, self._model.inputs(x_t, emb_t, y))[0]
+        out: FloatArray = self._session.run(None, self._model.feed(inputs))[0]
         return out
 
     def classify(self, error: Exception) -> FailureKind:
@@ -84,10 +85,9 @@ class OnnxRuntimeClassifier:
         """Run the time MLP."""
         return self._classifier.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the gradient's graph on each row."""
-        inputs = self._classifier.inputs(x_t, emb_t, y)
-        rows = [{name: values[k : k + 1] for name, values in inputs.items()} for k in range(len(x_t))]
+        rows = [self._classifier.feed(take_rows(inputs, slice(k, k + 1))) for k in range(len(inputs.x_t))]
         return np.concatenate([self._session.run(None, row)[0] for row in rows])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
+from diffusion.network_inputs import NetworkInputs
 from formats.artifact import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
@@ -62,13 +63,13 @@ class OpenVinoBackend:
         """Run the time MLP."""
         return self._model.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the graph that was compiled for this many rows."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
+    def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
         """Let the graph that was compiled for this many rows run."""
-        return self._network.begin(x_t, emb_t, y)
+        return self._network.begin(inputs)
 
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
@@ -95,9 +96,9 @@ class OpenVinoClassifier:
         """Run the time MLP."""
         return self._classifier.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the gradient's graph that was compiled for this many rows."""
-        return self._gradient.begin(x_t, emb_t, y).wait()
+        return self._gradient.begin(inputs).wait()
 
 
 def choose_precision(model: ArtifactModel, wanted: str) -> Precision:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from diffusion.arrays import A, namespace
+from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import RowNetwork
@@ -78,9 +79,11 @@ class _TestRows(Generic[A]):
         told = respace(network.config.diffusion).model_t
         spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
         self._network: RowNetwork[A] = network
-        self._x_t: A = normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape)
-        self._emb_t: A = network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device))
-        self._y: A | None = None if model.num_classes is None else self._seeds % model.num_labels
+        self._inputs: NetworkInputs[A] = NetworkInputs(
+            x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape),
+            emb_t=network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device)),
+            y=None if model.num_classes is None else self._seeds % model.num_labels,
+        )
         self._together: A = self._run(self._seeds)
 
     def agree(self, size: int, *, backwards: bool = False) -> bool:
@@ -94,4 +97,4 @@ class _TestRows(Generic[A]):
         return True
 
     def _run(self, rows: A) -> A:
-        return self._network(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])
+        return self._network(take_rows(self._inputs, rows))

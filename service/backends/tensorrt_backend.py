@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.config import CheckpointConfig, ModelConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from formats.artifact import ArtifactError, Manifest
@@ -99,23 +100,23 @@ class TensorRTBackend:
         """Run the time MLP, on the CPU."""
         return torch.from_numpy(self.time_mlp(t_model.cpu().numpy())).to(t_model.device)
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the engine of the batch's size."""
-        return self._run(x_t, emb_t, y)
+        return self._run(inputs)
 
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest, which is the device's: its errors come late."""
         lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
 
-    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         shapes = graph_shapes(self.config.model, size)
         zeros = {
             name: torch.zeros(shape, dtype=dtype, device=self.device)
             for name, (shape, dtype) in shapes.items()
             if name != OUTPUT
         }
-        return zeros["x_t"], zeros["emb_t"], zeros.get("y")
+        return NetworkInputs(zeros["x_t"], zeros["emb_t"], zeros.get("y"))
 
 
 def load_engines(
@@ -180,7 +181,7 @@ def refuse_unequal_rows(
     told = respace(config.diffusion).model_t
     for t in told[np.linspace(0, len(told) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
-        out = run(x_t, emb_t, None if model.num_classes is None else row)
+        out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row))
         if not bool(out.isfinite().all()):
             raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
         if not bool((out == out[:1]).all()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import CheckpointError, checkpoint_sha256
@@ -66,7 +68,7 @@ class TorchBackend:
         if self._dtype != torch.float32:
             lower_weights(network, self._dtype)
         self._network = network
-        self._forward_emb: EmbNetwork = network.forward_emb
+        self._forward_emb: Callable[..., Tensor] = network.forward_emb
         self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
         if options.torch_compile:
@@ -91,9 +93,9 @@ class TorchBackend:
         return self._network.embed_timesteps(t_model)
 
     @torch.inference_mode()
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the UNet."""
-        return self._run(x_t, emb_t, y)
+        return self._run(inputs)
 
     def classify(self, error: Exception) -> FailureKind:
         """Tell memory from the rest; on a CUDA device all the rest is the device's, whose errors come late."""
@@ -101,20 +103,20 @@ class TorchBackend:
             return FailureKind.OUT_OF_MEMORY
         return FailureKind.DEVICE if self.device.type == "cuda" else classify_synchronous(error)
 
-    def _forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def _forward(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         if self.device.type == "cuda":
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
         low = self._dtype != torch.float32
         # The cache would keep casts of one graph's memory for the next graph.
         with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
-            return self._forward_emb(x_t, emb_t, y)
+            return self._forward_emb(*inputs)
 
-    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         model = self.config.model
         x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
         emb_t = torch.zeros(size, model.emb_channels, device=self.device)
         y = None if model.num_classes is None else torch.zeros(size, dtype=torch.int64, device=self.device)
-        return x_t, emb_t, y
+        return NetworkInputs(x_t, emb_t, y)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.time_mlp import WEIGHTS, TimeMLP
 from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, Precision, file_entry, manifest_json
 from formats.tensorrt_files import Target
@@ -84,16 +85,16 @@ def test_every_bucket_is_near_pytorch_in_every_band_of_timesteps(served: tuple[T
             x_t, y = torch.randn(size, 1, 8, 8), torch.arange(size) % 5
             t = torch.linspace(0, 199, size) + 200 * band
             expected = network(x_t, t, y)
-            out = backend(x_t.cuda(), backend.embed_timesteps(t.cuda()), y.cuda()).cpu()
+            out = backend(NetworkInputs(x_t.cuda(), backend.embed_timesteps(t.cuda()), y.cuda())).cpu()
             assert float((out - expected).norm() / expected.norm()) < limit
 
 
 def test_an_output_outlives_the_next_call(served: tuple[TensorRTBackend, float]) -> None:
     backend, _ = served
     emb_t, y = backend.embed_timesteps(torch.zeros(2, device="cuda")), torch.zeros(2, dtype=torch.int64, device="cuda")
-    first = backend(torch.zeros(2, 1, 8, 8, device="cuda"), emb_t, y)
+    first = backend(NetworkInputs(torch.zeros(2, 1, 8, 8, device="cuda"), emb_t, y))
     kept = first.clone()
-    backend(torch.ones(2, 1, 8, 8, device="cuda"), emb_t, y)
+    backend(NetworkInputs(torch.ones(2, 1, 8, 8, device="cuda"), emb_t, y))
     assert torch.equal(first, kept)
 
 

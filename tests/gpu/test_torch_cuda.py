@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.network_inputs import NetworkInputs
 from service.backends.base import BackendOptions, Precision
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
@@ -35,8 +36,8 @@ def test_every_captured_size_is_near_the_cpu(folder: Path, precision: Precision,
     assert on_gpu.batch_sizes == (1, 2, 4)
     for size in on_gpu.batch_sizes:
         x_t, t, y = torch.randn(size, 1, 8, 8), torch.linspace(0, 999, size), torch.arange(size) % 5
-        expected = on_cpu(x_t, on_cpu.embed_timesteps(t), y)
-        out = on_gpu(x_t.cuda(), on_gpu.embed_timesteps(t.cuda()), y.cuda())
+        expected = on_cpu(NetworkInputs(x_t, on_cpu.embed_timesteps(t), y))
+        out = on_gpu(NetworkInputs(x_t.cuda(), on_gpu.embed_timesteps(t.cuda()), y.cuda()))
         error = (out.cpu() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert out.dtype == torch.float32
         assert float(error) < tolerance
@@ -47,8 +48,8 @@ def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
     x_t, y = torch.randn(4, 1, 8, 8, device="cuda"), torch.arange(4, device="cuda")
     emb_t = on_gpu.embed_timesteps(torch.linspace(0, 999, 4, device="cuda"))
     with torch.inference_mode():
-        eager = on_gpu._forward(x_t, emb_t, y)
-    assert torch.equal(on_gpu(x_t, emb_t, y), eager)
+        eager = on_gpu._forward(NetworkInputs(x_t, emb_t, y))
+    assert torch.equal(on_gpu(NetworkInputs(x_t, emb_t, y)), eager)
 
 
 @PRECISIONS

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
 from diffusion.config import DiffusionConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.respacing import respace
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
@@ -159,7 +160,7 @@ class ArrayRunner(Generic[A]):
         emb_t = network.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
         x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
         labelled = network.config.model.num_classes is not None
-        to_numpy(network(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None))
+        to_numpy(network(NetworkInputs(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None)))
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:

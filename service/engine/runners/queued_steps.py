@@ -171,7 +171,7 @@ class QueuedSteps(Generic[A]):
         def step() -> A:
             xp, numbers = namespace(table.x), step_numbers(words)
             inputs, images = gather(numbers, table.x, table.x0, emb_t, places=size, conditional=conditional)
-            result = finish(numbers, images, network(*inputs), advance, grad, guided=True)
+            result = finish(numbers, images, network(inputs), advance, grad, guided=True)
             is_image = xp.reshape(numbers.slot != table.spare_slot, (-1, 1, 1, 1))
             x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, result.x0, 0.0)
             table.x[numbers.slot], table.x0[numbers.slot] = x, x0  # both, or neither where memory is short
@@ -234,7 +234,7 @@ class QueuedSteps(Generic[A]):
         inputs, images = gather(
             numbers, table.x, table.x0, self._embeddings.network, places=count, conditional=self._conditional
         )
-        raw = self._queue.network(*inputs)
+        raw = self._queue.network(inputs)
         grad = None if self._queue.classifier is None else self._gradient[:count]
         fused, plain = (
             to_numpy(finish(numbers, images, raw, update, grad, guided=True).x_prev)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
@@ -106,11 +107,11 @@ class FaultyClassifier(ExactClassifier):
 
     broken = False
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        if self.broken or (len(x_t) and np.any(y == 1) and emb_t[0, 0] < 1):
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        if self.broken or (len(inputs.x_t) and np.any(inputs.y == 1) and inputs.emb_t[0, 0] < 1):
             raise ValueError("this row cannot be classified")
-        out = super().__call__(x_t, emb_t, y)
-        out[(y == 2) & (emb_t[:, 0] < 1)] = np.inf  # t below 512
+        out = super().__call__(inputs)
+        out[(inputs.y == 2) & (inputs.emb_t[:, 0] < 1)] = np.inf  # t below 512
         return out
 
 
@@ -148,16 +149,16 @@ def test_a_classifier_that_cannot_be_run_at_all_ends_the_engine() -> None:
 class SizeDependent(ExactClassifier):
     """Gives other bits at some batch sizes."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
-        return out * (1 + 1e-6) if len(x_t) in (1, 3) else out
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
+        return out * (1 + 1e-6) if len(inputs.x_t) in (1, 3) else out
 
 
 class PlaceMatters(ExactClassifier):
     """Gives the last row other bits."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
         out[-1] *= 1 + 1e-6
         return out
 
@@ -194,16 +195,17 @@ def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path)
     classifier = load_torch_classifier(folder, tiny_config(), torch.device("cpu"), (1, 2))
     assert classifier is not None
 
-    def zero_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def zero_inputs(size: int) -> NetworkInputs[torch.Tensor]:
         emb_t = classifier.embed_timesteps(torch.zeros(size))
-        return torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64)
+        return NetworkInputs(torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64))
 
     graphed = GraphedNetwork(classifier.gradient, (1, 2), zero_inputs, call_again)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     emb_t, y = classifier.embed_timesteps(torch.tensor([3.0, 900.0])), torch.tensor([1, 3])
-    gradient = classifier(x_t, emb_t, y)
+    inputs = NetworkInputs(x_t, emb_t, y)
+    gradient = classifier(inputs)
     assert gradient.abs().max() > 0
-    assert torch.equal(graphed(x_t, emb_t, y), gradient)
+    assert torch.equal(graphed(inputs), gradient)
 
 
 def test_a_damaged_classifier_is_refused_at_start_up(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import FailureKind
@@ -61,26 +62,26 @@ class FaultyDenoiser(ExactDenoiser):
             error, self.next_error = self.next_error, None
             raise error.with_traceback(None)  # else it keeps the frames of all scripts
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if not self.armed:
-            return super().__call__(x_t, emb_t, y)
+            return super().__call__(inputs)
         self._have_trouble()
-        if len(x_t) > self.most_rows:
+        if len(inputs.x_t) > self.most_rows:
             raise MemoryError
-        late = emb_t[:, 1] < 1.5  # t below 500
-        if bool((late & (y == RAISES)).any()):
+        late = inputs.emb_t[:, 1] < 1.5  # t below 500
+        if bool((late & (inputs.y == RAISES)).any()):
             raise ValueError("this row cannot be computed")
-        out = super().__call__(x_t, emb_t, y)
-        out[late & (y == OVERFLOWS)] = np.inf
+        out = super().__call__(inputs)
+        out[late & (inputs.y == OVERFLOWS)] = np.inf
         return out
 
 
 class AsynchronousFaulty(FaultyDenoiser):
     """Raises when a call is begun, and when it is waited for, in turns."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
         try:
-            out = self(x_t, emb_t, y)
+            out = self(inputs)
         except Exception as error:
             if len(self.calls) % 2:
                 raise
@@ -93,7 +94,7 @@ class QueuedFaulty(FaultyDenoiser):
 
     def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
         super().__init__(batch_sizes, torch)
-        self.queue = LateQueue(lambda *arguments: self(*arguments), None)
+        self.queue = LateQueue(lambda inputs: self(inputs), None)
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffusion.network_inputs import NetworkInputs
 from service.backends.base import FailureKind
 from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
@@ -115,13 +116,13 @@ class MetaDenoiser:
         self._network = tiny_network(self.config).to(META)
         guide = tiny_classifier_config()
         self.classifier: Any = TorchClassifier(guide, tiny_classifier(guide), "", META, (1, 2, 4))
-        self.queue = MetaQueue(watch, self._network.forward_emb, self.classifier.gradient)
+        self.queue = MetaQueue(watch, lambda inputs: self._network.forward_emb(*inputs), self.classifier.gradient)
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Any) -> Any:
         return self._network.embed_timesteps(t_model)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         raise NotImplementedError
 
     def classify(self, error: Exception) -> FailureKind:
