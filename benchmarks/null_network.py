@@ -8,10 +8,10 @@ import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
 
 
-class NullDenoiser:
+class NullDenoiser(DenoiserDefaults[Any]):
     """Predicts no noise, at once."""
 
     def __init__(self, image_size: int, max_rows: int) -> None:

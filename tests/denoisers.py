@@ -12,11 +12,11 @@ import numpy as np
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import Denoiser, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import Denoiser, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
 from service.backends.pending import Later, Pending
 
 
-class ExactDenoiser:
+class ExactDenoiser(DenoiserDefaults[Any]):
     """A network of sums, products and bounds, which are rounded alike everywhere: no batch and no library shows.
 
     It mixes neighbouring pixels and depends on timestep and label, so that a mistaken row shows instead.
@@ -98,7 +98,7 @@ class ExactClassifier:
         return xp.minimum(xp.maximum(pulled, xp.full_like(pulled, -2)), xp.full_like(pulled, 2))
 
 
-class BatchDependent:
+class BatchDependent(DenoiserDefaults[Any]):
     """A denoiser whose rows change a little at some batch sizes, as badly chosen kernels make them."""
 
     def __init__(

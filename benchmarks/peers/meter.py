@@ -20,7 +20,7 @@ from benchmarks.peers.file_lock import FileLock
 from benchmarks.peers.simulated_device import SimulatedDevice
 from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray
-from service.backends.base import BackendOptions, Denoiser, FailureKind
+from service.backends.base import BackendOptions, Denoiser, DenoiserDefaults, FailureKind
 from service.backends.openvino_backend import OpenVinoBackend
 from service.backends.pending import Pending
 
@@ -143,7 +143,7 @@ class MeteredCall:
         return out
 
 
-class MeteredNetwork:
+class MeteredNetwork(DenoiserDefaults[Any]):
     """A network with a meter around its calls, for one thread."""
 
     xp: Any = np

@@ -10,10 +10,10 @@ import numpy as np
 
 from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray, open_artifact
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
 
 
-class SimulatedDevice:
+class SimulatedDevice(DenoiserDefaults[Any]):
     """Implements `Denoiser` for the model of an artifact; predicts that everything is noise by a fixed part."""
 
     xp: Any = np

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, Protocol
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
 from formats.tensorrt_files import BuildEngines
+from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -102,22 +104,6 @@ class RowNetwork(Protocol[A]):
         ...
 
 
-@runtime_checkable
-class Begins(Protocol):
-    """A network whose calls go on by themselves once begun, while the caller's thread does something else."""
-
-    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
-        """Begin a call; what is waited for is what `__call__` returns. One call at a time."""
-        ...
-
-
-def beginning_of(network: RowNetwork[A]) -> Callable[[NetworkInputs[A]], Pending[A]]:
-    """Return what begins a call; where the network cannot go on by itself, it is called when it is waited for."""
-    if isinstance(network, Begins):
-        return network.begin
-    return lambda inputs: Later(lambda: network(inputs))
-
-
 class GuidingClassifier(RowNetwork[A], Protocol[A]):
     """A noisy classifier's gradient of log p(y | x_t) by x_t, ready to run: called, it returns [n, C, H, W]."""
 
@@ -136,6 +122,33 @@ class Denoiser(RowNetwork[A], Protocol[A]):
     classifier: GuidingClassifier[A] | None
     """Guides the network's images; takes the same arrays, on the same device. None: the model folder has none."""
 
+    @property
+    def queue(self) -> DeviceQueue[A] | None:
+        """What reaches a device that takes work in order and answers later; None: there is none, `begin` is used."""
+        ...
+
+    def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
+        """Begin a call, which goes on by itself where the network can do that; one call at a time.
+
+        Returns:
+            What `__call__` returns, when it is waited for.
+        """
+        ...
+
     def classify(self, error: Exception) -> FailureKind:
         """Say what an error means that was raised while a step was computed with this network or its classifier."""
         ...
+
+
+class DenoiserDefaults(ABC, Generic[A]):
+    """`queue` and `begin` for a denoiser that has no queue, and whose calls cannot go on by themselves."""
+
+    queue: DeviceQueue[A] | None = None
+
+    @abstractmethod
+    def __call__(self, inputs: NetworkInputs[A]) -> A:
+        """Run the network, as `Denoiser`."""
+
+    def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
+        """Return a call that is made when it is waited for."""
+        return Later(lambda: self(inputs))

@@ -18,14 +18,14 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
 from service.errors import ModelError
 
 OUT_OF_MEMORY = "Failed to allocate memory"
 """What its arena says; ONNX Runtime has no exception of its own for it."""
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
     """Implements `Denoiser` with numpy arrays on the CPU."""
 
     xp: Any = np

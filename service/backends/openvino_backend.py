@@ -26,7 +26,14 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous, up_to_width
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    classify_synchronous,
+    up_to_width,
+)
 from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
@@ -35,7 +42,7 @@ from service.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
     """Implements `Denoiser` with numpy arrays on the CPU."""
 
     xp: Any = np

@@ -32,7 +32,7 @@ from formats.tensorrt_files import (
 )
 from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision
+from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, Precision
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
@@ -41,7 +41,7 @@ from service.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-class TensorRTBackend:
+class TensorRTBackend(DenoiserDefaults[Tensor]):
     """Implements `Denoiser` on a CUDA device, with the package `tensorrt` or `tensorrt_rtx`."""
 
     xp: Any = torch

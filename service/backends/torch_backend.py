@@ -16,10 +16,16 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import CheckpointError, checkpoint_sha256
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    Precision,
+    classify_synchronous,
+)
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
 from service.backends.cuda_queue import CudaQueue
-from service.backends.device_queue import DeviceQueue
 from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
 from service.cpus import available_cpus
@@ -31,7 +37,7 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchBackend:
+class TorchBackend(DenoiserDefaults[Tensor]):
     """Implements `Denoiser` on a CPU or a CUDA device."""
 
     xp: Any = torch
@@ -78,7 +84,6 @@ class TorchBackend:
                 network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=4 * len(sizes)
             )
         self._run: EmbNetwork = self._forward
-        self.queue: DeviceQueue[Tensor] | None = None
         if on_cuda:  # the runner captures whole steps; calls by themselves are for its tests
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient

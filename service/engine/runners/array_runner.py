@@ -17,7 +17,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.respacing import respace
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
-from service.backends.device_queue import DeviceQueue, queue_of, send_at_once
+from service.backends.device_queue import DeviceQueue, send_at_once
 from service.backends.pending import Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
@@ -54,7 +54,7 @@ class ArrayRunner(Generic[A]):
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
         self._num_slots = config.num_slots
-        queue: DeviceQueue[A] | None = queue_of(denoiser)
+        queue: DeviceQueue[A] | None = denoiser.queue
         self._slots: SlotTable[A] = SlotTable(
             denoiser.config.model,
             config.num_slots,

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, on_host, to_numpy
-from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.update import PlanRows, Step, advance, to_uint8
-from service.backends.base import Denoiser, beginning_of
+from service.backends.base import Denoiser
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep
 from service.engine.runners.numbers import (
@@ -47,7 +46,6 @@ class HostSteps(Generic[A]):
     ) -> None:
         model = denoiser.config.model
         self._denoiser: Denoiser[A] = denoiser
-        self._begin: Callable[[NetworkInputs[A]], Pending[A]] = beginning_of(denoiser)
         self._slots: SlotTable[A] = table
         self._embeddings: Embeddings[A] = embeddings
         self._plan_of = plan_of
@@ -68,7 +66,7 @@ class HostSteps(Generic[A]):
         inputs, images = gather(
             numbers, table.x, table.x0, self._embeddings.network, places=len(steps), conditional=self._conditional
         )
-        call = self._begin(inputs)
+        call = self._denoiser.begin(inputs)
         return Later(lambda: self._finish(steps, block, numbers, images, call))
 
     def _finish(

@@ -94,7 +94,7 @@ class QueuedFaulty(FaultyDenoiser):
 
     def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
         super().__init__(batch_sizes, torch)
-        self.queue = LateQueue(lambda inputs: self(inputs), None)
+        self.queue: LateQueue = LateQueue(lambda inputs: self(inputs), None)
 
 
 @cache

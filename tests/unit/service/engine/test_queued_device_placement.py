@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import FailureKind
+from service.backends.base import DenoiserDefaults, FailureKind
+from service.backends.device_queue import Forward
 from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
 from service.engine.config import EngineConfig
@@ -79,9 +80,9 @@ class MetaQueue:
 
     depth = 2
 
-    def __init__(self, watch: HostOperands, network: Callable[..., Tensor], classifier: Callable[..., Tensor]) -> None:
-        self.network = torch.inference_mode()(network)
-        self.classifier = classifier
+    def __init__(self, watch: HostOperands, network: Forward[Tensor], classifier: Forward[Tensor]) -> None:
+        self.network: Forward[Tensor] = torch.inference_mode()(network)
+        self.classifier: Forward[Tensor] | None = classifier
         self._watch = watch
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -102,7 +103,7 @@ class MetaQueue:
         return self.fetch
 
 
-class MetaDenoiser:
+class MetaDenoiser(DenoiserDefaults[Any]):
     """The tiny network and its classifier, on the meta device."""
 
     xp: Any = torch
