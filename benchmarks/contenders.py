@@ -97,7 +97,7 @@ class Rows:
     def make(cls, config: CheckpointConfig, count: int) -> Self:
         """Make rows of noise, of all timesteps and classes."""
         model, ids = config.model, np.arange(count)
-        told = respace(config.diffusion).model_t
+        told = respace(config.diffusion).t_model
         x_t = normal(ids, ids * 0, ids * 0, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
         y = None if model.num_classes is None else ids % model.num_labels
         return cls(x_t, told[ids * SPREAD % len(told)].astype(np.float32), y)

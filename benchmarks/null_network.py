@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 
 
 class NullDenoiser(DenoiserDefaults[Any]):
@@ -30,7 +30,7 @@ class NullDenoiser(DenoiserDefaults[Any]):
             ),
             diffusion=DiffusionConfig(num_timesteps=1000),
         )
-        self.numerics_id = "null"
+        self.network_id = "null"
         self.description = "nothing"
         self.batch_sizes: tuple[int, ...] | None = (max_rows,)
         self.threads = 1
@@ -42,9 +42,9 @@ class NullDenoiser(DenoiserDefaults[Any]):
         """Nobody reads it."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         """Predict no noise."""

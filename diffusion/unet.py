@@ -219,7 +219,7 @@ class Backbone(nn.Module):
         """Return emb_t, the time MLP's output: float32 [B, 4C], whatever autocast says.
 
         Args:
-            t: what the network is told, [B], integer or fractional (`Process.model_t`).
+            t: what the network is told, [B], integer or fractional (`Process.t_model`).
         """
         with torch.autocast(t.device.type, enabled=False):
             return self.time_embed(timestep_embedding(t, self.model_channels))
@@ -277,7 +277,7 @@ class UNet(Backbone):
 
         Args:
             x_t: noisy images [B, C, H, W].
-            t: what the network is told, [B] (`Process.model_t`).
+            t: what the network is told, [B] (`Process.t_model`).
             y: labels int64 [B], for a conditional model.
             low_res: low-resolution images [B, C, h, w], for a super-resolution model.
         """

@@ -12,7 +12,7 @@ import numpy as np
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import Denoiser, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import Denoiser, DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 
 
@@ -30,7 +30,7 @@ class ExactDenoiser(DenoiserDefaults[Any]):
         classifier: GuidingClassifier[Any] | None = None,
     ) -> None:
         self.config = config
-        self.numerics_id = "exact"
+        self.network_id = "exact"
         self.description = "exact arithmetic"
         self.classifier = classifier
         self.batch_sizes = batch_sizes
@@ -43,8 +43,8 @@ class ExactDenoiser(DenoiserDefaults[Any]):
         channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
         return t_model[:, None] / 1024 + channels[None]
 
-    def classify(self, error: Exception) -> FailureKind:
-        return classify_synchronous(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return synchronous_failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
@@ -105,7 +105,7 @@ class BatchDependent(DenoiserDefaults[Any]):
         self, honest: Denoiser[Any], dependent_sizes: set[int], batch_sizes: tuple[int, ...] | None = None
     ) -> None:
         self.config = honest.config
-        self.numerics_id = honest.numerics_id
+        self.network_id = honest.network_id
         self.description = "batch dependent"
         self.classifier = honest.classifier
         self.batch_sizes = batch_sizes
@@ -118,8 +118,8 @@ class BatchDependent(DenoiserDefaults[Any]):
     def embed_timesteps(self, t_model: Any) -> Any:
         return self._honest.embed_timesteps(t_model)
 
-    def classify(self, error: Exception) -> FailureKind:
-        return self._honest.classify(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return self._honest.failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         out = self._honest(inputs)

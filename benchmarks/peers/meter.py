@@ -153,7 +153,7 @@ class MeteredNetwork(DenoiserDefaults[Any]):
 
     def __init__(self, network: TimedNetwork, meter: Meter) -> None:
         self.config = network.config
-        self.numerics_id = network.numerics_id
+        self.network_id = network.network_id
         self.description = network.description
         self.batch_sizes = network.batch_sizes
         self.threads = network.threads
@@ -165,9 +165,9 @@ class MeteredNetwork(DenoiserDefaults[Any]):
         """Ask the network."""
         return self._network.embed_timesteps(t_model)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Ask the network."""
-        return self._network.classify(error)
+        return self._network.failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Call the network when it is free."""

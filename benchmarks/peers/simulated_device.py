@@ -10,7 +10,13 @@ import numpy as np
 
 from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray, open_artifact
-from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
 
 
 class SimulatedDevice(DenoiserDefaults[Any]):
@@ -22,7 +28,7 @@ class SimulatedDevice(DenoiserDefaults[Any]):
     def __init__(self, folder: Path, options: BackendOptions, fixed_ms: float, row_ms: float) -> None:
         """Describe a device on which a call of n rows takes `fixed_ms + row_ms * n`."""
         self.config = open_artifact(folder, "openvino").config
-        self.numerics_id = "simulated"
+        self.network_id = "simulated"
         self.description = f"simulated, {fixed_ms:g} + {row_ms:g} n ms"
         self.batch_sizes: tuple[int, ...] | None = options.sizes_to_compile
         self.threads = 1
@@ -34,9 +40,9 @@ class SimulatedDevice(DenoiserDefaults[Any]):
         """Nobody reads it."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Let the time of a call pass."""

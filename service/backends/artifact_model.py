@@ -60,7 +60,7 @@ class ArtifactModel(ArtifactGraph):
     config: CheckpointConfig
     classifier: ArtifactClassifier | None
 
-    def numerics_id(self, description: str) -> str:
+    def network_id(self, description: str) -> str:
         """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
         hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
         return hashlib.sha256("\n".join([*hashes, description, *vector_instructions()]).encode()).hexdigest()[:16]

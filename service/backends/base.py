@@ -70,8 +70,8 @@ class FailureKind(enum.Enum):
     """Nothing on the device can be trusted any more, and the error may be that of an earlier call."""
 
 
-def classify_synchronous(error: Exception) -> FailureKind:
-    """Classify an error of a backend that has no device of its own and returns when it has computed."""
+def synchronous_failure_kind(error: Exception) -> FailureKind:
+    """Return the kind of an error of a backend that has no device of its own and returns when it has computed."""
     return FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ROWS
 
 
@@ -114,9 +114,9 @@ class Denoiser(RowNetwork[A], Protocol[A]):
     """A network, ready to run: returns [n, out_channels, H, W]. Holds weights and nothing about requests."""
 
     config: CheckpointConfig
-    numerics_id: str
-    """Names everything the pixels depend on besides the request: model, classifier, backend, precision, versions,
-    machine."""
+    network_id: str
+    """Names everything that the outputs of network and classifier depend on besides their inputs: weights, backend,
+    precision, versions, machine. Part of a runner's `numerics_id`."""
     threads: int
     """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
     classifier: GuidingClassifier[A] | None
@@ -135,7 +135,7 @@ class Denoiser(RowNetwork[A], Protocol[A]):
         """
         ...
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Say what an error means that was raised while a step was computed with this network or its classifier."""
         ...
 

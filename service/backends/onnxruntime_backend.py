@@ -18,7 +18,13 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
 from service.errors import ModelError
 
 OUT_OF_MEMORY = "Failed to allocate memory"
@@ -43,7 +49,7 @@ class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
         self.threads = cpu_threads(options.threads)
         self.batch_sizes: tuple[int, ...] | None = None
         self.description = f"onnxruntime {onnxruntime.__version__} cpu fp32"
-        self.numerics_id = self._model.numerics_id(self.description)
+        self.network_id = self._model.network_id(self.description)
 
         self._session = _open(self._model.graph, self.threads)
         classifier = self._model.classifier
@@ -60,9 +66,9 @@ class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
         out: FloatArray = self._session.run(None, self._model.feed(inputs))[0]
         return out
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
-        return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else classify_synchronous(error)
+        return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else synchronous_failure_kind(error)
 
 
 class OnnxRuntimeClassifier:

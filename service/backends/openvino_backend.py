@@ -31,7 +31,7 @@ from service.backends.base import (
     DenoiserDefaults,
     FailureKind,
     GuidingClassifier,
-    classify_synchronous,
+    synchronous_failure_kind,
     up_to_width,
 )
 from service.backends.openvino_core import openvino_core
@@ -55,7 +55,7 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
         self.description = f"openvino {_version()} cpu {precision} static parts"
-        self.numerics_id = self._model.numerics_id(self.description)
+        self.network_id = self._model.network_id(self.description)
 
         sizes = options.batch_sizes or up_to_width(self._model.manifest.buckets, options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
@@ -78,9 +78,9 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
         """Let the graph that was compiled for this many rows run."""
         return self._network.begin(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
 
 class OpenVinoClassifier:

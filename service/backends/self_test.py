@@ -76,7 +76,7 @@ class _TestRows(Generic[A]):
         model, xp, device = network.config.model, network.xp, network.device
         shape = (model.image_channels, model.image_size, model.image_size)
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
-        told = respace(network.config.diffusion).model_t
+        told = respace(network.config.diffusion).t_model
         spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
         self._network: RowNetwork[A] = network
         self._inputs: NetworkInputs[A] = NetworkInputs(

@@ -92,7 +92,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}
-        self.numerics_id = numerics_id(self.description, manifest, records, self.device)
+        self.network_id = network_id(self.description, manifest, records, self.device)
         for size in sizes:
             refuse_unequal_rows(self._run, self.embed_timesteps, self.config, size, self.device)
 
@@ -104,7 +104,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         """Run the engine of the batch's size."""
         return self._run(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest, which is the device's: its errors come late."""
         lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
@@ -178,7 +178,7 @@ def refuse_unequal_rows(
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
     x_t = normal(row, row, row, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
-    told = respace(config.diffusion).model_t
+    told = respace(config.diffusion).t_model
     for t in told[np.linspace(0, len(told) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
         out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row))
@@ -188,7 +188,7 @@ def refuse_unequal_rows(
             raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it anew")
 
 
-def numerics_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
+def network_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
     """Hash what pixels depend on: two builds of a graph may compute in another order, so the plans count."""
     properties = torch.cuda.get_device_properties(device)
     facts = {

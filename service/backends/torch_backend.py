@@ -22,7 +22,7 @@ from service.backends.base import (
     FailureKind,
     GuidingClassifier,
     Precision,
-    classify_synchronous,
+    synchronous_failure_kind,
 )
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
 from service.backends.cuda_queue import CudaQueue
@@ -66,7 +66,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if classifier is not None:
             depends_on.append(classifier.sha256)
         self.classifier: GuidingClassifier[Tensor] | None = classifier
-        self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+        self.network_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
         if on_cuda:
             network = network.to(self.device)
@@ -102,11 +102,11 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         """Run the UNet."""
         return self._run(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest; on a CUDA device all the rest is the device's, whose errors come late."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
             return FailureKind.OUT_OF_MEMORY
-        return FailureKind.DEVICE if self.device.type == "cuda" else classify_synchronous(error)
+        return FailureKind.DEVICE if self.device.type == "cuda" else synchronous_failure_kind(error)
 
     def _forward(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         if self.device.type == "cuda":

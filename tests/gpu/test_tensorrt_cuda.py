@@ -72,7 +72,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows))
     built = TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows, build_engines=build))
     loaded = TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows))
-    assert loaded.numerics_id == built.numerics_id
+    assert loaded.network_id == built.network_id
     return loaded, limit
 
 

@@ -46,7 +46,7 @@ class Halved(ExactDenoiser):
 
     def __init__(self, generation: int) -> None:
         super().__init__(tiny_config())
-        self.numerics_id = f"halved {generation}"
+        self.network_id = f"halved {generation}"
         self.generation = generation
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:

@@ -62,7 +62,7 @@ class ArrayRunner(Generic[A]):
             denoiser.device,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
-        told = self._slots.send(respace(denoiser.config.diffusion).model_t)
+        told = self._slots.send(respace(denoiser.config.diffusion).t_model)
         embeddings: Embeddings[A] = Embeddings(
             network=denoiser.embed_timesteps(told),
             classifier=None if classifier is None else classifier.embed_timesteps(told),
@@ -121,11 +121,11 @@ class ArrayRunner(Generic[A]):
             raise TypeError("only what `evict` returned can be restored")
         self._slots.load(slots, states)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Ask the denoiser."""
-        return self._denoiser.classify(error)
+        return self._denoiser.failure_kind(error)
 
-    def probe(self) -> None:
+    def check_network(self) -> None:
         """Call the network, and its classifier, on zeros, and wait for what they return."""
         self._call_on_zeros(self._denoiser, self.padded_rows(1))
         if self._classifier is not None:
@@ -189,5 +189,5 @@ def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
     """Add what the runner contributes: noise and update, and the width and threads of its self-test."""
     arrays = {np.__name__: np.__version__, denoiser.xp.__name__: denoiser.xp.__version__}
-    depends_on = f"{denoiser.numerics_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
+    depends_on = f"{denoiser.network_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

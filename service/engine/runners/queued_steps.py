@@ -215,7 +215,7 @@ class QueuedSteps(Generic[A]):
             graph = _Fixed(work.words, self._queue.capture(work.run), captured=True)
             equal = self._trial(graph, block) == self._trial(work, block)
         except Exception as error:
-            if self._denoiser.classify(error) is not FailureKind.OUT_OF_MEMORY:
+            if self._denoiser.failure_kind(error) is not FailureKind.OUT_OF_MEMORY:
                 raise
             log.warning("%s: no memory to capture %s of %d rows", self._denoiser.description, what, size)
             return self._uncaptured(work, what, size)

@@ -185,9 +185,9 @@ def test_the_numerics_id_depends_on_the_classifier(tmp_path: Path) -> None:
     weights = other / "classifier" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    ids = {plain.numerics_id, with_classifier.numerics_id, TorchBackend(other).numerics_id}
+    ids = {plain.network_id, with_classifier.network_id, TorchBackend(other).network_id}
     assert len(ids) == 3
-    assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).numerics_id in ids
+    assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).network_id in ids
 
 
 def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path) -> None:

@@ -76,8 +76,10 @@ def test_the_torch_backend_tells_memory_from_rows_and_on_a_cuda_device_from_the_
     backend = TorchBackend(folder, BackendOptions(device="cpu"))
     monkeypatch.setattr(backend, "device", torch.device(device))
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), out_of_memory_on_the_cpu()):
-        assert backend.classify(error) is FailureKind.OUT_OF_MEMORY
-    others = [backend.classify(error) for error in (ValueError("x"), RuntimeError("CUDA error: device-side assert"))]
+        assert backend.failure_kind(error) is FailureKind.OUT_OF_MEMORY
+    others = [
+        backend.failure_kind(error) for error in (ValueError("x"), RuntimeError("CUDA error: device-side assert"))
+    ]
     assert others == [FailureKind.ROWS if device == "cpu" else FailureKind.DEVICE] * 2
 
 
@@ -129,7 +131,7 @@ def test_bfloat16_lowers_convolutions_and_linear_layers_and_stays_near(folder: P
     error = float((near - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     assert near.dtype == torch.float32
     assert 1e-4 < error < 0.05
-    assert low.numerics_id != full.numerics_id
+    assert low.network_id != full.network_id
     assert (full.description.split()[-1], low.description.split()[-1]) == ("float32", "bfloat16")
     network = low._network
     time_mlp = set(network.time_embed.modules())
@@ -157,7 +159,7 @@ def test_a_compiled_network_is_compiled_once_for_each_size(tmp_path: Path, monke
     eager = TorchBackend(small, BackendOptions(device="cpu"))
     assert compiled.batch_sizes == (1, 2)
     assert compiled.description == f"{eager.description} compiled"
-    assert compiled.numerics_id != eager.numerics_id
+    assert compiled.network_id != eager.network_id
 
     ArrayRunner(compiled, EngineConfig(max_rows=2)).warm_up()
     for size in compiled.batch_sizes:

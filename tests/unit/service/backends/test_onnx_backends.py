@@ -133,8 +133,8 @@ def precision_of(backend: ArtifactBackend) -> str:
 
 def test_onnxruntime_says_when_memory_is_short(backends: Backends) -> None:
     said = "BFCArena::AllocateRawInternal ... Failed to allocate memory for requested buffer of size 4096"
-    assert backends["onnxruntime fp32"].classify(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
-    assert backends["onnxruntime fp32"].classify(RuntimeError("shape mismatch")) is FailureKind.ROWS
+    assert backends["onnxruntime fp32"].failure_kind(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
+    assert backends["onnxruntime fp32"].failure_kind(RuntimeError("shape mismatch")) is FailureKind.ROWS
 
 
 def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, reference: TorchBackend) -> None:
@@ -264,17 +264,17 @@ def test_it_names_everything_that_its_numbers_depend_on(backend: ArtifactBackend
     assert (backend.threads, backend.config) == (2, reference.config)
 
 
-def test_every_backend_and_precision_has_a_numerics_id_of_its_own(exports: Exports, reference: TorchBackend) -> None:
+def test_every_backend_and_precision_has_a_network_id_of_its_own(exports: Exports, reference: TorchBackend) -> None:
     model = open_artifact(exports.bundled(), "any")
-    of_kinds = [model.numerics_id(kind) for kind in KINDS]
-    assert len({*of_kinds, reference.numerics_id}) == len(KINDS) + 1
+    of_kinds = [model.network_id(kind) for kind in KINDS]
+    assert len({*of_kinds, reference.network_id}) == len(KINDS) + 1
 
 
-def test_the_processor_is_part_of_the_numerics_id(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_is_part_of_the_network_id(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_artifact(exports.bundled(), "openvino")
-    here = model.numerics_id("somewhere")
+    here = model.network_id("somewhere")
     monkeypatch.setattr("service.backends.artifact_model.vector_instructions", lambda: ("abacus",))
-    assert model.numerics_id("somewhere") != here
+    assert model.network_id("somewhere") != here
 
 
 @pytest.mark.parametrize(
@@ -392,10 +392,10 @@ def test_files_that_cannot_be_read_end_in_words(artifact: Path, monkeypatch: pyt
 
 
 def test_numbers_are_named_by_the_configuration_too(artifact: Path) -> None:
-    before = OnnxRuntimeBackend(artifact, PLAIN).numerics_id
+    before = OnnxRuntimeBackend(artifact, PLAIN).network_id
     checkpoint = read_artifact(artifact).checkpoint
     edit_manifest(artifact, checkpoint=checkpoint.replace(diffusion=checkpoint.diffusion.replace(num_timesteps=500)))
-    assert OnnxRuntimeBackend(artifact, PLAIN).numerics_id != before
+    assert OnnxRuntimeBackend(artifact, PLAIN).network_id != before
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])

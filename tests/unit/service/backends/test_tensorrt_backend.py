@@ -116,10 +116,10 @@ def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: M
 
 def test_pixels_are_named_by_the_plans_too(engines: Path, manifest: Manifest) -> None:
     first, again = TensorRTBackend(engines, OPTIONS), TensorRTBackend(engines, OPTIONS)
-    assert first.numerics_id == again.numerics_id
+    assert first.network_id == again.network_id
     assert first.description == "tensorrt 10.99.0.1 cuda NVIDIA H200 fp32"
     write_fake_engine(engines, manifest, 2, built="again")
-    assert TensorRTBackend(engines, OPTIONS).numerics_id != first.numerics_id
+    assert TensorRTBackend(engines, OPTIONS).network_id != first.network_id
 
 
 def test_nothing_is_built_unless_asked(artifact: Path, manifest: Manifest) -> None:

@@ -50,8 +50,8 @@ class FaultyDenoiser(ExactDenoiser):
         self.most_rows = 1000
         self.next_error: Exception | None = None
 
-    def classify(self, error: Exception) -> FailureKind:
-        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().classify(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().failure_kind(error)
 
     def embed_timesteps(self, t_model: Any) -> Any:
         self._have_trouble()
@@ -282,7 +282,7 @@ def test_out_of_memory_halves_the_width_costs_no_image_and_the_width_comes_back(
 @pytest.mark.parametrize("error", [DeviceLost("gone"), KeyboardInterrupt()])
 def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) -> None:
     class Lost(CountingRunner):
-        def classify(self, error: Exception) -> FailureKind:
+        def failure_kind(self, error: Exception) -> FailureKind:
             return FailureKind.DEVICE
 
         def step(self, slots: Sequence[int]) -> list[bool]:

@@ -108,7 +108,7 @@ class MetaDenoiser(DenoiserDefaults[Any]):
 
     xp: Any = torch
     device: Any = META
-    description = numerics_id = "meta"
+    description = network_id = "meta"
     threads = 0
     batch_sizes: tuple[int, ...] | None = (1, 2, 4)
 
@@ -126,7 +126,7 @@ class MetaDenoiser(DenoiserDefaults[Any]):
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         raise NotImplementedError
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         return FailureKind.DEVICE
 
 
