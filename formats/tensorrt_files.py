@@ -100,13 +100,6 @@ def graph_sha256(files: Mapping[str, FileEntry]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def needed_buckets(buckets: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the buckets that a width makes use of, ascending: those below it, and the next one."""
-    ascending = sorted(buckets)
-    enough = next((k for k, bucket in enumerate(ascending) if bucket >= max_rows), len(ascending))
-    return tuple(ascending[: enough + 1])
-
-
 def engine_folder(artifact: Path, target: Target) -> Path:
     """Return where an artifact's engines for a target lie."""
     return artifact / FOLDER / target.name

@@ -6,7 +6,6 @@ differs.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -24,6 +23,7 @@ from diffusion.plans import SamplingPlan, build_plan
 from diffusion.update import sample_loop, to_uint8
 from service.backends.artifact_model import FloatArray
 from service.backends.base import BackendOptions
+from service.backends.batch_sizes import padded as padded_size
 
 Turns = Literal["batch", "call"]
 """What batches that run at once take turns with: a `batch` has the device from its first step to its last; by `call`
@@ -84,7 +84,7 @@ class RequestSampler:
         """Sample at most `width` images."""
         plan, embedded = self._embedded(steps)
         self._network.used_rows = count = len(seeds)
-        size = self._sizes[bisect_left(self._sizes, count)]
+        size = padded_size(count, self._sizes)
         padded = [*range(count), *[0] * (size - count)]
         y, seed, image_index = integers(labels)[padded], integers(seeds), integers(image_indices)
         lines = iter(embedded)

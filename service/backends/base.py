@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol
 
@@ -13,6 +12,7 @@ from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
 from formats.tensorrt_files import BuildEngines
+from service.backends.batch_sizes import doubling_sizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 
@@ -47,16 +47,6 @@ class BackendOptions:
     def sizes_to_compile(self) -> tuple[int, ...]:
         """The batch sizes that a backend compiles, ascending."""
         return doubling_sizes(self.max_rows) if self.batch_sizes is None else self.batch_sizes
-
-
-def doubling_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... and the width itself: the batch sizes that a backend compiles, if nobody says others."""
-    return up_to_width((1 << k for k in range(max_rows.bit_length())), max_rows)
-
-
-def up_to_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the sizes that are below the width, and the width itself."""
-    return (*(size for size in sizes if size < max_rows), max_rows)
 
 
 class FailureKind(enum.Enum):

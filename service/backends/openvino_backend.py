@@ -32,8 +32,8 @@ from service.backends.base import (
     FailureKind,
     GuidingClassifier,
     synchronous_failure_kind,
-    up_to_width,
 )
+from service.backends.batch_sizes import up_to_width
 from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions

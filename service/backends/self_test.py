@@ -17,6 +17,7 @@ from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import RowNetwork
+from service.backends.batch_sizes import largest_size, sizes_to_try
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +42,14 @@ def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]
     return found[width]
 
 
-def candidate_sizes(width: int) -> list[int]:
-    """Return the powers of two below a width, and one and a half times each."""
-    powers = [1 << k for k in range(width.bit_length())]
-    return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
-
-
 def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     compiled = network.batch_sizes
-    largest = width if compiled is None else compiled[-1]
+    largest = largest_size(compiled, width, network.description)
     rows: _TestRows[A] = _TestRows(network, largest)
     if not rows.agree(largest, backwards=True):
         raise RuntimeError(f"{network.description}: a row's result depends on its place in the batch")
     if compiled is None:
-        return (*(size for size in candidate_sizes(width) if rows.agree(size)), width)
+        return (*(size for size in sizes_to_try(width) if rows.agree(size)), width)
 
     passed: list[int] = [
         size for size in compiled[:-1] if rows.agree(size) and (size == 1 or rows.agree(size, backwards=True))

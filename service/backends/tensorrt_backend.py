@@ -26,13 +26,13 @@ from formats.tensorrt_files import (
     Target,
     Wanted,
     graph_sha256,
-    needed_buckets,
     read_engine,
     unusable_engines,
 )
 from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
 from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, Precision
+from service.backends.batch_sizes import covering_width
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
@@ -73,7 +73,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
         self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
         """What the engines are."""
-        sizes = needed_buckets(manifest.buckets, options.max_rows)
+        sizes = covering_width(manifest.buckets, options.max_rows)
         engines = load_engines(artifact, self.wanted, sizes, options, self.device)
 
         with torch.cuda.device(self.device):

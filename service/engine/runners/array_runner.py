@@ -17,6 +17,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.respacing import respace
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
+from service.backends.batch_sizes import BatchSizes, largest_size
 from service.backends.device_queue import DeviceQueue, send_at_once
 from service.backends.pending import Pending
 from service.backends.self_test import invariant_batch_sizes
@@ -25,9 +26,8 @@ from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
-from service.engine.runners.steps import BatchSizes, Embeddings, Steps
+from service.engine.runners.steps import Embeddings, Steps
 from service.engine.slots import SavedSlot, SlotTable
-from service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class ArrayRunner(Generic[A]):
         classifier: GuidingClassifier[A] | None = denoiser.classifier
         self.numerics_id = _numerics_id(denoiser, config.max_rows)
         self.sizes = BatchSizes(
-            network=_largest_size(denoiser, config.max_rows),
-            classifier=() if classifier is None else _largest_size(classifier, config.max_rows),
+            network=_untested(denoiser, config.max_rows),
+            classifier=() if classifier is None else _untested(classifier, config.max_rows),
         )
         """Rows that calls may have; the self-test finds more than the largest."""
         self._denoiser: Denoiser[A] = denoiser
@@ -173,17 +173,9 @@ def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
     return plan_of
 
 
-def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
-    """Return the one batch size that needs no self-test: the largest that was compiled, or the engine's width."""
-    compiled = network.batch_sizes
-    if compiled is None:
-        return (max_rows,)
-    if max_rows > compiled[-1]:
-        raise ModelError(
-            f"{network.description}: max_rows must be at most {compiled[-1]}, the largest batch that it was "
-            f"compiled for; got {max_rows}"
-        )
-    return (compiled[-1],)
+def _untested(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
+    """Return the one batch size that needs no self-test."""
+    return (largest_size(network.batch_sizes, max_rows, network.description),)
 
 
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:

@@ -13,6 +13,7 @@ from diffusion.arrays import A, on_host, to_numpy
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.update import PlanRows, Step, advance, to_uint8
 from service.backends.base import Denoiser
+from service.backends.batch_sizes import BatchSizes
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep
 from service.engine.runners.numbers import (
@@ -27,7 +28,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import Images, Update, finish, gather, gradients
-from service.engine.runners.steps import BatchSizes, Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
 from service.engine.slots import SlotTable
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from diffusion.arrays import A, namespace, to_numpy
 from diffusion.update import to_uint8
 from service.backends.base import Denoiser, FailureKind
+from service.backends.batch_sizes import BatchSizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep
@@ -31,7 +32,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import add_noise_and_advance, finish, gather, gradients
-from service.engine.runners.steps import BatchSizes, Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import BackendOptions, FailureKind, doubling_sizes
+from service.backends.base import BackendOptions, FailureKind
 from service.backends.cuda_graphs import GraphedNetwork
 from service.backends.select import BACKENDS, Backend, load_denoiser
 from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype
@@ -167,10 +167,6 @@ def test_a_compiled_network_is_compiled_once_for_each_size(tmp_path: Path, monke
         for emb_t in (eager.embed_timesteps(t), eager.embed_timesteps(t).clone()):  # made in inference mode, and not
             rows = NetworkInputs(x_t, emb_t, y)
             torch.testing.assert_close(compiled(rows), eager(rows), rtol=0, atol=1e-4)
-
-
-def test_sizes_double_up_to_the_width() -> None:
-    assert [doubling_sizes(width) for width in (2, 8, 12)] == [(1, 2), (1, 2, 4, 8), (1, 2, 4, 8, 12)]
 
 
 class TestGraphedNetwork:

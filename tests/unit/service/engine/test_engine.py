@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.classifier import log_p_gradient
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
-from service.backends.self_test import candidate_sizes, invariant_batch_sizes
+from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import WIDTH_INTERVAL, Engine
@@ -72,7 +72,7 @@ def backend() -> TorchBackend:
         return TorchBackend(tiny_guided_checkpoint(Path(folder) / "tiny"))
 
 
-Subject = Literal["unet", "numpy", "numpy buckets", "asynchronous", "queued"]
+Subject = Literal["unet", "numpy", "numpy, compiled sizes", "asynchronous", "queued"]
 SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
 """A torch network, and exact arithmetic on numpy arrays: at any batch size, compiled for some, asynchronous."""
 
@@ -83,7 +83,7 @@ def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassG
     if subject == "unet":
         classifier = tiny_classifier(tiny_classifier_config())
         return warm_runner(), tiny_network(tiny_config()), partial(log_p_gradient, classifier), torch
-    sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy buckets", "queued") else None
+    sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy, compiled sizes", "queued") else None
     xp = torch if subject == "queued" else np
     guide = ExactClassifier(tiny_classifier_config(), xp, batch_sizes=sizes)
     made = {"asynchronous": AsynchronousDenoiser, "queued": QueuedDenoiser}.get(subject, ExactDenoiser)
@@ -182,8 +182,6 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     runner = ArrayRunner(BatchDependent(backend(), {1, 3}), CONFIG)
     runner.warm_up()
     assert set(honest.sizes.network) - set(runner.sizes.network) == {1, 3} & set(honest.sizes.network)
-    assert candidate_sizes(16) == [1, 2, 3, 4, 6, 8, 12]
-    assert candidate_sizes(5) == [1, 2, 3, 4]
     assert runner.padded_rows(3) == WIDTH
 
 

@@ -34,7 +34,7 @@ WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1)
 FINE, OVERFLOWS, RAISES = 1, 2, 3
 """Classes of images: what the network does with them in the second half of the chain."""
-Buckets = Literal["any size", "buckets", "asynchronous", "queued"]
+Kind = Literal["any size", "compiled sizes", "asynchronous", "queued"]
 
 
 class DeviceLost(Exception):
@@ -98,10 +98,10 @@ class QueuedFaulty(FaultyDenoiser):
 
 
 @cache
-def faulty(buckets: Buckets) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
+def faulty(kind: Kind) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
     """Return a network that fails, and a runner of it that is warm."""
     kinds = {"asynchronous": AsynchronousFaulty, "queued": QueuedFaulty}
-    denoiser = kinds.get(buckets, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if buckets in ("buckets", "queued") else None)
+    denoiser = kinds.get(kind, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if kind in ("compiled sizes", "queued") else None)
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
     runner.warm_up()
     return denoiser, runner
@@ -164,13 +164,13 @@ def check_nothing_is_left(engine: Engine) -> None:
         assert sorted(lane.free_slots) == list(range(CONFIG.num_slots))
 
 
-@pytest.mark.parametrize("buckets", get_args(Buckets))
+@pytest.mark.parametrize("kind", get_args(Kind))
 @settings(max_examples=count(2000, 20))
 @given(script=SCRIPTS, policy=st.sampled_from(get_args(PolicyName)))
 def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
-    buckets: Buckets, script: list[tuple[str, Any]], policy: PolicyName
+    kind: Kind, script: list[tuple[str, Any]], policy: PolicyName
 ) -> None:
-    denoiser, runner = faulty(buckets)
+    denoiser, runner = faulty(kind)
     denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
     least_memory = 1000
     metrics = Metrics()
