@@ -24,9 +24,9 @@ from diffusion.config import CheckpointConfig
 from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
-from formats.artifact import Precision
 from formats.checkpoint import load_unet
 from formats.extras import install_command
+from formats.precision import Precision
 from interchange.diffusers_config import DoesNotMap
 from service.backends.base import BackendOptions, Denoiser
 from service.backends.select import BACKENDS, load_denoiser

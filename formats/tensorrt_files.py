@@ -24,9 +24,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from diffusion.config import FrozenConfig
-from formats.artifact import MODEL_FILE, FileEntry, NetworkParity, Precision, Sha256
+from formats.artifact import MODEL_FILE, FileEntry, NetworkParity, Sha256
 from formats.atomic_file import write_file
 from formats.checkpoint_config import describe_validation_error
+from formats.precision import Precision
 from formats.tensorrt_package import EngineError, Flavour
 
 FOLDER = "tensorrt"

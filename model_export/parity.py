@@ -27,8 +27,9 @@ from diffusion.respacing import respace
 from diffusion.time_mlp import TimeMLP
 from diffusion.unet import UNet
 from diffusion.update import sample_loop, to_uint8
-from formats.artifact import BandError, ChainParity, NetworkParity, Precision
+from formats.artifact import BandError, ChainParity, NetworkParity
 from formats.checkpoint_config import AnyCheckpointConfig
+from formats.precision import Precision
 from model_export.runtimes import Arrays, Graph, Runtime
 
 STEPS = 50

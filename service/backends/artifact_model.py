@@ -20,12 +20,12 @@ from formats.artifact import (
     TIME_MLP_FILE,
     ArtifactError,
     Manifest,
-    Precision,
     find_artifact,
     read_artifact,
     read_classifier_artifact,
 )
 from formats.classifier_folder import CLASSIFIER_FOLDER
+from formats.precision import Precision
 from service.backends.processor import vector_instructions
 from service.cpus import available_cpus
 from service.errors import ModelError

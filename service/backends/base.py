@@ -5,18 +5,17 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol
+from typing import Any, Generic, Protocol
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
+from formats.precision import PrecisionChoice
 from formats.tensorrt_files import BuildEngines
 from service.backends.batch_sizes import doubling_sizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class BackendOptions:
     """Threads of a network call; None: one per core that we may use."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
+    precision: PrecisionChoice = "auto"
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""

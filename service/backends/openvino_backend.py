@@ -16,7 +16,7 @@ import numpy.typing as npt
 import openvino
 
 from diffusion.network_inputs import NetworkInputs
-from formats.artifact import Precision
+from formats.precision import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
     ArtifactModel,

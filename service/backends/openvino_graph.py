@@ -17,7 +17,7 @@ import numpy.typing as npt
 import openvino
 
 from diffusion.network_inputs import NetworkInputs
-from formats.artifact import Precision
+from formats.precision import Precision
 from service.backends.artifact_model import ArtifactGraph, FloatArray
 from service.backends.openvino_core import openvino_core
 from service.errors import ModelError

@@ -21,6 +21,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from formats.artifact import ArtifactError, Manifest
+from formats.precision import PrecisionChoice
 from formats.tensorrt_files import (
     EngineRecord,
     Target,
@@ -31,7 +32,7 @@ from formats.tensorrt_files import (
 )
 from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
-from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier, Precision
+from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier
 from service.backends.batch_sizes import covering_width
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
@@ -202,7 +203,7 @@ def network_id(description: str, manifest: Manifest, records: dict[int, EngineRe
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _refuse_precision(model: ArtifactModel, wanted: Precision) -> None:
+def _refuse_precision(model: ArtifactModel, wanted: PrecisionChoice) -> None:
     precision = model.manifest.precision
     if wanted not in ("auto", precision):
         raise ModelError(

@@ -16,12 +16,12 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import CheckpointError, checkpoint_sha256
+from formats.precision import PrecisionChoice
 from service.backends.base import (
     BackendOptions,
     DenoiserDefaults,
     FailureKind,
     GuidingClassifier,
-    Precision,
     synchronous_failure_kind,
 )
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
@@ -141,7 +141,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: PrecisionChoice, device: torch.device) -> torch.dtype:
     """Return the type that the network computes in; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
 
     Raises:

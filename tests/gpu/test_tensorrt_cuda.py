@@ -11,7 +11,8 @@ import torch
 
 from diffusion.network_inputs import NetworkInputs
 from diffusion.time_mlp import WEIGHTS, TimeMLP
-from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, Precision, file_entry, manifest_json
+from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, file_entry, manifest_json
+from formats.precision import Precision
 from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, installed_flavour
 from model_export.onnx_export import PRECISIONS, export_unet

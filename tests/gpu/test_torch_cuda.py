@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffusion.network_inputs import NetworkInputs
-from service.backends.base import BackendOptions, Precision
+from formats.precision import PrecisionChoice
+from service.backends.base import BackendOptions
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.errors import ModelError
@@ -26,12 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def backend(folder: Path, precision: Precision = "auto") -> TorchBackend:
+def backend(folder: Path, precision: PrecisionChoice = "auto") -> TorchBackend:
     return TorchBackend(folder, BackendOptions(device="cuda", precision=precision, max_rows=CONFIG.max_rows))
 
 
 @PRECISIONS
-def test_every_captured_size_is_near_the_cpu(folder: Path, precision: Precision, tolerance: float) -> None:
+def test_every_captured_size_is_near_the_cpu(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
     on_gpu, on_cpu = backend(folder, precision), TorchBackend(folder, BackendOptions(device="cpu"))
     assert on_gpu.batch_sizes == (1, 2, 4)
     for size in on_gpu.batch_sizes:
@@ -53,7 +54,7 @@ def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
 
 
 @PRECISIONS
-def test_pixels_do_not_depend_on_company(folder: Path, precision: Precision, tolerance: float) -> None:
+def test_pixels_do_not_depend_on_company(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
     assert_pixels_do_not_depend_on_company(backend(folder, precision), CONFIG)
 
 
