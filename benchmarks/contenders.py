@@ -197,7 +197,7 @@ def reference_output(network: BenchNetwork, rows: Rows) -> npt.NDArray[np.float3
 
 
 class EagerUNet:
-    """The plain UNet in PyTorch, in a precision: no graphs, any batch. Called like a `UNet`, or with emb_t.
+    """The plain UNet in PyTorch, in a precision: no graphs, any batch. Run like a `UNet`.
 
     Raises:
         Absent: a precision that the device does not have.
@@ -227,17 +227,13 @@ class EagerUNet:
         return self._unet.embed_timesteps(t)
 
     @torch.inference_mode()
-    def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the network on embedded timesteps."""
         if self._device.type == "cuda":
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
         low = self._dtype != torch.float32
         with torch.autocast(self._device.type, self._dtype, cache_enabled=False) if low else nullcontext():
-            return self._forward_emb(x_t, emb_t, y)
-
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, /) -> Tensor:
-        """Run the network on timesteps."""
-        return self.forward_emb(x_t, self.embed_timesteps(t), y)
+            return self._forward_emb(*inputs)
 
 
 def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
@@ -265,10 +261,10 @@ def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
 def _eager_call(entry: Entry, network: BenchNetwork, rows: Rows, place: Place) -> Call:
     unet = EagerUNet(entry, network, place)
     x_t, t, y = _tensors(rows, place.device)
-    emb_t = unet.embed_timesteps(t)
+    inputs: NetworkInputs[Tensor] = NetworkInputs(x_t, unet.embed_timesteps(t), y)
 
     def call() -> Any:
-        out = unet.forward_emb(x_t, emb_t, y)
+        out = unet.run(inputs)
         place.wait()
         return out
 

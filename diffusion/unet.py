@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.config import AttentionOrder, BackboneConfig, ModelConfig
+from diffusion.network_inputs import NetworkInputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -282,6 +283,10 @@ class UNet(Backbone):
             low_res: low-resolution images [B, C, h, w], for a super-resolution model.
         """
         return self.forward_emb(x_t, self.embed_timesteps(t), y, low_res)
+
+    def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
+        """Run the network as `forward_emb`, on inputs that travel as one value."""
+        return self.forward_emb(*inputs)
 
     def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         """Run the network on already embedded timesteps, which is what a low-precision graph must be given.

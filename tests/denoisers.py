@@ -136,23 +136,13 @@ class PlaceDependent(BatchDependent):
         return out
 
 
-class AsGradient:
-    """A denoiser's classifier, called as the one-image sampler does."""
-
-    def __init__(self, denoiser: Denoiser[Any]) -> None:
-        assert denoiser.classifier is not None
-        self._classifier: GuidingClassifier[Any] = denoiser.classifier
-
-    def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
-        return self._classifier(NetworkInputs(x_t, self._classifier.embed_timesteps(t), y))
-
-
 class AsNetwork:
-    """A denoiser that is called like a UNet, for the one-image sampler."""
+    """A denoiser with the members of a UNet, for the one-image sampler."""
 
     def __init__(self, denoiser: Denoiser[Any]) -> None:
         self.config = denoiser.config.model
+        self.embed_timesteps = denoiser.embed_timesteps
         self._denoiser = denoiser
 
-    def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-        return self._denoiser(NetworkInputs(x_t, self._denoiser.embed_timesteps(t), y))
+    def run(self, inputs: NetworkInputs[Any], /) -> Any:
+        return self._denoiser(inputs)

@@ -25,7 +25,7 @@ from benchmarks.servers import Entry, Server, Site, command
 from benchmarks.serving import Mark, Run, append_run, check_pixels, read_runs
 from benchmarks.serving_report import Recovery, Window, slowdown, write_report
 from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
-from diffusion.network_inputs import NetworkInputs
+from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
@@ -123,9 +123,11 @@ def test_peers_make_the_pixels_of_the_reference(tmp_path: Path) -> None:
     class Padded:
         config = backend.config.model
 
-        def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-            rows = [0, 1, 2, 0]
-            return backend(NetworkInputs(x_t[rows], backend.embed_timesteps(t[rows]), y[rows]))[:3]
+        def embed_timesteps(self, t: Any, /) -> Any:
+            return backend.embed_timesteps(t)
+
+        def run(self, inputs: NetworkInputs[Any], /) -> Any:
+            return backend(take_rows(inputs, np.array([0, 1, 2, 0])))[:3]
 
     specs = [ImageSpec(seed=s, image_index=i, class_index=c) for s, i, c in ((7, 0, 3), (7, 1, 3), (8, 0, 5))]
     expected = sample_images(Padded(), build_plan(backend.config.diffusion, "ancestral", "4"), specs, xp=np)

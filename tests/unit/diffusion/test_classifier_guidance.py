@@ -29,7 +29,7 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.errors import ModelError
 from service.metrics import Metrics
-from tests.denoisers import AsGradient, AsNetwork, ExactClassifier, ExactDenoiser
+from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import (
     CountingRunner,
     generation,
@@ -89,7 +89,7 @@ def test_an_unconditional_model_is_guided_to_a_class_of_its_classifier() -> None
     plan = build_plan(denoiser.config.diffusion, "ancestral", "5")
     for label, pixels in zip((0, 3), pictures, strict=True):
         spec = ImageSpec(seed=3, class_index=label, classifier_scale=2.0)
-        expected = sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser), xp=np)
+        expected = sample_images(AsNetwork(denoiser), plan, [spec], gradient=denoiser.classifier, xp=np)
         np.testing.assert_array_equal(pixels, expected[0])
     assert pictures[0] is not None
     assert pictures[1] is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.classifier import log_p_gradient
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
 from service.backends.self_test import invariant_batch_sizes
@@ -40,7 +41,6 @@ from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
 from tests.denoisers import (
-    AsGradient,
     AsNetwork,
     AsynchronousDenoiser,
     BatchDependent,
@@ -77,12 +77,23 @@ SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
 """A torch network, and exact arithmetic on numpy arrays: at any batch size, compiled for some, asynchronous."""
 
 
+class TorchGradient:
+    """The tiny classifier's gradient, by autograd."""
+
+    def __init__(self) -> None:
+        self._classifier = tiny_classifier(tiny_classifier_config())
+        self.embed_timesteps = self._classifier.embed_timesteps
+
+    def __call__(self, inputs: NetworkInputs[Any], /) -> Tensor:
+        assert inputs.y is not None
+        return log_p_gradient(self._classifier.forward_emb, inputs.x_t, inputs.emb_t, inputs.y)
+
+
 @cache
 def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassGradient, Any]:
     """Return a runner that is warm, the network and the classifier's gradient it runs, and the kind of array."""
     if subject == "unet":
-        classifier = tiny_classifier(tiny_classifier_config())
-        return warm_runner(), tiny_network(tiny_config()), partial(log_p_gradient, classifier), torch
+        return warm_runner(), tiny_network(tiny_config()), TorchGradient(), torch
     sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy, compiled sizes", "queued") else None
     xp = torch if subject == "queued" else np
     guide = ExactClassifier(tiny_classifier_config(), xp, batch_sizes=sizes)
@@ -90,7 +101,7 @@ def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassG
     exact = made(tiny_config(), batch_sizes=sizes, classifier=guide)
     runner: ArrayRunner[Any] = ArrayRunner(exact, CONFIG)
     runner.warm_up()
-    return runner, AsNetwork(exact), AsGradient(exact), xp
+    return runner, AsNetwork(exact), guide, xp
 
 
 def warm_runner() -> ArrayRunner[Tensor]:
