@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.options import WORK
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
-from service.backends.base import FailureKind, classify_synchronous
+from service.backends.base import FailureKind, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
@@ -62,11 +62,11 @@ class NullRunner:
         """All goes well."""
         return Later(lambda: [True] * len(steps))
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
-    def probe(self) -> None:
+    def check_network(self) -> None:
         """Nothing to call."""
 
     def evict(self, slots: Sequence[int]) -> list[object]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
-from formats.artifact import Precision
+from formats.precision import Precision
 from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import compile_settings, equal_parts
 from service.backends.torch_backend import DTYPES

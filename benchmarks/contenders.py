@@ -21,14 +21,14 @@ from torch import Tensor
 from benchmarks.networks import BenchNetwork
 from diffusion.arrays import to_numpy
 from diffusion.config import CheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
-from formats.artifact import Precision
 from formats.checkpoint import load_unet
 from formats.extras import install_command
+from formats.precision import Precision
 from interchange.diffusers_config import DoesNotMap
 from service.backends.base import BackendOptions, Denoiser
-from service.backends.cuda_graphs import EmbNetwork
 from service.backends.select import BACKENDS, load_denoiser
 from service.backends.torch_backend import choose_dtype, lower_weights
 from service.errors import ModelError
@@ -97,7 +97,7 @@ class Rows:
     def make(cls, config: CheckpointConfig, count: int) -> Self:
         """Make rows of noise, of all timesteps and classes."""
         model, ids = config.model, np.arange(count)
-        told = respace(config.diffusion).model_t
+        told = respace(config.diffusion).t_model
         x_t = normal(ids, ids * 0, ids * 0, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
         y = None if model.num_classes is None else ids % model.num_labels
         return cls(x_t, told[ids * SPREAD % len(told)].astype(np.float32), y)
@@ -170,10 +170,10 @@ def denoiser_call(denoiser: Denoiser[Any], rows: Rows, place: Place) -> Call:
         return denoiser.xp.asarray(array, device=denoiser.device)
 
     x_t, emb_t = put(rows.x_t), denoiser.embed_timesteps(put(rows.t))
-    y = None if rows.y is None else put(rows.y)
+    inputs: NetworkInputs[Any] = NetworkInputs(x_t, emb_t, None if rows.y is None else put(rows.y))
 
     def call() -> Any:
-        out = denoiser(x_t, emb_t, y)
+        out = denoiser(inputs)
         place.wait()
         return out
 
@@ -197,7 +197,7 @@ def reference_output(network: BenchNetwork, rows: Rows) -> npt.NDArray[np.float3
 
 
 class EagerUNet:
-    """The plain UNet in PyTorch, in a precision: no graphs, any batch. Called like a `UNet`, or with emb_t.
+    """The plain UNet in PyTorch, in a precision: no graphs, any batch. Run like a `UNet`.
 
     Raises:
         Absent: a precision that the device does not have.
@@ -217,7 +217,7 @@ class EagerUNet:
             lower_weights(unet, self._dtype)
         self.config = unet.config
         self._unet = unet
-        self._forward_emb: EmbNetwork = unet.forward_emb
+        self._forward_emb: Callable[..., Tensor] = unet.forward_emb
         if entry.kind == "eager-compile":
             self._forward_emb = torch.compile(unet.forward_emb, fullgraph=True, dynamic=False)
 
@@ -227,17 +227,13 @@ class EagerUNet:
         return self._unet.embed_timesteps(t)
 
     @torch.inference_mode()
-    def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the network on embedded timesteps."""
         if self._device.type == "cuda":
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
         low = self._dtype != torch.float32
         with torch.autocast(self._device.type, self._dtype, cache_enabled=False) if low else nullcontext():
-            return self._forward_emb(x_t, emb_t, y)
-
-    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, /) -> Tensor:
-        """Run the network on timesteps."""
-        return self.forward_emb(x_t, self.embed_timesteps(t), y)
+            return self._forward_emb(*inputs)
 
 
 def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
@@ -265,10 +261,10 @@ def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
 def _eager_call(entry: Entry, network: BenchNetwork, rows: Rows, place: Place) -> Call:
     unet = EagerUNet(entry, network, place)
     x_t, t, y = _tensors(rows, place.device)
-    emb_t = unet.embed_timesteps(t)
+    inputs: NetworkInputs[Tensor] = NetworkInputs(x_t, unet.embed_timesteps(t), y)
 
     def call() -> Any:
-        out = unet.forward_emb(x_t, emb_t, y)
+        out = unet.run(inputs)
         place.wait()
         return out
 

@@ -239,7 +239,7 @@ def exporter_hash() -> str:
 
 
 def _calls(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> list[Call]:
-    model, told = config.model, respace(config.diffusion).model_t
+    model, told = config.model, respace(config.diffusion).t_model
     zero = np.zeros(1, dtype=np.int64)
     calls = []
     for band in range(BANDS):

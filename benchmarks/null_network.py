@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
-from service.backends.base import FailureKind, GuidingClassifier, classify_synchronous
+from diffusion.network_inputs import NetworkInputs
+from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 
 
-class NullDenoiser:
+class NullDenoiser(DenoiserDefaults[Any]):
     """Predicts no noise, at once."""
 
     def __init__(self, image_size: int, max_rows: int) -> None:
@@ -29,7 +30,7 @@ class NullDenoiser:
             ),
             diffusion=DiffusionConfig(num_timesteps=1000),
         )
-        self.numerics_id = "null"
+        self.network_id = "null"
         self.description = "nothing"
         self.batch_sizes: tuple[int, ...] | None = (max_rows,)
         self.threads = 1
@@ -41,10 +42,11 @@ class NullDenoiser:
         """Nobody reads it."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         """Predict no noise."""
-        return np.zeros((len(x_t), self.config.model.out_channels, *x_t.shape[2:]), dtype=np.float32)
+        rows, _, *size = inputs.x_t.shape
+        return np.zeros((rows, self.config.model.out_channels, *size), dtype=np.float32)

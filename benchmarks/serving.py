@@ -41,6 +41,7 @@ from benchmarks.peers.simulated_device import SimulatedDevice
 from benchmarks.reporting import describe_run
 from benchmarks.servers import KINDS, Entry, Server, Site, started
 from benchmarks.traffic import MIX, Arrival, draw_arrivals
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from service.backends.base import BackendOptions
 from service.backends.openvino_backend import OpenVinoBackend
@@ -98,7 +99,7 @@ def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
             zeros = np.zeros(rows, dtype=np.int64)
             x_t, emb_t = normal(zeros, zeros, zeros, STREAM_X_T, shape), backend.embed_timesteps(np.full(rows, 500.0))
             begun = time.perf_counter()
-            backend(x_t, emb_t, zeros)
+            backend(NetworkInputs(x_t, emb_t, zeros))
             seconds.append(time.perf_counter() - begun)
     return {rows: float(np.median(seconds)) for rows, seconds in taken.items()}
 

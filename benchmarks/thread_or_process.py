@@ -39,6 +39,7 @@ import torch
 from benchmarks.engine_process import EngineProcess
 from benchmarks.null_network import NullDenoiser
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from diffusion.network_inputs import NetworkInputs
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -67,13 +68,13 @@ class Device(NullDenoiser):
         self._seconds = seconds
         self._rounds = max(1, int(rate * seconds)) if kind == "computes" else 0
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         """Let the time pass, without the interpreter's lock."""
         if self._rounds:
             compute(self._rounds)
         else:
             time.sleep(self._seconds)
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
 
 class Runner(ArrayRunner[Any]):

@@ -82,13 +82,16 @@ def as_graph(denoiser: Denoiser[Any], size: int) -> Graph:
     import numpy as np
     import torch
 
+    from diffusion.network_inputs import NetworkInputs
+
     def run(inputs: Any) -> Any:
         rows = len(inputs["x_t"])
         outputs = []
         for first in range(0, rows, size):
             taken = np.minimum(np.arange(first, first + size), rows - 1)
             batch = {name: torch.from_numpy(values[taken]).to(denoiser.device) for name, values in inputs.items()}
-            outputs.append(denoiser(batch["x_t"], batch["emb_t"], batch.get("y")).cpu().numpy()[: rows - first])
+            out = denoiser(NetworkInputs(batch["x_t"], batch["emb_t"], batch.get("y")))
+            outputs.append(out.cpu().numpy()[: rows - first])
         return np.concatenate(outputs)
 
     return run

@@ -11,7 +11,8 @@ from cli.errors import fail, needs_extra, tidy_on_sigterm
 from cli.threads import limit_torch_threads
 
 if TYPE_CHECKING:
-    from formats.artifact import ChainParity, NetworkParity, NotMeasured, Precision
+    from formats.artifact import ChainParity, NetworkParity, NotMeasured
+    from formats.precision import Precision
 
 OPTIONS = {"onnx": ("--precision", "--buckets"), "tensorrt": ("--precision", "--buckets", "--gpu"), "diffusers": ()}
 """The options that each format has."""
@@ -85,7 +86,7 @@ def _refuse_other_options(format_: str, given: dict[str, str | None]) -> None:
 
 
 def _parse_precision(text: str) -> Precision:
-    from formats.artifact import Precision
+    from formats.precision import Precision
 
     precision: Precision | None = next((p for p in get_args(Precision) if p == text), None)
     if precision is None:

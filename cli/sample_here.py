@@ -53,13 +53,13 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
     (folder,) = settings.model_folders.values()
     backend = load_denoiser(folder, settings.backend, settings.backend_options())
     check(backend.config.model.image_channels, backend.config.model.image_size)
-    served = served_model("model", backend, backend.numerics_id)
+    runner, metrics = ArrayRunner(backend, config), Metrics()
+    served = served_model("model", backend, runner.numerics_id)
     params: list[ImageParams] = []
     for fields in requests(asked, n, MAX_IMAGES, lambda: served.class_names or ()):
         body = GenerateRequest.model_validate(fields)
         params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
 
-    runner, metrics = ArrayRunner(backend, config), Metrics()
     engine = Engine({"model": runner}, config, metrics)
     engine.warm_up()
     request = GenerationRequest(request_id="cli", model="model", images=tuple(params))

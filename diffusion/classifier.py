@@ -53,7 +53,7 @@ class Classifier(Backbone):
 
         Args:
             x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
-            t: what the network is told, [B], integer or fractional (`Process.model_t`).
+            t: what the network is told, [B], integer or fractional (`Process.t_model`).
 
         Returns:
             float32 logits [B, num_classes].
@@ -81,7 +81,7 @@ def classifier_gradient(
     Args:
         classifier: (x_t, t) -> logits [B, num_classes].
         x_t: noisy images [B, C, H, W].
-        t: what the classifier is told of the timestep, [B]: the same as the network (`Process.model_t`).
+        t: what the classifier is told of the timestep, [B]: the same as the network (`Process.t_model`).
         y: labels int64 [B].
         scale: classifier_scale, a number, or one per row [B]; 0 = off.
 

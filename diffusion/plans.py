@@ -191,7 +191,7 @@ def _plan(diffusion: DiffusionConfig, process: Process, clip: bool, **columns: F
     abar = process.schedule.alphas_cumprod
     predicts_eps = diffusion.prediction == "eps"
     values: dict[str, FloatArray | float] = {
-        "t_model": process.model_t.astype(np.float64),
+        "t_model": process.t_model.astype(np.float64),
         "a_x": np.sqrt(1.0 / abar) if predicts_eps else 0.0,
         "a_out": -np.sqrt(1.0 / abar - 1.0) if predicts_eps else 1.0,
         "clip": 1.0 if clip else np.inf,

@@ -86,7 +86,7 @@ class Process:
     """Tables of the respaced process, S steps; betas, bounds and posterior are all recomputed."""
     timestep_map: IntArray
     """int64 [S]: the training timestep of each respaced step, ascending."""
-    model_t: npt.NDArray[np.float32]
+    t_model: npt.NDArray[np.float32]
     """float32 [S]: what the network is fed at each respaced step (t, or t * 1000 / T)."""
 
     @property
@@ -109,7 +109,7 @@ def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
     base = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps))
     kept = base.alphas_cumprod[timestep_map]
     schedule = Schedule(1.0 - kept / np.append(1.0, kept[:-1]))
-    model_t = timestep_map.astype(np.float32)
+    t_model = timestep_map.astype(np.float32)
     if diffusion.rescale_timesteps:
-        model_t = model_t * np.float32(1000.0 / diffusion.num_timesteps)
-    return Process(schedule, timestep_map, model_t)
+        t_model = t_model * np.float32(1000.0 / diffusion.num_timesteps)
+    return Process(schedule, timestep_map, t_model)

@@ -12,18 +12,23 @@ import torch
 
 from diffusion.config import ModelConfig
 from diffusion.guidance import classifier_free, scaled_gradient
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan
 from diffusion.update import Gradient, Network, Step, sample_loop, to_uint8
 
 
 class ClassNetwork(Protocol):
-    """What is sampled from: a `UNet` in eval mode, or anything that is called like one."""
+    """What is sampled from: a `UNet` in eval mode, or anything with these members."""
 
     config: ModelConfig
 
-    def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-        """Run on [B, C, H, W], what it is told of the timesteps, float32 [B], and labels, int64 [B]."""
+    def embed_timesteps(self, t: Any, /) -> Any:
+        """Return emb_t of what the network is told of the timesteps, float32 [B]."""
+        ...
+
+    def run(self, inputs: NetworkInputs[Any], /) -> Any:
+        """Return the raw output, [B, C or 2C, H, W]."""
         ...
 
 
@@ -46,8 +51,12 @@ class ImageSpec:
 class ClassGradient(Protocol):
     """A noisy classifier's gradient, see `diffusion.classifier.log_p_gradient`."""
 
-    def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
-        """Run on [B, C, H, W], what it is told of the timesteps, float32 [B], and labels, int64 [B]."""
+    def embed_timesteps(self, t: Any, /) -> Any:
+        """Return emb_t of what the classifier is told of the timesteps, float32 [B]."""
+        ...
+
+    def __call__(self, inputs: NetworkInputs[Any], /) -> Any:
+        """Return the gradient of log p(y | x_t) by x_t, [B, C, H, W]."""
         ...
 
 
@@ -104,23 +113,28 @@ def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: A
     """Close a classifier's gradient over the classes and scales of a batch, for `sample_loop`."""
     y = xp.asarray([spec.class_index or 0 for spec in specs], dtype=xp.int64, device=device)
     scales = xp.asarray([spec.classifier_scale for spec in specs], dtype=xp.float32, device=device)
-    return lambda x_t, t: scaled_gradient(gradient(x_t, t, y), scales)
+
+    def guide(x_t: Any, t: Any) -> Any:
+        return scaled_gradient(gradient(NetworkInputs(x_t, gradient.embed_timesteps(t), y)), scales)
+
+    return guide
 
 
 def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torch, device: Any = "cpu") -> Network[Any]:
     """Close a network over the classes and guidance scales of a batch, for `sample_loop`."""
     config = network.config
     if config.num_classes is None:
-        return lambda x_t, t: network(x_t, t)
+        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), None))
     labels = [config.num_classes if spec.class_index is None else spec.class_index for spec in specs]
     y = xp.asarray(labels, dtype=xp.int64, device=device)
     if all(spec.cfg_scale == 1 for spec in specs):
-        return lambda x_t, t: network(x_t, t, y)
+        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), y))
     scales = xp.asarray([spec.cfg_scale for spec in specs], dtype=xp.float32, device=device)
     null = xp.full_like(y, config.num_classes)
 
     def guided(x_t: Any, t: Any) -> Any:
-        conditional, unconditional = network(x_t, t, y), network(x_t, t, null)
+        inputs = NetworkInputs(x_t, network.embed_timesteps(t), y)
+        conditional, unconditional = network.run(inputs), network.run(inputs._replace(y=null))
         return classifier_free(unconditional, conditional, scales, config.image_channels)
 
     return guided

@@ -42,7 +42,7 @@ class TimeMLP:
             raise ValueError(f"a time MLP has {', '.join(WEIGHTS)} in matching shapes; got {shapes}")
 
     def __call__(self, t: Float32Array) -> Float32Array:
-        """Embed what the network is told of n timesteps, [n] (`Process.model_t`): float32 [n, 4C]."""
+        """Embed what the network is told of n timesteps, [n] (`Process.t_model`): float32 [n, 4C]."""
         w0, b0, w2, b2 = (self.weights[name].astype(np.float64) for name in WEIGHTS)
         dim = w0.shape[1]
         half = dim // 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.config import AttentionOrder, BackboneConfig, ModelConfig
+from diffusion.network_inputs import NetworkInputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -219,7 +220,7 @@ class Backbone(nn.Module):
         """Return emb_t, the time MLP's output: float32 [B, 4C], whatever autocast says.
 
         Args:
-            t: what the network is told, [B], integer or fractional (`Process.model_t`).
+            t: what the network is told, [B], integer or fractional (`Process.t_model`).
         """
         with torch.autocast(t.device.type, enabled=False):
             return self.time_embed(timestep_embedding(t, self.model_channels))
@@ -277,11 +278,15 @@ class UNet(Backbone):
 
         Args:
             x_t: noisy images [B, C, H, W].
-            t: what the network is told, [B] (`Process.model_t`).
+            t: what the network is told, [B] (`Process.t_model`).
             y: labels int64 [B], for a conditional model.
             low_res: low-resolution images [B, C, h, w], for a super-resolution model.
         """
         return self.forward_emb(x_t, self.embed_timesteps(t), y, low_res)
+
+    def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
+        """Run the network as `forward_emb`, on inputs that travel as one value."""
+        return self.forward_emb(*inputs)
 
     def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         """Run the network on already embedded timesteps, which is what a low-precision graph must be given.

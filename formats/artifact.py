@@ -32,6 +32,7 @@ from formats.checkpoint_config import (
 from formats.classifier_folder import CLASSIFIER_FOLDER, find_classifier, misfit
 from formats.file_content import describe_wrong_content
 from formats.json_files import read_object
+from formats.precision import Precision
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -41,7 +42,6 @@ FORMAT_VERSION = 1
 INSIDE_CHECKPOINT = "artifact"
 """A checkpoint folder may hold its artifact under this name."""
 
-Precision = Literal["fp32", "bf16", "fp16"]
 LEAST_ERRORS: dict[Precision, float] = {"fp32": 0.0, "bf16": 2e-4, "fp16": 0.0}
 """The worst band of a network's calls is never nearer to float32 than this: a tenth of half a unit in the last place of
 bfloat16 (2^-9), of which every product's factors are off. ONNX Runtime computes part of a float16 graph in float32."""

@@ -24,9 +24,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from diffusion.config import FrozenConfig
-from formats.artifact import MODEL_FILE, FileEntry, NetworkParity, Precision, Sha256
+from formats.artifact import MODEL_FILE, FileEntry, NetworkParity, Sha256
 from formats.atomic_file import write_file
 from formats.checkpoint_config import describe_validation_error
+from formats.precision import Precision
 from formats.tensorrt_package import EngineError, Flavour
 
 FOLDER = "tensorrt"
@@ -98,13 +99,6 @@ def graph_sha256(files: Mapping[str, FileEntry]) -> str:
     """Hash a graph of some files by name: `model.onnx`, with `model.onnx.data` where it has one."""
     digests = [files[name].sha256 for name in (MODEL_FILE, DATA_FILE) if name in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def needed_buckets(buckets: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the buckets that a width makes use of, ascending: those below it, and the next one."""
-    ascending = sorted(buckets)
-    enough = next((k for k, bucket in enumerate(ascending) if bucket >= max_rows), len(ascending))
-    return tuple(ascending[: enough + 1])
 
 
 def engine_folder(artifact: Path, target: Target) -> Path:

@@ -116,7 +116,7 @@ def _check_x0(config: CheckpointConfig, weights: Mapping[str, Tensor]) -> Sanity
     x_t, eps = _noisy_images(config, (step,), brightness=PLAIN_BRIGHTNESS)
     process = respace(config.diffusion)
     abar = float(process.schedule.alphas_cumprod[step])
-    out = _predict(config, weights, x_t, [float(process.model_t[step])], brightness=PLAIN_BRIGHTNESS)
+    out = _predict(config, weights, x_t, [float(process.t_model[step])], brightness=PLAIN_BRIGHTNESS)
     implied_eps = (x_t - abar**0.5 * out) / (1 - abar) ** 0.5
     error, as_eps = float(((implied_eps - eps) ** 2).mean()), float(((out - eps) ** 2).mean())
     what = f"mean squared error of x0 at alphas_cumprod {MIDDLE_ABAR}, in units of eps: {error:.2g}"
@@ -133,8 +133,8 @@ def _nearest_step(diffusion: DiffusionConfig, abar: float) -> int:
 
 def _told(diffusion: DiffusionConfig) -> list[float]:
     """What the network is told at the two noise levels of the check."""
-    model_t = respace(diffusion).model_t
-    return [float(model_t[_nearest_step(diffusion, NOISY_ABAR)]), float(model_t[-1])]
+    t_model = respace(diffusion).t_model
+    return [float(t_model[_nearest_step(diffusion, NOISY_ABAR)]), float(t_model[-1])]
 
 
 def _noisy_images(config: CheckpointConfig, steps: tuple[int, ...], brightness: float) -> tuple[Tensor, Tensor]:

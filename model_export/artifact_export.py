@@ -24,7 +24,6 @@ from formats.artifact import (
     Manifest,
     NetworkParity,
     NotMeasured,
-    Precision,
     failures,
     file_entry,
     manifest_json,
@@ -33,6 +32,7 @@ from formats.atomic_folder import may_replace, write_folder
 from formats.checkpoint import load_classifier, load_guide, load_unet
 from formats.checkpoint_config import AnyCheckpointConfig, checkpoint_sha256, read_config
 from formats.classifier_folder import CLASSIFIER_FOLDER
+from formats.precision import Precision
 from model_export.onnx_export import (
     OPSET,
     PRECISIONS,

@@ -27,8 +27,9 @@ from diffusion.respacing import respace
 from diffusion.time_mlp import TimeMLP
 from diffusion.unet import UNet
 from diffusion.update import sample_loop, to_uint8
-from formats.artifact import BandError, ChainParity, NetworkParity, Precision
+from formats.artifact import BandError, ChainParity, NetworkParity
 from formats.checkpoint_config import AnyCheckpointConfig
+from formats.precision import Precision
 from model_export.runtimes import Arrays, Graph, Runtime
 
 STEPS = 50
@@ -84,7 +85,7 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
     """Classify unit noise at each timestep of a chain with PyTorch; returns the calls for logits, and for gradients."""
-    told = respace(diffusion, str(_steps(diffusion))).model_t
+    told = respace(diffusion, str(_steps(diffusion))).t_model
     ids = np.arange(ROWS)
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
@@ -109,7 +110,7 @@ def network_parity(
 ) -> NetworkParity:
     """Compare a graph with the reference's calls, band by band."""
     split = config.model.image_channels if config.kind == "unet" and config.model.learn_sigma else None
-    told = respace(config.diffusion).model_t
+    told = respace(config.diffusion).t_model
     count = min(BANDS, len(told))
     sums = np.zeros((count, 2, 2))  # every band's (squared difference, squared norm) of the two halves
     met = np.zeros(count, dtype=np.bool_)

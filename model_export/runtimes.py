@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnxruntime
 import openvino
 
-from formats.artifact import Precision
+from formats.precision import Precision
 from model_export.library_errors import LibraryError, library_call
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from formats.artifact import MODEL_FILE, Precision, file_entry, read_artifact
+from formats.artifact import MODEL_FILE, file_entry, read_artifact
 from formats.atomic_file import write_file
+from formats.precision import Precision
 from formats.tensorrt_files import (
     DATA_FILE,
     TIMING_CACHE_FILE,

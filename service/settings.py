@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.backends.base import BackendOptions, Precision
+from formats.precision import PrecisionChoice
+from service.backends.base import BackendOptions
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 from service.hosts import Network, canonical_host, network_of, without_brackets
@@ -72,7 +73,7 @@ class Settings(BaseSettings):
     """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """Where the torch and TensorRT backends run: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
+    precision: PrecisionChoice = "auto"
     """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
     processor has it and the artifact was measured in it, else fp32."""
     cache_dir: str | None = None

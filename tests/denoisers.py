@@ -11,11 +11,12 @@ import numpy as np
 
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
-from service.backends.base import Denoiser, FailureKind, GuidingClassifier, classify_synchronous
+from diffusion.network_inputs import NetworkInputs
+from service.backends.base import Denoiser, DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 
 
-class ExactDenoiser:
+class ExactDenoiser(DenoiserDefaults[Any]):
     """A network of sums, products and bounds, which are rounded alike everywhere: no batch and no library shows.
 
     It mixes neighbouring pixels and depends on timestep and label, so that a mistaken row shows instead.
@@ -29,7 +30,7 @@ class ExactDenoiser:
         classifier: GuidingClassifier[Any] | None = None,
     ) -> None:
         self.config = config
-        self.numerics_id = "exact"
+        self.network_id = "exact"
         self.description = "exact arithmetic"
         self.classifier = classifier
         self.batch_sizes = batch_sizes
@@ -42,10 +43,11 @@ class ExactDenoiser:
         channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
         return t_model[:, None] / 1024 + channels[None]
 
-    def classify(self, error: Exception) -> FailureKind:
-        return classify_synchronous(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return synchronous_failure_kind(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
         told = xp.reshape(emb_t[:, 1], (-1, 1, 1, 1))
@@ -59,13 +61,13 @@ class ExactDenoiser:
 class AsynchronousDenoiser(ExactDenoiser):
     """Goes on by itself, as far as a caller can tell: it reads its inputs until it is waited for."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
-        given = [None if array is None else array.copy() for array in (x_t, emb_t, y)]
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
+        given = [None if array is None else array.copy() for array in inputs]
 
         def end() -> Any:
-            for before, array in zip(given, (x_t, emb_t, y), strict=True):
+            for before, array in zip(given, inputs, strict=True):
                 np.testing.assert_array_equal(before, array)
-            return self(x_t, emb_t, y)
+            return self(inputs)
 
         return Later(end)
 
@@ -87,7 +89,8 @@ class ExactClassifier:
         channels = namespace(t_model).arange(self.config.model.emb_channels, dtype=t_model.dtype)
         return t_model[:, None] / 512 + channels[None]
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
         told = xp.reshape(emb_t[:, 2] + xp.astype(y, xp.float32) / 4, (-1, 1, 1, 1))
@@ -95,14 +98,14 @@ class ExactClassifier:
         return xp.minimum(xp.maximum(pulled, xp.full_like(pulled, -2)), xp.full_like(pulled, 2))
 
 
-class BatchDependent:
+class BatchDependent(DenoiserDefaults[Any]):
     """A denoiser whose rows change a little at some batch sizes, as badly chosen kernels make them."""
 
     def __init__(
         self, honest: Denoiser[Any], dependent_sizes: set[int], batch_sizes: tuple[int, ...] | None = None
     ) -> None:
         self.config = honest.config
-        self.numerics_id = honest.numerics_id
+        self.network_id = honest.network_id
         self.description = "batch dependent"
         self.classifier = honest.classifier
         self.batch_sizes = batch_sizes
@@ -115,41 +118,31 @@ class BatchDependent:
     def embed_timesteps(self, t_model: Any) -> Any:
         return self._honest.embed_timesteps(t_model)
 
-    def classify(self, error: Exception) -> FailureKind:
-        return self._honest.classify(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return self._honest.failure_kind(error)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = self._honest(x_t, emb_t, y)
-        return out * (1 + 1e-6) if len(x_t) in self._dependent_sizes else out
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = self._honest(inputs)
+        return out * (1 + 1e-6) if len(out) in self._dependent_sizes else out
 
 
 class PlaceDependent(BatchDependent):
     """A denoiser whose last row changes a little at some batch sizes."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = self._honest(x_t, emb_t, y)
-        if len(x_t) in self._dependent_sizes:
-            out[len(x_t) - 1] *= 1 + 1e-6
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = self._honest(inputs)
+        if len(out) in self._dependent_sizes:
+            out[len(out) - 1] *= 1 + 1e-6
         return out
 
 
-class AsGradient:
-    """A denoiser's classifier, called as the one-image sampler does."""
-
-    def __init__(self, denoiser: Denoiser[Any]) -> None:
-        assert denoiser.classifier is not None
-        self._classifier: GuidingClassifier[Any] = denoiser.classifier
-
-    def __call__(self, x_t: Any, t: Any, y: Any, /) -> Any:
-        return self._classifier(x_t, self._classifier.embed_timesteps(t), y)
-
-
 class AsNetwork:
-    """A denoiser that is called like a UNet, for the one-image sampler."""
+    """A denoiser with the members of a UNet, for the one-image sampler."""
 
     def __init__(self, denoiser: Denoiser[Any]) -> None:
         self.config = denoiser.config.model
+        self.embed_timesteps = denoiser.embed_timesteps
         self._denoiser = denoiser
 
-    def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-        return self._denoiser(x_t, self._denoiser.embed_timesteps(t), y)
+    def run(self, inputs: NetworkInputs[Any], /) -> Any:
+        return self._denoiser(inputs)

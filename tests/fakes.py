@@ -23,7 +23,7 @@ from diffusion.config import (
 from diffusion.unet import UNet
 from formats.checkpoint import write_checkpoint
 from formats.classifier_folder import CLASSIFIER_FOLDER
-from service.backends.base import FailureKind, classify_synchronous
+from service.backends.base import FailureKind, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 from service.engine.request import GenerationRequest, ImageParams, ImageStep, PlanKey, Priority, Watch
 
@@ -173,10 +173,10 @@ class CountingRunner:
             self.steps[slot] += 1
         return [self._fail_slots_at.get(slot) != self.steps[slot] for slot in slots]
 
-    def classify(self, error: Exception) -> FailureKind:
-        return classify_synchronous(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return synchronous_failure_kind(error)
 
-    def probe(self) -> None:
+    def check_network(self) -> None:
         if self._error_at is not None and len(self.calls) >= self._error_at:
             raise RuntimeError("the device is still on fire")
 

@@ -66,4 +66,4 @@ class QueuedDenoiser(ExactDenoiser):
     def __init__(self, config: CheckpointConfig, **named: Any) -> None:
         super().__init__(config, torch, **named)
         classifier = self.classifier
-        self.queue = LateQueue(lambda *a: self(*a), None if classifier is None else lambda *a: classifier(*a))
+        self.queue: LateQueue = LateQueue(lambda inputs: self(inputs), classifier)

@@ -26,10 +26,10 @@ from formats.artifact import (
     BandError,
     Manifest,
     NetworkParity,
-    Precision,
     file_entry,
     manifest_json,
 )
+from formats.precision import Precision
 from formats.tensorrt_files import EngineRecord, Target, Wanted, entry_of, graph_sha256, write_engine
 
 VERSION = "10.99.0.1"

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
 from diffusion.losses import LossType
+from formats.precision import TrainingPrecision
 from trainer.data.options import DataConfig
 
 TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
-Precision = Literal["auto", "float32", "bfloat16"]
 LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 
@@ -81,7 +81,7 @@ class TrainConfig(FrozenConfig):
     """How images are read."""
     horizontal_flip: bool = False
     """Mirror images at random."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Autocast; `auto` is bfloat16 where the machine computes in it, else float32."""
     seed: int = Field(default=0, ge=0, lt=2**53)
 

@@ -115,7 +115,7 @@ def _train(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     process = respace(config.diffusion)
     tables = LossTables.from_process(process, device)
-    model_t = torch.from_numpy(process.model_t).to(device)
+    t_model = torch.from_numpy(process.t_model).to(device)
     timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](process.num_steps)
     ema = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
     power_emas = {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels}
@@ -136,7 +136,7 @@ def _train(
         t, x0, noise = (part[rows].to(device) for part in (batch.t, batch.x0, batch.noise))
         x_t = q_sample(tables, x0, t, noise)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            output = network(x_t, model_t[t], None if batch.y is None else batch.y[rows].to(device))
+            output = network(x_t, t_model[t], None if batch.y is None else batch.y[rows].to(device))
         return training_losses(
             tables,
             config.diffusion,

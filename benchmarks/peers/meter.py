@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
 from benchmarks.peers.simulated_device import SimulatedDevice
+from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray
-from service.backends.base import BackendOptions, Denoiser, FailureKind
+from service.backends.base import BackendOptions, Denoiser, DenoiserDefaults, FailureKind
 from service.backends.openvino_backend import OpenVinoBackend
 from service.backends.pending import Pending
 
@@ -117,7 +118,7 @@ class TimedCall(Pending[FloatArray], Protocol):
 class TimedNetwork(Denoiser[Any], Protocol):
     """A network whose calls say what they take."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> TimedCall:
+    def begin(self, inputs: NetworkInputs[Any]) -> TimedCall:
         """Begin a call."""
         ...
 
@@ -142,7 +143,7 @@ class MeteredCall:
         return out
 
 
-class MeteredNetwork:
+class MeteredNetwork(DenoiserDefaults[Any]):
     """A network with a meter around its calls, for one thread."""
 
     xp: Any = np
@@ -152,7 +153,7 @@ class MeteredNetwork:
 
     def __init__(self, network: TimedNetwork, meter: Meter) -> None:
         self.config = network.config
-        self.numerics_id = network.numerics_id
+        self.network_id = network.network_id
         self.description = network.description
         self.batch_sizes = network.batch_sizes
         self.threads = network.threads
@@ -164,17 +165,17 @@ class MeteredNetwork:
         """Ask the network."""
         return self._network.embed_timesteps(t_model)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Ask the network."""
-        return self._network.classify(error)
+        return self._network.failure_kind(error)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Call the network when it is free."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> Pending[FloatArray]:
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[FloatArray]:
         """Begin a call when the network is free."""
-        return self._meter.begin(len(x_t), self.used_rows, lambda: self._network.begin(x_t, emb_t, y))
+        return self._meter.begin(len(inputs.x_t), self.used_rows, lambda: self._network.begin(inputs))
 
 
 def metered_network(

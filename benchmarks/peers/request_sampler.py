@@ -6,7 +6,6 @@ differs.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -18,11 +17,13 @@ import numpy.typing as npt
 
 from benchmarks.peers.file_lock import FileLock
 from benchmarks.peers.meter import metered_network
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.update import sample_loop, to_uint8
 from service.backends.artifact_model import FloatArray
 from service.backends.base import BackendOptions
+from service.backends.batch_sizes import padded as padded_size
 
 Turns = Literal["batch", "call"]
 """What batches that run at once take turns with: a `batch` has the device from its first step to its last; by `call`
@@ -83,7 +84,7 @@ class RequestSampler:
         """Sample at most `width` images."""
         plan, embedded = self._embedded(steps)
         self._network.used_rows = count = len(seeds)
-        size = self._sizes[bisect_left(self._sizes, count)]
+        size = padded_size(count, self._sizes)
         padded = [*range(count), *[0] * (size - count)]
         y, seed, image_index = integers(labels)[padded], integers(seeds), integers(image_indices)
         lines = iter(embedded)
@@ -93,7 +94,7 @@ class RequestSampler:
 
         def network(x_t: FloatArray, _: FloatArray) -> FloatArray:
             emb_t = np.broadcast_to(next(lines), (size, embedded.shape[1]))
-            return self._network(x_t[padded], emb_t, y)[:count]
+            return self._network(NetworkInputs(x_t[padded], emb_t, y))[:count]
 
         with self._turns.held() if self._turns else nullcontext():
             x = sample_loop(network, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP))

@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.network_inputs import NetworkInputs
 from service.backends.artifact_model import FloatArray, open_artifact
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
 
 
-class SimulatedDevice:
+class SimulatedDevice(DenoiserDefaults[Any]):
     """Implements `Denoiser` for the model of an artifact; predicts that everything is noise by a fixed part."""
 
     xp: Any = np
@@ -21,7 +28,7 @@ class SimulatedDevice:
     def __init__(self, folder: Path, options: BackendOptions, fixed_ms: float, row_ms: float) -> None:
         """Describe a device on which a call of n rows takes `fixed_ms + row_ms * n`."""
         self.config = open_artifact(folder, "openvino").config
-        self.numerics_id = "simulated"
+        self.network_id = "simulated"
         self.description = f"simulated, {fixed_ms:g} + {row_ms:g} n ms"
         self.batch_sizes: tuple[int, ...] | None = options.sizes_to_compile
         self.threads = 1
@@ -33,18 +40,18 @@ class SimulatedDevice:
         """Nobody reads it."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Nothing raises here."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
         """Let the time of a call pass."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: Any) -> SimulatedCall:
+    def begin(self, inputs: NetworkInputs[Any]) -> SimulatedCall:
         """Let the time of a call begin."""
-        shape = (len(x_t), self.config.model.out_channels, *x_t.shape[2:])
-        return SimulatedCall(self.costs[len(x_t)], shape)
+        rows, _, *size = inputs.x_t.shape
+        return SimulatedCall(self.costs[rows], (rows, self.config.model.out_channels, *size))
 
 
 class SimulatedCall:

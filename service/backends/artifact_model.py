@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.time_mlp import TimeMLP
 from formats.artifact import (
     GRADIENT_FILE,
@@ -19,12 +20,12 @@ from formats.artifact import (
     TIME_MLP_FILE,
     ArtifactError,
     Manifest,
-    Precision,
     find_artifact,
     read_artifact,
     read_classifier_artifact,
 )
 from formats.classifier_folder import CLASSIFIER_FOLDER
+from formats.precision import Precision
 from service.backends.processor import vector_instructions
 from service.cpus import available_cpus
 from service.errors import ModelError
@@ -40,9 +41,9 @@ class ArtifactGraph:
     manifest: Manifest
     time_mlp: TimeMLP
 
-    def inputs(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> dict[str, Any]:
-        """Name the graph's inputs."""
-        return {"x_t": x_t, "emb_t": emb_t, **({} if y is None else {"y": y})}
+    def feed(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays by the names of the graph's inputs."""
+        return {name: array for name, array in inputs._asdict().items() if array is not None}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ArtifactModel(ArtifactGraph):
     config: CheckpointConfig
     classifier: ArtifactClassifier | None
 
-    def numerics_id(self, description: str) -> str:
+    def network_id(self, description: str) -> str:
         """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
         hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
         return hashlib.sha256("\n".join([*hashes, description, *vector_instructions()]).encode()).hexdigest()[:16]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
+from formats.precision import PrecisionChoice
 from formats.tensorrt_files import BuildEngines
+from service.backends.batch_sizes import doubling_sizes
+from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class BackendOptions:
     """Threads of a network call; None: one per core that we may use."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
+    precision: PrecisionChoice = "auto"
     """Of the network's weights and activations; emb_t, noise and update are float32 always."""
     torch_compile: bool = False
     """Whether the torch backend compiles the network."""
@@ -46,16 +48,6 @@ class BackendOptions:
         return doubling_sizes(self.max_rows) if self.batch_sizes is None else self.batch_sizes
 
 
-def doubling_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... and the width itself: the batch sizes that a backend compiles, if nobody says others."""
-    return up_to_width((1 << k for k in range(max_rows.bit_length())), max_rows)
-
-
-def up_to_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the sizes that are below the width, and the width itself."""
-    return (*(size for size in sizes if size < max_rows), max_rows)
-
-
 class FailureKind(enum.Enum):
     """What an error raised by a network call means for taking the step again."""
 
@@ -67,8 +59,8 @@ class FailureKind(enum.Enum):
     """Nothing on the device can be trusted any more, and the error may be that of an earlier call."""
 
 
-def classify_synchronous(error: Exception) -> FailureKind:
-    """Classify an error of a backend that has no device of its own and returns when it has computed."""
+def synchronous_failure_kind(error: Exception) -> FailureKind:
+    """Return the kind of an error of a backend that has no device of its own and returns when it has computed."""
     return FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ROWS
 
 
@@ -93,28 +85,12 @@ class RowNetwork(Protocol[A]):
         """Return emb_t, float32 [n, emb_channels], for what the network is told of n timesteps, float32 [n]; any n."""
         ...
 
-    def __call__(self, x_t: A, emb_t: A, y: A | None) -> A:
-        """Run it on a batch: [n, C, H, W], [n, emb_channels], int64 [n] -> float32 [n, ...].
+    def __call__(self, inputs: NetworkInputs[A]) -> A:
+        """Run it on a batch of n rows; returns float32 [n, ...].
 
         What it returns is the caller's: a later call does not change it.
         """
         ...
-
-
-@runtime_checkable
-class Begins(Protocol):
-    """A network whose calls go on by themselves once begun, while the caller's thread does something else."""
-
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
-        """Begin a call; what is waited for is what `__call__` returns. One call at a time."""
-        ...
-
-
-def beginning_of(network: RowNetwork[A]) -> Callable[[A, A, A | None], Pending[A]]:
-    """Return what begins a call; where the network cannot go on by itself, it is called when it is waited for."""
-    if isinstance(network, Begins):
-        return network.begin
-    return lambda x_t, emb_t, y: Later(lambda: network(x_t, emb_t, y))
 
 
 class GuidingClassifier(RowNetwork[A], Protocol[A]):
@@ -127,14 +103,41 @@ class Denoiser(RowNetwork[A], Protocol[A]):
     """A network, ready to run: returns [n, out_channels, H, W]. Holds weights and nothing about requests."""
 
     config: CheckpointConfig
-    numerics_id: str
-    """Names everything the pixels depend on besides the request: model, classifier, backend, precision, versions,
-    machine."""
+    network_id: str
+    """Names everything that the outputs of network and classifier depend on besides their inputs: weights, backend,
+    precision, versions, machine. Part of a runner's `numerics_id`."""
     threads: int
     """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
     classifier: GuidingClassifier[A] | None
     """Guides the network's images; takes the same arrays, on the same device. None: the model folder has none."""
 
-    def classify(self, error: Exception) -> FailureKind:
+    @property
+    def queue(self) -> DeviceQueue[A] | None:
+        """What reaches a device that takes work in order and answers later; None: there is none, `begin` is used."""
+        ...
+
+    def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
+        """Begin a call, which goes on by itself where the network can do that; one call at a time.
+
+        Returns:
+            What `__call__` returns, when it is waited for.
+        """
+        ...
+
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Say what an error means that was raised while a step was computed with this network or its classifier."""
         ...
+
+
+class DenoiserDefaults(ABC, Generic[A]):
+    """`queue` and `begin` for a denoiser that has no queue, and whose calls cannot go on by themselves."""
+
+    queue: DeviceQueue[A] | None = None
+
+    @abstractmethod
+    def __call__(self, inputs: NetworkInputs[A]) -> A:
+        """Run the network, as `Denoiser`."""
+
+    def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
+        """Return a call that is made when it is waited for."""
+        return Later(lambda: self(inputs))

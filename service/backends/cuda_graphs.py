@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EmbNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [n, C, H, W], emb_t [n, emb_channels], y int64 [n] or None) -> [n, out_channels, H, W]."""
+from diffusion.network_inputs import NetworkInputs
+
+EmbNetwork = Callable[[NetworkInputs[Tensor]], Tensor]
+"""n rows -> [n, out_channels, H, W]."""
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Turn work on fixed buffers into something that repeats it, always into the same output."""
 
@@ -19,9 +21,7 @@ WARM_UP_CALLS = 3
 
 @dataclass(frozen=True)
 class _Graph:
-    x_t: Tensor
-    emb_t: Tensor
-    y: Tensor | None
+    buffers: NetworkInputs[Tensor]
     replay: Callable[[], Tensor]
 
 
@@ -32,7 +32,7 @@ class GraphedNetwork:
         self,
         network: EmbNetwork,
         sizes: Sequence[int],
-        make_inputs: Callable[[int], tuple[Tensor, Tensor, Tensor | None]],
+        make_inputs: Callable[[int], NetworkInputs[Tensor]],
         capture: Capture,
     ) -> None:
         """Capture every size, the largest first, so that the smaller ones find memory in the pool they share.
@@ -40,35 +40,33 @@ class GraphedNetwork:
         Args:
             network: must neither wait for the device nor depend on the values of its arguments in what it launches.
             sizes: batch sizes.
-            make_inputs: returns x_t, emb_t and y (None for an unconditional network) of a batch size, for its buffers.
+            make_inputs: returns inputs of a batch size, of which its buffers are copies.
             capture: `cuda_capture` of the network's device, or `call_again`.
         """
         self._graphs = {size: _captured(network, make_inputs(size), capture) for size in sorted(sizes, reverse=True)}
 
     @torch.inference_mode()
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
-        """Copy the arguments into the buffers of their size, replay, and return a copy of the output.
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
+        """Copy the inputs into the buffers of their size, replay, and return a copy of the output.
 
         Raises:
             ValueError: a batch size that was not captured.
         """
-        graph = self._graphs.get(len(x_t))
+        size = len(inputs.x_t)
+        graph = self._graphs.get(size)
         if graph is None:
-            raise ValueError(f"captured were batches of {', '.join(map(str, sorted(self._graphs)))}; got {len(x_t)}")
-        graph.x_t.copy_(x_t)
-        graph.emb_t.copy_(emb_t)
-        if graph.y is not None and y is not None:
-            graph.y.copy_(y)
+            raise ValueError(f"captured were batches of {', '.join(map(str, sorted(self._graphs)))}; got {size}")
+        for buffer, given in zip(graph.buffers, inputs, strict=True):
+            if buffer is not None and given is not None:
+                buffer.copy_(given)
         return graph.replay().clone()
 
 
 @torch.inference_mode()
-def _captured(network: EmbNetwork, buffers: tuple[Tensor, Tensor, Tensor | None], capture: Capture) -> _Graph:
+def _captured(network: EmbNetwork, inputs: NetworkInputs[Tensor], capture: Capture) -> _Graph:
     # Made in inference mode, like all that is written into them.
-    x_t, emb_t, y = (None if buffer is None else buffer.clone() for buffer in buffers)
-    assert x_t is not None  # noqa: S101  # for the type checker: make_inputs gives both
-    assert emb_t is not None  # noqa: S101
-    return _Graph(x_t, emb_t, y, capture(lambda: network(x_t, emb_t, y)))
+    buffers: NetworkInputs[Tensor] = NetworkInputs._make(None if given is None else given.clone() for given in inputs)
+    return _Graph(buffers, capture(lambda: network(buffers)))
 
 
 def call_again(work: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A
+from diffusion.network_inputs import NetworkInputs
 from service.backends.pending import Pending
 
-Forward = Callable[[A, A, A | None], A]
+Forward = Callable[[NetworkInputs[A]], A]
 """A network or a classifier as `RowNetwork.__call__`, but for being captured: it neither waits for the device nor reads
 what is there, and what it returns may be written over by the next call."""
 
@@ -46,18 +47,6 @@ class DeviceQueue(Protocol[A]):
     def receive(self, shape: tuple[int, ...], dtype: Any) -> Callable[[A], Pending[npt.NDArray[Any]]]:
         """Take host memory for an array that is still to be made; returns what fetches it, and takes none."""
         ...
-
-
-@runtime_checkable
-class Queued(Protocol):
-    """A denoiser whose device can be reached through a queue."""
-
-    queue: DeviceQueue[Any] | None
-
-
-def queue_of(denoiser: object) -> DeviceQueue[Any] | None:
-    """Return a denoiser's queue; None where its calls are over when they return."""
-    return denoiser.queue if isinstance(denoiser, Queued) else None
 
 
 def send_at_once(xp: Any, device: Any) -> Callable[[npt.NDArray[Any]], Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from diffusion.network_inputs import NetworkInputs, take_rows
 from service.backends.artifact_model import (
     ArtifactClassifier,
     FloatArray,
@@ -17,14 +18,20 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
 from service.errors import ModelError
 
 OUT_OF_MEMORY = "Failed to allocate memory"
 """What its arena says; ONNX Runtime has no exception of its own for it."""
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
     """Implements `Denoiser` with numpy arrays on the CPU."""
 
     xp: Any = np
@@ -42,7 +49,7 @@ class OnnxRuntimeBackend:
         self.threads = cpu_threads(options.threads)
         self.batch_sizes: tuple[int, ...] | None = None
         self.description = f"onnxruntime {onnxruntime.__version__} cpu fp32"
-        self.numerics_id = self._model.numerics_id(self.description)
+        self.network_id = self._model.network_id(self.description)
 
         self._session = _open(self._model.graph, self.threads)
         classifier = self._model.classifier
@@ -54,14 +61,14 @@ class OnnxRuntimeBackend:
         """Run the time MLP."""
         return self._model.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the graph."""
-        out: FloatArray = self._session.run(None, self._model.inputs(x_t, emb_t, y))[0]
+        out: FloatArray = self._session.run(None, self._model.feed(inputs))[0]
         return out
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
-        return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else classify_synchronous(error)
+        return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else synchronous_failure_kind(error)
 
 
 class OnnxRuntimeClassifier:
@@ -84,10 +91,9 @@ class OnnxRuntimeClassifier:
         """Run the time MLP."""
         return self._classifier.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the gradient's graph on each row."""
-        inputs = self._classifier.inputs(x_t, emb_t, y)
-        rows = [{name: values[k : k + 1] for name, values in inputs.items()} for k in range(len(x_t))]
+        rows = [self._classifier.feed(take_rows(inputs, slice(k, k + 1))) for k in range(len(inputs.x_t))]
         return np.concatenate([self._session.run(None, row)[0] for row in rows])
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from formats.artifact import Precision
+from diffusion.network_inputs import NetworkInputs
+from formats.precision import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
     ArtifactModel,
@@ -25,7 +26,14 @@ from service.backends.artifact_model import (
     refuse_unfit_options,
     refuse_unfit_parity,
 )
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, classify_synchronous, up_to_width
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
+from service.backends.batch_sizes import up_to_width
 from service.backends.openvino_core import openvino_core
 from service.backends.openvino_graph import InferCall, StaticGraph
 from service.backends.processor import has_bfloat16, vector_instructions
@@ -34,7 +42,7 @@ from service.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
     """Implements `Denoiser` with numpy arrays on the CPU."""
 
     xp: Any = np
@@ -47,7 +55,7 @@ class OpenVinoBackend:
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
         self.description = f"openvino {_version()} cpu {precision} static parts"
-        self.numerics_id = self._model.numerics_id(self.description)
+        self.network_id = self._model.network_id(self.description)
 
         sizes = options.batch_sizes or up_to_width(self._model.manifest.buckets, options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
@@ -62,17 +70,17 @@ class OpenVinoBackend:
         """Run the time MLP."""
         return self._model.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the graph that was compiled for this many rows."""
-        return self.begin(x_t, emb_t, y).wait()
+        return self.begin(inputs).wait()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
+    def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
         """Let the graph that was compiled for this many rows run."""
-        return self._network.begin(x_t, emb_t, y)
+        return self._network.begin(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest: the call is over when it returns."""
-        return classify_synchronous(error)
+        return synchronous_failure_kind(error)
 
 
 class OpenVinoClassifier:
@@ -95,9 +103,9 @@ class OpenVinoClassifier:
         """Run the time MLP."""
         return self._classifier.time_mlp(t_model)
 
-    def __call__(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> FloatArray:
+    def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
         """Run the gradient's graph that was compiled for this many rows."""
-        return self._gradient.begin(x_t, emb_t, y).wait()
+        return self._gradient.begin(inputs).wait()
 
 
 def choose_precision(model: ArtifactModel, wanted: str) -> Precision:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from formats.artifact import Precision
+from diffusion.network_inputs import NetworkInputs
+from formats.precision import Precision
 from service.backends.artifact_model import ArtifactGraph, FloatArray
 from service.backends.openvino_core import openvino_core
 from service.errors import ModelError
@@ -52,18 +53,18 @@ class StaticGraph:
             raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
         _return_freed_memory()
 
-    def begin(self, x_t: FloatArray, emb_t: FloatArray, y: npt.NDArray[np.int64] | None) -> InferCall:
-        """Let the graph that was compiled for this many rows run; the arguments are copied.
+    def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
+        """Let the graph that was compiled for this many rows run; the inputs are copied.
 
         Raises:
             ValueError: other inputs than the graph reads.
         """
-        inputs = self._artifact.inputs(x_t, emb_t, y)
-        bound = self._bound[len(x_t)]
-        if len(inputs) != len(bound.inputs):  # what is not given would be what the call before was given
-            raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(inputs)}")
+        feed = self._artifact.feed(inputs)
+        bound = self._bound[len(inputs.x_t)]
+        if len(feed) != len(bound.inputs):  # what is not given would be what the call before was given
+            raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(feed)}")
         bound.finish()  # a call that was begun and forgotten; one that raised has been told of
-        for name, value in inputs.items():
+        for name, value in feed.items():
             bound.inputs[name][...] = value
         return InferCall(bound)
 

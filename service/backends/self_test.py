@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from diffusion.arrays import A, namespace
+from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import RowNetwork
+from service.backends.batch_sizes import largest_size, sizes_to_try
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +42,14 @@ def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]
     return found[width]
 
 
-def candidate_sizes(width: int) -> list[int]:
-    """Return the powers of two below a width, and one and a half times each."""
-    powers = [1 << k for k in range(width.bit_length())]
-    return [size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < width]
-
-
 def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     compiled = network.batch_sizes
-    largest = width if compiled is None else compiled[-1]
+    largest = largest_size(compiled, width, network.description)
     rows: _TestRows[A] = _TestRows(network, largest)
     if not rows.agree(largest, backwards=True):
         raise RuntimeError(f"{network.description}: a row's result depends on its place in the batch")
     if compiled is None:
-        return (*(size for size in candidate_sizes(width) if rows.agree(size)), width)
+        return (*(size for size in sizes_to_try(width) if rows.agree(size)), width)
 
     passed: list[int] = [
         size for size in compiled[:-1] if rows.agree(size) and (size == 1 or rows.agree(size, backwards=True))
@@ -75,12 +71,14 @@ class _TestRows(Generic[A]):
         model, xp, device = network.config.model, network.xp, network.device
         shape = (model.image_channels, model.image_size, model.image_size)
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
-        told = respace(network.config.diffusion).model_t
+        told = respace(network.config.diffusion).t_model
         spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
         self._network: RowNetwork[A] = network
-        self._x_t: A = normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape)
-        self._emb_t: A = network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device))
-        self._y: A | None = None if model.num_classes is None else self._seeds % model.num_labels
+        self._inputs: NetworkInputs[A] = NetworkInputs(
+            x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape),
+            emb_t=network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device)),
+            y=None if model.num_classes is None else self._seeds % model.num_labels,
+        )
         self._together: A = self._run(self._seeds)
 
     def agree(self, size: int, *, backwards: bool = False) -> bool:
@@ -94,4 +92,4 @@ class _TestRows(Generic[A]):
         return True
 
     def _run(self, rows: A) -> A:
-        return self._network(self._x_t[rows], self._emb_t[rows], None if self._y is None else self._y[rows])
+        return self._network(take_rows(self._inputs, rows))

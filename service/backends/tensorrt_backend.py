@@ -17,21 +17,23 @@ import torch
 from torch import Tensor
 
 from diffusion.config import CheckpointConfig, ModelConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from formats.artifact import ArtifactError, Manifest
+from formats.precision import PrecisionChoice
 from formats.tensorrt_files import (
     EngineRecord,
     Target,
     Wanted,
     graph_sha256,
-    needed_buckets,
     read_engine,
     unusable_engines,
 )
 from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision
+from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier
+from service.backends.batch_sizes import covering_width
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
@@ -40,7 +42,7 @@ from service.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-class TensorRTBackend:
+class TensorRTBackend(DenoiserDefaults[Tensor]):
     """Implements `Denoiser` on a CUDA device, with the package `tensorrt` or `tensorrt_rtx`."""
 
     xp: Any = torch
@@ -72,7 +74,7 @@ class TensorRTBackend:
         target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
         self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
         """What the engines are."""
-        sizes = needed_buckets(manifest.buckets, options.max_rows)
+        sizes = covering_width(manifest.buckets, options.max_rows)
         engines = load_engines(artifact, self.wanted, sizes, options, self.device)
 
         with torch.cuda.device(self.device):
@@ -91,7 +93,7 @@ class TensorRTBackend:
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}
-        self.numerics_id = numerics_id(self.description, manifest, records, self.device)
+        self.network_id = network_id(self.description, manifest, records, self.device)
         for size in sizes:
             refuse_unequal_rows(self._run, self.embed_timesteps, self.config, size, self.device)
 
@@ -99,23 +101,23 @@ class TensorRTBackend:
         """Run the time MLP, on the CPU."""
         return torch.from_numpy(self.time_mlp(t_model.cpu().numpy())).to(t_model.device)
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the engine of the batch's size."""
-        return self._run(x_t, emb_t, y)
+        return self._run(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest, which is the device's: its errors come late."""
         lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
 
-    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         shapes = graph_shapes(self.config.model, size)
         zeros = {
             name: torch.zeros(shape, dtype=dtype, device=self.device)
             for name, (shape, dtype) in shapes.items()
             if name != OUTPUT
         }
-        return zeros["x_t"], zeros["emb_t"], zeros.get("y")
+        return NetworkInputs(zeros["x_t"], zeros["emb_t"], zeros.get("y"))
 
 
 def load_engines(
@@ -177,17 +179,17 @@ def refuse_unequal_rows(
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
     x_t = normal(row, row, row, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
-    told = respace(config.diffusion).model_t
+    told = respace(config.diffusion).t_model
     for t in told[np.linspace(0, len(told) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
-        out = run(x_t, emb_t, None if model.num_classes is None else row)
+        out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row))
         if not bool(out.isfinite().all()):
             raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
         if not bool((out == out[:1]).all()):
             raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it anew")
 
 
-def numerics_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
+def network_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
     """Hash what pixels depend on: two builds of a graph may compute in another order, so the plans count."""
     properties = torch.cuda.get_device_properties(device)
     facts = {
@@ -201,7 +203,7 @@ def numerics_id(description: str, manifest: Manifest, records: dict[int, EngineR
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _refuse_precision(model: ArtifactModel, wanted: Precision) -> None:
+def _refuse_precision(model: ArtifactModel, wanted: PrecisionChoice) -> None:
     precision = model.manifest.precision
     if wanted not in ("auto", precision):
         raise ModelError(

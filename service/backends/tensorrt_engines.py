@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.network_inputs import NetworkInputs
 from formats.tensorrt_package import logger_of
 from service.errors import ModelError
 
@@ -64,19 +65,19 @@ class EngineNetwork:
         asked = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
         return all(ask is None or ask(stream) for ask in asked)
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the engine of the batch's size on the current stream; nothing waits for it.
 
-        The arguments must be contiguous, of the types of the graph, and stay where they are until it has run.
+        The inputs must be contiguous, of the types of the graph, and stay where they are until it has run.
 
         Raises:
             RuntimeError: TensorRT could not start it.
         """
-        size = len(x_t)
+        size = len(inputs.x_t)
         context = self._contexts[size]
         self._logger.errors.clear()
         out = torch.empty(self._outputs[size], device=self._device)
-        tensors = {"x_t": x_t, "emb_t": emb_t, "y": y, OUTPUT: out}
+        tensors = {**inputs._asdict(), OUTPUT: out}
         placed = [context.set_tensor_address(name, t.data_ptr()) for name, t in tensors.items() if t is not None]
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):

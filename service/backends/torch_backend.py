@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import CheckpointError, checkpoint_sha256
-from service.backends.base import BackendOptions, FailureKind, GuidingClassifier, Precision, classify_synchronous
+from formats.precision import PrecisionChoice
+from service.backends.base import (
+    BackendOptions,
+    DenoiserDefaults,
+    FailureKind,
+    GuidingClassifier,
+    synchronous_failure_kind,
+)
 from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
 from service.backends.cuda_queue import CudaQueue
-from service.backends.device_queue import DeviceQueue
 from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
 from service.cpus import available_cpus
@@ -29,7 +37,7 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchBackend:
+class TorchBackend(DenoiserDefaults[Tensor]):
     """Implements `Denoiser` on a CPU or a CUDA device."""
 
     xp: Any = torch
@@ -58,7 +66,7 @@ class TorchBackend:
         if classifier is not None:
             depends_on.append(classifier.sha256)
         self.classifier: GuidingClassifier[Tensor] | None = classifier
-        self.numerics_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+        self.network_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
         if on_cuda:
             network = network.to(self.device)
@@ -66,7 +74,7 @@ class TorchBackend:
         if self._dtype != torch.float32:
             lower_weights(network, self._dtype)
         self._network = network
-        self._forward_emb: EmbNetwork = network.forward_emb
+        self._forward_emb: Callable[..., Tensor] = network.forward_emb
         self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
         if options.torch_compile:
@@ -76,7 +84,6 @@ class TorchBackend:
                 network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=4 * len(sizes)
             )
         self._run: EmbNetwork = self._forward
-        self.queue: DeviceQueue[Tensor] | None = None
         if on_cuda:  # the runner captures whole steps; calls by themselves are for its tests
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient
@@ -91,30 +98,30 @@ class TorchBackend:
         return self._network.embed_timesteps(t_model)
 
     @torch.inference_mode()
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the UNet."""
-        return self._run(x_t, emb_t, y)
+        return self._run(inputs)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Tell memory from the rest; on a CUDA device all the rest is the device's, whose errors come late."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
             return FailureKind.OUT_OF_MEMORY
-        return FailureKind.DEVICE if self.device.type == "cuda" else classify_synchronous(error)
+        return FailureKind.DEVICE if self.device.type == "cuda" else synchronous_failure_kind(error)
 
-    def _forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def _forward(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         if self.device.type == "cuda":
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
         low = self._dtype != torch.float32
         # The cache would keep casts of one graph's memory for the next graph.
         with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
-            return self._forward_emb(x_t, emb_t, y)
+            return self._forward_emb(*inputs)
 
-    def _zero_inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         model = self.config.model
         x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
         emb_t = torch.zeros(size, model.emb_channels, device=self.device)
         y = None if model.num_classes is None else torch.zeros(size, dtype=torch.int64, device=self.device)
-        return x_t, emb_t, y
+        return NetworkInputs(x_t, emb_t, y)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -134,7 +141,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: PrecisionChoice, device: torch.device) -> torch.dtype:
     """Return the type that the network computes in; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
 
     Raises:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.classifier import Classifier, log_p_gradient
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint import load_guide
 from formats.checkpoint_config import checkpoint_sha256
 from formats.classifier_folder import CLASSIFIER_FOLDER
@@ -53,12 +54,13 @@ class TorchClassifier:
         """Run the time MLP."""
         return self._classifier.embed_timesteps(t_model)
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Run the classifier forwards and backwards."""
-        return self.gradient(x_t, emb_t, y)
+        return self.gradient(inputs)
 
-    def gradient(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def gradient(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Compute the gradient, as `__call__`; it can be captured."""
+        x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         assert y is not None  # noqa: S101  # a classifier always has classes
         if self.device.type != "cuda":
             return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)

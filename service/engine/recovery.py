@@ -46,7 +46,7 @@ def take_step(
     """Take a step, in halves where it raises; images that raise alone, twice, fail.
 
     That an image is guilty is believed only while the network runs without it: unless others have taken the step, the
-    runner must pass its probe.
+    runner must pass a check of the network.
 
     Args:
         images: of one model, at least one.
@@ -55,12 +55,12 @@ def take_step(
         failed: told of every attempt that raised.
 
     Raises:
-        Exception: whatever was raised, where the device is not to be trusted any more; what the probe raises, where
+        Exception: whatever was raised, where the device is not to be trusted any more; what that check raises, where
             the network does not run without these images either.
     """
     outcome = _halves(images, attempt, runner, failed)
     if len(outcome.failures) == len(images):
-        runner.probe()
+        runner.check_network()
     for image, kind in outcome.failures.items():
         log.error("image %d of request %s fails: %s", image.position, image.request_id, kind.value)
     return outcome
@@ -96,7 +96,7 @@ def _try(images: Sequence[Image], attempt: Attempt, runner: Runner) -> list[bool
     try:
         return attempt(images)
     except Exception as error:
-        kind = runner.classify(error)
+        kind = runner.failure_kind(error)
         if kind is FailureKind.DEVICE:
             raise
         trace = "".join(format_exception(error))  # text: log handlers may keep what they are given

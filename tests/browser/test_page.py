@@ -20,6 +20,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
+from diffusion.network_inputs import NetworkInputs
 from service.http.door.keys import ApiKey, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from tests.browser.conftest import PATIENCE_S, Site, serving
@@ -120,10 +121,10 @@ def test_errors_are_told_in_plain_words(page: Page) -> None:
     class AfraidOfBees(PausedDenoiser):
         afraid = False
 
-        def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-            if self.afraid and (y == CLASS_NAMES.index("Bee")).any():
+        def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+            if self.afraid and np.any(inputs.y == CLASS_NAMES.index("Bee")):
                 raise ValueError("secret of the machine")
-            return super().__call__(x_t, emb_t, y)
+            return super().__call__(inputs)
 
     denoiser = AfraidOfBees()
     with serving(denoiser, max_row_steps=100) as site:

@@ -83,7 +83,7 @@ def test_a_row_that_is_not_finite_fails_alone(runner: ArrayRunner[Tensor]) -> No
 
 
 def test_one_kernel_is_near_separate_operations() -> None:
-    queue = CudaQueue(torch.device("cuda"), lambda x, e, y: x, None, fused=True)
+    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=True)
     draw = torch.Generator().manual_seed(0)
     x_t, x0_prev, out, var_values = (torch.randn(4, 3, 8, 8, generator=draw).cuda() for _ in range(4))
     lines, rows = torch.rand(4, 12, generator=draw).cuda(), torch.arange(4, device="cuda")
@@ -97,7 +97,7 @@ def test_one_kernel_is_near_separate_operations() -> None:
 
 
 def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
-    queue = CudaQueue(torch.device("cuda"), lambda x, e, y: x, None, fused=False)
+    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=False)
     values = np.arange(1000)
     sent = queue.send(values)
     values[:] = -1
@@ -108,5 +108,5 @@ def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
 
 def test_an_error_of_the_device_is_told_from_memory(tmp_path: Path) -> None:
     backend = TorchBackend(tiny_checkpoint(tmp_path / "tiny"), BackendOptions(device="cuda", max_rows=4))
-    assert backend.classify(torch.OutOfMemoryError("x")) is FailureKind.OUT_OF_MEMORY
-    assert backend.classify(RuntimeError("an illegal memory access was encountered")) is FailureKind.DEVICE
+    assert backend.failure_kind(torch.OutOfMemoryError("x")) is FailureKind.OUT_OF_MEMORY
+    assert backend.failure_kind(RuntimeError("an illegal memory access was encountered")) is FailureKind.DEVICE

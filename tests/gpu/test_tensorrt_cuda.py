@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.time_mlp import WEIGHTS, TimeMLP
-from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, Precision, file_entry, manifest_json
+from formats.artifact import MANIFEST_FILE, MODEL_FILE, TIME_MLP_FILE, file_entry, manifest_json
+from formats.precision import Precision
 from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, installed_flavour
 from model_export.onnx_export import PRECISIONS, export_unet
@@ -71,7 +73,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows))
     built = TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows, build_engines=build))
     loaded = TensorRTBackend(folder, BackendOptions(max_rows=CONFIG.max_rows))
-    assert loaded.numerics_id == built.numerics_id
+    assert loaded.network_id == built.network_id
     return loaded, limit
 
 
@@ -84,16 +86,16 @@ def test_every_bucket_is_near_pytorch_in_every_band_of_timesteps(served: tuple[T
             x_t, y = torch.randn(size, 1, 8, 8), torch.arange(size) % 5
             t = torch.linspace(0, 199, size) + 200 * band
             expected = network(x_t, t, y)
-            out = backend(x_t.cuda(), backend.embed_timesteps(t.cuda()), y.cuda()).cpu()
+            out = backend(NetworkInputs(x_t.cuda(), backend.embed_timesteps(t.cuda()), y.cuda())).cpu()
             assert float((out - expected).norm() / expected.norm()) < limit
 
 
 def test_an_output_outlives_the_next_call(served: tuple[TensorRTBackend, float]) -> None:
     backend, _ = served
     emb_t, y = backend.embed_timesteps(torch.zeros(2, device="cuda")), torch.zeros(2, dtype=torch.int64, device="cuda")
-    first = backend(torch.zeros(2, 1, 8, 8, device="cuda"), emb_t, y)
+    first = backend(NetworkInputs(torch.zeros(2, 1, 8, 8, device="cuda"), emb_t, y))
     kept = first.clone()
-    backend(torch.ones(2, 1, 8, 8, device="cuda"), emb_t, y)
+    backend(NetworkInputs(torch.ones(2, 1, 8, 8, device="cuda"), emb_t, y))
     assert torch.equal(first, kept)
 
 

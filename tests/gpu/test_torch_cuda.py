@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.backends.base import BackendOptions, Precision
+from diffusion.network_inputs import NetworkInputs
+from formats.precision import PrecisionChoice
+from service.backends.base import BackendOptions
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.errors import ModelError
@@ -25,18 +27,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def backend(folder: Path, precision: Precision = "auto") -> TorchBackend:
+def backend(folder: Path, precision: PrecisionChoice = "auto") -> TorchBackend:
     return TorchBackend(folder, BackendOptions(device="cuda", precision=precision, max_rows=CONFIG.max_rows))
 
 
 @PRECISIONS
-def test_every_captured_size_is_near_the_cpu(folder: Path, precision: Precision, tolerance: float) -> None:
+def test_every_captured_size_is_near_the_cpu(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
     on_gpu, on_cpu = backend(folder, precision), TorchBackend(folder, BackendOptions(device="cpu"))
     assert on_gpu.batch_sizes == (1, 2, 4)
     for size in on_gpu.batch_sizes:
         x_t, t, y = torch.randn(size, 1, 8, 8), torch.linspace(0, 999, size), torch.arange(size) % 5
-        expected = on_cpu(x_t, on_cpu.embed_timesteps(t), y)
-        out = on_gpu(x_t.cuda(), on_gpu.embed_timesteps(t.cuda()), y.cuda())
+        expected = on_cpu(NetworkInputs(x_t, on_cpu.embed_timesteps(t), y))
+        out = on_gpu(NetworkInputs(x_t.cuda(), on_gpu.embed_timesteps(t.cuda()), y.cuda()))
         error = (out.cpu() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert out.dtype == torch.float32
         assert float(error) < tolerance
@@ -47,12 +49,12 @@ def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
     x_t, y = torch.randn(4, 1, 8, 8, device="cuda"), torch.arange(4, device="cuda")
     emb_t = on_gpu.embed_timesteps(torch.linspace(0, 999, 4, device="cuda"))
     with torch.inference_mode():
-        eager = on_gpu._forward(x_t, emb_t, y)
-    assert torch.equal(on_gpu(x_t, emb_t, y), eager)
+        eager = on_gpu._forward(NetworkInputs(x_t, emb_t, y))
+    assert torch.equal(on_gpu(NetworkInputs(x_t, emb_t, y)), eager)
 
 
 @PRECISIONS
-def test_pixels_do_not_depend_on_company(folder: Path, precision: Precision, tolerance: float) -> None:
+def test_pixels_do_not_depend_on_company(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
     assert_pixels_do_not_depend_on_company(backend(folder, precision), CONFIG)
 
 

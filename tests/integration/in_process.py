@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from diffusion.network_inputs import NetworkInputs
 from service.http.app import assemble
 from service.http.tracing import Tracing
 from service.settings import Settings
@@ -36,10 +37,10 @@ class PausedDenoiser(ExactDenoiser):
         """Let so many calls through while the rest waits."""
         self._steps.release(count)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if not self.let.is_set():
             self._wait()
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
     def _wait(self) -> None:
         for _ in range(100_000):
@@ -51,9 +52,9 @@ class PausedDenoiser(ExactDenoiser):
 class Overflowing(PausedDenoiser):
     """A network that makes nonsense of one class."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
-        out[np.asarray(y) == 3] *= np.float32("nan")
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
+        out[np.asarray(inputs.y) == 3] *= np.float32("nan")
         return out
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 from fastapi.routing import iter_route_contexts
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import Denoiser
@@ -45,11 +46,11 @@ class Halved(ExactDenoiser):
 
     def __init__(self, generation: int) -> None:
         super().__init__(tiny_config())
-        self.numerics_id = f"halved {generation}"
+        self.network_id = f"halved {generation}"
         self.generation = generation
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        return super().__call__(x_t, emb_t, y) * np.float32(0.5**self.generation)
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        return super().__call__(inputs) * np.float32(0.5**self.generation)
 
 
 class Shelf:

@@ -12,7 +12,8 @@ import torch
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from formats.checkpoint import load_unet
-from service.backends.base import BackendOptions, Denoiser, Precision
+from formats.precision import PrecisionChoice
+from service.backends.base import BackendOptions, Denoiser
 from service.backends.openvino_backend import OpenVinoBackend
 from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
@@ -47,7 +48,7 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: Precision) -> None:
+def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: PrecisionChoice) -> None:
     if precision == "bf16":
         bfloat16.need_in_openvino()
     options = BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir="")

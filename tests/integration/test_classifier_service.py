@@ -23,7 +23,7 @@ from service.backends.select import load_denoiser
 from service.http.app import create_app
 from service.settings import Settings
 from tests.counts import LONG
-from tests.denoisers import AsGradient, AsNetwork
+from tests.denoisers import AsNetwork
 from tests.exports import Exports
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
 
@@ -81,7 +81,7 @@ def test_the_service_gives_the_guided_pixels_of_the_one_image_sampler(exports: E
         for scale, picture in ((5.0, pixels[index]), (0.0, plain[index])):
             spec = ImageSpec(seed=3, image_index=index, class_index=label, classifier_scale=scale)
             xp = torch if backend == "torch" else np
-            alone = sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser), xp=xp)
+            alone = sample_images(AsNetwork(denoiser), plan, [spec], gradient=denoiser.classifier, xp=xp)
             np.testing.assert_array_equal(picture, alone[0])
     assert not np.array_equal(pixels, plain)
 
@@ -143,6 +143,6 @@ def test_the_sample_command_guides_too(tmp_path: Path) -> None:
     for classifier_scale, picture in zip((0.0, 20.0), pictures, strict=True):
         spec = ImageSpec(seed=6, class_index=1, classifier_scale=classifier_scale)
         np.testing.assert_array_equal(
-            picture, sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser))
+            picture, sample_images(AsNetwork(denoiser), plan, [spec], gradient=denoiser.classifier)
         )
     assert not np.array_equal(*pictures)

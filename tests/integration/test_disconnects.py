@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from diffusion.network_inputs import NetworkInputs
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.http.app import assemble
@@ -37,11 +38,11 @@ class GatedDenoiser(ExactDenoiser):
         self.arrived = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if self.gated:
             self.arrived.release()
             assert self.let.acquire(timeout=100)
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
 
 class Client:

@@ -17,6 +17,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from torch import Tensor
 
+from diffusion.network_inputs import NetworkInputs
 from service.backends.torch_backend import TorchBackend
 from service.http.app import assemble
 from service.settings import Settings
@@ -31,10 +32,10 @@ class Mortal(TorchBackend):
         super().__init__(folder)
         self.doomed = threading.Event()
 
-    def __call__(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         if self.doomed.is_set():
             raise RuntimeError("secret detail of the device")
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
 
 def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_red(tmp_path: Path) -> None:
@@ -85,12 +86,12 @@ from tests.fakes import tiny_config
 watchdog.HANG_FLOOR_S = 0.5
 
 class Doomed(ExactDenoiser):
-    def __call__(self, x_t, emb_t, y):
+    def __call__(self, inputs):
         if Path(sys.argv[2]).exists():
             if sys.argv[1] == "raises":
                 raise RuntimeError("the device is gone")
             time.sleep(1000)
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
 configure_logging()
 settings = Settings(models=(Path("doomed"),), port=int(sys.argv[3]))

@@ -18,6 +18,7 @@ import openai
 import pytest
 from PIL import Image
 
+from diffusion.network_inputs import NetworkInputs
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
@@ -36,12 +37,12 @@ class GatedDenoiser(ExactDenoiser):
         self.started = False
         self.allowed = threading.Semaphore(0)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if self.gated:
             assert self.allowed.acquire(timeout=PATIENCE)
-        out = super().__call__(x_t, emb_t, y)
+        out = super().__call__(inputs)
         if self.started:
-            out[np.asarray(y) == self.OVERFLOWS] = np.nan
+            out[np.asarray(inputs.y) == self.OVERFLOWS] = np.nan
         return out
 
     def close(self) -> None:

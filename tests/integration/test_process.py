@@ -32,9 +32,9 @@ from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from tests.denoisers import ExactDenoiser
 
 class Slow(ExactDenoiser):
-    def __call__(self, x_t, emb_t, y):
+    def __call__(self, inputs):
         time.sleep(float(sys.argv[3]))
-        return super().__call__(x_t, emb_t, y)
+        return super().__call__(inputs)
 
 configure_logging()
 settings = Settings(models=(Path("m"),), host=sys.argv[1], port=int(sys.argv[2]), allow_keyless=True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cli.engines import build_engines
-from formats.artifact import MODEL_FILE, Precision
+from formats.artifact import MODEL_FILE
+from formats.precision import Precision
 from formats.tensorrt_files import Target, Wanted, engine_folder, read_engine, unusable_engines
 from formats.tensorrt_package import EngineError, logger_of
 from model_export import tensorrt_build

@@ -698,7 +698,7 @@ def test_rescaled_timesteps_become_every_fourth_step_of_the_process() -> None:
     ours = respace(PROCESSES["rescaled"])
     assert theirs.config.num_train_timesteps == 1000
     np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), ours.schedule.alphas_cumprod[::4], rtol=5e-5)
-    np.testing.assert_array_equal(ours.model_t[::4], np.arange(1000))  # the library tells the network t itself
+    np.testing.assert_array_equal(ours.t_model[::4], np.arange(1000))  # the library tells the network t itself
 
 
 @pytest.mark.parametrize("num_steps", [50, 100, 250])

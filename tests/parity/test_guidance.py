@@ -40,7 +40,7 @@ def _guided_step(case: dict[str, Any], plan: SamplingPlan, noise: npt.NDArray[An
 def test_the_gradient_equals_the_reference(case: dict[str, Any]) -> None:
     key = case["key"]
     x_t, t, y = (GOLDEN.tensor(f"{key}.{name}") for name in ("x", "t", "y"))
-    told = torch.from_numpy(respace(golden.diffusion_config(case), case["respacing"]).model_t)[t]
+    told = torch.from_numpy(respace(golden.diffusion_config(case), case["respacing"]).t_model)[t]
     gradient = classifier_gradient(
         golden.classifier(GOLDEN.config["classifier"]), x_t, told, y, case["classifier_scale"]
     )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusion.arrays import to_numpy
 from diffusion.config import CheckpointConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import Sampler
 from formats.checkpoint import write_checkpoint
 from formats.classifier_folder import CLASSIFIER_FOLDER
@@ -47,8 +48,8 @@ class GoldenDenoiser(ExactDenoiser):
     def embed_timesteps(self, t_model: Any) -> Any:
         return on_kind("numpy", golden.network(GOLDEN.config["unet"]).embed_timesteps)(t_model)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        return on_kind("numpy", golden.network(GOLDEN.config["unet"]).forward_emb)(x_t, emb_t, y)
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        return on_kind("numpy", golden.network(GOLDEN.config["unet"]).forward_emb)(*inputs)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     t: Any
     out: Any
     var_values: Any
-    model_t: Any
+    t_model: Any
 
 
 def _inputs(case: dict[str, Any], kind: Kind) -> Inputs:
@@ -32,10 +32,10 @@ def _inputs(case: dict[str, Any], kind: Kind) -> Inputs:
     key = case["key"]
     diffusion = golden.diffusion_config(case)
     x_t, t = of_kind(kind, GOLDEN[f"{key}.x"]), of_kind(kind, GOLDEN[f"{key}.t"])
-    model_t = _rows(ancestral_plan(diffusion, case["respacing"]), t, kind).t_model.reshape(-1)
-    output = on_kind(kind, golden.network(case["model"]))(x_t, model_t, GOLDEN.optional(f"{key}.y"))
+    t_model = _rows(ancestral_plan(diffusion, case["respacing"]), t, kind).t_model.reshape(-1)
+    output = on_kind(kind, golden.network(case["model"]))(x_t, t_model, GOLDEN.optional(f"{key}.y"))
     out, var_values = split_output(output, x_t.shape[1])
-    return Inputs(diffusion, x_t, t, out, var_values, model_t)
+    return Inputs(diffusion, x_t, t, out, var_values, t_model)
 
 
 def _rows(plan: SamplingPlan, t: Any, kind: Kind) -> PlanRows[Any]:
@@ -54,7 +54,7 @@ def _relative_error(actual: Any, key: str) -> float:
 @KINDS
 @CASES
 def test_the_network_is_told_the_same_timestep(case: dict[str, Any], kind: Kind) -> None:
-    told = to_numpy(_inputs(case, kind).model_t)
+    told = to_numpy(_inputs(case, kind).t_model)
     np.testing.assert_array_equal(told, GOLDEN[f"{case['key']}.model_t"].astype(np.float32))
 
 

@@ -26,7 +26,7 @@ def _losses(case: dict[str, Any], network: UNet) -> TrainingLosses:
     x0, noise, t = (GOLDEN.tensor(f"{key}.{name}") for name in ("x_start", "noise", "t"))
 
     x_t = q_sample(tables, x0, t, noise)
-    output = network(x_t, torch.from_numpy(process.model_t)[t], GOLDEN.optional(f"{key}.y"))
+    output = network(x_t, torch.from_numpy(process.t_model)[t], GOLDEN.optional(f"{key}.y"))
     loss: LossType = "hybrid" if diffusion.learns_variance else "simple"
     if case["loss_type"].endswith("KL"):
         loss = "vlb"

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
 from diffusion.config import DiffusionConfig
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import SamplingPlan, build_plan
 from diffusion.respacing import respace
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
-from service.backends.device_queue import DeviceQueue, queue_of, send_at_once
+from service.backends.batch_sizes import BatchSizes, largest_size
+from service.backends.device_queue import DeviceQueue, send_at_once
 from service.backends.pending import Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
@@ -24,9 +26,8 @@ from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
-from service.engine.runners.steps import BatchSizes, Embeddings, Steps
+from service.engine.runners.steps import Embeddings, Steps
 from service.engine.slots import SavedSlot, SlotTable
-from service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +46,15 @@ class ArrayRunner(Generic[A]):
         classifier: GuidingClassifier[A] | None = denoiser.classifier
         self.numerics_id = _numerics_id(denoiser, config.max_rows)
         self.sizes = BatchSizes(
-            network=_largest_size(denoiser, config.max_rows),
-            classifier=() if classifier is None else _largest_size(classifier, config.max_rows),
+            network=_untested(denoiser, config.max_rows),
+            classifier=() if classifier is None else _untested(classifier, config.max_rows),
         )
         """Rows that calls may have; the self-test finds more than the largest."""
         self._denoiser: Denoiser[A] = denoiser
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
         self._num_slots = config.num_slots
-        queue: DeviceQueue[A] | None = queue_of(denoiser)
+        queue: DeviceQueue[A] | None = denoiser.queue
         self._slots: SlotTable[A] = SlotTable(
             denoiser.config.model,
             config.num_slots,
@@ -61,7 +62,7 @@ class ArrayRunner(Generic[A]):
             denoiser.device,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
-        told = self._slots.send(respace(denoiser.config.diffusion).model_t)
+        told = self._slots.send(respace(denoiser.config.diffusion).t_model)
         embeddings: Embeddings[A] = Embeddings(
             network=denoiser.embed_timesteps(told),
             classifier=None if classifier is None else classifier.embed_timesteps(told),
@@ -120,11 +121,11 @@ class ArrayRunner(Generic[A]):
             raise TypeError("only what `evict` returned can be restored")
         self._slots.load(slots, states)
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Ask the denoiser."""
-        return self._denoiser.classify(error)
+        return self._denoiser.failure_kind(error)
 
-    def probe(self) -> None:
+    def check_network(self) -> None:
         """Call the network, and its classifier, on zeros, and wait for what they return."""
         self._call_on_zeros(self._denoiser, self.padded_rows(1))
         if self._classifier is not None:
@@ -159,7 +160,7 @@ class ArrayRunner(Generic[A]):
         emb_t = network.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
         x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
         labelled = network.config.model.num_classes is not None
-        to_numpy(network(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None))
+        to_numpy(network(NetworkInputs(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None)))
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
@@ -172,21 +173,13 @@ def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
     return plan_of
 
 
-def _largest_size(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
-    """Return the one batch size that needs no self-test: the largest that was compiled, or the engine's width."""
-    compiled = network.batch_sizes
-    if compiled is None:
-        return (max_rows,)
-    if max_rows > compiled[-1]:
-        raise ModelError(
-            f"{network.description}: max_rows must be at most {compiled[-1]}, the largest batch that it was "
-            f"compiled for; got {max_rows}"
-        )
-    return (compiled[-1],)
+def _untested(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
+    """Return the one batch size that needs no self-test."""
+    return (largest_size(network.batch_sizes, max_rows, network.description),)
 
 
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
     """Add what the runner contributes: noise and update, and the width and threads of its self-test."""
     arrays = {np.__name__: np.__version__, denoiser.xp.__name__: denoiser.xp.__version__}
-    depends_on = f"{denoiser.numerics_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
+    depends_on = f"{denoiser.network_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ class Runner(Protocol):
     """Holds the slots of one model."""
 
     numerics_id: str
+    """Names all that pixels depend on besides the request: `Denoiser.network_id`, and what the runner adds."""
     depth: int
     """Steps that may be under way when the next one is launched. Where it is 0, a step is over when it has been waited
     for; else only a launch raises what an image is guilty of, and what is raised later is the device's end."""
@@ -37,11 +38,11 @@ class Runner(Protocol):
         """
         ...
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         """Say what an error means that `start` or a step raised."""
         ...
 
-    def probe(self) -> None:
+    def check_network(self) -> None:
         """Call the network, and its classifier, on a row that is nobody's; raises what they raise. Touches no slot."""
         ...
 

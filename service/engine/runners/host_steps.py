@@ -12,7 +12,8 @@ import numpy.typing as npt
 from diffusion.arrays import A, on_host, to_numpy
 from diffusion.noise import STREAM_STEP, normal
 from diffusion.update import PlanRows, Step, advance, to_uint8
-from service.backends.base import Denoiser, beginning_of
+from service.backends.base import Denoiser
+from service.backends.batch_sizes import BatchSizes
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep
 from service.engine.runners.numbers import (
@@ -27,7 +28,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import Images, Update, finish, gather, gradients
-from service.engine.runners.steps import BatchSizes, Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
 from service.engine.slots import SlotTable
 
 
@@ -46,7 +47,6 @@ class HostSteps(Generic[A]):
     ) -> None:
         model = denoiser.config.model
         self._denoiser: Denoiser[A] = denoiser
-        self._begin: Callable[[A, A, A | None], Pending[A]] = beginning_of(denoiser)
         self._slots: SlotTable[A] = table
         self._embeddings: Embeddings[A] = embeddings
         self._plan_of = plan_of
@@ -67,7 +67,7 @@ class HostSteps(Generic[A]):
         inputs, images = gather(
             numbers, table.x, table.x0, self._embeddings.network, places=len(steps), conditional=self._conditional
         )
-        call = self._begin(*inputs)
+        call = self._denoiser.begin(inputs)
         return Later(lambda: self._finish(steps, block, numbers, images, call))
 
     def _finish(

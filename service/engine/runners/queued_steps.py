@@ -18,6 +18,7 @@ import numpy.typing as npt
 from diffusion.arrays import A, namespace, to_numpy
 from diffusion.update import to_uint8
 from service.backends.base import Denoiser, FailureKind
+from service.backends.batch_sizes import BatchSizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep
@@ -31,7 +32,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import add_noise_and_advance, finish, gather, gradients
-from service.engine.runners.steps import BatchSizes, Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
@@ -171,7 +172,7 @@ class QueuedSteps(Generic[A]):
         def step() -> A:
             xp, numbers = namespace(table.x), step_numbers(words)
             inputs, images = gather(numbers, table.x, table.x0, emb_t, places=size, conditional=conditional)
-            result = finish(numbers, images, network(*inputs), advance, grad, guided=True)
+            result = finish(numbers, images, network(inputs), advance, grad, guided=True)
             is_image = xp.reshape(numbers.slot != table.spare_slot, (-1, 1, 1, 1))
             x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, result.x0, 0.0)
             table.x[numbers.slot], table.x0[numbers.slot] = x, x0  # both, or neither where memory is short
@@ -215,7 +216,7 @@ class QueuedSteps(Generic[A]):
             graph = _Fixed(work.words, self._queue.capture(work.run), captured=True)
             equal = self._trial(graph, block) == self._trial(work, block)
         except Exception as error:
-            if self._denoiser.classify(error) is not FailureKind.OUT_OF_MEMORY:
+            if self._denoiser.failure_kind(error) is not FailureKind.OUT_OF_MEMORY:
                 raise
             log.warning("%s: no memory to capture %s of %d rows", self._denoiser.description, what, size)
             return self._uncaptured(work, what, size)
@@ -234,7 +235,7 @@ class QueuedSteps(Generic[A]):
         inputs, images = gather(
             numbers, table.x, table.x0, self._embeddings.network, places=count, conditional=self._conditional
         )
-        raw = self._queue.network(*inputs)
+        raw = self._queue.network(inputs)
         grad = None if self._queue.classifier is None else self._gradient[:count]
         fused, plain = (
             to_numpy(finish(numbers, images, raw, update, grad, guided=True).x_prev)

@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple
 
 from diffusion.arrays import A
 from diffusion.guidance import classifier_free, scaled_gradient
+from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_STEP, unchecked_normal
 from diffusion.update import PlanRows, Step, split_output, traceable_advance
 from service.engine.runners.numbers import ClassifierNumbers, StepNumbers
@@ -20,17 +21,6 @@ class Images(NamedTuple, Generic[A]):
 
     x_t: A
     x0_prev: A
-
-
-class NetworkInputs(NamedTuple, Generic[A]):
-    """What a network is called on, by row."""
-
-    x_t: A
-    """float32 [n, C, H, W]."""
-    emb_t: A
-    """float32 [n, emb_channels]."""
-    y: A | None
-    """int64 [n]; None for an unconditional network."""
 
 
 Update = Callable[[A, A, A, A, A, tuple[A, A, A], A | None], Step[A]]
@@ -78,9 +68,9 @@ def finish(
     return update(numbers.plan[:places], images.x_t, images.x0_prev, prediction, var_values, noise_of, grad)
 
 
-def gradients(numbers: ClassifierNumbers[A], x: A, emb_t: A, classifier: Callable[[A, A, A | None], A]) -> A:
+def gradients(numbers: ClassifierNumbers[A], x: A, emb_t: A, classifier: Callable[[NetworkInputs[A]], A]) -> A:
     """Return a classifier's scaled gradients, by row of its call; x is x_t by slot, emb_t as for `gather`."""
-    out = classifier(x[numbers.slot], emb_t[numbers.timestep], numbers.label)
+    out = classifier(NetworkInputs(x[numbers.slot], emb_t[numbers.timestep], numbers.label))
     return scaled_gradient(out, numbers.scale)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol
 
 import numpy as np
@@ -14,23 +12,6 @@ from diffusion.arrays import A
 from service.backends.pending import Pending
 from service.engine.request import ImageStep
 from service.errors import ModelError
-
-
-@dataclass
-class BatchSizes:
-    """The rows that calls may have, which a runner finds as it warms up; shared with what takes its steps."""
-
-    network: tuple[int, ...]
-    classifier: tuple[int, ...]
-    """Empty where there is no classifier."""
-
-    def padded_rows(self, rows: int) -> int:
-        """Round up to the next batch size that the network may be run at."""
-        return self.network[bisect_left(self.network, rows)]
-
-    def padded_classified_rows(self, rows: int) -> int:
-        """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
-        return self.classifier[bisect_left(self.classifier, rows)] if self.classifier else 0
 
 
 class Embeddings(NamedTuple, Generic[A]):

@@ -25,6 +25,7 @@ from benchmarks.servers import Entry, Server, Site, command
 from benchmarks.serving import Mark, Run, append_run, check_pixels, read_runs
 from benchmarks.serving_report import Recovery, Window, slowdown, write_report
 from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
+from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
@@ -103,11 +104,11 @@ def test_a_metered_call_counts_what_the_device_took_however_late_somebody_waits(
     new_meter(path)
     network = metered_network(BUNDLED, BackendOptions(max_rows=4), path, (1.0, 0.5))
     x_t, emb_t = np.zeros((4, 1, 32, 32), np.float32), network.embed_timesteps(np.zeros(4, np.float32))
-    call = network.begin(x_t, emb_t, None)
+    call = network.begin(NetworkInputs(x_t, emb_t, None))
     assert read_meter(path).busy_s == 0
     assert call.wait().shape == (4, 2, 32, 32)
     assert (read_meter(path).calls[3], read_meter(path).busy_s) == (1, 0.003)
-    assert network(x_t[:1], emb_t[:1], None).shape == (1, 2, 32, 32)  # the device is free again
+    assert network(NetworkInputs(x_t[:1], emb_t[:1], None)).shape == (1, 2, 32, 32)  # the device is free again
     assert read_meter(path).seconds[0] == 0.0015
 
 
@@ -122,9 +123,11 @@ def test_peers_make_the_pixels_of_the_reference(tmp_path: Path) -> None:
     class Padded:
         config = backend.config.model
 
-        def __call__(self, x_t: Any, t: Any, y: Any = None, /) -> Any:
-            rows = [0, 1, 2, 0]
-            return backend(x_t[rows], backend.embed_timesteps(t[rows]), y[rows])[:3]
+        def embed_timesteps(self, t: Any, /) -> Any:
+            return backend.embed_timesteps(t)
+
+        def run(self, inputs: NetworkInputs[Any], /) -> Any:
+            return backend(take_rows(inputs, np.array([0, 1, 2, 0])))[:3]
 
     specs = [ImageSpec(seed=s, image_index=i, class_index=c) for s, i, c in ((7, 0, 3), (7, 1, 3), (8, 0, 5))]
     expected = sample_images(Padded(), build_plan(backend.config.diffusion, "ancestral", "4"), specs, xp=np)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
@@ -30,7 +31,7 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.errors import ModelError
 from service.metrics import Metrics
-from tests.denoisers import AsGradient, AsNetwork, ExactClassifier, ExactDenoiser
+from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import (
     CountingRunner,
     generation,
@@ -90,7 +91,7 @@ def test_an_unconditional_model_is_guided_to_a_class_of_its_classifier() -> None
     plan = build_plan(denoiser.config.diffusion, "ancestral", "5")
     for label, pixels in zip((0, 3), pictures, strict=True):
         spec = ImageSpec(seed=3, class_index=label, classifier_scale=2.0)
-        expected = sample_images(AsNetwork(denoiser), plan, [spec], gradient=AsGradient(denoiser), xp=np)
+        expected = sample_images(AsNetwork(denoiser), plan, [spec], gradient=denoiser.classifier, xp=np)
         np.testing.assert_array_equal(pixels, expected[0])
     assert pictures[0] is not None
     assert pictures[1] is not None
@@ -108,11 +109,11 @@ class FaultyClassifier(ExactClassifier):
 
     broken = False
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        if self.broken or (len(x_t) and np.any(y == 1) and emb_t[0, 0] < 1):
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        if self.broken or (len(inputs.x_t) and np.any(inputs.y == 1) and inputs.emb_t[0, 0] < 1):
             raise ValueError("this row cannot be classified")
-        out = super().__call__(x_t, emb_t, y)
-        out[(y == 2) & (emb_t[:, 0] < 1)] = np.inf  # t below 512
+        out = super().__call__(inputs)
+        out[(inputs.y == 2) & (inputs.emb_t[:, 0] < 1)] = np.inf  # t below 512
         return out
 
 
@@ -150,16 +151,16 @@ def test_a_classifier_that_cannot_be_run_at_all_ends_the_engine() -> None:
 class SizeDependent(ExactClassifier):
     """Gives other bits at some batch sizes."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
-        return out * (1 + 1e-6) if len(x_t) in (1, 3) else out
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
+        return out * (1 + 1e-6) if len(inputs.x_t) in (1, 3) else out
 
 
 class PlaceMatters(ExactClassifier):
     """Gives the last row other bits."""
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
-        out = super().__call__(x_t, emb_t, y)
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
         out[-1] *= 1 + 1e-6
         return out
 
@@ -186,9 +187,9 @@ def test_the_numerics_id_depends_on_the_classifier(tmp_path: Path) -> None:
     weights = other / "classifier" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    ids = {plain.numerics_id, with_classifier.numerics_id, TorchBackend(other).numerics_id}
+    ids = {plain.network_id, with_classifier.network_id, TorchBackend(other).network_id}
     assert len(ids) == 3
-    assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).numerics_id in ids
+    assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).network_id in ids
 
 
 def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path) -> None:
@@ -196,16 +197,17 @@ def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path)
     classifier = load_torch_classifier(folder, tiny_config(), torch.device("cpu"), (1, 2))
     assert classifier is not None
 
-    def zero_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def zero_inputs(size: int) -> NetworkInputs[torch.Tensor]:
         emb_t = classifier.embed_timesteps(torch.zeros(size))
-        return torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64)
+        return NetworkInputs(torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64))
 
     graphed = GraphedNetwork(classifier.gradient, (1, 2), zero_inputs, call_again)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     emb_t, y = classifier.embed_timesteps(torch.tensor([3.0, 900.0])), torch.tensor([1, 3])
-    gradient = classifier(x_t, emb_t, y)
+    inputs = NetworkInputs(x_t, emb_t, y)
+    gradient = classifier(inputs)
     assert gradient.abs().max() > 0
-    assert torch.equal(graphed(x_t, emb_t, y), gradient)
+    assert torch.equal(graphed(inputs), gradient)
 
 
 def test_a_damaged_classifier_is_refused_at_start_up(tmp_path: Path) -> None:

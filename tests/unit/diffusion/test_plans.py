@@ -56,7 +56,7 @@ def test_plans_are_read_only_float32_tables_of_numbers(
 @given(diffusions, steps)
 def test_plans_start_at_the_noisiest_step(diffusion: DiffusionConfig, num_steps: int) -> None:
     told = ancestral_plan(diffusion, str(num_steps)).column("t_model")
-    np.testing.assert_array_equal(told, respace(diffusion, str(num_steps)).model_t[::-1])
+    np.testing.assert_array_equal(told, respace(diffusion, str(num_steps)).t_model[::-1])
     assert (np.diff(told) < 0).all()
 
 
@@ -225,4 +225,4 @@ def test_a_table_of_another_form_is_no_plan() -> None:
 def test_a_plan_names_the_training_timestep_of_each_line() -> None:
     plan = build_plan(COSINE, "ancestral", "10,10")
     assert plan.timesteps.tolist() == space_timesteps(COSINE.num_timesteps, "10,10")[::-1].tolist()
-    np.testing.assert_array_equal(plan.column("t_model"), respace(COSINE).model_t[plan.timesteps])
+    np.testing.assert_array_equal(plan.column("t_model"), respace(COSINE).t_model[plan.timesteps])

@@ -76,10 +76,10 @@ def test_the_shorter_process_has_the_same_signal_at_the_timesteps_it_keeps(count
 
 def test_the_network_is_told_the_training_timestep() -> None:
     process = respace(DiffusionConfig(num_timesteps=4000), "25")
-    np.testing.assert_array_equal(process.model_t, process.timestep_map)
+    np.testing.assert_array_equal(process.t_model, process.timestep_map)
 
 
 def test_rescaled_timesteps_count_to_a_thousand_whatever_the_chain() -> None:
     process = respace(DiffusionConfig(num_timesteps=4000, rescale_timesteps=True), "")
-    np.testing.assert_allclose(process.model_t, np.arange(4000) / 4)
-    assert process.model_t.dtype == np.float32
+    np.testing.assert_allclose(process.t_model, np.arange(4000) / 4)
+    assert process.t_model.dtype == np.float32

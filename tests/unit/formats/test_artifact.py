@@ -20,7 +20,6 @@ from formats.artifact import (
     ChainParity,
     Manifest,
     NetworkParity,
-    Precision,
     failures,
     file_entry,
     find_artifact,
@@ -28,6 +27,7 @@ from formats.artifact import (
     read_artifact,
 )
 from formats.checkpoint_config import checkpoint_sha256
+from formats.precision import Precision
 from tests.fakes import tiny_checkpoint, tiny_config
 
 NAN = float("nan")

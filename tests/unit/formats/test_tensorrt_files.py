@@ -18,7 +18,6 @@ from formats.tensorrt_files import (
     engine_folder,
     entry_of,
     graph_sha256,
-    needed_buckets,
     read_engine,
     record_parity,
     refusal,
@@ -69,14 +68,6 @@ def test_engines_of_rtx_are_for_a_compute_capability_and_others_for_a_gpu() -> N
 def test_a_target_cannot_name_a_path_elsewhere(field: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         RTX.replace(**field)
-
-
-@pytest.mark.parametrize(
-    ("max_rows", "expected"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 4)), (4, (1, 2, 4)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8))],
-)
-def test_only_buckets_that_the_width_uses_are_needed(max_rows: int, expected: tuple[int, ...]) -> None:
-    assert needed_buckets((8, 4, 2, 1), max_rows) == expected
 
 
 def test_the_hash_of_a_graph_counts_its_weights_file() -> None:

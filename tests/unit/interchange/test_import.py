@@ -334,7 +334,7 @@ def test_a_network_that_relies_on_its_timesteps_shows_a_wrong_process(
 
     def predict_grey_images(_config: object, _weights: object, x_t: Tensor, told: list[float]) -> Tensor:
         """Know the noise level from the timestep alone; know nothing of timesteps that were never trained."""
-        steps = [int(abs(trained.model_t - t).argmin()) for t in told]
+        steps = [int(abs(trained.t_model - t).argmin()) for t in told]
         known = [float(t <= 1000) for t in told]
         scale = torch.tensor(known) / (1 - torch.from_numpy(trained.schedule.alphas_cumprod[steps])).sqrt()
         estimate = x_t * scale.repeat_interleave(len(x_t) // len(told))[:, None, None, None]
@@ -361,7 +361,7 @@ def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatc
     def predict_x0(
         as_config: CheckpointConfig, weights: Any, x_t: Tensor, told: list[float], brightness: float
     ) -> Tensor:
-        abar = float(process.schedule.alphas_cumprod[int(abs(process.model_t - told[0]).argmin())])
+        abar = float(process.schedule.alphas_cumprod[int(abs(process.t_model - told[0]).argmin())])
         eps = predict(as_config, weights, x_t, told, brightness)
         return (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
 

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from service.backends.base import BackendOptions, FailureKind, doubling_sizes
+from diffusion.network_inputs import NetworkInputs
+from service.backends.base import BackendOptions, FailureKind
 from service.backends.cuda_graphs import GraphedNetwork
 from service.backends.select import BACKENDS, Backend, load_denoiser
 from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype
@@ -75,8 +76,10 @@ def test_the_torch_backend_tells_memory_from_rows_and_on_a_cuda_device_from_the_
     backend = TorchBackend(folder, BackendOptions(device="cpu"))
     monkeypatch.setattr(backend, "device", torch.device(device))
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), out_of_memory_on_the_cpu()):
-        assert backend.classify(error) is FailureKind.OUT_OF_MEMORY
-    others = [backend.classify(error) for error in (ValueError("x"), RuntimeError("CUDA error: device-side assert"))]
+        assert backend.failure_kind(error) is FailureKind.OUT_OF_MEMORY
+    others = [
+        backend.failure_kind(error) for error in (ValueError("x"), RuntimeError("CUDA error: device-side assert"))
+    ]
     assert others == [FailureKind.ROWS if device == "cpu" else FailureKind.DEVICE] * 2
 
 
@@ -122,12 +125,13 @@ def test_bfloat16_lowers_convolutions_and_linear_layers_and_stays_near(folder: P
     x_t, t, y = inputs(4)
     emb_t = low.embed_timesteps(t)
     assert torch.equal(emb_t, full.embed_timesteps(t))
-    exact, near = full(x_t, emb_t, y), low(x_t, emb_t, y)
+    rows = NetworkInputs(x_t, emb_t, y)
+    exact, near = full(rows), low(rows)
 
     error = float((near - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     assert near.dtype == torch.float32
     assert 1e-4 < error < 0.05
-    assert low.numerics_id != full.numerics_id
+    assert low.network_id != full.network_id
     assert (full.description.split()[-1], low.description.split()[-1]) == ("float32", "bfloat16")
     network = low._network
     time_mlp = set(network.time_embed.modules())
@@ -155,17 +159,14 @@ def test_a_compiled_network_is_compiled_once_for_each_size(tmp_path: Path, monke
     eager = TorchBackend(small, BackendOptions(device="cpu"))
     assert compiled.batch_sizes == (1, 2)
     assert compiled.description == f"{eager.description} compiled"
-    assert compiled.numerics_id != eager.numerics_id
+    assert compiled.network_id != eager.network_id
 
     ArrayRunner(compiled, EngineConfig(max_rows=2)).warm_up()
     for size in compiled.batch_sizes:
         x_t, t, y = inputs(size)
         for emb_t in (eager.embed_timesteps(t), eager.embed_timesteps(t).clone()):  # made in inference mode, and not
-            torch.testing.assert_close(compiled(x_t, emb_t, y), eager(x_t, emb_t, y), rtol=0, atol=1e-4)
-
-
-def test_sizes_double_up_to_the_width() -> None:
-    assert [doubling_sizes(width) for width in (2, 8, 12)] == [(1, 2), (1, 2, 4, 8), (1, 2, 4, 8, 12)]
+            rows = NetworkInputs(x_t, emb_t, y)
+            torch.testing.assert_close(compiled(rows), eager(rows), rtol=0, atol=1e-4)
 
 
 class TestGraphedNetwork:
@@ -176,13 +177,13 @@ class TestGraphedNetwork:
     def graphed(self) -> GraphedNetwork:
         self.captured = []
 
-        def network(x_t: Tensor, emb_t: Tensor, y: Tensor | None) -> Tensor:
-            assert y is not None
-            return x_t + emb_t[:, :1, None, None] + y[:, None, None, None]
+        def network(inputs: NetworkInputs[Tensor]) -> Tensor:
+            assert inputs.y is not None
+            return inputs.x_t + inputs.emb_t[:, :1, None, None] + inputs.y[:, None, None, None]
 
-        def make_inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        def make_inputs(size: int) -> NetworkInputs[Tensor]:
             self.captured.append(size)
-            return torch.zeros(size, 1, 2, 2), torch.zeros(size, 3), torch.zeros(size, dtype=torch.int64)
+            return NetworkInputs(torch.zeros(size, 1, 2, 2), torch.zeros(size, 3), torch.zeros(size, dtype=torch.int64))
 
         def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
             out = work()
@@ -195,20 +196,20 @@ class TestGraphedNetwork:
         assert self.captured == [4, 2, 1]
         for size in (1, 2, 4, 2):
             x_t = torch.full((size, 1, 2, 2), float(size))
-            out = graphed(x_t, torch.full((size, 3), 10.0), torch.full((size,), 100))
+            out = graphed(NetworkInputs(x_t, torch.full((size, 3), 10.0), torch.full((size,), 100)))
             np.testing.assert_array_equal(out.numpy(), x_t.numpy() + 110)
 
     def test_what_it_returned_stays_as_it_was(self) -> None:
         graphed = self.graphed()
         zeros = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-        first = graphed(torch.ones(2, 1, 2, 2), *zeros)
-        graphed(torch.zeros(2, 1, 2, 2), *zeros)
+        first = graphed(NetworkInputs(torch.ones(2, 1, 2, 2), *zeros))
+        graphed(NetworkInputs(torch.zeros(2, 1, 2, 2), *zeros))
         assert first.eq(1).all()
 
     def test_a_size_that_was_not_captured_is_refused(self) -> None:
         graphed = self.graphed()
         with pytest.raises(ValueError, match="captured were batches of 1, 2, 4; got 3"):
-            graphed(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), torch.zeros(3, dtype=torch.int64))
+            graphed(NetworkInputs(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), torch.zeros(3, dtype=torch.int64)))
 
 
 def test_zero_inputs_have_the_shapes_of_the_network(folder: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from openvino import opset13
 
+from diffusion.network_inputs import NetworkInputs, take_rows
 from formats.artifact import MANIFEST_FILE, MODEL_FILE, NotMeasured, file_entry, manifest_json, read_artifact
 from service.backends import artifact_model, openvino_backend, openvino_graph, select
 from service.backends.artifact_model import ArtifactGraph, cpu_threads, open_artifact
@@ -109,21 +110,21 @@ def with_bfloat16(folder: Path, error: float = 1e-2) -> Path:
     return folder
 
 
-def rows_at(backend: ArtifactBackend, t: npt.NDArray[Any]) -> tuple[Any, Any, Any]:
+def rows_at(backend: ArtifactBackend, t: npt.NDArray[Any]) -> NetworkInputs[Any]:
     rng = np.random.default_rng(0)
     x_t = rng.standard_normal((len(t), 1, 32, 32)).astype(np.float32)
-    return x_t, backend.embed_timesteps(t.astype(np.float32)), np.arange(len(t)) % 11
+    return NetworkInputs(x_t, backend.embed_timesteps(t.astype(np.float32)), np.arange(len(t)) % 11)
 
 
 def by_torch(reference: TorchBackend, x_t: Any, t: npt.NDArray[Any], y: Any) -> npt.NDArray[np.float32]:
     emb_t = reference.embed_timesteps(torch.from_numpy(t.astype(np.float32)))
-    return reference(torch.from_numpy(x_t), emb_t, torch.from_numpy(y)).numpy()
+    return reference(NetworkInputs(torch.from_numpy(x_t), emb_t, torch.from_numpy(y))).numpy()
 
 
 def error_of(backend: ArtifactBackend, reference: TorchBackend, t: npt.NDArray[Any]) -> float:
-    x_t, emb_t, y = rows_at(backend, t)
-    expected = by_torch(reference, x_t, t, y)
-    return float(np.linalg.norm(backend(x_t, emb_t, y) - expected) / np.linalg.norm(expected))
+    rows = rows_at(backend, t)
+    expected = by_torch(reference, rows.x_t, t, rows.y)
+    return float(np.linalg.norm(backend(rows) - expected) / np.linalg.norm(expected))
 
 
 def precision_of(backend: ArtifactBackend) -> str:
@@ -132,8 +133,8 @@ def precision_of(backend: ArtifactBackend) -> str:
 
 def test_onnxruntime_says_when_memory_is_short(backends: Backends) -> None:
     said = "BFCArena::AllocateRawInternal ... Failed to allocate memory for requested buffer of size 4096"
-    assert backends["onnxruntime fp32"].classify(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
-    assert backends["onnxruntime fp32"].classify(RuntimeError("shape mismatch")) is FailureKind.ROWS
+    assert backends["onnxruntime fp32"].failure_kind(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
+    assert backends["onnxruntime fp32"].failure_kind(RuntimeError("shape mismatch")) is FailureKind.ROWS
 
 
 def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, reference: TorchBackend) -> None:
@@ -149,8 +150,8 @@ def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, r
 def test_neighbouring_timesteps_give_different_outputs(backend: ArtifactBackend) -> None:
     for start in (0, 500, 990):
         t = start + np.arange(4) * 0.25
-        x_t, emb_t, y = rows_at(backend, t)
-        out = backend(np.repeat(x_t[:1], 4, axis=0), emb_t, np.zeros_like(y))
+        rows = rows_at(backend, t)
+        out = backend(rows._replace(x_t=np.repeat(rows.x_t[:1], 4, axis=0), y=np.zeros_like(rows.y)))
         assert len(np.unique(out.reshape(4, -1), axis=0)) == 4
 
 
@@ -160,35 +161,35 @@ def test_rows_have_the_same_bits_in_every_batch_that_may_be_run(backend: Artifac
     compiled = isinstance(backend, OpenVinoBackend)
     assert backend.batch_sizes == ((1, 2, 4) if compiled else None)
     assert sizes == ((1, 2, 4) if compiled else (1, 2, 3, 4))
-    x_t, emb_t, y = rows_at(backend, np.linspace(0, 999.75, 4))
-    together = backend(x_t, emb_t, y)
+    rows = rows_at(backend, np.linspace(0, 999.75, 4))
+    together = backend(rows)
     for size in sizes:
         for start in range(5 - size):
             part = slice(start, start + size)
-            np.testing.assert_array_equal(backend(x_t[part], emb_t[part], y[part]), together[part])
+            np.testing.assert_array_equal(backend(take_rows(rows, part)), together[part])
 
 
 def test_what_it_returned_stays_as_it_was(backend: ArtifactBackend) -> None:
-    x_t, emb_t, y = rows_at(backend, np.linspace(0, 999.75, 2))
-    given = x_t.copy(), emb_t.copy(), y.copy()
-    first = backend(x_t, emb_t, y)
+    rows = rows_at(backend, np.linspace(0, 999.75, 2))
+    given = [np.array(array) for array in rows]
+    first = backend(rows)
     kept = first.copy()
-    backend(-x_t, emb_t, y)
+    backend(rows._replace(x_t=-rows.x_t))
     np.testing.assert_array_equal(first, kept)
     first[:] = 0
-    np.testing.assert_array_equal(backend(x_t, emb_t, y), kept)
-    for array, before in zip((x_t, emb_t, y), given, strict=True):
+    np.testing.assert_array_equal(backend(rows), kept)
+    for array, before in zip(rows, given, strict=True):
         np.testing.assert_array_equal(array, before)
 
 
 def test_a_call_reads_its_arguments_when_it_is_begun_and_may_be_forgotten(backends: Backends) -> None:
     backend = backends["openvino fp32"]
     assert isinstance(backend, OpenVinoBackend)
-    x_t, emb_t, y = rows_at(backend, np.linspace(0, 999, 4))
-    expected = backend(x_t, emb_t, y)
-    backend.begin(np.ones_like(x_t), emb_t, y)  # forgotten, as where something else raises before it is waited for
-    call = backend.begin(x_t, emb_t, y)
-    x_t[:] = 0
+    rows = rows_at(backend, np.linspace(0, 999, 4))
+    expected = backend(rows)
+    backend.begin(rows._replace(x_t=np.ones_like(rows.x_t)))  # forgotten, as where something else raises before
+    call = backend.begin(rows)
+    rows.x_t[:] = 0
     np.testing.assert_array_equal(call.wait(), expected)
     assert call.seconds > 0
 
@@ -215,10 +216,10 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
 
     for size in (3, 4):
         with pytest.raises(RuntimeError):
-            graph.begin(x, unfit(size), None).wait()
-        np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
-        graph.begin(x, unfit(size + 2), None)  # and is forgotten
-        np.testing.assert_array_equal(graph.begin(x, fit, None).wait(), x)
+            graph.begin(NetworkInputs(x, unfit(size), None)).wait()
+        np.testing.assert_array_equal(graph.begin(NetworkInputs(x, fit, None)).wait(), x)
+        graph.begin(NetworkInputs(x, unfit(size + 2), None))  # and is forgotten
+        np.testing.assert_array_equal(graph.begin(NetworkInputs(x, fit, None)).wait(), x)
 
 
 @pytest.mark.parametrize(
@@ -236,24 +237,25 @@ def test_rows_have_the_same_bits_in_parts(exports: Exports, backends: Backends, 
     network = OpenVinoBackend(exports.bundled(), options)
     requests = network._network._bound[8].requests
     assert len(requests) == equal_parts(8, min(2, os.cpu_count() or 1))
-    x_t, emb_t, y = rows_at(network, np.linspace(0, 999.75, 8))
-    together = network(x_t, emb_t, y)
+    rows = rows_at(network, np.linspace(0, 999.75, 8))
+    together = network(rows)
     for part in (slice(0, 4), slice(4, 8)):
-        np.testing.assert_array_equal(together[part], uncut(x_t[part], emb_t[part], y[part]))
+        np.testing.assert_array_equal(together[part], uncut(take_rows(rows, part)))
 
 
 def test_openvino_reads_no_labels_of_a_call_before(backends: Backends) -> None:
     backend = backends["openvino fp32"]
-    x_t, emb_t, y = rows_at(backend, np.array([500]))
-    backend(x_t, emb_t, y)
+    rows = rows_at(backend, np.array([500]))
+    backend(rows)
     with pytest.raises(ValueError, match="the graph reads x_t, emb_t, y; got x_t, emb_t"):
-        backend(x_t, emb_t, None)
+        backend(rows._replace(y=None))
 
 
 def test_it_takes_arrays_that_are_not_contiguous(backend: ArtifactBackend) -> None:
-    x_t, emb_t, y = rows_at(backend, np.linspace(0, 999.75, 4))
-    turned = np.asfortranarray(x_t), np.asfortranarray(emb_t), np.repeat(y, 2)[::2]
-    np.testing.assert_array_equal(backend(*turned), backend(x_t, emb_t, y))
+    rows = rows_at(backend, np.linspace(0, 999.75, 4))
+    assert rows.y is not None
+    turned = NetworkInputs(np.asfortranarray(rows.x_t), np.asfortranarray(rows.emb_t), np.repeat(rows.y, 2)[::2])
+    np.testing.assert_array_equal(backend(turned), backend(rows))
 
 
 def test_it_names_everything_that_its_numbers_depend_on(backend: ArtifactBackend, reference: TorchBackend) -> None:
@@ -262,17 +264,17 @@ def test_it_names_everything_that_its_numbers_depend_on(backend: ArtifactBackend
     assert (backend.threads, backend.config) == (2, reference.config)
 
 
-def test_every_backend_and_precision_has_a_numerics_id_of_its_own(exports: Exports, reference: TorchBackend) -> None:
+def test_every_backend_and_precision_has_a_network_id_of_its_own(exports: Exports, reference: TorchBackend) -> None:
     model = open_artifact(exports.bundled(), "any")
-    of_kinds = [model.numerics_id(kind) for kind in KINDS]
-    assert len({*of_kinds, reference.numerics_id}) == len(KINDS) + 1
+    of_kinds = [model.network_id(kind) for kind in KINDS]
+    assert len({*of_kinds, reference.network_id}) == len(KINDS) + 1
 
 
-def test_the_processor_is_part_of_the_numerics_id(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_is_part_of_the_network_id(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_artifact(exports.bundled(), "openvino")
-    here = model.numerics_id("somewhere")
+    here = model.network_id("somewhere")
     monkeypatch.setattr("service.backends.artifact_model.vector_instructions", lambda: ("abacus",))
-    assert model.numerics_id("somewhere") != here
+    assert model.network_id("somewhere") != here
 
 
 @pytest.mark.parametrize(
@@ -390,10 +392,10 @@ def test_files_that_cannot_be_read_end_in_words(artifact: Path, monkeypatch: pyt
 
 
 def test_numbers_are_named_by_the_configuration_too(artifact: Path) -> None:
-    before = OnnxRuntimeBackend(artifact, PLAIN).numerics_id
+    before = OnnxRuntimeBackend(artifact, PLAIN).network_id
     checkpoint = read_artifact(artifact).checkpoint
     edit_manifest(artifact, checkpoint=checkpoint.replace(diffusion=checkpoint.diffusion.replace(num_timesteps=500)))
-    assert OnnxRuntimeBackend(artifact, PLAIN).numerics_id != before
+    assert OnnxRuntimeBackend(artifact, PLAIN).network_id != before
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
@@ -594,12 +596,12 @@ class TestCompileCache:
         first = OpenVinoBackend(artifact, options)
         assert list((tmp_path / "cache").iterdir())
         second = OpenVinoBackend(artifact, options)
-        arguments = (
+        inputs = NetworkInputs(
             rng.standard_normal((2, 3, 8, 8)).astype(np.float32),
             first.embed_timesteps(np.array([1, 900], dtype=np.float32)),
             np.array([1, 2]),
         )
-        np.testing.assert_array_equal(first(*arguments), second(*arguments))
+        np.testing.assert_array_equal(first(inputs), second(inputs))
 
 
 X86 = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu sse sse4_2 avx2 fma avx512_bf16 amx_bf16 sha_ni\n"

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from cli.engines import as_graph, build_engines, measure_engines
 from cli.main import app
+from diffusion.network_inputs import NetworkInputs
 from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json
 from formats.checkpoint_config import checkpoint_sha256
 from formats.tensorrt_files import Target
@@ -93,11 +94,11 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
         x_t, y = torch.randn(size, 1, 8, 8), torch.arange(size)
         emb_t = backend.embed_timesteps(torch.linspace(0, 999, size))
         expected = expected_output(x_t.numpy(), emb_t.numpy(), y.numpy(), 2)
-        outputs.append((backend(x_t, emb_t, y), expected))
+        outputs.append((backend(NetworkInputs(x_t, emb_t, y)), expected))
     for out, expected in outputs:
         np.testing.assert_array_equal(out.numpy(), expected)
     with pytest.raises(ValueError, match="captured were batches of 1, 2, 4; got 3"):
-        backend(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64))
+        backend(NetworkInputs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64)))
 
 
 def test_a_runner_passes_its_own_test_with_it(engines: Path) -> None:
@@ -115,10 +116,10 @@ def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: M
 
 def test_pixels_are_named_by_the_plans_too(engines: Path, manifest: Manifest) -> None:
     first, again = TensorRTBackend(engines, OPTIONS), TensorRTBackend(engines, OPTIONS)
-    assert first.numerics_id == again.numerics_id
+    assert first.network_id == again.network_id
     assert first.description == "tensorrt 10.99.0.1 cuda NVIDIA H200 fp32"
     write_fake_engine(engines, manifest, 2, built="again")
-    assert TensorRTBackend(engines, OPTIONS).numerics_id != first.numerics_id
+    assert TensorRTBackend(engines, OPTIONS).network_id != first.network_id
 
 
 def test_nothing_is_built_unless_asked(artifact: Path, manifest: Manifest) -> None:

@@ -193,7 +193,7 @@ async def test_images_that_were_done_before_the_engine_died_are_delivered() -> N
 @runs
 async def test_an_error_of_the_device_is_tried_once_and_ends_the_engine() -> None:
     class Lost(CountingRunner):
-        def classify(self, error: Exception) -> FailureKind:
+        def failure_kind(self, error: Exception) -> FailureKind:
             return FailureKind.DEVICE
 
     runner = Lost(error_at=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.classifier import log_p_gradient
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
-from service.backends.self_test import candidate_sizes, invariant_batch_sizes
+from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import WIDTH_INTERVAL, Engine
@@ -40,7 +41,6 @@ from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
 from tests.denoisers import (
-    AsGradient,
     AsNetwork,
     AsynchronousDenoiser,
     BatchDependent,
@@ -72,25 +72,36 @@ def backend() -> TorchBackend:
         return TorchBackend(tiny_guided_checkpoint(Path(folder) / "tiny"))
 
 
-Subject = Literal["unet", "numpy", "numpy buckets", "asynchronous", "queued"]
+Subject = Literal["unet", "numpy", "numpy, compiled sizes", "asynchronous", "queued"]
 SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
 """A torch network, and exact arithmetic on numpy arrays: at any batch size, compiled for some, asynchronous."""
+
+
+class TorchGradient:
+    """The tiny classifier's gradient, by autograd."""
+
+    def __init__(self) -> None:
+        self._classifier = tiny_classifier(tiny_classifier_config())
+        self.embed_timesteps = self._classifier.embed_timesteps
+
+    def __call__(self, inputs: NetworkInputs[Any], /) -> Tensor:
+        assert inputs.y is not None
+        return log_p_gradient(self._classifier.forward_emb, inputs.x_t, inputs.emb_t, inputs.y)
 
 
 @cache
 def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassGradient, Any]:
     """Return a runner that is warm, the network and the classifier's gradient it runs, and the kind of array."""
     if subject == "unet":
-        classifier = tiny_classifier(tiny_classifier_config())
-        return warm_runner(), tiny_network(tiny_config()), partial(log_p_gradient, classifier), torch
-    sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy buckets", "queued") else None
+        return warm_runner(), tiny_network(tiny_config()), TorchGradient(), torch
+    sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy, compiled sizes", "queued") else None
     xp = torch if subject == "queued" else np
     guide = ExactClassifier(tiny_classifier_config(), xp, batch_sizes=sizes)
     made = {"asynchronous": AsynchronousDenoiser, "queued": QueuedDenoiser}.get(subject, ExactDenoiser)
     exact = made(tiny_config(), batch_sizes=sizes, classifier=guide)
     runner: ArrayRunner[Any] = ArrayRunner(exact, CONFIG)
     runner.warm_up()
-    return runner, AsNetwork(exact), AsGradient(exact), xp
+    return runner, AsNetwork(exact), guide, xp
 
 
 def warm_runner() -> ArrayRunner[Tensor]:
@@ -182,8 +193,6 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     runner = ArrayRunner(BatchDependent(backend(), {1, 3}), CONFIG)
     runner.warm_up()
     assert set(honest.sizes.network) - set(runner.sizes.network) == {1, 3} & set(honest.sizes.network)
-    assert candidate_sizes(16) == [1, 2, 3, 4, 6, 8, 12]
-    assert candidate_sizes(5) == [1, 2, 3, 4]
     assert runner.padded_rows(3) == WIDTH
 
 

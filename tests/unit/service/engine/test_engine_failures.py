@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import Sampler, build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import FailureKind
@@ -33,7 +34,7 @@ WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1)
 FINE, OVERFLOWS, RAISES = 1, 2, 3
 """Classes of images: what the network does with them in the second half of the chain."""
-Buckets = Literal["any size", "buckets", "asynchronous", "queued"]
+Kind = Literal["any size", "compiled sizes", "asynchronous", "queued"]
 
 
 class DeviceLost(Exception):
@@ -49,8 +50,8 @@ class FaultyDenoiser(ExactDenoiser):
         self.most_rows = 1000
         self.next_error: Exception | None = None
 
-    def classify(self, error: Exception) -> FailureKind:
-        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().classify(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().failure_kind(error)
 
     def embed_timesteps(self, t_model: Any) -> Any:
         self._have_trouble()
@@ -61,26 +62,26 @@ class FaultyDenoiser(ExactDenoiser):
             error, self.next_error = self.next_error, None
             raise error.with_traceback(None)  # else it keeps the frames of all scripts
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if not self.armed:
-            return super().__call__(x_t, emb_t, y)
+            return super().__call__(inputs)
         self._have_trouble()
-        if len(x_t) > self.most_rows:
+        if len(inputs.x_t) > self.most_rows:
             raise MemoryError
-        late = emb_t[:, 1] < 1.5  # t below 500
-        if bool((late & (y == RAISES)).any()):
+        late = inputs.emb_t[:, 1] < 1.5  # t below 500
+        if bool((late & (inputs.y == RAISES)).any()):
             raise ValueError("this row cannot be computed")
-        out = super().__call__(x_t, emb_t, y)
-        out[late & (y == OVERFLOWS)] = np.inf
+        out = super().__call__(inputs)
+        out[late & (inputs.y == OVERFLOWS)] = np.inf
         return out
 
 
 class AsynchronousFaulty(FaultyDenoiser):
     """Raises when a call is begun, and when it is waited for, in turns."""
 
-    def begin(self, x_t: Any, emb_t: Any, y: Any) -> Pending[Any]:
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
         try:
-            out = self(x_t, emb_t, y)
+            out = self(inputs)
         except Exception as error:
             if len(self.calls) % 2:
                 raise
@@ -93,14 +94,14 @@ class QueuedFaulty(FaultyDenoiser):
 
     def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
         super().__init__(batch_sizes, torch)
-        self.queue = LateQueue(lambda *arguments: self(*arguments), None)
+        self.queue: LateQueue = LateQueue(lambda inputs: self(inputs), None)
 
 
 @cache
-def faulty(buckets: Buckets) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
+def faulty(kind: Kind) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
     """Return a network that fails, and a runner of it that is warm."""
     kinds = {"asynchronous": AsynchronousFaulty, "queued": QueuedFaulty}
-    denoiser = kinds.get(buckets, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if buckets in ("buckets", "queued") else None)
+    denoiser = kinds.get(kind, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if kind in ("compiled sizes", "queued") else None)
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
     runner.warm_up()
     return denoiser, runner
@@ -163,13 +164,13 @@ def check_nothing_is_left(engine: Engine) -> None:
         assert sorted(lane.free_slots) == list(range(CONFIG.num_slots))
 
 
-@pytest.mark.parametrize("buckets", get_args(Buckets))
+@pytest.mark.parametrize("kind", get_args(Kind))
 @settings(max_examples=count(2000, 20))
 @given(script=SCRIPTS, policy=st.sampled_from(get_args(PolicyName)))
 def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
-    buckets: Buckets, script: list[tuple[str, Any]], policy: PolicyName
+    kind: Kind, script: list[tuple[str, Any]], policy: PolicyName
 ) -> None:
-    denoiser, runner = faulty(buckets)
+    denoiser, runner = faulty(kind)
     denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
     least_memory = 1000
     metrics = Metrics()
@@ -281,7 +282,7 @@ def test_out_of_memory_halves_the_width_costs_no_image_and_the_width_comes_back(
 @pytest.mark.parametrize("error", [DeviceLost("gone"), KeyboardInterrupt()])
 def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) -> None:
     class Lost(CountingRunner):
-        def classify(self, error: Exception) -> FailureKind:
+        def failure_kind(self, error: Exception) -> FailureKind:
             return FailureKind.DEVICE
 
         def step(self, slots: Sequence[int]) -> list[bool]:

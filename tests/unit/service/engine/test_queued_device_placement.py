@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from service.backends.base import FailureKind
+from diffusion.network_inputs import NetworkInputs
+from service.backends.base import DenoiserDefaults, FailureKind
+from service.backends.device_queue import Forward
 from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
 from service.engine.config import EngineConfig
@@ -78,9 +80,9 @@ class MetaQueue:
 
     depth = 2
 
-    def __init__(self, watch: HostOperands, network: Callable[..., Tensor], classifier: Callable[..., Tensor]) -> None:
-        self.network = torch.inference_mode()(network)
-        self.classifier = classifier
+    def __init__(self, watch: HostOperands, network: Forward[Tensor], classifier: Forward[Tensor]) -> None:
+        self.network: Forward[Tensor] = torch.inference_mode()(network)
+        self.classifier: Forward[Tensor] | None = classifier
         self._watch = watch
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -101,12 +103,12 @@ class MetaQueue:
         return self.fetch
 
 
-class MetaDenoiser:
+class MetaDenoiser(DenoiserDefaults[Any]):
     """The tiny network and its classifier, on the meta device."""
 
     xp: Any = torch
     device: Any = META
-    description = numerics_id = "meta"
+    description = network_id = "meta"
     threads = 0
     batch_sizes: tuple[int, ...] | None = (1, 2, 4)
 
@@ -115,16 +117,16 @@ class MetaDenoiser:
         self._network = tiny_network(self.config).to(META)
         guide = tiny_classifier_config()
         self.classifier: Any = TorchClassifier(guide, tiny_classifier(guide), "", META, (1, 2, 4))
-        self.queue = MetaQueue(watch, self._network.forward_emb, self.classifier.gradient)
+        self.queue = MetaQueue(watch, lambda inputs: self._network.forward_emb(*inputs), self.classifier.gradient)
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Any) -> Any:
         return self._network.embed_timesteps(t_model)
 
-    def __call__(self, x_t: Any, emb_t: Any, y: Any) -> Any:
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         raise NotImplementedError
 
-    def classify(self, error: Exception) -> FailureKind:
+    def failure_kind(self, error: Exception) -> FailureKind:
         return FailureKind.DEVICE
 
 

@@ -20,19 +20,19 @@ class DeviceLost(Exception):
     """An error that no step can be repeated after."""
 
 
-class ProbedRunner(CountingRunner):
+class CheckedRunner(CountingRunner):
     """Says what errors mean, and whether the network runs at all."""
 
     def __init__(self, runs: bool = True) -> None:
         super().__init__()
-        self.probes = 0
+        self.checks = 0
         self._runs = runs
 
-    def classify(self, error: Exception) -> FailureKind:
-        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().classify(error)
+    def failure_kind(self, error: Exception) -> FailureKind:
+        return FailureKind.DEVICE if isinstance(error, DeviceLost) else super().failure_kind(error)
 
-    def probe(self) -> None:
-        self.probes += 1
+    def check_network(self) -> None:
+        self.checks += 1
         if not self._runs:
             raise RuntimeError("the network does not run")
 
@@ -64,38 +64,38 @@ class Steps:
     def failed(self, kind: FailureKind, images: Sequence[Image]) -> None:
         self.failures.append(kind)
 
-    def take(self, images: list[Image], runner: ProbedRunner) -> Outcome:
+    def take(self, images: list[Image], runner: CheckedRunner) -> Outcome:
         return take_step(images, self.attempt, runner, self.failed)
 
 
 def test_a_step_that_does_not_raise_is_taken_once() -> None:
-    steps, runner = Steps(set()), ProbedRunner()
+    steps, runner = Steps(set()), CheckedRunner()
     assert steps.take(images_of(5), runner).ok == [True] * 5
-    assert (steps.attempts, runner.probes) == ([[0, 1, 2, 3, 4]], 0)
+    assert (steps.attempts, runner.checks) == ([[0, 1, 2, 3, 4]], 0)
 
 
 @given(st.integers(1, 12), st.sets(st.integers(0, 11)), st.integers(1, 12))
 def test_exactly_the_guilty_images_fail_whatever_fits_memory(count: int, guilty: set[int], fits: int) -> None:
-    images, steps, runner = images_of(count), Steps(guilty, fits), ProbedRunner()
+    images, steps, runner = images_of(count), Steps(guilty, fits), CheckedRunner()
     outcome = steps.take(images, runner)
     assert outcome.ok == [position not in guilty for position in range(count)]
     assert outcome.failures == {image: FailureKind.ROWS for image in images if image.position in guilty}
     assert outcome.attempts == len(steps.attempts)
     succeeded = [positions for positions in steps.attempts if len(positions) <= fits and not guilty & set(positions)]
     assert sorted(position for positions in succeeded for position in positions) == sorted(set(range(count)) - guilty)
-    assert runner.probes == (guilty >= set(range(count)))
+    assert runner.checks == (guilty >= set(range(count)))
     assert len(steps.failures) == len(steps.attempts) - len(succeeded)
 
 
 def test_one_guilty_image_in_many_costs_a_logarithm_of_attempts() -> None:
     steps = Steps({5})
-    steps.take(images_of(32), ProbedRunner())
+    steps.take(images_of(32), CheckedRunner())
     assert len(steps.attempts) == 1 + 2 * 5 + 1  # all; two halves, five times; the guilty one once more
 
 
 def test_an_image_that_does_not_fit_alone_fails_for_that_reason() -> None:
     (image,) = images_of(1)
-    outcome = Steps(set(), fits=0).take([image], ProbedRunner())
+    outcome = Steps(set(), fits=0).take([image], CheckedRunner())
     assert outcome.failures == {image: FailureKind.OUT_OF_MEMORY}
 
 
@@ -109,12 +109,12 @@ def test_a_trouble_that_passes_costs_nobody_an_image() -> None:
             raise RuntimeError("passing")
         return [True]
 
-    outcome = take_step(images_of(1), attempt, ProbedRunner(), lambda *_: None)
+    outcome = take_step(images_of(1), attempt, CheckedRunner(), lambda *_: None)
     assert (outcome.ok, outcome.failures, outcome.attempts) == ([True], {}, 2)
 
 
 def test_no_image_is_guilty_of_a_network_that_does_not_run() -> None:
-    runner = ProbedRunner(runs=False)
+    runner = CheckedRunner(runs=False)
     with pytest.raises(RuntimeError, match="the network does not run"):
         Steps({0, 1, 2}).take(images_of(3), runner)
 
@@ -122,7 +122,7 @@ def test_no_image_is_guilty_of_a_network_that_does_not_run() -> None:
 def test_an_error_of_the_device_is_not_tried_again() -> None:
     steps = Steps({1}, error=DeviceLost)
     with pytest.raises(DeviceLost):
-        steps.take(images_of(4), ProbedRunner())
+        steps.take(images_of(4), CheckedRunner())
     assert len(steps.attempts) == 1
 
 
@@ -142,7 +142,7 @@ def test_what_was_being_computed_is_let_go_before_the_next_attempt() -> None:
 
     gc.disable()  # or it might tidy up after us
     try:
-        take_step(images_of(2), attempt, ProbedRunner(), lambda *_: None)
+        take_step(images_of(2), attempt, CheckedRunner(), lambda *_: None)
     finally:
         gc.enable()
     assert len(buffers) == 3

@@ -178,7 +178,7 @@ async def test_nobody_waits_for_an_engine_that_dies_and_one_that_drains_takes_no
             super().step(slots)
             raise SystemError("the device caught fire")
 
-        def probe(self) -> None:
+        def check_network(self) -> None:
             raise SystemError("and still burns")
 
     dying = Dying()

@@ -1,0 +1,23 @@
+"""What a network, or a noisy classifier, is called on: one named tuple, whatever runs it."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple
+
+from diffusion.arrays import A
+
+
+class NetworkInputs(NamedTuple, Generic[A]):
+    """A batch of n rows, in the order in which `UNet.forward_emb` takes them."""
+
+    x_t: A
+    """Noisy images, float32 [n, C, H, W]."""
+    emb_t: A
+    """Embedded timesteps, float32 [n, emb_channels]."""
+    y: A | None
+    """Labels, int64 [n]; None for an unconditional network."""
+
+
+def take_rows(inputs: NetworkInputs[A], rows: A | slice) -> NetworkInputs[A]:
+    """Return some of the rows, by index or slice."""
+    return NetworkInputs._make(None if array is None else array[rows] for array in inputs)
