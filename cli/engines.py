@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from service.backends.base import Denoiser
 
 
-def build_engines(artifact: Path, target: Target, buckets: tuple[int, ...]) -> None:
+def build_engines(artifact: Path, target: Target, batch_sizes: tuple[int, ...]) -> None:
     """Build the engines of some batch sizes that are missing or would be refused: what the service may be given.
 
     Raises:
@@ -24,7 +24,7 @@ def build_engines(artifact: Path, target: Target, buckets: tuple[int, ...]) -> N
     """
     from model_export.tensorrt_build import build_missing
 
-    build_missing(artifact, target, buckets, say=lambda line: typer.echo(line, err=True), progress=show_phase)
+    build_missing(artifact, target, batch_sizes, say=lambda line: typer.echo(line, err=True), progress=show_phase)
 
 
 def show_phase(phase: str, done: int, of: int) -> None:

@@ -1,6 +1,6 @@
 """Engines of TensorRT as files: what they are called, what is known of each, and which may be used.
 
-They lie in the artifact, by GPU, TensorRT version and batch size (bucket):
+They lie in the artifact, by GPU, TensorRT version and batch size (`bucket` in the record, which is a file):
 
     tensorrt/sm89-rtx-1.7.1.116/4.plan         the engine for a batch of 4
     tensorrt/sm89-rtx-1.7.1.116/4.json         its record, written last: a plan without one is no engine
@@ -92,7 +92,7 @@ class EngineRecord(FrozenConfig):
 
 
 BuildEngines = Callable[[Path, Target, tuple[int, ...]], None]
-"""Build engines: for an artifact folder, a target, buckets. The service is given one where it may build."""
+"""Build engines: for an artifact folder, a target, batch sizes. The service is given one where it may build."""
 
 
 def graph_sha256(files: Mapping[str, FileEntry]) -> str:
@@ -131,7 +131,7 @@ def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
     return path
 
 
-def read_engine(artifact: Path, wanted: Wanted, bucket: int) -> tuple[EngineRecord, bytes]:
+def read_engine(artifact: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRecord, bytes]:
     """Read an engine, and refuse one that is not exactly what is wanted.
 
     Returns:
@@ -140,30 +140,30 @@ def read_engine(artifact: Path, wanted: Wanted, bucket: int) -> tuple[EngineReco
     Raises:
         EngineError: no such engine, or one that is damaged, stale or foreign; says which, and why.
     """
-    record = _read_record(artifact, wanted, bucket)
-    path = _paths(engine_folder(artifact, wanted.target), bucket)[0]
+    record = _read_record(artifact, wanted, batch_size)
+    path = _paths(engine_folder(artifact, wanted.target), batch_size)[0]
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan.sha256:
         raise EngineError(f"{path} is damaged, or another file: its sha256 is not that of its record")
     return record, plan
 
 
-def unusable_engines(artifact: Path, wanted: Wanted, buckets: Iterable[int]) -> dict[int, str]:
-    """Return the buckets whose engine is missing or would be refused, each with the reason."""
+def unusable_engines(artifact: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, str]:
+    """Return the batch sizes whose engine is missing or would be refused, each with the reason."""
     reasons = {}
-    for bucket in buckets:
+    for batch_size in batch_sizes:
         try:
-            read_engine(artifact, wanted, bucket)
+            read_engine(artifact, wanted, batch_size)
         except EngineError as error:
-            reasons[bucket] = str(error)
+            reasons[batch_size] = str(error)
     return reasons
 
 
-def refusal(record: EngineRecord, wanted: Wanted, bucket: int) -> str | None:
+def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None:
     """Say why an engine of that record cannot stand for what is wanted; None: it can."""
     if record.target != wanted.target:
         return f"was built for {record.target.name}, and this is {wanted.target.name}"
-    if record.bucket != bucket:
+    if record.bucket != batch_size:
         return f"was built for batches of {record.bucket}"
     if record.onnx_sha256 != wanted.onnx_sha256:
         return f"is stale: it was built from another graph ({record.onnx_sha256[:12]}...) than {MODEL_FILE} is now"
@@ -174,13 +174,13 @@ def refusal(record: EngineRecord, wanted: Wanted, bucket: int) -> str | None:
     return None
 
 
-def record_parity(artifact: Path, wanted: Wanted, bucket: int, parity: NetworkParity) -> None:
+def record_parity(artifact: Path, wanted: Wanted, batch_size: int, parity: NetworkParity) -> None:
     """Note how far an engine is from PyTorch; from then on one outside the limit is refused.
 
     Raises:
         EngineError: an engine that is refused already.
     """
-    record, _ = read_engine(artifact, wanted, bucket)
+    record, _ = read_engine(artifact, wanted, batch_size)
     _write_record(engine_folder(artifact, wanted.target), record.replace(parity=parity))
 
 
@@ -189,8 +189,8 @@ def entry_of(content: bytes) -> FileEntry:
     return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
-def _paths(folder: Path, bucket: int) -> tuple[Path, Path]:
-    return folder / f"{bucket}.plan", folder / f"{bucket}.json"
+def _paths(folder: Path, batch_size: int) -> tuple[Path, Path]:
+    return folder / f"{batch_size}.plan", folder / f"{batch_size}.json"
 
 
 def _write_record(folder: Path, record: EngineRecord) -> None:
@@ -198,15 +198,15 @@ def _write_record(folder: Path, record: EngineRecord) -> None:
     write_file(_paths(folder, record.bucket)[1], text.encode())
 
 
-def _read_record(artifact: Path, wanted: Wanted, bucket: int) -> EngineRecord:
+def _read_record(artifact: Path, wanted: Wanted, batch_size: int) -> EngineRecord:
     """Read a record; refuse it, or a plan beside it that is not even of the right size."""
     folder = engine_folder(artifact, wanted.target)
-    path, record_path = _paths(folder, bucket)
+    path, record_path = _paths(folder, batch_size)
     for file in (record_path, path):
         if file.is_symlink():
             raise EngineError(f"{file} is a link; engines must lie in the artifact")
     if not record_path.is_file():
-        raise EngineError(_missing(artifact, folder, bucket))
+        raise EngineError(_missing(artifact, folder, batch_size))
     try:
         content: Any = json.loads(record_path.read_text(encoding="utf-8"))
         record = EngineRecord.model_validate(content)
@@ -214,7 +214,7 @@ def _read_record(artifact: Path, wanted: Wanted, bucket: int) -> EngineRecord:
         raise EngineError(f"{record_path}: {describe_validation_error(error)}") from error
     except (OSError, ValueError) as error:
         raise EngineError(f"{record_path} cannot be read: {error}") from error
-    if reason := refusal(record, wanted, bucket):
+    if reason := refusal(record, wanted, batch_size):
         raise EngineError(f"{path} {reason}")
     if not path.is_file():
         raise EngineError(f"{path} is missing, although {record_path.name} describes it")
@@ -223,7 +223,7 @@ def _read_record(artifact: Path, wanted: Wanted, bucket: int) -> EngineRecord:
     return record
 
 
-def _missing(artifact: Path, folder: Path, bucket: int) -> str:
+def _missing(artifact: Path, folder: Path, batch_size: int) -> str:
     others = sorted(path.name for path in (artifact / FOLDER).glob("*") if path.is_dir() and path != folder)
     note = f"; there are some for {', '.join(others)}, which cannot be used here" if others else ""
-    return f"{folder} has no engine for batches of {bucket}{note}"
+    return f"{folder} has no engine for batches of {batch_size}{note}"

@@ -70,7 +70,7 @@ def export_artifact(
     checkpoint: Path,
     out: Path,
     precision: Precision = "fp32",
-    buckets: tuple[int, ...] = DEFAULT_BUCKETS,
+    batch_sizes: tuple[int, ...] = DEFAULT_BUCKETS,
     say: Say = lambda _: None,
 ) -> tuple[Manifest, ...]:
     """Write a checkpoint's network as an artifact folder, atomically; an artifact that is already there is replaced.
@@ -80,7 +80,7 @@ def export_artifact(
             classifier.
         out: the folder to write.
         precision: what the graph computes in; a classifier's gradient is in float32 always.
-        buckets: batch sizes it shall be compiled for, ascending.
+        batch_sizes: it shall be compiled for, ascending.
         say: told what is being done, in words.
 
     Returns:
@@ -101,18 +101,18 @@ def export_artifact(
     manifests: list[Manifest] = []
 
     def write(folder: Path) -> None:
-        manifests.append(_write(checkpoint, folder, precision, buckets, say))
+        manifests.append(_write(checkpoint, folder, precision, batch_sizes, say))
         if guided:
             say("now the classifier")
             inside = folder / CLASSIFIER_FOLDER
             inside.mkdir()
-            manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, buckets, say))
+            manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, batch_sizes, say))
 
     write_folder(out, write)
     return tuple(manifests)
 
 
-def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[int, ...], say: Say) -> Manifest:
+def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tuple[int, ...], say: Say) -> Manifest:
     """Write the files of one network's artifact into an empty folder."""
     config, sha256 = read_config(checkpoint), checkpoint_sha256(checkpoint)
     if isinstance(config, CheckpointConfig):
@@ -139,7 +139,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, buckets: tuple[
         checkpoint_sha256=sha256,
         precision=precision,
         opset=OPSET,
-        buckets=buckets,
+        buckets=batch_sizes,
         versions={name: version(name) for name in MADE_BY},
         files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
         parity=parity,

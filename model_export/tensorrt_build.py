@@ -1,8 +1,8 @@
 """Engines of TensorRT, built from an artifact's ONNX graph: one per batch size, of static shapes.
 
 One engine for all batch sizes has given identical rows different outputs (NVIDIA/TensorRT, issue 4813); here each
-bucket is a build of its own, in which the batch is a constant. Networks are strongly typed: the precision is that of
-the graph.
+batch size is a build of its own, in which the batch is a constant. Networks are strongly typed: the precision is that
+of the graph.
 
 `tensorrt` times kernels on the GPU at hand and builds for that. `tensorrt_rtx` builds for a compute capability, needs
 no GPU, and leaves the rest to a compiler in the runtime.
@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 def build_missing(
     artifact: Path,
     target: Target | None = None,
-    buckets: Iterable[int] | None = None,
+    batch_sizes: Iterable[int] | None = None,
     *,
     workspace_bytes: int = WORKSPACE_BYTES,
     say: Say = lambda _: None,
@@ -59,13 +59,13 @@ def build_missing(
     Args:
         artifact: the artifact folder; engines are written into it.
         target: what to build for; None: the GPU at hand (`find_target` makes others).
-        buckets: batch sizes; None: those of the manifest.
+        batch_sizes: to build for; None: those of the manifest.
         workspace_bytes: most scratch memory of a kernel.
         say: told what is built, and why, in words.
         progress: told how far a build is.
 
     Returns:
-        The buckets that were built.
+        The batch sizes that were built.
 
     Raises:
         ArtifactError: an artifact that cannot be read.
@@ -74,17 +74,17 @@ def build_missing(
     manifest = read_artifact(artifact)
     target = find_target() if target is None else target
     wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
-    reasons = unusable_engines(artifact, wanted, manifest.buckets if buckets is None else sorted(set(buckets)))
-    for bucket, reason in reasons.items():
-        say(f"building {target.name}, batches of {bucket}: {reason}")
-        build_engine(artifact, wanted, bucket, workspace_bytes=workspace_bytes, progress=progress)
+    reasons = unusable_engines(artifact, wanted, manifest.buckets if batch_sizes is None else sorted(set(batch_sizes)))
+    for batch_size, reason in reasons.items():
+        say(f"building {target.name}, batches of {batch_size}: {reason}")
+        build_engine(artifact, wanted, batch_size, workspace_bytes=workspace_bytes, progress=progress)
     return tuple(reasons)
 
 
 def build_engine(
     artifact: Path,
     wanted: Wanted,
-    bucket: int,
+    batch_size: int,
     *,
     workspace_bytes: int = WORKSPACE_BYTES,
     progress: Progress = lambda _phase, _done, _of: None,
@@ -94,7 +94,7 @@ def build_engine(
     Args:
         artifact: a folder with `model.onnx`, whose inputs have a dynamic first dimension and no other.
         wanted: what the engine is to be. The graph must be that one, and compute in that precision.
-        bucket: rows of its inputs.
+        batch_size: rows of its inputs.
         workspace_bytes: most scratch memory of a kernel.
         progress: told how far the build is. Whatever it raises ends the build, and goes on to the caller.
 
@@ -114,7 +114,7 @@ def build_engine(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(trt, logger, network, onnx)
-    fix_batch(network, bucket, onnx)
+    fix_batch(network, batch_size, onnx)
     if (precision := network_precision(trt, network)) != wanted.precision:
         raise EngineError(f"{onnx} computes in {precision}; wanted is {wanted.precision}")
 
@@ -135,11 +135,13 @@ def build_engine(
     if monitor.error is not None:
         raise monitor.error
     if serialized is None:
-        raise EngineError(f"{onnx}, batches of {bucket} on {wanted.target.name}: TensorRT built nothing{logger.said()}")
+        raise EngineError(
+            f"{onnx}, batches of {batch_size} on {wanted.target.name}: TensorRT built nothing{logger.said()}"
+        )
     plan = bytes(serialized)
     record = EngineRecord(
         target=wanted.target,
-        bucket=bucket,
+        bucket=batch_size,
         precision=precision,
         onnx_sha256=wanted.onnx_sha256,
         plan=entry_of(plan),
@@ -220,7 +222,7 @@ def parse(trt: Any, logger: Any, network: Any, onnx: Path) -> None:
     raise EngineError(f"{onnx} cannot be parsed: {'; '.join(complaints) or 'the parser gives no reason'}")
 
 
-def fix_batch(network: Any, bucket: int, onnx: Path) -> None:
+def fix_batch(network: Any, batch_size: int, onnx: Path) -> None:
     """Make the batch of every input a constant.
 
     Raises:
@@ -230,11 +232,11 @@ def fix_batch(network: Any, bucket: int, onnx: Path) -> None:
         shape = tuple(tensor.shape)
         if not shape or shape[0] != -1 or -1 in shape[1:]:
             raise EngineError(f"{onnx}: of input {tensor.name} the batch alone must be dynamic; its shape is {shape}")
-        tensor.shape = (bucket, *shape[1:])
+        tensor.shape = (batch_size, *shape[1:])
     for tensor in (network.get_output(k) for k in range(network.num_outputs)):
         shape = tuple(tensor.shape)
-        if -1 in shape or shape[0] != bucket:
-            raise EngineError(f"{onnx}: output {tensor.name} should have {bucket} rows; its shape is {shape}")
+        if -1 in shape or shape[0] != batch_size:
+            raise EngineError(f"{onnx}: output {tensor.name} should have {batch_size} rows; its shape is {shape}")
 
 
 def network_precision(trt: Any, network: Any) -> Precision:
@@ -273,7 +275,7 @@ def choose_capability(trt: Any, config: Any, compute_capability: str) -> None:
 
 
 class TimingCache:
-    """How long kernels took, kept beside the engines, so that the next bucket need not be measured anew.
+    """How long kernels took, kept beside the engines, so that the next batch size need not be measured anew.
 
     For the data-centre package: with TensorRT-RTX, which times nothing, it would only demand a GPU.
     """
