@@ -1,1 +1,1 @@
-"""The core: diffusion maths, networks and the checkpoint format. Imports nothing else of this project."""
+"""The diffusion maths and the networks. Imports nothing else of this project."""

@@ -28,15 +28,15 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)  # [B, C, L]
         tokens = torch.cat([flat.mean(dim=2, keepdim=True), flat], dim=2) + self.positional_embedding  # [B, C, 1 + L]
-        pooled = attend(self.qkv_proj(tokens), self.num_heads, "new")  # always new, whatever the blocks below use
+        pooled = attend(self.qkv_proj(tokens), self.num_heads, "new")  # always new, whatever order the blocks use
         return self.c_proj(pooled)[:, :, 0]  # [B, num_classes]
 
 
 class Classifier(Backbone):
-    """Predicts the class of a noisy image from x_t and the timestep (ADM, arXiv:2105.05233, section 4).
+    """Predict the class of a noisy image from x_t and the timestep (ADM, arXiv:2105.05233, section 4).
 
-    The UNet's encoder and middle block with a pooling head; guided-diffusion calls it EncoderUNetModel. Images must
-    have the size of the configuration where the pool is `attention`, which has one embedding per position.
+    The UNet's encoder and middle block with a pooling head; guided-diffusion calls it EncoderUNetModel. With the pool
+    `attention`, which has one embedding per position, images must have the size of the configuration.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -53,7 +53,7 @@ class Classifier(Backbone):
 
         Args:
             x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
-            t: what the network is told, [B], integer or fractional (`Process.t_model`).
+            t: the network's timestep input [B], integer or fractional (`Process.t_model`).
 
         Returns:
             float32 logits [B, num_classes].
@@ -81,12 +81,12 @@ def classifier_gradient(
     Args:
         classifier: (x_t, t) -> logits [B, num_classes].
         x_t: noisy images [B, C, H, W].
-        t: what the classifier is told of the timestep, [B]: the same as the network (`Process.t_model`).
+        t: the classifier's timestep input [B], the same as the network's (`Process.t_model`).
         y: labels int64 [B].
         scale: classifier_scale, a number, or one per row [B]; 0 = off.
 
     Returns:
-        Shaped like x_t, detached; works under torch.no_grad.
+        The gradient, shaped like x_t and detached. Works under torch.no_grad.
     """
     gradient = log_p_gradient(classifier, x_t, t, y)
     return gradient * torch.as_tensor(scale, dtype=gradient.dtype, device=gradient.device).reshape(-1, 1, 1, 1)
@@ -95,8 +95,8 @@ def classifier_gradient(
 def log_p_gradient(classifier: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """Return the gradient of log p(y | x_t) by x_t, unscaled; arguments as for `classifier_gradient`.
 
-    Summed over the batch before differentiating, so that each row has the gradient of its own image. Works in
-    inference mode too: copies of its arguments leave it.
+    The log probabilities are summed over the batch before differentiating, so each row gets the gradient of its own
+    image. Works in inference mode too, because the arguments are copied outside it.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_(True)

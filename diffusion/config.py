@@ -1,7 +1,7 @@
-"""What a model is: the frozen configurations a checkpoint carries, to and from JSON.
+"""The frozen configurations that a checkpoint's `config.json` holds.
 
-Every class refuses unknown names and names the field and the rule in its errors, so that a typo in a
-`config.json` ends at the typo and not in a network that samples noise.
+Every class rejects unknown names, and its errors name the field and the rule: a typo in a `config.json` raises an
+error instead of building a network that samples noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ClassifierPool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 
 
 class FrozenConfig(BaseModel):
-    """Immutable, strict about names; `replace` re-validates, which `model_copy` does not."""
+    """An immutable configuration that rejects unknown names; `replace` validates again, `model_copy` does not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -28,7 +28,7 @@ class FrozenConfig(BaseModel):
 
 
 class BackboneConfig(FrozenConfig):
-    """What the UNet and the noisy classifier share: levels, residual blocks and attention."""
+    """The fields that the UNet and the noisy classifier share: levels, residual blocks and attention."""
 
     image_size: int = Field(ge=1)
     """Height and width of the images in pixels (square)."""
@@ -41,9 +41,9 @@ class BackboneConfig(FrozenConfig):
     num_res_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level of the encoder; the UNet's decoder has one more."""
     attention_resolutions: tuple[int, ...] = (16, 8)
-    """Feature-map sizes in pixels at which the residual blocks are followed by self-attention."""
+    """Feature-map sizes in pixels at which self-attention follows the residual blocks."""
     num_heads: int = Field(default=4, ge=1)
-    """Attention heads; ignored where num_head_channels is given."""
+    """Attention heads; ignored if num_head_channels is set."""
     num_head_channels: int | None = Field(default=None, ge=1)
     """Channels per attention head; None: use num_heads."""
     attention_order: AttentionOrder = "legacy"
@@ -57,10 +57,10 @@ class BackboneConfig(FrozenConfig):
     norm_groups: int = Field(default=32, ge=1)
     """Groups of every GroupNorm; must divide the channels of each level. OpenAI's networks have 32.
 
-    As many groups as channels make it an instance norm, behind which an image's grey level cannot be seen.
+    With as many groups as channels it is an instance norm, which removes the image's grey level.
     """
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Dropout probability inside residual blocks, while training."""
+    """Dropout probability inside residual blocks during training."""
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class BackboneConfig(FrozenConfig):
         return 4 * self.model_channels
 
     def heads_for(self, channels: int, num_heads: int | None = None) -> int:
-        """Attention heads at a level with that many channels."""
+        """Return the number of attention heads at a level with `channels` channels."""
         if self.num_head_channels is not None:
             return channels // self.num_head_channels
         return num_heads or self.num_heads
@@ -123,9 +123,9 @@ class ModelConfig(BackboneConfig):
     num_heads_upsample: int | None = Field(default=None, ge=1)
     """Attention heads in the decoder; None: num_heads."""
     num_classes: int | None = Field(default=None, ge=1)
-    """Classes the network is conditioned on; None: unconditional."""
+    """Classes that the network is conditioned on; None: unconditional."""
     null_class: bool = False
-    """Whether label index num_classes stands for "no label", so that classifier-free guidance is possible."""
+    """Whether label index num_classes stands for "no label", which classifier-free guidance needs."""
     learn_sigma: bool = True
     """Whether the network also outputs var_values (twice the image channels)."""
     low_res_size: int | None = Field(default=None, ge=1)
@@ -133,12 +133,12 @@ class ModelConfig(BackboneConfig):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the first convolution's input: x_t, and the low-resolution image if there is one."""
+        """Channels of the network's input: x_t, and the low-resolution image of a super-resolution model."""
         return self.image_channels * (1 if self.low_res_size is None else 2)
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: eps (or x0), and var_values if learned."""
+        """Channels of the output: eps (or x0), and var_values if the variance is learned."""
         return self.image_channels * (2 if self.learn_sigma else 1)
 
     @property
@@ -149,7 +149,7 @@ class ModelConfig(BackboneConfig):
     @model_validator(mode="after")
     def _check_model(self) -> Self:
         if self.null_class and self.num_classes is None:
-            raise ValueError("null_class needs num_classes: an unconditional model has no label to leave out")
+            raise ValueError("null_class needs num_classes: an unconditional model has no labels")
         if self.low_res_size is not None and self.low_res_size > self.image_size:
             raise ValueError(f"low_res_size must be at most image_size ({self.image_size}); got {self.low_res_size}")
         return self
@@ -161,11 +161,11 @@ class ClassifierConfig(BackboneConfig):
     num_classes: int = Field(ge=2)
     """Logits the classifier returns."""
     pool: ClassifierPool = "attention"
-    """How features become logits."""
+    """Head that turns features into logits."""
 
     @property
     def num_labels(self) -> int:
-        """Labels it can be asked about: every class."""
+        """Number of labels: the classifier has no null class."""
         return self.num_classes
 
     @model_validator(mode="after")
@@ -176,18 +176,18 @@ class ClassifierConfig(BackboneConfig):
 
 
 class DiffusionConfig(FrozenConfig):
-    """The process a network was trained for."""
+    """The diffusion process that a network was trained for."""
 
     num_timesteps: int = Field(default=4000, ge=2)
-    """T, steps of the training chain."""
+    """T, the number of timesteps of the training chain."""
     noise_schedule: NoiseSchedule = "cosine"
-    """How the betas grow: linear (Ho et al. 2020) or cosine (IDDPM, Equation 17)."""
+    """Schedule of the betas: linear (Ho et al. 2020) or cosine (IDDPM, Equation 17)."""
     variance: Variance = "learned_range"
-    """What the reverse process's variance is; learned_range is IDDPM's Equation 15."""
+    """Variance of the reverse process; learned_range is IDDPM's Equation 15."""
     prediction: Prediction = "eps"
-    """What the network's first half predicts."""
+    """What the first image_channels channels of the output predict."""
     rescale_timesteps: bool = False
-    """Whether the network is fed t * 1000 / T instead of t."""
+    """Whether the network's timestep input is t * 1000 / T instead of t."""
 
     @property
     def learns_variance(self) -> bool:
@@ -196,24 +196,24 @@ class DiffusionConfig(FrozenConfig):
 
 
 class SamplingDefaults(FrozenConfig):
-    """What the people who trained a model recommend; a request may choose otherwise."""
+    """Sampling parameters that a model's authors recommend; a request may override them."""
 
     cfg_scale: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """Classifier-free guidance scale; 1 = off."""
 
 
 class CheckpointConfig(FrozenConfig):
-    """The `config.json` of a checkpoint folder: everything needed to rebuild and sample the network."""
+    """The `config.json` of a UNet's checkpoint folder: everything needed to rebuild and sample the network."""
 
     format_version: Literal[1] = 1
     kind: Literal["unet"] = "unet"
     model: ModelConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] | None = None
-    """One name per class, in label order; None where nobody named them."""
+    """One name per class, in label order; None: the classes have no names."""
     sampling: SamplingDefaults = SamplingDefaults()
     provenance: dict[str, Any] = {}
-    """Where the weights come from: command, commit, images seen, or the imported file; for people."""
+    """Where the weights come from: command, commit, images seen, or the imported file. For human readers."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -239,6 +239,6 @@ class ClassifierCheckpointConfig(FrozenConfig):
     kind: Literal["classifier"] = "classifier"
     model: ClassifierConfig
     diffusion: DiffusionConfig
-    """The noising process the classifier saw; only its schedule, length and rescaling matter."""
+    """The noising process that the classifier was trained on; only its schedule, length and rescaling matter."""
     class_names: tuple[str, ...] | None = None
     provenance: dict[str, Any] = {}

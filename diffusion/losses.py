@@ -1,7 +1,7 @@
 """Training losses: L_simple, the terms of the variational bound, and L_hybrid (IDDPM section 3.1).
 
-Everything is a mean over C*H*W per image; the terms of the bound are in bits/dim, as in OpenAI's released code, so
-that a loss weight means what it means there.
+Every loss is a mean over C*H*W per image. The terms of the bound are in bits/dim, as in OpenAI's released code, so
+loss weights are comparable with theirs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ LAMBDA = 0.001
 NATS_PER_BIT = math.log(2.0)
 
 MIN_PROBABILITY = 1e-12
-"""The decoder's probabilities are clamped here, which bounds its cost at 39.9 bits/dim."""
+"""Lower bound of the decoder's probabilities, which limits its negative log likelihood to 39.9 bits/dim."""
 
 
 @dataclass(frozen=True, eq=False)
 class LossTables:
-    """The tables that training reads, each float32 [S], computed in float64; index them by the timestep t.
+    """The tables that training reads, each float32 [S], computed in float64; indexed by the timestep t.
 
-    `Schedule` says what they mean.
+    `Schedule` defines them.
     """
 
     sqrt_alphas_cumprod: Tensor
@@ -46,14 +46,14 @@ class LossTables:
     posterior_mean_coef1: Tensor
     posterior_mean_coef2: Tensor
     posterior_log_variance_clipped: Tensor
-    """The learned range's lower end; the fixed_small variance."""
+    """The lower end of learned_range, and the fixed_small log variance."""
     log_betas: Tensor
-    """The learned range's upper end."""
+    """The upper end of learned_range."""
     fixed_large_log_variance: Tensor
 
     @classmethod
     def from_process(cls, process: Process, device: torch.device | str = "cpu") -> Self:
-        """Compute the tables of a process, and put them on a device."""
+        """Compute the tables of a process and copy them to a device."""
         schedule = process.schedule
         abar = schedule.alphas_cumprod
 
@@ -79,14 +79,14 @@ class LossTables:
 
 
 class TrainingLosses(NamedTuple):
-    """What one training batch costs, per image."""
+    """The losses of one training batch, per image."""
 
     loss: Tensor
-    """[B]: what to minimise, before the timestep sampler's weights."""
+    """[B]: the loss to minimise, before the timestep sampler's weights."""
     mse: Tensor
     """[B]: L_simple, always computed."""
     vb_bpd: Tensor
-    """[B]: L_t in bits/dim, unweighted; zeros where the variance is not learned and the loss is not `vlb`."""
+    """[B]: L_t in bits/dim, unweighted; zeros if the variance is not learned and the loss is not `vlb`."""
 
 
 def q_sample(tables: LossTables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -97,6 +97,9 @@ def q_sample(tables: LossTables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
         x0: images [B, C, H, W] in [-1, 1].
         t: int64 [B], 0..S-1.
         noise: standard normal, shaped like x0.
+
+    Returns:
+        x_t, shaped like x0.
     """
     return _rows(tables.sqrt_alphas_cumprod, t) * x0 + _rows(tables.sqrt_one_minus_alphas_cumprod, t) * noise
 
@@ -111,8 +114,8 @@ def p_log_variance(tables: LossTables, diffusion: DiffusionConfig, var_values: T
 
     Args:
         tables: of the process.
-        diffusion: names the kind of variance.
-        var_values: the network's raw variance output [B, C, H, W]; only its shape matters for fixed variances.
+        diffusion: its field `variance` selects the kind of variance.
+        var_values: the network's raw variance output [B, C, H, W]; only its shape is used for fixed variances.
         t: int64 [B].
     """
     small = _rows(tables.posterior_log_variance_clipped, t)
@@ -139,8 +142,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the log probability of 8-bit pixels under a Gaussian (Ho et al. 2020, Equation 13), in nats.
 
-    A pixel's probability is the Gaussian's mass within 1/255 of it, the outermost two open-ended. The normal CDF
-    is its tanh approximation, because that is what the released models were trained and measured with.
+    A pixel's probability is the Gaussian's mass within 1/255 of it; the bins of the lowest and the highest value are
+    open-ended. The normal CDF is the tanh approximation, which the released models were trained and evaluated with.
 
     Args:
         x0: pixels as v / 127.5 - 1 with v in 0..255.
@@ -148,7 +151,7 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
         log_variance: shaped like x0.
 
     Returns:
-        Shaped like x0, at least log(1e-12).
+        Log probabilities, shaped like x0, each at least log(1e-12).
     """
     centered = x0 - mean
     inverse_deviation = torch.exp(-0.5 * log_variance)
@@ -175,9 +178,9 @@ def vb_term_bpd(
 
     Args:
         tables: of the process.
-        diffusion: what the network predicts, and its kind of variance.
-        prediction: the network's eps (or x0) [B, C, H, W]; the x0 that follows is not clipped.
-        var_values: the network's raw variance output, shaped like prediction; zeros where it has none.
+        diffusion: selects what the network predicts and the kind of variance.
+        prediction: the network's eps (or x0) [B, C, H, W]; x0 is computed from it without clipping.
+        var_values: the network's raw variance output, shaped like prediction; zeros if the network has none.
         x0: the images [B, C, H, W].
         x_t: the noised images [B, C, H, W].
         t: int64 [B].
@@ -210,7 +213,7 @@ def training_losses(
     rescale: bool,
     min_snr_gamma: float | None = None,
 ) -> TrainingLosses:
-    """Compute the loss of one training batch from what the network answered.
+    """Compute the loss of one training batch from the network's output.
 
     | loss   | rescale | minimises            | OpenAI's name         |
     |--------|---------|----------------------|-----------------------|
@@ -220,24 +223,24 @@ def training_losses(
     | vlb    | False   | L_t                  | KL                    |
     | vlb    | True    | S L_t                | RESCALED_KL           |
 
-    With t drawn uniformly S L_t estimates L_vlb, so `hybrid` with rescale is L_hybrid of IDDPM's Equation 16 with
-    its lambda = 0.001. In both hybrids the bound trains the variance only: its gradient stops at the prediction
+    With t drawn uniformly, S L_t estimates L_vlb, so `hybrid` with rescale is L_hybrid of IDDPM's Equation 16 with
+    lambda = 0.001. In both hybrids the bound trains the variance only: its gradient stops at the prediction
     (section 3.1).
 
     Args:
-        tables: of the process trained on, S steps.
-        diffusion: what the network predicts, and its kind of variance.
+        tables: of the training process, S steps.
+        diffusion: selects what the network predicts and the kind of variance.
         model_output: the network's raw output at x_t [B, C, H, W], or [B, 2C, H, W] with var_values.
         x0: the images [B, C, H, W] in [-1, 1].
         x_t: the noised images, from `q_sample`.
-        noise: what they were noised with.
+        noise: the noise that x_t was made with, shaped like x0.
         t: int64 [B], 0..S-1.
-        loss: which loss.
-        rescale: whether L_t stands for the whole chain, see the table.
-        min_snr_gamma: weigh mse by `min_snr_weights` in `simple` and `hybrid`; None: weight 1.
+        loss: the loss to minimise, see the table.
+        rescale: whether L_t is scaled to the whole chain, see the table.
+        min_snr_gamma: weight mse by `min_snr_weights` in `simple` and `hybrid`; None: weight 1.
 
     Raises:
-        ValueError: `hybrid` without a learned variance, which has nothing for the bound to train; an output whose
+        ValueError: `hybrid` without a learned variance, where the bound has nothing to train; an output whose
             channels do not fit diffusion.variance.
     """
     channels = x0.shape[1]

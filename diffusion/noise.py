@@ -1,14 +1,14 @@
-"""Counter-based noise: every normal is a function of (seed, image index, step, element) and of nothing else.
+"""Counter-based noise: every normal is a function of (seed, image index, step, element) only.
 
 There is no generator and no state, so an image gets the same noise in any batch, in any order, on any replica and
 after any retry. Words come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
 section 3.3) with the key (seed's low word, seed's high word) and the counter (element block, step, image index,
 stream); a block is four consecutive elements of an image in C, H, W order. Words become normals by Box & Muller
-(1958), computed in float64 and rounded to float32: libraries whose logarithms differ in the last bit of a float64,
-or a vectorised loop whose remainder takes another path, then still give the same float32 (but for about one element
-in 10^9 that lies at the border of two).
+(1958), computed in float64 and rounded to float32. Libraries whose logarithms differ in the last bit of a float64,
+and vectorised loops whose remainder takes another path, then give the same float32, except for about one element in
+10^9 that lies on the border between two float32 values.
 
-Arrays and tensors get the same words on every device, and normals that agree to 1e-6.
+Words are the same for arrays and tensors on every device; normals agree to 1e-6.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any, Final
 from diffusion.arrays import A, namespace, on_host
 
 STREAM_X_T: Final = 0
-"""The image a chain starts from; its step is 0."""
+"""x_T, the start of a chain; the step is 0."""
 STREAM_STEP: Final = 1
-"""The noise a sampling step adds; its step counts calls of the network from 0, the noisiest."""
+"""The noise that a sampling step adds; the step counts network calls from 0, the noisiest."""
 STREAM_CLASS: Final = 2
-"""The class of an image whose request names none; its step is 0."""
+"""The class of an image whose request specifies none; the step is 0."""
 
 MAX_SEED: Final = 2**53 - 1
-"""The largest integer that a JSON reader with float64 numbers keeps exactly."""
+"""The largest seed: JSON readers that parse numbers as float64 represent integers exactly up to here."""
 MAX_WORD: Final = 2**32 - 1
 """The largest step and block."""
 MAX_IMAGE_INDEX: Final = MAX_WORD
-"""The largest index of an image of a seed, in every interface: a word of the counter holds it."""
+"""The largest image index of a seed, in every interface: one word of the counter holds it."""
 
 ELEMENTS_PER_BLOCK: Final = 4
 
@@ -46,11 +46,14 @@ def philox(counter: Words, key: tuple[Any, Any]) -> Words:
     """Compute Philox4x32-10.
 
     Works on anything with `*`, `>>`, `&` and `^` whose products are exact or wrap at 64 bits; shapes broadcast.
-    (int64 products wrap to the right low 64 bits, and masking after the shift removes the sign.)
+    (int64 products wrap to the correct low 64 bits, and masking after the shift removes the sign.)
 
     Args:
         counter: four words.
         key: two words.
+
+    Returns:
+        Four random words, shaped like the broadcast of counter and key.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -67,24 +70,24 @@ def philox(counter: Words, key: tuple[Any, Any]) -> Words:
 
 
 def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, int, int]) -> A:
-    """Return standard normals for a batch of images; a row depends on its own numbers only.
+    """Return standard normals for a batch of images; a row depends on its own arguments only.
 
-    Nothing here waits for a device, so it may be captured into a CUDA graph. For the same reason ranges are checked
-    on the host only; numbers that live on another device are checked by whoever puts them there.
+    Nothing here waits for a device, so it may be captured into a CUDA graph. For the same reason, ranges are checked
+    for arrays in host memory only; the caller checks the values of arrays on another device.
 
     Args:
         seeds: int64 [B], 0..2^53-1.
-        image_indices: int64 [B], 0..2^32-1: which image of its request.
+        image_indices: int64 [B], 0..2^32-1: index of each image within its request.
         steps: int64 [B], 0..2^32-1: see the streams.
         stream: `STREAM_X_T` or `STREAM_STEP`.
         shape: (C, H, W). The first elements do not depend on it: a larger image begins like a smaller one.
 
     Returns:
-        float32 [B, C, H, W] on the device of seeds, each within +-6.77 (the price of 32-bit uniforms; one normal in
-        10^11 lies beyond).
+        float32 [B, C, H, W] on the device of seeds, each within +-6.77 (a limit of 32-bit uniforms; one normal in
+        10^11 would lie beyond).
 
     Raises:
-        ValueError: a number out of its range, on the host; an array of another type than int64.
+        ValueError: a value in host memory is out of range; an array is not int64.
     """
     xp = namespace(seeds)
     for name, values, limit in (
@@ -93,14 +96,16 @@ def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, 
         ("steps", steps, MAX_WORD),
     ):
         if values.dtype != xp.int64:
-            raise ValueError(f"{name} must be int64, whose products wrap where they should; got {values.dtype}")
+            raise ValueError(
+                f"{name} must be int64, because Philox needs products that wrap at 64 bits; got {values.dtype}"
+            )
         if on_host(values) and len(values):
             check_range(name, int(values.min()), int(values.max()), limit)
     return unchecked_normal(seeds, image_indices, steps, stream, shape)
 
 
 def unchecked_normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, int, int]) -> A:
-    """Return `normal` of numbers that were checked before; pointwise work and nothing else."""
+    """Return what `normal` returns, without checking the arguments; uses pointwise operations only."""
     xp = namespace(seeds)
     elements = math.prod(shape)
     blocks = xp.arange(-(-elements // ELEMENTS_PER_BLOCK), dtype=xp.int64, device=seeds.device)[None]  # [1, blocks]
@@ -119,12 +124,13 @@ def unchecked_normal(seeds: A, image_indices: A, steps: A, stream: int, shape: t
 
 
 def draw_class(seed: int, image_index: int, num_classes: int) -> int:
-    """Draw the class of an image whose request names none, uniformly from 0..num_classes-1.
+    """Draw the class of an image whose request specifies none, uniformly from 0..num_classes-1.
 
-    64 random bits are multiplied by num_classes and cut, so no class is favoured by more than num_classes / 2^64.
+    64 random bits are multiplied by num_classes and truncated, so no class is favoured by more than
+    num_classes / 2^64.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: an argument is out of range.
     """
     check_range("seed", seed, seed, MAX_SEED)
     check_range("image_index", image_index, image_index, MAX_IMAGE_INDEX)
@@ -135,10 +141,10 @@ def draw_class(seed: int, image_index: int, num_classes: int) -> int:
 
 
 def check_range(name: str, lowest: int, highest: int, limit: int) -> None:
-    """Refuse numbers of which any lies outside 0..limit.
+    """Check that lowest and highest lie in 0..limit.
 
     Raises:
-        ValueError: naming the argument and its range.
+        ValueError: one of them does not; names the argument and its range.
     """
     if lowest < 0 or highest > limit:
         raise ValueError(f"{name} must be in 0..{limit}; got {lowest if lowest < 0 else highest}")

@@ -1,7 +1,7 @@
-"""Sampling plans: a sampler, for a process and a number of steps, as a table with one line per step.
+"""Sampling plans: a sampler for a process and a number of steps, as a table with one line per step.
 
-Every sampler here is linear in the predicted x0, in x_t and in the previous x0, so that one update
-(`diffusion.update.advance`) serves them all, in one batch, each row reading its line:
+Every sampler here is linear in the predicted x0, in x_t and in the previous x0. One update
+(`diffusion.update.advance`) therefore serves all of them in one batch; each row reads its line of the table:
 
     x0     = clamp(a_x * x_t + a_out * out, -clip, clip)
     logvar = lv_min + (lv_max - lv_min) * (var_values + 1) / 2
@@ -26,7 +26,7 @@ from diffusion.schedules import FloatArray
 Sampler = Literal["ancestral", "ddim"]
 
 PLAN_COLUMNS: Final = (
-    "t_model",  # what the network is told
+    "t_model",  # the network's timestep input
     "a_x",  # x0 from x_t ...
     "a_out",  # ... and from the network's output
     "clip",  # bound of x0: 1 or infinity
@@ -39,15 +39,15 @@ PLAN_COLUMNS: Final = (
     "g_var",  # of exp(logvar) * grad: classifier guidance of ancestral sampling
     "g_const",  # of grad: classifier guidance of DDIM
 )
-"""The columns of `SamplingPlan.table`, in their order."""
+"""The columns of `SamplingPlan.table`, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """What a chain does at each of its steps; computed in float64, kept in float32."""
+    """The coefficients of each step of a chain; computed in float64, stored in float32."""
 
     table: npt.NDArray[np.float32]
-    """float32 [num_steps, 12] in the order of sampling: line 0 is the noisiest step, taken first. Read-only."""
+    """float32 [num_steps, 12] in sampling order: line 0 is the first and noisiest step. Read-only."""
     timesteps: npt.NDArray[np.int64]
     """int64 [num_steps]: the training timestep t of each line, 0..T-1."""
 
@@ -63,7 +63,7 @@ class SamplingPlan:
 
     @property
     def num_steps(self) -> int:
-        """Network calls the chain takes."""
+        """Number of network calls of the chain."""
         return len(self.table)
 
     def column(self, name: str) -> npt.NDArray[np.float32]:
@@ -78,17 +78,17 @@ def build_plan(
     eta: float = 0.0,
     clip: bool = True,
 ) -> SamplingPlan:
-    """Build the plan of a sampler by name; the plans asked for last are kept, and shared: they are read-only.
+    """Build the plan of a sampler by name. Recent plans are cached and shared; they are read-only.
 
     Args:
         diffusion: the process the network was trained for.
         sampler: `ancestral` or `ddim`.
         spec: respacing, see `space_timesteps`; `"100"` takes 100 steps.
-        eta: for `ddim`, see `ddim_plan`; ancestral sampling has no such choice.
-        clip: whether x0 is clamped to [-1, 1], as all published samples are.
+        eta: for `ddim`, see `ddim_plan`; must be 0 for ancestral sampling.
+        clip: whether x0 is clamped to [-1, 1], as for all published samples.
 
     Raises:
-        ValueError: an unknown sampler, a spec that cannot be met, eta out of range or given to ancestral sampling.
+        ValueError: an unknown sampler, a spec that cannot be met, eta out of range, or eta with ancestral sampling.
     """
     return _cached_plan(diffusion, sampler, spec, eta, clip)
 
@@ -97,7 +97,7 @@ def build_plan(
 def _cached_plan(diffusion: DiffusionConfig, sampler: Sampler, spec: str, eta: float, clip: bool) -> SamplingPlan:
     if sampler == "ancestral":
         if eta != 0.0:
-            raise ValueError(f"eta must be left at 0 for sampler 'ancestral', which has no such choice; got {eta}")
+            raise ValueError(f"eta must be 0 for sampler 'ancestral', which does not use it; got {eta}")
         return ancestral_plan(diffusion, spec, clip)
     if sampler == "ddim":
         return ddim_plan(diffusion, spec, eta, clip)
@@ -105,7 +105,7 @@ def _cached_plan(diffusion: DiffusionConfig, sampler: Sampler, spec: str, eta: f
 
 
 def ancestral_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
-    """Plan the sampling that the model was trained for: draws of p(x_{t-1} | x_t).
+    """Plan ancestral sampling: draws of p(x_{t-1} | x_t), for which the model was trained.
 
     Ho et al. 2020 (arXiv:2006.11239, Algorithm 2) on the respaced process of IDDPM section 4. The last step adds
     no noise. Classifier guidance shifts the mean by the variance times the gradient (Dhariwal & Nichol 2021,
@@ -141,14 +141,14 @@ def ancestral_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> 
 def ddim_plan(diffusion: DiffusionConfig, spec: str, eta: float, clip: bool = True) -> SamplingPlan:
     """Plan DDIM sampling (Song et al. 2021, arXiv:2010.02502, Equations 12 and 16).
 
-    eps is derived again from the clamped x0, as in OpenAI's released code. Classifier guidance shifts that eps by
+    eps is recomputed from the clamped x0, as in OpenAI's released code. Classifier guidance shifts that eps by
     -sqrt(1 - abar) times the gradient (Dhariwal & Nichol 2021, arXiv:2105.05233, Algorithm 2); in terms of x0 this
     is a shift by (1 - abar) / sqrt(abar) times the gradient, which is not clamped again.
 
     Args:
-        diffusion: the process the network was trained for; its kind of variance plays no role.
+        diffusion: the process the network was trained for; its kind of variance is not used.
         spec: respacing, see `space_timesteps`.
-        eta: share of the posterior's noise that is added, 0..1: 0 is deterministic, 1 is as noisy as ancestral
+        eta: share of the posterior's noise to add, 0..1: 0 is deterministic, 1 adds as much noise as ancestral
             sampling with the fixed_small variance.
         clip: whether x0 is clamped to [-1, 1].
 
@@ -160,7 +160,7 @@ def ddim_plan(diffusion: DiffusionConfig, spec: str, eta: float, clip: bool = Tr
     process = respace(diffusion, spec)
     abar, abar_prev = process.schedule.alphas_cumprod, process.schedule.alphas_cumprod_prev
     sigma_squared = eta**2 * process.schedule.posterior_variance
-    # What is left for eps of the variance 1 - abar_prev; rounding must not take it below 0.
+    # The part of the variance 1 - abar_prev that eps gets; rounding must not make it negative.
     eps_scale = np.sqrt(np.maximum(1.0 - abar_prev - sigma_squared, 0.0))
     c_x0 = np.sqrt(abar_prev) - eps_scale / np.sqrt(1.0 / abar - 1.0)
     return _plan(
@@ -187,7 +187,7 @@ def _log_variance_bounds(diffusion: DiffusionConfig, process: Process) -> tuple[
 
 
 def _plan(diffusion: DiffusionConfig, process: Process, clip: bool, **columns: FloatArray) -> SamplingPlan:
-    """Fill in the columns all samplers share, and 0 for those not given; turn t ascending into sampling order."""
+    """Add the columns that all samplers share, and 0 for absent ones; reverse ascending t into sampling order."""
     abar = process.schedule.alphas_cumprod
     predicts_eps = diffusion.prediction == "eps"
     values: dict[str, FloatArray | float] = {

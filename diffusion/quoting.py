@@ -1,4 +1,4 @@
-"""Values in messages: as JSON, short, and safe to print."""
+"""Format values for messages: as JSON, short, and safe to print."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import json
 from collections.abc import Iterable
 
 LONGEST = 60
-"""Characters of a value that a message shows."""
+"""Most characters of a value that a message shows."""
 
 
 def quoted(value: object, longest: int = LONGEST) -> str:
-    """Return a value as JSON, of at most `longest` characters (a string: within its quotation marks)."""
+    """Return a value as JSON of at most `longest` characters (for a string, not counting its quotation marks)."""
     if isinstance(value, str) and len(value) > longest:
         value = value[: longest - 3] + "..."
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         return "a value that is nested too deeply"
-    # JSON does not escape C1 controls and marks of direction, on which terminals act, nor lone surrogates
+    # JSON does not escape lone surrogates, nor C1 controls and direction marks, which terminals interpret
     text = "".join(char if char.isprintable() else _escaped(char) for char in text)
     most = longest + len('""')
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def alternatives(values: Iterable[object]) -> str:
-    """Return values as JSON, listed as in a sentence: "a", "b" or "c"."""
+    """Return values as a JSON list in words: "a", "b" or "c"."""
     *first, last = map(quoted, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def printable(name: object) -> str:
-    """Return the name of a file or a class as it is, or in quotation marks and escaped where it would break a line."""
+    """Return the name of a file or a class unchanged, or quoted and escaped if it is not printable."""
     text = str(name)
     return text if text.isprintable() else repr(text)
 

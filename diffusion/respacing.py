@@ -15,24 +15,25 @@ from diffusion.schedules import Schedule, named_betas
 IntArray = npt.NDArray[np.int64]
 
 MIN_STEPS = 2
-"""A process of one step has no posterior variance to clip to; OpenAI's code cannot run it either."""
+"""A process of one step has no posterior variance to clip to; OpenAI's code does not support it either."""
 
 
 def space_timesteps(num_timesteps: int, spec: str) -> IntArray:
-    """Choose the timesteps that a shorter process keeps, exactly as OpenAI's released code chooses them.
+    """Choose the timesteps that a respaced process keeps, exactly as OpenAI's released code does.
 
     Args:
         num_timesteps: T of the training chain.
-        spec: `"100"`: that many, evenly spaced with both ends kept (IDDPM section 4);
-            `"10,10,20,40"`: sections of equal length with that many each, the first one the least noisy;
-            `"ddim25"`: the smallest integer stride that gives exactly that many, starting at 0
-            (Song et al. 2021, arXiv:2010.02502); `""`: all.
+        spec: `"100"`: 100 timesteps, evenly spaced, both ends included (IDDPM section 4);
+            `"10,10,20,40"`: the number of timesteps in each of four sections of equal length, the first section being
+            the least noisy;
+            `"ddim25"`: the smallest integer stride from 0 that gives exactly 25 timesteps
+            (Song et al. 2021, arXiv:2010.02502); `""`: all timesteps.
 
     Returns:
         Ascending timesteps, int64 [S].
 
     Raises:
-        ValueError: a spec that cannot be read or met; the message says which part and what is possible.
+        ValueError: the spec cannot be parsed or met; the message names the part and the possible values.
     """
     if spec == "":
         return np.arange(num_timesteps, dtype=np.int64)
@@ -54,7 +55,7 @@ def _integer_stride(num_timesteps: int, num_steps: int) -> IntArray:
     nearest = sorted(possible, key=lambda n: abs(n - num_steps))[:2]
     raise ValueError(
         f'respacing "ddim{num_steps}" is impossible: no integer stride through {num_timesteps} timesteps takes '
-        f"{num_steps} steps; the nearest that exist are {' and '.join(f'ddim{n}' for n in sorted(nearest))}"
+        f"{num_steps} steps; the nearest possible are {' and '.join(f'ddim{n}' for n in sorted(nearest))}"
     )
 
 
@@ -70,7 +71,7 @@ def _sections(num_timesteps: int, counts: list[int]) -> IntArray:
                 f"{length} of the {num_timesteps} timesteps"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0  # accumulated, and rounded half to even: OpenAI's arithmetic, which i * stride is not
+        position = 0.0  # accumulated and rounded half to even, as in OpenAI's code; i * stride would round differently
         for _ in range(count):
             timesteps.append(start + round(position))
             position += stride
@@ -80,18 +81,18 @@ def _sections(num_timesteps: int, counts: list[int]) -> IntArray:
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A diffusion process that can be sampled: its tables, and what the network is told at each step."""
+    """A diffusion process that can be sampled: its tables, and the network's timestep input at each step."""
 
     schedule: Schedule
-    """Tables of the respaced process, S steps; betas, bounds and posterior are all recomputed."""
+    """Tables of the respaced process, S steps; betas, variance bounds and posterior are recomputed."""
     timestep_map: IntArray
     """int64 [S]: the training timestep of each respaced step, ascending."""
     t_model: npt.NDArray[np.float32]
-    """float32 [S]: what the network is fed at each respaced step (t, or t * 1000 / T)."""
+    """float32 [S]: the network's timestep input at each respaced step (t, or t * 1000 / T)."""
 
     @property
     def num_steps(self) -> int:
-        """S, the network calls a full chain takes."""
+        """S, the number of network calls of a full chain."""
         return self.schedule.num_steps
 
 
@@ -101,7 +102,7 @@ def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
     The betas are chosen so that alphas_cumprod keeps its values at the kept timesteps (IDDPM, Equation 19).
 
     Raises:
-        ValueError: a spec that `space_timesteps` refuses, or one of fewer than 2 steps.
+        ValueError: a spec that `space_timesteps` rejects, or one that keeps fewer than 2 steps.
     """
     timestep_map = space_timesteps(diffusion.num_timesteps, spec)
     if len(timestep_map) < MIN_STEPS:

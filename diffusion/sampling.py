@@ -1,4 +1,4 @@
-"""Sample images one at a time in this process: the reference that the service's engine must equal pixel by pixel."""
+"""Sample images in this process: the reference that the service's engine must match pixel by pixel."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffusion.update import Gradient, Network, Step, sample_loop, to_uint8
 
 
 class ClassNetwork(Protocol):
-    """What is sampled from: a `UNet` in eval mode, or anything with these members."""
+    """A network to sample from: a `UNet` in eval mode, or an object with these members."""
 
     config: ModelConfig
 
     def embed_timesteps(self, t: Any, /) -> Any:
-        """Return emb_t of what the network is told of the timesteps, float32 [B]."""
+        """Return emb_t for the timestep inputs t, float32 [B]."""
         ...
 
     def run(self, inputs: NetworkInputs[Any], /) -> Any:
@@ -34,14 +34,14 @@ class ClassNetwork(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What determines one image, besides the network and the plan."""
+    """The inputs that determine one image, besides the network and the plan."""
 
     seed: int
     """0..2^53-1."""
     image_index: int = 0
-    """Which image of the seed, 0..2^32-1."""
+    """Index of the image among those of its seed, 0..2^32-1."""
     class_index: int | None = None
-    """Label; None for an unconditional model (or, where there is a null class, for no label)."""
+    """Label; None for an unconditional model, or for the null class."""
     cfg_scale: float = 1.0
     """Classifier-free guidance; 1 = off."""
     classifier_scale: float = 0.0
@@ -52,7 +52,7 @@ class ClassGradient(Protocol):
     """A noisy classifier's gradient, see `diffusion.classifier.log_p_gradient`."""
 
     def embed_timesteps(self, t: Any, /) -> Any:
-        """Return emb_t of what the classifier is told of the timesteps, float32 [B]."""
+        """Return emb_t for the timestep inputs t, float32 [B]."""
         ...
 
     def __call__(self, inputs: NetworkInputs[Any], /) -> Any:
@@ -72,24 +72,24 @@ def sample_images(
 ) -> npt.NDArray[np.uint8]:
     """Sample images that share a plan in one batch; a single spec gives the reference pixels for that image.
 
-    Equal to the service's pixels wherever the network gives a row of a batch the same bits at every size of two or
-    more, which the service checks at start-up and this does not.
+    The pixels equal the service's if the network's output for a row is bit-identical at every batch size of two or
+    more. The service checks this at start-up; this function does not.
 
     Args:
         network: in eval mode.
         plan: the chain.
         specs: at least one.
-        on_step: told the index of each step and what it gave.
-        gradient: of the classifier, where a spec has a classifier_scale.
-        xp: the kind of array that the network takes: `torch` or `numpy`.
-        device: where it takes them.
+        on_step: called after each step with its index and its result.
+        gradient: of the classifier, if a spec has a classifier_scale.
+        xp: the array library of the network's inputs: `torch` or `numpy`.
+        device: the device of the network's inputs.
 
     Returns:
-        uint8 [N, H, W, C]; an image whose numbers overflowed is black.
+        uint8 [N, H, W, C]; an image that overflowed is black.
     """
     count = len(specs)
     if count == 1:
-        specs = specs * 2  # a CPU's convolutions may round a lone row differently; its pixels are those in company
+        specs = specs * 2  # a CPU's convolutions may round a batch of one differently
     config = network.config
     shape = (config.image_channels, config.image_size, config.image_size)
     seeds = xp.asarray([spec.seed for spec in specs], dtype=xp.int64, device=device)
@@ -110,7 +110,7 @@ def sample_images(
 
 
 def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: Any) -> Gradient[Any]:
-    """Close a classifier's gradient over the classes and scales of a batch, for `sample_loop`."""
+    """Bind the classes and scales of a batch to a classifier's gradient, for `sample_loop`."""
     y = xp.asarray([spec.class_index or 0 for spec in specs], dtype=xp.int64, device=device)
     scales = xp.asarray([spec.classifier_scale for spec in specs], dtype=xp.float32, device=device)
 
@@ -121,7 +121,7 @@ def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: A
 
 
 def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torch, device: Any = "cpu") -> Network[Any]:
-    """Close a network over the classes and guidance scales of a batch, for `sample_loop`."""
+    """Bind the classes and guidance scales of a batch to a network, for `sample_loop`."""
     config = network.config
     if config.num_classes is None:
         return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), None))

@@ -1,6 +1,6 @@
 """Noise schedules: betas, and the tables of q(x_t | x_0) and q(x_{t-1} | x_t, x_0) that follow from them.
 
-All tables are float64 and index timesteps 0..T-1, 0 being the least noise (papers count 1..T).
+All tables are float64 and indexed by timesteps 0..T-1, where 0 is the least noisy (papers count 1..T).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 COSINE_OFFSET = 0.008
-"""s in IDDPM's Equation 17: keeps the first betas from being too small."""
+"""s in IDDPM's Equation 17, which prevents the first betas from being too small."""
 
 MAX_BETA = 0.999
-"""IDDPM section 3.2 clips betas here, to prevent singularities at the end of the chain."""
+"""Upper limit of betas (IDDPM section 3.2), which prevents singularities at the end of the chain."""
 
 
 def named_betas(noise_schedule: str, num_timesteps: int) -> FloatArray:
-    """Return the betas of a schedule by name.
+    """Return the betas of a named schedule.
 
     Args:
         noise_schedule: `linear` (Ho et al. 2020, arXiv:2006.11239, section 4, rescaled by 1000 / T so that
@@ -29,7 +29,7 @@ def named_betas(noise_schedule: str, num_timesteps: int) -> FloatArray:
         num_timesteps: T, at least 2.
 
     Returns:
-        float64 [T], betas[0] belonging to the least noisy step.
+        float64 [T]; betas[0] belongs to the least noisy timestep.
 
     Raises:
         ValueError: unknown name, or fewer than 2 timesteps.
@@ -50,7 +50,7 @@ class Schedule:
     """The tables of a diffusion process, derived from its betas. Immutable; every table is float64 [S]."""
 
     betas: FloatArray
-    """float64 [S], each in (0, 1]; S of at least 2."""
+    """float64 [S], each in (0, 1]; S is at least 2."""
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) < 2:
@@ -65,7 +65,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> FloatArray:
-        """abar_t, the signal left at t (Ho et al. 2020, section 2)."""
+        """abar_t, the remaining signal at t (Ho et al. 2020, section 2)."""
         return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @cached_property
@@ -85,7 +85,7 @@ class Schedule:
 
     @cached_property
     def fixed_large_variance(self) -> FloatArray:
-        """beta_t, with entry 0 replaced by beta-tilde_1: OpenAI's fixed_large, better likelihood at t = 0."""
+        """beta_t, with entry 0 replaced by beta-tilde_1: OpenAI's fixed_large, for a better likelihood at t = 0."""
         return np.append(self.posterior_variance[1], self.betas[1:])
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The network's time MLP without the network: numpy, for runtimes that are given emb_t."""
+"""The network's time MLP in numpy, for runtimes whose graphs take emb_t as an input."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ WEIGHTS = {
     "time_embed.2.weight": (0, 0),
     "time_embed.2.bias": (0,),
 }
-"""Names, as in a checkpoint, and which of (4C, C) each dimension is."""
+"""Parameter names as in a checkpoint; each dimension is an index into (4C, C)."""
 MAX_PERIOD = 10000.0
 
 
 @dataclass(frozen=True)
 class TimeMLP:
-    """Sinusoidal embedding of timesteps, and the MLP that UNet and classifier begin with.
+    """The sinusoidal timestep embedding and the MLP at the input of the UNet and the classifier.
 
-    Computed in float64 and rounded, so that a timestep's embedding does not depend on those computed with it.
-    Frequencies and angles are rounded as the network rounds them in float32: a frequency's last bit is worth 2e-4 of an
-    angle at t = 3999. What is left is the last bit of float32's exp, which differs between libraries and processors.
+    Computed in float64 and rounded, so a timestep's embedding does not depend on the other rows of its batch.
+    Frequencies and angles are rounded to float32 as in the network: the last bit of a frequency changes an angle by
+    2e-4 at t = 3999. The remaining difference is the last bit of float32's exp, which varies between libraries and
+    processors.
     """
 
     weights: Mapping[str, Float32Array]
@@ -39,10 +40,10 @@ class TimeMLP:
         wide, narrow = shapes.get("time_embed.0.weight", (0, 0))
         wanted = {name: tuple((wide, narrow)[i] for i in dims) for name, dims in WEIGHTS.items()}
         if shapes != wanted or len(self.weights) != len(WEIGHTS) or not narrow:
-            raise ValueError(f"a time MLP has {', '.join(WEIGHTS)} in matching shapes; got {shapes}")
+            raise ValueError(f"a time MLP must have {', '.join(WEIGHTS)} in matching shapes; got {shapes}")
 
     def __call__(self, t: Float32Array) -> Float32Array:
-        """Embed what the network is told of n timesteps, [n] (`Process.t_model`): float32 [n, 4C]."""
+        """Return the embedding, float32 [n, 4C], of n timestep inputs [n] (`Process.t_model`)."""
         w0, b0, w2, b2 = (self.weights[name].astype(np.float64) for name in WEIGHTS)
         dim = w0.shape[1]
         half = dim // 2
@@ -61,10 +62,10 @@ class TimeMLP:
 
     @classmethod
     def read(cls, path: Path) -> TimeMLP:
-        """Read what `write` wrote; nothing is unpickled.
+        """Read a file written by `write`; nothing is unpickled.
 
         Raises:
-            ValueError: a file that is no such thing.
+            ValueError: the file cannot be read, or holds no time MLP.
         """
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:

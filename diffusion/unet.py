@@ -16,19 +16,19 @@ from diffusion.network_inputs import NetworkInputs
 M = TypeVar("M", bound=nn.Module)
 
 EMBEDDING_ROWS = 16
-"""Rows that `RowLinear` multiplies at a time, see there."""
+"""Rows that `RowLinear` multiplies at a time."""
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5), cosines first as in OpenAI's code.
+    """Return the sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5), cosines first as OpenAI does.
 
     Args:
         t: timesteps [B], integer or fractional.
-        dim: width of the embedding; an odd one ends in a column of zeros.
+        dim: width of the embedding; an odd width ends in a column of zeros.
         max_period: the longest wavelength is 2 pi times this.
 
     Returns:
-        float32 [B, dim], computed in float32 whatever autocast says.
+        float32 [B, dim], computed in float32 also under autocast.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -38,11 +38,11 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose result for a row does not depend on how many rows come with it, outside training.
+    """A linear layer whose result for a row does not depend on the batch size, except in training.
 
-    A CPU matrix product picks its kernel by the number of rows, so that a row's result changes in the last bits
-    with the batch. These layers see one row per image: multiplying always 16 rows at a time, padded with zeros,
-    costs next to nothing and makes an image's pixels independent of its neighbours.
+    CPU libraries choose the kernel of a matrix product by the number of rows, so the last bits of a row's result
+    depend on the batch size. These layers have one row per image. Multiplying 16 rows at a time, padded with zeros,
+    costs next to nothing and makes an image's pixels independent of its neighbours in the batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _zero(module: M) -> M:
 
 
 class Downsample(nn.Module):
-    """Halve the feature map, by a strided convolution or by average pooling."""
+    """Halve the feature map's size, by a strided convolution or by average pooling."""
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the feature map by nearest neighbour, then convolve or not."""
+    """Double the feature map's size by nearest neighbour, optionally followed by a convolution."""
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class ResBlock(nn.Module):
 
 
 def attend(qkv: Tensor, num_heads: int, order: AttentionOrder) -> Tensor:
-    """Scaled dot-product attention over positions.
+    """Compute scaled dot-product attention over positions.
 
     Args:
         qkv: [B, 3C, L]; channels are laid out [head][q|k|v][ch] (legacy) or [q|k|v][head][ch] (new).
-        num_heads: heads; each has C / num_heads channels.
-        order: the layout.
+        num_heads: number of heads; each has C / num_heads channels.
+        order: the layout of qkv.
 
     Returns:
         [B, C, L].
@@ -167,16 +167,16 @@ class AttentionBlock(nn.Module):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence that hands the embedding to the residual blocks in it."""
+    """A sequence of layers that passes the embedding to its residual blocks."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # takes one argument more
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # takes one more argument
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 class Backbone(nn.Module):
-    """Time embedding, encoder and middle block: what the UNet and the noisy classifier have in common."""
+    """The part that the UNet and the noisy classifier share: time embedding, encoder and middle block."""
 
     def __init__(self, config: BackboneConfig, in_channels: int, mid_channels: int) -> None:
         super().__init__()
@@ -217,16 +217,16 @@ class Backbone(nn.Module):
         return Downsample(channels, config.conv_resample)
 
     def embed_timesteps(self, t: Tensor) -> Tensor:
-        """Return emb_t, the time MLP's output: float32 [B, 4C], whatever autocast says.
+        """Return emb_t, the time MLP's output: float32 [B, 4C], also under autocast.
 
         Args:
-            t: what the network is told, [B], integer or fractional (`Process.t_model`).
+            t: the network's timestep input [B], integer or fractional (`Process.t_model`).
         """
         with torch.autocast(t.device.type, enabled=False):
             return self.time_embed(timestep_embedding(t, self.model_channels))
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Run the encoder and the middle block; returns every block's output, the middle block's last."""
+        """Run the encoder and the middle block; return every block's output, the middle block's last."""
         outputs: list[Tensor] = []
         h = x
         for block in self.input_blocks:
@@ -237,10 +237,10 @@ class Backbone(nn.Module):
 
 
 class UNet(Backbone):
-    """Predicts eps (or x0) and var_values from x_t, the timestep and the class.
+    """Predict eps (or x0) and var_values from x_t, the timestep and the class.
 
-    One class serves improved-diffusion's and guided-diffusion's networks: with `ModelConfig.low_res_size` it is
-    their SuperResModel. Parameter names equal theirs, so a published state dict loads strictly.
+    This class implements the networks of improved-diffusion and guided-diffusion; with `ModelConfig.low_res_size` it
+    is their SuperResModel. Parameter names equal theirs, so a published state dict loads strictly.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -274,11 +274,11 @@ class UNet(Backbone):
         return Upsample(channels, config.conv_resample)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
-        """Run the network on timesteps; `forward_emb` says what goes in and comes out.
+        """Embed the timesteps and return `forward_emb`'s output, with the same errors.
 
         Args:
             x_t: noisy images [B, C, H, W].
-            t: what the network is told, [B] (`Process.t_model`).
+            t: the network's timestep input [B] (`Process.t_model`).
             y: labels int64 [B], for a conditional model.
             low_res: low-resolution images [B, C, h, w], for a super-resolution model.
         """
@@ -289,19 +289,19 @@ class UNet(Backbone):
         return self.forward_emb(*inputs)
 
     def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
-        """Run the network on already embedded timesteps, which is what a low-precision graph must be given.
+        """Run the network on embedded timesteps, the form that low-precision graphs need.
 
         Args:
             x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
             emb_t: float32 [B, 4 model_channels], from `embed_timesteps`.
-            y: labels int64 [B] below `ModelConfig.num_labels`; required by a conditional model, refused by others.
-            low_res: [B, C, h, w]; required by a super-resolution model, refused by others.
+            y: labels int64 [B] below `ModelConfig.num_labels`; for class-conditional models only, which need it.
+            low_res: [B, C, h, w]; for super-resolution models only, which need it.
 
         Returns:
-            float32 [B, out_channels, H, W]: eps (or x0), then var_values where the model has them.
+            float32 [B, out_channels, H, W]: eps (or x0), followed by var_values if the model has them.
 
         Raises:
-            ValueError: y or low_res missing or not wanted.
+            ValueError: y or low_res is missing, or given to a model that does not take it.
         """
         if (y is None) != (self.config.num_classes is None):
             raise ValueError("y must be given to a class-conditional model, and only to one")
@@ -317,11 +317,11 @@ class UNet(Backbone):
         return self.denoise(x, emb)
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Run encoder and decoder; `forward_emb` says what comes out.
+        """Run encoder and decoder; return what `forward_emb` returns.
 
         Args:
-            x: [B, in_channels, H, W]: noisy images, joined by the upsampled low-resolution ones where there are such.
-            emb: float32 [B, 4 model_channels], of timestep and class.
+            x: [B, in_channels, H, W]: noisy images; for super-resolution, with the upsampled low-resolution images.
+            emb: float32 [B, 4 model_channels], the embedding of timestep and class.
         """
         *skips, h = self.encode(x, emb)
         for block in self.output_blocks:

@@ -1,4 +1,4 @@
-"""The update x_t -> x_prev that serves every sampler, a short loop over it, and images as 8-bit pixels."""
+"""The update x_t -> x_prev of every sampler, a short loop over it, and conversion to and from 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from diffusion.arrays import A, namespace, no_gradients, to_numpy
 from diffusion.plans import PLAN_COLUMNS, SamplingPlan
 
 Network = Callable[[A, A], A]
-"""(x_t [B, C, H, W], what the network is told of the timestep, float32 [B]) -> raw output [B, C or 2C, H, W]."""
+"""(x_t [B, C, H, W], the timestep input, float32 [B]) -> raw output [B, C or 2C, H, W]."""
 StepNoise: TypeAlias = "Callable[[int], A] | Sequence[A] | A"
 """The noise of sampling step k = 0, 1, ..., shaped like x_t: a function of k, or indexed by k."""
 Gradient = Callable[[A, A], A]
-"""(x_t, what the network is told, float32 [B]) -> the scaled classifier gradient, shaped like x_t."""
+"""(x_t, the timestep input, float32 [B]) -> the scaled classifier gradient, shaped like x_t."""
 
 
 class PlanRows(NamedTuple, Generic[A]):
-    """One line of a `SamplingPlan` per row of a batch, each column [B, 1, 1, 1]; the order is PLAN_COLUMNS'."""
+    """One line of a `SamplingPlan` per row of a batch, each column [B, 1, 1, 1], in the order of PLAN_COLUMNS."""
 
     t_model: A
     a_x: A
@@ -37,7 +37,7 @@ class PlanRows(NamedTuple, Generic[A]):
 
     @classmethod
     def from_lines(cls, lines: A) -> Self:
-        """Name the columns of gathered lines, float32 [B, 12]."""
+        """Split gathered lines, float32 [B, 12], into named columns."""
         return cls(*namespace(lines).unstack(lines[:, :, None, None, None], axis=1))
 
 
@@ -45,21 +45,21 @@ assert PlanRows._fields == PLAN_COLUMNS  # noqa: S101  # from_lines relies on it
 
 
 class Step(NamedTuple, Generic[A]):
-    """What one sampling step gives."""
+    """The result of one sampling step."""
 
     x_prev: A
     """The less noisy images [B, C, H, W]."""
     x0: A
-    """The images predicted from x_t, shaped like it, before any classifier guidance."""
+    """The images predicted from x_t, shaped like it, before classifier guidance."""
     ok: A
-    """bool [B]: False for rows that are not finite any more, whose x_prev is NaN; so is that of every later step.
+    """bool [B]: False for rows that are no longer finite; their x_prev is NaN, in this and every later step.
 
-    A network's output that overflowed counts, also where clipping would hide it, or where the plan does not read it.
+    A network output that overflowed makes a row False even if clipping would hide it, or the plan does not read it.
     """
 
 
 def split_output(output: A, channels: int) -> tuple[A, A]:
-    """Split a network's output into its prediction and var_values (zeros where it has none), each [B, C, H, W]."""
+    """Split a network's output into prediction and var_values (zeros if it has none), each [B, C, H, W]."""
     if output.shape[1] == channels:
         return output, namespace(output).zeros_like(output)
     return output[:, :channels], output[:, channels:]
@@ -67,23 +67,23 @@ def split_output(output: A, channels: int) -> tuple[A, A]:
 
 @np.errstate(over="ignore", invalid="ignore")  # `ok` reports rows that stop being finite
 def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None) -> Step[A]:
-    """Take one sampling step, x_t -> x_prev; every row may be at another step of another sampler.
+    """Take one sampling step, x_t -> x_prev; each row may be at a different step of a different sampler.
 
-    Samplers differ by the numbers of their plan only (`diffusion.plans` cites them). A row's result depends on
-    its own arguments and on nothing else: no random state, no other row.
+    Samplers differ only in the coefficients of their plan (`diffusion.plans` cites the papers). A row's result depends
+    only on its own arguments: no random state, no other row.
 
     Args:
         plan: one line per row.
         x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
         x0_prev: x0 of the row's previous step, shaped like x_t; read by multistep solvers, must be finite.
-        out: what the network predicts, eps or x0, shaped like x_t; guided already (`classifier_free`).
-        var_values: the network's raw variance output, shaped like x_t; zeros where it has none.
+        out: the network's prediction, eps or x0, shaped like x_t, after classifier-free guidance (`classifier_free`).
+        var_values: the network's raw variance output, shaped like x_t; zeros if the network has none.
         z: standard normal, shaped like x_t; not read where plan.noise_scale is 0.
-        grad: scaled gradient of log p(y | x_t), shaped like x_t; zeros for rows without classifier guidance; None where
-            there is no other row.
+        grad: scaled gradient of log p(y | x_t), shaped like x_t, zeros for rows without classifier guidance; None if
+            no row has classifier guidance.
 
     Returns:
-        The next images, the x0 they came from, and which rows are finite.
+        The next images, the predicted x0, and whether each row is finite.
     """
     return traceable_advance(plan, x_t, x0_prev, out, var_values, z, grad)
 
@@ -91,17 +91,17 @@ def advance(plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, 
 def traceable_advance(
     plan: PlanRows[A], x_t: A, x0_prev: A, out: A, var_values: A, z: A, grad: A | None = None
 ) -> Step[A]:
-    """Take one step as `advance` does, in a form that torch.compile can trace: numpy may warn of overflows."""
+    """Compute `advance` in a form that torch.compile can trace; numpy may warn of overflows."""
     xp = namespace(out)
     unclipped = plan.a_x * x_t + plan.a_out * out
     x0 = xp.minimum(xp.maximum(unclipped, -plan.clip), plan.clip)
-    # Not torch.lerp, whose vectorised loop and its remainder may round differently: a row would know its neighbours.
+    # Not torch.lerp: its vectorised loop and its remainder round differently, so a row would depend on its position.
     log_variance = plan.lv_min + (plan.lv_max - plan.lv_min) / 2 * (var_values + 1)
 
     mean = plan.c_x0 * x0 + plan.c_xt * x_t + plan.c_prev * x0_prev
     if grad is not None:
         shift = (plan.g_var * xp.exp(log_variance) + plan.g_const) * grad
-        mean = mean + xp.where(grad != 0, shift, 0.0)  # rows without know of no others, even where exp overflows
+        mean = mean + xp.where(grad != 0, shift, 0.0)  # 0 for rows without guidance, even if exp overflows
     noise = plan.noise_scale * xp.exp(0.5 * log_variance) * z
     x_prev = mean + xp.where(plan.noise_scale > 0, noise, 0.0)
 
@@ -119,21 +119,21 @@ def sample_loop(
     gradient: Gradient[A] | None = None,
     on_step: Callable[[int, Step[A]], None] | None = None,
 ) -> A:
-    """Run one chain for a batch whose images all take the same plan: the reference that the engine must equal.
+    """Run one chain for a batch of images that share a plan: the reference that the engine must match.
 
-    For pictures that can be repeated, make x_T and the noise with `diffusion.noise.normal` (streams
-    `STREAM_X_T` and `STREAM_STEP`) and run images one at a time. No gradients are recorded.
+    For reproducible images, compute x_T and the noise with `diffusion.noise.normal` (streams `STREAM_X_T` and
+    `STREAM_STEP`) and run images one at a time. No gradients are recorded.
 
     Args:
         network: called once per step.
         plan: the chain.
-        x_T: where it starts, standard normal [B, C, H, W].
-        noise: what each step adds; not asked for where a step adds none.
+        x_T: start of the chain, standard normal [B, C, H, W].
+        noise: the noise of each step; not read for steps that add none.
         gradient: for classifier guidance, see `diffusion.classifier.classifier_gradient`.
-        on_step: told the index of each step and what it gave, for progress and tests.
+        on_step: called after each step with its index and its result, for progress and tests.
 
     Returns:
-        The images, x_0 [B, C, H, W]; about in [-1, 1]; NaN for rows that stopped being finite (`Step.ok`).
+        The images x_0 [B, C, H, W], approximately in [-1, 1]; NaN for rows that stopped being finite (`Step.ok`).
     """
     xp = namespace(x_T)
     lines = xp.asarray(plan.table.copy(), device=x_T.device)
@@ -156,12 +156,12 @@ def sample_loop(
 
 
 def to_uint8(x: A) -> npt.NDArray[np.uint8]:
-    """Turn images into 8-bit pixels as OpenAI's released scripts do: clamp and truncate, never round.
+    """Convert images to 8-bit pixels as OpenAI's released scripts do: clamp and truncate, without rounding.
 
-    Truncating in float32, a quarter of the levels that come straight from `from_uint8` go back one level lower.
+    Because float32 is truncated, a quarter of the levels converted by `from_uint8` come back one level lower.
 
     Args:
-        x: [B, C, H, W] where data spans [-1, 1]; what lies outside is clamped, and NaN is black.
+        x: [B, C, H, W] in the units where data spans [-1, 1]; values outside are clamped, and NaN becomes black.
 
     Returns:
         uint8 [B, H, W, C].
@@ -171,7 +171,7 @@ def to_uint8(x: A) -> npt.NDArray[np.uint8]:
 
 
 def from_uint8(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Turn 8-bit pixels [B, H, W, C] into images v / 127.5 - 1, float32 [B, C, H, W]."""
+    """Convert 8-bit pixels [B, H, W, C] to images v / 127.5 - 1, float32 [B, C, H, W]."""
     x = pixels.astype(np.float32) / np.float32(127.5) - 1
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 

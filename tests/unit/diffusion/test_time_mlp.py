@@ -106,7 +106,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     ids=["empty", "missing", "unknown", "shape", "no columns"],
 )
 def test_weights_that_are_no_time_mlp_are_refused(weights: dict[str, npt.NDArray[np.float32]]) -> None:
-    with pytest.raises(ValueError, match="a time MLP has time_embed"):
+    with pytest.raises(ValueError, match="a time MLP must have time_embed"):
         TimeMLP(weights)
 
 
