@@ -1,13 +1,13 @@
-"""The artifact folder: a network compiled for runtimes other than PyTorch, and `manifest.json`, which vouches for it.
+"""The artifact folder: a network exported for runtimes other than PyTorch.
 
-    manifest.json   what the network is, where it came from, how far it is from PyTorch, a hash of every file
-    model.onnx      the graph (and model.onnx.data, weights beyond protobuf's 2 GiB)
-    gradient.onnx   a classifier's gradient
-    time_mlp.npz    the embedding of timesteps, which is an input of the graph
-    classifier/     the artifact of the noisy classifier that guides the network, where it has one
+    manifest.json   the network's configuration, its origin, its parity with PyTorch, a hash of every file
+    model.onnx      the graph (and model.onnx.data for weights beyond protobuf's 2 GiB)
+    gradient.onnx   the gradient, for a classifier
+    time_mlp.npz    the timestep embedding, whose output is an input of the graph
+    classifier/     the artifact of the noisy classifier that guides the network, if it has one
 
-A manifest is written only where parity was inside tolerance, and last. Reading checks every file's size and hash, and
-that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
+The manifest is written last, and only if parity was within its limits. Reading checks the size and hash of every file,
+and that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ GRADIENT_FILE = "gradient.onnx"
 TIME_MLP_FILE = "time_mlp.npz"
 FORMAT_VERSION = 1
 INSIDE_CHECKPOINT = "artifact"
-"""A checkpoint folder may hold its artifact under this name."""
+"""Name of the artifact folder inside a checkpoint folder."""
 
 LEAST_ERRORS: dict[Precision, float] = {"fp32": 0.0, "bf16": 2e-4, "fp16": 0.0}
-"""The worst band of a network's calls is never nearer to float32 than this: a tenth of half a unit in the last place of
-bfloat16 (2^-9), of which every product's factors are off. ONNX Runtime computes part of a float16 graph in float32."""
+"""Lower bound of the worst band's error for each precision. For bfloat16 it is a tenth of half a unit in the last place
+(2^-9), the rounding error of each factor of a product. 0 for float16: ONNX Runtime computes part of such a graph in
+float32."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ArtifactError(ValueError):
-    """An artifact folder that cannot be written or read; the message names the file, the field and the rule."""
+    """An artifact folder cannot be written or read; the message names the file, the field and the rule."""
 
 
 class FileEntry(FrozenConfig):
@@ -61,31 +62,31 @@ class FileEntry(FrozenConfig):
 
 
 class BandError(FrozenConfig):
-    """How far outputs are from PyTorch's float32 over a band of timesteps: norm of the difference / norm."""
+    """Relative error of outputs against PyTorch in float32 over a band of timesteps: norm of the difference / norm."""
 
     t_min: int
     t_max: int
     """Inclusive."""
     prediction: float
-    """Of eps (or x0), of logits, or of a gradient."""
+    """Error of eps (or x0), of logits, or of a gradient."""
     variance: float | None = None
-    """Of var_values, where the network has them."""
+    """Error of var_values; None: the network has none."""
 
     @property
     def worst(self) -> float:
-        """The larger of the two."""
+        """The larger of the two errors."""
         return _largest([self.prediction, self.variance or 0.0])
 
 
 class NetworkParity(FrozenConfig):
-    """A runtime's network calls against PyTorch's, along chains of the reference."""
+    """Errors of a runtime's network calls against PyTorch's, along chains of the reference."""
 
     backend: str
     """Runtime and version."""
     precision: Precision
-    """What the runtime computes in."""
+    """Precision in which the runtime computes."""
     file: str = MODEL_FILE
-    """Which graph of the folder."""
+    """The measured graph of the folder."""
     limit: float
     """Largest relative error allowed in any band."""
     bands: tuple[BandError, ...] = Field(min_length=1)
@@ -97,35 +98,35 @@ class NetworkParity(FrozenConfig):
 
     @property
     def passed(self) -> bool:
-        """Whether every band is inside the limit."""
+        """Whether every band is within the limit."""
         return self.worst <= self.limit
 
     @property
     def is_of_its_precision(self) -> bool:
         """Whether the error is large enough for its precision.
 
-        A smaller one was measured in float32 on a processor without the precision, which exports before `not_measured`
-        existed recorded as if it had been in effect.
+        A smaller error was measured in float32, on a processor that does not support the precision. Exports from before
+        `not_measured` existed recorded such a measurement under the requested precision.
         """
         return self.worst >= LEAST_ERRORS[self.precision]
 
     def gates(self, precision: Precision) -> bool:
-        """Whether an artifact that was exported in a precision must have passed this."""
+        """Return whether an artifact exported in `precision` must have passed this measurement."""
         return self.precision == ("fp32" if self.file == GRADIENT_FILE else precision)
 
 
 class NotMeasured(FrozenConfig):
-    """A runtime in a precision that a graph could not be compared in where it was exported."""
+    """A runtime and precision that could not be measured on the machine of the export."""
 
     backend: str
     precision: Precision
     file: str = MODEL_FILE
     reason: str
-    """Why not, for people."""
+    """Why it could not be measured. For human readers."""
 
 
 class ChainParity(FrozenConfig):
-    """Whole ancestral chains of a runtime against PyTorch's, with the same noise: how many 8-bit values differ."""
+    """Fractions of 8-bit values that differ between ancestral chains of a runtime and of PyTorch, with equal noise."""
 
     backend: str
     precision: Precision
@@ -140,11 +141,11 @@ class ChainParity(FrozenConfig):
 
     @property
     def passed(self) -> bool:
-        """Whether the pixels are inside the limit."""
+        """Whether the pixels are within the limit."""
         return self.limit is None or self.beyond_2 <= self.limit
 
     def gates(self, precision: Precision) -> bool:
-        """Whether an artifact that was exported in a precision must have passed this."""
+        """Return whether an artifact exported in `precision` must have passed this measurement."""
         return self.precision == precision
 
 
@@ -153,18 +154,18 @@ class Manifest(FrozenConfig):
 
     format_version: Literal[1] = 1
     checkpoint: Annotated[CheckpointConfig | ClassifierCheckpointConfig, Field(discriminator="kind")]
-    """The `config.json` of the checkpoint this came from."""
+    """The `config.json` of the exported checkpoint."""
     checkpoint_sha256: Sha256
     """See `formats.checkpoint_config.checkpoint_sha256`."""
     precision: Precision = "fp32"
-    """What the graph computes in."""
+    """Precision in which the graph computes."""
     opset: int
     buckets: tuple[int, ...] = Field(min_length=1)
-    """Batch sizes it is meant to be compiled for, ascending."""
+    """Batch sizes to compile the graph for, ascending."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of the packages that made it."""
+    """Versions of the packages used for the export."""
     files: dict[str, FileEntry]
-    """Every file but the manifest, by name."""
+    """Every file except the manifest, by name."""
     parity: tuple[NetworkParity, ...] = Field(min_length=1)
     chains: tuple[ChainParity, ...] = ()
     not_measured: tuple[NotMeasured, ...] = ()
@@ -182,12 +183,12 @@ class Manifest(FrozenConfig):
         return self
 
     def parity_of(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> NetworkParity | None:
-        """Return the measured parity of a runtime (its name without version) in a precision; None: not measured."""
+        """Return the parity of a runtime (its name without version) in a precision; None if it was not measured."""
         of_model = (p for p in self.parity if p.file == file and p.precision == precision and p.is_of_its_precision)
         return next((p for p in of_model if p.backend.split(" ")[0] == runtime), None)
 
     def reason_not_measured(self, runtime: str, precision: Precision, file: str = MODEL_FILE) -> str | None:
-        """Return why a runtime could not be compared in a precision; None where it was, or no reason is kept."""
+        """Return why a runtime could not be measured in a precision; None if it was, or no reason was recorded."""
         missing = (m for m in self.not_measured if m.file == file and m.precision == precision)
         return next((m.reason for m in missing if m.backend.split(" ")[0] == runtime), None)
 
@@ -195,13 +196,13 @@ class Manifest(FrozenConfig):
 def failures(
     precision: Precision, parity: Iterable[NetworkParity], chains: Iterable[ChainParity]
 ) -> list[NetworkParity | ChainParity]:
-    """Return what keeps a graph of a precision from being an artifact; empty where everything is inside its limit."""
+    """Return the measurements that a graph exported in `precision` must pass and did not; empty if it passed all."""
     measured: list[NetworkParity | ChainParity] = [*parity, *chains]
     return [p for p in measured if p.gates(precision) and not p.passed]
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Measure and hash a file."""
+    """Return the size and hash of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(sha256=digest, size=path.stat().st_size)
@@ -213,7 +214,7 @@ def manifest_json(manifest: Manifest) -> str:
 
 
 def find_artifact(folder: Path) -> Path | None:
-    """Return the artifact of a model folder: itself, or what lies in it as `artifact`; None where there is none."""
+    """Return the artifact of a model folder: the folder itself, or `artifact` inside it; None if there is none."""
     for candidate in (folder, folder / INSIDE_CHECKPOINT):
         if (candidate / MANIFEST_FILE).is_file():
             return candidate
@@ -223,27 +224,29 @@ def find_artifact(folder: Path) -> Path | None:
 def read_artifact(folder: Path) -> Manifest:
     """Read and check an artifact folder.
 
-    One that lies inside a checkpoint folder must have been made from that checkpoint.
+    An artifact inside a checkpoint folder must have been exported from that checkpoint.
 
     Raises:
-        ArtifactError: no manifest, a manifest that is wrong, a file that is missing, damaged or of another
-            checkpoint; the message names the file and what to do.
+        ArtifactError: the manifest is missing or invalid, or a file is missing, damaged or of another checkpoint; the
+            message names the file and the cure.
     """
     path = folder / MANIFEST_FILE
     manifest = _parse(path)
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file() or file.is_symlink():
-            raise ArtifactError(f"{file} is missing (or no plain file); export the checkpoint again")
+            raise ArtifactError(f"{file} is missing or not a regular file; export the checkpoint again")
         if file.stat().st_size != entry.size:
             problem = describe_wrong_content(file, may_be_text=True) or "is damaged"
             raise ArtifactError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: it {problem}")
         if file_entry(file).sha256 != entry.sha256:
-            raise ArtifactError(f"{file} is not the file that {MANIFEST_FILE} vouches for: its sha256 differs")
+            raise ArtifactError(
+                f"{file} does not match {MANIFEST_FILE}: its sha256 differs; export the checkpoint again"
+            )
     graphs = [name for name in (MODEL_FILE, GRADIENT_FILE) if name in manifest.files]
     measured = {p.file for p in manifest.parity if p.gates(manifest.precision)}
     if unmeasured := [name for name in graphs if name not in measured]:
-        raise ArtifactError(f"{path}: nobody has compared {unmeasured[0]} with PyTorch; export the checkpoint again")
+        raise ArtifactError(f"{path}: {unmeasured[0]} was not compared with PyTorch; export the checkpoint again")
     if failed := failures(manifest.precision, manifest.parity, manifest.chains):
         raise ArtifactError(f"{path}: parity of {failed[0].backend} is outside its limit; export the checkpoint again")
     for checkpoint in _checkpoints_around(folder):
@@ -252,17 +255,17 @@ def read_artifact(folder: Path) -> Manifest:
 
 
 def _checkpoints_around(folder: Path) -> list[Path]:
-    """Return the checkpoint folders that an artifact lies in, as it is named and where links lead to."""
+    """Return the checkpoint folders that contain an artifact, by its path as given and with links resolved."""
     places = dict.fromkeys([folder.absolute(), folder.resolve()])
     around = [*places, *(place.parent for place in places if place.name == INSIDE_CHECKPOINT)]
     return list(dict.fromkeys(place.resolve() for place in around if (place / CONFIG_FILE).is_file()))
 
 
 def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
-    """Refuse an artifact that was made from another checkpoint than this one.
+    """Check that an artifact was exported from a checkpoint.
 
     Raises:
-        ArtifactError: saying so; also a checkpoint that cannot be read.
+        ArtifactError: it was exported from another one, or the checkpoint cannot be read.
     """
     try:
         found, config = checkpoint_sha256(checkpoint), read_config(checkpoint)
@@ -279,7 +282,7 @@ def refuse_foreign(folder: Path, manifest: Manifest, checkpoint: Path) -> None:
 
 
 def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpointConfig] | None:
-    """Read and check the artifact of the classifier that guides an artifact's model; None where there is none.
+    """Read and check the artifact of the classifier that guides an artifact's model.
 
     Inside a checkpoint folder, model and classifier must have been exported together.
 
@@ -287,10 +290,10 @@ def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpoi
         folder: the model's artifact.
 
     Returns:
-        The classifier's manifest, and the checkpoint in it.
+        The classifier's manifest and the checkpoint configuration in it; None if the model has no classifier.
 
     Raises:
-        ArtifactError: as `read_artifact`; also something else than a classifier, and one that does not fit the model.
+        ArtifactError: as `read_artifact`; also if the folder holds no classifier, or one that does not fit the model.
     """
     for checkpoint in _checkpoints_around(folder):
         refuse_foreign_classifier(folder, checkpoint)
@@ -306,10 +309,10 @@ def read_classifier_artifact(folder: Path) -> tuple[Manifest, ClassifierCheckpoi
 
 
 def refuse_foreign_classifier(folder: Path, checkpoint: Path) -> None:
-    """Refuse an artifact whose classifier was made from another one than guides this checkpoint.
+    """Check that an artifact's classifier was exported from the classifier of a checkpoint.
 
     Raises:
-        ArtifactError: saying so; also where only one of the two has a classifier.
+        ArtifactError: it was not, or only one of the two has a classifier.
     """
     exported, original = find_classifier(folder), find_classifier(checkpoint)
     if exported is not None and original is not None:
@@ -327,7 +330,7 @@ def _parse(path: Path) -> Manifest:
     try:
         content = read_object(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtifactError(f"{path.parent} is no artifact folder: it has no {MANIFEST_FILE}") from error
+        raise ArtifactError(f"{path.parent} is not an artifact folder: it has no {MANIFEST_FILE}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
@@ -342,5 +345,5 @@ def _parse(path: Path) -> Manifest:
 
 
 def _largest(errors: Iterable[float]) -> float:
-    """Return the largest error; one that is not a number is beyond every limit (`max` would skip it)."""
+    """Return the largest error; NaN counts as infinity, because `max` would ignore it."""
     return max(math.inf if math.isnan(error) else error for error in errors)

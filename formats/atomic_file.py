@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, fsynced and renamed."""
+"""Atomic writes of files: written under a temporary name, fsynced and renamed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from formats.leftovers import temporary_for
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, replacing an older one.
+    """Write a file atomically, replacing an older one.
 
     Raises:
-        OSError: it cannot be written, for one because the disk is full; the older one is still there then.
+        OSError: the file cannot be written, for example because the disk is full; an older file is unchanged.
     """
     replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file that appears whole or not at all.
+    """Write a file atomically by calling a function with its temporary path.
 
     Args:
-        path: where it shall be; its folder must exist.
-        write: called once with the temporary path; whatever it raises goes on to the caller.
+        path: the file to write; its folder must exist.
+        write: called once with the temporary path; its exceptions are passed on.
 
     Raises:
-        OSError: it cannot be written; what was there is still there then.
+        OSError: the file cannot be written; an older file is unchanged.
     """
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = path.resolve()  # replaces the target of a link, not the link
     with temporary_for(path, Path.touch, lambda temporary: temporary.unlink(missing_ok=True)) as temporary:
         write(temporary)
         with temporary.open("rb") as written:

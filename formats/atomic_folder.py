@@ -1,4 +1,4 @@
-"""Folders of files that appear whole or not at all: written under a temporary name, fsynced and renamed."""
+"""Atomic writes of folders: written under a temporary name, fsynced and renamed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from formats.leftovers import aside_name, renaming_in, temporary_for
 
 
 def may_replace(folder: Path, marker: str, fields: Collection[str]) -> bool:
-    """Say whether a folder may be written: it does not exist, is empty, or is one of its kind, whatever version.
+    """Return whether a folder may be written: it does not exist, is empty, or is of the same kind, of any version.
 
     Args:
-        folder: what would be replaced, with all that lies in it.
-        marker: a JSON file that each of its kind holds. Its name alone tells nothing: many programs write a
+        folder: the folder that would be replaced with all its content.
+        marker: a JSON file that every folder of the kind holds. Its name is not sufficient: many programs write a
             `manifest.json` or `config.json`.
-        fields: of the object in it.
+        fields: names that the object in the marker must have.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
@@ -30,19 +30,19 @@ def may_replace(folder: Path, marker: str, fields: Collection[str]) -> bool:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder atomically; one that is already there is replaced (ask `may_replace` first).
+    """Write a folder atomically, replacing an existing one (check `may_replace` first).
 
-    Everything goes to a hidden sibling folder first, is fsynced, and takes the name in one rename. An old folder of
-    that name is moved aside just before and deleted just after. If anything fails, the old one is still there and the
-    temporary folder is gone. What a killed process leaves behind, the next writer of that name removes; where it was
-    killed between the two renames, the old folder is put back first.
+    The content goes to a hidden sibling folder, is fsynced, and gets its name in one rename. An existing folder of that
+    name is moved aside just before and deleted just after. If anything fails, the existing folder is kept and the
+    temporary folder is removed. The next writer of that name removes the leftovers of a killed process; if the process
+    was killed between the two renames, the writer first restores the old folder.
 
     Args:
-        folder: where it shall be; missing parents are made.
-        write: called once with the empty temporary folder, to fill it; whatever it raises goes on to the caller.
+        folder: the folder to write; missing parents are created.
+        write: called once with the empty temporary folder, to fill it; its exceptions are passed on.
 
     Raises:
-        OSError: it cannot be written, for one because the disk is full; names `folder`.
+        OSError: the folder cannot be written, for example because the disk is full; names `folder`.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The checkpoint folder: `config.json` says what the network is, `model.safetensors` holds its float32 EMA weights.
+"""The checkpoint folder: `config.json` describes the network, `model.safetensors` holds its float32 EMA weights.
 
-A folder appears whole or not at all (`formats.atomic_folder`). Reading never runs code from a file. What needs no
-network, `config.json` and the hash, is read by `formats.checkpoint_config`, without torch.
+Folders are written atomically (`formats.atomic_folder`). Reading never runs code from a file. To read `config.json` or
+the hash without torch, use `formats.checkpoint_config`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def build_network(config: AnyCheckpointConfig) -> UNet | Classifier:
-    """Build the network of a checkpoint on the current default device, with untrained weights."""
+    """Build the network of a configuration on the default device, with untrained weights."""
     if isinstance(config, CheckpointConfig):
         return UNet(config.model)
     return Classifier(config.model)
@@ -57,31 +57,32 @@ def write_checkpoint(
     weights: Mapping[str, Tensor],
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder atomically (`write_folder`); a checkpoint that is already there is replaced.
+    """Write a checkpoint folder atomically (`write_folder`), replacing an existing checkpoint.
 
     Args:
-        folder: where the checkpoint shall be; missing parents are made.
-        config: what `config.json` will say.
+        folder: the folder to write; missing parents are created.
+        config: the content of `config.json`.
         weights: the network's state dict, on any device; stored in float32.
         extra: called with the temporary folder before the rename, to add files (the trainer's `state/`).
 
     Raises:
-        CheckpointError: weights that do not fit the configuration, a configuration JSON cannot hold, or a target
-            that exists and is no checkpoint. Nothing has been written then.
+        CheckpointError: the weights do not fit the configuration, JSON cannot hold the configuration, or the target
+            exists and is not a checkpoint. Nothing is written in these cases.
+        OSError: as for `write_folder`.
     """
     folder = folder.resolve()
     text = config_json(config)
     if problems := shape_differences(expected_shapes(config), shapes_of(weights)):
         raise CheckpointError(f"{folder}: weights do not fit the configuration: {'; '.join(problems)}")
     if not may_replace(folder, CONFIG_FILE, ("model", "diffusion")):
-        raise CheckpointError(f"{folder} exists and is no checkpoint folder; it was left alone")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint folder; it was not changed")
 
     def write(temporary: Path) -> None:
         save_file({name: _plain(tensor) for name, tensor in weights.items()}, temporary / WEIGHTS_FILE)
         if extra is not None:
             extra(temporary)
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-        # safetensors makes its file readable for its owner only; a service may run as somebody else
+        # safetensors makes its file readable by its owner only; a service may run as another user
         (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
 
     write_folder(folder, write)
@@ -95,11 +96,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read `model.safetensors` of a checkpoint folder: float32 tensors on the CPU, by name.
 
     Raises:
-        CheckpointError: no such file, a truncated or damaged one, or a tensor that is not floating point.
+        CheckpointError: the file is missing, truncated or damaged, or holds a tensor that is not floating point.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no {path.name}")
+        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no {path.name}")
     return read_safetensors(path)
 
 
@@ -107,18 +108,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file: float32 tensors on the CPU, by name.
 
     Raises:
-        CheckpointError: a truncated or damaged file, one that cannot be read, or a tensor that is not floating point.
+        CheckpointError: the file is truncated, damaged or unreadable, or holds a tensor that is not floating point.
     """
     try:
         if problem := describe_wrong_content(path):
             raise CheckpointError(f"{path} {problem}")
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or not readable by this user: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file, or not readable by this user: {error}") from error
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} must be floating point; got {tensor.dtype}")
-    # A copy of its own memory: the file is mapped, and its tensors are aligned to 8 bytes only.
+    # Copy: tensors of the mapped file are aligned to 8 bytes only.
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
 
 
@@ -126,11 +127,11 @@ def load_unet(folder: Path) -> tuple[CheckpointConfig, UNet]:
     """Rebuild the UNet of a checkpoint folder: on the CPU, in eval mode, without gradients.
 
     Raises:
-        CheckpointError: a folder that cannot be read, that holds a classifier, or whose weights do not fit.
+        CheckpointError: the folder cannot be read or holds a classifier, or its weights do not fit.
     """
     config = read_config(folder)
     if not isinstance(config, CheckpointConfig):
-        raise CheckpointError(f"{folder} holds a {config.kind}; a checkpoint of kind 'unet' is needed here")
+        raise CheckpointError(f"{folder} must hold a checkpoint of kind 'unet'; got {config.kind!r}")
     with torch.device("meta"):
         network = UNet(config.model)
     _load(network, folder)
@@ -141,11 +142,11 @@ def load_classifier(folder: Path) -> tuple[ClassifierCheckpointConfig, Classifie
     """Rebuild the classifier of a checkpoint folder: on the CPU, in eval mode, without gradients for its weights.
 
     Raises:
-        CheckpointError: a folder that cannot be read, that holds a UNet, or whose weights do not fit.
+        CheckpointError: the folder cannot be read or holds a UNet, or its weights do not fit.
     """
     config = read_config(folder)
     if not isinstance(config, ClassifierCheckpointConfig):
-        raise CheckpointError(f"{folder} holds a {config.kind}; a checkpoint of kind 'classifier' is needed here")
+        raise CheckpointError(f"{folder} must hold a checkpoint of kind 'classifier'; got {config.kind!r}")
     with torch.device("meta"):
         network = Classifier(config.model)
     _load(network, folder)
@@ -153,10 +154,10 @@ def load_classifier(folder: Path) -> tuple[ClassifierCheckpointConfig, Classifie
 
 
 def load_guide(folder: Path, model: CheckpointConfig) -> tuple[ClassifierCheckpointConfig, Classifier] | None:
-    """Rebuild the classifier that guides a checkpoint's model, as `load_classifier`; None where there is none.
+    """Rebuild the classifier that guides a checkpoint's model, as `load_classifier`; return None if there is none.
 
     Raises:
-        CheckpointError: as `load_classifier`; also a classifier that does not fit the model.
+        CheckpointError: as `load_classifier`; also if the classifier does not fit the model.
     """
     found = find_classifier(folder)
     if found is None:
@@ -176,7 +177,7 @@ def _load(network: UNet | Classifier, folder: Path) -> None:
 
 
 def shape_differences(expected: Shapes, found: Shapes) -> list[str]:
-    """Summarise how weights differ from what a network needs, in at most three phrases; empty where they fit."""
+    """Summarise how weights differ from those of a network, in at most three phrases; empty if they fit."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     reshaped = [

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says without its network, and without torch: its `config.json`, and a hash of it all."""
+"""Read a checkpoint folder's `config.json` and compute its hash, without building the network and without torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ KINDS: dict[str, type[CheckpointConfig] | type[ClassifierCheckpointConfig]] = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be written or read; the message names the file, the field and the rule."""
+    """A checkpoint folder cannot be written or read; the message names the file, the field and the rule."""
 
 
 def read_config(folder: Path) -> AnyCheckpointConfig:
     """Read `config.json` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no such file, not JSON, another format version, an unknown kind, or a field that is missing,
-            unknown or out of range; the message names the file and the field.
+        CheckpointError: the file is missing or not JSON, has another format version or an unknown kind, or a field is
+            missing, unknown or out of range; the message names the file and the field.
     """
     path = folder / CONFIG_FILE
     content = _read_object(path)
@@ -55,7 +55,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = path.parent / "model"  # of a training run
         hint = f"; {inside} is one" if (inside / CONFIG_FILE).is_file() else ""
-        raise CheckpointError(f"{path.parent} is no checkpoint folder: it has no {path.name}{hint}") from error
+        raise CheckpointError(f"{path.parent} is not a checkpoint folder: it has no {path.name}{hint}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
@@ -63,7 +63,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """Say which fields of a configuration are wrong, and why, in one line."""
+    """Return one line that names the invalid fields of a configuration and the reasons."""
     problems = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])
@@ -77,7 +77,7 @@ def config_json(config: AnyCheckpointConfig) -> str:
     """Return the text of a `config.json`.
 
     Raises:
-        CheckpointError: a configuration that JSON cannot hold.
+        CheckpointError: JSON cannot hold the configuration.
     """
     try:
         return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -86,16 +86,16 @@ def config_json(config: AnyCheckpointConfig) -> str:
 
 
 def checkpoint_sha256(folder: Path) -> str:
-    """Hash what determines a checkpoint's pictures: its weights file, and model and diffusion of its configuration.
+    """Return a hash of what determines a checkpoint's pixels: its weights file, and its model and diffusion fields.
 
-    Class names, provenance and sampling defaults do not count, nor do fields at their defaults (so that a field
-    added to the format later, whose default means what was so before, changes no hash).
+    Class names, provenance and sampling defaults are not included. Fields at their defaults are not included either:
+    a field added to the format later, whose default keeps the earlier behaviour, does not change the hash.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        CheckpointError: a folder that cannot be read.
+        CheckpointError: the folder cannot be read.
     """
     config = read_config(folder)
     described = config.model_dump(mode="json", include={"model", "diffusion"}, exclude_defaults=True)
@@ -104,5 +104,5 @@ def checkpoint_sha256(folder: Path) -> str:
         with (folder / WEIGHTS_FILE).open("rb") as file:
             weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no {WEIGHTS_FILE}") from error
+        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no {WEIGHTS_FILE}") from error
     return hashlib.sha256(f"{canonical}\n{weights_hash}".encode()).hexdigest()

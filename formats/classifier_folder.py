@@ -1,11 +1,11 @@
-"""The noisy classifier that guides a model: a folder `classifier` inside the model's folder, and of its kind.
+"""The noisy classifier that guides a model: a folder `classifier` inside the model's checkpoint or artifact folder.
 
     MODEL/                        a checkpoint of a UNet
-    MODEL/classifier/             a checkpoint of a noisy classifier: what guides the model
+    MODEL/classifier/             a checkpoint of the noisy classifier that guides the model
     MODEL/artifact/               the UNet's artifact
     MODEL/artifact/classifier/    the classifier's artifact
 
-Its presence is what says that the model can be guided by a classifier. Nothing here needs PyTorch or a runtime.
+Classifier guidance is available for a model if the folder exists. Nothing here needs PyTorch or a runtime.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ CLASSIFIER_FOLDER = "classifier"
 
 
 def find_classifier(folder: Path) -> Path | None:
-    """Return the classifier's folder of a model folder; None where there is none."""
+    """Return the classifier folder inside a model folder; None if there is none."""
     classifier = folder / CLASSIFIER_FOLDER
     return classifier if classifier.is_dir() else None
 
 
 def misfit(model: CheckpointConfig, classifier: ClassifierCheckpointConfig) -> str | None:
-    """Say why a classifier cannot guide a model; None: it can.
+    """Return why a classifier cannot guide a model; None if it can.
 
-    Their noise schedules are not compared: OpenAI's samplers never look at the classifier's, and of its 64x64 pair of
-    published files the flags of the two differ.
+    Noise schedules are not compared: OpenAI's samplers do not read the classifier's, and the flags of its published
+    64x64 model and classifier differ.
     """
     pairs = {
         "image_size": (model.model.image_size, classifier.model.image_size),
@@ -46,5 +46,5 @@ def misfit(model: CheckpointConfig, classifier: ClassifierCheckpointConfig) -> s
 
 
 def _timestep_range(diffusion: DiffusionConfig) -> int:
-    """Return what the timesteps that a network is told stay below: the classifier is told what the network is."""
+    """Return the upper limit of a network's timestep inputs; a classifier gets the inputs of the model it guides."""
     return 1000 if diffusion.rescale_timesteps else diffusion.num_timesteps

@@ -1,6 +1,6 @@
-"""Errors of the disk (full, quota, read-only, broken) as one OSError with the path, whichever library met them.
+"""Convert disk errors (full, quota, read-only, broken) of all libraries to an OSError with the path.
 
-safetensors raises a class of its own, zip files bury the cause below a second error, and the OSError of a write names
+safetensors raises its own class, zip files raise a second error that hides the cause, and the OSError of a write names
 no file.
 """
 
@@ -15,15 +15,18 @@ from pathlib import Path
 
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _NUMBER = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
-"""How libraries written in Rust write an error of the operating system."""
+"""Format of an operating system error in libraries written in Rust."""
 
 
 @contextmanager
 def disk_errors_name(path: Path) -> Iterator[None]:
-    """Let every error of the disk that is raised inside be an OSError that names a path.
+    """Convert disk errors raised inside to an OSError that names a path.
 
     Args:
-        path: what is being written; named where the error names no file itself.
+        path: the file or folder being written; used if the error names no file.
+
+    Raises:
+        OSError: a disk error was raised inside; other exceptions are passed on.
     """
     try:
         yield
@@ -36,7 +39,7 @@ def disk_errors_name(path: Path) -> Iterator[None]:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """Return the number of an OSError without a file name, or of the disk's error behind another exception."""
+    """Return the number of an OSError, or of the disk error that caused another exception; None if there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     while error is not None:

@@ -1,4 +1,4 @@
-"""What a file holds instead of what it should: a Git LFS pointer, a web page, nothing, half of a download."""
+"""Recognise files with wrong content: Git LFS pointers, web pages, empty files, truncated downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 HEAD_BYTES = 512
 LONGEST_QUOTE = 60
 MAX_HEADER_BYTES = 100 << 20
-"""Of a safetensors file; the library's own limit."""
+"""Longest header of a safetensors file; the library's own limit."""
 
 _ARCHIVES = {
     b"\x1f\x8b": "gzip",
@@ -25,29 +25,29 @@ _ARCHIVES = {
 
 
 def describe_wrong_content(path: Path, *, may_be_text: bool = False) -> str | None:
-    """Describe content that no weights, graph or configuration has, as the rest of a sentence about the file.
+    """Describe content that cannot be weights, a graph or a configuration.
 
     Args:
         path: the file.
-        may_be_text: whether a short text may be what it should hold.
+        may_be_text: whether a short text may be valid content.
 
     Returns:
-        For example "is empty"; None where the content is none of those known here.
+        The predicate of a sentence about the file, such as "is empty"; None if no wrong content was recognised.
 
     Raises:
         OSError: the file cannot be read.
     """
     if path.exists() and not path.is_file():
-        return "is no regular file"  # opening a named pipe would wait for a writer for ever
+        return "is not a regular file"  # opening a named pipe would block until it has a writer
     with path.open("rb") as file:
         head, size = file.read(HEAD_BYTES), os.fstat(file.fileno()).st_size
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         return "is empty"
     if text.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file that it stands for: run git lfs pull in its repository"
+        return "is a Git LFS pointer: run git lfs pull in its repository to get the file"
     if text[:1] == b"<":
-        return "is a web page (HTML or XML), not the file that it is called: download it again, and look at the page"
+        return "is a web page (HTML or XML), perhaps an error of the download: open it to see why, and download again"
     for magic, name in _ARCHIVES.items():
         if head.startswith(magic):
             return f"is packed ({name}): unpack it first"
@@ -56,15 +56,15 @@ def describe_wrong_content(path: Path, *, may_be_text: bool = False) -> str | No
     if head.startswith(b"PK\x03\x04"):
         return _wrong_zip(path, size)
     if (wanted := safetensors_size(path)) is not None:
-        return None if size == wanted else f"is truncated or damaged: it has {size} bytes, and should have {wanted}"
+        return None if size == wanted else f"is truncated or damaged: it has {size} bytes instead of {wanted}"
     if size < HEAD_BYTES and not may_be_text and _is_text(head):
         quote = " ".join(head.decode("utf-8", "replace").split())[:LONGEST_QUOTE]
-        return f"is a short text, not the file that it is called: {quote!r}"
+        return f"holds only a short text: {quote!r}"
     return None
 
 
 def safetensors_size(path: Path) -> int | None:
-    """Return how long a safetensors file must be by its header; None for a file that does not begin like one."""
+    """Return the size in bytes that a safetensors file must have according to its header; None for other files."""
     with path.open("rb") as file:
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
@@ -72,7 +72,7 @@ def safetensors_size(path: Path) -> int | None:
             return None
         header = b"{" + file.read(length - 1)
     if len(header) < length:
-        return 8 + length  # and more
+        return 8 + length  # a lower bound; the header is cut off
     try:
         entries: dict[str, Any] = json.loads(header)
         ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
@@ -82,7 +82,7 @@ def safetensors_size(path: Path) -> int | None:
 
 
 def damaged_part(path: Path) -> str | None:
-    """Return the first part of a zip archive whose checksum is not that of its content; `torch.load` looks at none.
+    """Return the first part of a zip archive whose checksum is wrong, or None; `torch.load` does not check them.
 
     Raises:
         OSError: the file cannot be read.
@@ -102,7 +102,7 @@ def _wrong_zip(path: Path, size: int) -> str | None:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return "is a damaged zip archive; download it again"
-    if any(name.endswith(("/data.pkl", ".npy")) for name in names):  # of torch.save, and numpy's npz
+    if any(name.endswith(("/data.pkl", ".npy")) for name in names):  # written by torch.save, or numpy's npz
         return None
     return f"is a zip archive of {len(names)} files ({', '.join(names[:2])}, ...): unpack it first"
 

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, with or without captions, and their encodings."""
+"""Image files: grids of images, with or without captions, and their encodings."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ def encode(
     quality: int | None = None,
     compression: int | None = None,
 ) -> bytes:
-    """Encode one image [H, W, 1, 3 or 4 channels], uint8: losslessly, but for JPEG, which takes no 4 channels.
+    """Encode one image: JPEG is lossy, the other formats are lossless.
 
     Args:
-        pixels: the image.
-        picture_format: what to make of it.
+        pixels: uint8 [H, W, C] with C = 1, 3 or 4; JPEG does not support 4.
+        picture_format: the format.
         quality: of JPEG, 1..100; None: 90.
-        compression: of the others, 0 (fast) .. 9 (small): the pixels are the same; None: the encoder's default.
+        compression: of the other formats, 0 (fast) .. 9 (small); does not change the pixels. None: the encoder's
+            default.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: unsupported number of channels.
     """
     options: dict[str, Any] = {}
     if picture_format == "jpeg":
-        options = {"quality": quality or JPEG_QUALITY, "subsampling": 0}  # as many colours as pixels
+        options = {"quality": quality or JPEG_QUALITY, "subsampling": 0}  # no chroma subsampling
     elif picture_format == "webp":
         options = {"lossless": True, "exact": True}
         if compression is not None:
-            options |= {"quality": 100 * compression // 9, "method": 6 * compression // 9}  # lossless: efforts
+            options |= {
+                "quality": 100 * compression // 9,
+                "method": 6 * compression // 9,
+            }  # both mean effort if lossless
     elif compression is not None:
         options = {"compress_level": compression}
     buffer = io.BytesIO()
@@ -51,10 +58,10 @@ def encode(
 
 
 def grid(images: Uint8Array, columns: int | None = None) -> Uint8Array:
-    """Lay images [N, H, W, C] out row by row, with thin white gaps.
+    """Arrange images row by row in a grid, with thin white gaps.
 
     Args:
-        images: uint8, at least one.
+        images: uint8 [N, H, W, C], N at least 1.
         columns: images per row; None: as square as possible.
 
     Returns:
@@ -70,7 +77,7 @@ def grid(images: Uint8Array, columns: int | None = None) -> Uint8Array:
 
 
 def grid_size(count: int, height: int, width: int, columns: int | None = None) -> tuple[int, int]:
-    """Return height and width of a `grid` of images of one size."""
+    """Return height and width in pixels of a `grid` of `count` images of `height` x `width`."""
     columns = _columns(count, columns)
     rows = -(-count // columns)
     return rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP
@@ -81,7 +88,10 @@ def _columns(count: int, columns: int | None) -> int:
 
 
 def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:
-    """Shrink an image [H, W, C] by the smallest whole factor that makes it fit, averaging; what fits is left alone."""
+    """Shrink an image, uint8 [H, W, C], by averaging, with the smallest integer factor that makes it fit.
+
+    An image whose sides are at most `longest_side` pixels is not changed.
+    """
     height, width, channels = pixels.shape
     factor = -(-max(height, width) // longest_side)
     rows, columns = height // factor, width // factor
@@ -90,9 +100,13 @@ def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:
 
 
 def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Image.Image:
-    """Draw one captioned row of images [n, H, W, C] per entry, enlarged by a whole factor.
+    """Draw one captioned row of images per entry, enlarged by an integer factor.
 
-    Channels that are neither grey nor RGB are drawn side by side, each in grey.
+    The channels of images that are neither grey nor RGB are drawn side by side, each in grey.
+
+    Args:
+        rows: pairs of a caption and images, uint8 [n, H, W, C].
+        scale: the factor.
     """
     font = ImageFont.load_default(CAPTION_HEIGHT - 3)
     label_width = max(int(font.getlength(caption)) for caption, _ in rows) + 8
@@ -110,7 +124,7 @@ def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Im
 
 
 def _channels_apart(images: Uint8Array) -> Uint8Array:
-    """Return images [n, H, W, C] of a C other than 1 and 3 as grey ones [n, H, C * W, 1]."""
+    """Return images [n, H, W, C] as grey images [n, H, C * W, 1], unless C is 1 or 3."""
     if images.shape[-1] in (1, 3):
         return images
     return np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)

@@ -1,4 +1,4 @@
-"""JSON files that hold an object, as all of our folders' descriptions do."""
+"""JSON files that hold an object, such as `config.json` and `manifest.json`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from formats.file_content import describe_wrong_content
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        OSError: it is not there, or cannot be read.
-        ValueError: it is not JSON, or no object; the message names the file.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the file is not valid JSON, or does not hold an object; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

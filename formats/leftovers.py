@@ -1,7 +1,7 @@
-"""What a killed process leaves of an atomic write, and how the next writer tells it from one that is under way.
+"""Temporary files and folders of atomic writes, and removal of those left by killed processes.
 
-A write in progress goes to `.NAME.new-RANDOM` beside NAME, which its writer holds locked; the lock ends with the
-process. Where the file system has no locks, nothing is taken for left over.
+A write in progress goes to `.NAME.new-RANDOM` beside NAME. Its writer holds a lock on it, which ends with the process:
+an unlocked temporary is a leftover. On a file system without locks, nothing is removed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ from pathlib import Path
 from formats.disk_errors import disk_errors_name
 
 LOCK_SECONDS = 2.0
-"""Longest wait for a lock; who holds one longer is no writer of ours."""
+"""Longest wait for a lock; our writers hold locks for milliseconds only."""
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a new name beside a path, to write what shall take its place."""
+    """Return a new name beside a path, for the content that will replace it."""
     return path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
 
 
 def aside_name(path: Path) -> Path:
-    """Return a new name beside a folder, to move it to while another one takes its place."""
+    """Return a new name beside a path, for moving it aside while it is replaced."""
     return path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
 def temporary_for(path: Path, make: Callable[[Path], None], remove: Callable[[Path], object]) -> Iterator[Path]:
-    """Make a temporary file or folder beside a path, which whoever fills it renames in the end.
+    """Create a temporary file or folder beside a path; the caller fills it and renames it to the path.
 
-    What killed writers left is removed first; if anything fails inside, so is the temporary one.
+    Leftovers of killed writers are removed first. If an exception is raised inside, the temporary is removed.
 
     Args:
-        path: what shall be written; errors of the disk name it.
-        make: makes the temporary file or folder.
-        remove: removes it, whole or not.
+        path: the file or folder to write; disk errors name it.
+        make: creates the temporary file or folder.
+        remove: removes it, complete or not.
+
+    Yields:
+        The path of the temporary file or folder.
     """
     remove_leftovers(path)
     temporary = temporary_name(path)
@@ -55,7 +58,7 @@ def temporary_for(path: Path, make: Callable[[Path], None], remove: Callable[[Pa
 
 @contextmanager
 def made_and_held(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
-    """Make a temporary file or folder, and hold it locked, so that no other writer takes it for left over."""
+    """Create a temporary file or folder and hold a lock on it, so that no other writer removes it as a leftover."""
     with renaming_in(path.parent):
         make(path)
         descriptor = os.open(path, os.O_RDONLY)
@@ -68,10 +71,10 @@ def made_and_held(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
 
 @contextmanager
 def renaming_in(folder: Path) -> Iterator[bool]:
-    """Keep others that rename or clean up in a folder waiting, which takes them milliseconds.
+    """Lock a folder, so that other writers wait before they rename or clean up in it. Locks are held for milliseconds.
 
     Yields:
-        Whether that is so: not where the file system has no locks, or somebody else holds this one.
+        Whether the lock was acquired; False if the file system has no locks, or the wait took over LOCK_SECONDS.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -81,9 +84,9 @@ def renaming_in(folder: Path) -> Iterator[bool]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of a path left beside it.
+    """Remove the leftovers of killed writers beside a path.
 
-    Of a writer that was killed between its two renames, the old folder takes its name again.
+    If a writer was killed between its two renames, the old folder is renamed back.
     """
     if not path.parent.is_dir() or not _leftovers(path):
         return
@@ -100,7 +103,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """Return what is, or was, being written for a path, new ones first."""
+    """Return the temporary files and folders of a path, in use or not; `.new-` before `.old-`."""
     begin = (f".{path.name}.new-", f".{path.name}.old-")
     return sorted(left for left in path.parent.iterdir() if left.name.startswith(begin) and not left.is_symlink())
 

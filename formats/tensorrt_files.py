@@ -1,14 +1,14 @@
-"""Engines of TensorRT as files: what they are called, what is known of each, and which may be used.
+"""TensorRT engine files: their names, their records, and the checks before use.
 
-They lie in the artifact, by GPU, TensorRT version and batch size (`bucket` in the record, which is a file):
+Engines are stored in the artifact by GPU, TensorRT version and batch size (field `bucket` of the record):
 
     tensorrt/sm89-rtx-1.7.1.116/4.plan         the engine for a batch of 4
-    tensorrt/sm89-rtx-1.7.1.116/4.json         its record, written last: a plan without one is no engine
-    tensorrt/nvidia-h200-sm90-10.13.3.9/...    of the data-centre package, which builds for one model of GPU
+    tensorrt/sm89-rtx-1.7.1.116/4.json         its record, written last: a plan without a record is not used
+    tensorrt/nvidia-h200-sm90-10.13.3.9/...    of the data-centre package, whose engines run on one GPU model
     tensorrt/nvidia-h200-sm90-10.13.3.9/timing.cache
 
-An engine is code that TensorRT runs. Its hash protects from damage and mix-ups, not from somebody who may write into
-the folder. Nothing here needs TensorRT, a GPU or PyTorch.
+An engine is code that TensorRT runs. Its hash protects against damage and mix-ups, not against a user with write
+access to the folder. Nothing here needs TensorRT, a GPU or PyTorch.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ DATA_FILE = f"{MODEL_FILE}.data"
 
 
 class Target(FrozenConfig):
-    """What an engine is built for. An engine runs on no other."""
+    """The GPU and package that an engine is built for. An engine runs on no other target."""
 
     flavour: Flavour
     version: str = Field(pattern=r"^[0-9A-Za-z.+]+$")
-    """Of the package: TensorRT loads engines of its own version only."""
+    """Version of the package: TensorRT loads engines of its own version only."""
     compute_capability: str = Field(pattern=r"^sm\d{2,3}$")
-    """Such as sm89."""
+    """For example sm89."""
     gpu: str | None = None
     """Name of the GPU; None with TensorRT-RTX, whose engines run on all GPUs of a compute capability."""
 
     @classmethod
     def of_device(cls, flavour: Flavour, version: str, capability: tuple[int, int], gpu: str) -> Self:
-        """Return the target that a GPU is, by its compute capability and name."""
+        """Return the target of a GPU from its compute capability and name."""
         sm = f"sm{capability[0]}{capability[1]}"
         return cls(flavour=flavour, version=version, compute_capability=sm, gpu=gpu if flavour == "tensorrt" else None)
 
     @property
     def name(self) -> str:
-        """Name of the folder, from letters, digits, dots and dashes."""
+        """Name of the folder, made of letters, digits, dots and dashes."""
         flavour = "rtx-" if self.flavour == "tensorrt_rtx" else ""
         gpu = "" if self.gpu is None else re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-") + "-"
         return f"{gpu}{self.compute_capability}-{flavour}{self.version}"
@@ -63,7 +63,7 @@ class Target(FrozenConfig):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an engine must be to stand for a graph on a GPU."""
+    """The properties that an engine needs to be used for a graph on a GPU."""
 
     target: Target
     precision: Precision
@@ -72,53 +72,53 @@ class Wanted:
 
 
 class EngineRecord(FrozenConfig):
-    """What is known of an engine; the content of `<bucket>.json`."""
+    """The description of an engine; the content of `<bucket>.json`."""
 
     format_version: Literal[1] = 1
     target: Target
     bucket: int = Field(ge=1)
-    """Rows of its inputs."""
+    """Batch size of its inputs."""
     precision: Precision
-    """What the graph computes in."""
+    """Precision in which the graph computes."""
     onnx_sha256: Sha256
-    """Of the graph it was built from; see `graph_sha256`."""
+    """Hash of the graph it was built from, see `graph_sha256`."""
     plan: FileEntry
     flags: tuple[str, ...] = ()
-    """Of the builder, by TensorRT's names."""
+    """Builder flags, by TensorRT's names."""
     workspace_bytes: int = Field(ge=0)
-    """Most scratch memory its kernels may take."""
+    """Limit of the scratch memory of its kernels, in bytes."""
     parity: NetworkParity | None = None
-    """Its measured distance from PyTorch; None: never measured."""
+    """Measured error against PyTorch; None: not measured."""
 
 
 BuildEngines = Callable[[Path, Target, tuple[int, ...]], None]
-"""Build engines: for an artifact folder, a target, batch sizes. The service is given one where it may build."""
+"""(artifact folder, target, batch sizes): build missing engines. The service gets one if it is allowed to build."""
 
 
 def graph_sha256(files: Mapping[str, FileEntry]) -> str:
-    """Hash a graph of some files by name: `model.onnx`, with `model.onnx.data` where it has one."""
+    """Return the hash of a graph from its files by name: `model.onnx`, and `model.onnx.data` if there is one."""
     digests = [files[name].sha256 for name in (MODEL_FILE, DATA_FILE) if name in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def engine_folder(artifact: Path, target: Target) -> Path:
-    """Return where an artifact's engines for a target lie."""
+    """Return the folder of an artifact's engines for a target."""
     return artifact / FOLDER / target.name
 
 
 def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write an engine beside the graph it was built from: the plan, and then its record; each appears whole.
+    """Write an engine into an artifact: first the plan, then its record, each atomically.
 
     Args:
         artifact: the artifact folder.
         plan: the serialised engine, which `record.plan` describes.
-        record: where it belongs, and what it is.
+        record: the engine's target and description.
 
     Returns:
         The plan's path.
 
     Raises:
-        EngineError: a record of another plan.
+        EngineError: the record describes another plan.
     """
     if record.plan != entry_of(plan):
         raise EngineError(f"the record of bucket {record.bucket} describes another plan")
@@ -132,24 +132,24 @@ def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
 
 
 def read_engine(artifact: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRecord, bytes]:
-    """Read an engine, and refuse one that is not exactly what is wanted.
+    """Read an engine and check that it is what is wanted.
 
     Returns:
-        Its record, and the very bytes that were checked.
+        Its record, and its checked content.
 
     Raises:
-        EngineError: no such engine, or one that is damaged, stale or foreign; says which, and why.
+        EngineError: the engine is missing, damaged, stale or built for another target; names the file and the reason.
     """
     record = _read_record(artifact, wanted, batch_size)
     path = _paths(engine_folder(artifact, wanted.target), batch_size)[0]
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan.sha256:
-        raise EngineError(f"{path} is damaged, or another file: its sha256 is not that of its record")
+        raise EngineError(f"{path} is damaged or was replaced: its sha256 differs from its record's")
     return record, plan
 
 
 def unusable_engines(artifact: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, str]:
-    """Return the batch sizes whose engine is missing or would be refused, each with the reason."""
+    """Return the batch sizes whose engine is missing or fails the checks, each with the reason."""
     reasons = {}
     for batch_size in batch_sizes:
         try:
@@ -160,7 +160,7 @@ def unusable_engines(artifact: Path, wanted: Wanted, batch_sizes: Iterable[int])
 
 
 def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None:
-    """Say why an engine of that record cannot stand for what is wanted; None: it can."""
+    """Return why an engine with that record cannot be used; None if it can."""
     if record.target != wanted.target:
         return f"was built for {record.target.name}, and this is {wanted.target.name}"
     if record.bucket != batch_size:
@@ -168,24 +168,24 @@ def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None
     if record.onnx_sha256 != wanted.onnx_sha256:
         return f"is stale: it was built from another graph ({record.onnx_sha256[:12]}...) than {MODEL_FILE} is now"
     if record.precision != wanted.precision:
-        return f"computes in {record.precision}, and the artifact says {wanted.precision}"
+        return f"computes in {record.precision}, and the artifact in {wanted.precision}"
     if record.parity is not None and not record.parity.passed:
-        return f"is too far from PyTorch: {record.parity.worst:.1e}, where {record.parity.limit:.1e} is allowed"
+        return f"is too far from PyTorch: relative error {record.parity.worst:.1e}, limit {record.parity.limit:.1e}"
     return None
 
 
 def record_parity(artifact: Path, wanted: Wanted, batch_size: int, parity: NetworkParity) -> None:
-    """Note how far an engine is from PyTorch; from then on one outside the limit is refused.
+    """Record an engine's measured parity; if it is outside the limit, the engine is rejected from then on.
 
     Raises:
-        EngineError: an engine that is refused already.
+        EngineError: as for `read_engine`.
     """
     record, _ = read_engine(artifact, wanted, batch_size)
     _write_record(engine_folder(artifact, wanted.target), record.replace(parity=parity))
 
 
 def entry_of(content: bytes) -> FileEntry:
-    """Measure and hash what is to be a file."""
+    """Return the size and hash of a file's content."""
     return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
@@ -199,12 +199,12 @@ def _write_record(folder: Path, record: EngineRecord) -> None:
 
 
 def _read_record(artifact: Path, wanted: Wanted, batch_size: int) -> EngineRecord:
-    """Read a record; refuse it, or a plan beside it that is not even of the right size."""
+    """Read and check a record; of the plan, check only that it exists and has the recorded size."""
     folder = engine_folder(artifact, wanted.target)
     path, record_path = _paths(folder, batch_size)
     for file in (record_path, path):
         if file.is_symlink():
-            raise EngineError(f"{file} is a link; engines must lie in the artifact")
+            raise EngineError(f"{file} is a link; engines must be regular files in the artifact")
     if not record_path.is_file():
         raise EngineError(_missing(artifact, folder, batch_size))
     try:
@@ -225,5 +225,5 @@ def _read_record(artifact: Path, wanted: Wanted, batch_size: int) -> EngineRecor
 
 def _missing(artifact: Path, folder: Path, batch_size: int) -> str:
     others = sorted(path.name for path in (artifact / FOLDER).glob("*") if path.is_dir() and path != folder)
-    note = f"; there are some for {', '.join(others)}, which cannot be used here" if others else ""
+    note = f"; the engines for {', '.join(others)} cannot be used here" if others else ""
     return f"{folder} has no engine for batches of {batch_size}{note}"

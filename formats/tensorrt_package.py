@@ -1,7 +1,7 @@
-"""The package with TensorRT's Python API: which one is installed, and its logger. Nothing here imports it.
+"""The package with TensorRT's Python API: find the installed one, and its logger. Nothing here imports it.
 
-Two packages have one API: `tensorrt` for GPUs of data centres, `tensorrt_rtx` for RTX cards. Who builds or runs engines
-imports the installed one by its name, and hands the module on.
+Two packages have the same API: `tensorrt` for data-centre GPUs, `tensorrt_rtx` for RTX cards. Code that builds or runs
+engines imports the installed one by its name and passes the module on.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ log = logging.getLogger(__name__)
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 EXTRAS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-"""The packages, the one that is taken where both are installed first, and the extra of ours that installs each."""
+"""The extra of iddpm that installs each package; the first package is preferred if both are installed."""
 
 
 class EngineError(ValueError):
-    """An engine of TensorRT that cannot be built or used; the message names the file and the reason."""
+    """A TensorRT engine cannot be built or used; the message names the file and the reason."""
 
 
 def installed_flavour() -> Flavour:
-    """Return the name of the package that is installed.
+    """Return the name of the installed package.
 
     Raises:
-        EngineError: there is none; says what to install.
+        EngineError: none is installed; the message has the install command.
     """
     for flavour in EXTRAS:
         spec = importlib.util.find_spec(flavour)
-        # A folder `tensorrt` on the path, such as an artifact's, would pass for a package without a file.
+        # A folder `tensorrt` on the path, such as an artifact's, is found as a namespace package without a file.
         if spec is not None and spec.origin is not None:
             return flavour
     installs = " or, for RTX cards, ".join(install_command(extra) for extra in EXTRAS.values())
@@ -41,10 +41,10 @@ def installed_flavour() -> Flavour:
 
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """Return the process's logger for a package, an `ILogger`: TensorRT holds on to the first one it is given.
+    """Return the process's logger for a package, an `ILogger`: TensorRT keeps the first logger it gets.
 
-    Warnings go to logging as information: most are about TensorRT itself. Errors are kept, in `errors`, until somebody
-    clears them; `said()` is how they end an exception's message.
+    Warnings are logged at level INFO, because most are about TensorRT itself. Errors are kept in `errors` until the
+    caller clears them; `said()` formats them for the end of an exception's message.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # a class of an untyped module

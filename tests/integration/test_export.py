@@ -445,7 +445,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
     result = run_script(script)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     assert not out.exists()
-    with pytest.raises(ArtifactError, match="is no artifact folder"):
+    with pytest.raises(ArtifactError, match="is not an artifact folder"):
         read_artifact(out)
     left = [path for path in checkpoint.iterdir() if path.is_dir()]
     assert [path.name.startswith(".artifact.new-") for path in left] == [True]

@@ -148,7 +148,7 @@ def test_an_engine_of_another_gpu_is_not_taken(tmp_path: Path) -> None:
     wanted = artifact_of(folder, small_graph())
     build_engine(folder, wanted, 1)
     sm120 = Wanted(SM89.replace(compute_capability="sm120"), wanted.precision, wanted.onnx_sha256)
-    with pytest.raises(EngineError, match=f"there are some for {SM89.name}, which cannot be used here"):
+    with pytest.raises(EngineError, match=f"the engines for {SM89.name} cannot be used here"):
         read_engine(folder, sm120, 1)
 
 

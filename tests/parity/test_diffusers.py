@@ -823,7 +823,7 @@ def test_a_network_that_predicts_nothing_is_not_imported(tmp_path: Path) -> None
     ("arguments", "code", "message"),
     [
         (["export", str(BUNDLED), "OUT", "--format", "png"], 2, "one of onnx, tensorrt, diffusers; got 'png'"),
-        (["export", "nowhere", "OUT", "--format", "diffusers"], 1, "nowhere is no checkpoint folder"),
+        (["export", "nowhere", "OUT", "--format", "diffusers"], 1, "nowhere is not a checkpoint folder"),
         (["import", str(BUNDLED), "--out", "OUT"], 1, "is a checkpoint folder already"),
         (["import", str(BUNDLED), "--repo", "guided", "--out", "OUT"], 1, "a diffusers folder describes itself"),
         (["import", "some.pt", "--null-class", "--out", "OUT"], 1, "there is nothing at some.pt"),

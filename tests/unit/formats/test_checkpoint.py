@@ -101,12 +101,12 @@ def test_classifier_comes_back_equal(tmp_path: Path) -> None:
     assert config == CLASSIFIER_CONFIG
     assert not network.training
     assert network(torch.zeros(3, 3, 8, 8), torch.zeros(3)).shape == (3, 2)
-    with pytest.raises(CheckpointError, match="holds a classifier; a checkpoint of kind 'unet' is needed"):
+    with pytest.raises(CheckpointError, match="must hold a checkpoint of kind 'unet'; got 'classifier'"):
         load_unet(tmp_path / "clf")
 
 
 def test_a_unet_is_no_classifier(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds a unet"):
+    with pytest.raises(CheckpointError, match="must hold a checkpoint of kind 'classifier'; got 'unet'"):
         load_classifier(folder)
 
 
@@ -192,7 +192,7 @@ def test_a_writer_killed_half_way_leaves_the_old_checkpoint_and_nothing_new_that
 def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(CheckpointError, match="is no checkpoint folder"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
         write_checkpoint(tmp_path / "photos", UNET_CONFIG, _weights())
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "cat.jpg"]
 
@@ -225,7 +225,7 @@ def test_provenance_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None
 def test_truncated_weights_are_refused(folder: Path) -> None:
     path = folder / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"is truncated or damaged: it has \d+ bytes, and should have \d+"):
+    with pytest.raises(CheckpointError, match=r"is truncated or damaged: it has \d+ bytes instead of \d+"):
         load_unet(folder)
 
 
@@ -246,12 +246,12 @@ def test_weights_of_another_network_are_summarised(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     for read in (load_unet, checkpoint_sha256):
-        with pytest.raises(CheckpointError, match=f"is no checkpoint folder: it has no {missing}"):
+        with pytest.raises(CheckpointError, match=f"is not a checkpoint folder: it has no {missing}"):
             read(folder)
 
 
 def test_a_missing_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no checkpoint folder"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
         load_unet(tmp_path / "nowhere")
 
 

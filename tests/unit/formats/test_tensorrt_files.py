@@ -96,7 +96,7 @@ def test_a_missing_engine_says_for_what_there_are_some(artifact: Path, manifest:
         read_engine(artifact, wanted, 2)
     write_fake_engine(artifact, manifest, 2)
     other = Wanted(RTX, wanted.precision, wanted.onnx_sha256)
-    with pytest.raises(EngineError, match=r"there are some for nvidia-h200-sm90-10\.99\.0\.1, which cannot"):
+    with pytest.raises(EngineError, match=r"the engines for nvidia-h200-sm90-10\.99\.0\.1 cannot"):
         read_engine(artifact, other, 2)
 
 
@@ -111,7 +111,7 @@ def test_a_plan_without_a_record_is_no_engine(artifact: Path, manifest: Manifest
     ("damage", "reason"),
     [
         (lambda plan: plan[:-1], r"2\.plan has \d+ bytes instead of \d+: it is damaged"),
-        (lambda plan: plan[:-1] + b"?", r"2\.plan is damaged, or another file: its sha256"),
+        (lambda plan: plan[:-1] + b"?", r"2\.plan is damaged or was replaced: its sha256"),
         (lambda plan: b"", r"2\.plan has 0 bytes instead of"),
         (None, r"2\.plan is missing, although 2\.json describes it"),
     ],
@@ -161,7 +161,7 @@ def test_links_are_refused(artifact: Path, manifest: Manifest, wanted: Wanted, t
     path = plan_path(artifact)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(EngineError, match=r"2\.plan is a link; engines must lie in the artifact"):
+    with pytest.raises(EngineError, match=r"2\.plan is a link; engines must be regular files in the artifact"):
         read_engine(artifact, wanted, 2)
 
 
@@ -182,9 +182,9 @@ def test_an_engine_moved_to_the_folder_of_another_gpu_is_refused(
         ({"target": TARGET.replace(gpu="NVIDIA H100")}, "was built for nvidia-h100-sm90-10.99.0.1, and this is"),
         ({"bucket": 4}, "was built for batches of 4"),
         ({"onnx_sha256": "f" * 64}, "is stale: it was built from another graph"),
-        ({"precision": "bf16"}, "computes in bf16, and the artifact says fp32"),
+        ({"precision": "bf16"}, "computes in bf16, and the artifact in fp32"),
         ({"parity": parity(0.009)}, None),
-        ({"parity": parity(0.02)}, "is too far from PyTorch: 2.0e-02, where 1.0e-02 is allowed"),
+        ({"parity": parity(0.02)}, "is too far from PyTorch: relative error 2.0e-02, limit 1.0e-02"),
     ],
 )
 def test_what_differs_is_the_reason(change: dict[str, object], reason: str | None) -> None:

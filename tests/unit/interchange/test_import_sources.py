@@ -63,16 +63,16 @@ def zipped(**files: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (LFS, "is a Git LFS pointer, not the file that it stands for: run git lfs pull"),
+        (LFS, "is a Git LFS pointer: run git lfs pull"),
         (b"\xef\xbb\xbf\n  <!DOCTYPE html><html>", "is a web page (HTML or XML)"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page (HTML or XML)"),
         (b"", "is empty"),
-        (b"Entry not found", "is a short text, not the file that it is called: 'Entry not found'"),
-        (b'{"error": "gated"}', """is a short text, not the file that it is called: '{"error": "gated"}'"""),
+        (b"Entry not found", "holds only a short text: 'Entry not found'"),
+        (b'{"error": "gated"}', """holds only a short text: '{"error": "gated"}'"""),
         (gzip.compress(b"weights", mtime=0), "is packed (gzip): unpack it first"),
         (zipped(weights=b"1")[:-10], "is truncated: its end is missing"),
         (zipped(weights=b"1", readme=b"2"), "is a zip archive of 2 files (weights, readme, ...): unpack it first"),
-        (WEIGHTS.read_bytes()[:5000], "is truncated or damaged: it has 5000 bytes, and should have"),
+        (WEIGHTS.read_bytes()[:5000], "is truncated or damaged: it has 5000 bytes instead of"),
         (WEIGHTS.read_bytes()[:-1], "is truncated or damaged: it has"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # not the bytes, some of which hold the time
@@ -303,5 +303,5 @@ def test_weights_whose_checksum_is_wrong_are_refused(tmp_path: Path) -> None:
 
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ema.pt")
-    with pytest.raises(CheckpointError, match=r"ema\.pt is no regular file"):
+    with pytest.raises(CheckpointError, match=r"ema\.pt is not a regular file"):
         load_state_dict(tmp_path / "ema.pt")

@@ -167,7 +167,7 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(npz: Path, tmp_path: 
     damaged = bytearray(npz.read_bytes())
     damaged[300] ^= 1
     for name, content, reason in (
-        ("junk", b"junk", "is a short text"),
+        ("junk", b"junk", "holds only a short text"),
         ("empty", b"", "is empty"),
         ("cut", damaged[:300], "is truncated"),
         ("damaged", damaged, "cannot be read as an npz file: Bad CRC-32"),

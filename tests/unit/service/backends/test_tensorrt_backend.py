@@ -211,7 +211,7 @@ def test_a_checkpoint_is_no_artifact(tmp_path: Path) -> None:
 
 def test_a_damaged_graph_is_refused(engines: Path) -> None:
     (engines / MODEL_FILE).write_bytes(b"another")
-    with pytest.raises(ModelError, match=r"model\.onnx is not the file that manifest\.json vouches for"):
+    with pytest.raises(ModelError, match=r"model\.onnx does not match manifest\.json"):
         TensorRTBackend(engines, OPTIONS)
 
 
