@@ -50,7 +50,7 @@ def import_command(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out must not exist yet; {out} does")
         if not path.exists():
-            raise ValueError(f"there is nothing at {path}")
+            raise ValueError(f"{path} does not exist")
         if path.is_dir():
             if preset is not None or repo is not None or flag or flags:
                 raise ValueError("a diffusers folder describes itself; --preset, --repo, --flag, --flags are for files")

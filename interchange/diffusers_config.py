@@ -1,8 +1,8 @@
-"""What diffusers calls a network and its process: the library's two JSON files, to and from our configurations.
+"""Convert the two configuration files of a diffusers UNet2DModel and its scheduler to and from our configurations.
 
-The library itself is not imported, here or anywhere outside the tests: its files are JSON and safetensors, and what it
-does with them was read from version 0.42.1 and is compared with it in tests/parity/test_diffusers.py. What one side
-can say and the other cannot is refused, all reasons at once; docs/diffusers.md has the table.
+diffusers is not imported outside the tests: its files are JSON and safetensors. The mapping follows the source of
+version 0.42.1, and tests/parity/test_diffusers.py compares it with the library. A configuration that the other side
+cannot express is rejected with all reasons at once; docs/diffusers.md has the table.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, Predict
 from diffusion.respacing import respace
 
 DIFFUSERS_VERSION = "0.42.1"
-"""The version whose behaviour this file describes; written into the files, where the library puts its own."""
+"""The version that this file describes; written into exported files as the library's version."""
 
 NORM_EPS = 1e-5
-"""Of every normalisation in the IDDPM/ADM networks."""
+"""Epsilon of every normalisation in the IDDPM/ADM networks."""
 
 MODEL_TIMESTEPS = 1000
-"""Where rescaled timesteps end: a network with `rescale_timesteps` is told t * 1000 / T."""
+"""Upper end of rescaled timesteps: the input of a network with `rescale_timesteps` is t * 1000 / T."""
 
 BETA_TOLERANCE = 1e-6
-"""Relative difference of beta_start and beta_end that a decimal number written by hand may have."""
+"""Allowed relative difference of beta_start and beta_end, for decimal numbers written by hand."""
 
 
 class DoesNotMap(ValueError):
-    """Something that the other side has no words for; the message has one line per field, with the reason."""
+    """The other side cannot express a configuration; the message has one line per field, with the reason."""
 
 
 class UNet2DConfig(FrozenConfig):
-    """`config.json` of a UNet2DModel: its fields and, as a file may leave some out, its defaults."""
+    """`config.json` of a UNet2DModel, with the library's defaults for absent fields."""
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
@@ -64,11 +64,11 @@ class UNet2DConfig(FrozenConfig):
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
-    """Read by learned time embeddings only."""
+    """Used by learned time embeddings only."""
 
 
 class SchedulerConfig(FrozenConfig):
-    """`scheduler_config.json` of a DDPMScheduler or a DDIMScheduler: the process, and how it is sampled there."""
+    """`scheduler_config.json` of a DDPMScheduler or a DDIMScheduler: the process, and sampling options."""
 
     num_train_timesteps: PositiveInt = 1000
     beta_start: float = 0.0001
@@ -94,18 +94,18 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCHEDULER_FILE = "scheduler_config.json"
 INDEX_FILE = "model_index.json"
-"""Of a pipeline: the class of each of its parts."""
+"""Index of a pipeline: the class of each of its parts."""
 OURS_FILE = "iddpm.json"
-"""Ours, in folders that `iddpm export` wrote: the checkpoint's configuration, for what the library has no words for."""
+"""The checkpoint's configuration, added by `iddpm export`: it holds what the library's files cannot express."""
 
 UNET_CLASS = "UNet2DModel"
 SCHEDULER_CLASSES = ("DDPMScheduler", "DDIMScheduler")
 
 _OF_EMA = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-"""What the library's EMA adds to the configuration of the network it averaged."""
+"""Fields that the library's EMA adds to the configuration of the averaged network."""
 
 _IGNORED = frozenset({*_OF_EMA, "tensor_format"})
-"""Fields that say nothing of a network or a process; the last is a relic of the first versions."""
+"""Fields that do not describe a network or a process; the last was used by the first versions."""
 
 _UNET_RULES: dict[str, tuple[tuple[Any, ...], str]] = {
     "center_input_sample": ((False,), "the network takes images in [-1, 1] as they are"),
@@ -119,11 +119,11 @@ _UNET_RULES: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "classes are a table of embeddings, num_class_embeds rows"),
     "resnet_time_scale_shift": (("default", "scale_shift"), "the embedding is added, or scales and shifts"),
 }
-"""Values of UNet2DModel's fields that our network has, and what it is that has them."""
+"""Supported values of UNet2DModel's fields, and the reason: the corresponding property of our network."""
 
 _VARIANCES: dict[str, Variance] = {
     "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",  # the same standard deviation, reached through its logarithm
+    "fixed_small_log": "fixed_small",  # the same standard deviation, computed through its logarithm
     "fixed_large": "fixed_large",
     "learned_range": "learned_range",
 }
@@ -131,21 +131,21 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0"}
 
 
 def parse_unet(content: Mapping[str, Any]) -> UNet2DConfig:
-    """Read the content of a UNet2DModel's `config.json`.
+    """Parse the content of a UNet2DModel's `config.json`.
 
     Raises:
-        DoesNotMap: the configuration of another class.
-        ValidationError: a field that is unknown or of another type.
+        DoesNotMap: the configuration is of another class.
+        ValidationError: a field is unknown or has another type.
     """
     return UNet2DConfig.model_validate(_fields(content, (UNET_CLASS,)))
 
 
 def parse_scheduler(content: Mapping[str, Any]) -> SchedulerConfig:
-    """Read the content of a `scheduler_config.json`.
+    """Parse the content of a `scheduler_config.json`.
 
     Raises:
-        DoesNotMap: the configuration of another class.
-        ValidationError: a field that is unknown or of another type.
+        DoesNotMap: the configuration is of another class.
+        ValidationError: a field is unknown or has another type.
     """
     return SchedulerConfig.model_validate(_fields(content, SCHEDULER_CLASSES))
 
@@ -156,7 +156,7 @@ def _fields(content: Mapping[str, Any], classes: tuple[str, ...]) -> dict[str, A
     return {
         name: value
         for name, value in content.items()
-        # A null that nobody knows says nothing: files of old versions hold some.
+        # Ignore unknown fields that are null: files of old versions have some.
         if not name.startswith("_") and name not in _IGNORED and (value is not None or name in _KNOWN)
     }
 
@@ -165,32 +165,31 @@ _KNOWN = frozenset({**UNet2DConfig.model_fields, **SchedulerConfig.model_fields}
 
 
 def unet_json(unet: UNet2DConfig) -> dict[str, Any]:
-    """Return what a UNet2DModel's `config.json` shall hold."""
+    """Return the content of a UNet2DModel's `config.json`."""
     return {"_class_name": UNET_CLASS, "_diffusers_version": DIFFUSERS_VERSION, **unet.model_dump(mode="json")}
 
 
 def scheduler_json(scheduler: SchedulerConfig) -> dict[str, Any]:
-    """Return what a DDPMScheduler's `scheduler_config.json` shall hold."""
+    """Return the content of a DDPMScheduler's `scheduler_config.json`."""
     fields = scheduler.model_dump(mode="json", exclude={"set_alpha_to_one"})
     return {"_class_name": SCHEDULER_CLASSES[0], "_diffusers_version": DIFFUSERS_VERSION, **fields}
 
 
 def to_unet_config(model: ModelConfig) -> UNet2DConfig:
-    """Describe one of our networks as a UNet2DModel.
+    """Convert a network's configuration to a UNet2DModel's.
 
     Raises:
-        DoesNotMap: a network that UNet2DModel cannot be configured to be.
+        DoesNotMap: UNet2DModel cannot express the network.
     """
     problems = []
     if model.low_res_size is not None:
         problems.append(
-            f"low_res_size must be null: {UNET_CLASS} has no second input, to enlarge and append; "
-            f"got {model.low_res_size}"
+            f"low_res_size must be null: {UNET_CLASS} has no low-resolution input; got {model.low_res_size}"
         )
     if model.level_channels[0] != model.model_channels:
         problems.append(
-            f"channel_mult must begin with 1: {UNET_CLASS} embeds timesteps with the first level's width, the "
-            f"{model.level_channels[0]} channels of which have other frequencies than {model.model_channels}; "
+            f"channel_mult must begin with 1: {UNET_CLASS} embeds timesteps in the width of the first level, and "
+            f"{model.level_channels[0]} channels have other frequencies than {model.model_channels}; "
             f"got {model.channel_mult[0]:g}"
         )
     widths = sorted(_head_widths(model))
@@ -200,7 +199,7 @@ def to_unet_config(model: ModelConfig) -> UNet2DConfig:
             "num_heads, num_heads_upsample: attention_head_dim is one number for all levels, encoder and decoder; "
             f"got heads of {', '.join(map(str, widths))} channels"
         )
-    _raise_if(problems, f"the network is no {UNET_CLASS}")
+    _raise_if(problems, f"{UNET_CLASS} cannot express the network")
 
     attended = [size in model.attention_resolutions for size in model.level_sizes]
     resampling = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
@@ -219,7 +218,7 @@ def to_unet_config(model: ModelConfig) -> UNet2DConfig:
         dropout=model.dropout,
         attention_head_dim=None if one_head else widths[0],
         norm_num_groups=model.norm_groups,
-        # Without it, the middle's attention has no normalisation under scale_shift.
+        # With null, the attention of the middle block has no normalisation under scale_shift.
         attn_norm_num_groups=model.norm_groups,
         resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
         num_class_embeds=model.num_labels or None,
@@ -227,7 +226,7 @@ def to_unet_config(model: ModelConfig) -> UNet2DConfig:
 
 
 def _attention_layers(model: ModelConfig) -> list[tuple[int, int]]:
-    """List channels and heads of the attention layers, one for each level of encoder and decoder, and the middle's."""
+    """Return channels and heads of attention: of each level of the encoder, the middle block, and the decoder."""
     attended = [
         channels
         for channels, size in zip(model.level_channels, model.level_sizes, strict=True)
@@ -242,15 +241,17 @@ def _head_widths(model: ModelConfig) -> set[int]:
 
 
 def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig:
-    """Describe a UNet2DModel as one of our networks.
+    """Convert a UNet2DModel's configuration to ours.
 
     Args:
         unet: its configuration.
-        null_class: whether the last of its num_class_embeds stands for "no label", which no field of it says.
+        null_class: whether the last of its num_class_embeds stands for "no label"; the configuration has no field for
+            this.
 
     Raises:
-        DoesNotMap: a network that ours cannot be configured to be.
-        ValidationError: what no network can be, or none here: channels that are not a multiple of norm_num_groups.
+        DoesNotMap: our configuration cannot express the network.
+        ValidationError: the converted configuration breaks a rule, for example channels that are not a multiple of
+            norm_num_groups.
     """
     problems = [
         f"{name} must be {' or '.join(map(repr, allowed))}: {reason}; got {getattr(unet, name)!r}"
@@ -261,10 +262,10 @@ def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig
     problems += _level_problems(unet)
     if null_class and (unet.num_class_embeds or 0) < 2:
         problems.append(f"num_class_embeds must be at least 2 with a null class; got {unet.num_class_embeds}")
-    _raise_if(problems, f"the {UNET_CLASS} is none of the networks here")
+    _raise_if(problems, f"the {UNET_CLASS} is not supported")
 
     image_size = _square(unet.sample_size)
-    assert image_size is not None  # noqa: S101  # one of the problems above
+    assert image_size is not None  # noqa: S101  # checked above
     attended = [kind == "AttnDownBlock2D" for kind in _down_kinds(unet)]
     return ModelConfig(
         image_size=image_size,
@@ -292,8 +293,8 @@ def _unet_problems(unet: UNet2DConfig) -> list[str]:
         problems.append(f"sample_size must be the size of square images in pixels; got {unet.sample_size}")
     if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
         problems.append(
-            f"out_channels must be in_channels, or twice that where the variance is learned; got {unet.out_channels} "
-            f"for {unet.in_channels} (an image to condition on among the inputs does not map)"
+            f"out_channels must be in_channels, or twice that if the variance is learned; got {unet.out_channels} "
+            f"for {unet.in_channels} (networks with a conditioning image as input are not supported)"
         )
     width = unet.block_out_channels[0] if unet.block_out_channels else 0
     if unet.time_embedding_dim not in (None, 4 * width):
@@ -304,12 +305,12 @@ def _unet_problems(unet: UNet2DConfig) -> list[str]:
     groups = unet.attn_norm_num_groups
     if groups is None and unet.resnet_time_scale_shift != "default":
         problems.append(
-            f"attn_norm_num_groups must be {unet.norm_num_groups}: null leaves out the normalisation of the middle's "
-            f"attention under resnet_time_scale_shift 'scale_shift'; got null"
+            f"attn_norm_num_groups must be {unet.norm_num_groups}: with null and resnet_time_scale_shift 'scale_shift' "
+            "the attention of the middle block has no normalisation; got null"
         )
     elif groups not in (None, unet.norm_num_groups):
         problems.append(
-            f"attn_norm_num_groups must be norm_num_groups ({unet.norm_num_groups}), as every normalisation; "
+            f"attn_norm_num_groups must be norm_num_groups ({unet.norm_num_groups}), which all normalisations share; "
             f"got {groups}"
         )
     return problems
@@ -327,7 +328,7 @@ def _level_problems(unet: UNet2DConfig) -> list[str]:
         "up": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
     }
     problems = [
-        f"{side}_block_types must be of {', '.join(known[side])}; got {kind}"
+        f"{side}_block_types must be among {', '.join(known[side])}; got {kind}"
         for side, kinds in (("down", down), ("up", up))
         for kind in dict.fromkeys(kinds)
         if kind not in known[side]
@@ -336,20 +337,20 @@ def _level_problems(unet: UNet2DConfig) -> list[str]:
         return problems
     if [kind.startswith("Attn") for kind in down] != [kind.startswith("Attn") for kind in reversed(up)]:
         problems.append(
-            "up_block_types must attend at the levels where down_block_types do: attention belongs to a resolution; "
+            "up_block_types must have attention at the same levels as down_block_types; "
             f"got {', '.join(down)} and {', '.join(up)}"
         )
     ways = _resamplings(unet)
     if len(ways) > 1 or not ways <= {"conv", "resnet"}:
         problems.append(
-            "down_block_types, up_block_types, downsample_type, upsample_type: all levels are connected by convolutions"
-            " (DownBlock2D, or AttnDownBlock2D with downsample_type 'conv'), or all by residual blocks "
+            "down_block_types, up_block_types, downsample_type, upsample_type: all levels must be resampled by "
+            "convolutions (DownBlock2D, or AttnDownBlock2D with downsample_type 'conv'), or all by residual blocks "
             f"(ResnetDownsampleBlock2D, or 'resnet'); got {', '.join(sorted(ways))}"
         )
     elif "conv" in ways and unet.downsample_padding != 1:
         problems.append(
-            "downsample_padding must be 1: 0 pads the right and lower edges only, so that the convolution looks at "
-            f"other pixels; got {unet.downsample_padding}"
+            "downsample_padding must be 1: 0 pads the right and lower edges only, which shifts the convolution's "
+            f"input; got {unet.downsample_padding}"
         )
     return problems
 
@@ -363,7 +364,7 @@ def _up_kinds(unet: UNet2DConfig) -> list[str]:
 
 
 def _resamplings(unet: UNet2DConfig) -> set[str]:
-    """Say how neighbouring levels are connected; empty for a single level. The last block of each side does nothing."""
+    """Return the kinds of resampling between levels; empty for a single level. The last block of a side has none."""
     attention = {"AttnDownBlock2D": unet.downsample_type or "conv", "AttnUpBlock2D": unet.upsample_type or "conv"}
     kinds = _down_kinds(unet)[:-1] + _up_kinds(unet)[:-1]
     return {attention.get(kind, "resnet" if kind.startswith("Resnet") else "conv") for kind in kinds}
@@ -381,55 +382,55 @@ def _multiple(channels: int, base: int) -> float:
 
 
 def to_scheduler_config(diffusion: DiffusionConfig) -> SchedulerConfig:
-    """Describe a process as a DDPMScheduler, whose steps are then those of our ancestral sampling.
+    """Convert a process to the configuration of a DDPMScheduler, whose steps equal our ancestral sampling.
 
-    Its chains of N steps visit the timesteps of our respacing "N", but for some that are one off: OpenAI's code adds
-    up strides and so rounds halves by chance (N = 50, 100, 250 agree for T = 1000 and 4000).
+    Its chains of N steps visit the timesteps of our respacing "N", except for some that differ by one: OpenAI's code
+    accumulates strides, so the rounding of halves varies (N = 50, 100, 250 agree for T = 1000 and 4000).
 
-    A network that is told t * 1000 / T sees the timesteps 0..999 of a process that keeps every T/1000th step; that
-    one is described, by its betas, because the library tells a network t itself.
+    The library's timestep input is always t. A network with the input t * 1000 / T has the timesteps 0..999 of a
+    process that keeps every T/1000th timestep; the configuration describes that process by its betas.
 
     Raises:
-        DoesNotMap: a process that a DDPMScheduler cannot be configured to be.
+        DoesNotMap: a DDPMScheduler cannot express the process.
     """
     steps = diffusion.num_timesteps
     rescaled = diffusion.rescale_timesteps and steps != MODEL_TIMESTEPS
     problems = []
     if rescaled and steps % MODEL_TIMESTEPS:
         problems.append(
-            f"rescale_timesteps: the library tells a network t itself, so with rescaled timesteps num_timesteps must "
-            f"be a multiple of {MODEL_TIMESTEPS}; got {steps}"
+            f"rescale_timesteps: the library does not rescale timesteps, so num_timesteps must be a multiple of "
+            f"{MODEL_TIMESTEPS}; got {steps}"
         )
     if diffusion.variance not in _VARIANCES.values():
         problems.append(
-            f"variance must be of {', '.join(dict.fromkeys(_VARIANCES.values()))}: what the library calls 'learned' is "
-            f"a variance, here it is its logarithm; got {diffusion.variance!r}"
+            f"variance must be one of {', '.join(dict.fromkeys(_VARIANCES.values()))}: in the library 'learned' is a "
+            f"variance, here it is a log variance; got {diffusion.variance!r}"
         )
-    _raise_if(problems, "the process is none of a DDPMScheduler")
+    _raise_if(problems, "a DDPMScheduler cannot express the process")
 
     betas = tuple(respace(diffusion, f"ddim{MODEL_TIMESTEPS}").schedule.betas.tolist()) if rescaled else None
     beta_start, beta_end = _linear_ends(steps)
     return SchedulerConfig(
         num_train_timesteps=MODEL_TIMESTEPS if rescaled else steps,
-        # beta_start and beta_end play no role for the other schedules; the library writes its defaults there, too
+        # beta_start and beta_end are not used by the other schedules; the library writes its defaults there, too
         **({"beta_start": beta_start, "beta_end": beta_end} if diffusion.noise_schedule == "linear" else {}),
         beta_schedule="linear" if diffusion.noise_schedule == "linear" else "squaredcos_cap_v2",
         trained_betas=betas,
         variance_type=diffusion.variance,
         prediction_type={ours: theirs for theirs, ours in _PREDICTIONS.items()}[diffusion.prediction],
-        timestep_spacing="linspace",  # both ends kept, as respacing does
+        timestep_spacing="linspace",  # keeps both ends, as respacing does
     )
 
 
 def to_diffusion_config(scheduler: SchedulerConfig) -> DiffusionConfig:
-    """Describe the process of a scheduler.
+    """Convert a scheduler's configuration to our process.
 
     Raises:
-        DoesNotMap: a process that ours cannot be configured to be.
+        DoesNotMap: our configuration cannot express the process.
     """
     problems = []
     if scheduler.trained_betas is not None:
-        problems.append("trained_betas must be null: a process is known by the name of its schedule")
+        problems.append("trained_betas must be null: only named schedules are supported")
     elif scheduler.beta_schedule not in ("linear", "squaredcos_cap_v2"):
         problems.append(f"beta_schedule must be 'linear' or 'squaredcos_cap_v2'; got {scheduler.beta_schedule!r}")
     elif scheduler.beta_schedule == "linear":
@@ -445,12 +446,14 @@ def to_diffusion_config(scheduler: SchedulerConfig) -> DiffusionConfig:
             if not math.isclose(value, expected, rel_tol=BETA_TOLERANCE)
         ]
     if scheduler.rescale_betas_zero_snr:
-        problems.append("rescale_betas_zero_snr must be False: it makes another schedule; got True")
+        problems.append("rescale_betas_zero_snr must be False: it changes the schedule; got True")
     if scheduler.variance_type not in _VARIANCES:
-        problems.append(f"variance_type must be of {', '.join(_VARIANCES)}{_variance_hint(scheduler.variance_type)}")
+        problems.append(
+            f"variance_type must be one of {', '.join(_VARIANCES)}{_variance_hint(scheduler.variance_type)}"
+        )
     if scheduler.prediction_type not in _PREDICTIONS:
         problems.append(f"prediction_type must be 'epsilon' or 'sample'; got {scheduler.prediction_type!r}")
-    _raise_if(problems, "the scheduler's process is none of those here")
+    _raise_if(problems, "the scheduler's process is not supported")
 
     return DiffusionConfig(
         num_timesteps=scheduler.num_train_timesteps,
@@ -466,19 +469,19 @@ def _linear_ends(num_timesteps: int) -> tuple[float, float]:
 
 def _variance_hint(variance_type: str) -> str:
     reasons = {
-        "learned": " (in the library, the network's variance itself; here it would be taken for its logarithm)",
-        "fixed_large_log": " (the library takes the square root of a negative logarithm there)",
+        "learned": " (the network's output is a variance in the library, but a log variance here)",
+        "fixed_large_log": " (the library takes the square root of a negative logarithm)",
     }
     return f"; got {variance_type!r}{reasons.get(variance_type, '')}"
 
 
 def sampling_notes(scheduler: SchedulerConfig) -> list[str]:
-    """Say which of a scheduler's habits in sampling, which are no property of the network, are not taken over."""
+    """Return notes about a scheduler's sampling options that are not imported; they are not part of the network."""
     notes = []
     if scheduler.thresholding or not scheduler.clip_sample or scheduler.clip_sample_range != 1.0:
         notes.append(
             f"clip_sample={scheduler.clip_sample}, clip_sample_range={scheduler.clip_sample_range:g}, "
-            f"thresholding={scheduler.thresholding}: not taken over, x0 is clamped to [-1, 1] in sampling here"
+            f"thresholding={scheduler.thresholding}: ignored, sampling here clamps x0 to [-1, 1]"
         )
     return notes
 

@@ -1,8 +1,8 @@
-"""A network's weights under the names and in the layouts of diffusers' UNet2DModel, and back.
+"""Convert a network's weights to and from the names and layouts of diffusers' UNet2DModel.
 
-Both hold the same numbers: modules have other names, and attention computes q, k and v by three linear layers instead
-of one convolution whose channels are interleaved. Only average pooling has no counterpart; it is written as a
-convolution that averages.
+The values are the same: modules have other names, and attention computes q, k and v by three linear layers instead of
+one convolution with interleaved channels. Average pooling has no counterpart; it is written as a convolution that
+averages.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _NAMES = {
         "out_layers.3": "conv2",
         "skip_connection": "conv_shortcut",
     },
-    "attention": {"norm": "group_norm"},  # and qkv, proj_out, which change their shape
+    "attention": {"norm": "group_norm"},  # qkv and proj_out change shape: see to_diffusers
     "downsample": {"op": "conv"},
     "upsample": {"conv": "conv"},
 }
-"""Parts of a module by kind: our name -> diffusers' name."""
+"""Parameters of a module by its kind: our name -> diffusers' name."""
 
 _OLD_ATTENTION = re.compile(r"(\battentions\.\d+\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -41,21 +41,21 @@ _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 @dataclass(frozen=True)
 class _Module:
-    """A module that both networks have."""
+    """A module of both networks: its kind and its two names."""
 
     kind: str
     ours: str
     theirs: str
     heads: int = 0
-    """Of an attention."""
+    """Attention heads; 0 for other kinds."""
 
 
 def to_diffusers(weights: Mapping[str, Tensor], model: ModelConfig) -> Weights:
-    """Give a network's weights the names and layouts of UNet2DModel.
+    """Convert a network's weights to the names and layouts of UNet2DModel.
 
     Args:
         weights: our state dict; must fit `model`.
-        model: a network that `diffusers_config.to_unet_config` accepts.
+        model: the network; `diffusers_config.to_unet_config` must accept it.
 
     Returns:
         The UNet2DModel's state dict; no tensor shares memory with another.
@@ -79,19 +79,19 @@ def to_diffusers(weights: Mapping[str, Tensor], model: ModelConfig) -> Weights:
 
 
 def from_diffusers(theirs: Mapping[str, Tensor], model: ModelConfig, flip_sin_to_cos: bool) -> Weights:
-    """Give a UNet2DModel's weights our names and layouts.
+    """Convert a UNet2DModel's weights to our names and layouts.
 
     Args:
         theirs: its state dict; must have the shapes of `expected_weights(model)`.
-        model: what it is here.
-        flip_sin_to_cos: its field of that name; where False, its time embedding has the sines first, so that the
-            columns of the first linear layer change places.
+        model: our configuration of the network.
+        flip_sin_to_cos: its field of that name. If False, its time embedding has the sines first, and the columns of
+            the first linear layer are rotated.
 
     Returns:
         Our state dict; no tensor shares memory with another.
 
     Raises:
-        ValueError: resampling convolutions that do not average, for a network of `conv_resample` False.
+        ValueError: `conv_resample` is False, and a resampling convolution does not average.
     """
     ours: Weights = {}
     for module in _modules(model):
@@ -113,13 +113,13 @@ def from_diffusers(theirs: Mapping[str, Tensor], model: ModelConfig, flip_sin_to
 
 
 def expected_weights(model: ModelConfig) -> Weights:
-    """Return the UNet2DModel's weights of a network: names and shapes, without data (meta tensors)."""
+    """Return the state dict that a UNet2DModel of the network has, as meta tensors: names and shapes without data."""
     with torch.device("meta"):
         return to_diffusers(UNet(model).state_dict(), model)
 
 
 def with_current_names(theirs: Mapping[str, Tensor]) -> Weights:
-    """Rename the attention weights of files from before diffusers 0.12, as the library does when it reads them."""
+    """Rename the attention weights of files written before diffusers 0.12, as the library does when reading them."""
     return {_OLD_ATTENTION.sub(_current_name, name): tensor for name, tensor in theirs.items()}
 
 
@@ -185,7 +185,7 @@ def _parameters(module: _Module) -> Iterator[tuple[str, str]]:
 
 
 def _split_qkv(qkv: Tensor, heads: int, order: AttentionOrder) -> tuple[Tensor, ...]:
-    """Split [3C, ...] into q, k and v, each [C, ...] with its heads one after the other."""
+    """Split [3C, ...] into q, k and v, each [C, ...] in the order of heads."""
     rest = qkv.shape[1:]
     if order == "new":
         return qkv.reshape(3, -1, *rest).unbind(0)
@@ -200,7 +200,7 @@ def _join_qkv(parts: list[Tensor], heads: int, order: AttentionOrder) -> Tensor:
 
 
 def _without_length(tensor: Tensor) -> Tensor:
-    """Turn a convolution over positions [out, in, 1] into a linear layer [out, in]; leave a bias alone."""
+    """Convert the weight of a convolution over positions [out, in, 1] to a linear layer's [out, in]; keep a bias."""
     return tensor.squeeze(-1) if tensor.ndim == 3 else tensor
 
 
@@ -209,15 +209,15 @@ def _with_length(tensor: Tensor) -> Tensor:
 
 
 def _last_resblock(ours: str) -> str:
-    """Name the residual block before a resampling layer."""
+    """Return the name of the residual block before a resampling layer."""
     side, index, _ = ours.split(".")
     return f"{side}.{int(index) - 1}.0" if side == "input_blocks" else f"{side}.{index}.0"
 
 
 def _fixed_resampling(module: _Module, like: Tensor) -> Weights:
-    """Write average pooling, or plain nearest-neighbour enlarging, as the 3x3 convolution [C, C, 3, 3] of that place.
+    """Return the 3x3 convolution [C, C, 3, 3] that computes average pooling, or the identity after upsampling.
 
-    Pooling averages the pixels (2i, 2i + 1); the convolution of stride 2 sees (2i - 1, 2i, 2i + 1).
+    Pooling averages the pixels (2i, 2i + 1); the convolution of stride 2 reads (2i - 1, 2i, 2i + 1).
     """
     kernel = torch.zeros(3, 3, dtype=like.dtype, device=like.device)
     if module.kind == "downsample":
@@ -232,6 +232,6 @@ def _fixed_resampling(module: _Module, like: Tensor) -> Weights:
 def _drop_fixed_resampling(module: _Module, ours: Weights, theirs: Mapping[str, Tensor]) -> None:
     fixed = _fixed_resampling(module, theirs[f"{module.theirs}.conv.weight"])
     if any(not torch.equal(theirs[name], tensor) for name, tensor in fixed.items()):
-        raise ValueError(f"{module.theirs}.conv was trained: conv_resample must be True to keep it")
+        raise ValueError(f"{module.theirs}.conv has trained weights: conv_resample must be True to keep them")
     for ours_name, _ in _parameters(module):
         del ours[ours_name]

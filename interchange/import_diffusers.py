@@ -1,6 +1,6 @@
-"""Folders of the diffusers library (a UNet2DModel, or a pipeline around one) turned into checkpoint folders.
+"""Import diffusers folders (a UNet2DModel, or a pipeline with one) as checkpoint folders.
 
-Only JSON and safetensors are read; the library is not needed, and nothing is unpickled.
+Only JSON and safetensors files are read; diffusers is not needed, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from interchange.sanity_check import SanityReport
 from interchange.wrapped_names import without_wrappers
 
 NETWORK_FOLDERS = ("unet_ema", "unet")
-"""Subfolders that may hold the network, the better one first."""
+"""Subfolders that may hold the network; the averaged weights are preferred."""
 ANCHOR = "conv_in.weight"
 """A weight that every UNet2DModel has."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -47,32 +47,32 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """What was found in a folder: two configurations, and where the weights are."""
+    """The content of a folder: two configurations and the path of the weights."""
 
     unet: UNet2DConfig
     scheduler: SchedulerConfig
     names_variance: bool
-    """Whether the scheduler has a kind of variance: a DDPMScheduler has, a DDIMScheduler has not."""
+    """Whether the scheduler specifies a variance: a DDPMScheduler does, a DDIMScheduler does not."""
     weights: Path
     ours: CheckpointConfig | None
-    """The configuration that `iddpm export` left in the folder, which agrees with the other two."""
+    """The configuration that `iddpm export` wrote into the folder, checked against the other two; None: absent."""
     notes: tuple[str, ...] = ()
-    """What was chosen among several possibilities."""
+    """Notes about choices among several possibilities."""
 
 
 def open_folder(path: Path, scheduler: Path | None = None, network: str | None = None) -> DiffusersFolder:
     """Read the configurations of a diffusers folder, and find its weights.
 
     Args:
-        path: a pipeline's folder (`model_index.json`, `unet/`, `scheduler/`), a UNet2DModel's own (`config.json` and
-            the weights), or both in one, as the first published ones were and `iddpm export` writes them.
-        scheduler: the `scheduler_config.json`; None: looked for in the folder, its `scheduler/` and the one beside it.
+        path: a pipeline's folder (`model_index.json`, `unet/`, `scheduler/`), a UNet2DModel's folder (`config.json`
+            and the weights), or both in one, as in the first published pipelines and in folders by `iddpm export`.
+        scheduler: the `scheduler_config.json`; None: search the folder, its `scheduler/` and a `scheduler/` beside it.
         network: the subfolder of the network; None: `unet_ema`, the averaged weights of diffusers' training scripts,
-            where it is there, else `unet`, else the folder itself.
+            if it exists, else `unet`, else the folder itself.
 
     Raises:
-        CheckpointError: a folder that is none of these, whose weights are pickled or sharded, that holds another class
-            than UNet2DModel or a pipeline with more parts than a network and a scheduler, or that has no scheduler.
+        CheckpointError: the folder is none of these, its weights are pickled or sharded, it holds another class than
+            UNet2DModel or a pipeline with more parts than a network and a scheduler, or it has no scheduler.
     """
     index = path / INDEX_FILE
     if index.is_file():
@@ -80,10 +80,10 @@ def open_folder(path: Path, scheduler: Path | None = None, network: str | None =
     unet_folder, notes = _find_network(path, network)
     config_file = unet_folder / CONFIG_FILE
     if not config_file.is_file():
-        raise CheckpointError(f"{path} is no diffusers folder: it has neither {CONFIG_FILE} nor unet/{CONFIG_FILE}")
+        raise CheckpointError(f"{path} is not a diffusers folder: it has no {CONFIG_FILE} and no unet/{CONFIG_FILE}")
     unet_content = _read_json(config_file)
     if "format_version" in unet_content:
-        raise CheckpointError(f"{path} is a checkpoint folder already")
+        raise CheckpointError(f"{path} is a checkpoint folder of iddpm already; it needs no import")
     try:
         unet = parse_unet(unet_content)
     except (DoesNotMap, ValidationError) as error:
@@ -101,19 +101,18 @@ def open_folder(path: Path, scheduler: Path | None = None, network: str | None =
 
 
 def describe_folder(folder: DiffusersFolder, null_class: bool = False) -> CheckpointConfig:
-    """Describe a folder's network and process as a checkpoint's.
+    """Convert a folder's configurations to a checkpoint's.
 
     Args:
         folder: from `open_folder`.
-        null_class: whether the last of its labels stands for "no label"; a folder that `iddpm export` wrote says so
-            itself.
+        null_class: whether the last of its labels stands for "no label"; folders written by `iddpm export` record this.
 
     Raises:
-        CheckpointError: a network or a process that does not map; one line per field.
+        CheckpointError: the network or the process is not supported; one line per field.
     """
     if folder.ours is not None:
         if null_class and not folder.ours.model.null_class:
-            raise CheckpointError(f'{OURS_FILE} says that no label of this network stands for "no label"')
+            raise CheckpointError(f'null_class: {OURS_FILE} says that this network has no label for "no label"')
         return folder.ours
     problems = []
     try:
@@ -130,12 +129,12 @@ def describe_folder(folder: DiffusersFolder, null_class: bool = False) -> Checkp
     if model.learn_sigma != diffusion.learns_variance:
         given = f"{folder.scheduler.variance_type!r}" if folder.names_variance else "a DDIMScheduler, which has none"
         raise CheckpointError(
-            f"variance_type must be {'learned_range' if model.learn_sigma else 'of a fixed kind'} for a network with "
+            f"variance_type must be {'learned_range' if model.learn_sigma else 'a fixed kind'} for a network with "
             f"{folder.unet.out_channels} output channels for {folder.unet.in_channels}; got {given}"
         )
     notes = [*folder.notes, *sampling_notes(folder.scheduler)]
     if not folder.names_variance:
-        notes.append("a DDIMScheduler names no variance; fixed_small is what it samples with eta = 1")
+        notes.append("a DDIMScheduler specifies no variance; fixed_small is assumed, which equals DDIM with eta = 1")
     return CheckpointConfig(model=model, diffusion=diffusion, provenance={"source": "diffusers", "notes": notes})
 
 
@@ -146,23 +145,23 @@ def import_folder(
     allow_failed_check: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
-    """Turn a diffusers folder into a checkpoint folder, unless its network does not predict what it should.
+    """Write a diffusers folder as a checkpoint folder, if its network passes the sanity check.
 
     Args:
         folder: from `open_folder`.
-        config: from `describe_folder`, perhaps with class names added.
+        config: from `describe_folder`; class names may be added.
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
-        say: told what was noted.
+        say: called with each note.
 
     Returns:
-        What the sanity check found; the folder was written if it passed, or if that was allowed.
+        The result of the sanity check; the folder was written if it passed or `allow_failed_check` is set.
 
     Raises:
-        CheckpointError: weights that cannot be read or do not fit the configuration; nothing is written.
+        CheckpointError: the weights cannot be read or do not fit the configuration; nothing is written.
     """
     plain, taken = without_wrappers(read_safetensors(folder.weights), ANCHOR)
-    if notes := [f"{prefix!r} in the names of weights: left out" for prefix in taken]:
+    if notes := [f"{prefix!r} was removed from the names of weights" for prefix in taken]:
         for note in notes:
             say(note)
         notes = [*config.provenance.get("notes", []), *notes]
@@ -178,27 +177,27 @@ def import_folder(
 
 
 def _check_index(index: Path) -> None:
-    """Refuse a pipeline with more than a network and a scheduler: latents, for one, are no pixels."""
+    """Check that a pipeline consists of a network and a scheduler: a latent pipeline, for example, has a decoder."""
     parts = {name: part for name, part in _read_json(index).items() if not name.startswith("_") and part}
     if more := sorted(parts.keys() - {"unet", "scheduler"}):
         raise CheckpointError(
-            f"{index}: a pipeline of a network and a scheduler is needed; this one also has {', '.join(more)}, so that "
-            "its network does not work on pixels alone"
+            f"{index}: the pipeline must have a network and a scheduler only; it also has {', '.join(more)}, so its "
+            "network does not work on pixels alone"
         )
 
 
 def _find_network(path: Path, named: str | None) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder of the network, and what there is to say about the choice."""
+    """Return the folder of the network, and notes about the choice."""
     found = [name for name in NETWORK_FOLDERS if (path / name / CONFIG_FILE).is_file()]
     if named is not None:
         if not (path / named / CONFIG_FILE).is_file():
-            there = f"; there are {' and '.join(found)}" if found else ""
-            raise CheckpointError(f"{path / named} holds no {CONFIG_FILE} of a network{there}")
+            there = f"; the folder has {' and '.join(found)}" if found else ""
+            raise CheckpointError(f"{path / named} has no {CONFIG_FILE} of a network{there}")
         return path / named, ()
     if not found:
         return path, ()
     if len(found) > 1:
-        return path / found[0], (f"{found[0]} was taken, the averaged weights; --unet {found[1]} takes the others",)
+        return path / found[0], (f"using {found[0]}, the averaged weights; --unet {found[1]} selects the others",)
     return path / found[0], ()
 
 
@@ -208,8 +207,8 @@ def _find_scheduler(path: Path, unet_folder: Path) -> Path:
         if (place / SCHEDULER_FILE).is_file():
             return place / SCHEDULER_FILE
     raise CheckpointError(
-        f"{path} has no {SCHEDULER_FILE}, so the process that the network was trained for is not known: name the file "
-        f"(--scheduler), or save the training's scheduler into the folder: scheduler.save_pretrained({str(path)!r})"
+        f"{path} has no {SCHEDULER_FILE}, which describes the process that the network was trained for: give the file "
+        f"with --scheduler, or save the training's scheduler into the folder: scheduler.save_pretrained({str(path)!r})"
     )
 
 
@@ -219,12 +218,12 @@ def _find_weights(folder: Path) -> Path:
         return weights
     if pickles := sorted(found.name for pattern in PICKLES for found in folder.glob(pattern)):
         raise CheckpointError(
-            f"{folder} has {', '.join(pickles)} instead of {WEIGHTS_FILE}: such files are pickles, which can run code "
-            f"when opened, so none is. Where you trust it: UNet2DModel.from_pretrained({str(folder)!r})"
+            f"{folder} has {', '.join(pickles)} instead of {WEIGHTS_FILE}: pickles can run code when opened, so "
+            f"they are not read. If you trust the file, UNet2DModel.from_pretrained({str(folder)!r})"
             ".save_pretrained(NEW_FOLDER) writes safetensors; add the scheduler's file"
         )
     others = sorted(found.name for found in folder.glob("*.safetensors*"))
-    hint = f" (it has {', '.join(others)}: load and save it again, in one part)" if others else ""
+    hint = f" (it has {', '.join(others)}: load it with diffusers and save it as a single file)" if others else ""
     raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}{hint}")
 
 
@@ -238,8 +237,8 @@ def _read_ours(path: Path, unet: UNet2DConfig, scheduler: SchedulerConfig) -> Ch
         agrees = False
     if not agrees:
         raise CheckpointError(
-            f"{path} says something else than {CONFIG_FILE} and {SCHEDULER_FILE}, which were changed after the export; "
-            f"delete {path.name} to import what they say"
+            f"{path} does not agree with {CONFIG_FILE} and {SCHEDULER_FILE}, which were changed after the export; "
+            f"delete {path.name} to import the changed configuration"
         )
     return ours
 

@@ -1,7 +1,7 @@
-"""OpenAI's `.pt` files (improved-diffusion, guided-diffusion) turned into checkpoint folders.
+"""Import OpenAI's `.pt` files (improved-diffusion, guided-diffusion) as checkpoint folders.
 
-Reading such a file never runs code from it. What does not fit is said in the words of the flags that the network was
-trained with, because those are what a wrong configuration was made of.
+Reading such a file never runs code from it. Errors name the flags that the network was trained with, because the user
+gives the configuration as flags.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from interchange.wrapped_names import without_wrappers
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the weights of a `.pt` or `.safetensors` file: float32 tensors on the CPU, by name.
 
-    Only tensors and plain containers are unpickled (`torch.load(weights_only=True)`); there is no way around it.
+    Only tensors and plain containers are unpickled (`torch.load(weights_only=True)`); no option changes this.
 
     Raises:
-        CheckpointError: a file that cannot be read, is damaged, wants to run code, or holds something else.
+        CheckpointError: the file cannot be read, is damaged, needs to run code, or holds something else.
     """
     if not path.exists():
-        raise CheckpointError(f"there is nothing at {path}")
+        raise CheckpointError(f"{path} does not exist")
     try:
         if problem := describe_wrong_content(path):
             raise CheckpointError(f"{path} {problem}")
@@ -54,18 +54,18 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refused(path, str(error))) from error
     except Exception as error:  # a damaged pickle may raise anything: KeyError, EOFError, RuntimeError, ...
-        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {_first_sentence(error)}") from error
+        raise CheckpointError(f"{path} is damaged, or not a file of torch.save: {_first_sentence(error)}") from error
     return _checked_weights(path, content)
 
 
 def _refused(path: Path, message: str) -> str:
     wanted = re.search(r"GLOBAL (\S+)", message)
     if wanted is None:
-        return f"{path} is damaged, or no file of torch.save"
+        return f"{path} is damaged, or not a file of torch.save"
     return (
-        f"{path} wants to run code when it is opened ({wanted.group(1)}), so it was not opened any further. OpenAI's "
-        "files and those of its training scripts hold tensors only. If you trust the file, load it where it was made "
-        "and save the tensors alone: torch.save({name: tensor, ...}, path)"
+        f"{path} needs to run code to be loaded ({wanted.group(1)}), so it was not loaded. The files of OpenAI and of "
+        "its training scripts hold tensors only. If you trust the file, load it with the program that wrote it and "
+        "save only the tensors: torch.save({name: tensor, ...}, path)"
     )
 
 
@@ -76,17 +76,17 @@ def _first_sentence(error: Exception) -> str:
 
 def _checked_weights(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a state dict; it holds a {type(content).__name__}")
+        raise CheckpointError(f"{path} must hold a state dict; got a {type(content).__name__}")
     if {"state", "param_groups"} <= content.keys():
         raise CheckpointError(f"{path} holds the state of an optimizer (opt*.pt); import the weights, ema_*.pt")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} must hold a state dict, names and tensors; {name!r} is a {type(value).__name__}. "
-                "Save the inner state dict on its own if this file wraps it"
+                f"{path} must hold a state dict of names and tensors; {name!r} is a {type(value).__name__}. "
+                "If the file wraps the state dict, save the inner state dict alone"
             )
         if not value.is_floating_point():
-            raise CheckpointError(f"{path}: {name} must be floating point; it is {value.dtype}")
+            raise CheckpointError(f"{path}: {name} must be floating point; got {value.dtype}")
     return {name: value.detach().to(torch.float32).contiguous() for name, value in content.items()}
 
 
@@ -97,26 +97,26 @@ def import_checkpoint(
     allow_failed_check: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
-    """Turn a `.pt` file into a checkpoint folder, unless its network does not predict what it should.
+    """Write a `.pt` file as a checkpoint folder, if its network passes the sanity check.
 
-    What wrappers put before the names of weights is taken out, and where no flag says how many channels images have,
-    the weights do; both are noted in the provenance.
+    Prefixes of wrappers are removed from the names of weights. If no flag gives the number of image channels, it is
+    read from the weights. The provenance notes both.
 
     Args:
         path: the `.pt` file.
-        config: what the network is and was trained for (`PUBLISHED`, or `config_from_flags`).
+        config: the network and its process (from `PUBLISHED`, or `config_from_flags`).
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
-        say: told what was noted.
+        say: called with each note.
 
     Returns:
-        What the sanity check found; the folder was written if it passed, or if that was allowed.
+        The result of the sanity check; the folder was written if it passed or `allow_failed_check` is set.
 
     Raises:
-        CheckpointError: a file that cannot be read, or weights that do not fit the configuration; nothing is written.
+        CheckpointError: the file cannot be read, or its weights do not fit the configuration; nothing is written.
     """
     weights, taken = without_wrappers(load_state_dict(path), ANCHOR)
-    notes = [f"{prefix!r} in the names of weights: left out" for prefix in taken]
+    notes = [f"{prefix!r} was removed from the names of weights" for prefix in taken]
     if (channels := channels_to_infer(config, shapes_of(weights))) is not None:
         config = config.replace(model={**config.model.model_dump(), "image_channels": channels})
         notes.append(f"image_channels: {channels}, read from the weights")
@@ -132,25 +132,25 @@ def import_checkpoint(
 def write_if_sane(
     path: Path, config: AnyCheckpointConfig, weights: dict[str, Tensor], out: Path, allow_failed_check: bool
 ) -> SanityReport:
-    """Write imported weights as a checkpoint folder, unless their network does not predict what it should.
+    """Write imported weights as a checkpoint folder, if their network passes the sanity check.
 
     Args:
         path: the file that the weights were read from, for the provenance and for errors.
-        config: what the network is and was trained for; the weights must fit it.
+        config: the network and its process; the weights must fit.
         weights: float32 tensors on the CPU, by our names.
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
 
     Returns:
-        What the sanity check found; the folder was written if it passed, or if that was allowed.
+        The result of the sanity check; the folder was written if it passed or `allow_failed_check` is set.
 
     Raises:
-        CheckpointError: weights that are not finite; nothing is written.
+        CheckpointError: a weight is not finite; nothing is written.
     """
     if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path}: {len(damaged)} of {len(weights)} tensors hold NaN or infinity ({damaged[0]})")
 
-    report = SanityReport(None, True, "Classifiers are not checked: nothing is known about what they should answer.")
+    report = SanityReport(None, True, "Classifiers are not checked: the expected output is not known.")
     if isinstance(config, CheckpointConfig):
         report = check_predictions(config, weights)
 
@@ -159,7 +159,7 @@ def write_if_sane(
             **config.provenance,
             "file": path.name,
             "file_sha256": _sha256(path),
-            "sanity_check": report.advice if report.passed else f"FAILED, imported all the same: {report.advice}",
+            "sanity_check": report.advice if report.passed else f"FAILED, imported anyway: {report.advice}",
         }
         write_checkpoint(out, config.replace(provenance=provenance), weights)
     return report

@@ -1,7 +1,7 @@
-"""The command-line flags of OpenAI's two repositories, turned into a checkpoint's configuration.
+"""Convert the command-line flags of OpenAI's two repositories to a checkpoint's configuration.
 
-Their `.pt` files hold weights only: what the network was is known from the flags it was trained with. The same flag
-has another default in each repository, so a configuration is always resolved with those of *its* repository.
+Their `.pt` files hold weights only; the network is defined by the flags it was trained with. Defaults of the same flag
+differ between the repositories, so a configuration is always resolved with the defaults of *its* repository.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Repo = Literal["improved", "guided"]
 Kind = Literal["image", "superres", "classifier"]
 
 NUM_CLASSES = 1000
-"""Classes of every conditional model and classifier in OpenAI's code, however many the data has."""
+"""Classes of every conditional model and classifier in OpenAI's code, independent of the data."""
 
 IMAGE_CHANNELS = 3
-"""Of every image in OpenAI's code."""
+"""Image channels in OpenAI's code."""
 
 CLASSIFIER_HEAD_CHANNELS = 64
-"""Width of the classifiers' attention heads, which has no flag."""
+"""Width of the classifiers' attention heads; no flag sets it."""
 
 CHANNEL_MULTS: dict[tuple[Repo, Kind], dict[int, tuple[float, ...]]] = {
     ("improved", "image"): {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)},
@@ -49,7 +49,7 @@ CHANNEL_MULTS: dict[tuple[Repo, Kind], dict[int, tuple[float, ...]]] = {
     },
     ("guided", "superres"): {64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (1, 1, 2, 2, 4, 4)},
 }
-"""The levels each repository picks by image size. Classifiers have those of guided-diffusion's image models."""
+"""The default levels of each repository by image size. Classifiers use those of guided-diffusion's image models."""
 CHANNEL_MULTS["guided", "classifier"] = CHANNEL_MULTS["guided", "image"]
 
 TRAINING_FLAGS = (
@@ -63,29 +63,29 @@ SAMPLING_FLAGS = (
     *("classifier_path", "classifier_scale"),
 )
 WITHOUT_EFFECT = frozenset(TRAINING_FLAGS + SAMPLING_FLAGS)
-"""Flags that leave the network and its process as they are; accepted, so that a whole command line can be pasted."""
+"""Flags that do not change the network or its process; accepted so that users can paste a whole command line."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How a flag's text is read, and its value where it is not given."""
+    """The parser of a flag's text, and its default."""
 
     read: Callable[[str], Any]
     default: Any
 
 
 def parse_flag_line(line: str) -> dict[str, str]:
-    """Split flags as they are written on a command line: `--image_size 64 --class_cond True`, or `--image_size=64`.
+    """Parse flags as on a command line: `--image_size 64 --class_cond True`, or `--image_size=64`.
 
     Raises:
-        ValueError: a word that is neither a flag nor a flag's value.
+        ValueError: a word is neither a flag nor a flag's value, or a flag has no value.
     """
     flags: dict[str, str] = {}
     name: str | None = None
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise ValueError(f"flags cannot be split into words: {error}; got {quoted(line)}") from error
+        raise ValueError(f"flags cannot be parsed: {error}; got {quoted(line)}") from error
     for word in words:
         if word.startswith("--"):
             if name is not None:
@@ -103,23 +103,23 @@ def parse_flag_line(line: str) -> dict[str, str]:
 
 
 def config_from_flags(repo: Repo, flags: Mapping[str, str]) -> AnyCheckpointConfig:
-    """Resolve the flags a network was trained with, and the repository's defaults for the others.
+    """Return the configuration for the flags that a network was trained with and the repository's other defaults.
 
-    `large_size` or `small_size` mean a super-resolution model, a flag `classifier_*` other than `classifier_scale`,
-    `classifier_path` and `classifier_use_fp16` means a noisy classifier, anything else an image model. Some flags are
-    ours: `num_classes`, which OpenAI's code fixes at 1000, `channel_mult` where a repository has no such flag, and
-    `image_channels`, fixed at 3 there, which may also be called `in_channels` (of an image, also where a low-resolution
-    one is appended) or be meant by `out_channels`.
+    `large_size` or `small_size` select a super-resolution model; a flag `classifier_*` other than `classifier_scale`,
+    `classifier_path` and `classifier_use_fp16` selects a noisy classifier; otherwise it is an image model. Some flags
+    are not in OpenAI's code: `num_classes`, which is fixed at 1000 there; `channel_mult`, for the repository without
+    it; and `image_channels`, which is fixed at 3 there. `in_channels` is another name for `image_channels` (not
+    counting an appended low-resolution image), and `out_channels` implies it.
 
     Args:
         repo: `improved` (openai/improved-diffusion) or `guided` (openai/guided-diffusion).
-        flags: by name, without the dashes; values as they are typed.
+        flags: by name, without the dashes; values as typed.
 
     Returns:
-        The configuration; its provenance names the flags, and what was ignored.
+        The configuration; its provenance lists the flags and the ignored ones.
 
     Raises:
-        ValueError: an unknown flag or value; the message lists the allowed ones.
+        ValueError: a flag or value is unknown; the message lists the allowed ones.
     """
     if repo not in get_args(Repo):
         raise ValueError(f"repo must be one of {list(get_args(Repo))}; got {repo!r}")
@@ -129,7 +129,7 @@ def config_from_flags(repo: Repo, flags: Mapping[str, str]) -> AnyCheckpointConf
         if name not in known and name not in WITHOUT_EFFECT:
             raise ValueError(_unknown_flag(name, repo, kind, known))
     values = {name: _read(name, flag, flags) for name, flag in known.items()}
-    notes = [f"{name}: without effect on sampling, ignored" for name in flags if name in WITHOUT_EFFECT]
+    notes = [f"{name}: ignored, it has no effect on sampling" for name in flags if name in WITHOUT_EFFECT]
     try:
         config = _classifier(values, notes) if kind == "classifier" else _unet(repo, kind, values, notes)
     except ValidationError as error:
@@ -146,7 +146,7 @@ def _kind(flags: Mapping[str, str]) -> Kind:
 
 
 def known_flags(repo: Repo, kind: Kind) -> dict[str, Flag]:
-    """Return the flags that shape a network or its process, with the repository's defaults."""
+    """Return the flags that define a network or its process, with the repository's defaults."""
     if kind == "classifier":
         return _classifier_flags() if repo == "guided" else {}
     guided = repo == "guided"
@@ -190,7 +190,7 @@ def _classifier_flags() -> dict[str, Flag]:
         "classifier_use_scale_shift_norm": Flag(_boolean, True),
         "classifier_resblock_updown": Flag(_boolean, True),
         "classifier_pool": Flag(_one_of(get_args(ClassifierPool)), "attention"),
-        "learn_sigma": Flag(_boolean, False),  # of the process, which the classifier's training never reverses
+        "learn_sigma": Flag(_boolean, False),  # of the process; not used by the classifier's training
         **_process_flags(rescale_timesteps=False),
     }
 
@@ -200,16 +200,16 @@ def _channel_flags() -> dict[str, Flag]:
 
 
 def _image_channels(values: Mapping[str, Any], outputs_per_channel: int | None) -> int:
-    """Return the channels of images from the flags that may say so, which must agree."""
-    said = {name: values[name] for name in ("image_channels", "in_channels") if values[name] is not None}
+    """Return the number of image channels from the flags that give or imply it; they must agree."""
+    given = {name: values[name] for name in ("image_channels", "in_channels") if values[name] is not None}
     if outputs_per_channel is not None and (out_channels := values["out_channels"]) is not None:
-        said["out_channels"], rest = divmod(out_channels, outputs_per_channel)
+        given["out_channels"], rest = divmod(out_channels, outputs_per_channel)
         if rest:
             raise ValueError(f"flag out_channels must be even with learn_sigma True; got {out_channels}")
-    if len(set(said.values())) > 1:
-        words = ", ".join(f"{name} means {channels}" for name, channels in said.items())
-        raise ValueError(f"flags must agree in how many channels images have; {words}")
-    return next(iter(said.values()), IMAGE_CHANNELS)
+    if len(set(given.values())) > 1:
+        words = ", ".join(f"{name} means {channels}" for name, channels in given.items())
+        raise ValueError(f"flags must agree on the number of image channels; {words}")
+    return next(iter(given.values()), IMAGE_CHANNELS)
 
 
 def _process_flags(rescale_timesteps: bool) -> dict[str, Flag]:
@@ -223,12 +223,12 @@ def _process_flags(rescale_timesteps: bool) -> dict[str, Flag]:
 
 def _unknown_flag(name: str, repo: Repo, kind: Kind, known: Mapping[str, Flag]) -> str:
     if kind == "classifier" and repo == "improved":
-        return f"{name}: improved-diffusion has no classifiers; they are of repo 'guided'"
+        return f"{name}: improved-diffusion has no classifiers; use repo 'guided'"
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
     return (
         f"unknown flag {name!r} for a model of kind {kind!r} from {repo}-diffusion{hint} "
-        f"Flags that matter: {', '.join(sorted(known))}"
+        f"Known flags: {', '.join(sorted(known))}"
     )
 
 
@@ -311,10 +311,10 @@ def _channel_mult(repo: Repo, kind: Kind, size: int) -> tuple[float, ...]:
 
 
 def _attended_sizes(named: tuple[int, ...], image_size: int, levels: int, notes: list[str]) -> tuple[int, ...]:
-    """Map sizes to the levels the reference would put attention at: those of downsampling image_size // size."""
+    """Map sizes to the levels with attention in the reference: those with downsampling factor image_size // size."""
     sizes = {1 << level: image_size >> level for level in range(levels)}
     absent = [size for size in named if image_size // size not in sizes]
-    notes.extend(f"attention_resolutions: no level has size {size}, without effect" for size in absent)
+    notes.extend(f"attention_resolutions: {size} is ignored, no level has this size" for size in absent)
     return tuple(sizes[image_size // size] for size in named if size not in absent)
 
 

@@ -1,7 +1,7 @@
-"""What the names and shapes of weights tell about a network, in the words of the flags it was trained with.
+"""Infer a network's flags from the names and shapes of its weights, to explain a mismatch.
 
-A wrong flag changes hundreds of names and shapes at once. Both networks, the file's and the configured one, are read
-back into flags here, and the flags are compared.
+A wrong flag changes hundreds of names and shapes at once. Therefore the flags of both networks, the file's and the
+configured one, are inferred and compared.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CLASSIFIER_FLAGS = {
     "use_scale_shift_norm": "classifier_use_scale_shift_norm",
     "resblock_updown": "classifier_resblock_updown",
 }
-"""What a classifier's flags are called where a UNet has one of the same meaning."""
+"""Names of the classifiers' flags, by the UNet's flag of the same meaning."""
 
 
 ANCHOR = "time_embed.0.weight"
 """A weight that every network of these repositories has."""
 INPUT_CHANNELS, OUTPUT_CHANNELS = "large_size, small_size", "learn_sigma"
-"""Flags that show themselves in numbers of channels, as image_channels does."""
+"""Flags that change the number of input or output channels, as image_channels does."""
 CHANNEL_FLAGS = frozenset({"image_channels", "in_channels", "out_channels"})
 
 
 def channels_to_infer(config: AnyCheckpointConfig, shapes: Shapes) -> int | None:
-    """Return the channels of images as the weights tell them, where neither a preset nor a flag does.
+    """Return the number of image channels inferred from the weights, if it differs from the configuration's default.
 
-    None: there is nothing to infer, or the weights leave it open (6 input channels may be an image of 3 and its
-    low-resolution version).
+    None if a preset or a flag gives the number, if the weights agree with the default, or if they are ambiguous (6
+    input channels may be an image of 3 channels and its low-resolution version).
     """
     provenance = config.provenance
     if "preset" in provenance or CHANNEL_FLAGS & provenance.get("flags", {}).keys():
@@ -56,14 +56,14 @@ def channels_to_infer(config: AnyCheckpointConfig, shapes: Shapes) -> int | None
 
 
 def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
-    """Say how a file's network differs from the configured one; empty where it fits.
+    """Return the differences between a file's network and the configured one; empty if it fits.
 
     Args:
-        config: what the network is believed to be.
+        config: the configuration.
         shapes: name and shape of every weight in the file.
 
     Returns:
-        One line per flag that differs, at most a dozen; where no flag explains it, a summary of the names.
+        One line per flag that differs, at most a dozen; a summary of the names if no flag explains the difference.
     """
     expected = expected_shapes(config)
     differences = shape_differences(expected, shapes)
@@ -71,9 +71,9 @@ def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
         return []
     found, wanted = read_flags(shapes, config.model.image_size), read_flags(expected, config.model.image_size)
     if not found:
-        return [f"it holds no network of these repositories: {_other_network(shapes)}"]
+        return [f"the file holds no network of these repositories: {_other_network(shapes)}"]
     if found["kind"] != wanted["kind"]:
-        return [f"the file holds a {found['kind']}, the configuration is one of a {wanted['kind']}"]
+        return [f"the file holds a {found['kind']}, the configuration describes a {wanted['kind']}"]
     names = {} if isinstance(config, CheckpointConfig) else CLASSIFIER_FLAGS
     if _channels_alone_differ(found, wanted):
         names = {**names, INPUT_CHANNELS: "image_channels"}
@@ -87,7 +87,7 @@ def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
 
 
 def _channels_alone_differ(found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether input and output differ in the channels of images, and not in what they are made of."""
+    """Return whether input and output channels differ only by the number of image channels."""
     if OUTPUT_CHANNELS not in found or found[INPUT_CHANNELS] == wanted[INPUT_CHANNELS]:
         return False
     ratios = [
@@ -97,28 +97,28 @@ def _channels_alone_differ(found: Mapping[str, str], wanted: Mapping[str, str]) 
 
 
 def _other_network(shapes: Shapes) -> str:
-    """Say whose network some names are, where they are known, and what to do with it."""
+    """Return which other project's network the names belong to, if known, and the cure."""
     if any(name.endswith("conv_in.weight") for name in shapes):
-        return "these are names of diffusers; import the folder with its config.json and scheduler_config.json"
+        return "its names are those of diffusers; import the folder with its config.json and scheduler_config.json"
     if any(name.startswith(("first_stage_model.", "model.diffusion_model.")) for name in shapes):
         return "it is a latent diffusion model, whose network does not work on pixels"
     if any("init_conv.weight" in name for name in shapes):
-        return "these are names of denoising-diffusion-pytorch, whose network is another one"
+        return "its names are those of denoising-diffusion-pytorch, whose network has another architecture"
     return "time_embed and input_blocks are missing"
 
 
 def read_flags(shapes: Shapes, image_size: int) -> dict[str, str]:
-    """Infer what can be inferred from a network's names and shapes.
+    """Infer flags from a network's names and shapes.
 
-    Not visible are: number and layout of attention heads, dropout, image size (the classifiers' attention pool
-    excepted), and everything about the process: schedule, T, rescaling, what is predicted.
+    These flags cannot be inferred: number and layout of attention heads, dropout, image size (except with the
+    classifiers' attention pool), and all flags of the process: schedule, T, rescaling, prediction type.
 
     Args:
         shapes: name and shape of every weight.
-        image_size: only for naming levels by their size in pixels.
+        image_size: used only to name levels by their size in pixels.
 
     Returns:
-        The value of each flag, as text; empty for something that is no such network.
+        The value of each flag, as text; empty for an unknown network.
     """
     first = "input_blocks.1.0."
     if not {"time_embed.0.weight", "input_blocks.0.0.weight", f"{first}out_layers.3.weight"} <= shapes.keys():
@@ -170,7 +170,7 @@ def _classifier_head(shapes: Shapes) -> dict[str, str]:
 
 
 def _layout(shapes: Shapes) -> tuple[int, int] | None:
-    """Infer the number of levels, and of residual blocks in each; None where it is not one of these networks."""
+    """Infer the number of levels, and of residual blocks per level; None if it is not one of these networks."""
     blocks_there = _indices(shapes, r"input_blocks\.(\d+)\.")
     total = max(blocks_there) + 1
     resamplings = _resamplings(shapes, total - len(blocks_there))
@@ -182,9 +182,9 @@ def _layout(shapes: Shapes) -> tuple[int, int] | None:
 
 
 def _candidates(total: int) -> Iterator[tuple[int, int]]:
-    # The encoder has `blocks` residual blocks per level, a resampling after each level but the last, and the first
-    # convolution: levels * (blocks + 1) in all. More levels first: a level read as two is refused by its attention
-    # or its width, two levels read as one often are not.
+    # The encoder has `blocks` residual blocks per level, a resampling layer after each level but the last, and the
+    # first convolution: levels * (blocks + 1) in all. Try more levels first: if one level is read as two, `_is_level`
+    # fails by attention or width; if two levels are read as one, it often does not.
     return ((levels, total // levels - 1) for levels in range(total // 2, 0, -1) if total % levels == 0)
 
 
@@ -203,8 +203,8 @@ def _attends(shapes: Shapes, block: int) -> bool:
 
 
 def _resamplings(shapes: Shapes, absent_blocks: int) -> int | None:
-    """Count the changes of resolution; None for a classifier whose residual blocks make them."""
-    # A convolution shows itself; average pooling has no weights, so its block is absent.
+    """Count the resampling layers; None for a classifier whose residual blocks resample."""
+    # A convolution has weights; average pooling has none, so its block is absent.
     if count := absent_blocks + len(_indices(shapes, r"input_blocks\.(\d+)\.0\.op\.weight")):
         return count
     if any(name.startswith("output_blocks.") for name in shapes):

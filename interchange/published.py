@@ -1,7 +1,7 @@
 """The 23 checkpoints that OpenAI published for IDDPM and ADM, as named presets.
 
-The files are bare state dicts; each preset restates the flags of the READMEs of openai/improved-diffusion and
-openai/guided-diffusion, and its repository's defaults fill in the rest. Nothing is downloaded here.
+The files are bare state dicts. Each preset restates the flags of the READMEs of openai/improved-diffusion and
+openai/guided-diffusion; other flags have the repository's defaults. Nothing is downloaded here.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion"
 
 LICENCES: dict[Repo, str] = {
     "improved": (
-        "OpenAI published these weights without terms of their own beside its MIT-licensed code; the data they were "
-        "trained on (ImageNet, LSUN, CIFAR-10) is for research. Take them as for research use only."
+        "OpenAI published these weights beside its MIT-licensed code without separate terms; the data they were "
+        "trained on (ImageNet, LSUN, CIFAR-10) is for research. Treat them as for research use only."
     ),
     "guided": (
         "For research use only: OpenAI's model card says that these models are not intended to be commercially "
         "deployed, nor to be used to create propaganda or offensive imagery."
     ),
 }
-"""What to tell whoever installs a published checkpoint, by repository."""
+"""Licence notice to show on import, by repository."""
 
 RELEASES: dict[Repo, str] = {"improved": "march-2021", "guided": "jul-2021"}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """One published file and what it holds."""
+    """One published file and its configuration."""
 
     name: str
     """Name of the preset."""
     file_name: str
-    """Name of the file, as published."""
+    """Published name of the file."""
     repo: Repo
     """The repository whose code trained it."""
     config: AnyCheckpointConfig
@@ -43,12 +43,12 @@ class PublishedModel:
 
     @property
     def url(self) -> str:
-        """Where OpenAI offers the file."""
+        """OpenAI's URL of the file."""
         return f"{BASE_URL}/{RELEASES[self.repo]}/{self.file_name}"
 
     @property
     def licence(self) -> str:
-        """What to tell whoever installs it."""
+        """Licence notice to show on import."""
         return LICENCES[self.repo]
 
 

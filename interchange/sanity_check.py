@@ -1,10 +1,10 @@
-"""Does a network predict what its configuration says it does? A cheap test without images, for imported weights.
+"""Check imported weights: does the network predict what its configuration says? Cheap, and needs no images.
 
-Several flags leave the shape of every weight as it is, so a wrong one loads without complaint and samples noise. What a
-trained network must know about pure noise gives them away: at the last timestep x_T is eps, and shortly before it
-(alphas_cumprod 0.02, a grey image) x_t is still eps but for its scale, which the network expects to belong to the
-timestep it is told. A well-trained network predicts that eps almost perfectly; told the wrong timesteps, or with its
-attention heads cut differently, it does not. So the errors are compared with a limit, and with those under other flags.
+Several flags do not change the shape of any weight, so weights load with a wrong flag and sample noise. The check uses
+what every trained network can predict: at the last timestep x_T is eps, and shortly before it (alphas_cumprod 0.02, a
+grey image) x_t is eps up to a scale, which must match the timestep input. A well-trained network predicts that eps
+almost perfectly; with wrong timestep inputs, or another layout of its attention heads, it does not. The errors are
+compared with a limit, and with the errors under other flags.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from diffusion.update import split_output
 from interchange.sanity_words import words_for
 
 MAX_EPS_ERROR = 0.1
-"""Mean squared error of eps at t = T - 1 above which a network fails; guessing nothing (zeros) scores 1.
+"""Mean squared error of eps at t = T - 1 above which a network fails; predicting zeros scores 1.
 
-Measured with the right flags: 0.02 on networks trained for 500 steps, 0.002 on one that saw 60,000 images. Wrong heads
-or attention order: 0.04 to 0.1 where a network uses its attention; shuffled weights 1.0 to 1.7.
+Measured with the right flags: 0.02 on networks trained for 500 steps, 0.002 on one trained on 60,000 images. With wrong
+heads or attention order: 0.04 to 0.1 on networks that use their attention. With shuffled weights: 1.0 to 1.7.
 """
 
 MAX_X0_ERROR = 0.3
-"""The limit for networks that predict x0, at alphas_cumprod 0.5 with plain images; in units of eps, too.
+"""The limit for networks that predict x0, at alphas_cumprod 0.5 with plain images; also in units of eps.
 
-At t = T - 1 an x0-prediction says nothing: any x0 gives eps = x_T. Zeros score 0.5, eps taken for x0 scores 1.5; the
-trained networks that the check was tried on (which predict eps) 0.03 to 0.13.
+At t = T - 1 a prediction of x0 cannot be checked: any x0 gives eps = x_T. Zeros score 0.5, eps taken for x0 scores 1.5;
+the trained networks used for testing the check (which predict eps) score 0.03 to 0.13.
 """
 
 CLEARLY_BETTER = 0.5
-"""Other flags that divide the errors (geometric mean) by more than two are taken for the right ones.
+"""Ratio of errors (geometric mean) below which other flags are reported as the right ones.
 
-Measured: right flags, 0.89 or more for every other flag; a wrong schedule 0.38, wrong rescaling 0.1, wrong heads 0.2.
+Measured with the right flags: 0.89 or more for every other flag. With a wrong schedule: 0.38, wrong rescaling: 0.1,
+wrong heads: 0.2.
 """
 
 NOISY_ABAR = 0.02
@@ -53,31 +54,31 @@ PROBE_PIXELS = 8192
 
 @dataclass(frozen=True)
 class SanityReport:
-    """What the check found."""
+    """The result of the check."""
 
     eps_error: float | None
-    """Mean squared error of the predicted eps, whose variance is 1; None where nothing was checked."""
+    """Mean squared error of the predicted eps, whose variance is 1; None: not checked."""
     passed: bool
-    """Whether the network predicts what it should, and no other flags make it predict much better."""
+    """Whether the error is within the limit, and no other flags give a much smaller one."""
     advice: str
-    """The result in words; where it failed, what to try."""
+    """The result in words; if it failed, with the cure."""
 
 
 def check_predictions(config: CheckpointConfig, weights: Mapping[str, Tensor]) -> SanityReport:
-    """Check that a network predicts the eps (or x0) of its own process, from noise drawn with a fixed seed.
+    """Check that a network predicts the eps (or x0) of its process, with noise from a fixed seed.
 
-    What it finds: untrained or damaged weights; a wrong prediction type; on networks that use what the flag is about,
-    wrong heads, attention order, rescaling, T or noise schedule. What it cannot find: flags that a network hardly
-    depends on (a small one may not care about its heads, one trained briefly not about its timesteps), T together with
-    rescale_timesteps True (the network is told the same), the fixed variances, and wrong labels. Networks that predict
-    x0 are only compared with the limit.
+    The check takes about ten network calls on one to four images per noise level. It detects untrained or damaged
+    weights, a wrong prediction type and, on networks that depend on them, wrong heads, attention order, rescaling, T or
+    noise schedule. It cannot detect flags that a network hardly depends on (heads of a small network, timesteps after a
+    short training), a wrong T with rescale_timesteps True (the timestep inputs are the same), a wrong fixed variance,
+    or wrong labels. Networks that predict x0 are compared with the limit only.
 
     Args:
         config: model and process.
         weights: the network's state dict, float32 on the CPU; must fit the configuration.
 
     Returns:
-        The report. It takes about ten network calls on one to four images per noise level.
+        The report.
     """
     if config.diffusion.prediction == "x0":
         return _check_x0(config, weights)
@@ -98,7 +99,7 @@ def check_predictions(config: CheckpointConfig, weights: Mapping[str, Tensor]) -
 def _suspects(config: CheckpointConfig) -> str:
     words = words_for(config)
     return (
-        "Either the weights are untrained or damaged, or one of the fields that no shape shows is wrong: "
+        "Either the weights are untrained or damaged, or a field that does not change the shapes of weights is wrong: "
         f"{words.invisible}. {words.cure}"
     )
 
@@ -131,14 +132,14 @@ def _nearest_step(diffusion: DiffusionConfig, abar: float) -> int:
     return int(np.abs(respace(diffusion).schedule.alphas_cumprod - abar).argmin())
 
 
-def _told(diffusion: DiffusionConfig) -> list[float]:
-    """What the network is told at the two noise levels of the check."""
+def _timestep_inputs(diffusion: DiffusionConfig) -> list[float]:
+    """Return the network's timestep inputs at the two noise levels of the check."""
     t_model = respace(diffusion).t_model
     return [float(t_model[_nearest_step(diffusion, NOISY_ABAR)]), float(t_model[-1])]
 
 
 def _noisy_images(config: CheckpointConfig, steps: tuple[int, ...], brightness: float) -> tuple[Tensor, Tensor]:
-    """Return noisy plain images x_t at some timesteps, and their eps; each [len(steps) * n, C, H, W]."""
+    """Return noisy plain images x_t at the given timesteps, and their eps; each [len(steps) * n, C, H, W]."""
     size, channels = config.model.image_size, config.model.image_channels
     count = max(1, min(4, PROBE_PIXELS // size**2))
     eps = torch.randn(len(steps) * count, channels, size, size, generator=torch.Generator().manual_seed(0))
@@ -149,20 +150,20 @@ def _noisy_images(config: CheckpointConfig, steps: tuple[int, ...], brightness: 
 
 
 def _plain_images(rows: int, brightness: float) -> Tensor:
-    """Return images of one colour, bright and dark in turn: [rows, 1, 1, 1]."""
+    """Return images of one colour, alternately bright and dark: [rows, 1, 1, 1]."""
     return torch.tensor([brightness, -brightness]).repeat(rows)[:rows, None, None, None]
 
 
 def _predict(
-    config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, told: list[float], brightness: float = 0.0
+    config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, t_model: list[float], brightness: float = 0.0
 ) -> Tensor:
-    """Run the network of a configuration, which shares the weights, on equal shares of the rows per timestep told."""
+    """Return a network's prediction for x_t; each timestep input in t_model gets an equal share of the rows."""
     model = config.model
     with torch.device("meta"):
         network = UNet(model)
     network.load_state_dict(dict(weights), strict=True, assign=True)
     rows = len(x_t)
-    t = torch.tensor(told).repeat_interleave(rows // len(told))
+    t = torch.tensor(t_model).repeat_interleave(rows // len(t_model))
     y = None if model.num_classes is None else torch.arange(rows) % model.num_classes
     low_res = None
     if (size := model.low_res_size) is not None:
@@ -173,14 +174,14 @@ def _predict(
 
 def _eps_errors(config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, eps: Tensor) -> Tensor:
     """Return the mean squared error of eps at each of the two noise levels."""
-    squared = (_predict(config, weights, x_t, _told(config.diffusion)) - eps) ** 2
+    squared = (_predict(config, weights, x_t, _timestep_inputs(config.diffusion)) - eps) ** 2
     return squared.reshape(2, -1).mean(dim=1)
 
 
 def _best_alternative(
     config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, eps: Tensor, errors: Tensor
 ) -> tuple[str, Tensor]:
-    """Find the change of flags with the smallest errors: its name and its errors; no change, if none is better."""
+    """Return the description and the errors of the flags with the smallest errors; these flags if none are better."""
     same = _behaviour(config)
     names: dict[tuple[Any, ...], list[str]] = {}
     configs: dict[tuple[Any, ...], CheckpointConfig] = {}
@@ -200,7 +201,7 @@ def _best_alternative(
 
 
 def _behaviour(config: CheckpointConfig) -> tuple[Any, ...]:
-    """Describe what the network computes here: configurations that agree in it need not both be tried."""
+    """Return a key of what the network computes in the check; configurations with equal keys give equal errors."""
     model = config.model
     channels = [
         c for c, s in zip(model.level_channels, model.level_sizes, strict=True) if s in model.attention_resolutions
@@ -208,23 +209,24 @@ def _behaviour(config: CheckpointConfig) -> tuple[Any, ...]:
     encoder = [model.heads_for(c) for c in [*channels, model.level_channels[-1]]]
     decoder = [model.heads_for(c, model.num_heads_upsample) for c in channels]
     order = model.attention_order if max(encoder + decoder) > 1 else None  # with one head both are the same
-    told = (round(t, -1) for t in _told(config.diffusion))  # 999 of T = 1000 is 999.75 of T = 4000, rescaled
-    return (tuple(encoder), tuple(decoder), order, *told)
+    # Rounded: 999 of T = 1000 is 999.75 of T = 4000, rescaled
+    inputs = (round(t, -1) for t in _timestep_inputs(config.diffusion))
+    return (tuple(encoder), tuple(decoder), order, *inputs)
 
 
 def _alternatives(config: CheckpointConfig) -> Iterator[tuple[dict[str, Any], CheckpointConfig]]:
-    """Yield the same weights under other flags that no shape shows, one changed at a time but for the timesteps."""
+    """Yield changes of flags that keep the shapes of weights, and the changed configuration."""
     diffusion = config.diffusion
     schedule = "linear" if diffusion.noise_schedule == "cosine" else "cosine"
     rescaled = not diffusion.rescale_timesteps
-    told: list[dict[str, Any]] = [
+    timesteps: list[dict[str, Any]] = [
         {"noise_schedule": schedule},
         {"rescale_timesteps": rescaled},
         {"noise_schedule": schedule, "rescale_timesteps": rescaled},
         {"num_timesteps": 1000},
         {"num_timesteps": 4000},
     ]
-    for changes in told:
+    for changes in timesteps:
         yield changes, config.replace(diffusion=diffusion.replace(**changes))
 
     heads: list[dict[str, Any]] = [

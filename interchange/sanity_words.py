@@ -1,4 +1,4 @@
-"""What the fields that no weight's shape shows are called where weights came from, and what to do when one is wrong."""
+"""Wording of the sanity check's advice for each source of weights: names of fields, and what to do."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from diffusion.config import CheckpointConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Words:
-    """The vocabulary of a source of weights."""
+    """The wording for a source of weights."""
 
     invisible: str
-    """The fields of a network and its process that no shape shows."""
+    """The fields of a network and its process that do not change the shapes of weights."""
     cure: str
-    """What to do where one of them is wrong; a sentence."""
+    """What to do if one of them is wrong; a sentence."""
     eps_prediction: str
-    """How a network that predicts eps is described."""
+    """The value that means that a network predicts eps."""
     diffusers: bool = False
 
     def describe(self, changes: Mapping[str, Any], model: ModelConfig) -> str:
-        """Describe fields of ours that are changed as the source would: `num_heads=4`."""
+        """Describe changed fields by the source's names, such as `num_heads=4`."""
         given = {name: value for name, value in changes.items() if value is not None}
         words = _of_diffusers if self.diffusers else _of_flags
         return ", ".join(words(name, value, model) for name, value in given.items())
@@ -31,29 +31,29 @@ class Words:
 FLAGS = Words(
     invisible="num_heads, num_heads_upsample, num_head_channels, use_new_attention_order, diffusion_steps, "
     "noise_schedule, rescale_timesteps, predict_xstart",
-    cure="Check that first: the flags must be those of the training",
+    cure="Check the flags first: they must be those of the training",
     eps_prediction="predict_xstart=False",
 )
 
 DIFFUSERS = Words(
     invisible="attention_head_dim in config.json; num_train_timesteps, beta_schedule and prediction_type in "
     "scheduler_config.json",
-    cure="Check that first: both files must be those of the training (--scheduler names another scheduler_config.json)",
+    cure="Check them first: both files must be those of the training (--scheduler sets another scheduler_config.json)",
     eps_prediction="prediction_type 'epsilon'",
     diffusers=True,
 )
 
 
 def words_for(config: CheckpointConfig) -> Words:
-    """Return the words of where a configuration came from, by its provenance."""
+    """Return the wording for the source of a configuration, by its provenance."""
     provenance = config.provenance
     if provenance.get("source") == "diffusers":
         return DIFFUSERS
     if "preset" in provenance:
         return Words(
             invisible=FLAGS.invisible,
-            cure=f"The flags are those of the preset {provenance['preset']}, so the file is hardly the one that was "
-            "published: download that again. For weights of your own, give --repo and --flags instead of --preset",
+            cure=f"The flags are those of the preset {provenance['preset']}, so the file is probably not the published "
+            "one: download it again. For weights of your own, give --repo and --flags instead of --preset",
             eps_prediction=FLAGS.eps_prediction,
         )
     return FLAGS
@@ -78,6 +78,6 @@ def _of_diffusers(name: str, value: Any, model: ModelConfig) -> str:
         case "num_heads_upsample":
             return f"{value} heads in the decoder"
         case "rescale_timesteps":
-            return f"timesteps told as t * {'1000 / T' if value else '1'}"
+            return f"timestep input t * {'1000 / T' if value else '1'}"
         case _:
             return f"{name}={value}"

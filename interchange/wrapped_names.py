@@ -1,4 +1,4 @@
-"""Names of weights that a wrapper changed: DataParallel, torch.compile, FSDP, or a class around the network."""
+"""Names of weights changed by wrappers: DataParallel, torch.compile, FSDP, or a class that contains the network."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from formats.checkpoint_config import CheckpointError
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-"""Parts of names that PyTorch's wrappers add, and no network here has."""
+"""Parts of names that PyTorch's wrappers add; no network here has them."""
 
 
 def without_wrappers(weights: Mapping[str, Tensor], anchor: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Take out of the names of weights what wrappers put in, and a prefix that all names share.
+    """Remove the parts added by wrappers from the names of weights, and a prefix that all names share.
 
     Args:
         weights: by name.
-        anchor: a name that the network has; where one name ends in it, what comes before is the prefix.
+        anchor: the name of a weight of the network; if exactly one name ends in it, the part before is the prefix.
 
     Returns:
-        The weights by their plain names, and what was taken out; empty where names were plain.
+        The weights by their plain names, and the removed parts; empty if names were plain.
 
     Raises:
         CheckpointError: two weights would get the same name.
@@ -33,7 +33,7 @@ def without_wrappers(weights: Mapping[str, Tensor], anchor: str) -> tuple[dict[s
         plain = ".".join(part for part in parts if part not in WRAPPERS)
         if plain in renamed:
             raise CheckpointError(
-                f"two weights are called {plain} without what wrappers put before: save only one network"
+                f"two weights are called {plain} after wrapper prefixes are removed: save only one network"
             )
         renamed[plain] = tensor
     prefixes = [name.removesuffix(anchor) for name in renamed if name.endswith(f".{anchor}")]

@@ -356,7 +356,9 @@ def test_a_pipeline_imports_from_its_folder_and_from_its_unet(tmp_path: Path) ->
 def test_a_scheduler_may_be_named(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs")
     scheduler = (tmp_path / "theirs" / "scheduler_config.json").rename(tmp_path / "elsewhere.json")
-    with pytest.raises(CheckpointError, match=r"has no scheduler_config\.json, so the process .*--scheduler"):
+    with pytest.raises(
+        CheckpointError, match=r"has no scheduler_config\.json, which describes the process .*--scheduler"
+    ):
         open_folder(tmp_path / "theirs")
     assert _import(tmp_path / "theirs", tmp_path / "ours", scheduler=scheduler).diffusion.num_timesteps == 1000
 
@@ -417,8 +419,8 @@ def _edit(path: Path, **changes: Any) -> None:
     [
         ("imp_multiattn", "num_heads, num_heads_upsample: attention_head_dim is one number .* heads of 8, 16 channels"),
         ("adm_avgpool", "num_heads, num_heads_upsample: attention_head_dim is one number .* heads of 8, 32 channels"),
-        ("imp_superres", "low_res_size must be null: UNet2DModel has no second input"),
-        ("adm_superres", "low_res_size must be null: UNet2DModel has no second input"),
+        ("imp_superres", "low_res_size must be null: UNet2DModel has no low-resolution input"),
+        ("adm_superres", "low_res_size must be null: UNet2DModel has no low-resolution input"),
     ],
 )
 def test_golden_networks_that_do_not_map_are_refused_before_anything_is_written(
@@ -448,7 +450,7 @@ def test_what_keeps_these_golden_networks_out_is_nothing_but_the_decoder_s_heads
             {},
             "one number for all levels, encoder and decoder; got heads of 8, 16 channels",
         ),
-        ({}, {"variance": "learned"}, "what the library calls 'learned' is a variance, here it is its logarithm"),
+        ({}, {"variance": "learned"}, "in the library 'learned' is a variance, here it is a log variance"),
         ({}, {"num_timesteps": 500, "rescale_timesteps": True}, "must be a multiple of 1000; got 500"),
     ],
 )
@@ -471,7 +473,10 @@ def test_a_network_or_process_without_words_in_diffusers_is_refused(
         ({"mid_block_scale_factor": 1.4142}, "mid_block_scale_factor must be 1"),
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish'"),
         ({"attn_norm_num_groups": 16}, r"attn_norm_num_groups must be norm_num_groups \(32\)"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups must be 32: null leaves out the normali"),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            "attn_norm_num_groups must be 32: with null .* has no normalisation",
+        ),
         ({"norm_eps": 1e-6}, r"norm_eps must be 1e-05: .*; got 1e-06"),
         ({"add_attention": False}, "add_attention must be True"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None"),
@@ -483,10 +488,10 @@ def test_a_network_or_process_without_words_in_diffusers_is_refused(
         ({"in_channels": 6}, "out_channels must be in_channels, or twice that .* got 3 for 6"),
         (
             {"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")},
-            "down_block_types must be of .* SkipDownBlock2D",
+            "down_block_types must be among .* SkipDownBlock2D",
         ),
-        ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types must attend at the levels where"),
-        ({"upsample_type": "resnet"}, "levels are connected by convolutions .*; got conv, resnet"),
+        ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types must have attention at the same levels"),
+        ({"upsample_type": "resnet"}, "levels must be resampled by convolutions .*; got conv, resnet"),
         ({"block_out_channels": (32,)}, "must have one entry per level; got 1, 2 and 2"),
     ],
     ids=str,
@@ -541,7 +546,7 @@ def test_all_reasons_come_at_once() -> None:
         ({"num_train_timesteps": 500}, r"beta_start must be 0\.0002: .* T = num_train_timesteps = 500; got 0\.0001"),
         ({"beta_end": 0.012}, r"beta_end must be 0\.02: .*; got 0\.012"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be False"),
-        ({"variance_type": "learned"}, "variance_type must be of .*; got 'learned' .*taken for its logarithm"),
+        ({"variance_type": "learned"}, "variance_type must be one of .*; got 'learned' .*but a log variance here"),
         ({"variance_type": "fixed_large_log"}, "got 'fixed_large_log' .*square root of a negative logarithm"),
         ({"prediction_type": "v_prediction"}, "prediction_type must be 'epsilon' or 'sample'; got 'v_prediction'"),
     ],
@@ -567,7 +572,7 @@ def _folder_with(tmp_path: Path, file: str, **changes: Any) -> Path:
         ("config.json", {"block_out_channels": [0, 0]}, r"block_out_channels\.0: Input should be greater than 0"),
         ("config.json", {"block_out_channels": [40, 64], "norm_eps": 1e-5}, "40 is 40"),
         ("scheduler_config.json", {"_class_name": "PNDMScheduler"}, "_class_name must be DDPMScheduler or DDIMSchedul"),
-        ("scheduler_config.json", {"variance_type": "learned_range"}, "variance_type must be of a fixed kind for .* 3"),
+        ("scheduler_config.json", {"variance_type": "learned_range"}, "variance_type must be a fixed kind for .* 3"),
         ("scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps: Input should be greater than 0"),
         ("scheduler_config.json", {"new_in_2030": 1}, "new_in_2030: Extra inputs are not permitted"),
     ],
@@ -593,8 +598,8 @@ def test_a_ddim_scheduler_gives_a_fixed_variance_and_says_so(tmp_path: Path) -> 
     config = _import(tmp_path / "theirs", tmp_path / "ours")
     assert config.diffusion.variance == "fixed_small"
     clip, variance = config.provenance["notes"]
-    assert clip.startswith("clip_sample=False, clip_sample_range=1, thresholding=False: not taken over")
-    assert variance.startswith("a DDIMScheduler names no variance; fixed_small")
+    assert clip.startswith("clip_sample=False, clip_sample_range=1, thresholding=False: ignored")
+    assert variance.startswith("a DDIMScheduler specifies no variance; fixed_small")
 
 
 def test_a_ddim_scheduler_does_not_do_for_a_learned_variance(tmp_path: Path) -> None:
@@ -614,7 +619,9 @@ def test_pickled_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_sharded_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs").save_pretrained(tmp_path / "theirs", max_shard_size="1MB")
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match=r"has no .*\(it has .*index\.json: load and save it again, in one part"):
+    with pytest.raises(
+        CheckpointError, match=r"has no .*\(it has .*index\.json: load it with diffusers and save it as a single file"
+    ):
         open_folder(tmp_path / "theirs")
 
 
@@ -633,14 +640,14 @@ def test_latents_are_no_pixels(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs" / "unet")
     index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
     (tmp_path / "theirs" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="this one also has vqvae, so that its network does not work on pixels"):
+    with pytest.raises(CheckpointError, match="it also has vqvae, so its network does not work on pixels"):
         open_folder(tmp_path / "theirs")
 
 
 def test_folders_of_something_else_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no diffusers folder: it has neither config\.json nor unet/config"):
+    with pytest.raises(CheckpointError, match=r"is not a diffusers folder: it has no config\.json and no unet/config"):
         open_folder(tmp_path)
-    with pytest.raises(CheckpointError, match="is a checkpoint folder already"):
+    with pytest.raises(CheckpointError, match="is a checkpoint folder of iddpm already"):
         open_folder(BUNDLED)
 
 
@@ -652,7 +659,9 @@ def test_an_export_that_was_changed_is_not_taken_for_the_old_one(
 ) -> None:
     export_diffusers(_checkpoint(tmp_path, "imp_uncond"), tmp_path / "out")
     _edit(tmp_path / "out" / file, **changes)
-    with pytest.raises(CheckpointError, match=r"changed after the export; delete iddpm\.json to import what they say"):
+    with pytest.raises(
+        CheckpointError, match=r"changed after the export; delete iddpm\.json to import the changed configuration"
+    ):
         open_folder(tmp_path / "out")
 
 
@@ -662,7 +671,7 @@ def test_averaging_layers_that_were_trained_are_not_dropped(tmp_path: Path) -> N
     weights = load_file(path)
     weights["down_blocks.0.downsamplers.0.conv.bias"] += 1
     save_file(weights, path)
-    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.downsamplers\.0\.conv was trained"):
+    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.downsamplers\.0\.conv has trained weights"):
         _import(tmp_path / "out", tmp_path / "back")
 
 
@@ -824,9 +833,9 @@ def test_a_network_that_predicts_nothing_is_not_imported(tmp_path: Path) -> None
     [
         (["export", str(BUNDLED), "OUT", "--format", "png"], 2, "one of onnx, tensorrt, diffusers; got 'png'"),
         (["export", "nowhere", "OUT", "--format", "diffusers"], 1, "nowhere is not a checkpoint folder"),
-        (["import", str(BUNDLED), "--out", "OUT"], 1, "is a checkpoint folder already"),
+        (["import", str(BUNDLED), "--out", "OUT"], 1, "is a checkpoint folder of iddpm already"),
         (["import", str(BUNDLED), "--repo", "guided", "--out", "OUT"], 1, "a diffusers folder describes itself"),
-        (["import", "some.pt", "--null-class", "--out", "OUT"], 1, "there is nothing at some.pt"),
+        (["import", "some.pt", "--null-class", "--out", "OUT"], 1, "some.pt does not exist"),
         (["import", __file__, "--null-class", "--out", "OUT"], 1, "are for diffusers folders; "),
     ],
 )

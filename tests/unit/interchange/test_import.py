@@ -55,7 +55,7 @@ def _weights(name: str) -> dict[str, Tensor]:
 @pytest.fixture(name="failing_check")
 def _failing_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_config: CheckpointConfig, _weights: dict[str, Tensor]) -> SanityReport:
-        return SanityReport(0.7, False, "With num_heads=2: 0.01. Check that first")
+        return SanityReport(0.7, False, "With num_heads=2: 0.01. Check the flags first")
 
     monkeypatch.setattr("interchange.import_openai.check_predictions", fail)
 
@@ -93,7 +93,7 @@ class _Malicious:
 def test_a_file_that_wants_to_run_code_is_refused_without_running_it(tmp_path: Path, new_format: bool) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     torch.save({"w": _Malicious(trace)}, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(CheckpointError, match=r"wants to run code when it is opened \(posix\.system\)"):
+    with pytest.raises(CheckpointError, match=r"needs to run code to be loaded \(posix\.system\)"):
         load_state_dict(path)
     assert not trace.exists()
 
@@ -110,16 +110,19 @@ def test_a_bare_pickle_that_wants_to_run_code_is_refused_without_running_it(tmp_
 def test_a_damaged_file_is_called_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged, or no file of torch\.save"):
+    with pytest.raises(CheckpointError, match=r"is damaged, or not a file of torch\.save"):
         load_state_dict(path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(1)], "must hold a state dict; it holds a list"),
+        ([torch.zeros(1)], "must hold a state dict; got a list"),
         ({"state": {}, "param_groups": []}, "state of an optimizer"),
-        ({"state_dict": {"w": torch.zeros(1)}}, "'state_dict' is a dict. Save the inner state dict"),
+        (
+            {"state_dict": {"w": torch.zeros(1)}},
+            "'state_dict' is a dict. If the file wraps the state dict, save the inner state dict",
+        ),
         ({"steps": torch.zeros(1, dtype=torch.int64)}, "steps must be floating point"),
     ],
 )
@@ -130,7 +133,7 @@ def test_a_file_with_something_else_says_what_it_holds(tmp_path: Path, content: 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is nothing at .*nothing\.pt"):
+    with pytest.raises(CheckpointError, match=r"nothing\.pt does not exist"):
         load_state_dict(tmp_path / "nothing.pt")
 
 
@@ -182,14 +185,14 @@ def test_the_wrong_preset_takes_a_dozen_lines_at_most(preset: str) -> None:
 def test_a_classifier_is_told_from_a_unet() -> None:
     classifier = expected_shapes(PUBLISHED["adm-classifier-64"].config)
     assert describe_mismatch(PUBLISHED["adm-imagenet64"].config, classifier) == [
-        "the file holds a noisy classifier, the configuration is one of a UNet"
+        "the file holds a noisy classifier, the configuration describes a UNet"
     ]
     assert describe_mismatch(PUBLISHED["adm-classifier-128"].config, classifier)[1].startswith("classifier_depth")
 
 
 def test_weights_of_something_else_are_no_network_of_these() -> None:
     (line,) = describe_mismatch(_superres_config(), {"conv1.weight": (64, 3, 7, 7)})
-    assert line.startswith("it holds no network of these repositories")
+    assert line.startswith("the file holds no network of these repositories")
 
 
 # --- flags
@@ -206,14 +209,14 @@ def test_flags_that_do_not_matter_are_noted_and_ignored() -> None:
     config = config_from_flags("guided", {"lr": "1e-4", "use_fp16": "True", "timestep_respacing": "250"})
     assert config.model == config_from_flags("guided", {}).model
     assert config.provenance["notes"] == [
-        f"{name}: without effect on sampling, ignored" for name in ("lr", "use_fp16", "timestep_respacing")
+        f"{name}: ignored, it has no effect on sampling" for name in ("lr", "use_fp16", "timestep_respacing")
     ]
 
 
 def test_attention_at_a_size_that_no_level_has_is_noted() -> None:
     config = config_from_flags("improved", {"image_size": "64", "attention_resolutions": "16,4"})
     assert config.model.attention_resolutions == (16,)
-    assert config.provenance["notes"] == ["attention_resolutions: no level has size 4, without effect"]
+    assert config.provenance["notes"] == ["attention_resolutions: 4 is ignored, no level has this size"]
 
 
 def test_variance_and_prediction_follow_the_flags() -> None:
@@ -238,10 +241,10 @@ def test_classifier_flags_give_a_classifier() -> None:
         (
             "improved",
             {"num_heds": "4"},
-            r"unknown flag .num_heds.*did you mean num_heads\? Flags that matter: .*num_res_blocks",
+            r"unknown flag .num_heds.*did you mean num_heads\? Known flags: .*num_res_blocks",
         ),
-        ("improved", {"qqq": "4"}, r"from improved-diffusion\. Flags that matter: "),
-        ("improved", {"use_new_attention_order": "True"}, "unknown flag .*improved-diffusion.*Flags that matter: "),
+        ("improved", {"qqq": "4"}, r"from improved-diffusion\. Known flags: "),
+        ("improved", {"use_new_attention_order": "True"}, "unknown flag .*improved-diffusion.*Known flags: "),
         ("guided", {"sigma_small": "True"}, "unknown flag 'sigma_small'"),
         ("guided", {"large_size": "256", "use_new_attention_order": "True"}, "of kind 'superres' from guided"),
         ("improved", {"classifier_depth": "2"}, "improved-diffusion has no classifiers"),
@@ -422,7 +425,7 @@ def test_command_writes_a_checkpoint_and_says_what_it_took_the_file_for(tmp_path
     config = read_config(tmp_path / "model")
     assert config.class_names == ("ant", "bee", "cat", "dog", "emu")
     assert config.model.dropout == 0.1
-    for said in ("super-resolution  8 -> 16 px", "T = 4000, linear", "use_kl: without effect", "check: passed"):
+    for said in ("super-resolution  8 -> 16 px", "T = 4000, linear", "use_kl: ignored", "check: passed"):
         assert said in result.output
 
 
@@ -478,7 +481,7 @@ def test_command_does_not_touch_a_folder_that_exists(tmp_path: Path) -> None:
 
 
 def test_flags_that_cannot_be_split_are_quoted() -> None:
-    with pytest.raises(ValueError, match=r"flags cannot be split into words: No closing quotation; got "):
+    with pytest.raises(ValueError, match=r"flags cannot be parsed: No closing quotation; got "):
         parse_flag_line('--channel_mult "1,2')
 
 

@@ -105,7 +105,7 @@ def test_a_safetensors_file_of_openai_s_names_is_read_too() -> None:
 @pytest.mark.parametrize("flags", [(), ("--scheduler", "x"), ("--preset", "adm-lsun-cat")])
 def test_nothing_there_is_said_first(tmp_path: Path, flags: tuple[str, ...]) -> None:
     code, output = invoke(tmp_path / "nowhere.pt", "--out", tmp_path / "out", *flags)
-    assert (code, output) == (1, f"error: there is nothing at {tmp_path / 'nowhere.pt'}")
+    assert (code, output) == (1, f"error: {tmp_path / 'nowhere.pt'} does not exist")
 
 
 def test_a_file_out_of_a_described_folder_leads_to_the_folder(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_compiled_grey_model_is_imported_without_a_word_about_channels(tmp_pat
     )
     code, output = invoke(tmp_path / "grey.pt", "--out", tmp_path / "out", "--repo", "improved", "--flags", flags)
     assert code == 0, output
-    for note in ("'module.' in the names of weights: left out", "image_channels: 1, read from the weights"):
+    for note in ("'module.' was removed from the names of weights", "image_channels: 1, read from the weights"):
         assert f"note: {note}" in output
         assert note in read_config(tmp_path / "out").provenance["notes"]
     assert all(torch.equal(tensor, load_file(WEIGHTS)[name]) for name, tensor in read_weights(tmp_path / "out").items())
@@ -217,7 +217,7 @@ def test_wrong_channels_are_named_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("conv_in.weight", "names of diffusers; import the folder"),
+        ("conv_in.weight", "its names are those of diffusers; import the folder"),
         ("model.diffusion_model.input_blocks.0.0.weight", "a latent diffusion model"),
         ("model.init_conv.weight", "denoising-diffusion-pytorch"),
     ],
@@ -248,9 +248,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_averaged_weights_are_preferred_and_the_others_can_be_had(exported: Path) -> None:
     folder = open_folder(exported)
     assert folder.weights.parent.name == "unet_ema"
-    assert folder.notes == ("unet_ema was taken, the averaged weights; --unet unet takes the others",)
+    assert folder.notes == ("using unet_ema, the averaged weights; --unet unet selects the others",)
     assert open_folder(exported, network="unet").weights.parent.name == "unet"
-    with pytest.raises(CheckpointError, match=r"ema holds no config\.json of a network; there are unet_ema and unet"):
+    with pytest.raises(
+        CheckpointError, match=r"ema has no config\.json of a network; the folder has unet_ema and unet"
+    ):
         open_folder(exported, network="ema")
 
 
@@ -259,10 +261,10 @@ def test_the_choice_is_said_and_the_advice_speaks_of_the_folder(exported: Path, 
     save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
     code, output = invoke(exported, "--out", tmp_path / "out")
     assert code == 1  # its weights are random
-    assert "note: unet_ema was taken, the averaged weights; --unet unet takes the others" in output
-    assert "note: '_orig_mod.' in the names of weights: left out" in output
+    assert "note: using unet_ema, the averaged weights; --unet unet selects the others" in output
+    assert "note: '_orig_mod.' was removed from the names of weights" in output
     assert "attention_head_dim in config.json; num_train_timesteps, beta_schedule and prediction_type in" in output
-    assert "--scheduler names another scheduler_config.json" in output
+    assert "--scheduler sets another scheduler_config.json" in output
     assert not {"num_heads", "predict_xstart", "use_new_attention_order"} & set(output.replace(",", " ").split())
 
 
@@ -274,7 +276,9 @@ def test_advice_fits_where_weights_came_from() -> None:
     published = PUBLISHED["cifar10-uncond-50m"].config
     assert isinstance(published, CheckpointConfig)
     preset = words_for(published)
-    assert preset.cure.startswith("The flags are those of the preset cifar10-uncond-50m, so the file is hardly the one")
+    assert preset.cure.startswith(
+        "The flags are those of the preset cifar10-uncond-50m, so the file is probably not the published"
+    )
     theirs = words_for(config.replace(provenance={"source": "diffusers"}))
     assert theirs.describe({"num_timesteps": 4000, "noise_schedule": "cosine"}, config.model) == (
         "num_train_timesteps=4000, beta_schedule=squaredcos_cap_v2"
