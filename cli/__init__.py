@@ -1,1 +1,1 @@
-"""The command line: each command a few lines over the packages."""
+"""The command line; each command is a thin layer over the packages."""

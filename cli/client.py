@@ -1,4 +1,4 @@
-"""The Python client: `Client` waits, `AsyncClient` awaits; both do the same, which is in `client_core` and `retries`.
+"""The Python client: `Client` blocks, `AsyncClient` awaits; `client_core` and `retries` hold what both share.
 
 from cli.client import Client, pixels_of
 
@@ -64,10 +64,10 @@ PATIENCE_S = 60.0
 
 
 class Client:
-    """A service at some address; close it, or use it as a context manager.
+    """A client of the service at a URL. Close it, or use it as a context manager.
 
-    Requests that were refused (429, 503) or found nobody are sent again, after the Retry-After that came with it;
-    requests whose connection broke, where that is safe.
+    A request is sent again if it was refused (429, 503; after Retry-After), or if no connection could be made. After a
+    connection broke, it is sent again only if that is safe.
     """
 
     def __init__(
@@ -78,17 +78,16 @@ class Client:
         patience_s: float = PATIENCE_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """Connect with the first request, not yet.
+        """Create the client; it connects with the first request.
 
         Args:
             url: of the service, http://HOST[:PORT].
-            key: API key, where the service wants one.
-            patience_s: longest time spent on pauses before a request is sent again, in all; 0: never again.
-            transport: instead of the network, for tests.
+            key: API key, if the service needs one.
+            patience_s: most seconds to wait in total before retries of a request; 0: no retries.
+            transport: replaces the network, for tests.
 
         Raises:
-            ValueError: an address or a key that cannot be one, or a variable of the environment that the connection
-                depends on (proxies, certificates) and that cannot be used.
+            ValueError: the URL, the key, or an environment variable for proxies or certificates is invalid.
         """
         to = connection(url, key, direct=transport is not None)
         self._http = httpx.Client(**to.options, transport=transport)
@@ -104,14 +103,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._http.close()
 
     def models(self) -> list[ModelInfo]:
         """Return the served models, the default one first.
 
         Raises:
-            ClientError: there was no such answer.
+            ClientError: the request failed.
         """
         return read_models(self._send(models_call())).models
 
@@ -125,17 +124,17 @@ class Client:
         """Generate images.
 
         Args:
-            on_event: is told how they come about: queued, progress, and previews with `preview_every`. What it raises
-                ends the request, and frees its rows.
-            idempotency_key: the same for requests that mean the same; drawn if there is none. Not with `on_event`:
-                a stream cannot be answered twice. Give a seed instead, and send it again yourself.
-            **fields: what is asked for.
+            on_event: called with each event: queued, progress, and previews if `preview_every` is set. If it raises an
+                exception, the request is cancelled and its rows are freed.
+            idempotency_key: equal for repetitions of the same request; a random one if None. Not allowed with
+                `on_event`, because a stream cannot be repeated: give a seed instead, and repeat the request yourself.
+            **fields: the fields of the request.
 
         Raises:
-            RequestFailed: the service said no, or could not.
-            ConnectionLost: there was no connection, or it ended before the answer did.
-            UnexpectedAnswer: what answers there is not this service.
-            ValueError: a field that JSON cannot hold, an Idempotency-Key that cannot be one, or one for a stream.
+            RequestFailed: the service refused the request or failed.
+            ConnectionLost: there was no connection, or it ended before the response did.
+            UnexpectedAnswer: the response does not come from this service.
+            ValueError: JSON cannot hold a field, the Idempotency-Key is invalid, or it is given for a stream.
         """
         if on_event is None:
             return read_generated(self._send(generate_call(fields, idempotency_key)))
@@ -147,7 +146,7 @@ class Client:
         return following.answer()
 
     def _chunks(self, response: httpx.Response) -> Generator[bytes]:
-        with as_client_errors(self._name):  # not around what is called with events: its errors are the caller's
+        with as_client_errors(self._name):  # not around on_event, whose exceptions are the caller's
             try:
                 refuse_other_streams(response)
                 yield from response.iter_bytes()
@@ -155,7 +154,7 @@ class Client:
                 response.close()
 
     def _send(self, call: Call) -> httpx.Response:
-        """Send a request, again where that is safe; return its good answer."""
+        """Send a request, with retries; return the successful response."""
         with as_client_errors(self._name):
             return self._send_until_answered(call)
 
@@ -178,7 +177,7 @@ class Client:
 
 
 class AsyncClient:
-    """As `Client`, with `await` and `async with`; `on_event` is called, not awaited."""
+    """Like `Client`, with `await` and `async with`; `on_event` is called, not awaited."""
 
     def __init__(
         self,
@@ -202,7 +201,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def models(self) -> list[ModelInfo]:
@@ -216,7 +215,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **fields: Unpack[GenerateFields],
     ) -> GenerateResponse:
-        """See `Client.generate`; cancelling it frees its rows."""
+        """See `Client.generate`; cancelling the task frees the request's rows."""
         if on_event is None:
             return read_generated(await self._send(generate_call(fields, idempotency_key)))
         following = Following(on_event)

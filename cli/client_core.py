@@ -1,9 +1,9 @@
-"""What the sync and the async client share: everything but waiting. What is sent, what it comes to, what can go wrong.
+"""The part that the sync and the async client share: requests, responses and errors, without waiting.
 
 ClientError
-├── RequestFailed      the service said no, or could not: holds its problem
-├── ConnectionLost     there was no connection, or it ended before the answer did
-└── UnexpectedAnswer   what answers there is not this service
+├── RequestFailed      the service refused the request or failed; holds its problem
+├── ConnectionLost     there was no connection, or it ended before the response did
+└── UnexpectedAnswer   the response does not come from this service
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from service.requests.generate_request import ImageFormat, PriorityName
 
 CONNECT_S = 10.0
 ANSWER_S = 3660.0
-"""Longest silence before an answer: a little more than a service takes by default (IDDPM_MAX_REQUEST_S)."""
+"""Read timeout of a response: a little more than the service's default time limit (IDDPM_MAX_REQUEST_S)."""
 STREAM_SILENCE_S = 60.0
-"""A stream says something every 15 seconds."""
+"""Read timeout of a stream; the service sends something at least every 15 seconds."""
 SHOWN = 200
 EVENTS = "text/event-stream"
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
-"""X509_V_ERR_... of OpenSSL: the certificate, or its authority's, is signed by itself or by nobody that is known."""
+"""OpenSSL's X509_V_ERR_... codes for certificates, or authorities, that are self-signed or of an unknown issuer."""
 
 NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST"})
-"""OpenSSL's reasons where the other end answers in plain HTTP."""
+"""OpenSSL's reasons if the other end uses plain HTTP."""
 
 Event = QueuedEvent | ProgressEvent | PreviewEvent
 M = TypeVar("M", bound=BaseModel)
@@ -53,11 +53,11 @@ _EVENTS: dict[str, type[Event]] = {"queued": QueuedEvent, "progress": ProgressEv
 
 
 class ClientError(Exception):
-    """A request did not come to its answer."""
+    """A request has no valid response."""
 
 
 class RequestFailed(ClientError):
-    """The service said no, or could not; sending it again was not safe, not useful, or took too long."""
+    """The service refused the request or failed; a retry was not safe, not useful, or not possible in time."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(f"{problem.title}: {problem.detail}")
@@ -65,15 +65,15 @@ class RequestFailed(ClientError):
 
 
 class ConnectionLost(ClientError):
-    """There was no connection, or it ended before the answer did."""
+    """There was no connection, or it ended before the response did."""
 
 
 class UnexpectedAnswer(ClientError):
-    """What answers there is not this service."""
+    """The response does not come from this service."""
 
 
 class GenerateFields(TypedDict, total=False):
-    """Fields of `POST /v1/generate`, as keyword arguments; the README says what they mean."""
+    """Fields of `POST /v1/generate` as keyword arguments; the README describes them."""
 
     model: str
     class_: int | str | Sequence[int | str]
@@ -96,35 +96,35 @@ class GenerateFields(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A request that may be sent, several times perhaps."""
+    """A request, which may be sent several times."""
 
     method: str
     path: str
     content: bytes | None = None
     headers: dict[str, str]
     silence_s: float
-    """Longest time without a byte of the answer."""
+    """Read timeout in seconds."""
     streamed: bool = False
-    """Whether the answer is read as it comes."""
+    """Whether the response is read incrementally."""
     repeatable: bool
-    """Whether sending it again gives what the first time gave, or would have given."""
+    """Whether a repetition has the same result, and the service does the work once."""
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """Build what a connection sends."""
+        """Build the request for a connection."""
         timeout = httpx.Timeout(self.silence_s, connect=CONNECT_S, pool=None)
         return http.build_request(self.method, self.path, content=self.content, headers=self.headers, timeout=timeout)
 
 
 def models_call() -> Call:
-    """Ask which models there are."""
+    """Return the call that lists the models."""
     return Call(method="GET", path="v1/models", headers={}, silence_s=STREAM_SILENCE_S, repeatable=True)
 
 
 def generate_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
-    """Ask for images in one answer. The key, which is drawn if none is given, makes it safe to send again.
+    """Return the call that generates images in one response. The key, random if None, makes retries safe.
 
     Raises:
-        ValueError: a key that cannot be one, or a field that JSON cannot hold.
+        ValueError: the key is invalid, or JSON cannot hold a field.
     """
     if idempotency_key is None:
         idempotency_key = uuid.uuid4().hex
@@ -142,13 +142,15 @@ def generate_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
 
 
 def stream_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
-    """Ask for images and to be told how they come about.
+    """Return the call that generates images with a stream of events.
 
     Raises:
-        ValueError: with a key, since a stream cannot be answered twice; or a field that JSON cannot hold.
+        ValueError: a key is given, although a stream cannot be repeated; or JSON cannot hold a field.
     """
     if idempotency_key is not None:
-        raise ValueError("idempotency_key: a stream cannot be answered twice; leave it or on_event out, or give a seed")
+        raise ValueError(
+            "idempotency_key: cannot be used with on_event, a stream cannot be repeated; give a seed instead"
+        )
     return Call(
         method="POST",
         path="v1/generate",
@@ -161,7 +163,7 @@ def stream_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
 
 
 class Following:
-    """Reads a stream: tells its events, and holds the answer in the end."""
+    """Read a stream: pass its events to a function, and keep the final response."""
 
     def __init__(self, on_event: Callable[[Event], object]) -> None:
         self._on_event = on_event
@@ -169,11 +171,11 @@ class Following:
         self._answer: GenerateResponse | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Take bytes of the stream; kinds of events that are not known are passed over.
+        """Process bytes of the stream; unknown kinds of events are ignored.
 
         Raises:
-            RequestFailed: the last event says that an image or the engine failed.
-            UnexpectedAnswer: an event that does not hold what it must.
+            RequestFailed: the last event reports that an image or the engine failed.
+            UnexpectedAnswer: the data of an event is invalid.
         """
         for event in self._decoder.feed(chunk):
             if event.name == "completed":
@@ -184,10 +186,10 @@ class Following:
                 self._on_event(_read(_EVENTS[event.name], event.data))
 
     def answer(self) -> GenerateResponse:
-        """Return what the stream came to.
+        """Return the final response.
 
         Raises:
-            ConnectionLost: it ended before that.
+            ConnectionLost: the stream ended before it.
         """
         if self._answer is None:
             raise ConnectionLost("the stream ended before the images were done")
@@ -195,20 +197,20 @@ class Following:
 
 
 def read_models(response: httpx.Response) -> ModelList:
-    """Read the answer to `models_call`."""
+    """Parse the response to `models_call`; raise UnexpectedAnswer if it is invalid."""
     return _read(ModelList, response.content)
 
 
 def read_generated(response: httpx.Response) -> GenerateResponse:
-    """Read the answer to `generate_call`."""
+    """Parse the response to `generate_call`; raise UnexpectedAnswer if it is invalid."""
     return _read(GenerateResponse, response.content)
 
 
 def refuse_other_streams(response: httpx.Response) -> None:
-    """Check that a good answer is declared as events, where it is declared at all.
+    """Check the content type of a successful response to a stream call, if it has one.
 
     Raises:
-        UnexpectedAnswer: it is a page of a proxy, for example.
+        UnexpectedAnswer: it is not an event stream but, for example, a proxy's page.
     """
     declared = response.headers.get("content-type", EVENTS)
     if declared.partition(";")[0].strip().lower() != EVENTS:
@@ -216,27 +218,31 @@ def refuse_other_streams(response: httpx.Response) -> None:
 
 
 def failure_of(outcome: Outcome) -> Exception:
-    """Return the error to raise for what is no good answer; a proxy's may hold no problem."""
+    """Return the exception for an unsuccessful outcome; a proxy's response may hold no problem."""
     if isinstance(outcome, httpx.TransportError):
         return outcome
     try:
         return RequestFailed(Problem.model_validate_json(outcome.content))
     except ValidationError:
-        said = " ".join(outcome.content.decode(errors="replace").split())[:SHOWN]
-        return UnexpectedAnswer(f"{outcome.status_code} {outcome.reason_phrase}: {said}".rstrip(": "))
+        text = " ".join(outcome.content.decode(errors="replace").split())[:SHOWN]
+        return UnexpectedAnswer(f"{outcome.status_code} {outcome.reason_phrase}: {text}".rstrip(": "))
 
 
 @contextmanager
 def as_client_errors(name: str) -> Iterator[None]:
-    """Turn what httpx raises while it sends and reads into errors of the client.
+    """Convert httpx's exceptions to errors of the client.
 
     Args:
-        name: what errors call the other end.
+        name: name of the service in messages.
+
+    Raises:
+        ConnectionLost: there was no connection, or it broke.
+        UnexpectedAnswer: the response cannot be decompressed.
     """
     try:
         yield
     except httpx.DecodingError as error:
-        raise UnexpectedAnswer(f"{name}: the answer cannot be unpacked: {error}") from error
+        raise UnexpectedAnswer(f"{name}: the response cannot be decompressed: {error}") from error
     except CONNECTION_ERRORS as error:
         raise ConnectionLost(f"{name}: {_described(error)}") from error
 
@@ -244,18 +250,18 @@ def as_client_errors(name: str) -> Iterator[None]:
 def _described(error: Exception) -> str:
     cause = tls_error_of(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        cure = "; SSL_CERT_FILE may name a file with the authority's" if cause.verify_code in UNKNOWN_AUTHORITY else ""
+        cure = "; set SSL_CERT_FILE to the authority's certificate" if cause.verify_code in UNKNOWN_AUTHORITY else ""
         return f"its certificate is not trusted: {cause.verify_message}{cure}"
     if cause is not None and cause.reason in NOT_TLS:
-        return "it does not answer with TLS: write http:// if it serves without"
+        return "it does not use TLS: write http:// if the service has no certificate"
     return str(error) or type(error).__name__
 
 
 def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
-    """Decode `b64_json` of an image or a preview, in any format.
+    """Decode the `b64_json` of an image or a preview, in any format.
 
     Returns:
-        uint8 [H, W, C].
+        Pixels, uint8 [H, W, C].
     """
     content = base64.b64decode(image_b64)
     if content.startswith(b"PK"):  # an npz is a zip
@@ -264,7 +270,7 @@ def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
             return pixels
     with Image.open(io.BytesIO(content)) as picture:
         flat = np.asarray(picture)
-    return flat.reshape(*flat.shape[:2], -1)  # of a grey picture [H, W]
+    return flat.reshape(*flat.shape[:2], -1)  # a grey picture is [H, W]
 
 
 def _body(fields: GenerateFields, *, stream: bool) -> bytes:
@@ -281,4 +287,6 @@ def _read(kind: type[M], text: str | bytes) -> M:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        raise UnexpectedAnswer(f"what came is no {kind.__name__}: {error.error_count()} fields are wrong") from error
+        raise UnexpectedAnswer(
+            f"invalid {kind.__name__} in the response: {error.error_count()} fields are wrong"
+        ) from error

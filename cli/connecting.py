@@ -1,7 +1,7 @@
-"""How the client connects: the service's address, the proxy in front of it, the certificates that are trusted.
+"""The client's connection: the service's address, the proxy, and the trusted certificates.
 
-The environment is read here rather than by httpx, which builds every proxy that any variable names, used or not, and
-raises what names no variable.
+The environment is read here rather than by httpx, which creates the proxies of all variables, used or not, and whose
+errors do not name the variable.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ def _socks_errors() -> tuple[type[Exception], ...]:
 
 
 CONNECTION_ERRORS: tuple[type[Exception], ...] = (httpx.RequestError, *_socks_errors())
-"""What can happen to a request; httpx lets through what its package raises when a SOCKS proxy breaks off."""
+"""Exceptions of a request; httpx passes on those of its package socksio if a SOCKS proxy closes the connection."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where requests go, and how."""
+    """The options of a connection, and its name."""
 
     options: dict[str, Any]
-    """Arguments of httpx's clients, sync and async."""
+    """Keyword arguments of httpx.Client and httpx.AsyncClient."""
     name: str
-    """What errors call it; holds no secret."""
+    """Name in messages; contains no secrets."""
 
 
 def connection(url: str, key: str | None, *, direct: bool = False) -> Connection:
-    """Find out how a service is reached.
+    """Return the connection to a service.
 
     Args:
-        url: of the service; a path is a prefix that a proxy adds. `/v1` at its end is dropped, since clients of the
-            OpenAI interface need it.
-        key: API key, where the service wants one.
-        direct: whether the caller brings its own transport: the environment says nothing then.
+        url: of the service; a path is a prefix added by a proxy. `/v1` at the end, which clients of the OpenAI
+            interface need, is removed.
+        key: API key, if the service needs one.
+        direct: whether the caller provides the transport; the environment is not read then.
 
     Raises:
-        ValueError: an address or a key that cannot be one, or a variable of the environment that it depends on; names
-            the variable, but neither keys nor passwords.
+        ValueError: the URL, the key or an environment variable is invalid. The message names the variable, but contains
+            no keys or passwords.
     """
     address = _service_address(url)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
         raise ValueError("key: must be printable ASCII characters")
     if key is not None and address.userinfo:
-        raise ValueError("url: has a user name, which would be sent instead of the key; remove one of them")
+        raise ValueError("url: must not have a user name if a key is given, which it would replace; remove one of them")
     options = {
         "base_url": address,
         "headers": {} if key is None else {"Authorization": f"Bearer {key}"},
@@ -71,7 +71,9 @@ def connection(url: str, key: str | None, *, direct: bool = False) -> Connection
         return Connection(options, name)
     variable, proxy = _proxy_of(address)
     encrypted = "https" in (address.scheme, proxy.scheme if proxy is not None else "")
-    certificates = _trusted_certificates() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody
+    certificates = (
+        _trusted_certificates() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    )  # trusts no certificate
     options["verify"] = certificates
     if proxy is not None:
         options["proxy"] = httpx.Proxy(proxy, ssl_context=certificates if proxy.scheme == "https" else None)
@@ -93,11 +95,11 @@ def _service_address(url: str) -> httpx.URL:
 
 
 def _parsed(url: str) -> httpx.URL:
-    """Parse a URL; what httpx lets through would fail only when a connection is made, with errors of other kinds."""
+    """Parse a URL, with checks that httpx would make only when it connects, with other exceptions."""
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL as error:
-        # Its words may quote what stands around the @ of a password
+        # httpx's message may contain the password before the @
         raise ValueError("it cannot be read as a URL" if "@" in url else str(error)) from None
     if address.port is not None and not 0 < address.port <= MAX_PORT:
         raise ValueError(f"the port must be 1..{MAX_PORT}")
@@ -105,14 +107,14 @@ def _parsed(url: str) -> httpx.URL:
         try:
             address.raw_host.decode("ascii").encode("idna")  # as the resolver will
         except UnicodeError:
-            raise ValueError("its host is no host name") from None
+            raise ValueError("the host is not a valid host name") from None
         if not HOST.fullmatch(address.raw_host):
-            raise ValueError("its host is no host name")
+            raise ValueError("the host is not a valid host name")
     return address
 
 
 def _proxy_of(address: httpx.URL) -> tuple[str, httpx.URL | None]:
-    """Return the proxy that the environment names for an address, and the variable that names it; None: no proxy."""
+    """Return the variable that sets the proxy for an address, and the proxy's URL; None if there is no proxy."""
     host, with_port = address.host, address.netloc.decode("ascii")
     if _is_this_machine(host) or proxy_bypass(host) or proxy_bypass(with_port):
         return "", None
@@ -136,7 +138,7 @@ def _proxy_of(address: httpx.URL) -> tuple[str, httpx.URL | None]:
 
 
 def _is_this_machine(host: str) -> bool:
-    """Return whether an address is reached without a network; a proxy would look for it on its own machine."""
+    """Return whether an address is on this machine; a proxy would connect to its own machine instead."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -148,11 +150,11 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _trusted_certificates() -> ssl.SSLContext:
-    """Return what checks certificates: the authorities of SSL_CERT_FILE or SSL_CERT_DIR, else those of certifi."""
+    """Return a context that trusts the authorities of SSL_CERT_FILE or SSL_CERT_DIR, else those of certifi."""
     file, folders, key_log = (os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"))
-    for folder in filter(None, (folders or "").split(os.pathsep) if not file else []):  # the file goes first
-        if not Path(folder).is_dir():  # which OpenSSL does not say
-            raise ValueError(f"SSL_CERT_DIR: {folder!r} is no folder")
+    for folder in filter(None, (folders or "").split(os.pathsep) if not file else []):  # the file has precedence
+        if not Path(folder).is_dir():  # OpenSSL does not report it
+            raise ValueError(f"SSL_CERT_DIR: {folder!r} is not a folder")
     try:
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
@@ -160,10 +162,10 @@ def _trusted_certificates() -> ssl.SSLContext:
         if key_log and error.filename == key_log:
             raise ValueError(f"SSLKEYLOGFILE: {key_log!r} cannot be written: {reason}") from error
         if file:
-            raise ValueError(f"SSL_CERT_FILE: {file!r} holds no certificates that can be read: {reason}") from error
+            raise ValueError(f"SSL_CERT_FILE: no certificates can be read from {file!r}: {reason}") from error
         raise
 
 
 def _without_secrets(url: str) -> str:
-    """Return a URL, or what should be one, without the user name and password that may be in it."""
+    """Return a URL, valid or not, without user name and password."""
     return re.sub(r"^(\w+://)?.*@", r"\1...@", url, flags=re.DOTALL)

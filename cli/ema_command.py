@@ -1,4 +1,4 @@
-"""`iddpm ema`: the weights of a finished run, averaged over another share of the training."""
+"""`iddpm ema`: average the weights of a finished run over another part of the training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import typer
 from cli.errors import fail, needs_extra
 
 POOR_FIT = 0.05
-"""Relative error of a profile above which the user is warned: more snapshots would be needed."""
+"""Relative error of the fitted profile above which the command prints a warning: more snapshots would be needed."""
 
 
 def ema_command(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that was trained with ema_sigma_rels.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write.")],
-    sigma_rel: Annotated[float, typer.Option(help="Relative width of the average, 0.01 to 0.25; larger is smoother.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run trained with ema_sigma_rels.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Relative width of the average, 0.01 to 0.25; a larger width is smoother.")
+    ],
     at_images: Annotated[
-        int | None, typer.Option(help="End of the average in training images; default: the last snapshot.")
+        int | None,
+        typer.Option(help="Snapshot at which the average ends, in training images. Default: the last snapshot."),
     ] = None,
 ) -> None:
-    """Choose the width of the weights' average after training (post-hoc EMA, arXiv:2312.02696)."""
+    """Write a checkpoint with another EMA width after training.
+
+    Combines the snapshots of a run (post-hoc EMA, arXiv:2312.02696).
+    """
     with needs_extra("train"):
         from diffusion.config import CheckpointConfig
         from formats.checkpoint import write_checkpoint
@@ -49,5 +55,7 @@ def ema_command(
     typer.echo(f"averaged: {out} (sigma_rel {sigma_rel:g} at {end} images, profile error {100 * error:.1f} %)")
     if error > POOR_FIT:
         typer.secho(
-            "the snapshots describe this width poorly; take one nearer to ema_sigma_rels", err=True, fg="yellow"
+            "warning: the snapshots fit this width poorly; choose a --sigma-rel nearer to the run's ema_sigma_rels",
+            err=True,
+            fg="yellow",
         )

@@ -1,4 +1,4 @@
-"""Engines of TensorRT: built with progress for people, and compared with PyTorch on the GPU they are for."""
+"""Build TensorRT engines with progress on the terminal, and compare them with PyTorch on their GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def build_engines(artifact: Path, target: Target, batch_sizes: tuple[int, ...]) -> None:
-    """Build the engines of some batch sizes that are missing or would be refused: what the service may be given.
+    """Build the missing or unusable engines of the given batch sizes; a `BuildEngines` for the service.
 
     Raises:
-        ArtifactError: an artifact that cannot be read.
-        EngineError: a build that failed.
+        ArtifactError: the artifact cannot be read.
+        EngineError: a build failed.
     """
     from model_export.tensorrt_build import build_missing
 
@@ -28,27 +28,27 @@ def build_engines(artifact: Path, target: Target, batch_sizes: tuple[int, ...]) 
 
 
 def show_phase(phase: str, done: int, of: int) -> None:
-    """Say what TensorRT is at: each phase as it begins, on a line of its own."""
+    """Print the name of each build phase when it begins."""
     if done == 0:
         typer.echo(f"  {phase} ({of} steps)", err=True)
 
 
 def measure_engines(checkpoint: Path, artifact: Path, device: str = "auto") -> dict[int, NetworkParity]:
-    """Compare an artifact's engines for a GPU with PyTorch, and note the result in their records.
+    """Compare an artifact's engines with PyTorch on a GPU, and write the result to their records.
 
-    From then on the service refuses those outside the limit of their precision.
+    From then on the service rejects engines outside the limit of their precision.
 
     Args:
-        checkpoint: what the artifact was exported from.
-        artifact: the artifact folder, with engines for all of its batch sizes.
+        checkpoint: the checkpoint that the artifact was exported from.
+        artifact: the artifact folder, with engines for all its batch sizes.
         device: the CUDA device to run them on.
 
     Returns:
-        By batch size: the relative error by band of timesteps.
+        Relative errors by band of timesteps, for each batch size.
 
     Raises:
-        ArtifactError: an artifact of another checkpoint.
-        ModelError: engines that cannot be run.
+        ArtifactError: the artifact is of another checkpoint.
+        ModelError: the engines cannot be run.
     """
     from formats.artifact import MODEL_FILE, read_artifact, refuse_foreign
     from formats.checkpoint import load_unet
@@ -78,7 +78,7 @@ def _opened(graph: Graph, _: Path) -> Graph:
 
 
 def as_graph(denoiser: Denoiser[Any], size: int) -> Graph:
-    """Let a denoiser on torch tensors take numpy arrays of any number of rows, in batches of one size, padded."""
+    """Return a function that runs a torch denoiser on numpy arrays with any number of rows, in batches of `size`."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""How a command ends when a user can put things right: one line on standard error, and an exit code."""
+"""Errors that a user can fix: one line on standard error, and an exit code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from formats.extras import install_command
 
 
 def fail(message: object, code: int = 1) -> NoReturn:
-    """Print an error in one line and end the command."""
+    """Print an error in one line and exit with a code."""
     typer.secho(f"error: {message}", err=True, fg="red")
     raise typer.Exit(code)
 
 
 @contextmanager
 def tidy_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: what is half written is removed on the way out."""
+    """Make SIGTERM raise SystemExit inside, so that incomplete files are removed, as on Ctrl-C."""
 
     def leave(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
@@ -34,7 +34,7 @@ def tidy_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """End the command with what to install, if something inside needs a package that is not there."""
+    """If an import inside fails, end the command with the install command of an extra."""
     try:
         yield
     except ModuleNotFoundError as error:

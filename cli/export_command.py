@@ -1,4 +1,4 @@
-"""`iddpm export`: from a checkpoint to an artifact that the service runs, or to the files of another tool."""
+"""`iddpm export`: write a checkpoint as an artifact for the service, or as the files of another tool."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ if TYPE_CHECKING:
     from formats.precision import Precision
 
 OPTIONS = {"onnx": ("--precision", "--buckets"), "tensorrt": ("--precision", "--buckets", "--gpu"), "diffusers": ()}
-"""The options that each format has."""
+"""The options of each format."""
 BUCKETS = "1,2,4,8,16,32,64"
 
 
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder to read.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, e.g. CHECKPOINT/artifact, where the service finds it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write. The service finds CHECKPOINT/artifact by itself.")],
     format_: Annotated[
-        str, typer.Option("--format", help="onnx or tensorrt, for the service; diffusers, for UNet2DModel.")
+        str,
+        typer.Option("--format", help="onnx or tensorrt: for the service. diffusers: for diffusers' UNet2DModel."),
     ] = "onnx",
     precision: Annotated[
         str | None,
-        typer.Option(help="onnx, tensorrt: what the graph computes in: fp32, bf16 or fp16; default: fp32."),
+        typer.Option(help="With onnx, tensorrt: precision of the graph, fp32, bf16 or fp16. Default: fp32."),
     ] = None,
     buckets: Annotated[
-        str | None, typer.Option(help=f"onnx, tensorrt: batch sizes it will be compiled for; default: {BUCKETS}.")
+        str | None, typer.Option(help=f"With onnx, tensorrt: batch sizes to compile for. Default: {BUCKETS}.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="tensorrt: compute capability to build for, e.g. sm89; default: the GPU here.")
+        str | None,
+        typer.Option(help="With tensorrt: compute capability to build for, e.g. sm89. Default: this machine's GPU."),
     ] = None,
 ) -> None:
-    """Compile a checkpoint for the service, with proof of parity; or write it for another tool.
+    """Export a checkpoint for the service, or to another tool's format.
 
-    An ONNX artifact is compared with PyTorch before it is written: network calls by timestep, and pixels of whole
-    chains. Nothing is written where they differ by more than the limits in the table. A noisy classifier in
-    CHECKPOINT/classifier, which guides the model, is exported with it, into OUT/classifier. For tensorrt, engines are
-    then built from it, one per batch size; an artifact of the same checkpoint, precision and batch sizes is kept.
+    An ONNX artifact is compared with PyTorch first: network calls by timestep, and the pixels of whole chains. If the
+    errors exceed the limits in the printed table, nothing is written. A noisy classifier in CHECKPOINT/classifier,
+    which guides the model, is exported to OUT/classifier. For tensorrt, one engine per batch size is then built from
+    the artifact; an existing artifact of the same checkpoint, precision and batch sizes is reused.
     """
     from formats.artifact import ArtifactError
     from formats.checkpoint_config import CheckpointError
@@ -68,8 +70,8 @@ def export_command(
                 _export_onnx(checkpoint, out, chosen, sizes)
     except LibraryError as error:
         fail(
-            f"{error}; nothing was written. The versions in constraints.txt are known to work; "
-            f"iddpm serve --backend torch needs no export"
+            f"{error}; nothing was written. Install the versions in constraints.txt, which are known to work, or use "
+            "iddpm serve --backend torch, which needs no export"
         )
     except (ArtifactError, CheckpointError, DoesNotMap, EngineError, ModelError, OSError) as error:
         fail(error)
@@ -77,12 +79,12 @@ def export_command(
 
 
 def _refuse_other_options(format_: str, given: dict[str, str | None]) -> None:
-    """End the command if it was given an option that would change nothing."""
+    """End the command if an option was given that the format does not have."""
     allowed = OPTIONS[format_]
     unfit = [name for name, value in given.items() if value is not None and name not in allowed]
     if unfit:
-        has = f"has only {' and '.join(allowed)}" if allowed else f"has none of {', '.join(given)}"
-        fail(f"{' and '.join(unfit)} would change nothing: --format {format_} {has}", code=2)
+        has = f"takes only {' and '.join(allowed)}" if allowed else f"takes none of {', '.join(given)}"
+        fail(f"{' and '.join(unfit)} cannot be used with --format {format_}, which {has}", code=2)
 
 
 def _parse_precision(text: str) -> Precision:
@@ -126,7 +128,7 @@ def _export_tensorrt(
     config = read_config(checkpoint)
     if config.kind == "classifier" or config.model.low_res_size is not None:
         kind = "noisy classifier" if config.kind == "classifier" else "super-resolution model"
-        raise EngineError(f"{checkpoint} holds a {kind}, which no engine runs; --format onnx exports those")
+        raise EngineError(f"{checkpoint} holds a {kind}, for which no engine can be built; use --format onnx")
     target = find_target(gpu)
     if not _is_current(checkpoint, out, precision, buckets):
         _export_onnx(checkpoint, out, precision, buckets)
@@ -136,15 +138,15 @@ def _export_tensorrt(
         typer.echo(parity_table(tuple(measured.values()), ()))
         if failed := [str(size) for size, parity in measured.items() if not parity.passed]:
             raise EngineError(
-                f"engines for batches of {', '.join(failed)} are too far from PyTorch: the service refuses them. Try "
-                "--precision fp32"
+                f"engines for batches of {', '.join(failed)} are too far from PyTorch, so the service rejects them; "
+                "try --precision fp32"
             )
     else:
-        typer.echo(f"built for {target.name}; not compared with PyTorch: that needs the GPU they are for")
+        typer.echo(f"built for {target.name}; not compared with PyTorch, which needs that GPU")
 
 
 def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tuple[int, ...]) -> bool:
-    """Say whether an artifact is already what would be exported, so that engines can be added to it."""
+    """Return whether an artifact equals the one to export, so that engines can be added to it."""
     from formats.artifact import (
         ArtifactError,
         find_artifact,
@@ -160,7 +162,7 @@ def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tupl
         refuse_foreign(out, manifest, checkpoint)
         refuse_foreign_classifier(out, checkpoint)
     except ArtifactError as error:
-        typer.echo(f"exporting anew: {error}")
+        typer.echo(f"exporting again: {error}")
         return False
     return (manifest.precision, manifest.buckets) == (precision, buckets)
 
@@ -168,7 +170,7 @@ def _is_current(checkpoint: Path, out: Path, precision: Precision, buckets: tupl
 def parity_table(
     parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...], not_measured: tuple[NotMeasured, ...] = ()
 ) -> str:
-    """Lay out a parity report: relative errors per band of timesteps, then pixels of chains."""
+    """Format a parity report: relative errors by band of timesteps, then differences of pixels."""
     lines = ["", "relative error against PyTorch in float32 (prediction / variance), by timestep:"]
     for p in parity:
         verdict = "ok" if p.passed else "TOO FAR"

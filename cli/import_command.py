@@ -1,4 +1,4 @@
-"""`iddpm import`: from one of OpenAI's `.pt` files, or a diffusers folder, to a checkpoint."""
+"""`iddpm import`: convert one of OpenAI's `.pt` files, or a diffusers folder, to a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,46 +19,57 @@ C = TypeVar("C", bound="FrozenConfig")
 
 
 def import_command(
-    path: Annotated[Path, typer.Argument(help="OpenAI's weights, e.g. ema_*.pt, or a diffusers folder.")],
+    path: Annotated[Path, typer.Argument(help="File of OpenAI's code, e.g. ema_*.pt, or a diffusers folder.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; must not exist.")],
-    preset: Annotated[str | None, typer.Option(help="A published checkpoint, e.g. imagenet64-cond-270m.")] = None,
-    repo: Annotated[str | None, typer.Option(help="improved or guided: whose code trained your own model.")] = None,
-    flag: Annotated[list[str] | None, typer.Option(help="With --repo, a flag of its training: name=value.")] = None,
-    flags: Annotated[str, typer.Option(help="With --repo, flags as on its command line: '--image_size 64 ...'.")] = "",
+    preset: Annotated[
+        str | None, typer.Option(help="Name of a checkpoint published by OpenAI, e.g. imagenet64-cond-270m.")
+    ] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="Repository whose code trained your own model: improved or guided.")
+    ] = None,
+    flag: Annotated[
+        list[str] | None, typer.Option(help="With --repo: a flag of the training, NAME=VALUE. Can be repeated.")
+    ] = None,
+    flags: Annotated[
+        str, typer.Option(help="With --repo: the training's flags as on its command line, '--image_size 64 ...'.")
+    ] = "",
     class_names: Annotated[
-        Path | None, typer.Option(help="Text file, one class name per line, in label order.")
+        Path | None, typer.Option(help="Text file with one class name per line, in label order.")
     ] = None,
     scheduler: Annotated[
-        Path | None, typer.Option(help="diffusers: the scheduler_config.json, if it is not in the folder.")
+        Path | None, typer.Option(help="With a diffusers folder: scheduler_config.json, if it is elsewhere.")
     ] = None,
     unet: Annotated[
-        str | None, typer.Option(help="diffusers: subfolder of the network; default unet_ema, else unet.")
+        str | None,
+        typer.Option(
+            help="With a diffusers folder: subfolder of the network. Default: unet_ema if present, else unet."
+        ),
     ] = None,
     null_class: Annotated[
-        bool, typer.Option("--null-class", help="diffusers: the last label stands for 'no label'.")
+        bool, typer.Option("--null-class", help="With a diffusers folder: the last label means 'no label'.")
     ] = False,
     allow_failed_sanity_check: Annotated[
-        bool, typer.Option("--allow-failed-sanity-check", help="Write the checkpoint even if its check fails.")
+        bool, typer.Option("--allow-failed-sanity-check", help="Write the checkpoint even if the sanity check fails.")
     ] = False,
 ) -> None:
-    """Turn weights of OpenAI's repositories, or a diffusers UNet2DModel, into a checkpoint folder.
+    """Import weights of OpenAI's code, or a diffusers UNet2DModel, as a checkpoint.
 
-    What openai/improved-diffusion or openai/guided-diffusion trained is described by --preset, or by --repo and the
-    flags it was trained with; a diffusers folder describes itself. No code in a file is run.
+    A file of openai/improved-diffusion or openai/guided-diffusion holds weights only: describe the network with
+    --preset, or with --repo and the flags of the training. A diffusers folder needs neither. No code in files is run.
     """
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out must not exist yet; {out} does")
+            raise ValueError(f"--out: {out} exists already; name a new folder")
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         if path.is_dir():
             if preset is not None or repo is not None or flag or flags:
-                raise ValueError("a diffusers folder describes itself; --preset, --repo, --flag, --flags are for files")
+                raise ValueError(f"--preset, --repo, --flag and --flags are for files; {path} is a folder")
             with needs_extra("torch"):
                 report = _import_folder(path, scheduler, unet, null_class, class_names, out, allow_failed_sanity_check)
         else:
             if scheduler is not None or unet is not None or null_class:
-                raise ValueError(f"--scheduler, --unet and --null-class are for diffusers folders; {path} is none")
+                raise ValueError(f"--scheduler, --unet and --null-class are for diffusers folders; {path} is a file")
             with needs_extra("torch"):
                 config = _with_class_names(resolve(path, preset, repo, flag or [], flags), class_names)
                 report = _import_file(path, preset, config, out, allow_failed_sanity_check)
@@ -114,10 +125,10 @@ def _note(text: str) -> None:
 def resolve(
     file: Path, preset: str | None, repo: str | None, assignments: list[str], flag_line: str
 ) -> AnyCheckpointConfig:
-    """Return the configuration that a preset, or a repository and its flags, stand for.
+    """Return the configuration of a preset, or of a repository's flags.
 
     Raises:
-        ValueError: neither or both were given, or a name or value that is not known; the message lists the known ones.
+        ValueError: neither or both are given, or a name or value is unknown; the message lists the known ones.
     """
     from interchange.openai_flags import config_from_flags, parse_flag_line
     from interchange.published import PUBLISHED
@@ -125,7 +136,7 @@ def resolve(
     presets = ", ".join(PUBLISHED)
     if preset is not None:
         if repo is not None or assignments or flag_line:
-            raise ValueError("--preset says everything; --repo, --flag and --flags do not go with it")
+            raise ValueError("--repo, --flag and --flags cannot be used with --preset")
         if preset not in PUBLISHED:
             raise ValueError(f"unknown preset {preset!r}; allowed: {presets}")
         return PUBLISHED[preset].config
@@ -134,7 +145,7 @@ def resolve(
             raise ValueError(f"{file.name} is described by the config.json beside it: import the folder, {file.parent}")
         named = [model.name for model in PUBLISHED.values() if model.file_name == file.name]
         hint = f"{file.name} is the published name of --preset {named[0]}" if named else f"presets: {presets}"
-        raise ValueError(f"say what the weights are: --preset NAME, or --repo improved|guided and flags; {hint}")
+        raise ValueError(f"--preset NAME, or --repo improved|guided with flags, must be given; {hint}")
     if repo not in ("improved", "guided"):
         raise ValueError(f"--repo must be improved or guided; got {repo!r}")
     given = parse_flag_line(flag_line)
@@ -156,7 +167,7 @@ def _with_class_names(config: C, path: Path | None) -> C:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must hold class names in UTF-8, one a line: {error}") from error
+        raise ValueError(f"{path} must hold class names in UTF-8, one per line: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
     try:
         return config.replace(class_names=names)
@@ -165,7 +176,7 @@ def _with_class_names(config: C, path: Path | None) -> C:
 
 
 def summary(config: AnyCheckpointConfig) -> str:
-    """Describe a configuration in a short table."""
+    """Return a short table that describes a configuration."""
     model, diffusion = config.model, config.diffusion
     heads = f"{model.num_head_channels} channels each" if model.num_head_channels else str(model.num_heads)
     rows = {

@@ -1,4 +1,4 @@
-"""`iddpm keys`: who may use a service. The file is read by `iddpm serve` (IDDPM_KEYS_FILE) whenever it changes."""
+"""`iddpm keys`: manage API keys. `iddpm serve` reads the file (IDDPM_KEYS_FILE) whenever it changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import typer
 from cli.errors import fail
 
 File = Annotated[Path, typer.Option("--file", envvar="IDDPM_KEYS_FILE", help="The keys file.")]
-Name = Annotated[str, typer.Argument(help="Whose key: letters, digits and _ . - only; stands in the log.")]
+Name = Annotated[str, typer.Argument(help="Name of the key's owner, shown in logs: letters, digits and _ . - only.")]
 
-keys_app = typer.Typer(no_args_is_help=True, help="API keys: add, list, remove. A running service notices.")
+keys_app = typer.Typer(no_args_is_help=True, help="Add, list and remove API keys; a running service is updated.")
 
 
 @keys_app.command("add")
@@ -24,17 +24,23 @@ def add_key(
     name: Name,
     file: File,
     images_in_flight: Annotated[
-        int | None, typer.Option(help="Images accepted and not yet done; 0: may look, not generate.")
+        int | None,
+        typer.Option(help="Limit of images accepted but not done; 0: no generation. Default: the service's limit."),
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="POST requests, whatever becomes of them.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Limit of POST requests, failed ones included. Default: no limit.")
+    ] = None,
     row_steps_per_request: Annotated[
-        int | None, typer.Option(help="Images x steps of one request, twice that with classifier-free guidance.")
+        int | None,
+        typer.Option(
+            help="Limit of images x steps per request, doubled by classifier-free guidance. Default: the service's."
+        ),
     ] = None,
     admin: Annotated[
-        bool, typer.Option("--admin", help="Let this key load and unload models (needs IDDPM_ADMIN_ROOT).")
+        bool, typer.Option("--admin", help="Allow the key to load and unload models (needs IDDPM_ADMIN_ROOT).")
     ] = False,
 ) -> None:
-    """Make a key and print it, once: the file holds its hash."""
+    """Create a key and print it once; the file stores only its hash."""
     from pydantic import ValidationError
 
     from formats.checkpoint_config import describe_validation_error
@@ -55,12 +61,12 @@ def add_key(
         fail(describe_validation_error(error), code=2)
     except KeysError as error:
         fail(error)
-    typer.echo(f"Added to {file}. This is the only time that the key is shown.", err=True)
+    typer.echo(f"Added to {file}. The key is shown only once.", err=True)
 
 
 @keys_app.command("list")
 def list_keys(file: File) -> None:
-    """Print the names, the beginnings of the hashes and the limits."""
+    """List keys: name, first digits of the hash, and limits."""
     from service.errors import KeysError
     from service.http.door.keys import read_keys
 
@@ -75,7 +81,7 @@ def list_keys(file: File) -> None:
 
 @keys_app.command("remove")
 def remove_key(name: Name, file: File) -> None:
-    """Take a key back; what it has in flight is still answered."""
+    """Remove a key. Its requests in flight are still answered."""
     from service.errors import KeysError
     from service.http.door.keys_file import remove_key as remove_from_file
 
@@ -86,12 +92,12 @@ def remove_key(name: Name, file: File) -> None:
 
 
 def _show(key: str) -> None:
-    """Print a key; end the command where nobody can see it."""
+    """Print a key; end the command if standard output cannot be written."""
     try:
-        if sys.stdout is None:  # where it was closed before the command began
+        if sys.stdout is None:  # closed before the command began
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         typer.echo(key)
     except OSError as error:
-        with suppress(OSError, ValueError, AttributeError):  # or Python would try to write the rest at its end
+        with suppress(OSError, ValueError, AttributeError):  # Python would write the rest at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail(f"the key cannot be shown, and was not stored: standard output: {error.strerror}")
+        fail(f"the key cannot be printed and was not stored: standard output: {error.strerror}")

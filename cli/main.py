@@ -1,4 +1,4 @@
-"""`iddpm`: one Typer app. Errors a user can make end in one line and exit code 1 or 2, never in a traceback."""
+"""`iddpm`: one Typer app. Errors of use print one line and exit with code 1 or 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="markdown",
 )
 
 
@@ -34,10 +35,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Diffusion models of the Improved DDPM family: train, import, export, sample, serve."""
+    """Train, import, export, sample and serve pixel-space diffusion models (Improved DDPM, ADM)."""
     let_sigterm_end_process_1()
 
 

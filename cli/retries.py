@@ -1,4 +1,4 @@
-"""Whether a request is sent again, and when: only where that is safe, and only for so long."""
+"""Decide whether a request is sent again, and when: only if that is safe, and within a time limit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import ssl
 import httpx
 
 REFUSED = frozenset({429, 503})
-"""The service refuses with these before any work."""
+"""Statuses with which the service refuses a request before any work."""
 LOST_BEHIND_PROXY = 502
-"""A proxy lost the service while it waited for its answer."""
+"""Status of a proxy that lost its connection to the service."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 
 Outcome = httpx.Response | httpx.TransportError
@@ -20,29 +20,29 @@ log = logging.getLogger(__name__)
 
 
 class Retries:
-    """Decides about one request, after each time that it was sent.
+    """The retries of one request.
 
-    A connection that could not be made, 429 and 503 mean that nothing was done: sending again is always safe. So it is
-    where encryption was refused, but would come to the same. A connection that broke may have cost work: it is safe
-    where the request is repeatable only.
+    If the connection could not be made, or the status is 429 or 503, no work was done and a retry is always safe.
+    After a TLS error a retry would be safe, but it would fail again. If the connection broke, work may have been done,
+    and a retry is safe only if the request is repeatable.
     """
 
     def __init__(self, patience_s: float, *, repeatable: bool) -> None:
-        """Begin with a request that was not sent yet.
+        """Create the state of a request that was not sent yet.
 
         Args:
-            patience_s: longest time spent on pauses, in all; a Retry-After beyond it ends the trying at once.
-            repeatable: whether sending it again gives what the first time gave, or would have given.
+            patience_s: most seconds of pauses in total; a longer Retry-After ends the retries immediately.
+            repeatable: whether a repetition has the same result, and the service does the work once.
         """
         self._left_s = patience_s
         self._repeatable = repeatable
         self._pause_s = FIRST_PAUSE_S
 
     def pause_after(self, outcome: Outcome) -> float | None:
-        """Return the seconds to wait before the request is sent again; None: what came is final."""
+        """Return the seconds to wait before the next attempt; None if the outcome is final."""
         if not self._may_repeat(outcome):
             return None
-        # Never earlier than was asked for; and spread, because others were told the same
+        # Not before Retry-After, plus a random pause, because other clients got the same Retry-After
         pause_s = _retry_after_s(outcome) + self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         if pause_s > self._left_s:
             return None
@@ -51,7 +51,7 @@ class Retries:
             if isinstance(outcome, httpx.Response)
             else str(outcome) or type(outcome).__name__
         )
-        log.info("%s; trying again in %.1f s", what, pause_s)
+        log.info("%s; retrying in %.1f s", what, pause_s)
         self._left_s -= pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s
@@ -67,9 +67,10 @@ class Retries:
 
 
 def tls_error_of(error: BaseException) -> ssl.SSLError | None:
-    """Return why an encrypted connection was refused: a certificate, say, which the next try would find again.
+    """Return the TLS error that caused an error, such as an untrusted certificate, for which a retry is useless.
 
-    A connection that only broke off while it was being encrypted is no such error.
+    Returns:
+        The TLS error; None if there is none, or if the connection only broke during the handshake.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -80,6 +81,6 @@ def tls_error_of(error: BaseException) -> ssl.SSLError | None:
 
 
 def _retry_after_s(outcome: Outcome) -> float:
-    """Return what the answer asks for; 0 if it asks for nothing, or by a date, which this service does not."""
+    """Return the seconds of a response's Retry-After; 0 if absent, or a date, which this service does not send."""
     given = outcome.headers.get("retry-after", "") if isinstance(outcome, httpx.Response) else ""
     return float(given) if given.isascii() and given.isdecimal() else 0.0

@@ -1,4 +1,4 @@
-"""`iddpm sample`: images from a model folder, in this process, or from a running service."""
+"""`iddpm sample`: sample images with a model folder in this process, or at a running service."""
 
 from __future__ import annotations
 
@@ -16,38 +16,45 @@ if TYPE_CHECKING:
 
 def sample_command(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for SEED_INDEX.png, or a file: .png, .webp, .jpg, .npz.")
+        Path,
+        typer.Option("--out", "-o", help="Folder for files SEED_INDEX.png, or one file: .png, .webp, .jpg or .npz."),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Model folder; with --url the name of a served model, default its first.")
+        str | None, typer.Option(help="Model folder. With --url: name of a served model; default: its first model.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Ask the service there, http://HOST:PORT; /v1 at the end is dropped.")
+        str | None, typer.Option(help="Sample at this service, http://HOST:PORT; /v1 at the end is ignored.")
     ] = None,
     key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")] = None,
     class_: Annotated[
-        str | None, typer.Option("--class", help="Class by name or index; absent: drawn from the seed.")
+        str | None, typer.Option("--class", help="Name or index of the class. Default: drawn from the seed.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Images.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Number of images.")] = 1,
     at_once: Annotated[
-        int, typer.Option(min=1, max=64, help="With --url: images per request; services and keys may allow less.")
+        int, typer.Option(min=1, max=64, help="With --url: images per request; a service or key may allow fewer.")
     ] = 64,
-    steps: Annotated[int | None, typer.Option(min=2, help="Respaced steps; default 100.")] = None,
-    respacing: Annotated[str | None, typer.Option(help="Instead of --steps: '10,10,20,40' or 'ddim25'.")] = None,
-    sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ancestral",
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0..1; default 0.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance, 1 = off; default: the model's own.")] = None,
-    classifier_scale: Annotated[
-        float | None, typer.Option(help="Guidance by the model's noisy classifier, 0 = off, the default.")
+    steps: Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")] = None,
+    respacing: Annotated[
+        str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="0..2^53-1; absent: random.")] = None,
+    sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ancestral",
+    eta: Annotated[float | None, typer.Option(help="With ddim: share of noise, 0..1. Default: 0.")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
+    ] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed, 0..2^53-1. Default: random.")] = None,
     image_index: Annotated[
-        int, typer.Option(min=0, help="Index of the first image, 0..2^32-1: image k of a seed is always the same.")
+        int, typer.Option(min=0, help="Index of the first image, 0..2^32-1. Each image of a seed is reproducible.")
     ] = 0,
 ) -> None:
-    """Sample images, here or at a service: the same seed gives the same pixels where the numerics_id is the same.
+    """Sample images in this process, or at a running service.
 
-    Here, settings of the service in the environment (IDDPM_THREADS, IDDPM_MAX_ROWS, ...) are those of this command.
+    The same seed gives the same pixels if the numerics_id is the same.
+
+    In this process, the service's settings in the environment apply (IDDPM_THREADS, IDDPM_MAX_ROWS, ...).
     """
     from pydantic import ValidationError
 
@@ -56,7 +63,7 @@ def sample_command(
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
-    asked = {
+    params = {
         "class": class_,
         "steps": steps,
         "respacing": respacing,
@@ -73,8 +80,8 @@ def sample_command(
         def check(channels: int, size: int) -> None:
             refuse_impossible_pictures(out, channels, size, n)
 
-        images = _sample({k: v for k, v in asked.items() if v is not None}, n, at_once, model, url, key, check)
-        ids = sorted({image.numerics_id for image in images})  # several: replicas that differ
+        images = _sample({k: v for k, v in params.items() if v is not None}, n, at_once, model, url, key, check)
+        ids = sorted({image.numerics_id for image in images})  # several if replicas differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
         write_images(out, images)
     except ValidationError as error:
@@ -84,7 +91,7 @@ def sample_command(
 
 
 def _sample(
-    asked: dict[str, Any],
+    params: dict[str, Any],
     n: int,
     at_once: int,
     model: str | None,
@@ -94,12 +101,12 @@ def _sample(
 ) -> list[SampledImage]:
     if url is not None:
         from cli.client import Client
-        from cli.sample_there import sample_there
+        from cli.sample_remote import sample_remote
 
         with Client(url, key=key) as client:
-            return sample_there(client, asked if model is None else {**asked, "model": model}, n, at_once, check)
+            return sample_remote(client, params if model is None else {**params, "model": model}, n, at_once, check)
     if model is None:
         fail("--model FOLDER or --url ADDRESS must be given", code=2)
-    from cli.sample_here import sample_here
+    from cli.sample_local import sample_local
 
-    return sample_here(Path(model), asked, n, check)
+    return sample_local(Path(model), params, n, check)

@@ -1,4 +1,4 @@
-"""What `iddpm sample` comes to, wherever it was sampled, and the files it becomes."""
+"""The result of `iddpm sample`: images, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from service.requests.generate_request import ImageFormat
 
 ONE_FILE: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg", ".npz": "npz"}
-"""By the ending of its name; whatever ends otherwise is a folder."""
+"""Formats of a single file by its suffix; a path with another suffix is a folder."""
 NOT_WRITTEN = frozenset({".avif", ".bmp", ".gif", ".npy", ".tif", ".tiff", ".zip"})
-"""Endings of files that are not written; a folder is hardly called so."""
+"""Suffixes of unsupported file formats, which are not taken for folders."""
 
 
 LONGEST_SIDES: dict[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
-"""Most pixels of a side, where a format has a limit that grids can reach."""
+"""Most pixels per side, for formats with a limit that grids can reach."""
 
 
 CheckImages = Callable[[int, int], None]
-"""Called with channels and size of a model's images before any is sampled; raises ValueError where they do not fit."""
+"""Called with channels and size (pixels) of a model's images before sampling; raises ValueError if they do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledImage:
-    """An image and what it was made from."""
+    """An image and its inputs."""
 
     seed: int
     image_index: int
@@ -41,11 +41,11 @@ class SampledImage:
 
 
 def refuse_other_files(out: Path) -> None:
-    """Refuse what cannot be written, before a model is loaded for it.
+    """Check that a file or folder can be written, before a model is loaded.
 
     Raises:
-        ValueError: a file of a kind that is not written (named are those that are), a file where a folder is asked
-            for or a folder where a file is, or a place that may not be written to.
+        ValueError: the file format is not supported (the message lists the supported ones), the path is a file instead
+            of a folder or a folder instead of a file, or the place is not writable.
     """
     ending = out.suffix.lower()
     if ending in NOT_WRITTEN:
@@ -53,23 +53,23 @@ def refuse_other_files(out: Path) -> None:
     if ending in ONE_FILE and out.is_dir():
         raise ValueError(f"--out: {out} is a folder; name a file, or a folder whose name does not end in {ending}")
     if ending not in ONE_FILE and out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file; a folder, or a file that ends in {', '.join(ONE_FILE)}, is needed")
+        raise ValueError(f"--out: {out} is a file; name a folder, or a file that ends in {', '.join(ONE_FILE)}")
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not (place.is_dir() or place == out.absolute()) or not os.access(place, os.W_OK):
-        raise ValueError(f"--out: nothing can be written to {place}: it is no folder, or this user may not")
+        raise ValueError(f"--out: cannot write to {place}: it is not a folder, or permission is denied")
 
 
 def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> None:
-    """Refuse a format that cannot hold the images of a model, before any is sampled.
+    """Check that the format of a file can hold the images of a model, before sampling.
 
     Args:
         out: as for `write_images`.
-        channels: of an image.
-        size: of an image, in pixels.
-        n: images.
+        channels: channels of an image.
+        size: height and width of an image in pixels.
+        n: number of images.
 
     Raises:
-        ValueError: names the format, its limit and one that has none.
+        ValueError: it cannot; names the format, its limit and a format without one.
     """
     from formats.images import grid_size
     from service.encoding import CHANNELS
@@ -81,22 +81,22 @@ def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> N
     if channels not in allowed:
         what = f"{out.suffix} files" if image_format else "the .png files of a folder"
         raise ValueError(
-            f"--out: {what} hold images of {' or '.join(map(str, allowed))} channels, and this model's have "
+            f"--out: {what} hold images of {' or '.join(map(str, allowed))} channels, but this model's have "
             f"{channels}: name a file that ends in .npz"
         )
     longest = max(grid_size(n, size, size))
     if image_format in LONGEST_SIDES and longest > LONGEST_SIDES[image_format]:
         raise ValueError(
-            f"--out: {n} images make a picture of {longest} pixels, and {out.suffix} files hold at most "
+            f"--out: the grid of {n} images is {longest} pixels wide or high, but {out.suffix} files hold at most "
             f"{LONGEST_SIDES[image_format]}: name a folder, or a file that ends in .npz"
         )
 
 
 def write_images(out: Path, images: list[SampledImage]) -> None:
-    """Write one file per image into a folder, or all into one file of `ONE_FILE`.
+    """Write one file per image into a folder, or all images into one file of `ONE_FILE`.
 
     Raises:
-        OSError: a file cannot be written, for one because the disk is full; names it.
+        OSError: a file cannot be written, for example because the disk is full; names the file.
     """
     import numpy as np
 
@@ -117,7 +117,7 @@ def write_images(out: Path, images: list[SampledImage]) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write one of many files, or remove what was written of it."""
+    """Write a new file; remove it if writing fails."""
     from formats.disk_errors import disk_errors_name
 
     with disk_errors_name(path):

@@ -1,4 +1,4 @@
-"""`iddpm serve`: models over HTTP."""
+"""`iddpm serve`: serve models over HTTP."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from cli.errors import fail
 def serve_command(
     model: Annotated[
         list[Path] | None,
-        typer.Option(help="Model folder, FOLDER or NAME=FOLDER; repeat for several, the first is the default."),
+        typer.Option(help="Model folder, as FOLDER or NAME=FOLDER. Can be repeated; the first model is the default."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1; '': all.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000, 0: any free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; '': all addresses. Default: 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free port. Default: 8000.")] = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto (default), openvino, onnxruntime, torch or tensorrt.")
+        str | None, typer.Option(help="auto, openvino, onnxruntime, torch or tensorrt. Default: auto.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of a network call; default: all that may run.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a network call. Default: all usable CPUs.")] = None,
     build: Annotated[
-        bool | None, typer.Option("--build", help="Build the TensorRT engines that are missing: minutes each.")
+        bool | None, typer.Option("--build", help="Build missing TensorRT engines, which takes minutes for each.")
     ] = None,
 ) -> None:
-    """Serve models over HTTP. Every setting can be given as an environment variable IDDPM_NAME, too."""
+    """Serve models over HTTP.
+
+    Every setting can be given as an environment variable IDDPM_NAME (see docs/settings.md); options take precedence.
+    """
     from pydantic import ValidationError
 
     from formats.checkpoint_config import describe_validation_error
@@ -52,7 +57,7 @@ def serve_command(
         fail(error)
     try:
         ended_well = serve(app, settings)
-    except AddressError as error:  # taken while models were loaded
+    except AddressError as error:  # the port was taken while models were loaded
         fail(error)
     if not ended_well:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""From the bytes of a stream to Server-Sent Events (WHATWG HTML, section 9.2), as far as this service sends them."""
+"""Decode Server-Sent Events (WHATWG HTML, section 9.2), as far as this service uses them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class ServerSentEvent:
 
 
 class EventDecoder:
-    """Takes bytes however they were cut, gives the events that are whole; an event cut off by the end is none.
+    """Decode a stream given in chunks of any size; an incomplete event at the end of the stream is ignored.
 
-    Lines end in LF or CR LF and in nothing else: httpx's `iter_lines` also ends them at characters such as U+2028,
-    which JSON may hold. Of the fields, `id` and `retry` are passed over, because nobody reconnects.
+    Lines end in LF or CR LF only. httpx's `iter_lines` also splits at characters such as U+2028, which JSON may
+    contain. The fields `id` and `retry` are ignored, because the client does not reconnect.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class EventDecoder:
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Return the events that end in these bytes."""
+        """Return the events that are complete with this chunk."""
         *ends, rest = chunk.split(b"\n")
         events = []
         for end in ends:
@@ -43,7 +43,7 @@ class EventDecoder:
         return events
 
     def _take(self, line: str) -> None:
-        field, _, value = line.partition(":")  # of a comment, the field is empty
+        field, _, value = line.partition(":")  # the field of a comment is empty
         value = value.removeprefix(" ")
         if field == "event":
             self._name = value

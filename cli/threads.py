@@ -1,4 +1,4 @@
-"""Threads of torch: as many as can run."""
+"""The number of torch threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from service.cpus import available_cpus
 
 
 def limit_torch_threads() -> None:
-    """Keep torch to the CPU quota of this container; by itself it looks at the affinity only."""
+    """Limit torch's threads to the container's CPU quota; torch itself reads the CPU affinity only."""
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus().usable))

@@ -1,4 +1,4 @@
-"""`iddpm train`: from labelled images to a checkpoint."""
+"""`iddpm train`: train a checkpoint on labelled images."""
 
 from __future__ import annotations
 
@@ -15,28 +15,36 @@ from cli.errors import fail, needs_extra
 
 
 def train_command(
-    preset: Annotated[str, typer.Argument(help="Named configuration, e.g. fashion32, cifar10, imagenet64.")],
-    data: Annotated[Path, typer.Option(help="npz file (images, labels, classes) or folder of class subfolders.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/PRESET.")] = None,
+    preset: Annotated[str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, imagenet64.")],
+    data: Annotated[
+        Path, typer.Option(help="npz file with images, labels and classes, or a folder with one subfolder per class.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/PRESET.")] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a field: name=value; dotted names reach inside.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Set a field of the configuration, NAME=VALUE, e.g. model.dropout=0.1. Can be repeated."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out, with its own configuration; --set changes it.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --out with its recorded configuration, changed by --set."),
     ] = False,
     accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="With --resume: go on although the data have changed.")
+        bool, typer.Option("--accept-changed-data", help="With --resume: continue even if the data have changed.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the data, print the resolved configuration and stop.")
+        bool, typer.Option("--dry-run", help="Check the data, print the resolved configuration and exit.")
     ] = False,
     decode_all: Annotated[
-        bool, typer.Option("--decode-all", help="Decode every image before the first step, however many there are.")
+        bool,
+        typer.Option("--decode-all", help="Decode every image before the first step, to find damaged files."),
     ] = False,
 ) -> None:
-    """Train an L_hybrid checkpoint; RUN/model is what `iddpm serve --model` takes.
+    """Train a checkpoint with the L_hybrid objective.
 
-    Ctrl-C and SIGTERM end the run after the batch under way, with a checkpoint; --resume continues it.
+    The trained checkpoint is RUN/model; serve it with `iddpm serve --model RUN/model`. Ctrl-C and SIGTERM end the run
+    after the current batch and write a checkpoint; --resume continues it.
     """
     with needs_extra("train"):
         from pydantic import ValidationError
@@ -58,7 +66,7 @@ def train_command(
     command = _Command(preset, tuple(assignments or []), accept_changed_data)
     try:
         if accept_changed_data and not resume:
-            raise ValueError("--accept-changed-data is for --resume")
+            raise ValueError("--accept-changed-data can only be used with --resume")
         start = named_preset(preset)
         free, decided = split_decided(parse_assignments(assignments or []))
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
@@ -103,14 +111,14 @@ def train_command(
 
 @dataclass(frozen=True)
 class _Command:
-    """The command as it was given, to be recorded, and to be given again."""
+    """The command as given, to record it and to print how to repeat it."""
 
     preset: str
     assignments: tuple[str, ...]
     accept_changed_data: bool
 
     def text(self, *options: str, changed: Sequence[str] = ()) -> str:
-        """Return a command line with some options, and the fields that were set, of which some are changed."""
+        """Return a command line with other options, and the fields that were set; `changed` replaces some of them."""
         names = {assignment.partition("=")[0] for assignment in changed}
         kept = [assignment for assignment in self.assignments if assignment.partition("=")[0] not in names]
         sets = [part for assignment in (*kept, *changed) for part in ("--set", assignment)]
@@ -123,10 +131,10 @@ def _resumed(data: Path, run: Path) -> list[str]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Read `name=value` pairs; values are JSON where they can be, else lists of it without brackets, else strings.
+    """Parse `name=value` pairs. A value is JSON if it is valid, else a JSON list without brackets, else a string.
 
     Raises:
-        ValueError: a part without `=`.
+        ValueError: an assignment has no `=`.
     """
     values: dict[str, Any] = {}
     for assignment in assignments:

@@ -834,7 +834,11 @@ def test_a_network_that_predicts_nothing_is_not_imported(tmp_path: Path) -> None
         (["export", str(BUNDLED), "OUT", "--format", "png"], 2, "one of onnx, tensorrt, diffusers; got 'png'"),
         (["export", "nowhere", "OUT", "--format", "diffusers"], 1, "nowhere is not a checkpoint folder"),
         (["import", str(BUNDLED), "--out", "OUT"], 1, "is a checkpoint folder of iddpm already"),
-        (["import", str(BUNDLED), "--repo", "guided", "--out", "OUT"], 1, "a diffusers folder describes itself"),
+        (
+            ["import", str(BUNDLED), "--repo", "guided", "--out", "OUT"],
+            1,
+            "--preset, --repo, --flag and --flags are for files",
+        ),
         (["import", "some.pt", "--null-class", "--out", "OUT"], 1, "some.pt does not exist"),
         (["import", __file__, "--null-class", "--out", "OUT"], 1, "are for diffusers folders; "),
     ],

@@ -156,11 +156,11 @@ def test_others_are_asked_through_the_proxy_that_the_environment_names(
         (SERVICE, {"HTTP_PROXY": "http://p:x"}, "HTTP_PROXY: Invalid port: 'x'; got 'http://p:x'"),
         (SERVICE, {"HTTP_PROXY": "http://p:99999"}, "HTTP_PROXY: the port must be 1..65535"),
         (SERVICE, {"HTTP_PROXY": "http://me:secret@p:x"}, "HTTP_PROXY: it cannot be read as a URL; got 'http://...@p:x'"),
-        ("https://host", {"HTTPS_PROXY": "http://p q"}, "HTTPS_PROXY: its host is no host name"),
-        ("https://host", {"SSL_CERT_FILE": "/missing"}, "SSL_CERT_FILE: '/missing' holds no certificates that can be "),
-        ("https://host", {"SSL_CERT_FILE": "/"}, "SSL_CERT_FILE: '/' holds no certificates that can be read: Is a dir"),
-        ("https://host", {"SSL_CERT_FILE": os.devnull}, "SSL_CERT_FILE: '/dev/null' holds no certificates"),
-        ("https://host", {"SSL_CERT_DIR": "/:/missing"}, "SSL_CERT_DIR: '/missing' is no folder"),
+        ("https://host", {"HTTPS_PROXY": "http://p q"}, "HTTPS_PROXY: the host is not a valid host name"),
+        ("https://host", {"SSL_CERT_FILE": "/missing"}, "SSL_CERT_FILE: no certificates can be read from '/missing': "),
+        ("https://host", {"SSL_CERT_FILE": "/"}, "SSL_CERT_FILE: no certificates can be read from '/': Is a dir"),
+        ("https://host", {"SSL_CERT_FILE": os.devnull}, "SSL_CERT_FILE: no certificates can be read from '/dev/null'"),
+        ("https://host", {"SSL_CERT_DIR": "/:/missing"}, "SSL_CERT_DIR: '/missing' is not a folder"),
         ("https://host", {"SSLKEYLOGFILE": "/missing/log"}, "SSLKEYLOGFILE: '/missing/log' cannot be written"),
         (SERVICE, {"HTTP_PROXY": "https://p", "SSL_CERT_FILE": "/missing"}, "SSL_CERT_FILE: "),
     ],
@@ -228,8 +228,6 @@ async def ask_async(url: str) -> Any:
 @pytest.mark.parametrize("ask", [lambda url: Client(url).models(), lambda url: asyncio.run(ask_async(url))])
 def test_a_service_that_does_not_encrypt_is_asked_once(ask: Any) -> None:
     with plain_server() as (port, connections):
-        with pytest.raises(
-            ConnectionLost, match=rf"^https://127.0.0.1:{port}: it does not answer with TLS: write http://"
-        ):
+        with pytest.raises(ConnectionLost, match=rf"^https://127.0.0.1:{port}: it does not use TLS: write http://"):
             ask(f"https://127.0.0.1:{port}")
         assert len(connections) == 1

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.client import ConnectionLost, Event, ProgressEvent
 from cli.main import app
-from cli.sample_there import sample_there
+from cli.sample_remote import sample_remote
 from cli.sampled import refuse_impossible_pictures
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
@@ -101,23 +101,23 @@ def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[s
             4,
             8,
             1,
-            "--out: .jpg files hold images of 1 or 3 channels, and this model's have 4: name",
+            "--out: .jpg files hold images of 1 or 3 channels, but this model's have 4: name",
         ),
         (
             "x",
             2,
             8,
             1,
-            "the .png files of a folder hold images of 1 or 3 or 4 channels, and this",
+            "the .png files of a folder hold images of 1 or 3 or 4 channels, but this",
         ),
         (
             "x.webp",
             3,
             64,
             70_000,
-            "70000 images make a picture of 17488 pixels, and .webp files hold at most 16383",
+            "the grid of 70000 images is 17488 pixels wide or high, but .webp files hold at most 16383",
         ),
-        ("x.jpeg", 1, 1024, 9999, "and .jpeg files hold at most 65500: name a folder, or a file that ends in .npz"),
+        ("x.jpeg", 1, 1024, 9999, "but .jpeg files hold at most 65500: name a folder, or a file that ends in .npz"),
     ],
 )
 def test_a_format_that_cannot_hold_the_images_is_refused(
@@ -135,15 +135,15 @@ def test_it_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: p
     write_checkpoint(model, four, tiny_network(four).state_dict())
     monkeypatch.setattr("service.engine.engine.Engine.step", None)
     code, output = sample(model, "--steps", "2", "--out", str(tmp_path / "x.jpg"))
-    assert (code, "and this model's have 4" in output) == (1, True)
+    assert (code, "but this model's have 4" in output) == (1, True)
 
 
 @pytest.mark.parametrize(
     ("out", "message"),
     [
         ("folder.png", "is a folder; name a file, or a folder whose name does not end in .png"),
-        ("file/x.png", "it is no folder, or this user may not"),
-        ("file", "is a file; a folder, or a file that ends in .png"),
+        ("file/x.png", "it is not a folder, or permission is denied"),
+        ("file", "is a file; name a folder, or a file that ends in .png"),
     ],
 )
 def test_a_place_that_is_taken_is_refused_before_a_model_is_loaded(tmp_path: Path, out: str, message: str) -> None:
@@ -193,7 +193,7 @@ def test_it_says_that_nobody_answers_while_it_tries_again(tmp_path: Path, monkey
     arguments = ["sample", "--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path / "x.png")]
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 1
-    tries = [line for line in ended.stderr.splitlines() if "Connection refused; trying again in" in line]
+    tries = [line for line in ended.stderr.splitlines() if "Connection refused; retrying in" in line]
     assert len(tries) > 5
 
 
@@ -223,7 +223,7 @@ def refuse_nothing(channels: int, size: int) -> None:
 
 
 def ask(client: Fragile, n: int = 3) -> None:
-    sample_there(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing)
+    sample_remote(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing)
 
 
 def test_a_stream_that_breaks_off_is_asked_for_again() -> None:

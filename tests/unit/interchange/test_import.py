@@ -452,8 +452,8 @@ def test_command_shows_the_licence_of_published_weights(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--preset", "imagenet"), "unknown preset 'imagenet'; allowed: cifar10-uncond-50m, "),
-        (("--preset", "adm-lsun-cat", "--repo", "guided"), "--preset says everything"),
-        ((), "say what the weights are"),
+        (("--preset", "adm-lsun-cat", "--repo", "guided"), "cannot be used with --preset"),
+        ((), "--preset NAME, or --repo improved|guided with flags, must be given"),
         (("--repo", "diffusers"), "--repo must be improved or guided"),
         (("--repo", "guided", "--flag", "image_size"), "--flag takes name=value"),
         (("--repo", "guided", "--flag", "lrr=1"), "unknown flag 'lrr'"),
@@ -477,7 +477,7 @@ def test_command_does_not_touch_a_folder_that_exists(tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").touch()
     result = _invoke(SUPERRES, "--out", tmp_path, "--repo", "improved")
     assert result.exit_code == 1
-    assert "--out must not exist yet" in result.output
+    assert "exists already; name a new folder" in result.output
 
 
 def test_flags_that_cannot_be_split_are_quoted() -> None:
@@ -489,7 +489,7 @@ def test_flags_that_cannot_be_split_are_quoted() -> None:
     ("content", "message"),
     [
         (b"\xef\xbb\xbfant\r\nbee\r\n", r"names\.txt: class_names must have one name per class: .*got 2 names"),
-        ("ant\n".encode("utf-16"), r"names\.txt must hold class names in UTF-8, one a line"),
+        ("ant\n".encode("utf-16"), r"names\.txt must hold class names in UTF-8, one per line"),
     ],
 )
 def test_files_of_class_names_that_do_not_fit_are_named(tmp_path: Path, content: bytes, message: str) -> None:

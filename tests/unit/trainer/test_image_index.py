@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from cli.asking import requests
+from cli.split_requests import split_requests
 from diffusion.noise import MAX_IMAGE_INDEX, STREAM_X_T, draw_class, normal
 from service.errors import InvalidRequest
 from service.http.kserve.routes import INPUTS
@@ -32,7 +32,7 @@ def test_the_last_image_may_have_the_largest_index() -> None:
     assert MAX_IMAGE_INDEX == LIMIT
     assert indices(image_index=LIMIT) == [LIMIT]
     assert indices(image_index=LIMIT - 2, n=3) == [LIMIT - 2, LIMIT - 1, LIMIT]
-    assert [fields["image_index"] for fields in requests({"image_index": LIMIT - 4}, 5, 2, list)] == [
+    assert [fields["image_index"] for fields in split_requests({"image_index": LIMIT - 4}, 5, 2, list)] == [
         LIMIT - 4,
         LIMIT - 2,
         LIMIT,
@@ -52,6 +52,6 @@ def test_an_index_beyond_it_is_refused_everywhere() -> None:
     with pytest.raises(InvalidRequest, match="image_index: must be at most 4294967293 with 3 images; got 4294967294"):
         indices(image_index=LIMIT - 1, n=3)
     with pytest.raises(ValueError, match="image_index must be at most 4294967291 with 5 images; got 4294967292"):
-        next(requests({"image_index": LIMIT - 3}, 5, 2, list))
+        next(split_requests({"image_index": LIMIT - 3}, 5, 2, list))
     with pytest.raises(ValueError, match=r"must be in 0\.\.4294967295; got 4294967296"):
         draw_class(1, LIMIT + 1, 10)

@@ -281,7 +281,7 @@ def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("iddpm")), "keys", "add", "alice", "--file", str(path)]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
-    message = "error: the key cannot be shown, and was not stored: standard output: No space left on device\n"
+    message = "error: the key cannot be printed and was not stored: standard output: No space left on device\n"
     assert (ended.returncode, ended.stderr) == (1, message)
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,6 @@
-"""Sample in this process, with the service's own engine: what the service gives for a seed, this gives too.
+"""Sample in this process with the service's engine, so that the pixels equal the service's.
 
-It reads the service's settings from the environment: with others, other pixels would be computed.
+The service's settings are read from the environment, because pixels depend on them.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cli.asking import requests
 from cli.sampled import CheckImages, SampledImage
+from cli.split_requests import split_requests
 
 if TYPE_CHECKING:
     from formats.images import Uint8Array
     from service.engine.request import ImageParams
 
 
-def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) -> list[SampledImage]:
-    """Sample images from a model folder.
+def sample_local(model: Path, params: dict[str, Any], n: int, check: CheckImages) -> list[SampledImage]:
+    """Sample images with a model folder.
 
     Args:
-        model: its folder, as FOLDER or NAME=FOLDER.
-        asked: fields of a request, the seed among them.
-        n: images.
+        model: the folder, as FOLDER or NAME=FOLDER.
+        params: fields of a request, including the seed.
+        n: number of images.
         check: called when the model is loaded.
 
     Raises:
         ValidationError: a field, or a setting in the environment, breaks a rule.
-        ValueError: a variable in the environment that looks like a setting and is none; also of `check`.
+        ValueError: an environment variable has the name of an unknown setting; also from `check`.
         InvalidRequest: a field breaks a rule of the model.
-        ModelError: a model that cannot be run.
+        ModelError: the model cannot be run.
         GenerationFailed: an image failed.
     """
     from service.backends.select import load_denoiser
@@ -48,21 +48,21 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
     from service.settings import Settings, refuse_unknown_variables
 
     refuse_unknown_variables()
-    settings = Settings(models=(model,), host="127.0.0.1")  # nobody listens
+    settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
     config = settings.engine_config()
     (folder,) = settings.model_folders.values()
     backend = load_denoiser(folder, settings.backend, settings.backend_options())
     check(backend.config.model.image_channels, backend.config.model.image_size)
     runner, metrics = ArrayRunner(backend, config), Metrics()
     served = served_model("model", backend, runner.numerics_id)
-    params: list[ImageParams] = []
-    for fields in requests(asked, n, MAX_IMAGES, lambda: served.class_names or ()):
+    images: list[ImageParams] = []
+    for fields in split_requests(params, n, MAX_IMAGES, lambda: served.class_names or ()):
         body = GenerateRequest.model_validate(fields)
-        params += complete(body, served, str(len(params)), max_row_steps=sys.maxsize).images
+        images += complete(body, served, str(len(images)), max_row_steps=sys.maxsize).images
 
     engine = Engine({"model": runner}, config, metrics)
     engine.warm_up()
-    request = GenerationRequest(request_id="cli", model="model", images=tuple(params))
+    request = GenerationRequest(request_id="cli", model="model", images=tuple(images))
     engine.add(request, time.monotonic())
     pixels: dict[int, Uint8Array] = {}
     done = 0
@@ -70,8 +70,8 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
         while engine.has_work():
             for result in engine.step():
                 if result.failure is not None:
-                    raise image_failure(params[result.position].image_index, result.failure)
-                assert result.pixels is not None  # noqa: S101  # nobody cancels here
+                    raise image_failure(images[result.position].image_index, result.failure)
+                assert result.pixels is not None  # noqa: S101  # no request is cancelled
                 pixels[result.position] = result.pixels
             counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
             bar.update(counted - done)
@@ -84,5 +84,5 @@ def sample_here(model: Path, asked: dict[str, Any], n: int, check: CheckImages) 
             numerics_id=runner.numerics_id,
             pixels=pixels[k],
         )
-        for k, p in enumerate(params)
+        for k, p in enumerate(images)
     ]

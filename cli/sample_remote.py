@@ -1,4 +1,4 @@
-"""Sample at a running service, and show how it gets on."""
+"""Sample at a running service, with a progress bar."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cli.asking import requests
 from cli.client import Client, ConnectionLost, Event, ProgressEvent, QueuedEvent, pixels_of
 from cli.retries import log as retries_log
 from cli.sampled import CheckImages, SampledImage
+from cli.split_requests import split_requests
 
 if TYPE_CHECKING:
     from service.http.native.schemas import GeneratedImage, GenerateResponse, ModelInfo
 
 
 TRIES = 3
-"""Times that a request is sent whose stream breaks off."""
+"""Attempts of a request whose stream breaks off."""
 
 
-def sample_there(client: Client, asked: dict[str, Any], n: int, at_once: int, check: CheckImages) -> list[SampledImage]:
-    """Ask a service for images, as many requests after each other as it takes.
+def sample_remote(
+    client: Client, params: dict[str, Any], n: int, at_once: int, check: CheckImages
+) -> list[SampledImage]:
+    """Sample images at a service, with one request after the other.
 
     Args:
-        client: the service.
-        asked: fields of a request, the seed among them.
-        n: images.
-        at_once: most of them in a request.
-        check: called before the first request, where the service has such a model.
+        client: of the service.
+        params: fields of a request, including the seed.
+        n: number of images.
+        at_once: most images per request.
+        check: called before the first request, if the service has the model.
 
     Raises:
-        ClientError: a request did not come to its answer.
-        ValueError: of `check`.
+        ClientError: a request failed.
+        ValueError: from `check`.
     """
     images: list[SampledImage] = []
-    with _retries_told():
-        if (found := _find_model(client, asked.get("model"))) is not None:
+    with _show_retries():
+        if (found := _find_model(client, params.get("model"))) is not None:
             check(found.image_channels, found.image_size)
         with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
             shown = _Shown(bar, n)
-            for fields in requests(asked, n, at_once, lambda: _class_names(client, asked.get("model"))):
-                # npz: pixels of any number of channels
-                answer = _ask(client, {**fields, "format": "npz"}, shown)
+            for fields in split_requests(params, n, at_once, lambda: _class_names(client, params.get("model"))):
+                # npz supports any number of channels
+                answer = _generate(client, {**fields, "format": "npz"}, shown)
                 images += [_sampled(image, answer.numerics_id) for image in answer.images]
                 shown.next_request()
     return images
 
 
-def _ask(client: Client, fields: dict[str, Any], shown: _Shown) -> GenerateResponse:
-    """Ask again when a stream breaks off: its rows are free by then, and the seed makes the same pictures."""
+def _generate(client: Client, fields: dict[str, Any], shown: _Shown) -> GenerateResponse:
+    """Generate images; repeat the request if its stream breaks off, which frees its rows. The seed fixes the pixels."""
     for _ in range(TRIES - 1):
         try:
             return client.generate(**fields, on_event=shown.show)
         except ConnectionLost:
-            if not shown.begun:  # nobody took it, although the client has tried for a while
+            if not shown.begun:  # not accepted, in spite of the client's retries
                 raise
             shown.begin_again()
     return client.generate(**fields, on_event=shown.show)
 
 
-class _Tell(logging.Handler):
-    """Prints what is logged, on a line of its own below the bar."""
+class _PrintHandler(logging.Handler):
+    """Print log messages below the progress bar, each on its own line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record's message."""
@@ -72,31 +74,31 @@ class _Tell(logging.Handler):
 
 
 @contextmanager
-def _retries_told() -> Iterator[None]:
-    """Tell of each time that a request is sent again: nobody shall wait for what is not there without knowing."""
-    tell, level = _Tell(), retries_log.level
-    retries_log.addHandler(tell)
+def _show_retries() -> Iterator[None]:
+    """Print every retry, so that the user sees why the command waits."""
+    handler, level = _PrintHandler(), retries_log.level
+    retries_log.addHandler(handler)
     retries_log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        retries_log.removeHandler(tell)
+        retries_log.removeHandler(handler)
         retries_log.setLevel(level)
 
 
 class _Shown:
-    """A bar of all images' steps. Their number is known with the first event that tells it."""
+    """A progress bar of the steps of all images. The number of steps is known with the first progress event."""
 
     def __init__(self, bar: Any, images: int) -> None:
         self._bar = bar
         self._images = images
         self._before = 0
-        self._steps: dict[int, int] = {}  # by position in the request under way
+        self._steps: dict[int, int] = {}  # by position in the current request
         self.begun = False
-        """Whether anything was told of the request under way."""
+        """Whether the current request had an event."""
 
     def show(self, event: Event) -> None:
-        """Show what an event tells."""
+        """Update the bar for an event."""
         self.begun = True
         if isinstance(event, QueuedEvent):
             self._bar.label = f"waiting, {event.images_ahead} images ahead" if event.images_ahead else "sampling"
@@ -107,12 +109,12 @@ class _Shown:
         self._bar.update(self._before + sum(self._steps.values()) - self._bar.pos)
 
     def next_request(self) -> None:
-        """Count the images that are done, and begin with others."""
+        """Add the current request's steps to the total, and begin with the next request."""
         self._before += sum(self._steps.values())
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Count the steps of the request under way from none."""
+        """Reset the current request's steps to 0."""
         self._steps = {}
         self.begun = False
 

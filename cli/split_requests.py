@@ -1,0 +1,32 @@
+"""Split the images of `iddpm sample` into requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from diffusion.noise import MAX_IMAGE_INDEX
+
+
+def split_requests(
+    params: dict[str, Any], n: int, at_once: int, class_names: Callable[[], Collection[str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the fields of each request; together the requests are n images of one seed.
+
+    Args:
+        params: fields of a request, including the seed; `image_index` is the index of the first image.
+        n: number of images.
+        at_once: most images per request.
+        class_names: returns the model's class names. Called only if the class is a number, which is a class index
+            unless a class has that name.
+
+    Raises:
+        ValueError: an image index is too large.
+    """
+    start = params.get("image_index", 0)
+    if start + n - 1 > MAX_IMAGE_INDEX:
+        raise ValueError(f"image_index must be at most {MAX_IMAGE_INDEX - n + 1} with {n} images; got {start}")
+    if params.get("class", "").isdigit() and params["class"] not in class_names():
+        params = {**params, "class": int(params["class"])}
+    for first in range(0, n, at_once):
+        yield {**params, "n": min(at_once, n - first), "image_index": start + first}
