@@ -1,4 +1,4 @@
-"""How many processors this process may use: the scheduler's affinity, and the CPU quota of its cgroups (v1 and v2)."""
+"""The number of CPUs that this process may use: its affinity, and the CPU quota of its cgroups (v1 and v2)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ PROC = Path("/proc/self")
 
 @dataclass(frozen=True)
 class Cpus:
-    """Processors of this process."""
+    """The CPUs that a process may use."""
 
     affinity: int
-    """Those that the scheduler may put it on."""
+    """Number of CPUs in the process's affinity mask."""
     quota: float | None
-    """Processors' worth of time that its cgroups allow, the least of all levels; None: no limit."""
+    """CPU time per time that its cgroups allow, the smallest of all levels; None: no limit."""
 
     @property
     def usable(self) -> int:
-        """The number of threads that can run: the quota is rounded up, since a part of a processor's time is some."""
+        """The number of threads that can run at a time, at least 1; the quota is rounded up."""
         return self.affinity if self.quota is None else max(1, min(self.affinity, math.ceil(self.quota)))
 
     def __str__(self) -> str:
         quota = "no cgroup quota" if self.quota is None else f"a cgroup quota of {self.quota:g}"
-        return f"{self.usable} usable: affinity to {self.affinity}, {quota}"
+        return f"{self.usable} usable (affinity {self.affinity}, {quota})"
 
 
 def available_cpus(proc: Path = PROC) -> Cpus:
-    """Look at what this process may use now.
+    """Return the CPUs that this process may use now.
 
     Args:
-        proc: the folder with `cgroup` and `mountinfo` of the process; systems without it have no quota.
+        proc: the folder with `cgroup` and `mountinfo` of the process; without them there is no quota.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Cpus(affinity, min(_quotas(proc), default=None))
 
 
 def _quotas(proc: Path) -> Iterator[float]:
-    """Yield the quota of each cgroup that this process is in, and of those around it, where there is one."""
+    """Yield the quotas of this process's cgroups and of their parents, except where there is no limit."""
     try:
         memberships = (proc / "cgroup").read_text().splitlines()
         mounts = (proc / "mountinfo").read_text().splitlines()
@@ -57,13 +57,13 @@ def _quotas(proc: Path) -> Iterator[float]:
     for line in mounts:
         place, _, kind = line.partition(" - ")
         root, point = place.split(" ")[3:5]
-        filesystem, _, options = kind.split(" ", 2)  # what is between them may be empty
+        filesystem, _, options = kind.split(" ", 2)  # the field between them may be empty
         version = {"cgroup2": 2, "cgroup": 1 if "cpu" in options.split(",") else None}.get(filesystem)
         if version not in paths:
             continue
         try:
             inside = PurePosixPath(paths[version]).relative_to(root).parts
-        except ValueError:  # a container whose mount is its own cgroup, which it knows by another name
+        except ValueError:  # in a container the mount may be the cgroup itself, under another name
             inside = ()
         folder = Path(point)
         for part in ("", *inside):
@@ -84,12 +84,12 @@ def _quota_v1(folder: Path) -> float | None:
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # the outermost cgroup has none
+    except OSError:  # the root cgroup has none
         return ""
 
 
 def _ratio(quota: str, period: str) -> float | None:
-    """Return microseconds of computing per microsecond; None for "max", -1, or no numbers at all."""
+    """Return CPU time per time; None for "max", -1, or text that is not a number."""
     if not (quota.isdecimal() and period.isdecimal()) or int(period) == 0:
         return None
     return int(quota) / int(period)

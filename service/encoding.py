@@ -1,4 +1,4 @@
-"""From pixels to bytes a client can use. Slow: call it in the `EncodingPool`."""
+"""Encode pixels for responses. Slow: call these functions in the `EncodingPool`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEDIA_TYPES: dict[ImageFormat, str] = {
 ZIP_MEDIA_TYPE = "application/zip"
 PICTURE_FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 CHANNELS: dict[ImageFormat, tuple[int, ...]] = {"png": (1, 3, 4), "webp": (1, 3, 4), "jpeg": (1, 3)}
-"""Image channels that a format can hold; npz holds any number."""
+"""Numbers of image channels that each format supports; npz supports any."""
 _NAME_LENGTH = 40
 
 
@@ -37,7 +37,7 @@ def encode_one(
     quality: int | None = None,
     compression: int | None = None,
 ) -> bytes:
-    """Encode one image [H, W, C] for the JSON answer; see `formats.images.encode` for the options."""
+    """Encode one image, uint8 [H, W, C], for a JSON response; see `formats.images.encode` for options and errors."""
     if image_format == "npz":
         return encode_npz(pixels[None], [class_index], compression=compression)
     return encode(pixels, image_format, quality=quality, compression=compression)
@@ -51,7 +51,7 @@ def encode_picture(
     quality: int | None = None,
     compression: int | None = None,
 ) -> bytes:
-    """Encode a whole answer [N, H, W, C] as one body: a picture (a grid of several), or an npz with all."""
+    """Encode all images of a response, uint8 [N, H, W, C], as one body: a picture (a grid if N > 1), or an npz."""
     if image_format == "npz":
         return encode_npz(images, class_indices, compression=compression)
     picture = images[0] if len(images) == 1 else grid(images)
@@ -59,13 +59,13 @@ def encode_picture(
 
 
 def encode_npz(images: Uint8Array, class_indices: Sequence[int | None], *, compression: int | None = None) -> bytes:
-    """Encode as the ADM evaluator reads it: arr_0 uint8 [N, H, W, C], and arr_1 int64 labels if there are any."""
+    """Encode an npz in the ADM evaluator's format: arr_0 uint8 [N, H, W, C], arr_1 int64 labels if there are any."""
     arrays: list[npt.NDArray[np.generic]] = [images]
     labels = [index for index in class_indices if index is not None]
     if labels:
         arrays.append(np.array(labels, dtype=np.int64))
     buffer = io.BytesIO()
-    with ZipFile(buffer, "w") as archive:  # np.savez_compressed has no level
+    with ZipFile(buffer, "w") as archive:  # np.savez_compressed has no option for the level
         for number, array in enumerate(arrays):
             content = io.BytesIO()
             np.lib.format.write_array(content, array, allow_pickle=False)
@@ -74,16 +74,16 @@ def encode_npz(images: Uint8Array, class_indices: Sequence[int | None], *, compr
 
 
 def encode_zip(files: Sequence[tuple[str, bytes]]) -> bytes:
-    """Pack encoded images; equal files give equal bytes, whenever it is done."""
+    """Pack encoded images into a zip archive; equal files give equal bytes at any time."""
     buffer = io.BytesIO()
-    with ZipFile(buffer, "w", ZIP_STORED) as archive:  # what is inside has been compressed
+    with ZipFile(buffer, "w", ZIP_STORED) as archive:  # the files are compressed already
         for name, content in files:
             archive.writestr(_member(name), content)
     return buffer.getvalue()
 
 
 def file_name(position: int, class_name: str | None, seed: int, image_index: int, extension: str) -> str:
-    """Name an image's file, for any file system: letters, digits and hyphens, whatever its class is called.
+    """Return the name of an image's file, of letters, digits and hyphens only, for any class name.
 
     Different positions give different names.
     """
@@ -92,7 +92,7 @@ def file_name(position: int, class_name: str | None, seed: int, image_index: int
 
 
 def _member(name: str) -> ZipInfo:
-    """Describe a file of an archive, which says nothing about when it was written."""
+    """Return the entry of a file in an archive, without the time of writing."""
     info = ZipInfo(name)
-    info.external_attr = 0o644 << 16  # without, unzip makes files that nobody may read
+    info.external_attr = 0o644 << 16  # with 0, unzip creates files without read permission
     return info

@@ -1,28 +1,28 @@
 """The service's exception tree; `service.http.problems` maps it to HTTP.
 
 ServiceError
-├── MalformedJson         the body is no JSON
-├── InvalidRequest        the client asked for something that cannot be: names the field, the rule, what is allowed
-├── NotAcceptable         the client accepts no available form of an answer
+├── MalformedJson         the body is not valid JSON
+├── InvalidRequest        a field breaks a rule; names the field, the rule and the allowed values
+├── NotAcceptable         the Accept header excludes every available media type
 ├── UnknownModel          no model of that name is served
-├── Forbidden             the key may not do that
-├── LoadFailed            a folder that cannot be served; what was served before still is
-├── LoadConflict          models cannot be loaded or unloaded like that now
-├── DeadlineUnmeetable    it could not be done in time; says when it would be
-├── Unavailable           the request was fine, the service cannot take it now
+├── Forbidden             the key is not allowed to do this
+├── LoadFailed            a folder cannot be served; the served models do not change
+├── LoadConflict          a model cannot be loaded or unloaded in the current state
+├── DeadlineUnmeetable    the predicted finish is later than the deadline; gives the predicted time
+├── Unavailable           the request is valid, but the service cannot accept it now
 │   ├── QueueFull
-│   ├── ClientLimit       this client holds its part of the queue
+│   ├── ClientLimit       the client has reached its share of the queue
 │   └── Draining
-└── GenerationFailed      accepted, but did not come to pictures
-    ├── ImageFailed       the network raised on this image; its neighbours are fine
-    ├── NotFinite         this image's numbers overflowed; its neighbours are fine
-    ├── Aborted           the client went away, or asked to stop
-    ├── TimedOut          it took longer than the service allows
-    └── EngineDead        the engine stopped with an error; every request it held gets this
-ModelError                a model folder that cannot be served; ends start-up
-KeysError                 a keys file that cannot be read or written; ends start-up, and `iddpm keys`
-TracingError              traces are asked for and cannot be told; ends start-up
-AddressError              the port is taken; ends start-up
+└── GenerationFailed      the request was accepted, but generation failed
+    ├── ImageFailed       the network raised an exception for this image; other images are not affected
+    ├── NotFinite         this image overflowed; other images are not affected
+    ├── Aborted           the client disconnected or cancelled
+    ├── TimedOut          the request exceeded the service's time limit
+    └── EngineDead        the engine stopped with an error; raised for all its requests
+ModelError                a model folder cannot be served; ends start-up
+KeysError                 a keys file cannot be read or written; ends start-up, and `iddpm keys`
+TracingError              tracing is configured but cannot be started; ends start-up
+AddressError              the service cannot listen on its address; ends start-up
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from diffusion.quoting import quoted
 
 
 class ServiceError(Exception):
-    """Anything a client can be told."""
+    """Base of the errors that are reported to clients."""
 
 
 class MalformedJson(ServiceError):
-    """A body that is no JSON."""
+    """The body is not valid JSON."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the body is not valid JSON: {reason}")
@@ -51,42 +51,44 @@ class InvalidRequest(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The Accept header excludes every available form of an answer."""
+    """The Accept header excludes every available media type."""
 
     def __init__(self, accept: str, forms: list[str]) -> None:
         super().__init__(f"Accept: must allow {', '.join(forms)} or */*; got {quoted(accept)}")
 
 
 class UnknownModel(ServiceError):
-    """No model of that name."""
+    """No model of that name is served."""
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(f"model: must be one of {', '.join(known)}; got {quoted(name)}")
 
 
 class Forbidden(ServiceError):
-    """The key may not do that."""
+    """The key is not allowed to do this."""
 
 
 class LoadFailed(ServiceError):
-    """A folder that cannot be served; says nothing of files, the log does."""
+    """A folder cannot be served. The message names no files; the log does."""
 
 
 class LoadConflict(ServiceError):
-    """Models cannot be loaded or unloaded like that now."""
+    """A model cannot be loaded or unloaded in the current state."""
 
 
 class DeadlineUnmeetable(ServiceError):
-    """The predicted finish is later than the deadline; nothing was done."""
+    """The predicted finish is later than the deadline; no work was done."""
 
     def __init__(self, deadline_s: float, predicted_s: float) -> None:
-        super().__init__(f"deadline_s: would be done in {predicted_s:.3g} s, wanted within {deadline_s:.3g} s")
+        super().__init__(
+            f"deadline_s: predicted to finish in {predicted_s:.3g} s; got a deadline of {deadline_s:.3g} s"
+        )
         self.deadline_s = deadline_s
         self.predicted_s = predicted_s
 
 
 class Unavailable(ServiceError):
-    """Refused before any work was done; trying again later is safe."""
+    """The request was refused before any work was done; a later retry is safe."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -94,11 +96,11 @@ class Unavailable(ServiceError):
 
 
 class QueueFull(Unavailable):
-    """As much is in flight as the queue allows."""
+    """The queue is full."""
 
 
 class ClientLimit(Unavailable):
-    """As much of this client's is in flight as one client may hold."""
+    """The client has as much work in flight as one client is allowed."""
 
 
 class Draining(Unavailable):
@@ -106,23 +108,23 @@ class Draining(Unavailable):
 
 
 class GenerationFailed(ServiceError):
-    """An accepted request did not come to pictures."""
+    """An accepted request failed."""
 
 
 class ImageFailed(GenerationFailed):
-    """The network raised on an image, also without others beside it."""
+    """The network raised an exception for an image, even when the image was computed alone."""
 
 
 class NotFinite(GenerationFailed):
-    """An image's numbers overflowed."""
+    """An image overflowed."""
 
 
 class Aborted(GenerationFailed):
-    """The client went away or cancelled."""
+    """The client disconnected or cancelled."""
 
 
 class TimedOut(GenerationFailed):
-    """The request took longer than the service allows; its rows are free."""
+    """The request exceeded the service's time limit; its rows are free."""
 
 
 class EngineDead(GenerationFailed):
@@ -130,16 +132,16 @@ class EngineDead(GenerationFailed):
 
 
 class ModelError(Exception):
-    """A model folder that cannot be served."""
+    """A model folder cannot be served."""
 
 
 class KeysError(Exception):
-    """A keys file that cannot be read or written."""
+    """A keys file cannot be read or written."""
 
 
 class TracingError(Exception):
-    """Traces are asked for and cannot be told."""
+    """Tracing is configured but cannot be started."""
 
 
 class AddressError(Exception):
-    """The service cannot listen where it is told to."""
+    """The service cannot listen on its address."""

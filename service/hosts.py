@@ -1,4 +1,4 @@
-"""Host names and networks as operators write them: one spelling of each, or an error that says what to write."""
+"""Normalise the host names and networks in settings; errors say what to write instead."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ Network = IPv4Network | IPv6Network
 
 MAX_NAME = 253
 LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-"""Host names have no underscores, but services in container networks often do."""
+"""Host names must not contain underscores, but names of services in container networks often do."""
 NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
 MAPPED_BITS = 96
-"""What precedes the IPv4 address in one that is mapped into IPv6."""
+"""Length of the prefix before the IPv4 address in an IPv4-mapped IPv6 address, in bits."""
 
 
 def canonical_host(text: str) -> str:
-    """Return a host in the one spelling in which Host headers are compared.
+    """Return the canonical form of a host, in which Host headers are compared.
 
     Args:
         text: a name or an address without scheme and port. Case, a dot at the end, brackets around an IPv6 address and
-            its zeros make no difference. Names in other scripts become punycode, which is what clients send.
+            its zeros make no difference. Names in other scripts are converted to punycode, which clients send.
 
     Returns:
         A name in lower case, an IPv4 address, or an IPv6 address in brackets.
 
     Raises:
-        ValueError: it is neither; names what to write instead where that is clear.
+        ValueError: text is neither; the message says what to write instead, if that is clear.
     """
     try:
         return _canonical(text)
     except ValueError:
         pass
     if "*" in text:
-        raise ValueError(f"{text!r} matches no Host header: list each name, or write * alone to answer to all")
+        raise ValueError(f"{text!r} matches no Host header: list each name, or write * alone to accept all")
     try:
         host = _canonical(_host_in(text))
     except ValueError:
         raise ValueError(f"{text!r} is neither a host name nor an IP address; separate several with commas") from None
-    raise ValueError(f"{text!r} must be a host alone, without scheme, port and path: write {host}")
+    raise ValueError(f"{text!r} must be a host without scheme, port and path: write {host}")
 
 
 def network_of(text: str) -> Network:
-    """Return a network, or the network of one address; one of IPv4 that is mapped into IPv6 becomes one of IPv4.
+    """Return a network, or the network of a single address; an IPv4-mapped IPv6 network becomes an IPv4 network.
 
     Raises:
-        ValueError: it is neither; names what to write instead where that is clear.
+        ValueError: text is neither; the message says what to write instead, if that is clear.
     """
     try:
         network = ip_network(without_brackets(text))
@@ -65,7 +65,7 @@ def _canonical(text: str) -> str:
         address = ip_address(without_brackets(text))
     except ValueError:
         pass
-    else:  # without a zone, which no Host header has
+    else:  # without the zone, which Host headers do not have
         return f"[{IPv6Address(int(address))}]" if isinstance(address, IPv6Address) else str(address)
     name = text.removesuffix(".").lower()
     if not name.isascii():
@@ -77,29 +77,31 @@ def _canonical(text: str) -> str:
 
 def _why_no_network(text: str) -> str:
     if text == "*":
-        return "'*' is no network: list the addresses of the proxies (0.0.0.0/0,::/0 trusts everybody)"
+        return "'*' is not a network: list the addresses of the proxies (0.0.0.0/0,::/0 trusts every address)"
     try:
         interface = ip_interface(without_brackets(text))
     except ValueError:
         pass
     else:
-        return f"{text!r} is an address inside a network: write {interface.network}, or {interface.ip} for it alone"
+        return (
+            f"{text!r} has host bits set: write {interface.network} for the network, or {interface.ip} for the address"
+        )
     try:
         address = ip_address(_host_in(text))
     except ValueError:
         return (
-            f"{text!r} is neither an IP address nor a network such as 10.0.0.0/8; host names are not looked up, "
-            "and several are separated with commas"
+            f"{text!r} is neither an IP address nor a network such as 10.0.0.0/8; host names are not supported; "
+            "separate several with commas"
         )
-    return f"{text!r} must be an address alone, without scheme and port: write {address}"
+    return f"{text!r} must be an address without scheme and port: write {address}"
 
 
 def _host_in(text: str) -> str:
-    """Return the host of a URL, or of HOST:PORT; "" where there is none, or more than that."""
+    """Return the host of a URL, or of HOST:PORT; "" if there is none, or text has another form."""
     parts = urlsplit(text if "//" in text else f"//{text}")
     return parts.hostname or "" if parts.path in ("", "/") or parts.scheme else ""
 
 
 def without_brackets(text: str) -> str:
-    """Return an IPv6 address that is written as in URLs without its brackets, anything else as it is."""
+    """Remove the brackets around an IPv6 address; return other text unchanged."""
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text

@@ -1,4 +1,4 @@
-"""Write log lines in a thread: a pipe that is full, or that nobody reads, must not stop the event loop."""
+"""Write log lines in a thread, so that a full pipe does not block the event loop."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import NamedTuple
 from service.metrics import LOG_LINES_DROPPED
 
 QUEUED_LINES = 4096
-"""Most lines that wait to be written; about a megabyte of request lines."""
+"""Most lines in the queue; about a megabyte of request lines."""
 FLUSH_SECONDS = 1.0
-"""Longest wait, at the process's end, for what is still to be written."""
+"""Longest wait for each part of a flush: queueing it, and writing the queued lines."""
 
 
 class Line(NamedTuple):
-    """A formatted log line on its way to the writing thread."""
+    """A formatted log line in the queue of the writing thread."""
 
     text: bytes
     dropped_before: int
-    """Lines dropped between the one that was queued before it and this one."""
+    """Number of lines dropped between the previous queued line and this one."""
     written: threading.Event | None = None
-    """Set when it has been written, or has failed to be."""
+    """Set when the line was written, or could not be written."""
 
 
 class BackgroundHandler(logging.Handler):
-    """Format records in the thread that logs, and write them in a thread of its own.
+    """Format records in the thread that logs, and write them in a separate thread.
 
-    A line that finds the queue full, or that cannot be written (a closed pipe, a full disk), is dropped and counted in
-    `LOG_LINES_DROPPED`; the next line that can be written is preceded by one that says how many were.
+    If the queue is full, or a line cannot be written (closed pipe, full disk), the line is dropped and counted in
+    `LOG_LINES_DROPPED`. A line with the number of dropped lines precedes the next line that can be written.
     """
 
     def __init__(self, descriptor: int, queued_lines: int = QUEUED_LINES) -> None:
@@ -39,7 +39,7 @@ class BackgroundHandler(logging.Handler):
         self._descriptor = descriptor
         self._lines: queue.Queue[Line] = queue.Queue(queued_lines)
         self._dropped = 0  # since a line was last queued; guarded by the handler's lock
-        self._unreported = 0  # the writing thread's
+        self._unreported = 0  # used by the writing thread only
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -57,7 +57,7 @@ class BackgroundHandler(logging.Handler):
             self._dropped = 0
 
     def flush(self) -> None:
-        """Wait until all lines are written; for a few seconds only, since standard error may be blocked for good."""
+        """Wait until all lines are written, at most 2 FLUSH_SECONDS, because standard error may be blocked forever."""
         written = threading.Event()
         try:
             self._lines.put(Line(b"", self._dropped, written), timeout=FLUSH_SECONDS)
@@ -74,7 +74,7 @@ class BackgroundHandler(logging.Handler):
                 self._write(self._notice() + line.text)
                 self._unreported = 0
             except OSError:
-                lost = bool(line.text)  # no more than its notice is left of a flush
+                lost = bool(line.text)  # a flush has no text
                 self._unreported += lost
                 LOG_LINES_DROPPED.labels("write_failed").inc(lost)
             if line.written is not None:
@@ -91,7 +91,7 @@ class BackgroundHandler(logging.Handler):
         while text:
             try:
                 text = text[os.write(self._descriptor, text) :]
-            except BlockingIOError:  # another process that has the pipe made it non-blocking
+            except BlockingIOError:  # another process with the same pipe made it non-blocking
                 select.select([], [self._descriptor], [])
 
 

@@ -1,4 +1,4 @@
-"""Log lines: coloured for people at a terminal, JSON for machines, through structlog for every library's records."""
+"""Log lines for all libraries through structlog: coloured text on a terminal, JSON otherwise."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from service.log_writer import BackgroundHandler
 
 SELDOM_S = 60.0
 UNLIMITED = frozenset({"cli", "diffusion", "formats", "interchange", "model_export", "service", "trainer", "py"})
-"""First parts of the names of loggers that `Seldom` lets pass: our packages', and Python's for warnings (py.warnings),
-which come from one line of code and once each."""
+"""Top-level names of loggers that `Seldom` does not limit: our packages, and Python's logger of warnings (py.warnings),
+whose records all come from one line of code but are logged once each."""
 REQUEST_FIELDS = ("method", "path", "status", "seconds", "client")
-"""What machines need not parse the line of a request for."""
+"""Attributes of request records that become JSON fields."""
 
 
 class Seldom(logging.Filter):
-    """Pass what a library logs once a minute for each line of its code and kind of exception, with the number left out.
+    """Limit libraries' records to one per minute for each line of code and exception type; append the number omitted.
 
-    Libraries repeat themselves as fast as they try again: asyncio when file descriptors run out, OpenTelemetry while
-    its collector is away, uvicorn for each client that sends garbage.
+    Libraries log on every retry: asyncio when file descriptors run out, OpenTelemetry while its collector is down,
+    uvicorn for each client that sends invalid requests.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._passed: dict[tuple[str, int, type | None], tuple[float, int]] = {}  # when, and how many since
+        self._passed: dict[tuple[str, int, type | None], tuple[float, int]] = {}  # time, and records omitted since
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is to be logged."""
@@ -44,20 +44,20 @@ class Seldom(logging.Filter):
             return False
         self._passed[origin] = now, 0
         if left_out:
-            record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were not logged)", ()
+            record.msg, record.args = f"{record.getMessage()} ({left_out} similar records were not logged)", ()
         return True
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Send all records, and Python's warnings, to standard error, one line each, from a thread of their own."""
+    """Log all records and Python's warnings to standard error, one line each, written by a separate thread."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Where it was closed (2>&-): a descriptor that takes nothing, so that lines count as dropped. It is the lowest free
-    # one, which a socket would get otherwise, and with it what C libraries write to standard error.
+    # If standard error is closed (2>&-), use a descriptor that cannot be written, so that lines count as dropped. It
+    # takes the lowest free number; a socket with that number would receive C libraries' output to standard error.
     descriptor = os.open(os.devnull, os.O_RDONLY) if sys.stderr is None else sys.stderr.fileno()
     terminal = os.isatty(descriptor)
     render: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
@@ -75,4 +75,4 @@ def configure_logging(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    logging.captureWarnings(True)  # they would be printed to standard error, which may block
+    logging.captureWarnings(True)  # printing warnings to standard error may block

@@ -1,6 +1,6 @@
-"""Prometheus metrics: every counter, gauge and histogram of the service, with its unit in its name.
+"""Prometheus metrics: every counter, gauge and histogram of the service, with the unit in its name.
 
-Labels are few and bounded: never a seed, a class or a client. docs/metrics.md lists them for readers.
+Labels are few and bounded: never a seed, a class or a client. docs/metrics.md lists all metrics.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LOG_LINES_DROPPED = Counter(
     ["reason"],
     registry=None,
 )
-"""Of the process, as logging is: every service in it shows the same."""
+"""Per process, like logging: all services in the process report the same value."""
 for _reason in ("queue_full", "write_failed"):
     LOG_LINES_DROPPED.labels(_reason)
 
 
 class Metrics:
-    """The metrics of one service, on a registry of its own, so that two services fit in one process."""
+    """The metrics of one service, on a separate registry, so that a process can hold several services."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Metrics:
         self.images = Counter("iddpm_images_total", "Images delivered", registry=registry)
         self.request_seconds = Histogram(
             "iddpm_request_duration_seconds",
-            "From the request's arrival to the end of its answer, for requests with outcome ok",
+            "From a request's arrival to the end of its response, for requests with outcome ok",
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
@@ -66,30 +66,30 @@ class Metrics:
         )
         self.model_images = Counter(
             "iddpm_model_images_total",
-            "Images that ended, by model and outcome: done, failed",
+            "Finished images by model and outcome: done, failed",
             ["model", "outcome"],
             registry=registry,
         )
         self.model_image_seconds = Counter(
             "iddpm_model_image_seconds_total",
-            "Seconds that images which were done had spent, by model and phase: queue, compute",
+            "Seconds spent on images that are done, by model and phase: queue, compute",
             ["model", "phase"],
             registry=registry,
         )
         self.model_last_image = Gauge(
             "iddpm_model_last_image_timestamp_seconds",
-            "When an image of a model was last done, in seconds since 1970",
+            "Time when the last image of a model was done, in seconds since 1970",
             ["model"],
             registry=registry,
         )
         self.images_waiting = Gauge("iddpm_images_waiting", "Queue depth: images not yet started", registry=registry)
         self.images_running = Gauge("iddpm_images_running", "Images that hold a slot", registry=registry)
         self.images_evicted = Gauge(
-            "iddpm_images_evicted", "Images that have started and whose state is in host memory", registry=registry
+            "iddpm_images_evicted", "Started images whose state is in host memory", registry=registry
         )
         self.preemptions = Counter(
             "iddpm_preemptions_total",
-            "Images that could have gone on and were not picked for a step",
+            "Started images that were not picked for a step",
             registry=registry,
         )
         self.evictions = Counter(
@@ -100,13 +100,13 @@ class Metrics:
         )
         self.predicted_wait_seconds = Histogram(
             "iddpm_predicted_wait_seconds",
-            "Predicted on admission: until a request's first network call",
+            "Time until a request's first network call, predicted on admission",
             buckets=QUEUE_BUCKETS,
             registry=registry,
         )
         self.finish_over_predicted = Histogram(
             "iddpm_finish_over_predicted_ratio",
-            "Time from a request's admission to its last image, divided by what was predicted on admission",
+            "Time from a request's admission to its last image, divided by the time predicted on admission",
             buckets=RATIO_BUCKETS,
             registry=registry,
         )
@@ -128,64 +128,64 @@ class Metrics:
         )
         self.failed_attempts = Counter(
             "iddpm_failed_attempts_total",
-            "Attempts at an engine step that raised and were repeated in halves: error, out_of_memory",
+            "Attempts at an engine step that raised and were repeated in two halves, by kind: error, out_of_memory",
             ["kind"],
             registry=registry,
         )
         self.images_failed = Counter(
             "iddpm_images_failed_total",
-            "Images that failed alone: not_finite, error, out_of_memory",
+            "Images that failed without affecting others, by reason: not_finite, error, out_of_memory",
             ["reason"],
             registry=registry,
         )
         self.padded_rows = Counter("iddpm_padded_rows_total", "Rows computed for padding only", registry=registry)
         self.uncaptured_steps = Counter(
             "iddpm_uncaptured_steps_total",
-            "Attempts at an engine step of a batch size that the device has no graph of, though it could have one",
+            "Attempts at an engine step of a batch size without a captured graph, on a device that supports graphs",
             ["model"],
             registry=registry,
         )
         self.row_steps = Counter("iddpm_row_steps_total", "Rows advanced by one sampling step", registry=registry)
         self.wasted_row_steps = Counter(
             "iddpm_wasted_row_steps_total",
-            "Row-steps taken for images that were cancelled or failed",
+            "Row-steps computed for images that were cancelled or failed",
             registry=registry,
         )
         self.remaining_row_steps = Gauge(
-            "iddpm_remaining_row_steps", "Row-steps left of everything in flight", registry=registry
+            "iddpm_remaining_row_steps", "Remaining row-steps of all requests in flight", registry=registry
         )
-        self.width_rows = Gauge("iddpm_width_rows", "Most rows of a step, as chosen", ["model"], registry=registry)
+        self.width_rows = Gauge("iddpm_width_rows", "Chosen limit of rows per step", ["model"], registry=registry)
         self.step_seconds = Histogram(
             "iddpm_engine_step_seconds",
-            "One engine step: schedule, gather, network call, update; by padded rows",
+            "Duration of an engine step (schedule, gather, network call, update), by padded rows",
             ["model", "padded_rows"],
             buckets=STEP_BUCKETS,
             registry=registry,
         )
         self.loop_lag_seconds = Histogram(
             "iddpm_event_loop_lag_seconds",
-            "How much later than asked for the event loop came back, looked at ten times a second",
+            "Delay of the event loop's timers, measured ten times a second",
             buckets=LAG_BUCKETS,
             registry=registry,
         )
         self.log_lines_dropped = LOG_LINES_DROPPED
         registry.register(LOG_LINES_DROPPED)
-        self.ready = Gauge("iddpm_ready", "1 while /readyz is green", registry=registry)
+        self.ready = Gauge("iddpm_ready", "1 while /readyz reports ready", registry=registry)
         self.model_info = Gauge(
             "iddpm_model_info",
-            "1 for each served model; what its pixels depend on",
+            "1 for each served model; its numerics_id determines pixels",
             ["model", "numerics_id", "backend"],
             registry=registry,
         )
 
-    def tell_models(self, models: Iterable[tuple[str, str, str]]) -> None:
-        """Tell of the served models, and of no other: name, numerics_id and backend of each."""
+    def set_models(self, models: Iterable[tuple[str, str, str]]) -> None:
+        """Report exactly these served models: name, numerics_id and backend of each."""
         self.model_info.clear()
         for labels in models:
             self.model_info.labels(*labels).set(1)
 
     def image_done(self, model: str, queue_s: float, compute_s: float) -> None:
-        """Count an image that is done, and where its time went."""
+        """Count an image that is done, and its seconds in the queue and in computation."""
         self.queue_seconds.observe(queue_s)
         self.compute_seconds.observe(compute_s)
         self.model_images.labels(model, "done").inc()

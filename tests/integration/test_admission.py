@@ -63,7 +63,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
         refused = await service.generate(steps=50, deadline_s=1e-9)
         assert (refused.status_code, refused.json()["title"]) == (422, "Deadline cannot be met")
         assert refused.json()["predicted_finish_s"] > 1e-9
-        assert "deadline_s: would be done in" in refused.json()["detail"]
+        assert "deadline_s: predicted to finish in" in refused.json()["detail"]
         assert (await service.generate(steps=3, deadline_s=3600)).status_code == 200
 
 

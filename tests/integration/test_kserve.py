@@ -165,7 +165,7 @@ def test_unknown_models_outputs_and_parameters_are_refused(client: Any) -> None:
         client.infer(MODEL, [], sequence_id=1)
     with pytest.raises(InferenceServerException, match=r'outputs\.0\.name: must be "images", '):
         client.infer(MODEL, [], outputs=[triton.InferRequestedOutput("logits")])
-    with pytest.raises(InferenceServerException, match=r"deadline_s: would be done in .* wanted within 1e-06 s"):
+    with pytest.raises(InferenceServerException, match=r"deadline_s: predicted to finish in .* a deadline of 1e-06 s"):
         client.infer(MODEL, [], timeout=1)
 
 

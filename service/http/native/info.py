@@ -69,7 +69,7 @@ async def readyz(state: State) -> Status | Response:
 @router.get("/metrics", tags=["metrics"], response_class=Response)
 async def metrics(state: State) -> Response:
     """Answer Prometheus."""
-    state.metrics.tell_models((model.name, model.numerics_id, model.backend) for model in state.models.values())
+    state.metrics.set_models((model.name, model.numerics_id, model.backend) for model in state.models.values())
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -99,8 +99,8 @@ def test_threads_are_as_many_as_can_run(affinity: int, quota: float | None, usab
 def test_affinity_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert available_cpus().affinity == 3
-    assert str(Cpus(3, None)) == "3 usable: affinity to 3, no cgroup quota"
-    assert str(Cpus(64, 1.5)) == "2 usable: affinity to 64, a cgroup quota of 1.5"
+    assert str(Cpus(3, None)) == "3 usable (affinity 3, no cgroup quota)"
+    assert str(Cpus(64, 1.5)) == "2 usable (affinity 64, a cgroup quota of 1.5)"
 
 
 def test_torch_takes_no_more_threads_than_the_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:

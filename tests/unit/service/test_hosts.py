@@ -117,16 +117,16 @@ def test_a_network_is_read_or_made_of_an_address(written: str, network: str) -> 
 @pytest.mark.parametrize(
     ("written", "cure"),
     [
-        ("*", "0.0.0.0/0,::/0 trusts everybody"),
-        ("10.0.0.5/8", "write 10.0.0.0/8, or 10.0.0.5 for it alone"),
-        ("2001:db8::1/32", "write 2001:db8::/32, or 2001:db8::1 for it alone"),
+        ("*", "0.0.0.0/0,::/0 trusts every address"),
+        ("10.0.0.5/8", "write 10.0.0.0/8 for the network, or 10.0.0.5 for the address"),
+        ("2001:db8::1/32", "write 2001:db8::/32 for the network, or 2001:db8::1 for the address"),
         ("10.0.0.5:8080", "write 10.0.0.5"),
         ("[fd00::1]:8080", "write fd00::1"),
         ("http://10.0.0.5", "write 10.0.0.5"),
-        ("proxy", "host names are not looked up"),
-        ("localhost", "host names are not looked up"),
+        ("proxy", "host names are not supported"),
+        ("localhost", "host names are not supported"),
         ("10.0.0.0/33", "neither an IP address nor a network"),
-        ("10.0.0.1 10.0.0.2", "several are separated with commas"),
+        ("10.0.0.1 10.0.0.2", "separate several with commas"),
         ("", "neither an IP address nor a network"),
     ],
 )

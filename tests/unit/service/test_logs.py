@@ -41,7 +41,7 @@ def test_a_library_logs_each_thing_once_a_minute_and_we_are_not_held_back() -> N
     now = 61.0
     passed = record("library.export", 10, "try again in 5 s")
     assert seldom.filter(passed)
-    assert passed.getMessage() == "try again in 5 s (3 more like it were not logged)"
+    assert passed.getMessage() == "try again in 5 s (3 similar records were not logged)"
     now = 122.0
     passed = record("library.export", 10, "try again in 6 s")
     assert seldom.filter(passed)

@@ -117,10 +117,14 @@ def test_values_are_read_in_one_spelling_without_the_space_around_them(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("allowed_hosts", "localhost:9101,*.example.com", "allowed_hosts.0: 'localhost:9101' must be a host alone, "),
+        (
+            "allowed_hosts",
+            "localhost:9101,*.example.com",
+            "allowed_hosts.0: 'localhost:9101' must be a host without scheme, ",
+        ),
         ("allowed_hosts", " , ", "allowed_hosts: is empty: list the names and addresses that clients use"),
-        ("trusted_proxies", "*", "trusted_proxies.0: '*' is no network: list the addresses of the proxies"),
-        ("trusted_proxies", "10.0.0.5/8", "trusted_proxies.0: '10.0.0.5/8' is an address inside a network: write 10.0"),
+        ("trusted_proxies", "*", "trusted_proxies.0: '*' is not a network: list the addresses of the proxies"),
+        ("trusted_proxies", "10.0.0.5/8", "trusted_proxies.0: '10.0.0.5/8' has host bits set: write 10.0"),
         ("trusted_proxies", "10.0.0.1,proxy", "trusted_proxies.1: 'proxy' is neither an IP address nor a network"),
         ("port", "", "port: is empty: give a value, or remove the variable IDDPM_PORT"),
         ("max_rows", "  ", "max_rows: is empty: give a value, or remove the variable IDDPM_MAX_ROWS"),

@@ -356,7 +356,9 @@ async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() ->
 async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finish() -> None:
     async with started(PausedRunner(), step_s=1.0) as engine:
         engine.submit(generation("a", params(steps=100), params(steps=100)))
-        with pytest.raises(DeadlineUnmeetable, match="would be done in 125 s, wanted within 124 s") as refusal:
+        with pytest.raises(
+            DeadlineUnmeetable, match="predicted to finish in 125 s; got a deadline of 124 s"
+        ) as refusal:
             engine.submit(generation("b", *[params(steps=25)], deadline_s=124.0))
         assert (refusal.value.predicted_s, refusal.value.deadline_s) == (125.0, 124.0)
         ticket = engine.submit(generation("c", params(steps=25), deadline_s=126.0))
