@@ -1,4 +1,4 @@
-"""What a network, or a noisy classifier, is called on: one named tuple, whatever runs it."""
+"""The inputs of a network or a noisy classifier, as one named tuple for all backends."""
 
 from __future__ import annotations
 

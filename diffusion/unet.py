@@ -285,7 +285,7 @@ class UNet(Backbone):
         return self.forward_emb(x_t, self.embed_timesteps(t), y, low_res)
 
     def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
-        """Run the network as `forward_emb`, on inputs that travel as one value."""
+        """Return `forward_emb`'s output for inputs in one named tuple, with the same errors."""
         return self.forward_emb(*inputs)
 
     def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:

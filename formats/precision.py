@@ -1,12 +1,12 @@
-"""Precisions by name: one type for each place where one is written down or asked for."""
+"""Names of precisions: one type for each place that records or selects one."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""What a graph or an engine computes in, as manifests spell it."""
+"""Precision in which a graph or an engine computes, as spelled in manifests."""
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
-"""What an operator wants a network to compute in; `auto` leaves it to backend and machine."""
+"""Precision that an operator selects for a network; `auto`: chosen by backend and machine."""
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
-"""What a training run's autocast computes in, as run configurations spell it."""
+"""Precision of autocast in training, as spelled in run configurations."""
