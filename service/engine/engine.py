@@ -15,19 +15,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
-from service.backends.pending import Pending, Raised
 from service.engine.config import EngineConfig
 from service.engine.counting import EngineCounts
 from service.engine.model_ids import name_of
-from service.engine.observing import observe
-from service.engine.recovery import Attempt, MemoryLimit, Outcome, take_step
+from service.engine.recovery import MemoryLimit, Outcome
 from service.engine.request import (
     FailureReason,
     GenerationRequest,
@@ -41,6 +39,7 @@ from service.engine.runners.base import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts, knee
+from service.engine.stepping import LaunchedStep, StepEnd, StepTaker
 from service.engine.timing import observe_step, time_steps
 from service.engine.watchdog import StepUnderWay
 from service.metrics import Metrics
@@ -49,30 +48,19 @@ WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
 
 
-@dataclass(eq=False)
-class _Step:
-    """A step from its launch to its report."""
+@dataclass(frozen=True, eq=False)
+class SettledStep:
+    """A step that is to be reported."""
 
     batch: StepBatch
-    begun: float
-    launched: list[tuple[Sequence[Image], Pending[list[bool]]]]
-    """What is to be waited for: the step of all its images, or of parts of them."""
-    outcome: Outcome
-    """What is known of its images; that all is well, until it settles."""
-    left: list[Image]
-    """Images that end with it, in its order."""
     number: int
     """How many steps its model has taken, this one among them."""
-    done: list[Image] = field(default_factory=list)
-    """Those of them that pixels were read of, some of which may have failed since."""
-    pixels: Pending[npt.NDArray[np.uint8]] | None = None
-    seen: Pending[list[Observation]] = field(init=False)
-    """What it shows of watched images."""
-    ended: float = field(init=False)
-    seconds: float = field(init=False)
+    end: StepEnd
+    ended: float
+    seconds: float
     """What it took: from its launch, or from the end of the step before where that came later."""
-    is_timed: bool = field(init=False)
-    """Whether that is so: of steps that settle in one go, the later ones ended nobody knows when."""
+    is_timed: bool
+    """Whether that is so: of steps that settle in one go, the later ones ended at an unknown time."""
 
 
 class Engine:
@@ -94,14 +82,15 @@ class Engine:
         """What the steps of the last report showed of watched images."""
         self.clock = clock
         self._config = config
-        self._runners = dict(runners)
         self._counts = EngineCounts(metrics)
+        self._runners = dict(runners)
+        self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
-        self._launched: deque[_Step] = deque()
+        self._launched: deque[LaunchedStep] = deque()
         """Steps under way, the oldest first."""
-        self._settled: list[_Step] = []
+        self._settled: list[SettledStep] = []
         """Steps that are to be reported."""
         self._ended = -math.inf
         """When the last step did."""
@@ -131,7 +120,7 @@ class Engine:
         """Take in a model between two steps; whoever made its runner has warmed it up, and timed it."""
         self._memory[model] = MemoryLimit(self._config.max_rows)
         self.costs[model] = costs
-        self._runners[model] = runner
+        self._runners[model], self._takers[model] = runner, self._taker(model, runner)
         self.scheduler.add_model(model)
         self._choose_width(model)
         self.publish()
@@ -142,17 +131,19 @@ class Engine:
         Raises:
             RuntimeError: some of its images are in flight, or steps under way, or unreported.
         """
-        if any(step.batch.model == model for step in (*self._launched, *self._settled)):
+        launched = any(step.batch.model == model for step in self._launched)
+        if launched or any(step.batch.model == model for step in self._settled):
             raise RuntimeError(f"model {model} has steps that were not reported")
         self.scheduler.remove_model(model)
-        del self._runners[model], self._memory[model], self.costs[model]
+        del self._runners[model], self._takers[model], self._memory[model], self.costs[model]
         self.publish()
         if all(name_of(other) != name_of(model) for other in self._runners):
             self._counts.model_gone(model)
 
     def publish(self) -> None:
         """Replace the snapshot with what is true now."""
-        leaving = [image for step in (*self._launched, *self._settled) for image in step.left]
+        leaving = [image for step in self._launched for image in step.left]
+        leaving += [image for step in self._settled for image in step.end.left]
         scheduler = self.scheduler
         self.snapshot = Snapshot.of(
             images=(*scheduler.started(), *leaving),
@@ -204,35 +195,13 @@ class Engine:
         if batch is None:
             return
         try:
-            self._launch(batch, begun)
+            if not self._launched:
+                self._expect(batch)
+            self._move(batch)
+            self._launched.append(self._takers[batch.model].launch(batch, begun))
         except BaseException:
             self.under_way = None
             raise
-
-    def _launch(self, batch: StepBatch, begun: float) -> None:
-        runner = self._runners[batch.model]
-        if not self._launched:
-            self._expect(batch, batch.images)
-        self._move(batch, runner)
-        launched: list[tuple[Sequence[Image], Pending[list[bool]]]] = []
-        outcome = Outcome([True] * len(batch.images))
-        if runner.depth:  # only a launch can raise what an image is guilty of
-
-            def attempt(images: Sequence[Image]) -> list[bool]:
-                launched.append((images, self._attempt(batch, images)))
-                return [True] * len(images)
-
-            outcome = self._take(batch, attempt)
-        else:
-            try:
-                launched.append((batch.images, self._attempt(batch, batch.images)))
-            except Exception as error:  # what it means, and what to do, is said where the step is waited for
-                launched.append((batch.images, Raised(error)))
-        left = self.scheduler.complete(batch, outcome.ok)
-        step = _Step(batch, begun, launched, outcome, left, self.scheduler.steps(batch.model))
-        if runner.depth:
-            self._look(step)
-        self._launched.append(step)
         self.publish()
 
     def settle(self) -> None:
@@ -243,7 +212,7 @@ class Engine:
         """
         if not self._launched:
             return
-        depth = self._runners[self._launched[-1].batch.model].depth
+        depth = self._takers[self._launched[-1].batch.model].depth
         most = depth if self.scheduler.has_work() else min(depth, len(self._launched) - 1)
         self._settle_down_to(most)
 
@@ -260,55 +229,17 @@ class Engine:
     def _settle_oldest(self, is_timed: bool) -> None:
         """Wait for a step, and take those out that failed."""
         step = self._launched[0]
-        runner = self._runners[step.batch.model]
         try:
-            failed = self._wait_deep(step) if runner.depth else self._wait(step)
+            end = step.settle()
         finally:
             self.under_way = None
-        if failed:
-            leaving = {*step.left, *(image for image in failed if self.scheduler.fail(image))}
-            step.left = [image for image in step.batch.images if image in leaving]
-        if not runner.depth:
-            self._look(step)
-        step.ended = self.clock()
-        step.seconds = step.ended - max(step.begun, self._ended)
-        step.is_timed = is_timed
-        self._ended = step.ended
-        self._settled.append(self._launched.popleft())
+        ended = self.clock()
+        seconds = ended - max(step.begun, self._ended)
+        self._settled.append(SettledStep(step.batch, step.number, end, ended, seconds, is_timed))
+        self._launched.popleft()
+        self._ended = ended
         if self._launched:
-            batch = self._launched[0].batch
-            self._expect(batch, batch.images)
-
-    def _wait(self, step: _Step) -> list[Image]:
-        """Wait for a step that may be taken again, whatever it raises; returns the images that failed."""
-        batch = step.batch
-
-        def attempt(images: Sequence[Image]) -> list[bool]:
-            if step.launched:
-                return step.launched.pop()[1].wait()
-            self._expect(batch, images)
-            return self._attempt(batch, images).wait()
-
-        step.outcome = self._take(batch, attempt)
-        return [image for image, ok in zip(batch.images, step.outcome.ok, strict=True) if not ok]
-
-    @staticmethod
-    def _wait_deep(step: _Step) -> list[Image]:
-        """Wait for a step that others were launched upon: what it raises is the device's end."""
-        flags = [zip(images, pending.wait(), strict=True) for images, pending in step.launched]
-        return [image for part in flags for image, ok in part if not ok]
-
-    def _take(self, batch: StepBatch, attempt: Attempt) -> Outcome:
-        runner = self._runners[batch.model]
-        return take_step(batch.images, attempt, runner, lambda kind, images: self._on_failure(batch, kind, images))
-
-    def _look(self, step: _Step) -> None:
-        """Copy what is to be shown of a step before another one is launched."""
-        runner = self._runners[step.batch.model]
-        step.done = [image for image in step.left if image.status is ImageStatus.DONE]
-        if step.done:
-            step.pixels = runner.read([image.slot for image in step.done if image.slot is not None])
-        step.seen = observe(step.batch.images, runner)
+            self._expect(self._launched[0].batch)
 
     def report(self) -> list[ImageResult]:
         """Count what the settled steps did; returns the images that left with them.
@@ -317,38 +248,37 @@ class Engine:
             Exception: as `launch`.
         """
         settled = self._settled
-        self.observations = [seen for step in settled for seen in step.seen.wait()]
+        self.observations = [seen for step in settled for seen in step.end.shown.seen.wait()]
         results = [result for step in settled for result in self._report(step)]
         self._settled = []
         return results
 
-    def _report(self, step: _Step) -> list[ImageResult]:
-        pixels = {} if step.pixels is None else dict(zip(step.done, step.pixels.wait(), strict=True))
-        self._forget(step.left, step.outcome.failures)
+    def _report(self, step: SettledStep) -> list[ImageResult]:
+        outcome, left, shown = step.end
+        pixels = {} if shown.pixels is None else dict(zip(shown.done, shown.pixels.wait(), strict=True))
+        self._forget(left, outcome.failures)
         self._learn(step)
-        results = [self._result(i, step.ended, pixels.get(i), _reason(i, step.outcome)) for i in step.left]
+        results = [self._result(image, step.ended, pixels.get(image), _reason(image, outcome)) for image in left]
         self._counts.failed(results)
         return results
 
-    def _attempt(self, batch: StepBatch, images: Sequence[Image]) -> Pending[list[bool]]:
-        """Begin a step of some images of its batch, setting those up that it is the first step of."""
-        runner = self._runners[batch.model]
-        taking = set(images)
-        steps = [step for image, step in zip(batch.images, batch.steps, strict=True) if image in taking]
-        try:
-            runner.start([step for step in steps if step.step == 0])
-            return runner.launch(steps)
-        finally:
-            self._counts.attempt(batch.model, runner, *batch.rows_of(images))
+    def _taker(self, model: str, runner: Runner) -> StepTaker:
+        return StepTaker(
+            runner,
+            self.scheduler,
+            attempted=lambda part: self._counts.attempt(model, runner, part.rows, part.classified_rows),
+            expect=self._expect,
+            failed=self._on_failure,
+        )
 
-    def _expect(self, batch: StepBatch, images: Sequence[Image]) -> None:
+    def _expect(self, part: StepBatch) -> None:
         """Say what is under way, and how long it should take."""
-        rows, classified = batch.rows_of(images)
-        padded = self._runners[batch.model].padded_rows(rows)
-        self.under_way = StepUnderWay(expected_s=self.costs[batch.model].seconds(padded, classified))
+        padded = self._runners[part.model].padded_rows(part.rows)
+        self.under_way = StepUnderWay(expected_s=self.costs[part.model].seconds(padded, part.classified_rows))
 
-    def _move(self, batch: StepBatch, runner: Runner) -> None:
+    def _move(self, batch: StepBatch) -> None:
         """Copy images out of their slots, then others back into slots."""
+        runner = self._runners[batch.model]
         if batch.evictions:
             states = runner.evict([move.slot for move in batch.evictions])
             self._saved.update(zip((move.image for move in batch.evictions), states, strict=True))
@@ -356,7 +286,7 @@ class Engine:
             states = [self._saved.pop(move.image) for move in batch.restores]
             runner.restore([move.slot for move in batch.restores], states)
 
-    def _forget(self, left: list[Image], raised: Container[Image] = ()) -> None:
+    def _forget(self, left: Iterable[Image], raised: Container[Image] = ()) -> None:
         """Drop what is kept for images that left, and count what they cost in vain: the steps that they took."""
         for image in left:
             self._saved.pop(image, None)
@@ -389,20 +319,20 @@ class Engine:
             late_s=0.0 if image.deadline is None else max(0.0, ended - image.deadline),
         )
 
-    def _on_failure(self, batch: StepBatch, kind: FailureKind, images: Sequence[Image]) -> None:
+    def _on_failure(self, kind: FailureKind, part: StepBatch) -> None:
         """Count an attempt that raised; out of memory makes the steps that follow narrower."""
         self._counts.failed_attempt(kind)
         if kind is FailureKind.OUT_OF_MEMORY:
-            rows = sum(image.rows for image in images)
-            self._memory[batch.model].ran_out(self._runners[batch.model].padded_rows(rows))
-            self._choose_width(batch.model)
+            self._memory[part.model].ran_out(self._runners[part.model].padded_rows(part.rows))
+            self._choose_width(part.model)
 
-    def _learn(self, step: _Step) -> None:
+    def _learn(self, step: SettledStep) -> None:
         """Count a step, and take in what it took."""
-        batch, model, runner = step.batch, step.batch.model, self._runners[step.batch.model]
-        self._counts.step(batch, step.outcome, runner.padded_rows(batch.rows), step.seconds)
+        batch, outcome, model = step.batch, step.end.outcome, step.batch.model
+        runner = self._runners[model]
+        self._counts.step(batch, outcome, runner.padded_rows(batch.rows), step.seconds)
         self._counts.in_flight(self.scheduler)
-        if step.outcome.attempts == 1 and step.is_timed:
+        if outcome.attempts == 1 and step.is_timed:
             observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, step.seconds)
         if self._memory[model].count_step() or step.number % WIDTH_INTERVAL == 0:
             self._choose_width(model)

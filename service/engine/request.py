@@ -230,11 +230,13 @@ class StepBatch:
         """Rows that the classifier is called on, padding not counted."""
         return sum([image.classified_rows for image in self.images])
 
-    def rows_of(self, images: Sequence[Image]) -> tuple[int, int]:
-        """Return network rows and classifier rows of some of its images."""
+    def part(self, images: Sequence[Image]) -> StepBatch:
+        """Return the step of some of its images, given in its order: without the moves, which come before any part."""
         if len(images) == len(self.images):
-            return self.rows, self.classified_rows
-        return sum(image.rows for image in images), sum(image.classified_rows for image in images)
+            return self
+        taking = set(images)
+        steps = [step for image, step in zip(self.images, self.steps, strict=True) if image in taking]
+        return StepBatch(model=self.model, images=tuple(images), steps=tuple(steps))
 
 
 @dataclass(frozen=True, kw_only=True)
