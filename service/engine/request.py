@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -42,7 +42,7 @@ class ImageParams:
     cfg_scale: float = 1.0
     classifier_scale: float = 0.0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Network rows per step: two with classifier-free guidance."""
         return 1 if self.cfg_scale == 1.0 else 2
@@ -196,6 +196,11 @@ class ImageStep(NamedTuple):
     """Sampling steps that the image has taken; 0: it starts with this one."""
 
 
+def rows_of(steps: Iterable[ImageStep]) -> int:
+    """Return the network rows of steps that are taken together, padding not counted."""
+    return sum([step.params.rows for step in steps])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Move:
     """Tells a runner to copy a slot to host memory, or back into a slot (perhaps another one)."""
@@ -223,7 +228,7 @@ class StepBatch:
     @cached_property
     def rows(self) -> int:
         """Network rows, padding not counted."""
-        return sum([image.rows for image in self.images])
+        return rows_of(self.steps)
 
     @cached_property
     def classified_rows(self) -> int:

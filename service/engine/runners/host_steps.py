@@ -15,7 +15,7 @@ from diffusion.update import PlanRows, Step, advance, to_uint8
 from service.backends.base import Denoiser
 from service.backends.batch_sizes import BatchSizes
 from service.backends.pending import Later, Pending
-from service.engine.request import ImageStep
+from service.engine.request import ImageStep, rows_of
 from service.engine.runners.numbers import (
     NOISE_SCALE,
     Block,
@@ -28,7 +28,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import Images, Update, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier
 from service.engine.slots import SlotTable
 
 
@@ -61,24 +61,32 @@ class HostSteps(Generic[A]):
         All is computed before anything is written, so that a step that raised can be taken again.
         """
         table = self._slots
-        size = self._sizes.padded_rows(rows_of(steps))
+        rows = rows_of(steps)
+        size = self._sizes.padded_rows(rows)
         block = step_block(steps, size, self._plan_of, null_class=self._null_class)
         numbers: StepNumbers[A] = step_numbers(table.send(words_of(block)))
         inputs, images = gather(
             numbers, table.x, table.x0, self._embeddings.network, places=len(steps), conditional=self._conditional
         )
         call = self._denoiser.begin(inputs)
-        return Later(lambda: self._finish(steps, block, numbers, images, call))
+        return Later(lambda: self._finish(steps, block, numbers, images, call, guided=rows > len(steps)))
 
     def _finish(
-        self, steps: Sequence[ImageStep], block: Block, numbers: StepNumbers[A], images: Images[A], call: Pending[A]
+        self,
+        steps: Sequence[ImageStep],
+        block: Block,
+        numbers: StepNumbers[A],
+        images: Images[A],
+        call: Pending[A],
+        *,
+        guided: bool,
     ) -> list[bool]:
         """Do what can be done meanwhile, wait for the network, and update."""
         table, count = self._slots, len(steps)
         update = self._begin_noise(block[:count], numbers, images)
         raw = call.wait()
         grad = self._gradient(steps, images)
-        result = finish(numbers, images, raw, update, grad, guided=rows_of(steps) > count)
+        result = finish(numbers, images, raw, update, grad, guided=guided)
         slot = numbers.slot[:count]
         table.x[slot] = result.x_prev
         table.x0[slot] = result.x0

@@ -21,7 +21,7 @@ from service.backends.base import Denoiser, FailureKind
 from service.backends.batch_sizes import BatchSizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
-from service.engine.request import ImageStep
+from service.engine.request import ImageStep, rows_of
 from service.engine.runners.numbers import (
     Block,
     PlanOf,
@@ -32,7 +32,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import add_noise_and_advance, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, asking_places, no_classifier, rows_of
+from service.engine.runners.steps import Embeddings, asking_places, no_classifier
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 

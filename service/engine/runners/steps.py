@@ -38,11 +38,6 @@ class Steps(Protocol):
         ...
 
 
-def rows_of(steps: Sequence[ImageStep]) -> int:
-    """Return the network rows of a step, padding not counted."""
-    return sum(step.params.rows for step in steps)
-
-
 def asking_places(steps: Sequence[ImageStep]) -> list[int]:
     """Return the places of the images that the classifier is called on."""
     return [place for place, step in enumerate(steps) if step.params.classified_rows]
