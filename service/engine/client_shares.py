@@ -48,8 +48,8 @@ class ClientShares:
         least, most = self._fair - self._allowance, self._fair + self._allowance
         changed = []
         for client, count in rows.items():
-            had = max(self._had[client], least) + count
-            self._had[client] = had
+            had = self._had[client]
+            self._had[client] = had = (least if had < least else had) + count
             if had > most and client not in self.ahead:
                 self.ahead.add(client)
                 heappush(self._returns, (had - self._allowance, client))

@@ -16,7 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,7 @@ WIDTH_INTERVAL = 64
 """Steps between two looks at the width; costs are running means over more."""
 
 
-@dataclass(frozen=True, eq=False)
-class SettledStep:
+class SettledStep(NamedTuple):
     """A step that is to be reported."""
 
     batch: StepBatch
@@ -142,8 +141,8 @@ class Engine:
 
     def publish(self) -> None:
         """Replace the snapshot with what is true now."""
-        leaving = [image for step in self._launched for image in step.left]
-        leaving += [image for step in self._settled for image in step.end.left]
+        lefts = [*(step.left for step in self._launched), *(step.end.left for step in self._settled)]
+        leaving = dict.fromkeys(image for left in lefts for image in left)  # one may fail before it would have ended
         scheduler = self.scheduler
         self.snapshot = Snapshot.of(
             images=(*scheduler.started(), *leaving),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -24,12 +25,13 @@ class _Queue:
 
     def __init__(self, client_allowance: float) -> None:
         self.shares = ClientShares(client_allowance)
-        self.waiting = WaitingLine(self.shares.ahead)
-        self.evicted = WaitingLine(self.shares.ahead)
+        self.line = WaitingLine(self.shares.ahead)
+        """Images without a slot, evicted ones among them."""
+        self.evicted: set[Image] = set()
         self.running: list[Image] = []
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.evicted) + len(self.running)
+        return len(self.line) + len(self.running)
 
     @property
     def urgency(self) -> Callable[[Image], Any]:
@@ -37,19 +39,16 @@ class _Queue:
         ahead = self.shares.ahead
         return (lambda image: (image.request.client in ahead, image.order)) if ahead else _ORDER
 
-    def next_in_line(self, rows: int) -> Image | None:
-        """Return the most urgent image without a slot that takes at most so many rows and may go on."""
-        evicted = self.evicted.first(rows)
-        waiting = self.waiting.first(rows)
-        if evicted is None or waiting is None:
-            return evicted or waiting
-        return min(evicted, waiting, key=self.urgency)
+    def candidates(self, newcomers: int) -> list[Image]:
+        """Return the running images and the front of the line, `newcomers` of each width at least; by urgency."""
+        images = [*self.running, *self.line.front(newcomers)]
+        images.sort(key=self.urgency)
+        return images
 
     def served(self, rows: Mapping[str, int]) -> None:
         """Take in a step's rows by client, before the images that finished leave."""
         for client in self.shares.serve(rows):
-            self.waiting.moved(client)
-            self.evicted.moved(client)
+            self.line.moved(client)
 
 
 class _Lane:
@@ -64,7 +63,8 @@ class _Lane:
         self.steps = 0
         self.batch_credit = 0.0
         """Row-steps that batch work may claim before interactive work; saved up for images of two rows."""
-        self.last: tuple[Image, ...] = ()
+        self.last: set[Image] = set()
+        """Images of the last step."""
 
     def __len__(self) -> int:
         return len(self.interactive) + len(self.batch)
@@ -113,17 +113,17 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Images that have not started."""
-        return sum(len(queue.waiting) for queue in self._queues())
+        return sum([len(queue.line) - len(queue.evicted) for queue in self._queues()])
 
     @property
     def num_evicted(self) -> int:
         """Images that have started and whose state is in host memory."""
-        return sum(len(queue.evicted) for queue in self._queues())
+        return sum([len(queue.evicted) for queue in self._queues()])
 
     @property
     def num_running(self) -> int:
         """Images that hold a slot."""
-        return sum(len(queue.running) for queue in self._queues())
+        return sum([len(queue.running) for queue in self._queues()])
 
     def has_work(self) -> bool:
         """Say whether any image is in flight."""
@@ -131,8 +131,7 @@ class Scheduler:
 
     def in_flight(self) -> list[Image]:
         """Return every image in flight; first those that hold a slot."""
-        lines = [line for queue in self._queues() for line in (queue.evicted, queue.waiting)]
-        return self.running() + [image for line in lines for image in sorted(line, key=_ORDER)]
+        return self.running() + [image for queue in self._queues() for image in sorted(queue.line, key=_ORDER)]
 
     def running(self) -> list[Image]:
         """Return the images that hold a slot."""
@@ -194,7 +193,7 @@ class Scheduler:
         """Let images wait for their first step; their order is set."""
         for image in images:
             queue = self._lanes[image.model].queue(image)
-            queue.waiting.push(image)
+            queue.line.push(image)
             queue.shares.enter(image.client)
             self._by_request[image.request_id].add(image)
             self.remaining_row_steps += image.remaining_row_steps
@@ -217,7 +216,7 @@ class Scheduler:
             self._turn.rotate(-1)
             lane = self._lanes[model]
             if len(lane):
-                return self._place(model, lane, self._pick(lane), now)
+                return self._place(model, lane, *self._pick(lane), now)
         return None
 
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
@@ -234,11 +233,12 @@ class Scheduler:
         """
         lane = self._lanes[batch.model]
         lane.steps += 1
-        served: dict[_Queue, defaultdict[str, int]] = {q: defaultdict(int) for q in (lane.interactive, lane.batch)}
+        interactive, batch_work = defaultdict[str, int](int), defaultdict[str, int](int)
         for image in batch.images:
-            served[lane.queue(image)][image.request.client] += image.rows
-        for queue, rows in served.items():
-            queue.served(rows)
+            served = batch_work if image.request.priority is Priority.BATCH else interactive
+            served[image.request.client] += image.rows
+        lane.interactive.served(interactive)
+        lane.batch.served(batch_work)
         self.remaining_row_steps -= batch.rows
         left = []
         for image, fine in zip(batch.images, ok, strict=True):
@@ -265,76 +265,53 @@ class Scheduler:
 
     # Picking: who takes part
 
-    def _pick(self, lane: _Lane) -> list[Image]:
-        """Choose the images of the next step, most urgent first within each priority."""
-        interactive, batch = lane.interactive, lane.batch
-        for queue in (interactive, batch):
-            queue.running.sort(key=queue.urgency)
-        picked: dict[Image, None] = {}
-        rows = lane.most_rows()
-        if len(interactive) and len(batch):
+    def _pick(self, lane: _Lane) -> tuple[list[Image], list[Image]]:
+        """Choose the images of the next step, and return those of them that have no slot too; nothing moves yet."""
+        rows, claim = lane.most_rows(), 0
+        if len(lane.interactive) and len(lane.batch):
             share = self._config.batch_share * lane.width
             lane.batch_credit = min(lane.batch_credit + share, share + 2)
-            claimed = min(rows, int(lane.batch_credit))
-            taken = claimed - self._take(batch, claimed, picked, in_full=True)
-            lane.batch_credit -= taken
-            rows -= taken
-        rows = self._take(interactive, rows, picked)
-        self._take(batch, rows, picked)
-        return list(picked)
-
-    @staticmethod
-    def _take(queue: _Queue, rows: int, picked: dict[Image, None], in_full: bool = False) -> int:
-        """Pick images of a queue, the most urgent first, up to so many rows; returns how many are left.
-
-        With `in_full`, an image that is too wide ends it: rows that are saved up must not go to narrower ones.
-        """
-        running = [image for image in queue.running if image not in picked]
-        urgency = queue.urgency
-        at = 0
-        newcomer = queue.next_in_line(2 if in_full else rows)
-        while rows:
-            widest = 2 if in_full else rows
-            while at < len(running) and running[at].rows > widest:
-                at += 1
-            if newcomer is not None and newcomer.rows > widest:
-                newcomer = queue.next_in_line(widest)
-            image = running[at] if at < len(running) else None
-            if newcomer is not None and (image is None or urgency(newcomer) < urgency(image)):
-                image = newcomer
-            if image is None or image.rows > rows:
-                break
-            if image is not newcomer:
-                at += 1
-            else:
-                (queue.waiting if image.status is ImageStatus.WAITING else queue.evicted).remove(image)
-                newcomer = queue.next_in_line(widest)
-            picked[image] = None
-            rows -= image.rows
-        return rows
+            claim = min(rows, int(lane.batch_credit))
+        free = rows - sum([image.rows for queue in (lane.interactive, lane.batch) for image in queue.running])
+        look = max(0, free) + 1  # in most steps fewer images start
+        while True:
+            interactive, batch = lane.interactive.candidates(look), lane.batch.candidates(look)
+            claimed = _most_urgent(batch, claim)
+            claimed_rows = sum([image.rows for image in claimed])
+            picked = [*claimed, *_fitting(chain(interactive, batch[len(claimed) :]), rows - claimed_rows)]
+            newcomers = [image for image in picked if image.slot is None]
+            # Where one of those looked at was left, so would be all of its width that come after it
+            if len(newcomers) < look or look >= rows:
+                lane.batch_credit -= claimed_rows
+                return picked, newcomers
+            look = min(4 * look, rows)
 
     # Placing: who gets which slot
 
-    def _place(self, model: str, lane: _Lane, images: list[Image], now: float) -> StepBatch:
+    def _place(self, model: str, lane: _Lane, images: list[Image], newcomers: list[Image], now: float) -> StepBatch:
         """Give every picked image a slot; there are never fewer slots than rows in a step."""
-        newcomers = [image for image in images if image.status is not ImageStatus.RUNNING]
         picked = set(images)
         evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
         restores = []
         for image in newcomers:
+            queue = lane.queue(image)
+            queue.line.remove(image)
+            queue.running.append(image)
             image.slot = slot = lane.free_slots.pop()
             if image.status is ImageStatus.EVICTED:
+                queue.evicted.remove(image)
                 restores.append(Move(image=image, slot=slot))
             else:
                 image.started_at = now
             image.status = ImageStatus.RUNNING
-            lane.queue(image).running.append(image)
-        preempted = sum(image not in picked and image.status in _STARTED for image in lane.last)
-        lane.last = tuple(images)
+        preempted = sum([image.status in _STARTED for image in lane.last - picked])
+        lane.last = picked
         return StepBatch(
             model=model,
-            images=lane.last,
-            steps=tuple([ImageStep(_slot(image), image.params, image.steps_done) for image in images]),
+            images=tuple(images),
+            steps=tuple(
+                [ImageStep(i.slot, i.params, i.steps_done) for i in images if i.slot is not None]  # all have one
+            ),
             evictions=tuple(evictions),
             restores=tuple(restores),
             preempted=preempted,
@@ -345,7 +322,7 @@ class Scheduler:
         """Evict the least urgent images that are not in the step, batch work first."""
         evictions: list[Move] = []
         for queue in (lane.batch, lane.interactive):
-            for image in reversed(queue.running.copy()):
+            for image in sorted(queue.running, key=queue.urgency, reverse=True):
                 if len(lane.free_slots) >= slots:
                     return evictions
                 if image not in picked and image.slot is not None:
@@ -354,19 +331,18 @@ class Scheduler:
                     image.slot = None
                     image.status = ImageStatus.EVICTED
                     queue.running.remove(image)
-                    queue.evicted.push(image)
+                    queue.evicted.add(image)
+                    queue.line.push(image)
         return evictions
 
     def _leave(self, lane: _Lane, image: Image, status: ImageStatus) -> None:
         queue = lane.queue(image)
-        if image.status is ImageStatus.WAITING:
-            queue.waiting.remove(image)
+        if image.status is ImageStatus.RUNNING:
+            queue.running.remove(image)
+            lane.free_slots.append(_slot(image))
         else:
-            if image.status is ImageStatus.EVICTED:
-                queue.evicted.remove(image)
-            else:
-                queue.running.remove(image)
-                lane.free_slots.append(_slot(image))
+            queue.line.remove(image)
+            queue.evicted.discard(image)
         image.status = status
         self.remaining_row_steps -= image.remaining_row_steps
         queue.shares.leave(image.client)
@@ -375,10 +351,31 @@ class Scheduler:
         if not siblings:
             del self._by_request[image.request_id]
 
-    def _queues(self) -> Iterable[_Queue]:
-        for lane in self._lanes.values():
-            yield lane.interactive
-            yield lane.batch
+    def _queues(self) -> list[_Queue]:
+        return [queue for lane in self._lanes.values() for queue in (lane.interactive, lane.batch)]
+
+
+def _most_urgent(images: Iterable[Image], rows: int) -> list[Image]:
+    """Return the images that come first and fit so many rows: rows that are saved up must not go to narrower ones."""
+    picked = []
+    for image in images:
+        rows -= image.rows
+        if rows < 0:
+            break
+        picked.append(image)
+    return picked
+
+
+def _fitting(images: Iterable[Image], rows: int) -> list[Image]:
+    """Return the images that fit so many rows, each unless those before it leave too few."""
+    picked = []
+    for image in images:
+        if image.rows <= rows:
+            picked.append(image)
+            rows -= image.rows
+            if not rows:
+                break
+    return picked
 
 
 _ORDER = attrgetter("order")

@@ -35,8 +35,8 @@ class Snapshot:
     """
     orders: Sequence[Order]
     """Of each of them, its order."""
-    remaining: Sequence[int]
-    """Of each of them, its row-steps left."""
+    steps_done: Sequence[int]
+    """Of each of them, the steps that it has taken."""
     steps: Mapping[str, int]
     """Steps that each model has taken."""
     widths: Mapping[str, int]
@@ -50,16 +50,22 @@ class Snapshot:
         widths: Mapping[str, int],
         costs: Mapping[str, Costs],
     ) -> Self:
-        """Return a snapshot of images as they are now; taken at every step, so it does as little as it can."""
-        kept = tuple(dict.fromkeys(images))
+        """Return a snapshot of images as they are now, each named once; taken at every step, so it does little."""
+        kept = tuple(images)
         return cls(
             images=kept,
             orders=[image.order for image in kept],
-            remaining=[image.remaining_row_steps for image in kept],
+            steps_done=[image.steps_done for image in kept],
             steps=steps,
             widths=widths,
             costs=costs,
         )
+
+    @property
+    def remaining(self) -> list[int]:
+        """Return the row-steps left of each of them."""
+        done = zip(self.images, self.steps_done, strict=True)
+        return [image.row_steps - image.rows * steps for image, steps in done]
 
     @cached_property
     def started(self) -> tuple[PlacedImage, ...]:

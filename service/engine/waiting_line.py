@@ -1,114 +1,96 @@
-"""WaitingLine: images without a slot, of one model and priority; the most urgent one, quickly."""
+"""WaitingLine: images without a slot, of one model and priority; the most urgent ones, quickly."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator, Set
-from heapq import heapify, heappop, heappush
 
 from service.engine.request import Image, Order
 
-_Head = tuple[Order, str]
-SLACK = 64
-"""Outdated entries a heap may hold before it is worth cleaning."""
-
-
-class _Flow:
-    """The waiting images of one client that take the same number of rows."""
-
-    def __init__(self) -> None:
-        self.images: list[tuple[Order, Image]] = []  # heap; may hold images that have left the line
-        self.gone = 0
+_Images = list[tuple[Order, Image]]
+_LAST: Order = (math.inf, 0)
 
 
 class WaitingLine:
-    """Heaps of images by client and rows, and heaps of their heads: nothing costs more than a few logarithms.
+    """Sorted lists of the images of each client that take equally many rows, and lists of these, sorted by their first.
 
-    Looking for something narrow, or for other clients first, skips all of a flow's images at once. Entries that no
-    longer hold are dropped when they come to the top, or when they are half of their heap.
+    Looking for something narrow, or for other clients first, skips all images of a list at once; a client that begins
+    or ceases to be ahead moves no image.
     """
 
     def __init__(self, ahead: Set[str]) -> None:
         """Watch `ahead`, the clients whose images come last, whatever their order."""
         self._ahead = ahead
-        self._members: set[Image] = set()
-        self._flows: dict[tuple[str, int], _Flow] = {}
-        self._heads: dict[tuple[bool, int], list[_Head]] = {(a, r): [] for a in (False, True) for r in (1, 2)}
+        self._images: dict[tuple[str, int], _Images] = {}
+        """By client and rows; no list is empty."""
+        self._firsts: dict[tuple[bool, int], list[tuple[Order, _Images]]] = {
+            (ahead, rows): [] for ahead in (False, True) for rows in (1, 2)
+        }
+        """The same lists, each with the order of its first image; by whether the client is ahead, and rows."""
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._members)
+        return self._count
 
     def __iter__(self) -> Iterator[Image]:
-        return iter(self._members)
+        return (image for images in self._images.values() for _, image in images)
 
     def push(self, image: Image) -> None:
         """Let an image wait; its order must not change until it leaves."""
-        rows = image.rows
-        flow = self._flows.setdefault((image.client, rows), _Flow())
-        self._members.add(image)
-        heappush(flow.images, (image.order, image))
-        if flow.images[0][1] is image:
-            self._push_head(image.client, rows)
+        images = self._images.setdefault((image.client, image.rows), [])
+        place = bisect_left(images, (image.order,))
+        if place == 0 and images:
+            self._forget_first(images, image.rows)
+        images.insert(place, (image.order, image))
+        self._count += 1
+        if place == 0:
+            self._note_first(images, image.client, image.rows)
 
     def remove(self, image: Image) -> None:
         """Take an image out, wherever it stands."""
-        self._members.remove(image)
-        rows = image.rows
-        flow = self._flows[image.client, rows]
-        if flow.images[0][1] is image:
-            self._drop_head(image.client, rows)
-            return
-        flow.gone += 1
-        if 2 * flow.gone > len(flow.images) + SLACK:
-            flow.images = [entry for entry in flow.images if entry[1] in self._members]
-            heapify(flow.images)
-            flow.gone = 0
+        images = self._images[image.client, image.rows]
+        place = bisect_left(images, (image.order,))
+        if place == 0:
+            self._forget_first(images, image.rows)
+        del images[place]
+        self._count -= 1
+        if not images:
+            del self._images[image.client, image.rows]
+        elif place == 0:
+            self._note_first(images, image.client, image.rows)
 
-    def first(self, most_rows: int) -> Image | None:
-        """Return the most urgent image of at most so many rows; of a client that is ahead only for want of others."""
-        for ahead in (False, True):
-            narrow = self._first(ahead, 1)
-            wide = self._first(ahead, 2) if most_rows >= 2 else None
-            if narrow is not None and wide is not None:
-                return narrow if narrow.order < wide.order else wide
-            if narrow is not None or wide is not None:
-                return narrow or wide
-        return None
+    def front(self, count: int) -> list[Image]:
+        """Return images, in any order, among which are of each width the `count` most urgent ones of the line."""
+        front: list[Image] = []
+        for firsts in filter(None, self._firsts.values()):
+            lists = firsts[:count]
+            limit = lists[-1][0] if len(lists) == count else _LAST  # as many images are no later than this
+            for place, (_, images) in enumerate(lists):
+                for order, image in images[: count - place]:
+                    if order > limit:
+                        break
+                    front.append(image)
+        return front
 
     def moved(self, client: str) -> None:
         """Take note that a client began or ceased to be ahead."""
         for rows in (1, 2):
-            if (client, rows) in self._flows:
-                self._push_head(client, rows)
+            if (client, rows) in self._images:
+                images = self._images[client, rows]
+                self._forget_first(images, rows)
+                self._note_first(images, client, rows)
 
-    def _first(self, ahead: bool, rows: int) -> Image | None:
-        heads = self._heads[ahead, rows]
-        while heads:
-            order, client = heads[0]
-            flow = self._flows.get((client, rows))
-            if flow is not None and flow.images[0][0] == order and (client in self._ahead) is ahead:
-                return flow.images[0][1]
-            heappop(heads)  # whoever leads this flow by now has an entry of its own, where it belongs
-        return None
+    def _note_first(self, images: _Images, client: str, rows: int) -> None:
+        order, _ = images[0]
+        firsts = self._firsts[client in self._ahead, rows]
+        firsts.insert(bisect_left(firsts, (order,)), (order, images))
 
-    def _drop_head(self, client: str, rows: int) -> None:
-        flow = self._flows[client, rows]
-        heappop(flow.images)
-        while flow.images and flow.images[0][1] not in self._members:
-            heappop(flow.images)
-            flow.gone -= 1
-        if flow.images:
-            self._push_head(client, rows)
-        else:
-            del self._flows[client, rows]
-
-    def _push_head(self, client: str, rows: int) -> None:
-        ahead = client in self._ahead
-        heads = self._heads[ahead, rows]
-        heappush(heads, (self._flows[client, rows].images[0][0], client))
-        if len(heads) > 2 * len(self._flows) + SLACK:
-            heads[:] = [
-                (flow.images[0][0], who)
-                for (who, width), flow in self._flows.items()
-                if width == rows and (who in self._ahead) is ahead
-            ]
-            heapify(heads)
+    def _forget_first(self, images: _Images, rows: int) -> None:
+        order, _ = images[0]
+        for ahead in (False, True):  # whether the client was ahead when this was noted is not known any more
+            firsts = self._firsts[ahead, rows]
+            place = bisect_left(firsts, (order,))
+            if place < len(firsts) and firsts[place][1] is images:
+                del firsts[place]
+                return
