@@ -85,11 +85,11 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
     """Classify unit noise at each timestep of a chain with PyTorch; return the calls for logits and for gradients."""
-    told = respace(diffusion, str(_steps(diffusion))).t_model
+    t_model = respace(diffusion, str(_steps(diffusion))).t_model
     ids = np.arange(ROWS)
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
-    for k, t in enumerate(told):
+    for k, t in enumerate(t_model):
         x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, _shape(classifier.config)))
         t_rows = np.full(ROWS, t, dtype=np.float32)
         inputs = {"x_t": x_t.numpy(), "emb_t": time_mlp(t_rows)}
@@ -110,12 +110,12 @@ def network_parity(
 ) -> NetworkParity:
     """Compare a graph with the reference's calls, band by band."""
     split = config.model.image_channels if config.kind == "unet" and config.model.learn_sigma else None
-    told = respace(config.diffusion).t_model
-    count = min(BANDS, len(told))
+    t_model = respace(config.diffusion).t_model
+    count = min(BANDS, len(t_model))
     sums = np.zeros((count, 2, 2))  # per band: (squared difference, squared norm) of the two halves of the output
     met = np.zeros(count, dtype=np.bool_)
-    edges = np.linspace(0, len(told), count + 1).astype(int)
-    highest = told[edges[1:] - 1]
+    edges = np.linspace(0, len(t_model), count + 1).astype(int)
+    highest = t_model[edges[1:] - 1]
     for call in calls:
         band = min(int(np.searchsorted(highest, call.t)), count - 1)
         met[band] = True
