@@ -1,7 +1,7 @@
 """Build TensorRT engines from an artifact's ONNX graph: one per batch size, with static shapes.
 
 A single engine for all batch sizes has returned different outputs for equal rows (NVIDIA/TensorRT, issue 4813), so each
-batch size is a separate build, in which the batch size is a constant. Networks are strongly typed: the precision is that of
+batch size is a separate build, in which the batch is a constant. Networks are strongly typed: the precision is that of
 the graph.
 
 `tensorrt` times kernels on this machine's GPU and builds for that. `tensorrt_rtx` builds for a compute capability and

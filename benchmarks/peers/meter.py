@@ -162,11 +162,11 @@ class MeteredNetwork(DenoiserDefaults[Any]):
         self._meter = meter
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
-        """Ask the network."""
+        """Delegate to the network."""
         return self._network.embed_timesteps(t_model)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Ask the network."""
+        """Delegate to the network."""
         return self._network.failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
