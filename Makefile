@@ -1,9 +1,9 @@
-# The commands of this repository; CI runs the same ones. `make` alone prints them.
-# Needed on the machine: make and Python 3.11 or newer with venv. Everything else goes into .venv/.
+# The commands of this repository; CI runs the same ones. `make` without a target lists them.
+# Requirements: make and Python 3.11 or newer with venv. Everything else is installed into .venv/.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:  # one pip at a time in .venv
+.NOTPARALLEL:  # only one pip may run at a time in .venv
 .PHONY: help serve check test test-avx2 test-long format train-demo bench clean
 
 VENV := .venv
@@ -13,15 +13,15 @@ PORT ?= 8000
 MODEL ?= models/fashion32
 EXTRA ?= base
 DATA ?=
-# Whole files go to one process, which then makes a file's fixtures once, the slow folders first; beyond four, memory is what lacks.
-# A process that dies ends the run with the test's name: pytest-xdist starts another, and may then wait without an end.
+# Each file runs in one process, which sets up its fixtures once; slow folders first; more than four processes need too much memory.
+# If a process dies, the run ends with the test's name: pytest-xdist would start another process and might then wait forever.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
-# What makes libraries take a processor for one with AVX2 only: oneDNN (in OpenVINO and PyTorch), PyTorch, its MKL, numpy and its OpenBLAS.
-# ONNX Runtime has no such switch, nor have a few kernels of OpenVINO (tests/parity/test_limited_instructions.py names them).
+# Variables that limit libraries to AVX2: oneDNN (in OpenVINO and PyTorch), PyTorch, its MKL, numpy and its OpenBLAS.
+# ONNX Runtime and a few kernels of OpenVINO cannot be limited (tests/parity/test_limited_instructions.py lists them).
 AVX2_ONLY := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR' OPENBLAS_CORETYPE=Haswell
-# The tests whose results depend on how the processor computes
+# Tests whose results depend on the processor's instructions
 COMPUTING := $(filter-out tests/parity/test_manifests.py, $(wildcard tests/parity/test_*.py)) tests/integration/test_bundled_model.py \
     $(addprefix tests/unit/, service/backends/test_backends.py service/backends/test_onnx_backends.py model_export/test_parity.py) \
     $(addprefix tests/unit/diffusion/test_, classifier_guidance.py time_mlp.py update.py)
@@ -30,7 +30,7 @@ help:  ## print this list (default)
 	@echo 'make TARGET [NAME=value ...]'
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
-serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve plain checkpoints
+serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve checkpoints
 	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
 check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions
@@ -39,55 +39,55 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check  ## linters, then all tests with a part of the counts (minutes)
+test: check  ## linters, then all tests with reduced counts (minutes)
 	$(VENV)/bin/pytest $(PARALLEL)
 
-test-avx2: $(VENV)/.installed-dev  ## the tests that compute, with the kernels of a processor without AVX-512 and bfloat16
+test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a processor without AVX-512 and bfloat16
 	$(AVX2_ONLY) $(VENV)/bin/pytest $(PARALLEL) $(COMPUTING)
 
 test-long: check  ## linters, then all tests with full counts (for a release)
 	IDDPM_TEST_LONG=1 PYTEST_TIMEOUT=7200 $(VENV)/bin/pytest $(PARALLEL)
 
-format: $(VENV)/.installed-dev  ## rewrite the code as ruff wants it
+format: $(VENV)/.installed-dev  ## reformat the code with ruff
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-train-demo: need-data $(VENV)/.installed-train  ## train the bundled model again from DATA (an npz or a folder of class folders)
+train-demo: need-data $(VENV)/.installed-train  ## train the bundled model's preset from DATA (an npz file or a folder of class folders)
 	exec $(VENV)/bin/iddpm train fashion32 --data "$(DATA)" --out runs/fashion32
 
 bench: $(VENV)/.installed-bench  ## quick benchmark of a denoising step (minutes); prints how to run the long ones
 	$(VENV)/bin/python -m benchmarks.denoise_step --quick
 	@echo
-	@echo 'The long ones, for a quiet machine (hours; add --device cuda for a GPU):'
+	@echo 'The long ones, on an idle machine (hours; add --device cuda for a GPU):'
 	@echo '  $(VENV)/bin/python -m benchmarks.denoise_step'
 	@echo '  $(VENV)/bin/python -m benchmarks.sample'
 	@echo '  $(VENV)/bin/python -m benchmarks.precision --judge build/judge.safetensors'
-	@echo '  $(VENV)/bin/python -m benchmarks.serving  # benchmarks/peers/requirements-*.txt: how to install Triton and LitServe'
+	@echo '  $(VENV)/bin/python -m benchmarks.serving  # to install Triton and LitServe: benchmarks/peers/requirements-*.txt'
 
 .PHONY: need-data
 need-data:
-	@test -n "$(DATA)" || { echo 'Say which images: make train-demo DATA=path/to/fashion-mnist.npz' >&2; exit 2; }
+	@test -n "$(DATA)" || { echo 'DATA is not set: make train-demo DATA=path/to/fashion-mnist.npz' >&2; exit 2; }
 
 clean:  ## remove .venv and caches; trained models in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when what we need or pin changes.
+# One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when pyproject.toml or constraints.txt change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo 'Installing iddpm ($*) into $(VENV)/ (the first time this takes a while)'
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'
 	@touch $@
 
-# The first Python that really runs and is new enough (a version manager's shim may exist and not run).
+# The first Python that runs and is new enough (a version manager's shim may exist without a working Python).
 $(VENV)/bin/pip:
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	        echo "Creating $(VENV)/ with $$("$$python" --version)"; \
 	        "$$python" -m venv $(VENV) && exit 0; \
-	        echo "'$$python -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; \
+	        echo "'$$python -m venv' failed. On Debian and Ubuntu it is a separate package: apt install python3-venv" >&2; \
 	        exit 1; \
 	    fi; \
 	done; \
 	echo "Python 3.11 or newer is needed and was not found (tried python3, python3.11 ... python3.14)." >&2; \
-	echo "Found: $$({ python3 --version; } 2>/dev/null || echo 'no python3'). Name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	echo "Found: $$({ python3 --version; } 2>/dev/null || echo 'no python3'). Select one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
 	exit 1

@@ -1,1 +1,1 @@
-"""Measurements that stand in RESULTS.md, each a script: `python -m benchmarks.NAME --help`."""
+"""Scripts of the measurements in RESULTS.md: `python -m benchmarks.NAME --help`."""

@@ -1,16 +1,16 @@
-"""What does the engine itself cost? With thousands of images waiting, and a network that does nothing.
+"""Measure the cost of the engine itself, with thousands of images waiting and a network that does nothing.
 
     python -m benchmarks.bookkeeping --waiting 10000 --width 32
 
-Timed, with each policy in turns:
+Timed with each policy in turn:
 
-- step: all of `Engine.step`, which is what the device waits for between two network calls: deciding, counting, results;
+- step: all of `Engine.step`, for which the device waits between two network calls: scheduling, accounting, results;
 - submit: `AsyncEngine.submit`, on the event loop: admission with its prediction;
-- eta: `AsyncEngine.eta`, on the event loop: what a progress event says.
+- eta: `AsyncEngine.eta`, on the event loop: the prediction in a progress event.
 
-Every image that leaves is replaced by a new one, so the queue keeps its length; a third of the images is guided, a
-tenth is batch work, and one client has a tenth of everything. Goals: the median step below 200 microseconds with 10,000
-waiting, and below 2 % of a step at 32 rows; --step-ms says what such a step takes.
+Every finished image is replaced by a new one, so the queue keeps its length; a third of the images use guidance, a
+tenth are batch work, and one client has a tenth of all images. Goals: the median step below 200 microseconds with
+10,000 waiting, and below 2 % of a step at 32 rows; --step-ms sets the duration of such a step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Costs = dict[tuple[PolicyName, str], list[list[float]]]
 
 
 class NullRunner:
-    """Moves nothing, at once."""
+    """A runner that computes nothing and returns at once."""
 
     numerics_id = "null"
     depth = 0
@@ -59,11 +59,11 @@ class NullRunner:
         """Nothing to set up."""
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """All goes well."""
+        """Report that no row failed."""
         return Later(lambda: [True] * len(steps))
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Nothing raises here."""
+        """Classify an exception; this network raises none."""
         return synchronous_failure_kind(error)
 
     def check_network(self) -> None:
@@ -98,14 +98,14 @@ class NullRunner:
 
 
 class GatedRunner(NullRunner):
-    """Takes a step when it is let, so that the engine's thread stands still while the event loop is timed."""
+    """Takes a step when released, so that the engine's thread is idle while the event loop is timed."""
 
     def __init__(self) -> None:
         self.arrived = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Say, where it is waited for, that a step has come, and wait to be let."""
+        """Signal that a step has started, and wait to be released."""
         return Later(lambda: self._pass(len(steps)))
 
     def _pass(self, images: int) -> list[bool]:
@@ -115,7 +115,7 @@ class GatedRunner(NullRunner):
 
 
 class Crowd:
-    """Requests of one image each, drawn one after the other; the same ones for every policy."""
+    """Random requests of one image each; the same sequence for every policy."""
 
     def __init__(self) -> None:
         self._draw = random.Random(0)  # noqa: S311  # nothing secret
@@ -160,7 +160,7 @@ def time_steps(config: EngineConfig, waiting: int, steps: int) -> list[float]:
 
 
 async def time_calls(config: EngineConfig, waiting: int, steps: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of `submit` and of `eta`, asked for between steps."""
+    """Return the seconds of `submit` and of `eta`, called between steps."""
     submit, eta = [], []
     runner, metrics, crowd = GatedRunner(), Metrics(), Crowd()
     engine = AsyncEngine(Engine({MODEL: runner}, config, metrics), config, metrics)
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1000, help="per policy and repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--step-ms", type=float, default=10.0, help="what a step of the network takes (10)")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="duration of a step of the network (10)")
     parser.add_argument("--out", type=Path, default=WORK)
     asked = parser.parse_args()
     facts = describe_run(torch.device("cpu"), threads=1)

@@ -1,4 +1,4 @@
-"""What the machine can do at most: the rates that convolutions and products reach alone, measured, not looked up.
+"""Measure the machine's ceiling: the rates of convolutions and matrix products alone.
 
 On a CPU, 3x3 convolutions of 256 channels at 32x32, batch 8, by PyTorch (channels last), by OpenVINO, and by OpenVINO
 in parts, as the service runs it; on a GPU the same at batch 256, and a product of two 8192 x 8192 matrices. A
@@ -26,23 +26,23 @@ from service.backends.torch_backend import DTYPES
 CHANNELS, SIZE, KERNEL = 256, 32, 3
 CPU_ROWS, CUDA_ROWS = 8, 256
 IN_A_ROW = 4
-"""Convolutions in one call, so that bringing the input into a runtime's own layout counts for little."""
+"""Convolutions in one call, so that converting the input to a runtime's layout has little effect."""
 MATRIX = 8192
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Work that does nothing else but what is to be measured."""
+    """A workload that consists of the measured operation only."""
 
     name: str
     precision: Precision
     flops: int
-    """Of one call; a multiply-add counts two."""
+    """Operations of one call; a multiply-add counts two."""
     call: Callable[[], Any]
 
 
 def probes(precisions: set[Precision], place: Place) -> list[Probe]:
-    """Make the probes of the precisions, each ready to be called."""
+    """Return the probes of the precisions, ready to call."""
     made = []
     for precision in sorted(precisions):
         made.append(_torch_convolution(precision, place))

@@ -1,11 +1,11 @@
-"""Does a class-conditional model draw what it is asked for? A classifier trained on real images is the judge.
+"""Measure whether a class-conditional model draws the requested class, judged by a classifier trained on real images.
 
     python -m benchmarks.conditioning --model models/fashion32 \
         --train ../shared/data/fashion_mnist_train.npz --test ../shared/data/fashion_mnist_test.npz
 
-The judge sees the real training split only; its accuracy on the real test split says how far to trust it. Then, for
+The judge sees the real training split only; its accuracy on the real test split shows its reliability. Then, for
 each number of steps and each guidance scale, images are sampled (image k: seed k, class k mod C, so that settings
-can be compared image by image) and the judge says what each shows. Progress goes to stderr, the section for
+can be compared image by image) and classified by the judge. Progress goes to stderr, the section for
 RESULTS.md to --out-markdown.
 """
 
@@ -53,7 +53,7 @@ DARK_LEVEL = 10
 
 
 class ConditioningError(ValueError):
-    """A model, data or options this benchmark cannot work with; the message says which and why."""
+    """Unsupported model, data or options; the message gives the reason."""
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------------
@@ -76,13 +76,13 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
     shrink = 1 + z**2 / trials
     centre = (p + z**2 / (2 * trials)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
-    # Rounding must not take the interval past the proportion itself, where that is 0 or 1.
+    # Rounding must not move the interval beyond the proportion if that is 0 or 1.
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """How often the judge saw what was requested."""
+    """How often the judge recognised the requested class."""
 
     counts: IntArray
     """int64 [C, C]: images by requested class (row) and judged class (column)."""
@@ -132,14 +132,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How far a set of images is from the real test split."""
+    """Distance of a set of images from the real test split."""
 
     frechet: float
     """Fréchet distance in the judge's features; grows as the set gets smaller."""
     precision: float
     recall: float
     dark_frames: float
-    """Part of the images whose frame, the outermost two pixels, is darker than level 10 (of 255) in the mean."""
+    """Fraction of the images whose frame, the outermost two pixels, has a mean below level 10 (of 255)."""
 
     @classmethod
     def measure(cls, judge: Judge, pixels: Uint8Array, reference: npt.NDArray[np.float32]) -> Self:
@@ -150,7 +150,7 @@ class Likeness:
 
 
 def dark_frames(pixels: Uint8Array) -> float:
-    """Return the part of images, uint8 [N, H, W, C], whose frame is dark."""
+    """Return the fraction of images, uint8 [N, H, W, C], with a dark frame."""
     frame = np.ones(pixels.shape[1:3], dtype=bool)
     frame[FRAME_PIXELS:-FRAME_PIXELS, FRAME_PIXELS:-FRAME_PIXELS] = False
     return float((pixels[:, frame].mean(axis=(1, 2)) < DARK_LEVEL).mean())
@@ -169,7 +169,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one setting gave."""
+    """Results of one setting."""
 
     setting: Setting
     agreement: Agreement
@@ -182,7 +182,7 @@ def balanced_labels(images: int, num_classes: int) -> IntArray:
     """Return the class of each image, int64 [images]: k mod num_classes, each class equally often.
 
     Raises:
-        ConditioningError: images is no positive multiple of num_classes.
+        ConditioningError: images is not a positive multiple of num_classes.
     """
     if images < 1 or images % num_classes:
         raise ConditioningError(f"--images must be a positive multiple of {num_classes}, the classes; got {images}")
@@ -209,13 +209,13 @@ def generate(
 
 
 def settings_of(config: CheckpointConfig, steps: Sequence[int], scales: Sequence[float] | None) -> list[Setting]:
-    """Combine steps and guidance scales; by default unguided and what the model recommends.
+    """Combine steps and guidance scales; by default without guidance and with the recommended scale.
 
     Raises:
-        ConditioningError: an unconditional model, or guidance it was not trained for.
+        ConditioningError: the model is unconditional, or was not trained for guidance.
     """
     if config.model.num_classes is None:
-        raise ConditioningError("the model is unconditional: there is no class to ask for")
+        raise ConditioningError("the model is unconditional: it has no classes")
     chosen = dict.fromkeys(scales or (1.0, config.sampling.cfg_scale))
     if not config.model.null_class and any(scale != 1 for scale in chosen):
         raise ConditioningError("--cfg other than 1 needs a model with model.null_class")
@@ -232,7 +232,7 @@ def percent(agreement: Agreement) -> str:
 
 
 def confusion_line(agreement: Agreement, class_names: Sequence[str]) -> str:
-    """Say which classes were drawn worst, and what the judge took them for."""
+    """Describe the classes with the lowest agreement, and the judge's classes for them."""
     phrases = []
     for worst in agreement.worst(WORST_CLASSES):
         taken = ", ".join(f"{class_names[c]} {count}" for c, count in agreement.mistaken_for(worst))
@@ -293,7 +293,7 @@ def report(
         [
             "## Class conditioning",
             "",
-            "How often a classifier trained on the real training split sees the requested class in generated images.",
+            "How often a classifier trained on the real training split finds the requested class in generated images.",
             "",
             *(f"- {name}: {value}" for name, value in facts.items()),
             f"- Judge: {percent(real)} of {real.total} real test images right",
@@ -306,7 +306,7 @@ def report(
             "",
             likeness,
             "",
-            "Worst classes, and what they were taken for:",
+            "Worst classes, and the judge's classes for them:",
             "",
             *confusions,
             "",
@@ -319,7 +319,7 @@ def report(
 
 
 def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str, str]:
-    """Say when, on what and with which model this was measured."""
+    """Return date, machine and model of the measurement."""
     images_seen = config.provenance.get("images_seen")
     trained = f"{images_seen:,} images seen" if isinstance(images_seen, int) else "images seen unknown"
     return {
@@ -340,7 +340,7 @@ def run(args: argparse.Namespace) -> str:
     """Measure, and return the section for RESULTS.md.
 
     Raises:
-        ValueError: anything the user can put right; the message says what.
+        ValueError: invalid options or data; the message gives the remedy.
     """
     torch.set_num_threads(args.threads)
     config, network = load_unet(args.model)
@@ -407,7 +407,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> int:
-    """Run the command; errors a user can make end in one line."""
+    """Run the command; user errors are reported in one line."""
     args = parse_arguments()
     try:
         text = run(args)

@@ -1,4 +1,4 @@
-"""Who takes part: every backend of the service, run by the service's own classes, and the peers.
+"""The contenders: every backend of the service, run by the service's own classes, and the peers.
 
 A contender is written KIND:PRECISION. KIND is a backend of the service (`openvino`, `onnxruntime`, `torch`, ...),
 `torch-compile` (the torch backend with torch.compile), or a peer: `eager` (the same UNet, called from PyTorch without
@@ -36,7 +36,7 @@ from service.errors import ModelError
 COMPILED = "torch-compile"
 PEERS = ("eager", "eager-compile", "diffusers")
 SPREAD = 2654435761
-"""Knuth's multiplicative hash: rows take timesteps from all over the chain, whatever the batch."""
+"""Knuth's multiplicative hash: rows get timesteps from the entire chain, at every batch size."""
 
 CPU_CONTENDERS = (
     *("torch:fp32", "torch:bf16", "onnxruntime:fp32", "openvino:fp32", "openvino:bf16"),
@@ -49,16 +49,16 @@ CUDA_CONTENDERS = tuple(
 )
 
 Call = Callable[[], Any]
-"""One network call on inputs that lie ready; returns its output when that is finished."""
+"""One network call on prepared inputs; returns the output when it is complete."""
 
 
 class Absent(ValueError):
-    """A contender that this network or this machine does not have; the message says why."""
+    """A contender is not available for this network or machine; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender's name, taken apart."""
+    """A contender's parsed name."""
 
     kind: str
     precision: Precision
@@ -68,7 +68,7 @@ class Entry:
         """Read KIND:PRECISION.
 
         Raises:
-            ValueError: another form, an unknown kind or precision.
+            ValueError: wrong format, or unknown kind or precision.
         """
         kind, colon, precision = text.partition(":")
         kinds = (*BACKENDS, COMPILED, *PEERS)
@@ -90,37 +90,37 @@ class Rows:
 
     x_t: npt.NDArray[np.float32]
     t: npt.NDArray[np.float32]
-    """What the network is told of the timestep, [n]."""
+    """Timesteps passed to the network, [n]."""
     y: npt.NDArray[np.int64] | None
 
     @classmethod
     def make(cls, config: CheckpointConfig, count: int) -> Self:
-        """Make rows of noise, of all timesteps and classes."""
+        """Return rows of noise with varied timesteps and classes."""
         model, ids = config.model, np.arange(count)
-        told = respace(config.diffusion).t_model
+        t_model = respace(config.diffusion).t_model
         x_t = normal(ids, ids * 0, ids * 0, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
         y = None if model.num_classes is None else ids % model.num_labels
-        return cls(x_t, told[ids * SPREAD % len(told)].astype(np.float32), y)
+        return cls(x_t, t_model[ids * SPREAD % len(t_model)].astype(np.float32), y)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where everybody runs."""
+    """Device and threads of all contenders."""
 
     device: torch.device
     threads: int
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def open_contender(entry: Entry, network: BenchNetwork, rows: Rows, place: Place) -> Call:
-    """Load a contender, compiled for that many rows and no others, with its inputs where it takes them.
+    """Load a contender, compiled for one batch size, with its inputs on its device.
 
     Raises:
-        Absent: it does not take part here.
+        Absent: it is not available here.
     """
     try:
         if entry.kind == "diffusers":
@@ -135,13 +135,13 @@ def open_contender(entry: Entry, network: BenchNetwork, rows: Rows, place: Place
 
 
 def open_denoiser(entry: Entry, network: BenchNetwork, place: Place, options: BackendOptions) -> Denoiser[Any]:
-    """Load a backend of the service as the service does, but for the cache of compiled graphs.
+    """Load a backend of the service as the service does, except for the cache of compiled graphs.
 
     Args:
-        entry: a backend's, or `COMPILED`.
-        network: whose files it shall load.
-        place: where it runs.
-        options: the width and the sizes to compile; the rest is set here.
+        entry: a backend's name, or `COMPILED`.
+        network: the network to load.
+        place: device and threads.
+        options: width and sizes to compile; other fields are set here.
 
     Raises:
         Absent: it cannot run this network here.
@@ -164,7 +164,7 @@ def open_denoiser(entry: Entry, network: BenchNetwork, place: Place, options: Ba
 
 
 def denoiser_call(denoiser: Denoiser[Any], rows: Rows, place: Place) -> Call:
-    """Close a denoiser over its inputs, with emb_t computed: the service has it in the table of plans."""
+    """Bind a denoiser to its inputs, with emb_t precomputed, as in the service's table of plans."""
 
     def put(array: npt.NDArray[Any]) -> Any:
         return denoiser.xp.asarray(array, device=denoiser.device)
@@ -200,7 +200,7 @@ class EagerUNet:
     """The plain UNet in PyTorch, in a precision: no graphs, any batch. Run like a `UNet`.
 
     Raises:
-        Absent: a precision that the device does not have.
+        Absent: the device does not support the precision.
     """
 
     def __init__(self, entry: Entry, network: BenchNetwork, place: Place) -> None:
@@ -240,7 +240,7 @@ def load_diffusers(entry: Entry, network: BenchNetwork, place: Place) -> Any:
     """Load the network as a UNet2DModel.
 
     Raises:
-        Absent: diffusers is not installed, or cannot be configured to be this network.
+        Absent: diffusers is not installed, or cannot represent this network.
     """
     try:
         from diffusers import UNet2DModel

@@ -1,12 +1,12 @@
-"""How fast is one network call? Every backend and precision against PyTorch and diffusers, in turns in one run.
+"""Measure one network call: every backend and precision against PyTorch and diffusers, in turns in one run.
 
     python -m benchmarks.denoise_step                    # every network, batches 1..64: hours
     python -m benchmarks.denoise_step --quick            # the bundled model, batches 1 and 4: a minute
     python -m benchmarks.denoise_step --device cuda      # CUDA graphs on and off, compiled, batches to 256
 
 For each network and batch size all contenders are loaded, compared with PyTorch in float32, warmed up, and called in
-turns, as are convolutions that say what the machine can do at most at that moment. Written after every batch size, into
-the folder --out: denoise_step.md (the section for RESULTS.md), denoise_step.json (all times) and denoise_step.png.
+turns, as are convolutions that measure the machine's ceiling at that time. Results are written after every batch size,
+to the folder --out: denoise_step.md (the section for RESULTS.md), denoise_step.json (all times) and denoise_step.png.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Cell:
     rows: int
     contender: str
     flops: int
-    """Of the whole call."""
+    """Times of the entire call."""
     timing: Timing
     ceiling: float
     """FLOP/s that the machine reached in the same rounds, in the same precision."""
     error: float
-    """Of the output, relative to PyTorch in float32."""
+    """Error of the output, relative to PyTorch in float32."""
     row_0: str
     """Hash of the first row's output, which is the same row in every batch."""
 
@@ -82,7 +82,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Absence:
-    """A contender that took no part."""
+    """A contender that was not measured."""
 
     network: str
     rows: int
@@ -96,10 +96,10 @@ Outcome = Cell | Absence
 def measure(
     network: BenchNetwork, count: int, entries: Sequence[Entry], place: Place, pace: Pace
 ) -> tuple[list[Outcome], dict[str, Timing]]:
-    """Time all contenders at one batch size; what they loaded is free again afterwards.
+    """Time all contenders at one batch size, and free their memory afterwards.
 
     Returns:
-        What came of each contender, in their order, and the timings of the ceiling's probes.
+        The result of each contender, in order, and the timings of the ceiling's probes.
     """
     rows = Rows.make(network.config, count)
     few = Rows.make(network.config, min(count, REFERENCE_ROWS))
@@ -155,7 +155,7 @@ def knee(cells: Sequence[Cell]) -> int:
 
 
 def equal_bits(cells: Sequence[Cell]) -> str:
-    """Say which batches give row 0 the bits that the largest gives it; cells of one network and contender."""
+    """Describe the batch sizes at which row 0 is bit-identical to the largest; cells of one network and contender."""
     largest = max(cells, key=lambda cell: cell.rows)
     others = sorted(cell.rows for cell in cells if cell.row_0 != largest.row_0)
     return "all" if not others else f"all but {', '.join(map(str, others))}"
@@ -221,7 +221,7 @@ def detail_table(cells: Sequence[Cell]) -> str:
 
 
 def absence_lines(absences: Sequence[Absence]) -> list[str]:
-    """Say who took no part, and why; one line for all batches that share the reason."""
+    """Describe contenders that were not measured, one line per contender and reason."""
     batches: dict[tuple[str, str], list[int]] = {}
     for absence in absences:
         batches.setdefault((absence.contender, absence.reason), []).append(absence.rows)
@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write.
 
     Raises:
-        ValueError: anything the user can put right; the message says what.
+        ValueError: invalid options; the message gives the remedy.
     """
     place = place_of(args)
     on_cuda = place.device.type == "cuda"
@@ -344,7 +344,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--contenders", nargs="+", metavar="KIND:PRECISION", help="(all that the device has)")
     parser.add_argument("--rounds", type=int, default=15, help="calls of each contender per batch size (15)")
     parser.add_argument(
-        "--max-seconds", type=float, default=90, help="begin no round after this long, once there are three (90)"
+        "--max-seconds", type=float, default=90, help="start no round after these seconds, except the first three (90)"
     )
     add_place_options(parser)
     return parser.parse_args(arguments)

@@ -1,7 +1,8 @@
-"""The engine in a process of its own: a prototype, to compare with the thread that the service uses.
+"""The engine in a separate process: a prototype, for comparison with the service's thread.
 
-The same engine and the same plain dataclasses, pickled over a pipe. What `service.engine.async_engine` does besides is
-left out: admission, predictions, aborts, the watchdog. So it flatters the process.
+It uses the same engine and the same dataclasses, pickled over a pipe, and omits the other tasks of
+`service.engine.async_engine`: admission, predictions, aborts, the watchdog. The comparison therefore favours the
+process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from service.engine.request import GenerationRequest, ImageResult
 
 
 def run_engine(make: Callable[[], Engine], pipe: Connection) -> None:
-    """Take (request, submitted_at) from a pipe, or None to end; send lists of results back."""
+    """Receive (request, submitted_at) from a pipe, or None to end; send lists of results back."""
     engine = make()
     engine.warm_up()
     pipe.send([])
@@ -33,7 +34,7 @@ def run_engine(make: Callable[[], Engine], pipe: Connection) -> None:
 
 
 class EngineProcess:
-    """Owns the process. Its methods belong to the event loop that started it, which waits until it is warm."""
+    """Owns the process. Only the event loop that started it calls its methods; starting waits for the warm-up."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -53,7 +54,7 @@ class EngineProcess:
         return future
 
     def stop(self) -> None:
-        """End the process, which has nothing left to do."""
+        """End the process, which must be idle."""
         self._loop.remove_reader(self._pipe.fileno())
         self._pipe.send(None)
         self._process.join()

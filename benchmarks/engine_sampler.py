@@ -1,4 +1,4 @@
-"""Whole images through the service's own engine, without HTTP and without a thread of its own."""
+"""Sample images with the service's engine, without HTTP and in the calling thread."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EngineSampler:
             on_image: called whenever an image is finished.
 
         Raises:
-            RuntimeError: an image that stopped being finite.
+            RuntimeError: an image has values that are not finite.
         """
         key = PlanKey(sampler="ancestral", spec=str(steps))
         images = tuple(

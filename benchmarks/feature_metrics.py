@@ -1,7 +1,7 @@
 """Distances between sets of images, from features of them: Fréchet distance, precision and recall.
 
-The formulas are those of guided-diffusion's evaluator; which network the features come from is the caller's business,
-and figures from different networks cannot be compared.
+The formulas are those of guided-diffusion's evaluator; the caller selects the network of the features,
+and results from different networks are not comparable.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BLOCK = 1000
 
 
 class Coverage(NamedTuple):
-    """How two sets lie to each other (Kynkäänniemi et al. 2019, arXiv:1904.06991), each 0..1."""
+    """Precision and recall of two sets (Kynkäänniemi et al. 2019, arXiv:1904.06991), each 0..1."""
 
     precision: float
-    """Part of the samples that lie on the reference's manifold."""
+    """Fraction of the samples on the reference's manifold."""
     recall: float
-    """Part of the reference that lies on the samples' manifold."""
+    """Fraction of the reference on the samples' manifold."""
 
 
 def frechet_distance(reference: FloatArray, samples: FloatArray) -> float:

@@ -1,17 +1,18 @@
-"""What does HTTP cost? The service around a network that does nothing, a bare FastAPI app, and LitServe.
+"""Measure the cost of HTTP: the service around a network that does nothing, a bare FastAPI app, and LitServe.
 
     python -m benchmarks.http --litserve-python path/to/its/venv/bin/python
 
-Each server is a process of its own on a loopback port, started anew for every repeat, in turns. A request is for one
-image of 32 x 32 pixels and 2 steps; FastAPI and LitServe have no engine and answer with a picture made beforehand, so
-they show what is left when all of the service's work is taken away. Measured from this process, over connections that
+Each server is a separate process on a loopback port, restarted for every repeat, in turns. A request is for one
+image of 32 x 32 pixels and 2 steps; FastAPI and LitServe have no engine and answer with a prepared picture, so
+they show the cost without the service's own work. Measured from this process, over connections that
 stay open:
 
-- alone: the latency of one request after the other; of the service also without its engine steps, which is what HTTP,
-  admission, the engine's queue, encoding and the way back add to them (goal: 5 ms);
-- loaded: requests per second, and their latency, with as many requests always in flight as `--clients` says;
+- alone: the latency of sequential requests; for the service also without its engine steps, which is the overhead of
+  HTTP,
+  admission, the engine's queue, encoding and the response (goal: 5 ms);
+- loaded: requests per second, and their latency, with `--clients` requests always in flight;
 - loop lag under that load: how late a sleep of 5 ms returns in the server's event loop (goal: 99 % below 20 ms). The
-  service is also asked for pictures of 64 x 64 pixels, whose encoding takes longer.
+  service is also measured with pictures of 64 x 64 pixels, whose encoding takes longer.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WARM_UP = 50
 
 @dataclass(frozen=True)
 class Contender:
-    """A server, by how it is started: command, port, arguments."""
+    """How a server is started: command, port, arguments."""
 
     name: str
     command: tuple[str, ...]
@@ -53,7 +54,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of one repeat."""
+    """Results of one repeat."""
 
     alone_ms: tuple[float, ...]
     engine_ms: float
@@ -64,7 +65,7 @@ class Measured:
 
 
 class Connection:
-    """HTTP/1.1 over one connection that stays open, as little of it as these servers need."""
+    """A minimal HTTP/1.1 client over one persistent connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
         self._reader = reader
@@ -102,7 +103,7 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
     """Start a server and wait until it is ready; yields its port."""
     port = free_ports()
     with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603  # a program of ours, or the Python that was named
+        process = subprocess.Popen(  # noqa: S603  # a program of this repository, or the named Python
             [*contender.command, str(port), *contender.arguments],
             stdout=output,
             stderr=output,
@@ -125,7 +126,7 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
 
 
 async def measure(contender: Contender, log: Path, alone: int, clients: int, seconds: float) -> Measured:
-    """Start a server, ask it one request after the other, then many at a time."""
+    """Start a server, send sequential requests, then concurrent ones."""
     async with started(contender, log) as port:
         connection = await connect(port)
         for _ in range(WARM_UP):
@@ -166,7 +167,7 @@ async def _engine_seconds(connection: Connection) -> float:
 
 
 def table(results: Mapping[str, Sequence[Measured]]) -> str:
-    """Write a row per server: the repeats' middle, and their least and most."""
+    """Write a row per server: median, minimum and maximum of the repeats."""
 
     def spread(values: Sequence[float], digits: int = 2) -> str:
         return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
@@ -221,10 +222,10 @@ def main() -> None:
     """Print the table, and write it as a section of RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--alone", type=int, default=200, help="requests one after the other (200)")
+    parser.add_argument("--alone", type=int, default=200, help="sequential requests (200)")
     parser.add_argument("--clients", type=int, default=16, help="requests in flight under load (16)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long the load lasts (2)")
-    parser.add_argument("--litserve-python", type=Path, help="Python that has LitServe; left out without it")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of load (2)")
+    parser.add_argument("--litserve-python", type=Path, help="Python with LitServe installed; omitted if not given")
     parser.add_argument("--out", type=Path, default=WORK)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)

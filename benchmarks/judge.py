@@ -1,4 +1,4 @@
-"""The judge: a small classifier of real images that says what generated ones show, and gives features of them."""
+"""The judge: a small classifier trained on real images, which classifies generated ones and returns their features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JUDGE_LR = 4e-3
 
 
 class JudgeError(ValueError):
-    """A judge, or data for one, that cannot be used; the message says which and why."""
+    """The judge or its data cannot be used; the message gives the reason."""
 
 
 class Judge(nn.Module):
@@ -49,7 +49,7 @@ class Judge(nn.Module):
 
 
 def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None:
-    """Train a judge in place on real images; leaves it in eval mode."""
+    """Train a judge in place on real images, and set it to eval mode."""
     torch.manual_seed(seed)
     labels = torch.from_numpy(data.labels)
     batches = epochs * len(labels) // JUDGE_TRAIN_BATCH
@@ -68,16 +68,16 @@ def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None
 
 
 def load_or_train_judge(path: Path, judge: Judge, data: Path, config: CheckpointConfig, epochs: int) -> None:
-    """Fill a judge with the weights in a file, or train it and write the file.
+    """Load a judge's weights from a file, or train it and write the file.
 
     Raises:
-        JudgeError: a file of another judge, or training data whose classes are not the model's.
+        JudgeError: the file belongs to another judge, or the classes of the training data differ from the model's.
     """
     if path.exists():
         try:
             judge.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise JudgeError(f"{path} holds no judge for this model, delete it to train one: {error}") from error
+            raise JudgeError(f"{path} contains no judge for this model; delete it to train one: {error}") from error
         judge.eval()
         return
     train_judge(judge, open_split(data, config), epochs)
@@ -93,7 +93,7 @@ def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
 
 
 def features_of(judge: Judge, pixels: Uint8Array) -> npt.NDArray[np.float32]:
-    """Return what the judge's last layer sees, float32 [N, 128], of uint8 [N, H, W, C]."""
+    """Return the input of the judge's last layer, float32 [N, 128], of uint8 [N, H, W, C]."""
     return _in_batches(nn.Sequential(judge.features, judge.head[:-1]), pixels)
 
 
@@ -110,13 +110,13 @@ def open_split(path: Path, config: CheckpointConfig) -> Dataset:
     """Open real images as the trainer does, padded to the model's size.
 
     Raises:
-        JudgeError: the classes are not the model's.
-        DataError: nothing that can be read there.
+        JudgeError: the classes differ from the model's.
+        DataError: the data cannot be read.
     """
     data = open_dataset(path, config.model.image_size, config.model.image_channels)
     if len(data.class_names) != config.model.num_classes or config.class_names not in (None, data.class_names):
         raise JudgeError(
-            f"{path} must hold the classes the model knows, in their order: "
+            f"{path} must contain the model's classes, in the same order: "
             f"{config.class_names or config.model.num_classes}; got {data.class_names}"
         )
     return data

@@ -1,8 +1,8 @@
-"""The networks that are timed, as the files that the service reads: a checkpoint, its artifact, its diffusers folder.
+"""The measured networks, as files that the service reads: a checkpoint, its artifact, its diffusers folder.
 
-One is the bundled model. The others have random weights, which are as fast as trained ones: they are written into a
-work folder once and used again. A random network is chaotic, so parity gates say nothing of it: its artifact carries
-what was measured as its own limits, and is good for a stopwatch only.
+One is the bundled model. The others have random weights, which are as fast as trained ones: they are written to a
+work folder once and reused. A random network is chaotic, so parity limits do not apply to it: its artifact records
+the measured errors as its limits, and may only be used for timing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def published(preset: str) -> CheckpointConfig:
     """Describe one of OpenAI's networks.
 
     Raises:
-        ValueError: a preset that is no UNet.
+        ValueError: the preset is not a UNet.
     """
     config = PUBLISHED[preset].config
     if not isinstance(config, CheckpointConfig):
@@ -82,26 +82,26 @@ RANDOM_NETWORKS: dict[str, Callable[[], CheckpointConfig]] = {
     "cifar10": lambda: published("cifar10-uncond-50m"),
     "imagenet64": lambda: published("imagenet64-uncond-100m"),
 }
-"""By the name they have on the command line; beside them there is `fashion32`, the bundled model."""
+"""Networks by their name on the command line; in addition there is `fashion32`, the bundled model."""
 
 NETWORKS = ("fashion32", *RANDOM_NETWORKS)
 
 
 @dataclass(frozen=True)
 class BenchNetwork:
-    """A network on disk. What a contender needs beyond the checkpoint is made when it first asks."""
+    """A network on disk. Other formats than the checkpoint are created at first use."""
 
     name: str
     checkpoint: Path
     work: Path
-    """Folder for what is made from the checkpoint."""
+    """Folder for the files created from the checkpoint."""
     trained: bool
 
     @cached_property
     def config(self) -> CheckpointConfig:
-        """What the checkpoint says of itself."""
+        """Configuration of the checkpoint."""
         config = read_config(self.checkpoint)
-        assert isinstance(config, CheckpointConfig)  # whoever made this gave a UNet
+        assert isinstance(config, CheckpointConfig)  # every checkpoint here is a UNet's
         return config
 
     @cached_property
@@ -111,7 +111,7 @@ class BenchNetwork:
 
     @cached_property
     def parameters(self) -> int:
-        """Weights of the network."""
+        """Number of weights of the network."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in UNet(self.config.model).parameters())
 
@@ -124,10 +124,10 @@ class BenchNetwork:
         )
 
     def artifact(self) -> Path:
-        """Return the artifact folder, made by this version of the exporter: exported unless it is there already.
+        """Return the artifact folder of this version of the exporter, exported if it does not exist.
 
         Raises:
-            ParityError: a trained network whose graph is too far from PyTorch.
+            ParityError: the graph of a trained network is too far from PyTorch.
         """
         if (shipped := find_artifact(self.checkpoint)) is not None:
             return shipped
@@ -142,10 +142,10 @@ class BenchNetwork:
         return folder
 
     def diffusers_folder(self) -> Path:
-        """Return the network as a diffusers folder: exported unless it is there already.
+        """Return the network as a diffusers folder, exported if it does not exist.
 
         Raises:
-            DoesNotMap: a network that diffusers has no words for.
+            DoesNotMap: diffusers cannot represent the network.
         """
         folder = self.work / f"diffusers-{checkpoint_sha256(self.checkpoint)[:12]}"
         if not folder.exists():
@@ -154,10 +154,10 @@ class BenchNetwork:
 
 
 def open_network(name: str, work: Path) -> BenchNetwork:
-    """Return a network by its name in `NETWORKS`; one with random weights is written unless it is there already.
+    """Return a network by its name in `NETWORKS`; write one with random weights if it does not exist.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
     """
     if name == "fashion32":
         return BenchNetwork(name, BUNDLED, work / name, trained=True)
@@ -167,7 +167,7 @@ def open_network(name: str, work: Path) -> BenchNetwork:
 
 
 def random_network(name: str, config: CheckpointConfig, work: Path) -> BenchNetwork:
-    """Return a network of a configuration with random weights, written into the work folder unless it is there."""
+    """Return a network with random weights, written to the work folder if it does not exist there."""
     marked = config.replace(provenance={**config.provenance, "weights": RANDOM_WEIGHTS})
     folder = work / name / "checkpoint"
     if not _holds(folder, marked):
@@ -190,7 +190,7 @@ def random_weights(model: ModelConfig, seed: int = 0) -> UNet:
 
 
 def count_flops(model: ModelConfig) -> int:
-    """Count the floating-point operations of one row of the plain network, its time MLP left out."""
+    """Count the floating-point operations of one row of the original network, without its time MLP."""
     with torch.device("meta"):
         network = UNet(model).eval().requires_grad_(False)
         x_t = torch.empty(1, model.image_channels, model.image_size, model.image_size)
@@ -202,10 +202,10 @@ def count_flops(model: ModelConfig) -> int:
 
 
 def export_for_timing(checkpoint: Path, folder: Path) -> None:
-    """Write a random network's artifact: the exporter's graph, and as limits of parity what was measured here.
+    """Write a random network's artifact: the exporter's graph, with the measured errors as parity limits.
 
-    One row of noise at one timestep of each band is compared, so that a wrong graph shows in the manifest; there are
-    no chains, which would take longer than what is to be timed.
+    One row of noise at one timestep of each band is compared, so that a wrong graph is visible in the manifest. Chains
+    are omitted, because they would take longer than the benchmark.
     """
     config, network = load_unet(checkpoint)
     time_mlp = TimeMLP({name: network.state_dict()[name].numpy() for name in WEIGHTS})
@@ -233,17 +233,17 @@ def export_for_timing(checkpoint: Path, folder: Path) -> None:
 
 
 def exporter_hash() -> str:
-    """Name a version of the exporter, so that a changed one is timed and not its predecessor's graph."""
+    """Return an id of the exporter's version, so that graphs of an older exporter are not reused."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (inference_graph, inference_layers, onnx_export)]
     return hashlib.sha256(b"\n".join(sources)).hexdigest()[:12]
 
 
 def _calls(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> list[Call]:
-    model, told = config.model, respace(config.diffusion).t_model
+    model, t_model = config.model, respace(config.diffusion).t_model
     zero = np.zeros(1, dtype=np.int64)
     calls = []
     for band in range(BANDS):
-        t = told[(2 * band + 1) * len(told) // (2 * BANDS)]
+        t = t_model[(2 * band + 1) * len(t_model) // (2 * BANDS)]
         shape = (model.image_channels, model.image_size, model.image_size)
         inputs = {"x_t": normal(zero, zero, zero + band, STREAM_X_T, shape), "emb_t": time_mlp(t[None])}
         if model.num_classes is not None:
@@ -259,7 +259,7 @@ def _accepted(measured: NetworkParity) -> NetworkParity:
 
 
 def _holds(folder: Path, config: CheckpointConfig) -> bool:
-    """Say whether a folder is the checkpoint of a configuration, as JSON has it."""
+    """Return whether a folder is the checkpoint of a configuration, compared as JSON."""
     if not (folder / CONFIG_FILE).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""A network that computes nothing, for benchmarks of what is around it."""
+"""A network that computes nothing, for benchmarks of the surrounding code."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class NullDenoiser(DenoiserDefaults[Any]):
         self.classifier: GuidingClassifier[Any] | None = None
 
     def embed_timesteps(self, t_model: Any) -> Any:
-        """Nobody reads it."""
+        """Not used."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Nothing raises here."""
+        """Classify an exception; this network raises none."""
         return synchronous_failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:

@@ -1,7 +1,7 @@
-"""An open-loop load generator: requests go out when they are due, whatever has become of earlier ones.
+"""An open-loop load generator: requests are sent when they are due, independently of earlier ones.
 
-Latency counts from when a request was due, not from when it was sent: a generator that falls behind (it says by how
-much) cannot hide what it held up.
+Latency is measured from the time at which a request was due, not sent, so delays of the generator (which it
+reports) are included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.traffic import Arrival
 
 PATIENCE_S = 600.0
 PLAIN = {"Accept-Encoding": "identity"}
-"""Nobody compresses an answer; Triton cannot together with binary pixels."""
+"""Answers are not compressed; Triton cannot compress answers with binary pixels."""
 OK = 200
 NEVER_ANSWERED = 0
 
@@ -32,7 +32,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of an arrival; times in seconds from the begin of the load."""
+    """Result of an arrival; times in seconds since the start of the load."""
 
     at: float
     """When it was due."""
@@ -41,11 +41,11 @@ class Answer:
     sent: float
     ended: float
     status: int
-    """Of HTTP; `NEVER_ANSWERED` where the connection failed."""
+    """HTTP status; `NEVER_ANSWERED` if the connection failed."""
 
     @property
     def latency(self) -> float:
-        """From when it was due to the whole answer."""
+        """Seconds from its due time to the complete answer."""
         return self.ended - self.at
 
     @property
@@ -63,10 +63,10 @@ async def offer(
     """Send requests when they are due, and wait for all answers.
 
     Args:
-        client: of the server.
-        arrivals: when to ask for what.
-        ask: number and arrival to HTTP request.
-        at_times: what else to do, and when.
+        client: HTTP client of the server.
+        arrivals: requests and their due times.
+        ask: builds the HTTP request from number and arrival.
+        at_times: other actions, by time.
     """
     begun = time.perf_counter()
 
@@ -93,7 +93,7 @@ async def offer(
 
 
 def open_client(url: str) -> httpx.AsyncClient:
-    """Return a client that keeps as many connections as there are requests in flight, and its patience."""
+    """Return a client without a limit of connections, with its timeout."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     return httpx.AsyncClient(
         base_url=url, limits=limits, timeout=httpx.Timeout(PATIENCE_S), headers=PLAIN, trust_env=False

@@ -1,4 +1,4 @@
-"""What the timing benchmarks share as commands: where they run, where their files go, how they speak and end."""
+"""Common command-line options of the timing benchmarks: device, folders, output and errors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
 
 
 def place_of(args: argparse.Namespace) -> Place:
-    """Choose device and threads for the whole process, PyTorch's included.
+    """Set device and threads of the process, including PyTorch's.
 
-    On a GPU everybody gets the settings of the service's torch backend, which are process-wide.
+    On a GPU all contenders get the settings of the service's torch backend, which are process-wide.
 
     Raises:
-        ModelError: a device that is not there.
+        ModelError: the device does not exist.
     """
     device = choose_device(args.device)
     threads = cpu_threads(args.threads)
@@ -41,7 +41,7 @@ def place_of(args: argparse.Namespace) -> Place:
 
 
 def exit_status(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Run a command; errors that its user can make end in one line."""
+    """Run a command; report user errors in one line."""
     try:
         run(args)
     except ValueError as error:
@@ -51,5 +51,5 @@ def exit_status(run: Callable[[argparse.Namespace], object], args: argparse.Name
 
 
 def say(text: str) -> None:
-    """Say what is going on, where it does not mix with the results."""
+    """Print progress on standard error, separate from the results."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Curves as a PNG file, by matplotlib: extra `bench`, imported when something is drawn."""
+"""Draw curves as a PNG file with matplotlib (extra `bench`), imported on use."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def draw_curves(
         plots: curves by title.
         x_label: of all plots.
         y_label: of all plots; that axis begins at 0.
-        path: where to.
-        powers_of_two: whether x counts something that doubles.
+        path: output file.
+        powers_of_two: whether the x axis is logarithmic to base 2.
 
     Returns:
-        Whether anything was drawn: not without matplotlib or on a full disk, which is said on stderr.
+        Whether the file was written; if matplotlib is missing or the disk is full, a message is printed on stderr.
     """
     try:
         import matplotlib as mpl

@@ -1,11 +1,11 @@
-"""What does a shorter precision do to images? Pixels and a judge's opinion, against float32.
+"""Measure the effect of lower precision on images: pixels and a judge's classes, against float32.
 
     python -m benchmarks.precision --judge build/judge.safetensors
     python -m benchmarks.precision --judge build/judge.safetensors --device cuda    # torch in fp32, bf16 and fp16
 
 The first contender is the reference. All sample the same images (image k: seed k, class k mod C) with the bundled
-model through the service's engine; an ancestral chain in another precision ends in another, perhaps equally good
-picture, so pixels say how far it went and the judge (see benchmarks/conditioning.py, which trains it) whether it is as
+model through the service's engine; an ancestral chain in another precision gives another, perhaps equally good
+image. Pixels show the difference, and the judge (trained by benchmarks/conditioning.py) shows whether the image is as
 good. The section for RESULTS.md goes to --out as precision.md, the numbers to precision.json.
 """
 
@@ -35,17 +35,17 @@ from service.backends.base import BackendOptions
 from trainer.data import IntArray, Uint8Array
 
 LEVELS = (1, 2, 4, 16)
-"""Of 255."""
+"""Differences in levels of 255."""
 CPU_CONTENDERS = ("openvino:fp32", "openvino:bf16", "onnxruntime:fp32")
 CUDA_CONTENDERS = ("torch:fp32", "torch:bf16", "torch:fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far pixels are from the reference's."""
+    """Differences of pixels from the reference's."""
 
     beyond: tuple[float, ...]
-    """Part of the values that differ by more than each of `LEVELS`."""
+    """Fraction of the values that differ by more than each of `LEVELS`."""
     psnr_db: float | None
     """Peak signal-to-noise ratio over all values; None: no difference."""
     identical: int
@@ -65,7 +65,7 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one contender's images are like at a number of steps."""
+    """Results of one contender's images at a number of steps."""
 
     steps: int
     contender: str
@@ -73,12 +73,12 @@ class Outcome:
     seconds: float
     distance: Distance
     agreed: int
-    """Images that the judge says show the class that was asked for."""
+    """Images in which the judge recognises the requested class."""
     same_verdict: int
-    """Images that the judge takes for what it takes the reference's for."""
+    """Images to which the judge assigns the same class as to the reference's."""
     images: int
     agreement: str
-    """With its 95 % interval, for people."""
+    """Agreement with its 95 % interval, as text."""
 
 
 def compare(
@@ -92,7 +92,7 @@ def compare(
     judge: Judge,
     num_classes: int,
 ) -> Outcome:
-    """Look at one contender's images, beside the reference's."""
+    """Compare one contender's images with the reference's."""
     judged, judged_reference = predict(judge, pixels), predict(judge, reference)
     agreement = Agreement.from_predictions(labels, judged, num_classes)
     return Outcome(
@@ -112,7 +112,7 @@ def open_judge(path: Path, network: BenchNetwork) -> Judge:
     """Read the judge that benchmarks/conditioning.py has trained.
 
     Raises:
-        ValueError: no such file, or one of another judge.
+        ValueError: the file does not exist or belongs to another judge.
     """
     model = network.config.model
     assert model.num_classes is not None  # the bundled model has classes
@@ -122,7 +122,7 @@ def open_judge(path: Path, network: BenchNetwork) -> Judge:
     try:
         judge.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no judge for this model: {error}") from error
+        raise ValueError(f"{path} contains no judge for this model: {error}") from error
     return judge.eval()
 
 
@@ -154,7 +154,7 @@ def report(facts: dict[str, str], reference: str, outcomes: Sequence[Outcome], c
             "## What precision does to images",
             "",
             f"The same images by each contender, compared with {reference}: the part of the 8-bit values that differ "
-            "by more than so many levels of 255, and what the judge of the class-conditioning section says.",
+            "by more than a number of levels of 255, and the agreement of the class-conditioning section's judge.",
             "",
             *(f"- {name}: {value}" for name, value in facts.items()),
             "",
@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write.
 
     Raises:
-        ValueError: anything the user can put right; the message says what.
+        ValueError: invalid options; the message gives the remedy.
     """
     place = place_of(args)
     network = open_network("fashion32", args.work)

@@ -1,4 +1,4 @@
-"""Servers of a benchmark as processes: a port for each, and an end for all that they have started."""
+"""Manage the server processes of a benchmark: find free ports, and end process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 
 
 def free_ports(count: int = 1) -> int:
-    """Return the first of so many free ports in a row, on loopback."""
+    """Return the first of `count` consecutive free ports on loopback."""
     while True:
         with socket.socket() as first:
             first.bind(("127.0.0.1", 0))
@@ -24,7 +24,7 @@ def free_ports(count: int = 1) -> int:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started with `start_new_session`, and all that it has started, which some leave behind."""
+    """End a process that was started with `start_new_session`, and all its child processes."""
     try:
         for numbers in ((signal.SIGCONT, signal.SIGTERM), (signal.SIGKILL,)):
             for number in numbers:

@@ -1,4 +1,4 @@
-"""What every section of RESULTS.md has: when, on what and with which commit it was measured, and tables."""
+"""Common parts of the sections of RESULTS.md: date, machine, commit, and tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNTIMES = ("torch", "openvino", "onnxruntime", "diffusers")
 
 
 def describe_run(device: torch.device, threads: int) -> dict[str, str]:
-    """Say when, where and with what was measured, by fact."""
+    """Return date, commit, machine and versions, by name."""
     versions = ", ".join(f"{name} {_version(name)}" for name in RUNTIMES)
     load = f"; load average {os.getloadavg()[0]:.2f} at the start" if hasattr(os, "getloadavg") else ""
     facts = {
@@ -52,7 +52,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Contenders timed in turns: whatever else the machine does meets all of them alike."""
+"""Time contenders in turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 SETTLE_BELOW_S = 0.2
-"""A contender that takes less than this is called once untimed at each turn: its predecessor's spinning threads and
-its cold caches would be a noticeable part of the call."""
+"""A faster contender is called once untimed at each turn: spinning threads of the previous contender and
+cold caches would be a noticeable part of the call."""
 MIN_ROUNDS = 3
 
 
@@ -47,7 +47,7 @@ class Pace:
     rounds: int
     """Rounds, if there is time."""
     max_seconds: float
-    """No round begins after this many seconds, once there are `MIN_ROUNDS` (or all `rounds`, if these are fewer)."""
+    """No round starts after these seconds, once there are `MIN_ROUNDS` (or all `rounds`, if these are fewer)."""
     warm_up_calls: int = 2
     pause: float = 0.01
     """Seconds before each turn, in which the previous contender's threads go to sleep."""
@@ -62,7 +62,7 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Warm every contender up, then time rounds of one call of each.
 
-    A round begins with another contender than the one before, so that nobody always follows the same one.
+    Each round starts with another contender, so that none always follows the same one.
 
     Args:
         contenders: by name; a call returns when its work is done.

@@ -1,11 +1,11 @@
-"""Do two commits give the same pixels? Fifty mixed requests, all samplers and guidances, as hashes to compare.
+"""Check that two commits give the same pixels: hashes of fifty mixed requests with all samplers and guidances.
 
     python -m benchmarks.same_pixels --model models/fashion32 --backend openvino --out before.json
     (another commit)
     python -m benchmarks.same_pixels --model models/fashion32 --backend openvino --compare before.json
 
-Requests are sent at once to the service in this process, so that they share steps. A `--model` with a classifier inside
-is asked for classifier guidance too. Exits with 1 where a request's bytes differ.
+All requests are sent at once to the service in this process, so that they share steps. For a `--model` with a
+classifier, some requests use classifier guidance. Exits with 1 if the bytes of a request differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_STEPS = 24
 
 
 def mixed_requests(folder: Path, count: int = REQUESTS) -> list[dict[str, Any]]:
-    """Return bodies for /v1/generate, always the same ones for the same model."""
+    """Return bodies for /v1/generate, the same ones at each call for a model."""
     config = read_config(folder)
     assert isinstance(config, CheckpointConfig)  # what a service takes
     rng = random.Random(0)  # noqa: S311  # repeatable, not secret

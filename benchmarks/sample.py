@@ -1,13 +1,13 @@
-"""How long do whole images take? The service's engine with every backend, against PyTorch and diffusers, in turns.
+"""Measure complete images: the service's engine with every backend, against PyTorch and diffusers, in turns.
 
     python -m benchmarks.sample                     # 50, 100 and 250 steps, 1 and 8 images: hours
     python -m benchmarks.sample --quick             # the bundled model, 10 steps: a minute
     python -m benchmarks.sample --device cuda --images 1 64 --width 64
 
-The engine samples as the service does (start-up self-test, scheduler, noise, update), with the sizes that it compiles
-by default. `eager` is this repository's reference loop over the plain UNet, `diffusers` the loop of docs/diffusers.md
-with UNet2DModel and DDPMScheduler. Nobody is guided. Written after every setting, into the folder --out: sample.md
-(the section for RESULTS.md) and sample.json (all times).
+The engine samples as the service does (start-up self-test, scheduler, noise, update), with its default compiled
+sizes. `eager` is this repository's reference loop over the plain UNet, `diffusers` the loop of docs/diffusers.md
+with UNet2DModel and DDPMScheduler. No guidance is used. Results are written after every setting, to the folder --out:
+sample.md (the section for RESULTS.md) and sample.json (all times).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Sampler = Callable[[int, int], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What one contender took for a number of images of a number of steps."""
+    """Times of one contender for a number of images and steps."""
 
     network: str
     steps: int
@@ -60,13 +60,13 @@ class Sampled:
 
     @property
     def images_per_second(self) -> float:
-        """Of the median."""
+        """Of the median call."""
         return self.images / self.timing.median
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A contender that took no part with a network."""
+    """A contender that was not measured with a network."""
 
     network: str
     contender: str
@@ -74,7 +74,7 @@ class Missing:
 
 
 def labels_of(network: BenchNetwork, images: int) -> list[int | None]:
-    """Return image k's class: k mod C, or None where there are no classes."""
+    """Return image k's class: k mod C, or None without classes."""
     classes = network.config.model.num_classes
     return [None if classes is None else k % classes for k in range(images)]
 
@@ -83,7 +83,7 @@ def open_sampler(entry: Entry, network: BenchNetwork, place: Place, width: int) 
     """Load a contender.
 
     Raises:
-        Absent: it does not take part here.
+        Absent: it is not available here.
     """
     try:
         if entry.kind == "diffusers":
@@ -103,7 +103,7 @@ def _eager_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sampler
     def sample(steps: int, images: int) -> Any:
         plan = build_plan(network.config.diffusion, "ancestral", str(steps))
         specs = [ImageSpec(seed=k, class_index=label) for k, label in enumerate(labels_of(network, images))]
-        # Not `sample_images`, which samples a lone image in company, for its bits: a peer would not.
+        # Not `sample_images`, which pads a single image for bit-identical results; a peer would not.
         seeds = torch.arange(images, device=place.device)
         shape = (model.image_channels, model.image_size, model.image_size)
 
@@ -144,7 +144,7 @@ def _diffusers_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sam
 
 
 def network_table(sampled: Sequence[Sampled]) -> str:
-    """Write what one network took: a line per contender, steps and images."""
+    """Write the times of one network: a line per contender, steps and images."""
     return markdown_table(
         ["contender", "steps", "images", "best s", "median s", "quartiles s", "calls", "images/s", "ms per image-step"],
         [
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write.
 
     Raises:
-        ValueError: anything the user can put right; the message says what.
+        ValueError: invalid options; the message gives the remedy.
     """
     place = place_of(args)
     default = CUDA_CONTENDERS if place.device.type == "cuda" else CPU_CONTENDERS
@@ -273,7 +273,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--contenders", nargs="+", metavar="KIND:PRECISION", help="(all that the device has)")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each contender per setting (5)")
     parser.add_argument(
-        "--max-seconds", type=float, default=300, help="begin no round after this long, once there are three (300)"
+        "--max-seconds",
+        type=float,
+        default=300,
+        help="start no round after these seconds, except the first three (300)",
     )
     add_place_options(parser)
     return parser.parse_args(arguments)

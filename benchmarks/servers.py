@@ -1,4 +1,4 @@
-"""The servers that benchmarks/serving.py measures: how each is started, asked and understood."""
+"""The servers that benchmarks/serving.py measures: how to start them, build requests and read answers."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Kind:
 
     module: str
     ready: str
-    """Path that answers 200 as soon as requests are welcome; {steps} stands for the longest chain."""
+    """Path that answers 200 when the server accepts requests; {steps} is replaced by the longest chain."""
     ask: Callable[[int, Arrival], Ask]
     pixels: Callable[[httpx.Response], bytes]
     """The pixels of an answer, uint8 in the order of the images."""
     settings: Mapping[str, str]
-    """What it is told beyond what all are told; those that the command line may change."""
+    """Additional settings of this kind, which the command line may change."""
     venv: str | None = None
-    """Its virtual environment, of those on the command line; None: the one that runs the benchmark."""
+    """Its virtual environment, one of those on the command line; None: that of the benchmark."""
     diffusers: bool = False
-    """Whether it runs diffusers' form of the network, in PyTorch, so that its pixels are others."""
+    """Whether it runs diffusers' implementation in PyTorch, whose pixels differ."""
 
 
 def _ask_iddpm(number: int, arrival: Arrival) -> Ask:
@@ -138,10 +138,10 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read it.
+        """Parse it.
 
         Raises:
-            ValueError: no such kind, or a setting that it does not have.
+            ValueError: unknown kind or setting.
         """
         name, *given = text.split(",")
         if name not in KINDS:
@@ -157,14 +157,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What all servers share."""
+    """Settings common to all servers."""
 
     network: BenchNetwork
     work: Path
     width: int
     threads: int
     device_ms: tuple[float, float] | None
-    """Of a simulated device, fixed and by row; None: the network itself is run."""
+    """Fixed time and time per row of a simulated device; None: the network is run."""
     steps: tuple[int, ...]
     venvs: Mapping[str, Path]
     """Virtual environments by name."""
@@ -172,7 +172,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     entry: Entry
     url: str
@@ -181,10 +181,10 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def wait_ready(self, steps: Sequence[int]) -> None:
-        """Wait until it takes requests of these numbers of steps.
+        """Wait until it accepts requests of these numbers of steps.
 
         Raises:
-            Absent: it does not start here; the message has the end of its log.
+            Absent: it did not start; the message contains the end of its log.
         """
         deadline = time.monotonic() + START_SECONDS
         path = self.entry.kind.ready.format(steps=max(steps))
@@ -199,29 +199,29 @@ class Server:
         raise Absent(f"{self.entry.text} did not become ready:\n{self.log.read_text(errors='replace')[-2000:]}")
 
     def suspend(self) -> None:
-        """Stop its processes: some poll while they have nothing to do, and would disturb others."""
+        """Suspend its processes: some poll while idle, and would disturb other servers."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let its processes go on."""
+        """Resume its processes."""
         os.killpg(self.process.pid, signal.SIGCONT)
 
     async def read(self, client: httpx.AsyncClient) -> Reading:
-        """Read what its network has done."""
+        """Read the counters of its network."""
         reading = read_meter(self.meter)
         if not _is_ours(self.entry):
             return reading
-        # Its batches hold rows that only pad, which the network cannot tell from others
+        # Its batches contain padding, which the network cannot distinguish from other rows
         metrics = (await client.get("/metrics")).text
         found = re.search(r"^iddpm_row_steps_total (\S+)$", metrics, re.MULTILINE)
         assert found
         return Reading(reading.calls, reading.seconds, float(found[1]))
 
     def picture(self, client: httpx.Client, arrival: Arrival) -> Uint8Array:
-        """Ask for images, the very same of every server: bytes of pixels.
+        """Request images, the same ones from every server; return the bytes of their pixels.
 
         Raises:
-            httpx.HTTPStatusError: an error instead of images.
+            httpx.HTTPStatusError: the server answered with an error.
         """
         asked = self.entry.kind.ask(0, arrival)
         response = client.post(asked.path, json=asked.body).raise_for_status()
@@ -230,22 +230,22 @@ class Server:
 
 @contextmanager
 def started(entry: Entry, site: Site, number: int) -> Iterator[Server]:
-    """Start a server, and end it with all its processes; `Server.wait_ready` says when it may be asked.
+    """Start a server, and end it with all its processes; `Server.wait_ready` waits until it accepts requests.
 
     Args:
-        entry: which.
-        site: where.
-        number: tells it from others that run beside it.
+        entry: server and settings.
+        site: common settings.
+        number: distinguishes servers that run at the same time.
 
     Raises:
-        Absent: its virtual environment is not there.
+        Absent: its virtual environment does not exist.
     """
     site.work.mkdir(parents=True, exist_ok=True)
     meter, log = site.work / f"{number}.meter", site.work / f"{number}.log"
     new_meter(meter)
-    port = free_ports(3)  # Triton takes the two after it for other protocols
+    port = free_ports(3)  # Triton uses the next two ports for other protocols
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603  # our own programs
+        process = subprocess.Popen(  # noqa: S603  # programs of this repository
             command(entry, site, port, meter),
             cwd=ROOT,
             stdout=output,
@@ -263,13 +263,13 @@ def command(entry: Entry, site: Site, port: int, meter: Path) -> list[str]:
     """Return the command that starts a server.
 
     Raises:
-        Absent: its virtual environment is not there.
+        Absent: its virtual environment does not exist.
     """
     venv = entry.kind.venv
     python = Path(sys.executable) if venv is None else site.venvs[venv] / "bin" / "python"
     if not python.exists():
-        raise Absent(f"{python} is not there: benchmarks/peers/requirements-{venv}.txt says how to make it")
-    told: dict[str, Any] = {
+        raise Absent(f"{python} does not exist; benchmarks/peers/requirements-{venv}.txt describes how to create it")
+    options: dict[str, Any] = {
         "model": site.network.checkpoint.resolve(),
         "port": port,
         "meter": meter.resolve(),
@@ -277,12 +277,12 @@ def command(entry: Entry, site: Site, port: int, meter: Path) -> list[str]:
         "threads": site.threads,
     }
     if site.device_ms is not None:
-        told["device-ms"] = ",".join(map(str, site.device_ms))
+        options["device-ms"] = ",".join(map(str, site.device_ms))
     if venv is not None:
-        told |= entry.settings
+        options |= entry.settings
     if entry.kind.diffusers:
-        told["diffusers"] = site.network.diffusers_folder().resolve()
-    flags = [part for name, value in told.items() for part in (f"--{name}", str(value))]
+        options["diffusers"] = site.network.diffusers_folder().resolve()
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     steps = [] if venv is None else ["--steps", *map(str, site.steps)]
     return [str(python), "-m", entry.kind.module, *flags, *steps]
 

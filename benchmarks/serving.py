@@ -1,18 +1,18 @@
-"""How do requests fare under load? The service over HTTP against servers that batch requests or do not batch at all.
+"""Measure requests under load: the service over HTTP against servers that batch requests or do not batch.
 
     python -m benchmarks.serving --loads 0.8 1.3 --seeds 1 2 3 --venvs build/venvs    # measure, then report
     python -m benchmarks.serving --report                                             # report what was measured
     python -m benchmarks.serving --quick                                              # half a minute, no other venvs
 
-Open loop: requests come as a Poisson process (`benchmarks.traffic`), the same for every server. Load is offered
+Open loop: requests arrive as a Poisson process (`benchmarks.traffic`), the same for every server. Load is offered
 row-steps per second over W / c(W): W rows per network call at most, c(n) the median time of a call with n rows, timed
-anew before each round. A machine may change its speed within minutes, so the report also has goodput and load by what
-full calls took in the run's own window; on a device that is simulated (--device sleep) both are the same, and say what
-the server does with a device, whatever the machine. All servers run the artifact through the service's OpenVINO backend
-with the same precision, static batch sizes and threads (but diffusers, which is PyTorch), one network call at a time;
-before anything is timed their pixels are compared. They take turns: a round is a load and a seed, and another server
-begins each; who waits is suspended. Every run is appended to serving.jsonl in the folder --out, so that a long
-comparison can be made in pieces; the report is of all that is there.
+before each round. A machine may change its speed within minutes, so the report also has goodput and load relative to
+the duration of full calls in the run's own window; on a simulated device (--device sleep) both are the same, and
+measure the server independently of the machine. All servers run the artifact through the service's OpenVINO backend
+with the same precision, static batch sizes and threads (except diffusers, which uses PyTorch), one network call at a
+time; their pixels are compared before the measurement. They take turns: a round is a load and a seed, and each starts
+with another server; waiting servers are suspended. Every run is appended to serving.jsonl in the folder --out, so that
+a long comparison can be measured in parts; the report covers the entire file.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ DEFAULT_SERVERS = ("iddpm", "triton", "litserve", "one-at-a-time")
 QUICK_SERVERS = ("iddpm", "one-at-a-time")
 QUICK_MIX = {2: 0.5, 4: 0.3, 10: 0.2}
 TIMED_CALLS, QUICK_TIMED_CALLS = 150, 3
-"""Of each size, before a round: for seconds, as a moment says little of a shared machine."""
+"""Calls of each size before a round: seconds of them, because the speed of a shared machine varies."""
 WARM_UP = 0.25
-"""Part of a run before its rate and the network's busy time are looked at."""
+"""Fraction of a run before its rate and the network's busy time are measured."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a network had done at a moment of a run."""
+    """Counters of a network at a time of a run."""
 
     at: float
     reading: Reading
@@ -71,13 +71,13 @@ class Run:
     load: float
     seed: int
     seconds: float
-    """How long requests came."""
+    """Seconds in which requests arrived."""
     width: int
     costs: Mapping[int, float]
     """c(n): seconds of a network call by rows, timed before the round."""
     answers: Sequence[Answer]
     marks: Sequence[Mark]
-    """At the begin, when the warm-up was over, when the last request had come, when all was answered."""
+    """At the start, after the warm-up, after the last arrival, after the last answer."""
     facts: Mapping[str, str]
 
     @property
@@ -90,7 +90,7 @@ RUNS = TypeAdapter(Run)
 
 
 def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
-    """Return the median seconds of a network call, by rows, the sizes in turns."""
+    """Return the median seconds of a network call by rows, measured in turns."""
     model = backend.config.model
     shape = (model.image_channels, model.image_size, model.image_size)
     taken: dict[int, list[float]] = {rows: [] for rows in backend.batch_sizes or ()}
@@ -105,7 +105,7 @@ def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
 
 
 async def measure(server: Server, arrivals: Sequence[Arrival], seconds: float) -> tuple[list[Answer], list[Mark]]:
-    """Put a server under load, until all is answered."""
+    """Put a server under load, until all requests are answered."""
     async with open_client(server.url) as client:
         marks: list[Mark] = []
         begun = time.perf_counter()
@@ -123,10 +123,10 @@ async def measure(server: Server, arrivals: Sequence[Arrival], seconds: float) -
 
 
 def check_pixels(servers: Sequence[Server], steps: int) -> None:
-    """Let every server make the same images, and compare: only the serving may differ.
+    """Request the same images from every server and compare the pixels: only the serving may differ.
 
     Raises:
-        ValueError: a server whose pixels are not the first one's.
+        ValueError: the pixels of a server differ from the first one's.
     """
     expected = None
     for server in servers:
@@ -135,7 +135,7 @@ def check_pixels(servers: Sequence[Server], steps: int) -> None:
         if server.entry.kind.diffusers:
             continue
         if expected is not None and not np.array_equal(pixels, expected):
-            raise ValueError(f"{server.entry.text} makes other pixels than {servers[0].entry.text}")
+            raise ValueError(f"the pixels of {server.entry.text} differ from those of {servers[0].entry.text}")
         expected = pixels
 
 
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, then write the report.
 
     Raises:
-        ValueError: anything the user can put right; the message says what.
+        ValueError: invalid options; the message gives the remedy.
     """
     from benchmarks.serving_report import write_report
 
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, record: Path) -> None:
-    """Start the servers, and let them take turns."""
+    """Start the servers, and measure them in turns."""
     mix = QUICK_MIX if args.quick else MIX
     device_ms = (args.device_ms[0], args.device_ms[1]) if args.device == "sleep" else None
     site = Site(
@@ -193,7 +193,7 @@ def compare(args: argparse.Namespace, record: Path) -> None:
 
 @contextmanager
 def ready_servers(entries: Sequence[Entry], site: Site) -> Iterator[list[Server]]:
-    """Start servers, check that they make the same pixels, and suspend them; who does not start takes no part."""
+    """Start servers, check that their pixels are equal, and suspend them; omit servers that do not start."""
     with ExitStack() as stack:
         servers = []
         for number, entry in enumerate(entries):
@@ -222,7 +222,7 @@ def take_round(
     mix: Mapping[int, float],
     facts: Mapping[str, str],
 ) -> Iterator[Run]:
-    """Put one server after the other under the same load, the others suspended; the network was timed before."""
+    """Put each server under the same load, with the others suspended; the network was timed before."""
     width = max(costs)
     arrivals = draw_arrivals(load * width / costs[width], seconds, seed, mix)
     first = seed % len(servers)
@@ -254,25 +254,25 @@ def read_runs(record: Path) -> list[Run]:
     """Read the record back.
 
     Raises:
-        ValueError: there is none, or something else.
+        ValueError: it does not exist, or is not a record.
     """
     if not record.exists():
-        raise ValueError(f"{record} is not there: nothing was measured yet")
+        raise ValueError(f"{record} does not exist: nothing has been measured yet")
     return [RUNS.validate_json(line) for line in record.read_bytes().splitlines()]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="ours and one at a time, chains of at most 10 steps")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write the report of what was measured")
+    parser.add_argument("--quick", action="store_true", help="iddpm and one-at-a-time, chains of at most 10 steps")
+    parser.add_argument("--report", action="store_true", help="only write the report of earlier measurements")
     parser.add_argument(
         "--servers", nargs="+", metavar="KIND[,NAME=VALUE]", help=f"of {', '.join(KINDS)} ({' '.join(DEFAULT_SERVERS)})"
     )
     parser.add_argument("--loads", type=float, nargs="+", default=[0.8, 1.3], help="(0.8 1.3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one round each per load (1)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests come in a run (60)")
-    parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds in which requests arrive in a run (60)")
+    parser.add_argument("--width", type=int, default=8, help="maximum rows of a network call (8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a network call (1)")
     parser.add_argument(
         "--device", choices=("network", "sleep"), default="network", help="sleep: simulate one (all but diffusers)"

@@ -1,4 +1,4 @@
-"""The section for RESULTS.md of what benchmarks/serving.py measured, and its plots."""
+"""Write the section for RESULTS.md with the measurements of benchmarks/serving.py, and its plots."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Window:
-    """What a server did between the warm-up of a run and its last request."""
+    """Measurements of a server between the warm-up of a run and its last request."""
 
     goodput: float
-    """Row-steps per second over capacity; of requests that were answered, all of them in the end."""
+    """Row-steps per second over capacity, of requests that were answered by the end of the run."""
     busy: float
-    """Part of the time in which the network ran."""
+    """Fraction of the time in which the network ran."""
     rows_per_call: float
     full_call_s: float | None
     """Mean seconds of a call at full width, if there were any."""
     goodput_then: float | None
-    """Goodput over the capacity that those calls show: what came of the device as it was in this window."""
+    """Goodput over the capacity computed from those calls: the device's speed in this window."""
     offered_then: float | None
-    """The load of the requests that came in this window, by the same measure."""
+    """The load of the requests that arrived in this window, relative to the same capacity."""
 
     @classmethod
     def of(cls, run: Run) -> Window:
@@ -67,12 +67,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came after the last request."""
+    """Recovery after the last request."""
 
     backlog_s: float
-    """Accepted work that was left, over capacity: the least it could take."""
+    """Remaining accepted work over capacity: the minimum duration."""
     took_s: float
-    """Until all was answered."""
+    """Seconds until all requests were answered."""
 
     @classmethod
     def of(cls, run: Run) -> Recovery:
@@ -130,7 +130,7 @@ def write_report(out: Path, runs: Sequence[Run]) -> None:
 
 
 def facts(runs: Sequence[Run]) -> dict[str, str]:
-    """Return what all runs share, and how c(n) and the generator did."""
+    """Return the common facts of all runs, c(n) and the delays of the generator."""
     commits = dict.fromkeys(run.facts["Commit"] for run in runs)
     costs = [run.costs for run in runs]
     sizes = ", ".join(
@@ -151,7 +151,7 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def line(runs: Sequence[Run]) -> list[str]:
-    """Say how a server did at a load."""
+    """Return the table row of a server at a load."""
     good = [answer for run in runs for answer in answered(run)]
     latencies = [answer.latency for answer in good]
     total = sum(len(run.answers) for run in runs)
@@ -190,7 +190,7 @@ RECOVERY_HEADER = ("server", "work left at the last request, s of capacity", "un
 
 
 def recovery_line(runs: Sequence[Run]) -> list[str]:
-    """Say how a server came back from overload."""
+    """Return the table row of a server's recovery from overload."""
     seen = [Recovery.of(run) for run in runs]
     return [
         runs[0].server,
@@ -206,7 +206,7 @@ def mean_latency(run: Run) -> float:
 
 
 def median_and_range(values: Sequence[float], form: str) -> str:
-    """Format a median, and what lies around it."""
+    """Format a median and its range."""
     middle = form.format(statistics.median(values))
     return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}-{form.format(max(values))})"
 

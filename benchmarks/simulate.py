@@ -1,20 +1,21 @@
-"""What do step-level batching and its policies gain? A simulation with the real scheduler, a virtual clock, no model.
+"""Simulate step-level batching and its policies with the real scheduler, a virtual clock and no model.
 
     python -m benchmarks.simulate --loads 0.5,0.8,0.95 --requests 2000
 
-Open loop: requests come as a Poisson process, whatever has become of earlier ones; 50, 100 or 250 steps with
-probability .5, .3, .2; 1 to 4 images each, the same client never twice. A step of n rows takes c(n), in units of a call
-with one row. Load is offered row-steps per unit of time over W / c(W), what the device does at full width. Compared:
+Open loop: requests arrive as a Poisson process, independently of earlier ones; 50, 100 or 250 steps with
+probability .5, .3, .2; 1 to 4 images each, each from a different client. A step of n rows takes c(n), in units of a
+call with one row. Load is offered row-steps per unit of time over W / c(W), the device's rate at full width. Compared:
 
 - the scheduler of the service with each policy;
 - a request-level dynamic batcher: requests with equal numbers of steps run together, up to W rows, from first step to
-  last; it waits for company up to a delay, and has whichever delay and width gave it the best mean;
+  last; it waits up to a delay for further requests, and uses the delay and width with the lowest mean;
 - one request at a time, its images together.
 
-Latency is from arrival to the last image of the request. Slowdown is latency over what the request takes alone. Goodput
-is row-steps of requests with a slowdown of at most `SLO`, over what the device could do until the last arrival. A
-quarter of the requests wants to be done within 4 times what it takes alone (nothing is refused); `late` is the part of
-them that is not. `ratio` is actual over predicted time to finish, as predicted on arrival: 10th, 50th, 90th percentile.
+Latency is from arrival to the last image of the request. Slowdown is latency over the time of the request alone.
+Goodput is row-steps of requests with a slowdown of at most `SLO`, over the device's capacity until the last arrival. A
+quarter of the requests have a deadline of 4 times their time alone (none is refused); `late` is the fraction of
+them that miss it. `ratio` is actual over predicted time to finish, as predicted on arrival: 10th, 50th, 90th
+percentile.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from service.engine.step_costs import StepCosts
 
 HURRIED, HURRY = 0.25, 4.0
 UNIT_S = 0.02
-"""Seconds of a call with one row: what patience is measured by that has none stated."""
+"""Seconds of a call with one row, the unit of default deadlines."""
 DELAYS = (0.0, 10.0, 50.0, 200.0)
 MODEL = "m"
 
@@ -68,15 +69,15 @@ DEVICES = (Device("GPU-like", 0.95, 0.05, 32), Device("middling", 0.8, 0.2, 16),
 
 @dataclass(frozen=True)
 class Arrival(traffic.Arrival):
-    """A request that may be in a hurry."""
+    """A request that may have a deadline."""
 
     patience: float | None
-    """How long after its arrival it is wanted; None: it does not say."""
+    """Deadline after its arrival; None: no deadline."""
 
 
 @dataclass
 class Outcome:
-    """What a server made of the arrivals."""
+    """Results of a server for the arrivals."""
 
     finished: list[float]
     busy: float
@@ -87,7 +88,7 @@ Server = Callable[[Device, Sequence[Arrival]], Outcome]
 
 
 def arrivals(device: Device, load: float, count: int, seed: int) -> list[Arrival]:
-    """Draw requests that offer this load."""
+    """Draw random requests that offer this load."""
     draw = random.Random(seed)  # noqa: S311  # nothing secret
     rate = load * device.capacity / mean_row_steps()
     at, requests = 0.0, []
@@ -146,7 +147,7 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
 
 
 def as_request(number: int, arrival: Arrival) -> GenerationRequest:
-    """Return an arrival as what the service accepts."""
+    """Convert an arrival to a request of the service."""
     key = PlanKey(sampler="ancestral", spec=str(arrival.steps))
     image = ImageParams(plan=key, num_steps=arrival.steps, seed=0, image_index=0, class_index=None)
     return GenerationRequest(
@@ -199,7 +200,7 @@ def request_batcher(width: int, delay: float) -> Server:
 
 
 def best_batcher(device: Device, requests: Sequence[Arrival]) -> Outcome:
-    """Give the dynamic batcher the settings that serve it best."""
+    """Find the best settings of the dynamic batcher."""
     settings = itertools.product((device.width, device.width // 2, max(4, device.width // 4)), DELAYS)
     tried = (request_batcher(width, delay)(device, requests) for width, delay in settings)
     return min(tried, key=lambda outcome: statistics.fmean(latencies(requests, outcome)))
@@ -223,7 +224,7 @@ def latencies(requests: Sequence[Arrival], outcome: Outcome) -> list[float]:
 
 
 def line(name: str, device: Device, requests: Sequence[Arrival], outcome: Outcome) -> str:
-    """Say in a table's row how a server did."""
+    """Return a table row with the results of a server."""
     took = latencies(requests, outcome)
     slowdown = [t / (a.steps * device.seconds(a.rows)) for t, a in zip(took, requests, strict=True)]
     good = sum(a.row_steps for a, s in zip(requests, slowdown, strict=True) if s <= SLO)

@@ -1,20 +1,20 @@
-"""Does the engine belong in a thread or in a process? Both drive the same device beside an event loop that is busy.
+"""Compare the engine in a thread and in a process, driving the same device beside a busy event loop.
 
     python -m benchmarks.thread_or_process
 
-The event loop burns a part of its time in Python, as handling requests does. Beside it the engine takes steps, with
-the real scheduler and the real numpy runner, so that everything that waits for the interpreter's lock does. The device
-is a network that does nothing but take its time: computing outside the lock, as OpenVINO does, or sleeping, as one
-that waits for a GPU. Compared, in turns:
+The event loop spends a part of its time in Python, as handling requests does. The engine takes steps at the same time,
+with the real scheduler and the real numpy runner, so that it contends for the interpreter's lock as in the service. The
+device is a network that only takes time: computing outside the lock, as OpenVINO does, or sleeping, as when
+waiting for a GPU. Compared, in turns:
 
 - thread: `AsyncEngine`, as the service runs it;
-- thread, interval: the same after `sys.setswitchinterval`, which says how long a thread may keep the lock when another
-  one wants it (5 ms where nothing is said);
+- thread, interval: the same after `sys.setswitchinterval`, the time that a thread may keep the lock while another
+  one waits for it (default 5 ms);
 - process: `benchmarks.engine_process`.
 
 Closed loop: two widths of requests are in flight, of one image each. Reported are the milliseconds from step to step
-(what the device takes, and what everything else adds), and those from an image's last step to its future; medians, and
-for the steps the least and the most of the repeats.
+(the device's time and all overhead), and those from an image's last step to its future; medians, and
+for the steps the minimum and maximum of the repeats.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ MODEL = "m"
 WIDTH = 8
 GROUPS = 4
 GROUP_S = 0.06
-"""As long as a width of images takes, about, so that there are equally many results with every device."""
+"""About the time of a full width of images, so that every device returns the same number of results."""
 BURST_S = 0.004
-"""The event loop works for a part of this, then lets others run: about what a request takes to be handled."""
+"""The event loop works for a part of this period, then yields: about the time to handle a request."""
 ENGINE = EngineConfig(max_rows=WIDTH, timed_calls=0)
 
 
 class Device(NullDenoiser):
-    """A network that takes its time."""
+    """A network that only takes time."""
 
     def __init__(self, kind: Kind, seconds: float, rate: float) -> None:
         super().__init__(image_size=32, max_rows=WIDTH)
@@ -69,7 +69,7 @@ class Device(NullDenoiser):
         self._rounds = max(1, int(rate * seconds)) if kind == "computes" else 0
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
-        """Let the time pass, without the interpreter's lock."""
+        """Wait without the interpreter's lock."""
         if self._rounds:
             compute(self._rounds)
         else:
@@ -78,7 +78,7 @@ class Device(NullDenoiser):
 
 
 class Runner(ArrayRunner[Any]):
-    """The service's, with nothing to test at start-up."""
+    """The service's runner, without a self-test."""
 
     def warm_up(self) -> None:
         """The device is the same for every row."""
@@ -90,7 +90,7 @@ def compute(rounds: int) -> None:
 
 
 def rounds_per_second() -> float:
-    """Measure how fast this machine computes: the best of a few."""
+    """Measure the speed of this machine: the best of a few runs."""
     seconds = []
     for _ in range(5):
         begun = time.perf_counter()
@@ -106,23 +106,23 @@ def make_engine(kind: Kind, seconds: float, rate: float) -> Engine:
 
 @dataclass(frozen=True)
 class Load:
-    """Where the engine runs, on what, and beside what."""
+    """Place of the engine, device, and load of the event loop."""
 
     kind: Kind
     step_ms: float
     busy: float
-    """Part of its time that the event loop works."""
+    """Fraction of the time in which the event loop is busy."""
     place: Place
 
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a load."""
+    """Results of a load."""
 
     step_ms: float
-    """From step to step, on average."""
+    """Mean time from step to step."""
     hand_over_ms: float
-    """From an image's last step to its future, in the middle."""
+    """Median time from an image's last step to its future."""
 
 
 Submit = Callable[[GenerationRequest], Awaitable[ImageResult]]
@@ -141,7 +141,7 @@ async def in_thread(make: Callable[[], Engine]) -> AsyncIterator[Submit]:
 
 @asynccontextmanager
 async def in_process(make: Callable[[], Engine]) -> AsyncIterator[Submit]:
-    """Run an engine in a process of its own."""
+    """Run an engine in a separate process."""
     process = EngineProcess(make)
     yield process.submit
     process.stop()
@@ -157,7 +157,7 @@ async def be_busy(part: float) -> None:
 
 
 async def measure(load: Load, rate: float, switch_interval: float) -> Run:
-    """Let a device make `GROUPS` times its width of images, two widths at a time in flight."""
+    """Sample `GROUPS` times the device's width of images, with two widths in flight."""
     step_s = load.step_ms / 1000
     steps = max(4, round(GROUP_S / step_s))
     make = partial(make_engine, load.kind, step_s, rate)
@@ -193,7 +193,7 @@ async def measure(load: Load, rate: float, switch_interval: float) -> Run:
 
 
 def table(runs: Mapping[Load, Sequence[Run]]) -> str:
-    """Write a row per device and load of the event loop, the places beside each other."""
+    """Write a row per device and load of the event loop, with the places in adjacent columns."""
     places = get_args(Place)
     rows = []
     for kind, step_ms, busy in dict.fromkeys((load.kind, load.step_ms, load.busy) for load in runs):

@@ -1,4 +1,4 @@
-"""What is asked of a server: requests of 50, 100 or 250 steps and 1 to 4 images, at the times of a Poisson process."""
+"""Traffic for a server: requests of 50, 100 or 250 steps and 1 to 4 images, at the times of a Poisson process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIX: Mapping[int, float] = {50: 0.5, 100: 0.3, 250: 0.2}
 MAX_IMAGES = 4
 """A request has 1 to this many images, all equally likely."""
 SLO = 10.0
-"""A request is served well if it takes at most so many times what it would take alone."""
+"""A request is served well if it takes at most this multiple of its time alone."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Arrival:
     """A request."""
 
     at: float
-    """When it is sent, whatever has become of earlier ones."""
+    """Time at which it is sent, independently of earlier requests."""
     steps: int
     rows: int
-    """Images: nobody asks for guidance, so each takes one row of a network call."""
+    """Images: no request uses guidance, so each takes one row of a network call."""
 
     @property
     def row_steps(self) -> int:
-        """Its work."""
+        """Work of the request."""
         return self.steps * self.rows
 
 
@@ -39,8 +39,8 @@ def draw_arrival(draw: random.Random, before: float, rate: float, mix: Mapping[i
     """Draw the next request of a Poisson process.
 
     Args:
-        draw: where randomness comes from.
-        before: when the request before it came.
+        draw: random generator.
+        before: arrival time of the previous request.
         rate: requests per unit of time.
         mix: probability of each number of steps.
     """
@@ -50,7 +50,7 @@ def draw_arrival(draw: random.Random, before: float, rate: float, mix: Mapping[i
 
 
 def draw_arrivals(row_steps_per_s: float, seconds: float, seed: int, mix: Mapping[int, float] = MIX) -> list[Arrival]:
-    """Draw the requests of a span of time that offer this much work; `at` is in seconds from its begin."""
+    """Draw the requests of a span of time that offer this amount of work; `at` is in seconds from its start."""
     draw = random.Random(seed)  # noqa: S311  # nothing secret
     rate = row_steps_per_s / mean_row_steps(mix)
     requests: list[Arrival] = []
@@ -62,6 +62,6 @@ def draw_arrivals(row_steps_per_s: float, seconds: float, seed: int, mix: Mappin
 
 
 def percentile(values: Iterable[float], part: float) -> float:
-    """Return the value that this part of them does not exceed."""
+    """Return the value that this fraction of the values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]

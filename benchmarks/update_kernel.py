@@ -1,10 +1,10 @@
-"""Noise and update as one compiled kernel against separate operations, on whatever device there is.
+"""Compare noise and update as one compiled kernel with separate operations, on this machine's device.
 
     python -m benchmarks.update_kernel --rows 8 32 --image-size 64
 
-Each is timed as the service runs it: behind fixed arrays, on a CUDA device as a captured graph. Compared in turns, the
-median of the repeats; compiling is not timed. `differs` is the largest difference between both in x_prev: one kernel
-rounds in other places.
+Both are timed as the service runs them: on fixed arrays, on a CUDA device as a captured graph. They are measured in
+turns; the result is the median of the repeats, without compilation. `differs` is the largest difference in x_prev: one
+kernel rounds differently.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from service.backends.cuda_queue import compiled
 from service.engine.runners.step import add_noise_and_advance
 
 CALLS = 20
-"""In a repeat, one behind the other."""
+"""Consecutive calls in a repeat."""
 
 
 def make_update(rows: int, image_size: int, device: torch.device, *, fused: bool) -> Callable[[], Tensor]:
-    """Return the update of a batch of RGB images, on arrays that stay where they are."""
+    """Return the update of a batch of RGB images, on fixed arrays."""
     draw = torch.Generator().manual_seed(0)
     x_t, x0_prev, out, var_values = (
         torch.randn(rows, 3, image_size, image_size, generator=draw).to(device) for _ in range(4)
@@ -51,7 +51,7 @@ def make_update(rows: int, image_size: int, device: torch.device, *, fused: bool
 
 
 def seconds_of(update: Callable[[], Tensor], device: torch.device) -> float:
-    """Time calls of an update, one behind the other; returns the seconds of one."""
+    """Time consecutive calls of an update; return the seconds of one."""
     begun = time.perf_counter()
     with torch.inference_mode():
         for _ in range(CALLS):
@@ -62,7 +62,7 @@ def seconds_of(update: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def measure(rows: int, image_size: int, device: torch.device, repeats: int) -> list[str]:
-    """Compare both for a batch; returns a row of the table."""
+    """Compare both for a batch; return a row of the table."""
     separate, fused = (make_update(rows, image_size, device, fused=fused) for fused in (False, True))
     with torch.inference_mode():
         differs = float((separate() - fused()).abs().max())

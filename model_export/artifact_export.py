@@ -1,6 +1,6 @@
-"""A checkpoint compiled into an artifact folder: graph, time MLP, proof of parity, and the manifest last.
+"""Compile a checkpoint into an artifact folder: graph, time MLP, parity report, and the manifest last.
 
-Where a noisy classifier guides the checkpoint's model, its artifact lies inside, as its checkpoint does.
+If the checkpoint folder contains a noisy classifier, the artifact folder contains the classifier's artifact.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Measured:
-    """What came of comparing an artifact's graphs with PyTorch."""
+    """Results of comparing an artifact's graphs with PyTorch."""
 
     parity: list[NetworkParity] = field(default_factory=list)
     chains: list[ChainParity] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Measured:
 
 
 class ParityError(ArtifactError):
-    """A graph that is too far from PyTorch; no artifact was written."""
+    """A graph's error against PyTorch is above its limit; no artifact was written."""
 
     def __init__(self, parity: tuple[NetworkParity, ...], chains: tuple[ChainParity, ...]) -> None:
         self.parity, self.chains = parity, chains
@@ -73,29 +73,29 @@ def export_artifact(
     batch_sizes: tuple[int, ...] = DEFAULT_BUCKETS,
     say: Say = lambda _: None,
 ) -> tuple[Manifest, ...]:
-    """Write a checkpoint's network as an artifact folder, atomically; an artifact that is already there is replaced.
+    """Write a checkpoint's network as an artifact folder, atomically; replace an existing artifact.
 
     Args:
-        checkpoint: the checkpoint folder, of a UNet, with the classifier that guides it if it has one, or of a noisy
+        checkpoint: the checkpoint folder of a UNet (with its noisy classifier, if it has one) or of a noisy
             classifier.
         out: the folder to write.
-        precision: what the graph computes in; a classifier's gradient is in float32 always.
-        batch_sizes: it shall be compiled for, ascending.
-        say: told what is being done, in words.
+        precision: precision of the graph; a classifier's gradient is always in float32.
+        batch_sizes: sizes to compile for, ascending.
+        say: called with a description of each stage.
 
     Returns:
-        What was written as `manifest.json`, and as that of the classifier inside.
+        The content of the written `manifest.json`, and that of the classifier's.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be read, or a classifier that does not fit.
-        ArtifactError: an `out` that holds something else, a checkpoint that changed meanwhile, or a precision that
-            this processor does not have.
+        CheckpointError: the checkpoint cannot be read, or the classifier does not match the model.
+        ArtifactError: `out` contains other files, the checkpoint changed during the export, or this processor does
+            not support the precision.
         LibraryError: the exporter or a runtime failed.
-        ParityError: a graph outside tolerance. Float32 graphs must pass in float32; what OpenVINO makes of them in
-            bfloat16 is recorded, and refused by the service where it did not pass, or could not be measured here.
+        ParityError: a graph is outside its tolerance. Float32 graphs must pass in float32. Their error in bfloat16 with
+            OpenVINO is recorded; the service refuses bfloat16 if it did not pass or was not measured.
     """
     if not may_replace(out, MANIFEST_FILE, ("checkpoint_sha256", "files", "parity")):
-        raise ArtifactError(f"{out} exists and is no artifact folder; it was left alone")
+        raise ArtifactError(f"{out} exists and is not an artifact folder; it was not changed")
     config = read_config(checkpoint)
     guided = isinstance(config, CheckpointConfig) and load_guide(checkpoint, config) is not None
     manifests: list[Manifest] = []
@@ -103,7 +103,7 @@ def export_artifact(
     def write(folder: Path) -> None:
         manifests.append(_write(checkpoint, folder, precision, batch_sizes, say))
         if guided:
-            say("now the classifier")
+            say("exporting the classifier")
             inside = folder / CLASSIFIER_FOLDER
             inside.mkdir()
             manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, batch_sizes, say))
@@ -133,7 +133,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tu
     if failures(precision, parity, chains):
         raise ParityError(parity, chains)
     if checkpoint_sha256(checkpoint) != sha256:
-        raise ArtifactError(f"{checkpoint} was written anew while it was exported; export it again")
+        raise ArtifactError(f"{checkpoint} changed during the export; export it again")
     manifest = Manifest(
         checkpoint=config,
         checkpoint_sha256=sha256,
@@ -161,10 +161,10 @@ def _measure(
     """Compare the folder's graphs with PyTorch in every runtime.
 
     Raises:
-        ArtifactError: the artifact's own precision is not available on this processor.
+        ArtifactError: the artifact's precision is not available on this processor.
     """
     measured = Measured()
-    say("computing the same with PyTorch")
+    say("computing the reference with PyTorch")
     if isinstance(network, UNet):
         assert isinstance(config, CheckpointConfig)  # noqa: S101  # a UNet's
         reference = unet_reference(network, config, time_mlp)

@@ -1,8 +1,8 @@
-"""The noisy classifier's gradient as a graph without autograd, so that a runtime without PyTorch can guide by it.
+"""The noisy classifier's gradient as a graph without autograd, so that runtimes without PyTorch can compute guidance.
 
-The gradient is traced once with `make_fx`: what comes out is a plain graph of forward and backward operations.
-Two backward operations have no translation to ONNX; they are written here as the convolution and the upsampling they
-are. docs/decisions/0007-classifier-gradient.md says what else was tried.
+The gradient is traced once with `make_fx`, which returns a plain graph of forward and backward operations.
+Two backward operations have no translation to ONNX; they are replaced here by an equivalent convolution and an
+upsampling. docs/decisions/0007-classifier-gradient.md lists the alternatives that were tried.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ aten = torch.ops.aten
 
 
 def gradient_graph(classifier: Classifier, x_t: Tensor, emb_t: Tensor, y: Tensor) -> fx.GraphModule:
-    """Trace (x_t, emb_t, y) -> the gradient of log p(y | x_t) by x_t.
+    """Trace (x_t, emb_t, y) -> the gradient of log p(y | x_t) with respect to x_t.
 
     Args:
         classifier: float32, without fused attention (`model_export.inference_graph.rewrite`).
-        x_t: an example, [B, C, H, W]; B may be another when the graph is run.
+        x_t: an example, [B, C, H, W]; B may differ when the graph is run.
         emb_t: an example, float32 [B, emb_channels].
         y: an example, int64 [B].
 
@@ -80,10 +80,10 @@ def _convolution_backward(  # the operation's own arguments
     groups: int,
     _mask: list[bool],
 ) -> tuple[Tensor, None, None]:
-    """Return the gradient by the input only.
+    """Return the gradient with respect to the input only.
 
-    A transposed convolution whose output has the input's size. With stride 1 it is written as the convolution with
-    mirrored weights that it is: OpenVINO 2026.4 gave wrong numbers for it transposed, inside this graph.
+    It is a transposed convolution whose output has the input's size. With stride 1 it is written as the equivalent
+    convolution with mirrored weights: OpenVINO 2026.4 computed wrong numbers for the transposed form in this graph.
     """
     if transposed or groups != 1:
         raise NotImplementedError("the classifier has plain convolutions only")
@@ -98,9 +98,9 @@ def _convolution_backward(  # the operation's own arguments
 
 
 def _avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: list[int], *_: object) -> Tensor:
-    """Spread each pooled value over its pixels: over the whole map, or over 2 x 2, as the networks pool."""
+    """Distribute each pooled value over its pixels: the entire map, or 2 x 2, as the networks pool."""
     if list(kernel) == list(x.shape[2:]):
         return (grad / (kernel[0] * kernel[1])).expand(x.shape)
     if list(kernel) == [2, 2]:
         return F.interpolate(grad, scale_factor=2.0, mode="nearest") / 4
-    raise NotImplementedError("the classifier pools 2 x 2, or whole maps")
+    raise NotImplementedError("the classifier pools 2 x 2, or entire maps")

@@ -1,12 +1,12 @@
-"""A checkpoint written as a folder that the diffusers library loads; `interchange.diffusers_config` says what maps.
+"""Write a checkpoint as a folder that the diffusers library loads; `interchange.diffusers_config` defines the mapping.
 
-Everything lies in one folder, as in the first published DDPM repositories, so that UNet2DModel, DDPMScheduler and
+All files are in one folder, as in the first published DDPM repositories, so that UNet2DModel, DDPMScheduler and
 DDPMPipeline all load from the same path:
 
     config.json  diffusion_pytorch_model.safetensors      the network
     scheduler_config.json                                 the process
     model_index.json                                      the pipeline, for an unconditional network
-    iddpm.json                                            our own configuration, for the way back
+    iddpm.json                                            our own configuration, read when the folder is imported again
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def export_diffusers(checkpoint: Path, out: Path) -> None:
 
     Args:
         checkpoint: the checkpoint folder.
-        out: the folder to write; must not exist, or be empty.
+        out: the folder to write; must not exist or must be empty.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be read, or an `out` that holds something.
-        DoesNotMap: a network or a process that the library has no words for; one line per field.
+        CheckpointError: the checkpoint cannot be read, or `out` is not empty.
+        DoesNotMap: the library cannot represent the network or the process; one line per field.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} must not exist, or be an empty folder; it was left alone")
+        raise CheckpointError(f"{out} must not exist or must be an empty folder; it was not changed")
     config, network = load_unet(checkpoint)
     files = _files(config)
     weights = to_diffusers(network.state_dict(), config.model)
@@ -62,7 +62,7 @@ def export_diffusers(checkpoint: Path, out: Path) -> None:
         save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, content in files.items():
             (folder / name).write_text(_json(content), encoding="utf-8")
-        # safetensors makes its file readable for its owner only; others may have to read it, too
+        # safetensors makes its file readable for its owner only; other users may need to read it
         (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
 
     write_folder(out, write)
@@ -86,7 +86,7 @@ def _files(config: CheckpointConfig) -> dict[str, dict[str, Any]]:
         SCHEDULER_FILE: scheduler_json(scheduler),
         OURS_FILE: config.model_dump(mode="json"),
     }
-    if config.model.num_classes is None:  # no pipeline of the library gives labels to a UNet2DModel
+    if config.model.num_classes is None:  # no pipeline of the library passes labels to a UNet2DModel
         files[INDEX_FILE] = {
             "_class_name": "DDPMPipeline",
             "_diffusers_version": DIFFUSERS_VERSION,

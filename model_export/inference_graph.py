@@ -1,6 +1,6 @@
-"""A network rewritten for compilers: the same function of the same weights, in operations that runtimes do well.
+"""Rewrite a network for compilers: the same function of the same weights, in operations that runtimes execute fast.
 
-`model_export.inference_layers` says what becomes of each layer, and why.
+`model_export.inference_layers` describes the replacement of each layer and the reason.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ N = TypeVar("N", UNet, Classifier)
 
 
 def rewrite(network: N, dtype: torch.dtype = torch.float32) -> N:
-    """Return a network rewritten, with weights of its own.
+    """Return a rewritten copy of a network, with its own weights.
 
     Args:
-        network: in eval mode; left as it is.
-        dtype: of convolutions, attention and what lies between. Moments, softmax, embeddings, a classifier's head and
-            the output are float32 in every precision.
+        network: in eval mode; not changed.
+        dtype: of convolutions, attention and the operations between them. Moments, softmax, embeddings, a classifier's
+            head and the output are float32 in every precision.
 
     Returns:
-        A network that computes the same, for the same arguments.
+        A network that computes the same function of the same arguments.
     """
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     return InferenceUNet(copied, dtype) if isinstance(copied, UNet) else InferenceClassifier(copied, dtype)
 
 
 class Stage(nn.Module):
-    """A block of the network: its layers, one after the other."""
+    """A block of the network: its layers in sequence."""
 
     def __init__(self, block: nn.Module, places: Mapping[nn.Module, int], skip_channels: int = 0) -> None:
         """Rewrite a block's layers.
 
         Args:
-            block: where they come from.
-            places: of each residual block of the network, which of `BlockEmbeddings` is its own.
-            skip_channels: of a second map, from across a skip connection, which the first layer is given.
+            block: the original layers.
+            places: for each residual block of the network, its index in `BlockEmbeddings`.
+            skip_channels: channels of a second map, from a skip connection, that is passed to the first layer.
         """
         super().__init__()
         self.layers = nn.ModuleList()
@@ -69,7 +69,7 @@ class Stage(nn.Module):
             skip_channels = 0
 
     def forward(self, maps: Maps, embeddings: Sequence[Tensor]) -> FeatureMap:
-        """Run the layers, each on what the one before it returned."""
+        """Run the layers, each on the output of the previous one."""
         for layer in self.layers:
             maps = [layer(maps, embeddings)]
         return maps[0]
@@ -92,10 +92,10 @@ class InferenceEncoder(nn.Module):
 
 
 class InferenceUNet(UNet):
-    """A `UNet` with its layers rewritten; the encoder is one of its own, so `encode` is not to be called."""
+    """A `UNet` with rewritten layers; it has its own encoder, so `encode` must not be called."""
 
     def __init__(self, network: UNet, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # all it has is made from the network's
+        nn.Module.__init__(self)  # all attributes are made from the network's
         self.config, self.dtype = network.config, dtype
         self.model_channels, self.time_embed = network.model_channels, _for_tracing(network.time_embed)
         if network.config.num_classes is not None:
@@ -108,7 +108,7 @@ class InferenceUNet(UNet):
         _lower(self, dtype)
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Run encoder and decoder on what `UNet.denoise` takes."""
+        """Run encoder and decoder on the arguments of `UNet.denoise`."""
         embeddings = self.embeddings(emb)
         *skips, h = self.encoder(x.to(self.dtype), embeddings)
         for block in self.decoder:
@@ -117,10 +117,10 @@ class InferenceUNet(UNet):
 
 
 class InferenceClassifier(Classifier):
-    """A `Classifier` with its layers rewritten; as for `InferenceUNet`, `encode` is not to be called."""
+    """A `Classifier` with rewritten layers; as for `InferenceUNet`, `encode` must not be called."""
 
     def __init__(self, network: Classifier, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # all it has is made from the network's
+        nn.Module.__init__(self)  # all attributes are made from the network's
         self.config, self.dtype, self.pools_features = network.config, dtype, network.pools_features
         self.model_channels, self.time_embed = network.model_channels, _for_tracing(network.time_embed)
         self.embeddings, places = _embeddings(network)
@@ -137,13 +137,13 @@ class InferenceClassifier(Classifier):
 
 
 def _embeddings(network: Backbone) -> tuple[BlockEmbeddings, dict[nn.Module, int]]:
-    """Return what embeds for all residual blocks at once, and the place that each of them has in it."""
+    """Return the module that computes the embeddings of all residual blocks at once, and each block's index in it."""
     blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
     return BlockEmbeddings(blocks), {block: place for place, block in enumerate(blocks)}
 
 
 def _for_tracing(layers: nn.Sequential) -> nn.Sequential:
-    """Rewrite a head or a time MLP, whose first layer, if it normalises feature maps, is given a list of one."""
+    """Rewrite a head or a time MLP; if its first layer normalises feature maps, that layer gets a list of one map."""
     norm, *others = layers
     if isinstance(norm, nn.GroupNorm):
         return nn.Sequential(NormSiLU(norm), *map(_layer_for_tracing, others[1:]))
@@ -159,7 +159,7 @@ def _layer_for_tracing(layer: nn.Module) -> nn.Module:
 
 
 def _lower(network: nn.Module, dtype: torch.dtype) -> None:
-    """Let feature maps be of a lower precision; embeddings and moments stay float32."""
+    """Convert feature maps to a lower precision; embeddings and moments stay float32."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | TokenAttention):
             module.to(dtype)

@@ -1,18 +1,19 @@
-"""The layers of a network rewritten for compilers: each the same function as the layer it is made from.
+"""Layers of a network rewritten for compilers: each computes the same function as the original layer.
 
-What the CPU profile of the plain graph showed, and what is done about it (docs/decisions/0006-inference-graph.md):
+Findings of the CPU profile of the plain graph, and the changes made (docs/decisions/0006-inference-graph.md):
 
-- Group normalisation over [B, 32, ...] makes a runtime leave its blocked layout and come back, and OpenVINO's own
-  operation crashes in float32 on some machines. Here moments are pooled per channel, once per feature map whoever
-  asks for them, and groups are made of them; normalisation, affine and timestep conditioning are one
+- Group normalisation over [B, 32, ...] makes a runtime convert to and from its blocked layout, and OpenVINO's own
+  operation crashes in float32 on some machines. Here moments are pooled per channel, once per feature map however
+  many layers use them, and combined into groups; normalisation, affine and timestep conditioning are one
   multiply-add per element.
-- The sigmoid of SiLU is the dearest thing per element. silu(v) = h + h tanh(h) with h = v / 2, and the half is folded
-  into the multiply-add, exactly.
-- Feature maps are never concatenated: a convolution of two maps side by side is the sum of two convolutions.
-- Attention is written on tokens, in the pattern that runtimes fuse; the scale lies in the weights of q. q and v are
-  two products: cutting one in parts costs more than it saves. k is needed channels first, which a convolution gives.
-- A convolution after upsampling sees each pixel four times: on the small map it is one of 2x2 with four times the
-  channels, which are the pixels' four places.
+- The sigmoid of SiLU is the most expensive elementwise operation. silu(v) = h + h tanh(h) with h = v / 2, and the half
+  is folded into the multiply-add, exactly.
+- Feature maps are never concatenated: a convolution of two concatenated maps is the sum of two convolutions.
+- Attention is written on tokens, in the pattern that runtimes fuse; the scale is folded into the weights of q. q and v
+  are two products, because slicing one product costs more than it saves. k is needed channels first, which a
+  convolution returns.
+- A convolution after nearest upsampling reads each pixel four times: on the small map it is a 2x2 convolution with
+  four times the channels, one set for each of the four positions.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from diffusion.unet import AttentionBlock, ResBlock, RowLinear, Upsample
 
 
 class Moments(NamedTuple):
-    """Of the channels of a feature map, float32 [B, C] each."""
+    """Moments of the channels of a feature map, float32 [B, C] each."""
 
     mean: Tensor
     variance: Tensor
 
 
 class FeatureMap:
-    """A feature map [B, C, H, W], whose moments are computed when first asked for, and once.
+    """A feature map [B, C, H, W] with cached moments, computed at first use.
 
-    The encoder's are asked for twice: by the block that follows, and by the decoder's across the skip connection.
+    Moments of the encoder's maps are used twice: by the next block, and by the decoder's block across the skip
+    connection.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -51,14 +53,14 @@ class FeatureMap:
     def moments(self) -> Moments:
         """Mean and variance of each channel."""
         mean = _map_mean(self.x.float())  # [B, C, 1, 1]
-        # The other way round than `InferenceNorm` does it: a runtime would keep x - mean, and writing it costs more
+        # Opposite order to `InferenceNorm`: a runtime would store x - mean, and writing it costs more
         # than subtracting again. The variance is that of the centred map: in bfloat16, E[x^2] - E[x]^2 is noise.
         centred = mean.to(self.x.dtype) - self.x
         return Moments(mean.flatten(1), _map_mean(torch.square(centred.float())).flatten(1))
 
 
 Maps: TypeAlias = Sequence[FeatureMap]
-"""What a layer is given: maps side by side, as if they were concatenated along the channels."""
+"""Input of a layer: maps that are treated as if they were concatenated along the channels."""
 
 
 def silu_of_twice(h: Tensor) -> Tensor:
@@ -67,13 +69,13 @@ def silu_of_twice(h: Tensor) -> Tensor:
 
 
 def _map_mean(x: Tensor) -> Tensor:
-    """Average [B, C, H, W] over each map, by pooling: OpenVINO pools on all cores, and reduces four times slower."""
+    """Average [B, C, H, W] over each map by pooling, which in OpenVINO is four times faster than a reduction."""
     size = x.shape[2:]
     return F.avg_pool2d(x, size, stride=size)  # [B, C, 1, 1]
 
 
 class InferenceNorm(nn.Module):
-    """Group normalisation of maps side by side, whose groups may reach across two of them."""
+    """Group normalisation of concatenated maps; a group may extend over two of them."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -91,10 +93,10 @@ class InferenceNorm(nn.Module):
             maps: [B, C_i, H, W] each.
             scale: [B, sum of C_i], or None for zeros.
             shift: [B, sum of C_i], or None for zeros.
-            factor: best a power of two, which changes no bit but the exponent.
+            factor: preferably a power of two, which changes only the exponent.
 
         Returns:
-            Shaped like the maps, of their precision; moments are float32.
+            Shaped like the maps, in their precision; moments are float32.
         """
         channel_mean, channel_variance = (torch.cat(parts, 1) for parts in zip(*(m.moments for m in maps), strict=True))
         mean = self._group_mean(channel_mean)
@@ -115,7 +117,7 @@ class InferenceNorm(nn.Module):
         """Average [B, C] over the channels of each group, for every channel."""
         if self.group_size == 1:
             return per_channel
-        # Not a product with a matrix as well: OpenVINO fuses two of them at some batch sizes, which rounds differently
+        # Not a second matrix product: OpenVINO fuses two of them at some batch sizes, which changes the rounding
         return self.spread(per_channel.reshape(-1, self.groups, self.group_size).mean(dim=2))
 
 
@@ -125,7 +127,7 @@ def _as_map(per_channel: Tensor, of: FeatureMap, start: int, end: int) -> Tensor
 
 
 class SumConv2d(nn.Module):
-    """A convolution (odd kernel, stride 1, same size) of maps side by side: the sum of one convolution for each."""
+    """A convolution (odd kernel, stride 1, same size) of concatenated maps: the sum of one convolution per map."""
 
     def __init__(self, conv: nn.Conv2d, channels: Sequence[int]) -> None:
         super().__init__()
@@ -143,15 +145,15 @@ class SumConv2d(nn.Module):
 
 
 class InferenceResBlock(nn.Module):
-    """A `ResBlock` of maps side by side."""
+    """A `ResBlock` on concatenated maps."""
 
     def __init__(self, block: ResBlock, skip_channels: int, place: int) -> None:
-        """Take a block's layers.
+        """Build the layers of a block.
 
         Args:
-            block: where they come from.
-            skip_channels: of the second of the maps that it will be given; 0 where it is given one.
-            place: which of `BlockEmbeddings` is its own.
+            block: the original block.
+            skip_channels: channels of the second input map; 0 if the block has one input map.
+            place: the block's index in `BlockEmbeddings`.
         """
         super().__init__()
         norm_in, conv_in = _norm_and_conv(block.in_layers)
@@ -179,12 +181,12 @@ class InferenceResBlock(nn.Module):
         else:
             (h,) = self.norm_out([FeatureMap(h + emb_out[:, :, None, None].to(h.dtype))], factor=0.5)
         h = self.conv_out(silu_of_twice(h))
-        (x,) = xs if self.skip_connection is None else (self.skip_connection(xs),)  # no identity has two maps
+        (x,) = xs if self.skip_connection is None else (self.skip_connection(xs),)  # an identity has one map only
         return FeatureMap(x + h)
 
 
 class BlockEmbeddings(nn.Module):
-    """What every residual block makes of the embedding, in one product."""
+    """The embedding layers of all residual blocks, in one product."""
 
     def __init__(self, blocks: Sequence[ResBlock]) -> None:
         super().__init__()
@@ -198,14 +200,14 @@ class BlockEmbeddings(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Self-attention over a feature map, from a layer of q, k and v for all; its scale ch^-1/2 lies in q."""
+    """Self-attention over a feature map, from a combined layer of q, k and v; the scale ch^-1/2 is folded into q."""
 
     def __init__(self, qkv: nn.Conv1d, num_heads: int, order: AttentionOrder) -> None:
         super().__init__()
         self.num_heads = num_heads
         channels = qkv.in_channels
         ch = channels // num_heads
-        assert qkv.bias is not None  # noqa: S101  # ours always have one
+        assert qkv.bias is not None  # noqa: S101  # this project's layers always have one
         both = torch.cat([qkv.weight[:, :, 0], qkv.bias[:, None]], dim=1)  # [3C, C + 1]
         if order == "legacy":
             both = both.reshape(num_heads, 3, ch, channels + 1).transpose(0, 1).reshape(3 * channels, channels + 1)
@@ -218,7 +220,8 @@ class TokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, L, C] for a map [B, C, H, W] with L = H W."""
         channels, length, ch = x.shape[1], x.shape[2] * x.shape[3], x.shape[1] // self.num_heads
-        # Else a trace of the gradient multiplies by copies of the weights (docs/decisions/0007-classifier-gradient.md)
+        # Otherwise a trace of the gradient multiplies by copies of the weights
+        # (docs/decisions/0007-classifier-gradient.md)
         tokens = x.permute(0, 2, 3, 1).reshape(-1, length, channels).contiguous()
         q, v = (layer(tokens).reshape(-1, length, self.num_heads, ch).transpose(1, 2) for layer in (self.q, self.v))
         scores = q @ self.k(x).reshape(-1, self.num_heads, ch, length)  # [B, heads, L, L]
@@ -260,11 +263,11 @@ class InferenceAttentionPool(nn.Module):
 
 
 class InferenceUpsample(nn.Module):
-    """An `Upsample` and its convolution [O, I, 3, 3] in one: padded by 1, of 2x2, to 4 O channels on the small map.
+    """An `Upsample` and its convolution [O, I, 3, 3]: one of 2x2, padded by 1, to 4 O channels on the small map.
 
-    Along an axis, an even pixel of the large map sees the small pixels (i - 1, i), weighted (w0, w1 + w2), and an odd
-    one (i, i + 1), weighted (w0 + w1, w2). Both are windows of two, the odd one's a place further. Shuffled with the
-    odd one first, the pixels therefore come in order, one place late: there is a frame of 1 to be cut off.
+    Along an axis, an even pixel of the large map depends on the small pixels (i - 1, i), weighted (w0, w1 + w2), and an
+    odd one on (i, i + 1), weighted (w0 + w1, w2). Both are windows of two; that of the odd pixel is shifted by one. If
+    the odd pixels come first in the shuffle, the result is in order but shifted by one: a frame of 1 is cropped.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -272,14 +275,14 @@ class InferenceUpsample(nn.Module):
         odd, even = torch.tensor([[1.0, 1, 0], [0, 0, 1]]), torch.tensor([[1.0, 0, 0], [0, 1, 1]])  # [window, kernel]
         seen = torch.stack([odd, even])
         folded = torch.einsum("oiyx,amy,bnx->aboimn", conv.weight, seen, seen)  # [2, 2, O, I, 2, 2]
-        assert conv.bias is not None  # noqa: S101  # ours always have one
+        assert conv.bias is not None  # noqa: S101  # this project's layers always have one
         self.conv = nn.Conv2d(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
         self.conv.load_state_dict({"weight": folded.flatten(0, 2), "bias": conv.bias.repeat(4)})
         self.conv.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not F.pixel_shuffle, for which the four places of a channel lie together: that moves single numbers about,
-        # and this moves pixels with all their channels
+        # Not F.pixel_shuffle, which expects the four positions of a channel next to each other: it moves single
+        # numbers, and this moves pixels with all their channels
         places = self.conv(x)
         _, channels, height, width = places.shape
         shuffled = places.reshape(-1, 2, 2, channels // 4, height, width).permute(0, 3, 4, 1, 5, 2)
@@ -287,7 +290,7 @@ class InferenceUpsample(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """A layer of tensors among those of feature maps."""
+    """A layer on tensors, used between layers on feature maps."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -312,8 +315,8 @@ class NormSiLU(nn.Module):
 class VectorNorm(nn.Module):
     """Group normalisation of vectors [B, C], not maps.
 
-    PyTorch takes a vector for a map of one pixel: the gradient then sums over an axis of size 1, and OpenVINO computes
-    such a sum between products wrongly (docs/decisions/0007-classifier-gradient.md).
+    PyTorch treats a vector as a map of one pixel: the gradient then sums over an axis of size 1, and OpenVINO computes
+    such a sum between products incorrectly (docs/decisions/0007-classifier-gradient.md).
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -322,7 +325,7 @@ class VectorNorm(nn.Module):
         self.groups, self.group_size = norm.num_groups, norm.num_channels // norm.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the members of each group, and apply the learned affine."""
+        """Normalise within each group, and apply the learned affine."""
         members = x.reshape(-1, self.groups, self.group_size)
         centred = members - members.mean(dim=2, keepdim=True)
         variance = torch.square(centred).mean(dim=2, keepdim=True)
@@ -331,7 +334,7 @@ class VectorNorm(nn.Module):
 
 
 def plain_linear(rows: RowLinear) -> nn.Linear:
-    """Return the layer without its blocks of rows, which would tie the graph to the batch size it was traced at."""
+    """Return the layer without its blocks of rows, which would fix the graph to the traced batch size."""
     return _linear(rows.weight, rows.bias)
 
 

@@ -1,6 +1,6 @@
-"""What the exporter and the runtimes raise, told as one error of ours.
+"""Convert exceptions of the exporter and the runtimes to `LibraryError`.
 
-Only calls into a library stand inside `library_call`; a mistake of ours anywhere else stays the exception that it is.
+Only calls into a library run inside `library_call`; exceptions raised by this project's code are not converted.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 400
-"""Most characters of a library's own words: PyTorch's exporter writes pages."""
+"""Maximum length of the library's message: PyTorch's exporter writes pages."""
 
 
 class LibraryError(Exception):
-    """A library that export leaves work to has failed; its own exception is the cause."""
+    """A library used by export failed; its exception is the cause."""
 
 
 @contextmanager
 def library_call(library: str, task: str, *raised: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises inside into a LibraryError.
+    """Convert exceptions raised inside to LibraryError.
 
     Args:
         library: its name and version.
-        task: what it was to do, e.g. "load model.onnx".
-        raised: what it is known to raise.
+        task: the operation, e.g. "load model.onnx".
+        raised: exceptions that the library may raise.
 
     Raises:
-        LibraryError: in one line: library, task, and what the innermost exception says.
+        LibraryError: one line with library, task, and the message of the innermost exception.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def library_call(library: str, task: str, *raised: type[Exception]) -> Iterator[
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Return what began it: PyTorch's exporter wraps that twice."""
+    """Return the innermost cause: PyTorch's exporter wraps it twice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""A network written as an ONNX file: dynamic batch, fixed names and opset, the same bytes for the same input.
+"""Write a network as an ONNX file: dynamic batch, fixed names and opset, the same bytes for the same input.
 
 Graphs, all with the embedded timestep as an input (a raw t inside a bfloat16 graph is silently rounded):
 
@@ -28,10 +28,10 @@ from model_export.inference_graph import rewrite
 from model_export.library_errors import library_call
 
 OPSET = 22
-"""Old enough for every runtime; newer ones have fused operations (GroupNormalization, Attention) that are slower."""
+"""Supported by every runtime; newer opsets have fused operations (GroupNormalization, Attention) that are slower."""
 DATA_SUFFIX = ".data"
 MAX_PROTOBUF = 2**31 - 2**24
-"""Weights beyond this many bytes lie in a second file: protobuf's limit is 2 GiB."""
+"""Weights larger than this number of bytes are stored in a second file: protobuf's limit is 2 GiB."""
 EXAMPLE_ROWS = 2
 PYTORCH = f"PyTorch {torch.__version__}"
 
@@ -43,11 +43,11 @@ def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -
 
     Args:
         network: in eval mode.
-        path: the file; a network beyond 2 GiB puts its weights beside it, with the suffix `.data`.
-        dtype: precision that the graph computes in; inputs and output are float32 (y: int64) always.
+        path: the file; the weights of a network larger than 2 GiB are stored beside it, with the suffix `.data`.
+        dtype: precision of the graph; inputs and output are always float32 (y: int64).
 
     Raises:
-        LibraryError: PyTorch cannot trace the network or translate it, or the checker of ONNX refuses what came out.
+        LibraryError: PyTorch cannot trace or translate the network, or the ONNX checker rejects the result.
     """
     config = network.config
     examples = _image_and_embedding(config)
@@ -64,7 +64,7 @@ def export_classifier(classifier: Classifier, path: Path, dtype: torch.dtype = t
 
 
 def export_classifier_gradient(classifier: Classifier, path: Path) -> None:
-    """Write the gradient of a noisy classifier's log p(y | x_t) by x_t, in float32; arguments as for `export_unet`."""
+    """Write the gradient of log p(y | x_t) with respect to x_t, in float32; arguments as for `export_unet`."""
     examples = _image_and_embedding(classifier.config)
     examples["y"] = torch.arange(EXAMPLE_ROWS) % classifier.config.num_classes
     rewritten = rewrite(classifier)
@@ -113,14 +113,14 @@ def _export(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Pa
             opset_version=OPSET,
             verbose=False,
         )
-    assert program is not None  # noqa: S101  # what dynamo=True returns
+    assert program is not None  # noqa: S101  # dynamo=True returns one
     model = program.model_proto
     _strip(model)
     _write(model, path)
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Take out what the exporter says of itself and of its source files, and name the batch dimension."""
+    """Remove the exporter's metadata and source paths, and name the batch dimension."""
     for field in ("producer_name", "producer_version", "domain", "doc_string", "metadata_props"):
         model.ClearField(field)
     graphs = [model.graph, *model.functions]
@@ -141,8 +141,8 @@ def _strip(model: onnx.ModelProto) -> None:
 
 def _write(model: onnx.ModelProto, path: Path) -> None:
     data = path.with_name(path.name + DATA_SUFFIX)
-    data.unlink(missing_ok=True)  # it would be appended to
-    # not ByteSize(), which serialises, and so fails where it matters
+    data.unlink(missing_ok=True)  # an existing file would be appended to
+    # not ByteSize(), which serialises and therefore fails above the limit
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_PROTOBUF:
         onnx.save_model(model, path, save_as_external_data=True, location=data.name)
         _check(path, path.name)
@@ -159,7 +159,7 @@ def _check(model: onnx.ModelProto | Path, name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter prints and logs, about itself and about graphs that fail; its errors are exceptions."""
+    """Suppress the exporter's output and log lines; its errors are raised as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,9 +1,9 @@
-"""How far an exported graph is from PyTorch in float32: network calls by timestep, and pixels after whole chains.
+"""Measure the error of an exported graph against PyTorch in float32: network calls by timestep, and final pixels.
 
-The reference is the unrewritten network. A UNet's calls are compared at the inputs that a chain of the reference really
-has, so every timestep is met with images of its own noise level; a classifier's at unit noise for every timestep.
-Calls gate in every precision; pixels gate in float32 only, and are reported otherwise (an ancestral chain in lower
-precision is another, equally good sample).
+The reference is the original network. A UNet's calls are compared at the inputs of a reference chain, so that images
+at every timestep have the right noise level; a classifier's calls are compared at unit noise for every timestep.
+Errors of calls have a limit in every precision. Pixel differences have a limit in float32 only and are otherwise
+reported (an ancestral chain in lower precision gives another, equally good sample).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from formats.precision import Precision
 from model_export.runtimes import Arrays, Graph, Runtime
 
 STEPS = 50
-"""Length of the chains."""
+"""Sampling steps of a chain."""
 ROWS = 4
 """Images in a chain."""
 BANDS = 5
-"""Equal bands of timesteps."""
+"""Number of bands of timesteps, of equal width."""
 LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Largest relative error of a network call in any band: some 50 times what float32 measures, 5 times the others."""
+"""Maximum relative error of a network call in any band: about 50 times the measured one in float32, else 5 times."""
 PIXEL_LIMIT = 1e-3
-"""Largest fraction of 8-bit values that may differ by more than 2 levels after a float32 chain."""
+"""Maximum fraction of 8-bit values that may differ by more than 2 levels after a float32 chain."""
 
 NO_NUMBER = sys.float_info.max
-"""The error of a graph that overflows: beyond every limit, and unlike NaN a number that JSON has."""
+"""Error reported for a graph that overflows: above every limit and, unlike NaN, representable in JSON."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -54,15 +54,15 @@ class Call:
     """One network call of the reference."""
 
     t: float
-    """What the network was told of the timestep."""
+    """Timesteps passed to the network."""
     inputs: Arrays
-    """What the graph is given, emb_t computed by the artifact's own time MLP."""
+    """Inputs of the graph, with emb_t computed by the artifact's time MLP."""
     expected: FloatArray
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A chain of the reference: its calls, and its pixels."""
+    """A chain of the reference: its network calls and its pixels."""
 
     config: CheckpointConfig
     calls: Sequence[Call]
@@ -70,7 +70,7 @@ class Reference:
 
 
 def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> Reference:
-    """Sample images with PyTorch, and keep every network call."""
+    """Sample images with PyTorch, and record every network call."""
     conditions = _conditions(config)
     calls: list[Call] = []
 
@@ -84,12 +84,12 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
 
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
-    """Classify unit noise at each timestep of a chain with PyTorch; returns the calls for logits, and for gradients."""
-    told = respace(diffusion, str(_steps(diffusion))).t_model
+    """Classify unit noise at each timestep of a chain with PyTorch; return the calls for logits and for gradients."""
+    t_model = respace(diffusion, str(_steps(diffusion))).t_model
     ids = np.arange(ROWS)
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
-    for k, t in enumerate(told):
+    for k, t in enumerate(t_model):
         x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, _shape(classifier.config)))
         t_rows = np.full(ROWS, t, dtype=np.float32)
         inputs = {"x_t": x_t.numpy(), "emb_t": time_mlp(t_rows)}
@@ -110,12 +110,12 @@ def network_parity(
 ) -> NetworkParity:
     """Compare a graph with the reference's calls, band by band."""
     split = config.model.image_channels if config.kind == "unet" and config.model.learn_sigma else None
-    told = respace(config.diffusion).t_model
-    count = min(BANDS, len(told))
-    sums = np.zeros((count, 2, 2))  # every band's (squared difference, squared norm) of the two halves
+    t_model = respace(config.diffusion).t_model
+    count = min(BANDS, len(t_model))
+    sums = np.zeros((count, 2, 2))  # per band: (squared difference, squared norm) of the two halves of the output
     met = np.zeros(count, dtype=np.bool_)
-    edges = np.linspace(0, len(told), count + 1).astype(int)
-    highest = told[edges[1:] - 1]
+    edges = np.linspace(0, len(t_model), count + 1).astype(int)
+    highest = t_model[edges[1:] - 1]
     for call in calls:
         band = min(int(np.searchsorted(highest, call.t)), count - 1)
         met[band] = True
@@ -176,7 +176,7 @@ def _chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.ui
 
 
 def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs that stay the same along a chain: labels spread over all, random low-resolution images."""
+    """Return the constant inputs of a chain: labels spread over all classes, random low-resolution images."""
     model = config.model
     ids = np.arange(ROWS)
     conditions: dict[str, npt.NDArray[Any]] = {}

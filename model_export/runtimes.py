@@ -1,4 +1,4 @@
-"""The runtimes that an exported graph is tried with before anybody serves it."""
+"""The runtimes in which an exported graph is tested before it is served."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from model_export.library_errors import LibraryError, library_call
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Graph = Callable[[Arrays], npt.NDArray[np.float32]]
-"""Inputs by name, of any number of rows -> the graph's one output. What the runtime raises becomes a LibraryError."""
+"""Inputs by name, any number of rows -> the graph's only output. Exceptions of the runtime become LibraryError."""
 
 ONNX_RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 OPENVINO = f"openvino {openvino.get_version().split('-')[0]}"
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-"""How OpenVINO calls precisions."""
+"""OpenVINO's names of precisions."""
 
 
 class PrecisionUnavailable(Exception):
-    """A runtime does not compute in the precision asked for on this processor; the message says why."""
+    """A runtime does not compute in the requested precision on this processor; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime in a precision."""
+    """A runtime with a precision."""
 
     backend: str
     """Name and version."""
     precision: Precision
     open: Callable[[Path], Graph]
-    """The graph raises `PrecisionUnavailable` where another precision would be in effect."""
+    """Open a graph; raises `PrecisionUnavailable` if another precision would be in effect."""
 
 
 def runtimes_for(precision: Precision) -> list[Runtime]:
-    """Return what a graph of a precision is tried with here.
+    """Return the runtimes in which a graph of a precision is tested on this machine.
 
-    A float32 graph is what the CPU runtimes serve, OpenVINO also in bfloat16, which it turns the graph into itself.
-    A graph of lower precision is TensorRT's, which needs a GPU; here it is tried with the runtime that knows its
-    types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO makes float32 of float16. ONNX Runtime keeps some numbers
-    between two float16 operations in float32, so an overflow there may show on a GPU only: engines are measured again.
+    The CPU runtimes serve float32 graphs; OpenVINO also converts them to bfloat16.
+    Graphs of lower precision are for TensorRT, which needs a GPU; here they are tested in the runtime that supports
+    their types: ONNX Runtime has no bfloat16 on a CPU, and OpenVINO converts float16 to float32. ONNX Runtime keeps
+    some values between two float16 operations in float32, so an overflow may occur on a GPU only: engines are measured
+    again.
     """
     onnx_runtime = Runtime(ONNX_RUNTIME, precision, _open_onnxruntime)
     in_fp32, in_bf16 = (Runtime(OPENVINO, p, _openvino(p)) for p in HINTS)
@@ -58,7 +59,7 @@ def runtimes_for(precision: Precision) -> list[Runtime]:
 def _open_onnxruntime(path: Path) -> Graph:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Exception: what it raises has no base class of its own
+    # Exception: its exceptions have no common base class
     with library_call(ONNX_RUNTIME, f"load {path.name}", Exception):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -70,7 +71,7 @@ def _open_onnxruntime(path: Path) -> Graph:
 
 
 def _openvino(precision: Precision) -> Callable[[Path], Graph]:
-    """Return how to open a graph as the service does: compiled for each number of rows that it is given."""
+    """Return a function that opens a graph as the service does: compiled for each batch size it is called with."""
 
     def open_graph(path: Path) -> Graph:
         compiled: dict[int, openvino.CompiledModel] = {}
@@ -90,7 +91,7 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
 
 @cache
 def _openvino_core() -> openvino.Core:
-    """Return this process's core, which is never destroyed (service/backends/openvino_core.py says why)."""
+    """Return this process's core, which is never destroyed (reason in service/backends/openvino_core.py)."""
     return openvino.Core()
 
 
@@ -99,8 +100,9 @@ def _compile(path: Path, shapes: Mapping[str, list[int]], precision: Precision) 
 
     Raises:
         LibraryError: OpenVINO cannot compile it.
-        PrecisionUnavailable: OpenVINO compiles it, and not in this precision: a hint that the processor cannot follow
-            is ignored, and under a limit of instruction sets (ONEDNN_MAX_CPU_ISA) it fails in lower precision only.
+        PrecisionUnavailable: OpenVINO compiles it, but not in this precision. OpenVINO ignores a precision hint that
+            the processor does not support; with limited instruction sets (ONEDNN_MAX_CPU_ISA), compiling in the lower
+            precision fails.
     """
 
     def compiled_in(wanted: Precision) -> openvino.CompiledModel:
@@ -115,7 +117,7 @@ def _compile(path: Path, shapes: Mapping[str, list[int]], precision: Precision) 
     except LibraryError as error:
         if precision == "fp32":
             raise
-        compiled_in("fp32")  # raises where the graph is to blame
+        compiled_in("fp32")  # raises if the graph is the cause
         raise PrecisionUnavailable(f"OpenVINO compiles this graph in fp32 only on this processor ({error})") from error
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != HINTS[precision]:

@@ -1,11 +1,11 @@
-"""Engines of TensorRT, built from an artifact's ONNX graph: one per batch size, of static shapes.
+"""Build TensorRT engines from an artifact's ONNX graph: one per batch size, with static shapes.
 
-One engine for all batch sizes has given identical rows different outputs (NVIDIA/TensorRT, issue 4813); here each
-batch size is a build of its own, in which the batch is a constant. Networks are strongly typed: the precision is that
-of the graph.
+A single engine for all batch sizes has returned different outputs for equal rows (NVIDIA/TensorRT, issue 4813), so each
+batch size is a separate build, in which the batch is a constant. Networks are strongly typed: the precision is that of
+the graph.
 
-`tensorrt` times kernels on the GPU at hand and builds for that. `tensorrt_rtx` builds for a compute capability, needs
-no GPU, and leaves the rest to a compiler in the runtime.
+`tensorrt` times kernels on this machine's GPU and builds for that. `tensorrt_rtx` builds for a compute capability and
+needs no GPU; its runtime compiles the kernels.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from formats.tensorrt_package import EngineError, Flavour, installed_flavour, lo
 log = logging.getLogger(__name__)
 
 WORKSPACE_BYTES = 4 << 30
-"""Most scratch memory of a kernel, where nobody says otherwise."""
+"""Default limit of a kernel's scratch memory."""
 
 Progress = Callable[[str, int, int], None]
-"""Told of a build: the phase, its steps done, and how many it has. Phases nest; TensorRT may call from any thread."""
+"""Called with the phase of a build, its finished steps and its number of steps. Phases nest; any thread may call."""
 Say = Callable[[str], None]
 
 
@@ -54,22 +54,22 @@ def build_missing(
     say: Say = lambda _: None,
     progress: Progress = lambda _phase, _done, _of: None,
 ) -> tuple[int, ...]:
-    """Build the engines that an artifact lacks, and those that the service would refuse.
+    """Build the missing engines of an artifact, and those that the service would refuse.
 
     Args:
         artifact: the artifact folder; engines are written into it.
-        target: what to build for; None: the GPU at hand (`find_target` makes others).
-        batch_sizes: to build for; None: those of the manifest.
-        workspace_bytes: most scratch memory of a kernel.
-        say: told what is built, and why, in words.
-        progress: told how far a build is.
+        target: the GPU to build for; None: this machine's GPU (`find_target` returns others).
+        batch_sizes: sizes to build; None: those of the manifest.
+        workspace_bytes: limit of a kernel's scratch memory.
+        say: called with a message that describes each build and its reason.
+        progress: called with the progress of a build.
 
     Returns:
         The batch sizes that were built.
 
     Raises:
-        ArtifactError: an artifact that cannot be read.
-        EngineError: no TensorRT, no such GPU, or a build that failed; engines finished before that stay.
+        ArtifactError: the artifact cannot be read.
+        EngineError: TensorRT or the GPU is missing, or a build failed; engines built before are kept.
     """
     manifest = read_artifact(artifact)
     target = find_target() if target is None else target
@@ -92,18 +92,18 @@ def build_engine(
     """Build and write one engine, replacing an older one.
 
     Args:
-        artifact: a folder with `model.onnx`, whose inputs have a dynamic first dimension and no other.
-        wanted: what the engine is to be. The graph must be that one, and compute in that precision.
+        artifact: a folder with `model.onnx`, whose inputs have only one dynamic dimension, the first.
+        wanted: description of the engine. Graph and precision must match it.
         batch_size: rows of its inputs.
-        workspace_bytes: most scratch memory of a kernel.
-        progress: told how far the build is. Whatever it raises ends the build, and goes on to the caller.
+        workspace_bytes: limit of a kernel's scratch memory.
+        progress: called with the progress of the build. An exception raised by it ends the build and propagates.
 
     Returns:
-        What was written beside the plan.
+        The record written beside the plan.
 
     Raises:
-        EngineError: another graph than wanted, one that TensorRT cannot parse or build, or a target that is not here;
-            with what TensorRT had to say.
+        EngineError: the graph is not the wanted one, TensorRT cannot parse or build it, or the target is not
+            available; the message includes TensorRT's messages.
     """
     onnx = artifact / MODEL_FILE
     refuse_other_graph(artifact, wanted.onnx_sha256)
@@ -155,13 +155,13 @@ def build_engine(
 
 
 def find_target(compute_capability: str | None = None) -> Target:
-    """Return what to build for with the package that is installed.
+    """Return the build target for the installed package.
 
     Args:
-        compute_capability: such as `sm89`; None: of the GPU at hand.
+        compute_capability: such as `sm89`; None: that of this machine's GPU.
 
     Raises:
-        EngineError: no TensorRT, no GPU where one is needed, or a compute capability that it does not have.
+        EngineError: TensorRT or a required GPU is missing, or the compute capability is not supported.
     """
     flavour = installed_flavour()
     version = str(importlib.import_module(flavour).__version__)
@@ -169,12 +169,12 @@ def find_target(compute_capability: str | None = None) -> Target:
         _refuse_unknown_capability(importlib.import_module(flavour), compute_capability)
         return Target(flavour=flavour, version=version, compute_capability=compute_capability)
     if not torch.cuda.is_available():
-        how = "" if flavour == "tensorrt" else "; say for which one to build (such as sm89), that needs none"
-        raise EngineError(f"{flavour} builds for the GPU at hand, and torch sees none{how}")
+        how = "" if flavour == "tensorrt" else "; name a compute capability (such as sm89) to build without a GPU"
+        raise EngineError(f"{flavour} builds for this machine's GPU, and torch finds none{how}")
     target = Target.of_device(flavour, version, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     if compute_capability not in (None, target.compute_capability):
         raise EngineError(
-            f"tensorrt builds for the GPU at hand, which is {target.compute_capability} and not {compute_capability}"
+            f"tensorrt builds for this machine's GPU, which is {target.compute_capability} and not {compute_capability}"
         )
     return target
 
@@ -183,7 +183,7 @@ def load_tensorrt(target: Target) -> Any:
     """Import the package that a target names.
 
     Raises:
-        EngineError: it is not installed, or in another version.
+        EngineError: it is not installed, or another version is.
     """
     if installed_flavour() != target.flavour:
         raise EngineError(f"{target.name} needs the package {target.flavour}, which is not the one installed")
@@ -194,10 +194,10 @@ def load_tensorrt(target: Target) -> Any:
 
 
 def refuse_other_graph(artifact: Path, onnx_sha256: str) -> None:
-    """Refuse to build from a graph that is not the one wanted.
+    """Check that the artifact's graph is the wanted one.
 
     Raises:
-        EngineError: saying so, or that there is no graph.
+        EngineError: it is another one, or there is no graph.
     """
     names = [name for name in (MODEL_FILE, DATA_FILE) if (artifact / name).is_file()]
     if MODEL_FILE not in names:
@@ -205,7 +205,7 @@ def refuse_other_graph(artifact: Path, onnx_sha256: str) -> None:
     found = graph_sha256({name: file_entry(artifact / name) for name in names})
     if found != onnx_sha256:
         raise EngineError(
-            f"{artifact / MODEL_FILE} is another graph ({found[:12]}...) than the one wanted ({onnx_sha256[:12]}...)"
+            f"{artifact / MODEL_FILE} is not the wanted graph: its sha256 is {found[:12]}..., not {onnx_sha256[:12]}..."
         )
 
 
@@ -213,60 +213,60 @@ def parse(trt: Any, logger: Any, network: Any, onnx: Path) -> None:
     """Read an ONNX file into a network.
 
     Raises:
-        EngineError: with every complaint of the parser, and the node it is about.
+        EngineError: with every error of the parser and its node.
     """
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(onnx)):
         return
     complaints = [_describe(parser.get_error(k)) for k in range(parser.num_errors)]
-    raise EngineError(f"{onnx} cannot be parsed: {'; '.join(complaints) or 'the parser gives no reason'}")
+    raise EngineError(f"{onnx} cannot be parsed: {'; '.join(complaints) or 'the parser gave no reason'}")
 
 
 def fix_batch(network: Any, batch_size: int, onnx: Path) -> None:
     """Make the batch of every input a constant.
 
     Raises:
-        EngineError: an input whose first dimension is not the only dynamic one, or an output that stays dynamic.
+        EngineError: an input has other dynamic dimensions than the first, or an output stays dynamic.
     """
     for tensor in (network.get_input(k) for k in range(network.num_inputs)):
         shape = tuple(tensor.shape)
         if not shape or shape[0] != -1 or -1 in shape[1:]:
-            raise EngineError(f"{onnx}: of input {tensor.name} the batch alone must be dynamic; its shape is {shape}")
+            raise EngineError(f"{onnx}: only the batch of input {tensor.name} may be dynamic; its shape is {shape}")
         tensor.shape = (batch_size, *shape[1:])
     for tensor in (network.get_output(k) for k in range(network.num_outputs)):
         shape = tuple(tensor.shape)
         if -1 in shape or shape[0] != batch_size:
-            raise EngineError(f"{onnx}: output {tensor.name} should have {batch_size} rows; its shape is {shape}")
+            raise EngineError(f"{onnx}: output {tensor.name} must have {batch_size} rows; its shape is {shape}")
 
 
 def network_precision(trt: Any, network: Any) -> Precision:
-    """Return what a strongly typed network computes in: the shortest of the floating-point types in it.
+    """Return the precision of a strongly typed network: the shortest of its floating-point types.
 
     Raises:
-        EngineError: float16 and bfloat16, both.
+        EngineError: it uses both float16 and bfloat16.
     """
     layers = (network.get_layer(k) for k in range(network.num_layers))
     types = {layer.get_output_type(k) for layer in layers for k in range(layer.num_outputs)}
     short: dict[Any, Precision] = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
     found = [name for dtype, name in short.items() if dtype in types]
     if len(found) > 1:
-        raise EngineError("a graph must compute in float16 or in bfloat16; this one does both")
+        raise EngineError("a graph must use float16 or bfloat16; this one uses both")
     return found[0] if found else "fp32"
 
 
 def set_flags(trt: Any, config: Any, flavour: Flavour) -> tuple[str, ...]:
-    """Set what is not TensorRT's default; returns the names of all flags that are set."""
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is computed in float32, as by the torch backend
+    """Set the flags that differ from TensorRT's defaults; return the names of all flags that are set."""
+    config.clear_flag(trt.BuilderFlag.TF32)  # computes float32 in float32, as the torch backend does
     if flavour == "tensorrt_rtx":
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it there can be no CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # required for CUDA graphs
     return tuple(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))
 
 
 def choose_capability(trt: Any, config: Any, compute_capability: str) -> None:
-    """Let TensorRT-RTX build for one compute capability, whatever GPU is at hand.
+    """Make TensorRT-RTX build for one compute capability, regardless of this machine's GPU.
 
     Raises:
-        EngineError: one that it does not have.
+        EngineError: the compute capability is not supported.
     """
     _refuse_unknown_capability(trt, compute_capability)
     config.num_compute_capabilities = 1
@@ -275,27 +275,27 @@ def choose_capability(trt: Any, config: Any, compute_capability: str) -> None:
 
 
 class TimingCache:
-    """How long kernels took, kept beside the engines, so that the next batch size need not be measured anew.
+    """Measured kernel times, stored beside the engines, so that the next batch size does not measure them again.
 
-    For the data-centre package: with TensorRT-RTX, which times nothing, it would only demand a GPU.
+    Used with the data-centre package only: TensorRT-RTX does not time kernels, and a cache would make it require a GPU.
     """
 
     def __init__(self, config: Any, path: Path) -> None:
-        """Give a build the cache of a file; one of another GPU or version is replaced, with a warning."""
+        """Load the cache of a file into a build; replace a cache of another GPU or version, with a warning."""
         self._path = path
         self._cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if self._cache is None or not config.set_timing_cache(self._cache, False):
-            log.warning("%s is of another GPU or version; kernels are measured anew", path)
+            log.warning("%s is of another GPU or version; kernels are measured again", path)
             self._cache = config.create_timing_cache(b"")
             config.set_timing_cache(self._cache, False)
 
     def save(self) -> None:
-        """Write what is known after the build."""
+        """Write the cache after the build."""
         write_file(self._path, bytes(self._cache.serialize()))
 
 
 def _profile(builder: Any, network: Any) -> Any:
-    """Return the one profile: smallest, usual and largest shape of every input are the same."""
+    """Return the profile: minimum, optimum and maximum shape of every input are equal."""
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(k) for k in range(network.num_inputs)):
         shape = tuple(tensor.shape)
@@ -308,14 +308,14 @@ def _refuse_unknown_capability(trt: Any, compute_capability: str) -> None:
     if compute_capability not in known:
         raise EngineError(
             f"TensorRT-RTX {trt.__version__} builds for {', '.join(known)}; got {compute_capability!r}"
-            " (GPUs of data centres need the package tensorrt)"
+            " (data-centre GPUs need the package tensorrt)"
         )
 
 
 def _refuse_other_gpu(target: Target) -> None:
     here = find_target()
     if here != target:
-        raise EngineError(f"tensorrt builds for the GPU at hand, which is {here.name} and not {target.name}")
+        raise EngineError(f"tensorrt builds for this machine's GPU, which is {here.name} and not {target.name}")
 
 
 def _describe(error: Any) -> str:
@@ -325,7 +325,7 @@ def _describe(error: Any) -> str:
 
 def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of an untyped module
-        """Counts the steps of phases; an exception must not cross TensorRT's own code, so it is kept for later."""
+        """Count the steps of phases; exceptions must not pass through TensorRT's code, so they are raised later."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -348,7 +348,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
                 return
             try:
                 progress(phase, done, self._steps.get(phase, 0))
-            except BaseException as error:  # KeyboardInterrupt, too: raised again when TensorRT returns
+            except BaseException as error:  # also KeyboardInterrupt; raised again when TensorRT returns
                 self.error = error
 
     return Monitor()

@@ -23,10 +23,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("precision", "microbatch_size"),
     }
 )
-"""Fields that a resumed run may set anew, which its checkpoints then record; any other change makes it another run.
+"""Fields that a resumed run may change; its checkpoints record the changes. Any other change is refused.
 
-The first line changes nothing that is trained, except that most schedules of the learning rate end at total_images.
-The others let a run go on that diverged, or whose batch no longer fits into memory.
+The fields in the first two lines do not affect training, except that most learning-rate schedules end at total_images.
+The others allow a run to continue after it diverged or ran out of memory.
 """
 
 
@@ -39,54 +39,54 @@ class TrainConfig(FrozenConfig):
     class_conditional: bool = True
     """Whether labels are used."""
     label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Fraction of labels replaced by the null class, so that classifier-free guidance is possible; 0: none."""
+    """Fraction of labels replaced by the null class, for classifier-free guidance; 0: none."""
 
     loss: LossType = "hybrid"
     """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple."""
     rescale_vlb: bool = True
-    """Weigh the bound's terms as the whole chain's bound: with `hybrid`, lambda = 0.001 on L_vlb."""
+    """Scale the bound's terms to the bound of the entire chain: with `hybrid`, lambda = 0.001 on L_vlb."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
-    """Weigh the prediction's term by min(SNR, gamma) / SNR (arXiv:2303.09556; 5 is usual); None: no weights."""
+    """Weight the prediction's loss by min(SNR, gamma) / SNR (arXiv:2303.09556; 5 is usual); None: no weights."""
     timestep_sampler: TimestepSamplerName = "uniform"
 
     total_images: int = Field(ge=1)
-    """Training images after which the run ends, repeats counted."""
+    """Training images after which the run ends, repetitions included."""
     batch_size: int = Field(default=128, ge=1)
     microbatch_size: int | None = Field(default=None, ge=1)
-    """Images per forward pass; None: the whole batch. Gradients are averaged over the batch."""
+    """Images per forward pass; None: the entire batch. Gradients are averaged over the batch."""
     lr: float = Field(default=1e-4, gt=0)
     lr_warmup_images: int = Field(default=0, ge=0)
     """The learning rate rises linearly over this many images."""
     lr_schedule: LrSchedule = "constant"
-    """What follows the warm-up.
+    """Learning-rate schedule after the warm-up.
 
     `linear` and `cosine` fall to zero at total_images. `inverse_sqrt` falls as sqrt(lr_decay_images / images) after
-    lr_decay_images (the decay of arXiv:2312.02696), whatever total_images is: for runs whose end is not known.
+    lr_decay_images (the decay of arXiv:2312.02696), independently of total_images: for runs whose length is not known.
     """
     lr_decay_images: int = Field(default=100_000, ge=1)
-    """Where `inverse_sqrt` begins to fall; other schedules ignore it."""
+    """Images after which `inverse_sqrt` starts to fall; other schedules ignore it."""
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient; None: no limit."""
+    """Maximum norm of the gradient; None: no limit."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the averaged weights per optimiser step."""
     ema_warmup: bool = True
-    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early averages are not the initial noise."""
+    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early averages forget the initial weights."""
     ema_sigma_rels: tuple[SigmaRel, ...] = ()
-    """Relative widths of power-function averages kept beside it, e.g. [0.05, 0.1].
+    """Relative widths of additional power-function averages, e.g. [0.05, 0.1].
 
-    Their snapshots, one per checkpoint, let `iddpm ema` make the average of any width after the run.
+    From their snapshots, one per checkpoint, `iddpm ema` computes an average of any width after the run.
     """
     data: DataConfig = DataConfig()
     """How images are read."""
     horizontal_flip: bool = False
     """Mirror images at random."""
     precision: TrainingPrecision = "auto"
-    """Autocast; `auto` is bfloat16 where the machine computes in it, else float32."""
+    """Autocast precision; `auto` is bfloat16 if the machine supports it, else float32."""
     seed: int = Field(default=0, ge=0, lt=2**53)
 
     sampling: SamplingDefaults = SamplingDefaults()
-    """Recommended to whoever samples the model; goes into its config.json."""
+    """Recommended sampling options; stored in the model's config.json."""
 
     checkpoint_every_images: int = Field(default=1_000_000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -120,7 +120,7 @@ class TrainConfig(FrozenConfig):
         """Return a validated copy with fields set by dotted name, e.g. {"model.dropout": 0.1}.
 
         Raises:
-            ValueError: an unknown name (the message lists the allowed ones) or a value that does not fit.
+            ValueError: unknown name (the message lists the allowed ones) or invalid value.
         """
         values = self.model_dump()
         for name, value in assignments.items():
@@ -136,7 +136,7 @@ class TrainConfig(FrozenConfig):
         return type(self).model_validate(values)
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Return the fields in which another configuration differs, by dotted name: its value, and the one here."""
+        """Return the fields that differ from another configuration, by dotted name: (its value, the value here)."""
         mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
         return {name: (theirs[name], mine[name]) for name in mine if mine[name] != theirs[name]}
 

@@ -1,4 +1,4 @@
-"""Fields of a run's configuration that the data or other fields decide: setting them otherwise is refused."""
+"""Derived fields of a run's configuration: the data or other fields determine them; other values are refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DECIDED = ("model.num_classes", "model.null_class", "model.learn_sigma", "sampli
 
 
 def split_decided(assignments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split what a user sets into what is free and what is decided elsewhere, by dotted name.
+    """Split the fields that a user sets into free and derived ones, by dotted name.
 
-    Fields inside an object that is set as a whole (`model={...}`) are found, too, and stay in it.
+    Derived fields inside an object that is set at once (`model={...}`) are found too, and stay in the object.
     """
     free = {name: value for name, value in assignments.items() if name not in DECIDED or name == "sampling.cfg_scale"}
     decided = {name: value for name, value in assignments.items() if name in DECIDED}
@@ -28,15 +28,15 @@ def split_decided(assignments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def refuse_overruled(decided: Mapping[str, Any], resolved: TrainConfig, dataset: Dataset) -> None:
-    """Refuse values that the resolved configuration does not have.
+    """Check that values set by the user equal those of the resolved configuration.
 
     Args:
         decided: values that the user set, by dotted name.
-        resolved: what `resolve` made of them.
+        resolved: the configuration returned by `resolve`.
         dataset: the data.
 
     Raises:
-        ValueError: names the field, what decides it, and how to have it otherwise.
+        ValueError: a value differs; the message names the field, what determines it, and how to change it.
     """
     for name, value in decided.items():
         parent, _, leaf = name.partition(".")
@@ -49,11 +49,11 @@ def refuse_overruled(decided: Mapping[str, Any], resolved: TrainConfig, dataset:
 def _reason(name: str, config: TrainConfig, dataset: Dataset) -> str:
     if name == "model.learn_sigma":
         other = "learned_range" if not config.model.learn_sigma else "fixed_large and loss to simple"
-        return f"diffusion.variance, {config.diffusion.variance}, decides it; set that to {other}"
+        return f"diffusion.variance, {config.diffusion.variance}, determines it; set that to {other}"
     if not config.class_conditional:
-        return "class_conditional=false decides it: the model has no classes"
+        return "class_conditional=false determines it: the model has no classes"
     if name == "model.num_classes":
-        return f"the data decide it, which have {len(dataset.class_names)} classes"
+        return f"the data, which have {len(dataset.class_names)} classes, determine it"
     if config.model.null_class:
-        return f"label_dropout, {config.label_dropout:g}, decides it; set that to 0 for a model without a null class"
-    return "label_dropout=0 decides it; set that to 0.1, for guidance needs a null class"
+        return f"label_dropout, {config.label_dropout:g}, determines it; set that to 0 for a model without a null class"
+    return "label_dropout=0 determines it; set that to 0.1, because guidance needs a null class"

@@ -1,4 +1,4 @@
-"""Averages of a network's weights over training, which are what gets sampled and exported."""
+"""Averages of a network's weights over training; these are sampled and exported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Decay = Callable[[int], float]
-"""Decay of an update, given the number of updates before it."""
+"""Return the decay of an update from the number of previous updates."""
 
 
 def exponential_decay(decay: float, *, warmup: bool) -> Decay:
@@ -21,7 +21,7 @@ def exponential_decay(decay: float, *, warmup: bool) -> Decay:
 def power_decay(sigma_rel: float) -> Decay:
     """Return the decay of a power-function average (Karras et al. 2024, arXiv:2312.02696, section 3.1).
 
-    Its weights grow as t^gamma, so that its width is always the same share of the training so far.
+    Its weights grow as t^gamma, so that its width stays the same share of the training so far.
 
     Args:
         sigma_rel: that share, the standard deviation of the weights' profile, between 0 and 0.28.
@@ -33,7 +33,7 @@ def power_exponent(sigma_rel: float) -> float:
     """Return gamma for a relative width: the root of sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
     Raises:
-        ValueError: a width that no power function has.
+        ValueError: no power function has this width.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel must be above 0 and below 0.288 (a plain mean); got {sigma_rel:g}")
@@ -44,7 +44,7 @@ def power_exponent(sigma_rel: float) -> float:
 class EMA:
     """Float32 averages of the parameters, updated once per optimiser step.
 
-    `num_updates` belongs to the state: the decay may depend on it.
+    `num_updates` is part of the state, because the decay may depend on it.
     """
 
     def __init__(self, network: nn.Module, decay: Decay) -> None:
@@ -56,7 +56,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Average in the weights: target = decay * target + (1 - decay) * source."""
+        """Update the averages: target = decay * target + (1 - decay) * source."""
         decay = self.decay(self.num_updates)
         targets = list(self.weights.values())
         torch._foreach_mul_(targets, decay)

@@ -1,4 +1,4 @@
-"""How a run fails when a user can put things right."""
+"""Errors of a run that a user can correct."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class TrainError(ValueError):
-    """A run that cannot start, or ended early; the message says why.
+    """The run cannot start, or ended early; the message gives the reason.
 
     Attributes:
-        resume_with: the fields to change, as `--set` takes them, when the run is resumed; None: it cannot be.
+        resume_with: fields to change on resume, in the form of `--set`; None: the run cannot be resumed.
     """
 
     def __init__(self, message: str, *, resume_with: Sequence[str] | None = None) -> None:
@@ -18,7 +18,7 @@ class TrainError(ValueError):
 
 
 class Stopped(Exception):
-    """A run that ended because it was asked to; what it had trained is in its newest checkpoint."""
+    """The run was stopped by a request; its newest checkpoint contains its progress."""
 
     def __init__(self, images_seen: int) -> None:
         self.images_seen = images_seen

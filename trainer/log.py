@@ -1,4 +1,4 @@
-"""The run's log: means of the loss terms over windows of batches, one JSON object per line."""
+"""Write a run's log: means of the loss terms over windows of batches, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUARTILES = 4
 
 
 class Window:
-    """Means of the loss terms since the last log line, whole and per quartile of the timesteps."""
+    """Means of the loss terms since the last log line, over all timesteps and per quartile."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -34,20 +34,20 @@ class Window:
         return bool(self._rows)
 
     def add(self, batch: TrainingLosses, t: np.ndarray[Any, Any], grad_norm: float, num_steps: int) -> None:
-        """Take in one batch."""
+        """Add the losses of one batch."""
         quartile = torch.from_numpy(t * QUARTILES // num_steps).float()
         self._rows.append(torch.stack([*batch, quartile]))
         self._grad_norms.append(grad_norm)
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Leave the time that passes inside out of the speed."""
+        """Exclude the time spent inside from the speed."""
         before = time.perf_counter()
         yield
         self._started += time.perf_counter() - before
 
     def summary(self) -> dict[str, float]:
-        """Return the means, rounded for reading, and the speed."""
+        """Return the rounded means and the speed."""
         *terms, quartile = torch.cat(self._rows, dim=1)
         values = {name: term.mean().item() for name, term in zip(TrainingLosses._fields, terms, strict=True)}
         mse = terms[TrainingLosses._fields.index("mse")]
@@ -60,16 +60,16 @@ class Window:
 
 
 def append_line(path: Path, line: Mapping[str, float]) -> None:
-    """Append a line to a log, or leave the log as it was.
+    """Append a line to a log, or leave the log unchanged on failure.
 
     Raises:
-        OSError: it cannot be written; names the file.
+        OSError: the line cannot be written; names the file.
     """
     with disk_errors_name(path), path.open("ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         rest = memoryview(f"{json.dumps(line)}\n".encode())
         try:
-            while rest:  # a write takes as many bytes as there is room for; the next one raises
+            while rest:  # a write may store only part of the bytes; the next one raises
                 rest = rest[file.write(rest) :]
         except OSError:
             file.truncate(before)
@@ -77,14 +77,14 @@ def append_line(path: Path, line: Mapping[str, float]) -> None:
 
 
 def cut_log(path: Path, images_seen: int) -> None:
-    """Take out the lines after a checkpoint that the run goes back to."""
+    """Remove the lines after the checkpoint from which the run resumes."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_file(path, "".join(line for line in lines if _images_of(line) <= images_seen).encode())
 
 
 def _images_of(line: str) -> float:
-    """Return the images seen by a line of the log; infinitely many by one that was torn when the machine stopped."""
+    """Return the images seen of a log line; infinity for an incomplete line."""
     try:
         return float(json.loads(line)["images"])
     except (ValueError, KeyError, TypeError):

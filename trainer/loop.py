@@ -1,4 +1,4 @@
-"""train(config, ...): one run from start, or from its last checkpoint, to its end. Read it top to bottom."""
+"""train(config, ...): run training from the start, or from the newest checkpoint, to the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainer.errors import Stopped, TrainError
 from trainer.log import Window, append_line, cut_log
 from trainer.preview import write_preview
 from trainer.provenance import git_commit
-from trainer.resume import Origin, find_origin, way_out
+from trainer.resume import Origin, find_origin, recovery_hint
 from trainer.run_folder import (
     EMA_FOLDER,
     LOG_FILE,
@@ -49,9 +49,9 @@ from trainer.state import SavedState, TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
 
 MAX_MSE = 100.0
-"""Mean squared error of the prediction above which a network has diverged; one that predicts zeros has about 1."""
+"""Mean squared error of the prediction above which a network counts as diverged; predicting zeros gives about 1."""
 SAFE_LR = 1e-4
-"""A learning rate that networks of this kind hardly ever diverge at (the paper's)."""
+"""The paper's learning rate, at which these networks hardly ever diverge."""
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
     "uniform": UniformSampler,
     "stratified": StratifiedSampler,
@@ -71,23 +71,24 @@ def train(
 ) -> Path:
     """Train a model and return the folder of its finished checkpoint (`RUN/model`).
 
-    Exactly repeatable on one machine: order, timesteps, noise, label dropout and dropout are functions of
-    (config.seed, images seen), so that a resumed run equals one that was never interrupted.
+    Deterministic on one machine: order, timesteps, noise, label dropout and dropout are functions of
+    (config.seed, images seen), so that a resumed run is bit-identical to an uninterrupted one.
 
     Args:
-        config: as `resolve` completes it for these data.
+        config: completed by `resolve` for these data.
         dataset: from `open_dataset`.
-        run: the run's folder: configuration, log, sample grids, checkpoints, finished model.
-        resume: continue the run that is there.
-        command: for the provenance.
-        accept_changed_data: resume although the data are not those that the run was trained on.
-        stop: asked after each batch whether to end the run there, with a checkpoint.
+        run: the run folder: configuration, log, sample grids, checkpoints, finished model.
+        resume: continue the run in the folder.
+        command: recorded in the provenance.
+        accept_changed_data: resume although the data differ from those of the checkpoint.
+        stop: called after each batch; True ends the run with a checkpoint.
 
     Raises:
-        TrainError: the folder is not free, or holds no run that can go on like this; a run that diverged; a checkpoint
-            that cannot be written; an image that cannot be read. What was trained until then is saved.
-        DataError: an image that cannot be read, before there is anything to save.
-        Stopped: the run was asked to stop, and has.
+        TrainError: the folder is in use, or its run cannot be resumed with these arguments; the run diverged; a
+            checkpoint cannot be written; an image cannot be read. The progress until then is saved, except in a
+            diverged run.
+        DataError: an image cannot be read before the first batch was trained.
+        Stopped: `stop` returned True.
     """
     _refuse_distributed()
     with claimed(run, resume=resume):
@@ -124,7 +125,7 @@ def _train(
         train_state.restore(state, saved)
         _update_model(run, saved)
         say(f"continuing after {state.images_seen} images{origin.description}")
-    del saved  # as large as the network and its optimiser
+    del saved  # frees memory of the size of the network and its optimiser
     _begin_files(run, config, state.images_seen)
     if config.total_images < config.lr_warmup_images:
         warn(
@@ -178,7 +179,7 @@ def _train(
         _or_warn("line in the log", partial(append_line, run / LOG_FILE, line))
         return Window()
 
-    with bar:  # so that an error begins on a line of its own
+    with bar:  # so that an error starts on a new line
         while state.images_seen < config.total_images:
             try:
                 if stop():
@@ -193,7 +194,7 @@ def _train(
                     raise TrainError(str(error), resume_with=()) from error
                 raise
 
-            # Accumulate the gradient of the batch's mean
+            # Accumulate the gradient of the batch's mean loss
             optimizer.zero_grad(set_to_none=True)
             parts: list[TrainingLosses] = []
             for start in range(0, config.batch_size, micro):
@@ -204,7 +205,7 @@ def _train(
                 parts.append(TrainingLosses(*(term.detach().cpu() for term in part)))
             losses = TrainingLosses(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
             if origin is not None and batches == 0 and not float(losses.mse.mean()) <= MAX_MSE:
-                raise TrainError(f"{origin.folder} is of a network that had diverged already. {way_out(run)}")
+                raise TrainError(f"{origin.folder} contains a network that had already diverged. {recovery_hint(run)}")
             t = batch.t.numpy()
             timestep_sampler.update(t, losses.loss.double().numpy())
 
@@ -246,21 +247,21 @@ def _train(
 
 
 class Batch(NamedTuple):
-    """What one step is trained on: a function of the seed and the position in the run, of nothing else."""
+    """Inputs of one train step: a function of the seed and the position in the run only."""
 
     x0: Tensor
     """Images [B, C, H, W] in [-1, 1]."""
     y: Tensor | None
-    """int64 [B], num_classes where the label is left out; None: unconditional."""
+    """int64 [B], num_classes where the label is dropped; None: unconditional."""
     t: Tensor
     """int64 [B]."""
     weights: Tensor
-    """Of the losses, [B]."""
+    """Weights of the losses, [B]."""
     noise: Tensor
 
 
 def draw(config: TrainConfig, dataset: Dataset, images_seen: int, timestep_sampler: TimestepSampler) -> Batch:
-    """Draw the batch that follows after some images; seeds torch's generator for it, dropout included."""
+    """Draw the next batch after a number of images; seed torch's generator for it, dropout included."""
     rng = np.random.default_rng((config.seed, 1, images_seen))
     torch.manual_seed(int(rng.integers(2**63)))
     indices = batch_indices(config.seed, images_seen, config.batch_size, len(dataset.labels))
@@ -274,7 +275,7 @@ def draw(config: TrainConfig, dataset: Dataset, images_seen: int, timestep_sampl
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Fill in what the data determines: the number of classes, and the null class that label dropout needs."""
+    """Set the fields that the data determine: the number of classes, and the null class for label dropout."""
     classes = len(dataset.class_names) if config.class_conditional else None
     null_class = classes is not None and config.label_dropout > 0
     model = config.model.replace(num_classes=classes, null_class=null_class)
@@ -284,7 +285,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 
 
 def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Return the learning rate of the step that follows that many images."""
+    """Return the learning rate of the next step after a number of images."""
     warmup = min(1.0, (images_seen + config.batch_size) / max(1, config.lr_warmup_images))
     progress = (images_seen - config.lr_warmup_images) / max(1, config.total_images - config.lr_warmup_images)
     progress = min(1.0, max(0.0, progress))
@@ -303,7 +304,7 @@ def learning_rate(config: TrainConfig, images_seen: int) -> float:
 def checkpoint_config(
     config: TrainConfig, dataset: Dataset, images_seen: int, command: str, bfloat16: bool, origin: Origin | None
 ) -> CheckpointConfig:
-    """Describe the model as its checkpoint will, with where it comes from."""
+    """Return the configuration that the checkpoint stores, with its provenance."""
     return CheckpointConfig(
         model=config.model,
         diffusion=config.diffusion,
@@ -323,7 +324,7 @@ def checkpoint_config(
 
 
 def _update_model(run: Path, saved: SavedState) -> None:
-    """Write `model/` where a run ended between its newest checkpoint and the model of it."""
+    """Write `model/` if the run ended after writing its newest checkpoint and before writing `model/`."""
     try:
         current = read_config(run / MODEL_FOLDER).provenance.get("images_seen") == saved.images_seen
     except CheckpointError:
@@ -333,12 +334,12 @@ def _update_model(run: Path, saved: SavedState) -> None:
 
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:
-    """Write the configuration, and take back what the run wrote after the checkpoint that it goes on from."""
+    """Write the configuration, and remove what the run wrote after the checkpoint from which it resumes."""
     log = run / LOG_FILE
     if images_seen:
         cut_log(log, images_seen)
     else:
-        log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        log.unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
     for snapshot in (run / EMA_FOLDER).glob("*.safetensors"):
         if snapshot.stem.isdecimal() and int(snapshot.stem) > images_seen:
             snapshot.unlink()
@@ -355,17 +356,17 @@ def _refuse_distributed() -> None:
 
 
 def _unusable(state: TrainState, mse: float) -> str | None:
-    """Say why no run should go on from a state; None: it can be trained further."""
+    """Return why training must not continue from a state; None: it can continue."""
     if not mse <= MAX_MSE:
-        return f"the network's mean squared error is {mse:.3g}, where a network that predicts nothing has 1"
+        return f"the network's mean squared error is {mse:.3g}, and a network that predicts zeros has 1"
     weights = {**state.network.state_dict(), **state.ema.weights}
     if name := train_state.first_not_finite(weights):
-        return f"{name} holds NaN or infinity"
+        return f"{name} contains NaN or infinity"
     return None
 
 
 def _diverged(problem: str, config: TrainConfig, images_seen: int, run: Path, bfloat16: bool) -> TrainError:
-    """Return the error of a run that diverged, with what lets it go on."""
+    """Return the error of a diverged run, with the fields to change."""
     fields = [f"lr={min(config.lr / 10, SAFE_LR):g}"]
     if config.grad_clip is None or config.grad_clip > 1:
         fields.append("grad_clip=1")
@@ -384,7 +385,7 @@ def _diverged(problem: str, config: TrainConfig, images_seen: int, run: Path, bf
 def _not_written(error: OSError, images_seen: int, run: Path) -> TrainError:
     """Return the error of a checkpoint that could not be written."""
     found = checkpoints(run)
-    last = f"the one after {int(found[-1].name)} images is whole" if found else "there is no earlier one"
+    last = f"the one after {int(found[-1].name)} images is intact" if found else "there is no earlier one"
     return TrainError(
         f"the checkpoint after {images_seen} images could not be written, {error.filename}: {error.strerror}; {last}",
         resume_with=() if found else None,
@@ -392,12 +393,12 @@ def _not_written(error: OSError, images_seen: int, run: Path) -> TrainError:
 
 
 def _or_warn(what: str, action: Callable[[], None]) -> None:
-    """Do what a run can do without; where it fails, print why and go on."""
+    """Run an optional action; if it fails, print a warning and continue."""
     try:
         action()
     except OSError as error:
         warn(f"no {what}: {error.filename}: {error.strerror}")
-    except Exception as error:  # memory, a font: the checkpoint is written, and the run is worth more
+    except Exception as error:  # e.g. memory, a font: the checkpoint is written, and the run must continue
         warn(f"no {what}: {str(error) or type(error).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""Average of any width from a run's snapshots, chosen after training (Karras et al. 2024, arXiv:2312.02696)."""
+"""Compute an average of any width from a run's snapshots, after training (Karras et al. 2024, arXiv:2312.02696)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class SnapshotError(ValueError):
-    """Snapshots that an average cannot be made from; the message says which and why."""
+    """An average cannot be computed from the snapshots; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A power-function average: which part of training it weighs, and how."""
+    """Weighting profile of a power-function average over training."""
 
     updates: float
-    """Optimiser steps after which it was taken."""
+    """Number of optimiser steps at which it was taken."""
     sigma_rel: float
     """Its relative width."""
 
@@ -46,7 +46,7 @@ class Snapshot:
 
     path: Path
     key: str
-    """First part of its tensors' names."""
+    """Prefix of its tensors' names."""
     profile: Profile
 
 
@@ -54,7 +54,7 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
     """Return the averages in a run's snapshot files, oldest first.
 
     Raises:
-        SnapshotError: no snapshot there, or a file that is none.
+        SnapshotError: the folder has no snapshots, or a file is not a snapshot.
     """
     found = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -67,13 +67,13 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
             raise SnapshotError(f"{path} is not a snapshot of averages: {error}") from error
     if not found:
         raise SnapshotError(
-            f"{folder} holds no snapshot; train with --set 'ema_sigma_rels=[0.05,0.1]', which writes one per checkpoint"
+            f"{folder} contains no snapshot; train with --set 'ema_sigma_rels=[0.05,0.1]' to write one per checkpoint"
         )
     return found
 
 
 def fit_profile(available: list[Profile], wanted: Profile) -> tuple[FloatArray, float]:
-    """Return the coefficients whose sum of profiles is nearest to the wanted one, and the relative error that is left.
+    """Return the coefficients whose sum of profiles is closest to the wanted one, and the remaining relative error.
 
     Least squares over the time of training (section 3.2 of the paper). The error is the norm of the difference
     over the norm of the wanted profile, 0..1.

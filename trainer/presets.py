@@ -1,4 +1,4 @@
-"""Named training configurations: each a function, picked on the command line by its name."""
+"""Named training configurations: one function each, selected on the command line by name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cifar10() -> TrainConfig:
 
 
 def imagenet64(model_channels: int = 128) -> TrainConfig:
-    """ImageNet 64x64 as in the paper's appendix A, no labels; section 5 scales the rate by 1 / sqrt(C / 128)."""
+    """ImageNet 64x64 as in the paper's appendix A, no labels; learning rate scaled by 1 / sqrt(C / 128) (section 5)."""
     return TrainConfig(
         model=ModelConfig(image_size=64, model_channels=model_channels, channel_mult=(1, 2, 3, 4), num_res_blocks=3),
         class_conditional=False,

@@ -1,4 +1,4 @@
-"""A grid of samples at each checkpoint, for people to look at while a run goes on."""
+"""Draw a grid of samples at each checkpoint, to monitor a run."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def preview(
     device: torch.device | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Image.Image | None:
-    """Draw a captioned grid of samples, each class a row; always the same seeds, so that grids can be compared.
+    """Draw a captioned grid of samples, one row per class, with fixed seeds so that grids can be compared.
 
     Args:
         network: in eval mode.
-        config: what it is.
-        per_class: images of a row.
+        config: configuration of the checkpoint.
+        per_class: images per row.
         steps: respaced steps of ancestral sampling.
         device: where the network is.
-        stop: asked before each row whether to give up; None is returned then.
+        stop: called before each row; True ends the function, which then returns None.
     """
     plan = ancestral_plan(config.diffusion, str(steps))
     names: Sequence[str] = config.class_names[:PREVIEW_ROWS] if config.class_names else [""] * PREVIEW_ROWS
@@ -64,15 +64,15 @@ def write_preview(
     steps: int,
     stop: Callable[[], bool],
 ) -> None:
-    """Draw a preview with some weights, and write it as a PNG file, unless the run is asked to stop meanwhile.
+    """Draw a preview with the given weights and write it as a PNG file, unless `stop` returns True.
 
     Raises:
-        OSError: the file cannot be written; names it.
+        OSError: the file cannot be written; names the file.
     """
     device = next(iter(weights.values())).device
     network = UNet(config.model).to(device).eval()
     network.load_state_dict(weights)
-    with np.errstate(invalid="ignore"):  # images of a network that has hardly been trained may not be finite
+    with np.errstate(invalid="ignore"):  # images of a hardly trained network may not be finite
         picture = preview(network, config, per_class, steps, device, stop)
     if picture is None:
         return

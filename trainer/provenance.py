@@ -1,4 +1,4 @@
-"""Which version of this repository is running, for checkpoints and results."""
+"""Version of this repository, recorded in checkpoints and results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """Return the commit of this tree, marked `-dirty` where the tree differs from it; None outside a git checkout."""
+    """Return the commit of this tree, with the suffix `-dirty` if the tree differs; None outside a git checkout."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607  # whichever git the user has

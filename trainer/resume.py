@@ -1,4 +1,4 @@
-"""What a run needs to go on from its newest checkpoint: its configuration, its data, and its state, found whole."""
+"""Check that a run can resume from its newest checkpoint: configuration, data and state."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from trainer.run_folder import checkpoints, newest_checkpoint
 from trainer.state import SavedState
 
 NAMES_OF_DATA = ("file", "folder")
-"""Entries of a data set's description that name it, and say nothing of its content."""
+"""Entries of a data set's description that name it and do not describe its content."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run goes on."""
+    """The checkpoint from which a run resumes."""
 
     folder: Path
-    """Of the checkpoint."""
+    """Folder of the checkpoint."""
     earlier: list[dict[str, Any]]
-    """What was changed at each earlier resume."""
+    """Changes of each earlier resume."""
     changes: dict[str, Any] | None
-    """What this resume changes, for the provenance of later checkpoints; None: nothing."""
+    """Changes of this resume, for the provenance of later checkpoints; None: no change."""
 
     @property
     def description(self) -> str:
-        """What this resume changes, in words that follow others."""
+        """Changes of this resume, as text to append to a message."""
         changed = {} if self.changes is None else self.changes.get("changed", {})
         words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
         if self.changes is not None and "data_before" in self.changes:
@@ -45,7 +45,7 @@ class Origin:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What was changed at each resume so far."""
+        """Changes of every resume so far."""
         return [*self.earlier, *([] if self.changes is None else [self.changes])]
 
 
@@ -54,51 +54,51 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
 
     Args:
         run: the run's folder.
-        preset: the preset that the user names; must be the one that the run was started from, where that is known.
+        preset: the preset that the user names; must be the one that started the run, if it is recorded.
 
     Raises:
-        TrainError: no checkpoint, a damaged one, or another preset.
+        TrainError: there is no checkpoint, it is damaged, or the preset differs.
     """
     folder = newest_checkpoint(run)
     try:
         config = read_config(folder)
     except CheckpointError as error:
-        raise TrainError(f"{error}. {way_out(run)}") from error
+        raise TrainError(f"{error}. {recovery_hint(run)}") from error
     assert isinstance(config, CheckpointConfig)  # noqa: S101  # what the trainer writes
     command = shlex.split(config.provenance.get("command", ""))
     if command[:2] == ["iddpm", "train"] and command[2:3] != [preset]:
-        raise TrainError(f"{run} was started from the preset {command[2]}; name that one instead of {preset}")
+        raise TrainError(f"{run} was started from the preset {command[2]}; use that one instead of {preset}")
     return _trained_with(folder, config)
 
 
 def find_origin(
     run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool
 ) -> tuple[SavedState, Origin]:
-    """Read the newest checkpoint of a run, and check that the run may go on from there.
+    """Read the newest checkpoint of a run, and check that the run may resume from it.
 
     Args:
-        run: the run's folder, claimed.
-        config: what it shall go on with.
-        dataset: what it shall go on with.
-        accept_changed_data: go on although the data are not those of the checkpoint.
+        run: the run folder, claimed.
+        config: configuration to continue with.
+        dataset: data to continue with.
+        accept_changed_data: continue although the data differ from those of the checkpoint.
 
     Returns:
-        What the checkpoint holds, and what to remember of it.
+        The content of the checkpoint, and the origin to record.
 
     Raises:
-        TrainError: a damaged checkpoint, a field that a resumed run may not change, or other data.
+        TrainError: the checkpoint is damaged, a field changed that a resumed run may not change, or the data differ.
     """
     try:
         saved = train_state.read(newest_checkpoint(run))
     except CheckpointError as error:
-        raise TrainError(f"{error}. {way_out(run)}") from error
+        raise TrainError(f"{error}. {recovery_hint(run)}") from error
     _refuse_other_classes(run, saved.config, dataset)
     changed = config.differences(_trained_with(saved.folder, saved.config))
     if refused := {name: values for name, values in changed.items() if name.split(".")[0] not in MAY_CHANGE_ON_RESUME}:
         values = "; ".join(f"{name} was {old}, would be {new}" for name, (old, new) in refused.items())
         raise TrainError(
             f"{run} was started with other values: {values}. A resumed run may change "
-            f"{', '.join(sorted(MAY_CHANGE_ON_RESUME))}; for anything else start another one"
+            f"{', '.join(sorted(MAY_CHANGE_ON_RESUME))}; for other changes start a new run"
         )
     before: dict[str, Any] = saved.config.provenance.get("data", {})
     entry: dict[str, Any] = {"images_seen": saved.images_seen}
@@ -108,7 +108,7 @@ def find_origin(
         if not accept_changed_data:
             raise TrainError(
                 f"{run} was trained on other data: {'; '.join(differences)}. If that is intended (an image was removed "
-                "or mended), add --accept-changed-data: the run goes on with the data as they are now"
+                "or repaired), add --accept-changed-data: the run continues with the changed data"
             )
         entry["data_before"] = before
     earlier = list(saved.config.provenance.get("resumed", []))
@@ -116,10 +116,10 @@ def find_origin(
 
 
 def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe how data differ from those of a checkpoint, whatever they are called; empty where they do not.
+    """Describe how data differ from those of a checkpoint, regardless of their names; empty if they are equal.
 
-    Entries that only one of the two descriptions has are not compared, unless they are of different kinds: versions
-    describe data in more or less detail.
+    Entries that only one of the two descriptions has are not compared, because versions describe data in different
+    detail. Data of different kinds (file, folder) always differ.
     """
     kinds = [next((name for name in NAMES_OF_DATA if name in described), None) for described in (before, now)]
     if kinds[0] != kinds[1]:
@@ -137,8 +137,8 @@ def _refuse_other_classes(run: Path, config: CheckpointConfig, dataset: Dataset)
     if config.class_names is not None and config.class_names != dataset.class_names:
         raise TrainError(
             f"{run} was trained with the classes {', '.join(config.class_names)}; the data now have "
-            f"{', '.join(dataset.class_names)}. Give it data with the same classes in the same order, or start "
-            "another run"
+            f"{', '.join(dataset.class_names)}. Use data with the same classes in the same order, or start "
+            "a new run"
         )
 
 
@@ -146,18 +146,18 @@ def _trained_with(folder: Path, config: CheckpointConfig) -> TrainConfig:
     """Return the configuration that a checkpoint records."""
     recorded = config.provenance.get("train_config")
     if not isinstance(recorded, dict):
-        raise TrainError(f"{folder} does not record what it was trained with, so that no run can go on from it")
+        raise TrainError(f"{folder} does not record its training configuration, so a run cannot resume from it")
     parts = config.model_dump(include={"model", "diffusion", "sampling"})
     try:
         return TrainConfig.model_validate({**recorded, **parts})
     except ValidationError as error:
         raise TrainError(
-            f"{folder} was trained with what is refused now: {describe_validation_error(error)}"
+            f"{folder} was trained with a configuration that is now refused: {describe_validation_error(error)}"
         ) from error
 
 
-def way_out(run: Path) -> str:
-    """Say how to go on without the newest checkpoint, in a sentence."""
+def recovery_hint(run: Path) -> str:
+    """Return a sentence that describes how to continue without the newest checkpoint."""
     *older, newest = checkpoints(run)
     for folder in reversed(older):
         try:
@@ -167,7 +167,7 @@ def way_out(run: Path) -> str:
         in_between = checkpoints(run)[checkpoints(run).index(folder) + 1 :]
         remove = " ".join(shlex.quote(str(path)) for path in in_between)
         return (
-            f"The checkpoint after {saved.images_seen} images is whole: to continue from there, remove what came later "
-            f"(rm -r {remove}) and give this command again"
+            f"The checkpoint after {saved.images_seen} images is intact: to continue from there, remove the later ones "
+            f"(rm -r {remove}) and run this command again"
         )
-    return f"No other checkpoint in {newest.parent} is whole: start another run, with another --out"
+    return f"No other checkpoint in {newest.parent} is intact: start a new run, with another --out"

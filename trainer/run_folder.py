@@ -1,14 +1,14 @@
-"""The folder of a training run: what lies where, and who may write there.
+"""The folder of a training run: its layout, and the lock that allows one writer.
 
     train_config.json       the configuration
     log.jsonl               a line of means every few batches
     checkpoints/N/          a checkpoint after N images, with `state/` to resume from
-    model/                  the newest checkpoint without it: what is served
-    ema/N.safetensors       power-function averages, where the configuration asks for some
+    model/                  the newest checkpoint without `state/`, for the service
+    ema/N.safetensors       power-function averages, if the configuration lists some
     samples/N.png           a preview per checkpoint
     .lock                   held by the process that trains
 
-Whoever trains claims the folder first. Nothing is written before it is known to be free, or a run's.
+The training process claims the folder first. It writes only to a folder that is free or that contains a run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SAMPLES_FOLDER = "samples"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first; whether they are whole is not looked at."""
+    """Return the checkpoint folders of a run, oldest first, without checking their content."""
     found = [path for path in (run / CHECKPOINTS_FOLDER).glob("*") if path.name.isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 
@@ -50,21 +50,21 @@ def newest_checkpoint(run: Path) -> Path:
     """Return the newest checkpoint folder of a run.
 
     Raises:
-        TrainError: there is none; says whether a run can be started there.
+        TrainError: there is none; the message tells whether a run can be started there.
     """
     if found := checkpoints(run):
         return found[-1]
     _refuse_unfit(run, resume=False)
-    raise TrainError(f"{run} holds no checkpoint to resume from; leave --resume out to start a run there")
+    raise TrainError(f"{run} holds no checkpoint to resume from; omit --resume to start a run there")
 
 
 def checkpoint_folder(run: Path, images_seen: int) -> Path:
-    """Return where the checkpoint after that many images belongs."""
+    """Return the folder of the checkpoint after `images_seen` images."""
     return run / CHECKPOINTS_FOLDER / f"{images_seen:012d}"
 
 
 def ema_snapshot_file(run: Path, images_seen: int) -> Path:
-    """Return where the power-function averages after that many images belong."""
+    """Return the file of the power-function averages after `images_seen` images."""
     return run / EMA_FOLDER / f"{images_seen:012d}.safetensors"
 
 
@@ -76,17 +76,17 @@ def delete_old(run: Path, keep: int) -> None:
 
 @contextmanager
 def claimed(run: Path, *, resume: bool) -> Iterator[None]:
-    """Take a folder for a run that begins there, or goes on, and keep other processes out until it ends.
+    """Claim a folder for a new or resumed run, and lock other processes out until the run ends.
 
     Raises:
-        TrainError: another process trains there, a run is already there, there is none to resume, or something that
-            no run wrote is in the way. Nothing has been written then.
+        TrainError: another process trains there, the folder already contains a run, there is none to resume, or files
+            that no run wrote would be overwritten. Nothing has been written then.
     """
     _refuse_unfit(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK_FILE).open("a+") as lock:
         _lock(lock, run)
-        _refuse_unfit(run, resume=resume)  # again: another run may have begun or ended meanwhile
+        _refuse_unfit(run, resume=resume)  # check again: another run may have started or ended meanwhile
         for path in (run / MODEL_FOLDER, run / TRAIN_CONFIG_FILE, *checkpoints(run)):
             remove_leftovers(path)
         for folder in (run / CHECKPOINTS_FOLDER, run / EMA_FOLDER, run / SAMPLES_FOLDER):
@@ -96,31 +96,33 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
 
 def _refuse_unfit(run: Path, *, resume: bool) -> None:
     if run.exists() and not run.is_dir():
-        raise TrainError(f"--out must be a folder; {run} is none")
+        raise TrainError(f"--out must be a folder; {run} is not one")
     for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER):
         if (run / name).exists() and not (run / name).is_dir():
-            raise TrainError(f"{run / name} is in the way: a run has a folder of that name; give another --out")
+            raise TrainError(
+                f"{run / name} exists and is not a folder; a run has a folder of that name: use another --out"
+            )
     if resume:
         newest_checkpoint(run)
         if not may_replace(run / MODEL_FOLDER, CONFIG_FILE, ("model", "diffusion")):
-            raise TrainError(f"{run / MODEL_FOLDER} holds something else than a model, which would be lost; move it")
+            raise TrainError(f"{run / MODEL_FOLDER} contains other files than a model, which would be lost; move it")
         return
     if checkpoints(run):
-        raise TrainError(f"{run} already holds a run; give another --out, or --resume to continue it")
+        raise TrainError(f"{run} already contains a run; use another --out, or --resume to continue it")
     for name in (MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER):
         if (run / name).is_dir() and any(not entry.name.startswith(".") for entry in (run / name).iterdir()):
             raise TrainError(
-                f"{run / name} would be overwritten, and there is no checkpoint to resume from; give another --out, or "
-                "move it away"
+                f"{run / name} would be overwritten, and there is no checkpoint to resume from; use another --out, or "
+                "move it"
             )
     if not _began_a_run(run):
         for name in (LOG_FILE, TRAIN_CONFIG_FILE):
             if (run / name).exists():
-                raise TrainError(f"{run / name} is not from a run of iddpm and would be lost; give another --out")
+                raise TrainError(f"{run / name} was not written by a run of iddpm and would be lost; use another --out")
 
 
 def _began_a_run(run: Path) -> bool:
-    """Return whether a run began here that ended before its first checkpoint."""
+    """Return whether a run started here and ended before its first checkpoint."""
     return (run / TRAIN_CONFIG_FILE).is_file() and may_replace(
         run, TRAIN_CONFIG_FILE, ("model", "diffusion", "total_images")
     )
@@ -132,11 +134,11 @@ def _lock(lock: TextIO, run: Path) -> None:
     except BlockingIOError as error:
         lock.seek(0)
         raise TrainError(
-            f"{run} is in use by another training run ({lock.read().strip() or 'just started'}); give another --out, "
+            f"{run} is in use by another training run ({lock.read().strip() or 'just started'}); use another --out, "
             "or wait until it has ended"
         ) from error
     except OSError as error:
-        warn(f"{run} cannot be locked here ({error.strerror}): take care that no other run writes there")
+        warn(f"{run} cannot be locked ({error.strerror}): make sure that no other run writes there")
         return
     with disk_errors_name(run / LOCK_FILE):
         lock.truncate(0)
@@ -145,16 +147,16 @@ def _lock(lock: TextIO, run: Path) -> None:
 
 
 def _remove_halves(folder: Path) -> None:
-    """Remove what a killed run was writing into a folder that only the run itself writes to."""
+    """Remove incomplete files of a killed run from a folder that only the run writes to."""
     for path in folder.glob(".*.new-*"):
         remove_leftovers(path.with_name(path.name[1:].rpartition(".new-")[0]))
 
 
 def say(message: str) -> None:
-    """Print a line on standard error, below the progress bar where there is one."""
+    """Print a line on standard error without breaking a progress bar."""
     tqdm.write(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """Print a warning, as `say`."""
+    """Print a warning on standard error."""
     say(f"warning: {message}")

@@ -1,4 +1,4 @@
-"""Everything a run must remember to continue exactly: saved beside the checkpoint, in `state/`, without pickle."""
+"""State that a run needs to resume exactly: saved in the checkpoint's folder `state/`, without pickle."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class TrainState:
     ema: EMA
     timestep_sampler: TimestepSampler
     power_emas: dict[float, EMA] = field(default_factory=dict)
-    """Power-function averages by relative width; as many updates as `ema`."""
+    """Power-function averages by relative width; updated as often as `ema`."""
     images_seen: int = 0
 
     def average_in(self) -> None:
-        """Take the network's weights into every average."""
+        """Update every average with the network's weights."""
         weights = self.network.state_dict()
         for ema in (self.ema, *self.power_emas.values()):
             ema.update(weights)
 
 
 def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
-    """Write a checkpoint whose weights are the EMA's, with what is needed to resume beside them, atomically.
+    """Write a checkpoint with the EMA weights and the state needed to resume, atomically.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it then.
+        OSError: it cannot be written; incomplete files are removed.
     """
 
     def add_state(temporary: Path) -> None:
@@ -79,9 +79,9 @@ def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
 
 
 def save_ema_snapshot(state: TrainState, path: Path) -> None:
-    """Write the power-function averages of this moment, float32, tensors named `SIGMA_REL/NAME`.
+    """Write the current power-function averages, float32, tensors named `SIGMA_REL/NAME`.
 
-    The metadata `updates` says after how many optimiser steps they were taken.
+    The metadata `updates` is the number of optimiser steps so far.
     """
     path.parent.mkdir(exist_ok=True)
     tensors = {name.removeprefix(POWER_PREFIX): tensor.cpu() for name, tensor in _power_tensors(state).items()}
@@ -91,7 +91,7 @@ def save_ema_snapshot(state: TrainState, path: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint holds to resume from, read and found to be whole."""
+    """Content of a checkpoint to resume from, read and verified."""
 
     folder: Path
     config: CheckpointConfig
@@ -112,7 +112,7 @@ def read(folder: Path) -> SavedState:
     """Read a checkpoint to resume from.
 
     Raises:
-        CheckpointError: a file that is missing, damaged or not the one that was written, or NaN in a tensor.
+        CheckpointError: a file is missing, damaged or changed, or a tensor contains NaN.
     """
     try:
         config = read_config(folder)
@@ -121,7 +121,7 @@ def read(folder: Path) -> SavedState:
         progress = read_object(folder / STATE_FOLDER / PROGRESS_FILE)
         for name, digest in progress.get("sha256", {}).items():  # checkpoints of older versions have none
             if _sha256(folder / name) != digest:
-                raise CheckpointError(f"{name} is damaged: its sha256 is not that of the file that was written")
+                raise CheckpointError(f"{name} is damaged: its sha256 differs from the recorded one")
         saved = SavedState(
             folder=folder,
             config=config,
@@ -134,15 +134,15 @@ def read(folder: Path) -> SavedState:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder} is damaged and cannot be resumed from: {reason}") from error
     if name := first_not_finite({**saved.averages, **saved.tensors}):
-        raise CheckpointError(f"{folder} cannot be resumed from: {name} holds NaN or infinity, the run had diverged")
+        raise CheckpointError(f"{folder} cannot be resumed from: {name} contains NaN or infinity, the run had diverged")
     return saved
 
 
 def restore(state: TrainState, saved: SavedState) -> None:
-    """Bring the objects of a run to where they were when a checkpoint was written.
+    """Restore the objects of a run to their state at a checkpoint.
 
     Raises:
-        CheckpointError: a checkpoint of another network or another configuration.
+        CheckpointError: the checkpoint belongs to another network or another configuration.
     """
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in saved.below(OPTIMIZER_PREFIX).items():
@@ -167,7 +167,7 @@ def restore(state: TrainState, saved: SavedState) -> None:
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that holds NaN or infinity; None where all are finite."""
+    """Return the name of a tensor that contains NaN or infinity; None if all are finite."""
     return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 

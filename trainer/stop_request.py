@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request: the run ends after the batch under way, with a checkpoint."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP as a request: the run ends after the current batch, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether a run was asked to stop, and by which signal."""
+    """Records whether a stop was requested, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -21,9 +21,9 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take signals as requests while inside; a second one ends the process as it would have without this.
+        """Handle signals as stop requests inside; a second signal has its default effect.
 
-        A signal that is ignored stays ignored (SIGHUP under nohup).
+        An ignored signal stays ignored (SIGHUP under nohup).
         """
         before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 

@@ -1,4 +1,4 @@
-"""Which training timesteps a batch is drawn at, and how its losses are weighted to keep their expectation."""
+"""Draw the training timesteps of a batch, and the loss weights that preserve the expectation."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ Rng = np.random.Generator | np.random.RandomState
 
 
 class TimestepSampler(Protocol):
-    """Draws timesteps, may learn from their losses, and can be saved between the two."""
+    """Draws timesteps, may adapt to their losses, and can save its state."""
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> tuple[IntArray, WeightArray]:
         """Draw timesteps int64 [B], and the weights float32 [B] that make a weighted mean loss unbiased.
 
-        All randomness comes from rng: saving rng and `state_dict` makes a resumed run draw the same.
+        All randomness comes from rng: with saved rng and `state_dict`, a resumed run draws the same timesteps.
         """
         ...
 
     def update(self, t: IntArray, losses: npt.NDArray[np.floating[Any]]) -> None:
-        """Tell the unweighted losses [B] that came out at timesteps [B] (of all devices)."""
+        """Record the unweighted losses [B] at timesteps [B] (of all devices)."""
         ...
 
     def state_dict(self) -> State:
-        """Return a copy of what `update` has changed, as arrays by name."""
+        """Return a copy of the state that `update` changes, as arrays by name."""
         ...
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to a saved state.
+        """Restore a saved state.
 
         Raises:
-            ValueError: the state of another sampler, or of another number of timesteps.
+            ValueError: the state belongs to another sampler or another number of timesteps.
         """
         ...
 
 
 class _Stateless:
-    """A sampler that learns nothing from losses."""
+    """A sampler that does not use losses."""
 
     def update(self, t: IntArray, losses: npt.NDArray[np.floating[Any]]) -> None:
         """Ignore the losses."""
@@ -73,8 +73,8 @@ class UniformSampler(_Stateless):
 class StratifiedSampler(_Stateless):
     """Draws one timestep from each of B equal parts of the chain, shuffled; all weights are 1.
 
-    Every image's timestep is uniform by itself, but a batch always covers the whole chain, which makes its mean
-    loss less noisy: the idea of Kingma et al. 2021 (arXiv:2107.00630), who shift one grid by one
+    The timestep of each image is uniform, but a batch always covers the entire chain, which reduces the noise of its
+    mean loss: the idea of Kingma et al. 2021 (arXiv:2107.00630), who shift one grid by one
     random offset where this draws inside each part independently.
     """
 
@@ -92,7 +92,7 @@ class LossSecondMomentSampler:
     """Importance sampling of L_vlb: timesteps in proportion to sqrt(E[L_t^2]) (IDDPM section 3.3, Equation 18).
 
     The expectation is over each timestep's last `history_per_term` losses. Until all timesteps have that many
-    the draw is uniform; afterwards a share of `uniform_prob` stays uniform, so that none is forgotten.
+    losses, sampling is uniform; afterwards a share of `uniform_prob` stays uniform, so that every timestep is drawn.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
@@ -104,11 +104,11 @@ class LossSecondMomentSampler:
 
     @property
     def warmed_up(self) -> bool:
-        """Whether all timesteps have a full history."""
+        """True if all timesteps have a full history."""
         return bool((self._counts == self.history_per_term).all())
 
     def weights(self) -> FloatArray:
-        """Return the relative probabilities of the timesteps, float64 [T]; ones before the warm-up is over."""
+        """Return the relative probabilities of the timesteps, float64 [T]; ones during warm-up."""
         if not self.warmed_up:
             return np.ones(self.num_timesteps)
         weights = np.sqrt(np.mean(self._history**2, axis=-1))
@@ -119,7 +119,7 @@ class LossSecondMomentSampler:
         return _draw(self.weights(), rng, batch_size)
 
     def update(self, t: IntArray, losses: npt.NDArray[np.floating[Any]]) -> None:
-        """Remember losses [B] at timesteps [B], in their order; those that are not finite are left out."""
+        """Record losses [B] at timesteps [B], in order; ignore losses that are not finite."""
         for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
             if not np.isfinite(loss):
                 continue
@@ -152,5 +152,5 @@ def _draw(weights: FloatArray, rng: Rng, batch_size: int) -> tuple[IntArray, Wei
 def _check_names(state: State, wanted: set[str]) -> None:
     if set(state) != wanted:
         raise ValueError(
-            f"the state of this timestep sampler holds {sorted(wanted) or 'nothing'}; got {sorted(state) or 'nothing'}"
+            f"the state of this timestep sampler has {sorted(wanted) or 'nothing'}; got {sorted(state) or 'nothing'}"
         )

@@ -1,1 +1,1 @@
-"""Servers without a network, each a program of its own, for benchmarks.http: PORT is their only argument."""
+"""Servers without a network, each a separate program, for benchmarks.http: PORT is their only argument."""

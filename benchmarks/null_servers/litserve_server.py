@@ -1,6 +1,6 @@
-"""A LitServe app that answers with a picture made before; runs with LitServe's own Python, without ours.
+"""A LitServe app that answers with a prepared picture; runs with LitServe's Python, without this repository's packages.
 
-One worker, requests batched up to 8 without waiting for company, and its fast queue; no other setting was tried.
+One worker, requests batched up to 8 without a delay, and its fast queue; no other setting was tried.
 """
 
 import base64
@@ -14,13 +14,13 @@ PICTURE = base64.b64encode(os.urandom(3200)).decode()
 
 
 class Null(litserve.LitAPI):  # type: ignore[misc]  # not installed where types are checked
-    """Takes and gives the fields of the service's requests."""
+    """Accepts and returns the fields of the service's requests."""
 
     def setup(self, device: str) -> None:
         """Nothing to load."""
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Take the body as it is."""
+        """Return the body unchanged."""
         return request
 
     def predict(self, x: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How late an event loop is: what a sleep takes beyond what was asked for."""
+"""Measure the delay of an event loop: the duration of a sleep beyond the requested time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ EVERY_S = 0.005
 
 
 class LoopLag:
-    """Watches the loop it is asked in from the first question on."""
+    """Measures the event loop of its first caller, from the first call on."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
         self._task: asyncio.Task[None] | None = None
 
     def install(self, app: FastAPI) -> None:
-        """Answer GET /lag with the milliseconds since it was last asked."""
+        """Answer GET /lag with the milliseconds since the previous request."""
         app.add_api_route("/lag", self.take)
 
     async def take(self) -> list[float]:
-        """Return the lags found, in milliseconds, and begin again."""
+        """Return the measured lags, in milliseconds, and reset."""
         if self._task is None:
             self._task = asyncio.create_task(self._watch())
         found, self._late = self._late, []

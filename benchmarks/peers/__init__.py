@@ -1,1 +1,1 @@
-"""Servers that benchmarks/serving.py measures beside ours: small programs with the same network and backend."""
+"""Servers that benchmarks/serving.py compares with iddpm: small programs with the same network and backend."""

@@ -1,4 +1,4 @@
-"""The same network as diffusers runs it: UNet2DModel and DDPMScheduler in PyTorch and bfloat16, its fastest."""
+"""The same network in diffusers: UNet2DModel and DDPMScheduler in PyTorch and bfloat16, its fastest precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.peers.request_sampler import Uint8Array
 
 
 class DiffusersSampler:
-    """The loop of docs/diffusers.md without guidance. Noise is a torch generator's, so pixels are not ours."""
+    """The loop of docs/diffusers.md without guidance. A torch generator draws the noise, so pixels differ."""
 
     def __init__(self, folder: Path, meter: Path, *, threads: int) -> None:
         torch.set_num_threads(threads)

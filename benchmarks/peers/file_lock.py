@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 class FileLock:
-    """A lock on a file. Each thread and process makes one for itself: it belongs to whoever opened the file."""
+    """A lock on a file. Each thread and process needs its own instance: the lock belongs to the opened file."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT)  # open until the process ends
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Wait for it, and hold it."""
+        """Acquire the lock for the block."""
         self.acquire()
         try:
             yield
@@ -25,9 +25,9 @@ class FileLock:
             self.release()
 
     def acquire(self) -> None:
-        """Wait for it."""
+        """Acquire the lock."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         fcntl.flock(self._file, fcntl.LOCK_UN)

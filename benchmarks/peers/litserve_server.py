@@ -1,7 +1,7 @@
 """LitServe: one API per number of steps, each with a worker that batches requests; its own virtual environment.
 
-LitServe counts a batch in requests, not in rows: one that has more rows than fit into a network call is taken in parts,
-which are answered together, as LitServe has it.
+LitServe counts a batch in requests, not in rows: a batch with more rows than fit into a network call is split into
+parts, which are answered together, as LitServe requires.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StepsAPI(LitAPI):  # type: ignore[misc]  # LitServe is not installed where
         return output
 
     def predict(self, requests: Any) -> Any:
-        """Sample a batch of requests (or the only one, where batches are of one)."""
+        """Sample a batch of requests (or a single one, if the batch size is 1)."""
         if self._options.batch == 1:
             return self._sample([requests])[0]
         answers: list[bytes] = []
@@ -58,7 +58,7 @@ class StepsAPI(LitAPI):  # type: ignore[misc]  # LitServe is not installed where
 
 
 def parts(requests: Sequence[dict[str, Any]], width: int) -> Iterator[list[dict[str, Any]]]:
-    """Split a batch into parts of at most so many images, in order."""
+    """Split a batch into parts of at most `width` images, in order."""
     part: list[dict[str, Any]] = []
     for request in requests:
         if part and sum(r["n"] for r in part) + request["n"] > width:

@@ -1,7 +1,7 @@
-"""What a server's network did, in a file that another process reads while it runs; and one network call at a time.
+"""Count the network calls of a server in a file that another process reads, and allow one network call at a time.
 
-The device belongs to all threads and processes of a server together: they take turns by a lock on the file. So a server
-that runs several batches at once shares the device among them, as instances on a GPU do, and has no more of it.
+All threads and processes of a server share the device and take turns with a lock on the file. A server
+that runs several batches at once divides the device between them, as instances on a GPU do.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ FloatTable = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Reading:
-    """Calls and seconds by rows of a call, padding counted; from one moment to another, or since the start."""
+    """Calls and seconds by rows of a call, padding counted; between two readings, or since the start."""
 
     calls: tuple[float, ...]
     seconds: tuple[float, ...]
-    """Spent in the network."""
+    """Seconds in the network."""
     row_steps: float
     """Rows advanced by a sampling step, padding not counted."""
 
     @property
     def busy_s(self) -> float:
-        """Seconds spent in the network, in all."""
+        """Total seconds in the network."""
         return sum(self.seconds)
 
     def since(self, before: Reading) -> Reading:
-        """Return what came after an earlier reading."""
+        """Return the difference from an earlier reading."""
         return Reading(
             tuple(now - then for now, then in zip(self.calls, before.calls, strict=True)),
             tuple(now - then for now, then in zip(self.seconds, before.seconds, strict=True)),
@@ -54,31 +54,31 @@ class Reading:
 
 
 def new_meter(path: Path) -> None:
-    """Make a meter's file, or set it to zero."""
+    """Create a meter's file, or reset it to zero."""
     path.write_bytes(np.zeros((MAX_ROWS + 1, 2)).tobytes())
 
 
 def read_meter(path: Path) -> Reading:
-    """Read what has been counted so far; a call that ends meanwhile may be in half of the numbers."""
+    """Read the counters; a call that ends at the same time may be included in only some of them."""
     table = np.frombuffer(path.read_bytes()).reshape(MAX_ROWS + 1, 2)
     return Reading(tuple(table[1:, CALLS].tolist()), tuple(table[1:, SECONDS].tolist()), float(table[0, 0]))
 
 
 class Meter:
-    """Counts into a file. Every thread of a server needs one of its own, as of a `FileLock`."""
+    """Writes counters to a file. Every thread of a server needs its own instance, as of a `FileLock`."""
 
     def __init__(self, path: Path) -> None:
         self._device = FileLock(path)
         mapped = np.memmap(path, np.float64, "r+", shape=(MAX_ROWS + 1, 2))
-        self._table: FloatTable = np.asarray(mapped)  # the same memory, and quicker
+        self._table: FloatTable = np.asarray(mapped)  # the same memory, with faster access
 
     @contextmanager
     def call(self, rows: int, row_steps: int) -> Iterator[None]:
-        """Wait until nobody else calls the network, then time a call.
+        """Wait for exclusive use of the network, then time a call.
 
         Args:
-            rows: of the call, padding counted.
-            row_steps: of these, the rows that do not pad.
+            rows: rows of the call, including padding.
+            row_steps: rows without padding.
         """
         with self._device.held():
             begun = time.perf_counter()
@@ -86,7 +86,7 @@ class Meter:
             self._count(rows, row_steps, time.perf_counter() - begun)
 
     def begin(self, rows: int, row_steps: int, begin: Callable[[], TimedCall]) -> MeteredCall:
-        """Wait until nobody else calls the network, then begin a call that says itself what it takes."""
+        """Wait for exclusive use of the network, then start a call that reports its own duration."""
         self._device.acquire()
         try:
             return MeteredCall(self, begin(), rows, row_steps)
@@ -95,7 +95,7 @@ class Meter:
             raise
 
     def end(self, rows: int, row_steps: int, seconds: float | None) -> None:
-        """Count a call that was begun, unless it raised, and let others call the network."""
+        """Count a started call, unless it raised, and release the network."""
         if seconds is not None:
             self._count(rows, row_steps, seconds)
         self._device.release()
@@ -107,24 +107,24 @@ class Meter:
 
 
 class TimedCall(Pending[FloatArray], Protocol):
-    """A network call under way."""
+    """A network call in progress."""
 
     @property
     def seconds(self) -> float:
-        """What it took until it ended, however late somebody came to wait for it."""
+        """Duration of the call, independent of when the caller waits for it."""
         ...
 
 
 class TimedNetwork(Denoiser[Any], Protocol):
-    """A network whose calls say what they take."""
+    """A network whose calls report their duration."""
 
     def begin(self, inputs: NetworkInputs[Any]) -> TimedCall:
-        """Begin a call."""
+        """Start a call."""
         ...
 
 
 class MeteredCall:
-    """A network call under way that nobody else can begin another one beside."""
+    """A network call in progress with exclusive use of the device."""
 
     def __init__(self, meter: Meter, call: TimedCall, rows: int, row_steps: int) -> None:
         self._meter = meter
@@ -133,7 +133,7 @@ class MeteredCall:
         self._row_steps = row_steps
 
     def wait(self) -> FloatArray:
-        """Wait for the call, count, and let others have the device."""
+        """Wait for the call, count it, and release the device."""
         seconds = None
         try:
             out = self._call.wait()
@@ -149,7 +149,7 @@ class MeteredNetwork(DenoiserDefaults[Any]):
     xp: Any = np
     device: Any = "cpu"
     used_rows = 0
-    """Rows of the coming calls that do not pad; 0 where somebody else counts them."""
+    """Rows of the next calls without padding; 0 if they are counted elsewhere."""
 
     def __init__(self, network: TimedNetwork, meter: Meter) -> None:
         self.config = network.config
@@ -162,32 +162,32 @@ class MeteredNetwork(DenoiserDefaults[Any]):
         self._meter = meter
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
-        """Ask the network."""
+        """Delegate to the network."""
         return self._network.embed_timesteps(t_model)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Ask the network."""
+        """Delegate to the network."""
         return self._network.failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
-        """Call the network when it is free."""
+        """Call the network when it is available."""
         return self.begin(inputs).wait()
 
     def begin(self, inputs: NetworkInputs[Any]) -> Pending[FloatArray]:
-        """Begin a call when the network is free."""
+        """Start a call when the network is available."""
         return self._meter.begin(len(inputs.x_t), self.used_rows, lambda: self._network.begin(inputs))
 
 
 def metered_network(
     folder: Path, options: BackendOptions, meter: Path, device_ms: tuple[float, float] | None
 ) -> MeteredNetwork:
-    """Open the network that all servers share, with a meter of its own.
+    """Open the network that all servers use, with its own meter.
 
     Args:
-        folder: of the model.
-        options: of the service's own OpenVINO backend.
-        meter: its file.
-        device_ms: fixed and by row, what a call takes on a simulated device; None: the network itself is run.
+        folder: model folder.
+        options: options of the service's OpenVINO backend.
+        meter: file of the meter.
+        device_ms: fixed time and time per row of a call on a simulated device; None: the network is run.
     """
     network: TimedNetwork
     network = OpenVinoBackend(folder, options) if device_ms is None else SimulatedDevice(folder, options, *device_ms)

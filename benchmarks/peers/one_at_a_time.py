@@ -1,4 +1,4 @@
-"""One request at a time behind a lock, its images together: a plain FastAPI app, with our network or diffusers' own."""
+"""One request at a time behind a lock, its images together: a plain FastAPI app with iddpm's or diffusers' network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.peers.request_sampler import RequestSampler, Sampler
 
 
 def create_app(sampler: Sampler) -> FastAPI:
-    """Build the application: waiting requests are taken in the order in which they came."""
+    """Build the application: waiting requests are processed in order of arrival."""
     app = FastAPI()
     turn = asyncio.Lock()
 
     @app.get("/ready")
     async def ready() -> None:
-        """Answer as soon as there is somebody to."""
+        """Answer when the application is running."""
 
     @app.post("/generate")
     async def generate(

@@ -1,4 +1,4 @@
-"""The command line that all peers have; `benchmarks.servers` writes it."""
+"""The command line of all peers; `benchmarks.servers` builds it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers.request_sampler import RequestSampler, Turns
 
 @dataclass(frozen=True, kw_only=True)
 class PeerOptions:
-    """What a peer is told."""
+    """Options of a peer."""
 
     model: Path
     port: int
@@ -20,14 +20,14 @@ class PeerOptions:
     width: int
     threads: int
     device_ms: tuple[float, float] | None
-    """Fixed and by row: what a call takes on a simulated device; None: the network itself is run."""
+    """Fixed time and time per row of a call on a simulated device; None: the network is run."""
     steps: tuple[int, ...]
-    """The numbers of steps that will be asked for: peers that batch by it make a queue for each."""
+    """The numbers of steps that will be requested: peers that batch by it create a queue for each."""
     turns: Turns
     delay_ms: float
-    """How long a request waits for company."""
+    """Maximum delay of a request while a batch is filled."""
     batch: int
-    """What a batch is filled up to, in the server's own unit; 0: to the width."""
+    """Maximum batch, in the server's own unit; 0: the width."""
 
     def sampler(self) -> RequestSampler:
         """Open the network; for one thread."""
@@ -42,12 +42,12 @@ class PeerOptions:
 
 
 def peer_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser of what every server is told, ours too."""
+    """Return a parser of the options common to all servers, iddpm included."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--meter", type=Path, required=True, help="file that the network's time is counted in")
-    parser.add_argument("--width", type=int, default=8, help="most rows of a network call (8)")
+    parser.add_argument("--meter", type=Path, required=True, help="file of the network's meter")
+    parser.add_argument("--width", type=int, default=8, help="maximum rows of a network call (8)")
     parser.add_argument("--threads", type=int, default=1, help="of a network call (1)")
     parser.add_argument(
         "--device-ms", type=_two_numbers, metavar="FIXED,ROW", help="simulate a device instead of running the network"

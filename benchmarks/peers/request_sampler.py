@@ -1,6 +1,6 @@
-"""Whole batches from the first step to the last: what servers do that batch requests, and what those call that do not.
+"""Sample entire batches from the first step to the last, for servers that batch requests or run one at a time.
 
-Plan, update, noise, network and batch sizes are the service's own, so pixels are the service's too: only the serving
+Plan, update, noise, network and batch sizes are the service's own, so pixels are equal too: only the serving
 differs.
 """
 
@@ -26,13 +26,13 @@ from service.backends.base import BackendOptions
 from service.backends.batch_sizes import padded as padded_size
 
 Turns = Literal["batch", "call"]
-"""What batches that run at once take turns with: a `batch` has the device from its first step to its last; by `call`
-they share it."""
+"""Unit of turns of concurrent batches: a `batch` keeps the device from its first step to its last; with `call`
+they alternate."""
 Uint8Array = npt.NDArray[np.uint8]
 
 
 class Sampler(Protocol):
-    """Makes image `image_indices[k]` of seed `seeds[k]` and class `labels[k]`, all in one batch."""
+    """Samples image `image_indices[k]` of seed `seeds[k]` and class `labels[k]`, all in one batch."""
 
     def __call__(
         self, steps: int, seeds: Sequence[int], image_indices: Sequence[int], labels: Sequence[int]
@@ -42,18 +42,18 @@ class Sampler(Protocol):
 
 
 class HostArray(np.ndarray[Any, Any]):
-    """An array that says where it is, as those of numpy 2 do: Triton's python backend works with numpy 1 only."""
+    """An array with a `device` attribute, as in numpy 2: Triton's python backend works with numpy 1 only."""
 
     device = "cpu"
 
 
 def integers(values: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return numbers as the sampling core wants them, int64."""
+    """Return numbers as the int64 arrays of the sampling core."""
     return np.asarray(values, dtype=np.int64).view(HostArray)
 
 
 class RequestSampler:
-    """Samples a batch ancestrally, unguided, padded to the next compiled size. For one thread."""
+    """Samples a batch (ancestral, without guidance), padded to the next compiled size. For one thread."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A device that takes a stated time for a network call and computes nothing: what is measured then is the server."""
+"""A device that takes a given time for a network call and computes nothing, to measure only the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.backends.base import (
 
 
 class SimulatedDevice(DenoiserDefaults[Any]):
-    """Implements `Denoiser` for the model of an artifact; predicts that everything is noise by a fixed part."""
+    """Implements `Denoiser` for the model of an artifact; predicts a fixed fraction of x_t as noise."""
 
     xp: Any = np
     device: Any = "cpu"
@@ -37,25 +37,25 @@ class SimulatedDevice(DenoiserDefaults[Any]):
         """Seconds of a call by rows."""
 
     def embed_timesteps(self, t_model: FloatArray) -> FloatArray:
-        """Nobody reads it."""
+        """Not used."""
         return np.zeros((len(t_model), self.config.model.emb_channels), dtype=np.float32)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Nothing raises here."""
+        """Classify an exception; this network raises none."""
         return synchronous_failure_kind(error)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> FloatArray:
-        """Let the time of a call pass."""
+        """Sleep for the time of a call."""
         return self.begin(inputs).wait()
 
     def begin(self, inputs: NetworkInputs[Any]) -> SimulatedCall:
-        """Let the time of a call begin."""
+        """Start the time of a call."""
         rows, _, *size = inputs.x_t.shape
         return SimulatedCall(self.costs[rows], (rows, self.config.model.out_channels, *size))
 
 
 class SimulatedCall:
-    """A call that ends at a stated time."""
+    """A call that ends at a given time."""
 
     def __init__(self, seconds: float, shape: tuple[int, ...]) -> None:
         self.seconds = seconds
@@ -63,6 +63,6 @@ class SimulatedCall:
         self._shape = shape
 
     def wait(self) -> FloatArray:
-        """Sleep until then."""
+        """Sleep until the call ends."""
         time.sleep(max(0.0, self._end - time.perf_counter()))
         return np.full(self._shape, 0.25, dtype=np.float32)

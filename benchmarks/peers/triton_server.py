@@ -19,7 +19,7 @@ INPUTS = ("seed", "image_index", "label")
 
 
 def bind(triton: Any, options: PeerOptions, steps: int) -> None:
-    """Add the model that takes so many steps."""
+    """Add the model for `steps` steps."""
     sampler = options.sampler()
     channels, height, width = sampler.shape
 

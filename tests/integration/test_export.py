@@ -282,7 +282,7 @@ def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> N
     for out in (photos, photos / "cat.jpg", checkpoint):
         code, output = export(checkpoint, out)
         assert code == 1
-        assert "exists and is no artifact folder; it was left alone" in " ".join(output.split())
+        assert "exists and is not an artifact folder; it was not changed" in " ".join(output.split())
     assert (photos / "cat.jpg").read_bytes() == b"cat"
     assert [path.name for path in photos.iterdir()] == ["cat.jpg"]
 

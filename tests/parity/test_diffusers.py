@@ -257,7 +257,7 @@ def test_an_export_leaves_what_is_there_alone(tmp_path: Path, occupied: str) -> 
     else:
         out.mkdir()
         (out / "config.json").write_text("precious")
-    with pytest.raises(CheckpointError, match="must not exist, or be an empty folder; it was left alone"):
+    with pytest.raises(CheckpointError, match="must not exist or must be an empty folder; it was not changed"):
         export_diffusers(BUNDLED, out)
     assert (out if occupied == "file" else out / "config.json").read_text() == "precious"
 

@@ -1,4 +1,4 @@
-"""Images to train on: listed, checked, decoded as a viewer shows them, and fitted to the model's size."""
+"""Training images: listed, checked, decoded as an image viewer shows them, and scaled to the model's size."""
 
 from trainer.data.dataset import DataError, Dataset, IntArray, Uint8Array
 from trainer.data.opening import open_dataset

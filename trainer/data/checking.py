@@ -1,4 +1,4 @@
-"""Every file of a data set is looked at before the first step, and all bad ones are named at once."""
+"""Check every file of a data set before the first step, and report all unreadable ones at once."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ FILES_PER_TASK = 16
 BAR_DELAY_SECONDS = 2
 BAD_FILES_SHOWN = 20
 DECODED_FILES, DECODED_PIXELS = 10_000, 200_000_000
-"""A data set within both limits is decoded whole: that takes seconds."""
+"""A data set within both limits is decoded completely, which takes seconds."""
 DEEP_FILES_LOOKED_AT = 16
-"""At least, of those that there are; fewer than twice as many."""
+"""Minimum number of files to sample; fewer than twice as many are sampled."""
 DARK_BITS = 2
-"""Images whose values leave that many of a file's bits unused are nowhere brighter than a quarter of white."""
+"""Images that leave this number of a file's bits unused are nowhere brighter than a quarter of white."""
 Result = TypeVar("Result")
 
 
 def check_files(
     folder: Path, files: Sequence[str], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
 ) -> None:
-    """Read the header of every file, decode every file if asked to or if that is quick, and count what was found.
+    """Read the header of every file, decode the files if requested or if that is quick, and count their traits.
 
     Args:
         folder: where the files are.
         files: paths below it.
-        mode: what they are to become.
-        options: how they are read.
-        summary: what was found is added to it.
-        decode_all: decode the files however many there are.
+        mode: mode of the decoded images.
+        options: how files are read.
+        summary: counts are added to it.
+        decode_all: decode all files, regardless of their number.
 
     Raises:
         DataError: lists the files that cannot be read.
@@ -70,7 +70,7 @@ def check_files(
 
 
 def _each(files: Sequence[str], work: Callable[[str], Result], title: str) -> Iterator[tuple[str, Result | DataError]]:
-    """Do something with each file in threads; yield the results in the order of the files."""
+    """Call a function on each file in threads; yield the results in the order of the files."""
 
     def several(task: Sequence[str]) -> list[Result | DataError]:
         results: list[Result | DataError] = []
@@ -78,7 +78,7 @@ def _each(files: Sequence[str], work: Callable[[str], Result], title: str) -> It
             try:
                 results.append(work(file))
             except DataError as error:
-                results.append(DataError(str(error)))  # without the traceback, which holds the image
+                results.append(DataError(str(error)))  # without the traceback, which references the image
         return results
 
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
@@ -92,7 +92,7 @@ def _each(files: Sequence[str], work: Callable[[str], Result], title: str) -> It
 
 
 def _remarks_on_range(deep: Sequence[Path]) -> list[str]:
-    """Say so if images of more than 8 bits use a small part of their range: 12-bit data become nearly black."""
+    """Return a remark if images of more than 8 bits use a small part of their range: 12-bit data look nearly black."""
     looked_at = [highest_grey(path) for path in deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)]]
     if not looked_at:
         return []
@@ -101,15 +101,15 @@ def _remarks_on_range(deep: Sequence[Path]) -> list[str]:
     if bits > white.bit_length() - DARK_BITS:
         return []
     return [
-        f"{len(looked_at)} of those of more than 8 bits were looked at and reach {highest} of {white}, which is dark: "
+        f"{len(looked_at)} images of more than 8 bits were sampled and reach {highest} of {white}, which is dark: "
         f"--set data.value_range=0,{2**bits - 1} makes {2**bits - 1} white"
     ]
 
 
 def _describe_bad(errors: Sequence[DataError], files: int) -> str:
     if len(errors) == 1:
-        return f"{errors[0]}; mend or remove it (the other files, {files - 1:,}, can be read)"
+        return f"{errors[0]}; repair or remove it (the other files, {files - 1:,}, can be read)"
     lines = [str(error) for error in errors[:BAD_FILES_SHOWN]]
     if len(errors) > BAD_FILES_SHOWN:
         lines.append(f"and {len(errors) - BAD_FILES_SHOWN} more")
-    return "\n  ".join([f"{len(errors):,} of {files:,} image files cannot be read; mend or remove them:", *lines])
+    return "\n  ".join([f"{len(errors):,} of {files:,} image files cannot be read; repair or remove them:", *lines])

@@ -1,4 +1,4 @@
-"""What the trainer asks of labelled images, whatever they are stored in."""
+"""Interface of labelled images to the trainer, independent of their storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message says which file and what is wrong with it."""
+    """The data cannot be used for training; the message names the file and the problem."""
 
 
 class Dataset(Protocol):
@@ -23,9 +23,9 @@ class Dataset(Protocol):
     class_names: tuple[str, ...]
     """One name per class; empty where the data were opened without labels."""
     description: dict[str, str | int]
-    """What goes into a checkpoint's provenance, and what a resumed run is compared with; no paths beyond the name."""
+    """Description for a checkpoint's provenance and for comparison on resume; contains names, no paths."""
     summary: str
-    """One line: what was found, and what is done to it."""
+    """One line: the data found and how they are processed."""
 
     def images(self, indices: IntArray) -> Uint8Array:
         """Return the images [len(indices), size, size, channels]."""

@@ -1,4 +1,4 @@
-"""From an image of any size to the model's square."""
+"""Scale and crop an image of any size to the model's square."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from trainer.data.dataset import Uint8Array
 from trainer.data.options import SmallImages
 
 LONGEST_ASPECT = 16
-"""Of an image longer than this many times its shorter side, only the middle is scaled: the rest would be cropped away,
-and scaling it all takes memory in proportion to the length."""
+"""Only the middle of an image with a larger aspect ratio is scaled: the rest would be cropped, and scaling it
+takes memory in proportion to the length."""
 
 
 def fit_image(image: Image.Image, size: int, small_images: SmallImages) -> Uint8Array:
     """Return the middle of an image as a square [size, size, channels].
 
     Scaling is that of OpenAI's `ImageDataset` (halve by averaging while twice too large, then bicubic until the
-    shorter side fits, then crop the centre), with the same bits.
+    shorter side fits, then crop the centre), with bit-identical results.
 
     Args:
         image: grey or RGB, 8 bits.
         size: height and width of the result.
-        small_images: what is done if the shorter side is below `size`.
+        small_images: how an image is handled whose shorter side is below `size`.
     """
     if min(image.size) < size and small_images == "frame":
         return _frame(np.asarray(_crop(image, min(image.width, size), min(image.height, size))), size)
@@ -36,10 +36,10 @@ def fit_image(image: Image.Image, size: int, small_images: SmallImages) -> Uint8
 
 
 def fit_array(array: Uint8Array, size: int, small_images: SmallImages) -> Uint8Array:
-    """Return the middle of an array [H, W, C] as [size, size, C]; channels are independent, none is transparency."""
+    """Return the middle of an array [H, W, C] as [size, size, C]; channels are independent; none is transparency."""
     if array.shape[:2] == (size, size):
         return array
-    if array.shape[-1] == 3:  # Pillow scales the three bands of RGB one by one, too
+    if array.shape[-1] == 3:  # Pillow also scales the three bands of RGB separately
         return fit_image(Image.fromarray(array), size, small_images)
     bands = [fit_image(Image.fromarray(array[..., band]), size, small_images) for band in range(array.shape[-1])]
     return np.concatenate(bands, axis=-1)

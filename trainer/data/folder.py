@@ -1,4 +1,4 @@
-"""Images that are files below a folder: listed and checked at the start, decoded when they are asked for."""
+"""Image files below a folder: listed and checked at the start, decoded on access."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FolderDataset:
         if channels not in (1, 3):
             raise DataError(
                 f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
-                "choose --set model.image_channels=3, or give an npz of arrays with that many channels"
+                "choose --set model.image_channels=3, or use an npz of arrays with that number of channels"
             )
         listing = list_images(path, labelled=labelled)
         self._folder = path
@@ -74,7 +74,7 @@ class FolderDataset:
         try:
             return decode(self._folder / self._files[index], self._mode, self._options, fit)
         except DataError as error:
-            raise DataError(f"{error}; mend it; --decode-all lists all such files before the first step") from error
+            raise DataError(f"{error}; repair it; --decode-all lists all such files before the first step") from error
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:
@@ -82,11 +82,11 @@ def _sha256_of_lines(lines: Iterable[str]) -> str:
 
 
 def _remarks_on_levels(path: Path, listing: Listing) -> list[str]:
-    """Say so if the only class has subfolders that may have been meant as classes."""
+    """Return a remark if the only class has subfolders that may be meant as classes."""
     if len(listing.class_names) != 1:
         return []
     below = Counter(parts[1] if len(parts := Path(file).parts) > 2 else "" for file in listing.files)
     if len(below) < 2 or "" in below:
         return []
     only = path / listing.class_names[0]
-    return [f"the subfolders of the only class are no classes: {shorten(below)}; --data {only} makes them classes"]
+    return [f"subfolders of the only class are not classes: {shorten(below)}; use --data {only} to make them classes"]

@@ -1,4 +1,4 @@
-"""What an image file is, and how it becomes 8-bit grey or RGB: as a viewer shows it, or not at all."""
+"""Inspect an image file and decode it to 8-bit grey or RGB as an image viewer shows it, or raise an error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainer.data.options import DataConfig
 Result = TypeVar("Result")
 Mode = Literal["L", "RGB"]
 Trait = Literal["colour", "grey", "deep", "cmyk", "transparent", "rotated", "frames"]
-"""What makes an image's pixels depend on how it is read."""
+"""Properties of an image because of which its pixels depend on the reading options."""
 
-# Formats that Pillow knows and that are not here start other programs (EPS), are no pictures (HDF5, GRIB), or have no
-# signature (TGA), so that any damaged file may be taken for one.
+# Pillow's other formats start external programs (EPS), are not pictures (HDF5, GRIB), or have no
+# signature (TGA), so that any damaged file may be mistaken for one.
 _WANTED = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
@@ -32,26 +32,26 @@ EIGHT_BIT_MODES = frozenset({"1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RG
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 
 LARGE_PIXELS = 16 << 20
-"""Images of more pixels are decoded one at a time."""
+"""Larger images are decoded one at a time."""
 ROWS_AT_ONCE = 256
-"""What needs more memory than an image before and after it is done in strips."""
+"""Operations that need more memory than the image before and after them are done in strips."""
 TAIL_BYTES = 64
 TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
-"""What the last bytes of a whole file hold."""
+"""Content of the last bytes of a complete file."""
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
 
-# Always in the same thread: the C library keeps memory that was freed for the thread that had it.
+# Always in the same thread: the C library keeps freed memory for the thread that allocated it.
 _large_images = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
-# Viewers are silent about these, too: a corrupt EXIF block beside an intact image, an image beyond the size at which
-# Pillow begins to warn (it refuses twice that).
+# Viewers also ignore these: a corrupt EXIF block in an intact image, an image above the size at which
+# Pillow starts to warn (it refuses twice that size).
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Header(NamedTuple):
-    """What can be known of a file without decoding it."""
+    """Properties of a file that are known without decoding it."""
 
     width: int
     height: int
@@ -59,10 +59,10 @@ class Header(NamedTuple):
 
 
 def inspect(path: Path, mode: Mode, options: DataConfig) -> Header:
-    """Read a file's header; decode it, too, if it looks cut off.
+    """Read a file's header; decode the file too if it looks truncated.
 
     Raises:
-        DataError: a file that cannot be read, or not as a viewer shows it.
+        DataError: the file cannot be read, or not as an image viewer shows it.
     """
     with _opened(path) as (file, image):
         _check(image, options)
@@ -77,28 +77,28 @@ def inspect(path: Path, mode: Mode, options: DataConfig) -> Header:
 
 
 def check_whole(path: Path, mode: Mode, options: DataConfig) -> None:
-    """Decode a file to see whether that works.
+    """Check that a file can be decoded.
 
     Raises:
-        DataError: it does not.
+        DataError: it cannot.
     """
     decode(path, mode, options, lambda image: None)
 
 
 def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
-    """Decode an image as a viewer shows it, to 8-bit grey or RGB, and return what is made of it.
+    """Decode an image as an image viewer shows it, to 8-bit grey or RGB, and return the result of `then`.
 
     EXIF orientation is applied; transparent pixels show the background; 16-bit grey is scaled to 8 bits; of several
-    frames or pages the first is taken.
+    frames or pages the first is used.
 
     Args:
         path: of the file.
         mode: `L` for grey, `RGB`.
         options: how it is read.
-        then: makes the result of the decoded image, which takes much memory and is not kept.
+        then: computes the result from the decoded image, which takes much memory and is not kept.
 
     Raises:
-        DataError: a file that cannot be read, or not as a viewer shows it.
+        DataError: the file cannot be read, or not as an image viewer shows it.
     """
     with _opened(path) as (_, image):
         _check(image, options)
@@ -108,10 +108,10 @@ def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Im
 
 
 def highest_grey(path: Path) -> tuple[int, int]:
-    """Return the highest value in a grey image of more than 8 bits, and the highest that its file could hold.
+    """Return the highest value in a grey image of more than 8 bits, and the highest possible value in its file.
 
     Raises:
-        DataError: a file that cannot be read, or of values that have no limit.
+        DataError: the file cannot be read, or its values have no limit.
     """
     with _opened(path) as (_, image):
         limits = _container_range(image)
@@ -122,10 +122,10 @@ def highest_grey(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
-    """Open an image; whatever is raised until it is closed becomes an error that names the file."""
+    """Open an image; convert exceptions until it is closed to an error that names the file."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")  # opening a named pipe would wait for a writer for ever
+            raise ValueError("it is not a regular file")  # opening a named pipe would wait for a writer
         with path.open("rb") as file:
             try:
                 image = Image.open(file, formats=FORMATS)
@@ -150,12 +150,12 @@ def _what_it_is(head: bytes) -> str:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page, not an image"
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "it is a TIFF that is damaged or of a kind that is not read here; save it as grey or RGB of 8 or 16 bits"
-    return f"it is damaged, or no image in a format that is read here ({', '.join(FORMATS)})"
+        return "it is a damaged TIFF, or one of an unsupported kind; save it as grey or RGB of 8 or 16 bits"
+    return f"it is damaged, or not an image in a supported format ({', '.join(FORMATS)})"
 
 
 def _check(image: Image.Image, options: DataConfig) -> None:
-    """Refuse what would be mangled."""
+    """Check that the image can be decoded without changing its meaning."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise ValueError("a transparent colour in a 16-bit RGB image is not supported; save it with an alpha channel")
     if image.mode in EIGHT_BIT_MODES:
@@ -164,10 +164,12 @@ def _check(image: Image.Image, options: DataConfig) -> None:
     elif not _is_deep(image):
         raise ValueError(f"colour mode {image.mode} is not supported; save it as 8-bit grey or RGB")
     elif options.value_range is None and _container_range(image) is None:
-        kind, example = ("floating-point numbers", "0,1") if image.mode == "F" else ("32 bits or with a sign", "0,4095")
+        kind, example = (
+            ("floating-point values", "0,1") if image.mode == "F" else ("32 bits or signed values", "0,4095")
+        )
         raise ValueError(
             f"grey of {kind} has no values that "
-            f"are black and white by convention; give them, for example --set data.value_range={example}"
+            f"are black and white by convention; set them, for example --set data.value_range={example}"
         )
 
 
@@ -183,7 +185,7 @@ def _traits(image: Image.Image, mode: Mode) -> Iterator[Trait]:
         yield "cmyk"
     if image.has_transparency_data:
         yield "transparent"
-    # Asked for its EXIF block, a PNG without one is decoded whole in search of it.
+    # Reading the EXIF block of a PNG without one would decode the entire file.
     if (image.format != "PNG" or "exif" in image.info) and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         yield "rotated"
     if getattr(image, "is_animated", False):
@@ -212,12 +214,12 @@ def _on_background(image: Image.Image, mode: Mode, background: str) -> Image.Ima
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Return whether it is grey of more than 8 bits."""
+    """Return whether the image is grey with more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _container_range(image: Image.Image) -> tuple[int, int] | None:
-    """Return which values are black and white in a grey image of more than 8 bits; None: nothing says so."""
+    """Return the values of black and white in a grey image of more than 8 bits; None: not defined."""
     if image.mode in ("I", "F") and not (image.mode == "I" and image.format == "PPM"):  # Pillow scales PGM to 16 bits
         return None
     white = 4095 if 12 in _tiff_tag(image, TIFF_BITS_PER_SAMPLE) else 65535
@@ -233,7 +235,7 @@ def _deep_as_shown(image: Image.Image, options: DataConfig) -> Image.Image:
     for top in range(0, len(values), ROWS_AT_ONCE):
         rows = values[top : top + ROWS_AT_ONCE].astype(np.float64)
         if not np.isfinite(rows).all():
-            raise ValueError("it holds values that are not finite numbers")
+            raise ValueError("it contains values that are not finite numbers")
         pixels[top : top + ROWS_AT_ONCE] = np.floor(((rows - black) / (white - black)).clip(0, 1) * 255 + 0.5)
     if "transparency" in image.info:
         pixels[values == image.info["transparency"]] = ImageColor.getcolor(options.background, "L")
@@ -241,7 +243,7 @@ def _deep_as_shown(image: Image.Image, options: DataConfig) -> Image.Image:
 
 
 def _scale_transparent_grey(image: Image.Image) -> None:
-    """Mend the transparent grey of PNG files of 2 and 4 bits: Pillow scales their pixels to 8 bits, and not this."""
+    """Scale the transparent grey of PNG files of 2 and 4 bits to 8 bits: Pillow scales only their pixels."""
     factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image))
     if factor and isinstance(key := image.info.get("transparency"), int):
         image.info["transparency"] = key * factor

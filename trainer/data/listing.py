@@ -1,4 +1,4 @@
-"""Which files of a folder are images of the data set, and of which class."""
+"""List the image files of a data set folder and their classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.data.image_file import SUFFIXES
 SYSTEM_NAMES = frozenset(
     {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
 )
-"""Left by archivers, notebooks and file managers, in lower case; so are names that begin with a dot."""
+"""Names, in lower case, that archivers, notebooks and file managers create; skipped, like names with a leading dot."""
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 NAMES_SHOWN = 10
 
@@ -24,12 +24,12 @@ class Listing:
     """The images below a folder."""
 
     files: list[str]
-    """Paths below the folder, class by class."""
+    """Paths below the folder, ordered by class."""
     labels: list[int]
     class_names: tuple[str, ...]
-    """Empty if the subfolders are no classes."""
+    """Empty if the subfolders are not classes."""
     left_out: Counter[str]
-    """What was left out, and how often: a suffix, or another reason."""
+    """Number of skipped files by reason: a suffix, or another reason."""
 
 
 @dataclass
@@ -43,10 +43,10 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
 
     Args:
         folder: holds one subfolder per class, which may have subfolders of its own.
-        labelled: whether the subfolders are classes; if not, images may lie anywhere below the folder.
+        labelled: whether the subfolders are classes; if not, images may be anywhere below the folder.
 
     Raises:
-        DataError: no images, a class without images, or a folder that holds something else than classes.
+        DataError: there are no images, a class has no images, or the folder does not contain classes.
     """
     beside = _Found()
     by_class: dict[str, _Found] = {}
@@ -59,7 +59,7 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
     left_out = sum((found.left_out for found in by_class.values()), beside.left_out)
     if not any(found.images for found in (beside, *by_class.values())):
         raise DataError(
-            f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); it holds: {describe_counts(left_out)}"
+            f"{folder} contains no image ({', '.join(sorted(SUFFIXES))}); it contains: {describe_counts(left_out)}"
         )
     _refuse_splits(folder, by_class)
     if not labelled:
@@ -69,7 +69,7 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
 
     _refuse_what_is_no_class(folder, beside, by_class)
     if beside.images:
-        left_out["beside the class folders"] = len(beside.images)
+        left_out["outside the class folders"] = len(beside.images)
     names = _sorted_class_names(by_class)
     files = [path for name in names for path in by_class[name].images]
     labels = [label for label, name in enumerate(names) for _ in by_class[name].images]
@@ -82,14 +82,14 @@ def describe_counts(counts: Counter[str]) -> str:
 
 
 def shorten(items: Iterable[str]) -> str:
-    """Join the first items, and say how many more there are."""
+    """Join the first items, and append the number of further ones."""
     listed = list(items)
     more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
     return ", ".join(listed[:NAMES_SHOWN]) + more
 
 
 def _collect(folder: Path, below: str, ancestors: frozenset[str], found: _Found) -> None:
-    """Add what lies in a subfolder, in the order of names; a link to a folder that it lies in is not followed."""
+    """Add the content of a subfolder, in the order of names; do not follow a link to a folder that contains it."""
     real = os.path.realpath(folder / below)
     if real in ancestors:
         return
@@ -106,7 +106,7 @@ def _visible(folder: Path, found: _Found) -> Iterator[os.DirEntry[str]]:
         by_name = sorted(entries, key=lambda entry: entry.name)
     for entry in by_name:
         if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
-            found.left_out["hidden or of the system"] += 1
+            found.left_out["hidden or system files"] += 1
         else:
             yield entry
 
@@ -114,7 +114,7 @@ def _visible(folder: Path, found: _Found) -> Iterator[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself: named with the other bad files when it is read
+    except OSError:  # a link to itself: reported with the other unreadable files
         return False
 
 
@@ -131,7 +131,7 @@ def _refuse_splits(folder: Path, by_class: dict[str, _Found]) -> None:
     if splits and len(splits) == len(by_class):
         choice = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise DataError(
-            f"{folder} holds {shorten(splits)}: parts of a data set, not classes; give one of them: "
+            f"{folder} contains {shorten(splits)}: splits of a data set, not classes; use one of them: "
             f"--data {folder / choice}"
         )
 
@@ -139,14 +139,14 @@ def _refuse_splits(folder: Path, by_class: dict[str, _Found]) -> None:
 def _refuse_what_is_no_class(folder: Path, beside: _Found, by_class: dict[str, _Found]) -> None:
     if not by_class:
         raise DataError(
-            f"{folder} holds images and no class subfolders; put the images of each class into a "
+            f"{folder} contains images and no class subfolders; put the images of each class into a "
             "subfolder, or train without classes: --set class_conditional=false"
         )
     empty = [f"{name!r} ({describe_counts(found.left_out)})" for name, found in by_class.items() if not found.images]
     if empty:
         raise DataError(
-            f"{folder}: every subfolder is a class, and these hold no image: {shorten(empty)}; "
-            "move them elsewhere, or put images into them"
+            f"{folder}: every subfolder is a class, and these contain no image: {shorten(empty)}; "
+            "move them elsewhere, or add images to them"
         )
     for name in by_class:
         try:
@@ -156,7 +156,7 @@ def _refuse_what_is_no_class(folder: Path, beside: _Found, by_class: dict[str, _
 
 
 def _sorted_class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort by name, or as numbers if all are, so that index 2 is class "2" and not "10"."""
+    """Sort by name, or by number if all names are numbers, so that index 2 is class "2" and not "10"."""
     if all(name.isascii() and name.isdigit() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))

@@ -1,4 +1,4 @@
-"""Images that are arrays in an npz file, held in memory."""
+"""Images in the arrays of an npz file, loaded into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
 
 MOST_CHANNELS_FIRST = 4
-"""An axis of up to this many entries before two longer ones is taken for channels."""
+"""A first image axis of at most this length, followed by two longer ones, is interpreted as channels."""
 Array = npt.NDArray[Any]
 
 
@@ -56,22 +56,22 @@ def _read(path: Path, needed: set[str]) -> dict[str, Array]:
         if problem := describe_wrong_content(path):
             raise DataError(f"{path} {problem}")
         if not zipfile.is_zipfile(path):
-            raise DataError(f"{path} is damaged, or no npz file: write one with np.savez")
+            raise DataError(f"{path} is damaged, or not an npz file: write one with np.savez")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = archive.files
             arrays = {name: archive[name] for name in names if name in needed | {"classes"}}
     except DataError:
         raise
-    except Exception as error:  # of the archive, its compression, or an array's header: there is no end of kinds
+    except Exception as error:  # errors of the archive, its compression, or an array's header have many types
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if "allow_pickle" in reason:
-            reason = "it holds arrays of Python objects, which are not read; save them as numbers, or names as strings"
+            reason = "it contains arrays of Python objects, which are not read; save numbers, or names as strings"
         raise DataError(f"{path} cannot be read as an npz file: {reason or type(error).__name__}") from error
     if missing := needed - arrays.keys():
-        without = "; without labels, choose --set class_conditional=false" if missing == {"labels"} else ""
+        without = "; to train without labels, use --set class_conditional=false" if missing == {"labels"} else ""
         raise DataError(
-            f"{path} must hold the arrays {' and '.join(map(repr, sorted(needed)))}; missing: {sorted(missing)}; "
-            f"it holds: {shorten(names) or 'nothing'}{without}"
+            f"{path} must contain the arrays {' and '.join(map(repr, sorted(needed)))}; missing: {sorted(missing)}; "
+            f"it contains: {shorten(names) or 'nothing'}{without}"
         )
     return arrays
 
@@ -106,7 +106,7 @@ def _is_channels_first(shape: tuple[int, ...], channels: int) -> bool:
 
 
 def _cure_of_type(images: Array) -> str:
-    """Return how such values become 0..255, or where they lie if that cannot be known."""
+    """Return a conversion to 0..255, or the range of the values if it is unknown."""
     if images.dtype == np.bool_:
         return ": convert with images.astype('uint8') * 255"
     if images.dtype.kind not in "iuf":
@@ -140,7 +140,7 @@ def _check_labels(path: Path, labels: Array, count: int) -> IntArray:
 
 
 def _cure_of_labels(labels: Array, count: int) -> str:
-    """Return how such labels become integers, where that is known."""
+    """Return a conversion of the labels to integers, if one is known."""
     kind = labels.dtype.kind
     if labels.ndim == 2 and len(labels) == count and kind in "iufb":
         hot = (labels == 1).sum(axis=1)
@@ -151,20 +151,20 @@ def _cure_of_labels(labels: Array, count: int) -> str:
     if kind == "b" or (kind == "f" and (labels == np.floor(labels)).all() and np.isfinite(labels).all()):
         return ": convert with labels.astype('int64')"
     if kind in "US":
-        return ": make both with classes, labels = np.unique(labels, return_inverse=True)"
+        return ": create both arrays with classes, labels = np.unique(labels, return_inverse=True)"
     return " that are not whole numbers" if kind == "f" else ""
 
 
 def _class_names(path: Path, names: Array | None, labels: IntArray) -> tuple[str, ...]:
-    """Return a name for each class; names that are given may have classes without an image, numbers may not."""
+    """Return a name for each class; given names may include classes without images, labels without names may not."""
     low, high = int(labels.min()), int(labels.max())
     if names is None:
         used = np.unique(labels)
         if low != 0 or high != len(used) - 1:
             raise DataError(
-                f"{path}: labels must count from 0 without gaps; got {len(used)} different ones in {low}..{high}: make "
-                "both arrays with classes, labels = np.unique(labels, return_inverse=True); if some classes are meant "
-                "to have no image, add an array 'classes' with the names of all"
+                f"{path}: labels must count from 0 without gaps; got {len(used)} different ones in {low}..{high}: "
+                "create both arrays with classes, labels = np.unique(labels, return_inverse=True); if some classes "
+                "have no image, add an array 'classes' with the names of all"
             )
         return tuple(map(str, range(high + 1)))
     if names.ndim != 1 or names.dtype.kind not in "USiu":

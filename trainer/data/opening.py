@@ -1,4 +1,4 @@
-"""open_dataset: from a path that a user gives to images that can be trained on."""
+"""open_dataset: open a path given by the user as a data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_dataset(
     labelled: bool = True,
     decode_all: bool = False,
 ) -> Dataset:
-    """Open an npz file or a folder of images, and check everything in it; docs/training.md says what is accepted.
+    """Open an npz file or a folder of images and check its content; docs/training.md describes what is accepted.
 
     Args:
         path: of the file or the folder.
@@ -30,16 +30,16 @@ def open_dataset(
         channels: 1 for grey, 3 for RGB; an npz may have any number.
         options: how images are read; None: the defaults.
         labelled: whether labels are used; a folder then holds one subfolder per class, an npz an array `labels`.
-        decode_all: decode every file now, however many there are; otherwise small data sets only.
+        decode_all: decode every file now; otherwise only in small data sets.
 
     Raises:
-        DataError: nothing there, or nothing that can be trained on; every bad file is named.
+        DataError: the path does not exist or cannot be used for training; unreadable files are named.
     """
     options = options or DataConfig()
     if path.is_dir():
         return FolderDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all)
     if not path.is_file():
-        raise DataError(f"data must be an npz file or a folder of images; there is nothing at {path}")
+        raise DataError(f"data must be an npz file or a folder of images; {path} does not exist")
     suffix = path.suffix.lower()
     if suffix == ".npy":
         raise DataError(
@@ -47,7 +47,7 @@ def open_dataset(
             f"np.savez({path.with_suffix('.npz').name!r}, images=np.load({path.name!r}), labels=labels)"
         )
     if suffix in SUFFIXES:
-        raise DataError(f"{path} is one image; give the folder that holds the class subfolders")
+        raise DataError(f"{path} is one image; use the folder that contains the class subfolders")
     if suffix in ARCHIVE_SUFFIXES:
-        raise DataError(f"{path} is an archive; unpack it and give the folder")
+        raise DataError(f"{path} is an archive; unpack it and use the folder")
     return NpzDataset(path, image_size, channels, options, labelled=labelled)

@@ -1,4 +1,4 @@
-"""DataConfig: the choices that decide what pixels an image becomes."""
+"""DataConfig: options that determine how an image is converted to pixels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class DataConfig(FrozenConfig):
     """How images are read; docs/training.md describes each choice."""
 
     small_images: SmallImages = "frame"
-    """What is done with an image whose shorter side is smaller than the model: `frame` puts it in the middle of a
-    black square and never enlarges; `enlarge` scales it up until the shorter side fits, as OpenAI's code does."""
+    """How an image is handled whose shorter side is smaller than the model: `frame` puts it in the middle of a
+    black square without enlarging it; `enlarge` scales it up until the shorter side fits, as OpenAI's code does."""
     background: str = "white"
     """Colour behind transparent pixels: a name or #rrggbb. Most viewers and every browser show white."""
     value_range: tuple[FiniteFloat, FiniteFloat] | None = None
-    """Values that become black and white in grey images of more than 8 bits; None: the whole range of a 16-bit file,
-    0..65535. Files of 32 bits and of floating-point numbers have no range of their own and need one."""
+    """Values that become black and white in grey images of more than 8 bits; None: the full range of a 16-bit file,
+    0..65535. Files of 32 bits and of floating-point numbers have no default range and need this option."""
 
     @field_validator("background")
     @classmethod

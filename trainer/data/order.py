@@ -1,4 +1,4 @@
-"""In which order images are trained on: a function of a seed."""
+"""Order of the training images: a function of a seed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from trainer.data.dataset import IntArray
 
 
 def batch_indices(seed: int, images_seen: int, batch_size: int, num_images: int) -> IntArray:
-    """Return which images the next batch holds: epochs are permutations, each a function of (seed, epoch).
+    """Return the image indices of the next batch: epochs are permutations, each a function of (seed, epoch).
 
     Args:
         seed: of the run.
-        images_seen: images already trained on; the batch holds positions images_seen.. of the endless sequence.
+        images_seen: images already trained on; the batch contains positions images_seen.. of the infinite sequence.
         batch_size: length of the result.
         num_images: N.
     """

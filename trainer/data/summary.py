@@ -1,4 +1,4 @@
-"""The line that says what was understood of the data, and what is done to it."""
+"""The line that summarises the data and their processing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CLASSES_SHOWN = 20
 
 @dataclass
 class Summary:
-    """What was found, as counts."""
+    """Counts of the data found."""
 
     image_size: int
-    """Of the model."""
+    """Image size of the model."""
     options: DataConfig
     images: int = 0
     smallest: tuple[int, int] | None = None
@@ -62,7 +62,7 @@ class Summary:
         images = "1 image" if self.images == 1 else f"{self.images:,} images"
         parts = [f"{images} {self._sizes()}", self._classes(), *self._treatment()]
         if self.left_out:
-            parts.append(f"left out: {describe_counts(self.left_out)}")
+            parts.append(f"skipped: {describe_counts(self.left_out)}")
         return "data: " + "; ".join([*parts, *self._numbers_that_mislead(), *self.remarks])
 
     def _sizes(self) -> str:
@@ -77,8 +77,8 @@ class Summary:
         counts = list(self.classes.values())
         plural = "class" if len(counts) == 1 else "classes"
         if len(counts) <= CLASSES_SHOWN:
-            told = ", ".join(f"{printable(name)} ({count:,})" for name, count in self.classes.items())
-            text = f"{len(counts)} {plural}: {told}"
+            listed = ", ".join(f"{printable(name)} ({count:,})" for name, count in self.classes.items())
+            text = f"{len(counts)} {plural}: {listed}"
         else:
             text = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images"
         if unused := [repr(name) for name, count in self.classes.items() if count == 0]:
@@ -94,16 +94,16 @@ class Summary:
             "colour read as grey (--set model.image_channels=3 keeps it)": self.traits["colour"],
             "grey read as RGB": self.traits["grey"],
             "CMYK read without a colour profile": self.traits["cmyk"],
-            f"with transparency, laid on {self.options.background} (data.background)": self.traits["transparent"],
+            f"with transparency, drawn over {self.options.background} (data.background)": self.traits["transparent"],
             f"of more than 8 bits, {self._range()} scaled to 0..255": self.traits["deep"],
-            "turned as EXIF says": self.traits["rotated"],
+            "rotated according to EXIF": self.traits["rotated"],
             "with several frames or pages, of which the first is used": self.traits["frames"],
         }
         return [f"{count:,} {phrase}" for phrase, count in phrases.items() if count]
 
     def _range(self) -> str:
         if self.options.value_range is None:
-            return "whole range"
+            return "full range"
         black, white = self.options.value_range
         return f"{black:g}..{white:g}"
 

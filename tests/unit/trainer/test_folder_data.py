@@ -33,7 +33,7 @@ def test_hidden_and_system_names_are_no_classes_and_no_images(tmp_path: Path) ->
     data = opened(tmp_path)
     assert data.class_names == ("cat", "dog")
     assert data.labels.tolist() == [0, 1]
-    assert "2 images 8x8; 2 classes: cat (1), dog (1); left out: 12 hidden or of the system" in data.summary
+    assert "2 images 8x8; 2 classes: cat (1), dog (1); skipped: 12 hidden or system files" in data.summary
 
 
 def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_everything_that_is_left_out_is_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     data = opened(tmp_path)
     assert len(data.labels) == 3
-    assert "left out: 2 .txt, 1 without a suffix, 1 .dcm, 1 beside the class folders" in data.summary
+    assert "skipped: 2 .txt, 1 without a suffix, 1 .dcm, 1 outside the class folders" in data.summary
 
 
 def test_images_may_lie_deeper_and_behind_links(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_without_classes_images_may_lie_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["0.png", "1.png"], "holds images and no class subfolders.*--set class_conditional=false"),
-        (["train/cat/0.png", "val/cat/0.png"], "holds train, val: parts of a data set.*--data .*/train$"),
-        (["Test/cat/0.png", "Validation/cat/0.png"], "give one of them: --data .*/Test$"),
-        (["cat/0.png", "notes/a.xml", "empty/.keep"], r"'empty' \(1 hidden or of the system\), 'notes' \(1 .xml\)"),
-        (["a/0.dcm", "b/0.dcm"], "holds no image .*it holds: 2 .dcm"),
-        ([], "holds no image .*it holds: nothing"),
+        (["0.png", "1.png"], "contains images and no class subfolders.*--set class_conditional=false"),
+        (["train/cat/0.png", "val/cat/0.png"], "contains train, val: splits of a data set.*--data .*/train$"),
+        (["Test/cat/0.png", "Validation/cat/0.png"], "use one of them: --data .*/Test$"),
+        (["cat/0.png", "notes/a.xml", "empty/.keep"], r"'empty' \(1 hidden or system files\), 'notes' \(1 .xml\)"),
+        (["a/0.dcm", "b/0.dcm"], "contains no image .*it contains: 2 .dcm"),
+        ([], "contains no image .*it contains: nothing"),
     ],
 )
 def test_folders_that_hold_no_classes_name_the_cure(tmp_path: Path, names: list[str], reason: str) -> None:
@@ -124,7 +124,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     ("name", "reason"),
     [
         ("a.npy", "is one array; an npz file is needed.*np.savez"),
-        ("a.png", "is one image; give the folder"),
+        ("a.png", "is one image; use the folder"),
         ("a.zip", "is an archive; unpack it"),
     ],
 )
@@ -137,7 +137,7 @@ def test_files_that_are_no_data_set_name_the_cure(tmp_path: Path, name: str, rea
 def test_only_one_class_with_subfolders_is_said(tmp_path: Path) -> None:
     for name in ("images/cat/0.png", "images/dog/0.png"):
         put(tmp_path / name)
-    assert "the subfolders of the only class are no classes: cat, dog; --data" in opened(tmp_path).summary
+    assert "subfolders of the only class are not classes: cat, dog; use --data" in opened(tmp_path).summary
 
 
 @pytest.mark.skipif(os.fsencode("\udcff") != b"\xff", reason="file names are not bytes here")
@@ -161,16 +161,16 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
         "1 smaller than the model's 8x8, framed in black (data.small_images); "
         "1 scaled and cropped to 8x8; 4 colour read as grey (--set model.image_channels=3 keeps it); "
         "1 CMYK read without a colour profile; "
-        "1 with transparency, laid on white (data.background); 1 of more than 8 bits, whole range scaled to 0..255; "
+        "1 with transparency, drawn over white (data.background); 1 of more than 8 bits, full range scaled to 0..255; "
         "1 with several frames or pages, of which the first is used; "
-        "1 of those of more than 8 bits were looked at and reach 4095 of 65535, which is dark: "
+        "1 images of more than 8 bits were sampled and reach 4095 of 65535, which is dark: "
         "--set data.value_range=0,4095 makes 4095 white"
     )
     options = DataConfig(small_images="enlarge", background="black", value_range=(0, 4095))
     summary = open_dataset(tmp_path, 8, 3, options).summary
     for part in (
         "1 smaller than the model's 8x8, enlarged (data.small_images)",
-        "laid on black",
+        "drawn over black",
         "0..4095 scaled to 0..255",
     ):
         assert part in summary
@@ -222,7 +222,7 @@ def test_all_bad_files_are_listed_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
     first, *lines = str(caught.value).splitlines()
-    assert first == "3 of 8 image files cannot be read; mend or remove them:"
+    assert first == "3 of 8 image files cannot be read; repair or remove them:"
     assert [Path(line.split(": ")[0]).name for line in lines] == ["empty.png", "junk.jpg", "damaged.png"]
 
 
@@ -243,9 +243,9 @@ def test_large_sets_are_decoded_only_when_asked(tmp_path: Path, monkeypatch: pyt
     inspect(tmp_path / "a" / "1.png", "L", DataConfig())  # its header is good
     monkeypatch.setattr(checking, "DECODED_FILES", 1)
     data = opened(tmp_path)
-    with pytest.raises(DataError, match=r"1\.png: .*; mend it; --decode-all lists all such files"):
+    with pytest.raises(DataError, match=r"1\.png: .*; repair it; --decode-all lists all such files"):
         data.images(np.array([1]))
-    with pytest.raises(DataError, match=r"1\.png: .*mend or remove it \(the other files, 1, can be read\)"):
+    with pytest.raises(DataError, match=r"1\.png: .*repair or remove it \(the other files, 1, can be read\)"):
         opened(tmp_path, decode_all=True)
     monkeypatch.setattr(checking, "DECODED_FILES", 2)
     monkeypatch.setattr(checking, "DECODED_PIXELS", 8 * 8 + 64 * 64 - 1)
@@ -268,7 +268,7 @@ def test_pipes_and_links_without_an_end_are_listed_among_the_bad_files(tmp_path:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(DataError, match="2 of 3 image files cannot be read") as caught:
         opened(tmp_path)
-    assert "pipe.png: it is no regular file" in str(caught.value)
+    assert "pipe.png: it is not a regular file" in str(caught.value)
     assert "self.png: Too many levels of symbolic links" in str(caught.value)
 
 

@@ -78,8 +78,8 @@ def test_a_value_range_scales_what_has_more_than_eight_bits(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "image", "reason"),
     [
-        ("a.tif", Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point numbers .* data.value_range"),
-        ("a.tif", Image.fromarray(np.zeros((2, 2), np.int32)), "32 bits or with a sign .* data.value_range"),
+        ("a.tif", Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point values .* data.value_range"),
+        ("a.tif", Image.fromarray(np.zeros((2, 2), np.int32)), "32 bits or signed values .* data.value_range"),
         ("a.tif", Image.new("LAB", (2, 2)), "colour mode LAB is not supported"),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_no_viewer_shows_is_refused(tmp_path: Path, name: str, image: Image
 
 def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", Image.fromarray(np.full((2, 2), np.nan, np.float32)))
-    with pytest.raises(DataError, match=r"a\.tif: it holds values that are not finite"):
+    with pytest.raises(DataError, match=r"a\.tif: it contains values that are not finite"):
         check_whole(path, "L", DataConfig(value_range=(0, 1)))
 
 
@@ -176,11 +176,14 @@ def test_a_wrong_suffix_does_not_matter(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"junk" * 100, "damaged, or no image in a format that is read here"),
+        (b"junk" * 100, "it is damaged, or not an image in a supported format"),
         (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "a TIFF that is damaged or of a kind that is not read here"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image in a format"),  # would start Ghostscript
+        (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "it is a damaged TIFF, or one of an unsupported kind"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "not an image in a supported format",
+        ),  # would start Ghostscript
     ],
 )
 def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -192,7 +195,7 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, rea
 def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.png: No such file or directory"):
         inspect(tmp_path / "a.png", "L", DataConfig())
-    with pytest.raises(DataError, match="it is no regular file"):
+    with pytest.raises(DataError, match="it is not a regular file"):
         check_whole(tmp_path, "L", DataConfig())
 
 

@@ -133,7 +133,7 @@ def test_class_names_may_be_bytes_or_text(tmp_path: Path, classes: np.ndarray[An
         ({"images": np.ones((2, 8, 8), np.int64), "labels": [0, 1]}, r"in 0..1: .*astype\('uint8'\) \* 255$"),
         ({"labels": ["cat", "dog"]}, "classes, labels = np.unique"),
         ({"labels": [0, 1, 2]}, "must be 2 integers"),
-        ({}, r"missing: \['labels'\]; it holds: images; .*--set class_conditional=false"),
+        ({}, r"missing: \['labels'\]; it contains: images; .*--set class_conditional=false"),
         ({"images": np.zeros((0, 8, 8), np.uint8), "labels": []}, "none of them 0"),
         ({"images": np.zeros((2, 8), np.uint8), "labels": [0, 1]}, r"uint8 \[N, H, W, C\]"),
     ],
@@ -155,7 +155,7 @@ def test_without_classes_no_labels_are_needed(tmp_path: Path) -> None:
 
 
 def test_arrays_of_other_names_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"missing: \['images', 'labels'\]; it holds: train_images, train_labels"):
+    with pytest.raises(DataError, match=r"missing: \['images', 'labels'\]; it contains: train_images, train_labels"):
         opened(tmp_path, train_images=images(2, 8, 8), train_labels=[0, 1])
 
 
@@ -165,7 +165,7 @@ def test_arrays_of_other_names_are_listed(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"<!DOCTYPE html><html></html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3e\nsize 12345\n", "is a Git LFS pointer"),
-        (bytes(range(256)) * 4, "is damaged, or no npz file: write one with np.savez"),
+        (bytes(range(256)) * 4, "is damaged, or not an npz file: write one with np.savez"),
     ],
 )
 def test_what_is_no_npz_file_is_called_what_it_is(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -176,5 +176,5 @@ def test_what_is_no_npz_file_is_called_what_it_is(tmp_path: Path, content: bytes
 
 
 def test_arrays_of_objects_are_refused_without_advice_to_unpickle(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"save them as numbers, or names as strings$"):
+    with pytest.raises(DataError, match=r"which are not read; save numbers, or names as strings$"):
         opened(tmp_path, images=images(2, 8, 8), labels=[0, 1], classes=np.array(["a", "b"], dtype=object))

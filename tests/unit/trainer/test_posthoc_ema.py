@@ -74,7 +74,7 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(npz: Path, tmp_path: Pat
         result = CliRunner().invoke(app, ["ema", str(tmp_path / "run"), str(tmp_path / "out"), *arguments])
         assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SnapshotError, match="holds no snapshot; train with"):
+    with pytest.raises(SnapshotError, match="contains no snapshot; train with"):
         list_snapshots(tmp_path)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(SnapshotError, match="is not a snapshot"):

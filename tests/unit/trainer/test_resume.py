@@ -80,11 +80,11 @@ def test_a_resumed_run_may_change_how_it_learns_and_records_that(npz: Path, tmp_
 
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(TrainError, match=r"no checkpoint to resume from; leave --resume out"):
+    with pytest.raises(TrainError, match=r"no checkpoint to resume from; omit --resume"):
         train(tiny(), npz, run, resume=True)
     train(tiny(total_images=20), npz, run)
     before = files_in(run)
-    with pytest.raises(TrainError, match="already holds a run"):
+    with pytest.raises(TrainError, match="already contains a run"):
         train(tiny(), npz, run)
     with pytest.raises(TrainError, match=r"model\.dropout was 0\.1, would be 0\.3; seed was 0, would be 7"):
         train(tiny(seed=7, model={**tiny().model.model_dump(), "dropout": 0.3}), npz, run, resume=True)
@@ -94,7 +94,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path
 def test_a_run_goes_on_with_its_own_configuration(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4), npz, tmp_path / "run", command="iddpm train cifar10 --data toy.npz")
     assert resumed_config(tmp_path / "run", "cifar10") == resolve(tiny(total_images=4), open_dataset(npz, 8, 1))
-    with pytest.raises(TrainError, match="was started from the preset cifar10; name that one instead of fashion32"):
+    with pytest.raises(TrainError, match="was started from the preset cifar10; use that one instead of fashion32"):
         resumed_config(tmp_path / "run", "fashion32")
 
 
@@ -147,7 +147,7 @@ def test_a_folder_may_be_renamed_and_a_removed_or_mended_image_be_accepted(tmp_p
 def test_data_with_other_classes_are_refused_in_any_case(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4), npz, tmp_path / "run")
     write_npz(npz, names=("x", "z", "y"))
-    with pytest.raises(TrainError, match=r"with the classes x, y, z; the data now have x, z, y\. Give it data with"):
+    with pytest.raises(TrainError, match=r"with the classes x, y, z; the data now have x, z, y\. Use data with"):
         train(tiny(total_images=8), npz, tmp_path / "run", resume=True, accept_changed_data=True)
 
 
@@ -188,7 +188,9 @@ def test_a_diverged_checkpoint_of_an_older_version_is_named_and_the_one_before_o
     path = newest / "state" / "train_state.safetensors"
     save_file({name: tensor + 100 if "raw.out" in name else tensor for name, tensor in load_file(path).items()}, path)
     forget_hashes(newest)
-    with pytest.raises(TrainError, match=r"had diverged already\. The checkpoint after 4 images is whole: to continue"):
+    with pytest.raises(
+        TrainError, match=r"had already diverged\. The checkpoint after 4 images is intact: to continue"
+    ):
         train(tiny(total_images=12), tmp_path / "toy.npz", tmp_path / "run", resume=True)
 
 
@@ -233,7 +235,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (truncate, "train_state.safetensors is damaged"),
         (flip_a_byte, "model.safetensors is damaged"),
-        (spoil, "holds NaN or infinity, the run had diverged"),
+        (spoil, "contains NaN or infinity, the run had diverged"),
         (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
         (lambda folder: (folder / "state" / "progress.json").write_text("{}"), "no 'images_seen'"),
         (lambda folder: shutil.rmtree(folder / "state"), "No such file"),
@@ -249,7 +251,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_offered(
         train(config, tmp_path / "toy.npz", run, resume=True)
     newest = checkpoints(run)[-1]
     assert (
-        f"The checkpoint after 4 images is whole: to continue from there, remove what came later (rm -r {newest})"
+        f"The checkpoint after 4 images is intact: to continue from there, remove the later ones (rm -r {newest})"
         in str(caught.value)
     )
     shutil.rmtree(newest)
@@ -262,7 +264,7 @@ def test_without_a_whole_checkpoint_another_run_is_proposed(two_checkpoints: Pat
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     for folder in checkpoints(tmp_path / "run"):
         truncate(folder)
-    with pytest.raises(TrainError, match=r"No other checkpoint in .* is whole: start another run, with"):
+    with pytest.raises(TrainError, match=r"No other checkpoint in .* is intact: start a new run, with"):
         train(tiny(), tmp_path / "toy.npz", tmp_path / "run", resume=True)
 
 
@@ -349,7 +351,7 @@ def test_signals_save_a_checkpoint_and_print_how_to_go_on(
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     with (
         claimed(tmp_path / "run", resume=False),
-        pytest.raises(TrainError, match=r"run is in use by another training run \(process \d+ on .*\); give another"),
+        pytest.raises(TrainError, match=r"run is in use by another training run \(process \d+ on .*\); use another"),
         claimed(tmp_path / "run", resume=False),
     ):
         pass
@@ -373,9 +375,9 @@ def test_torchrun_is_told_that_there_is_no_distributed_training(
     [
         ("model/cat.jpg", "model would be overwritten"),
         ("model/config.json", "model would be overwritten"),
-        ("log.jsonl", "log.jsonl is not from a run"),
-        ("train_config.json", "train_config.json is not from a run"),
-        ("checkpoints", "checkpoints is in the way"),
+        ("log.jsonl", "log.jsonl was not written by a run"),
+        ("train_config.json", "train_config.json was not written by a run"),
+        ("checkpoints", "checkpoints exists and is not a folder"),
         ("samples/000000000004.png", "samples would be overwritten"),
         ("", "--out must be a folder"),
     ],
@@ -416,7 +418,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line_and_the_one_before_stays(npz: P
         train(tiny(total_images=8), npz, run, resume=True)
     assert str(caught.value) == (
         f"the checkpoint after 8 images could not be written, {run / 'checkpoints' / '000000000008'}: File too large; "
-        "the one after 4 images is whole"
+        "the one after 4 images is intact"
     )
     assert caught.value.resume_with == ()
     assert files_in(run / "checkpoints") | files_in(run / "model") == before
@@ -426,7 +428,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line_and_the_one_before_stays(npz: P
 def test_a_first_checkpoint_on_a_full_disk_leaves_a_folder_that_can_be_used_again(npz: Path, tmp_path: Path) -> None:
     with longest_file(50_000), pytest.raises(TrainError, match="File too large; there is no earlier one"):
         train(tiny(total_images=4), npz, tmp_path / "run")
-    with pytest.raises(TrainError, match="leave --resume out to start a run there"):
+    with pytest.raises(TrainError, match="omit --resume to start a run there"):
         train(tiny(total_images=4), npz, tmp_path / "run", resume=True)
     train(tiny(total_images=4), npz, tmp_path / "run")
 
@@ -486,15 +488,15 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
     [
         (
             ["model.num_classes=5"],
-            "num_classes is 3 here and cannot be set to 5: the data decide it, which have 3 classes",
+            "num_classes is 3 here and cannot be set to 5: the data, which have 3 classes, determine it",
         ),
         (
             ["model.null_class=false"],
-            "is true here and cannot be set to false: label_dropout, 0.1, decides it",
+            "is true here and cannot be set to false: label_dropout, 0.1, determines it",
         ),
         (
             ["model.learn_sigma=false"],
-            "is true here and cannot be set to false: diffusion.variance, learned_range, decides",
+            "is true here and cannot be set to false: diffusion.variance, learned_range, determines",
         ),
         (
             ["class_conditional=false", "model.num_classes=3"],
@@ -502,7 +504,7 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
         ),
         (
             ["label_dropout=0", "sampling.cfg_scale=2"],
-            "is 1.0 here and cannot be set to 2: label_dropout=0 decides it",
+            "is 1.0 here and cannot be set to 2: label_dropout=0 determines it",
         ),
         (["loss=simple"], "loss 'simple' would leave the learned variance untrained"),
         (["model.low_res_size=4"], "super-resolution models cannot be trained here yet"),

@@ -136,9 +136,9 @@ def test_a_loss_that_is_not_finite_is_not_remembered() -> None:
 
 
 def test_the_state_of_another_sampler_is_refused() -> None:
-    with pytest.raises(ValueError, match="holds nothing; got"):
+    with pytest.raises(ValueError, match="has nothing; got"):
         UniformSampler(4).load_state_dict(LossSecondMomentSampler(4).state_dict())
-    with pytest.raises(ValueError, match=r"holds \['counts', 'history'\]; got nothing"):
+    with pytest.raises(ValueError, match=r"has \['counts', 'history'\]; got nothing"):
         LossSecondMomentSampler(4).load_state_dict(UniformSampler(4).state_dict())
     with pytest.raises(ValueError, match=r"history of the timestep sampler must be \(4, 10\); got \(5, 10\)"):
         LossSecondMomentSampler(4).load_state_dict(LossSecondMomentSampler(5).state_dict())
