@@ -40,6 +40,7 @@ from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
 from tests.paths import ROOT
+from tests.waiting import PATIENCE_S
 
 
 def export(*arguments: object) -> tuple[int, str]:
@@ -413,7 +414,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[bytes]:
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        timeout=240,
+        timeout=PATIENCE_S,
         check=False,
     )
 

@@ -26,8 +26,9 @@ from service.http.door.keys_file import write_keys
 from service.http.tracing import Tracing, tracing_to_collector
 from service.settings import Settings
 from tests.integration.collector import collecting
-from tests.integration.in_process import Overflowing, running, runs
+from tests.integration.in_process import Overflowing, running
 from tests.integration.streams import streaming
+from tests.waiting import PATIENCE_S, runs
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 BODY: dict[str, Any] = {"class": "Bee", "steps": 3, "seed": 7, "cfg_scale": 2.0}
@@ -179,7 +180,7 @@ async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> No
                 await asyncio.wait([waiting.answering])
         # The other one's answer was cut off by its server, as uvicorn does to those that outlast a drain
         service.denoiser.let.set()
-        await service.until(lambda: asyncio.sleep(0, not service.app.state.service.engine.ledger.requests))
+        await service.app.state.service.engine.wait_idle()
     told.tracing.close()
     spans = told._exporter.get_finished_spans()
     assert sorted(span.name for span in spans) == [*["POST /v1/generate"] * 2, "denoise", "queue", "queue"]
@@ -224,6 +225,7 @@ def test_the_collector_that_the_standard_variables_name_gets_spans_and_no_secret
 ) -> None:
     keys, key = tmp_path / "keys.json", "iddpm_secret"
     write_keys(keys, [ApiKey(name="alice", sha256=hash_of(key))])
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", PATIENCE_S)
     with collecting() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
