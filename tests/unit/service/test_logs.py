@@ -98,7 +98,7 @@ def dropped() -> Dropped:
     """Return how many lines were dropped in this test, by reason."""
 
     def count(reason: str) -> float:
-        return LOG_LINES_DROPPED.labels(reason)._value.get()
+        return next(s.value for m in LOG_LINES_DROPPED.collect() for s in m.samples if s.labels == {"reason": reason})
 
     before = {reason: count(reason) for reason in ("queue_full", "write_failed")}
     return lambda reason: count(reason) - before[reason]

@@ -81,7 +81,7 @@ async def serving(
     config = uvicorn.Config(OriginForm(observed), http=protocol, lifespan="off", log_config=None)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve([listener]))  # serve() would take the test's signals
+    task = asyncio.create_task(server._serve([listener]))  # noqa: SLF001  # serve() would take the test's signals
     while not server.started:
         await asyncio.sleep(POLL_S)
     try:

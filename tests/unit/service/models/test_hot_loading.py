@@ -106,8 +106,7 @@ class Held(CountingRunner):
 
 
 async def step_under_way(runner: Held) -> None:
-    while not runner.arrived.is_set():
-        await asyncio.sleep(0.001)
+    await eventually(runner.arrived.is_set)
 
 
 async def gone(held: weakref.ref[CountingRunner]) -> None:
@@ -147,7 +146,9 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
         await engine.load("m/3", newer, Measured())
         engine.retire("m/2")
         del newer
-        assert (await engine.submit(generation("again", params(steps=2), model="m/3")).images[0]).pixels is not None
+        again = engine.submit(generation("again", params(steps=2), model="m/3"))
+        assert (again.prediction.position, again.prediction.wait_s) == (0, 0)  # nothing is left of the old one
+        assert (await again.images[0]).pixels is not None
         await engine.load("m/4", CountingRunner(), Measured())
         engine.retire("m/3")
         await gone(held)
