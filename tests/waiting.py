@@ -73,7 +73,7 @@ async def eventually(holds: Callable[[], object | Awaitable[object]]) -> None:
             result = await result
         if result:
             return
-        await asyncio.sleep(POLL_S / 10)
+        await asyncio.sleep(POLL_S)
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -99,7 +99,7 @@ def make_engine(exports: Exports) -> Callable[[], tuple[Any, Engine]]:
     return make
 
 
-@pytest.mark.parametrize("seed", range(count(20)))
+@pytest.mark.parametrize("seed", range(count(20, 20)))
 def test_images_that_join_and_leave_are_those_that_were_alone(
     make_engine: Callable[[], tuple[Any, Engine]], seed: int
 ) -> None:

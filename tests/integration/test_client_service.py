@@ -147,7 +147,7 @@ def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
 
         late = threading.Thread(target=answer_late)
         late.start()
-        with Client(address) as patient:
+        with Client(address, patience_s=PATIENCE_S) as patient:
             assert patient.models() == []
         late.join()
 
