@@ -46,7 +46,7 @@ test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a proc
 	$(AVX2_ONLY) $(VENV)/bin/pytest $(PARALLEL) $(COMPUTING)
 
 test-long: check  ## linters, then all tests with full counts (for a release)
-	IDDPM_TEST_LONG=1 PYTEST_TIMEOUT=7200 $(VENV)/bin/pytest $(PARALLEL)
+	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
 
 format: $(VENV)/.installed-dev  ## reformat the code with ruff
 	$(VENV)/bin/ruff check --fix

@@ -117,7 +117,7 @@ def _check_x0(config: CheckpointConfig, weights: Mapping[str, Tensor]) -> Sanity
     x_t, eps = _noisy_images(config, (step,), brightness=PLAIN_BRIGHTNESS)
     process = respace(config.diffusion)
     abar = float(process.schedule.alphas_cumprod[step])
-    out = _predict(config, weights, x_t, [float(process.t_model[step])], brightness=PLAIN_BRIGHTNESS)
+    out = run_network(config, weights, x_t, [float(process.t_model[step])], brightness=PLAIN_BRIGHTNESS)
     implied_eps = (x_t - abar**0.5 * out) / (1 - abar) ** 0.5
     error, as_eps = float(((implied_eps - eps) ** 2).mean()), float(((out - eps) ** 2).mean())
     what = f"mean squared error of x0 at alphas_cumprod {MIDDLE_ABAR}, in units of eps: {error:.2g}"
@@ -154,7 +154,7 @@ def _plain_images(rows: int, brightness: float) -> Tensor:
     return torch.tensor([brightness, -brightness]).repeat(rows)[:rows, None, None, None]
 
 
-def _predict(
+def run_network(
     config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, t_model: list[float], brightness: float = 0.0
 ) -> Tensor:
     """Return a network's prediction for x_t; each timestep input in t_model gets an equal share of the rows."""
@@ -174,7 +174,7 @@ def _predict(
 
 def _eps_errors(config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, eps: Tensor) -> Tensor:
     """Return the mean squared error of eps at each of the two noise levels."""
-    squared = (_predict(config, weights, x_t, _timestep_inputs(config.diffusion)) - eps) ** 2
+    squared = (run_network(config, weights, x_t, _timestep_inputs(config.diffusion)) - eps) ** 2
     return squared.reshape(2, -1).mean(dim=1)
 
 

@@ -128,7 +128,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tu
     else:
         export_classifier(network, folder / MODEL_FILE, dtype)
         export_classifier_gradient(network, folder / GRADIENT_FILE)
-    measured = _measure(folder, network, config, time_mlp, precision, say)
+    measured = measure(folder, network, config, time_mlp, precision, say)
     parity, chains = tuple(measured.parity), tuple(measured.chains)
     if failures(precision, parity, chains):
         raise ParityError(parity, chains)
@@ -150,7 +150,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tu
     return manifest
 
 
-def _measure(
+def measure(
     folder: Path,
     network: UNet | Classifier,
     config: AnyCheckpointConfig,

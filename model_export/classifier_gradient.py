@@ -48,8 +48,8 @@ def gradient_graph(classifier: Classifier, x_t: Tensor, emb_t: Tensor, y: Tensor
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     backward = [
-        aten._softmax_backward_data,
-        aten._log_softmax_backward_data,
+        aten._softmax_backward_data,  # noqa: SLF001  # the names of PyTorch's own table
+        aten._log_softmax_backward_data,  # noqa: SLF001
         aten.tanh_backward,
         aten.sigmoid_backward,
         aten.silu_backward,

@@ -50,27 +50,27 @@ def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -
         LibraryError: PyTorch cannot trace or translate the network, or the ONNX checker rejects the result.
     """
     config = network.config
-    examples = _image_and_embedding(config)
+    examples = image_and_embedding(config)
     if config.num_classes is not None:
         examples["y"] = torch.arange(EXAMPLE_ROWS) % config.num_labels
     if config.low_res_size is not None:
         examples["low_res"] = torch.zeros(EXAMPLE_ROWS, config.image_channels, config.low_res_size, config.low_res_size)
-    _export(_UNetGraph(rewrite(network, dtype), tuple(examples)), examples, "out", path)
+    export_graph(_UNetGraph(rewrite(network, dtype), tuple(examples)), examples, "out", path)
 
 
 def export_classifier(classifier: Classifier, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a noisy classifier's logits; arguments as for `export_unet`."""
-    _export(_ClassifierGraph(rewrite(classifier, dtype)), _image_and_embedding(classifier.config), "logits", path)
+    export_graph(_ClassifierGraph(rewrite(classifier, dtype)), image_and_embedding(classifier.config), "logits", path)
 
 
 def export_classifier_gradient(classifier: Classifier, path: Path) -> None:
     """Write the gradient of log p(y | x_t) with respect to x_t, in float32; arguments as for `export_unet`."""
-    examples = _image_and_embedding(classifier.config)
+    examples = image_and_embedding(classifier.config)
     examples["y"] = torch.arange(EXAMPLE_ROWS) % classifier.config.num_classes
     rewritten = rewrite(classifier)
     with library_call(PYTORCH, f"trace {path.name}", RuntimeError):
         graph = gradient_graph(rewritten, *examples.values())
-    _export(graph, examples, "gradient", path)
+    export_graph(graph, examples, "gradient", path)
 
 
 class _UNetGraph(nn.Module):
@@ -92,14 +92,16 @@ class _ClassifierGraph(nn.Module):
         return self.classifier.forward_emb(x_t, emb_t)
 
 
-def _image_and_embedding(config: BackboneConfig) -> dict[str, Tensor]:
+def image_and_embedding(config: BackboneConfig) -> dict[str, Tensor]:
+    """Return example inputs: x_t [EXAMPLE_ROWS, C, H, W] and emb_t [EXAMPLE_ROWS, E], zeros."""
     return {
         "x_t": torch.zeros(EXAMPLE_ROWS, config.image_channels, config.image_size, config.image_size),
         "emb_t": torch.zeros(EXAMPLE_ROWS, config.emb_channels),
     }
 
 
-def _export(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Path) -> None:
+def export_graph(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Path) -> None:
+    """Trace a module with example inputs by name, and write it with this output; the first dimension is free."""
     batch = torch.export.Dim.DYNAMIC
     shapes = tuple({0: batch} for _ in examples)
     with torch.no_grad(), _quiet(), library_call(PYTORCH, f"export {path.name}", RuntimeError):
@@ -116,7 +118,7 @@ def _export(graph: nn.Module, examples: dict[str, Tensor], output: str, path: Pa
     assert program is not None  # noqa: S101  # dynamo=True returns one
     model = program.model_proto
     _strip(model)
-    _write(model, path)
+    write_model(model, path)
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -139,7 +141,8 @@ def _strip(model: onnx.ModelProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
 
 
-def _write(model: onnx.ModelProto, path: Path) -> None:
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Check a graph and write it, with its weights beside it if they exceed `MAX_PROTOBUF` bytes."""
     data = path.with_name(path.name + DATA_SUFFIX)
     data.unlink(missing_ok=True)  # an existing file would be appended to
     # not ByteSize(), which serialises and therefore fails above the limit

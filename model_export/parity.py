@@ -80,7 +80,7 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
         calls.append(Call(float(t[0]), inputs, out.numpy()))
         return out
 
-    return Reference(config, calls, _chain(config, run, torch))
+    return Reference(config, calls, sample_chain(config, run, torch))
 
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
@@ -151,7 +151,7 @@ def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime:
     def run(x_t: FloatArray, t: FloatArray) -> FloatArray:
         return graph({"x_t": x_t, "emb_t": time_mlp(t), **conditions})
 
-    pixels = _chain(reference.config, run, np)
+    pixels = sample_chain(reference.config, run, np)
     difference = np.abs(pixels.astype(int) - reference.pixels)
     return ChainParity(
         backend=runtime.backend,
@@ -165,7 +165,8 @@ def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime:
     )
 
 
-def _chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
+def sample_chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
+    """Return pixels [ROWS, H, W, C] of a short ancestral chain with a network of (x_t, t), in a library of arrays."""
     ids = xp.arange(ROWS)
     plan = build_plan(config.diffusion, "ancestral", str(_steps(config.diffusion)))
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.waiting import TEST_LIMIT_S
+
 if TYPE_CHECKING:
     from tests.exports import Exports
 
@@ -22,6 +24,13 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [_others
 
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the limit of pytest-timeout, unless it was set by hand."""
+    if config.option.timeout is None and "PYTEST_TIMEOUT" not in os.environ:
+        config.option.timeout = TEST_LIMIT_S
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,8 @@ from service.http.app import assemble
 from service.settings import Settings
 from tests.integration.in_process import PausedDenoiser
 from tests.programs import tool
+from tests.waiting import PATIENCE_S, until
 
-PATIENCE_S = 30
-"""How long to wait for what must come: these machines stall at times."""
 DESKTOP = {"width": 1280, "height": 800}
 
 
@@ -39,10 +37,7 @@ class Site:
         return next(sample.value for sample in samples if sample.labels == labels)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < deadline, "it never happened"
-            time.sleep(0.01)
+        until(condition)
 
 
 @contextmanager
@@ -56,11 +51,10 @@ def serving(*denoisers: PausedDenoiser, **settings: Any) -> Iterator[Site]:
     thread.start()
     site = None
     try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        until(lambda: server.started or not thread.is_alive())
+        assert server.started
         site = Site(server, server.servers[0].sockets[0].getsockname()[1], next(iter(served.values())))
-        site.until(lambda: httpx.get(site.url + "readyz").status_code == 200)
+        site.until(lambda: httpx.get(site.url + "readyz", timeout=PATIENCE_S).status_code == 200)
         yield site
     finally:
         for denoiser in served.values():

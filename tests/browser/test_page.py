@@ -23,10 +23,11 @@ from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
 from service.http.door.keys import ApiKey, hash_of, new_key
 from service.http.door.keys_file import write_keys
-from tests.browser.conftest import PATIENCE_S, Site, serving
+from tests.browser.conftest import Site, serving
 from tests.counts import LONG
 from tests.fakes import CLASS_NAMES, tiny_config
 from tests.integration.in_process import PausedDenoiser
+from tests.waiting import PATIENCE_S
 
 STEPS = 20
 LONG_ONLY = pytest.mark.skipif(not LONG, reason="seconds of a browser: IDDPM_TEST_LONG=1")

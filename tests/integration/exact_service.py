@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -23,9 +22,9 @@ from service.http.app import assemble
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
+from tests.waiting import PATIENCE_S, until
 
 MODEL = "tiny"
-START_SECONDS = 60
 
 
 def exact_app(denoiser: ExactDenoiser | None = None, name: str = MODEL, **settings: Any) -> FastAPI:
@@ -52,14 +51,13 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 def _wait_ready(address: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    def ready() -> bool:
         with suppress(httpx.TransportError):
-            httpx.get(f"http://{address}/healthz").raise_for_status()
-            if httpx.get(f"http://{address}/readyz").status_code == 200:
-                return
-        time.sleep(0.02)
-    raise RuntimeError("the service did not become ready")
+            httpx.get(f"http://{address}/healthz", timeout=PATIENCE_S).raise_for_status()
+            return httpx.get(f"http://{address}/readyz", timeout=PATIENCE_S).status_code == 200
+        return False
+
+    until(ready)
 
 
 @cache

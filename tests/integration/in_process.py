@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from service.http.tracing import Tracing
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
+from tests.waiting import PATIENCE_S, POLL_S, eventually, until
 
 WIDTH, QUEUE, LATE = 2, 5, 4
 
@@ -43,10 +43,7 @@ class PausedDenoiser(ExactDenoiser):
         return super().__call__(inputs)
 
     def _wait(self) -> None:
-        for _ in range(100_000):
-            if self._steps.acquire(timeout=0.001) or self.let.is_set():
-                return
-        raise TimeoutError("nobody lets the network compute")
+        until(lambda: self._steps.acquire(timeout=0.001) or self.let.is_set(), poll_s=0)
 
 
 class Overflowing(PausedDenoiser):
@@ -67,7 +64,7 @@ class Service:
 
     async def ask(self, method: str, path: str, peer: str = "192.0.2.1", **options: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.app, client=(peer, 1234))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as client:
             return await client.request(method, path, **options)
 
     async def generate(self, peer: str = "192.0.2.1", forwarded_for: str | None = None, **body: Any) -> httpx.Response:
@@ -79,9 +76,20 @@ class Service:
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
         return next(sample.value for sample in samples if sample.labels == labels)
 
+    async def ready(self) -> None:
+        """Wait until it takes requests."""
+        while (await self.ask("GET", "/readyz")).status_code != 200:
+            await asyncio.sleep(POLL_S)
+
+    async def until_accepted(self, requests: int) -> None:
+        """Wait until the engine has accepted so many requests since its start."""
+        await eventually(lambda: self._accepted_at_least(requests))
+
+    async def _accepted_at_least(self, requests: int) -> bool:
+        return await self.metric("iddpm_predicted_wait_seconds_count") >= requests
+
     async def until(self, condition: Callable[[], Coroutine[Any, Any, bool]]) -> None:
-        while not await condition():
-            await asyncio.sleep(0.005)
+        await eventually(condition)
 
 
 @asynccontextmanager
@@ -93,19 +101,8 @@ async def running(
     app = assemble(chosen, {"m": denoiser}, tracing=tracing)
     async with app.router.lifespan_context(app):
         service = Service(app, denoiser)
-        while (await service.ask("GET", "/readyz")).status_code != 200:
-            await asyncio.sleep(0.005)
+        await service.ready()
         try:
             yield service
         finally:
             denoiser.let.set()
-
-
-def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
-    """Run a test's coroutine, and fail rather than hang."""
-
-    @wraps(test)
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), timeout=120))
-
-    return run

@@ -7,18 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-START_SECONDS = 240
-PATIENCE = 300.0
-"""Seconds a test waits for an answer: these machines stall at times."""
+from tests.waiting import PATIENCE_S, until
 
 
 class Server:
@@ -32,10 +29,10 @@ class Server:
 
     def generate(self, **body: Any) -> httpx.Response:
         """POST /v1/generate."""
-        return httpx.post(f"{self.url}/v1/generate", json=body, timeout=PATIENCE)
+        return httpx.post(f"{self.url}/v1/generate", json=body, timeout=PATIENCE_S)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE)
+        return httpx.get(self.url + path, timeout=PATIENCE_S)
 
     def metrics(self) -> dict[str, float]:
         """Scrape /metrics: samples by name, with label values appended."""
@@ -49,7 +46,7 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self.process.wait(PATIENCE)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextmanager
@@ -79,14 +76,15 @@ def running(
 
 
 def _wait_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    def ready_or_gone() -> bool:
         if server.process.poll() is not None:
-            break
-        try:
-            if server.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+            return True
+        with suppress(httpx.TransportError):
+            return server.get("/readyz").status_code == 200
+        return False
+
+    with suppress(TimeoutError):
+        until(ready_or_gone)
+        if server.process.poll() is None:
+            return
     raise RuntimeError(f"the server did not become ready:\n{server.log.read_text()}")

@@ -35,8 +35,9 @@ from service.http.state import service_state
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
-from tests.integration.in_process import PausedDenoiser, Service, runs
+from tests.integration.in_process import PausedDenoiser, Service
 from tests.paths import BUNDLED
+from tests.waiting import PATIENCE_S, eventually, runs
 
 NPZ = {"Accept": "application/x-npz"}
 
@@ -59,10 +60,13 @@ class Shelf:
     def __init__(self) -> None:
         self.may_load = threading.Event()
         self.may_load.set()
+        self.asked = threading.Event()
+        """Set once a model has been asked for."""
         self.loaded = 0
 
     def __call__(self, folder: Path) -> Denoiser[Any]:
-        assert self.may_load.wait(100)
+        self.asked.set()
+        assert self.may_load.wait(PATIENCE_S)
         if folder.name == "damaged":
             raise ModelError(f"{folder}/model.onnx is damaged")
         self.loaded += 1
@@ -88,8 +92,7 @@ async def running(
     async with app.router.lifespan_context(app):
         service = Service(app, denoiser)
         del denoiser
-        while (await service.ask("GET", "/readyz")).status_code != 200:
-            await asyncio.sleep(0.005)
+        await service.ready()
         try:
             yield service
         finally:
@@ -141,8 +144,7 @@ def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) 
             old = weakref.ref(service.denoiser)
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=1000, seed=1))
-            while not service.app.state.service.engine.ledger.requests:
-                await asyncio.sleep(0.001)
+            await service.until_accepted(1)
             loaded = await letting_steps(service, asyncio.create_task(change(service, "m")))
             assert loaded.status_code == 200, loaded.text
             assert loaded.json()["numerics_id"] != first_id
@@ -160,9 +162,7 @@ def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) 
             assert answer.headers["x-numerics-id"] == first_id
             np.testing.assert_array_equal(pixels(answer), expected(ExactDenoiser(tiny_config()), 1000, 1))
             del service.denoiser
-            while old() is not None:  # nobody keeps the old weights
-                gc.collect()
-                await asyncio.sleep(0.001)
+            await eventually(lambda: gc.collect() >= 0 and old() is None)  # nobody keeps the old weights
             assert await service.metric("iddpm_network_calls_total", model="m") >= 1003
 
     check()
@@ -221,11 +221,10 @@ def test_memory_is_bounded_and_one_model_is_loaded_at_a_time(root: Path) -> None
         async with running(root, shelf=shelf, max_loaded=2) as service:
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=1000))
-            while not service.app.state.service.engine.ledger.requests:
-                await asyncio.sleep(0.001)
+            await service.until_accepted(1)
             shelf.may_load.clear()
             loading = asyncio.create_task(change(service, "m"))
-            await asyncio.sleep(0.02)
+            await eventually(shelf.asked.is_set)
             for refused in (await change(service, "other"), await change(service, "m", "unload")):
                 assert (refused.status_code, refused.json()["title"]) == (409, "Conflict")
             shelf.may_load.set()
@@ -249,8 +248,7 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
             assert (await change(service, "other")).status_code == 200
             service.denoiser.let.clear()
             in_flight = asyncio.create_task(picture(service, steps=4, seed=3))
-            while not service.app.state.service.engine.ledger.requests:
-                await asyncio.sleep(0.001)
+            await service.until_accepted(1)
             assert (await change(service, "m", "unload")).json() == {"status": "unloaded"}
             assert list(await served(service)) == ["other"]
             told = (await service.ask("GET", "/metrics")).text
@@ -333,8 +331,7 @@ def test_a_real_artifact_is_loaded_again_and_a_damaged_one_is_not(tmp_path: Path
         app = create_app(settings)
         async with app.router.lifespan_context(app):
             service = Service(app, PausedDenoiser())
-            while (await service.ask("GET", "/readyz")).status_code != 200:
-                await asyncio.sleep(0.005)
+            await service.ready()
             before, first = await served(service), pixels(await picture(service, **asked))
             assert (await change(service, "fashion32")).status_code == 200
             assert await served(service) == before  # the same files

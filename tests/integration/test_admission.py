@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.in_process import LATE, QUEUE, WIDTH, running, runs
+from tests.integration.in_process import LATE, QUEUE, WIDTH, running
+from tests.waiting import runs
 
 
 @runs

@@ -23,6 +23,7 @@ from service.engine.request import ImageParams, PlanKey
 from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 from tests import bfloat16
+from tests.counts import LONG
 from tests.fakes import generation
 from tests.paths import BUNDLED
 
@@ -30,7 +31,10 @@ MODEL = BUNDLED
 MEGABYTE = 1_000_000
 
 
-@pytest.fixture(params=[1, 2])
+ONE_THREAD = pytest.param(1, marks=pytest.mark.skipif(not LONG, reason="as test_engine.py's: IDDPM_TEST_LONG=1"))
+
+
+@pytest.fixture(params=[ONE_THREAD, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -26,6 +26,7 @@ from tests.counts import LONG
 from tests.denoisers import AsNetwork
 from tests.exports import Exports
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
+from tests.waiting import PATIENCE_S, POLL_S, run_async
 
 WIDTH = 2
 ASKED = {"class": [1, 2], "steps": 4, "seed": 3, "cfg_scale": 1, "classifier_scale": 5}
@@ -41,13 +42,15 @@ def serve(folder: Path, backend: str, ask: Callable[[httpx.AsyncClient], Awaitab
     async def talk() -> Any:
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=300) as client,
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=PATIENCE_S
+            ) as client,
         ):
             while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(POLL_S)
             return await ask(client)
 
-    return asyncio.run(asyncio.wait_for(talk(), 300))
+    return run_async(talk())
 
 
 async def ask_for_pictures(client: httpx.AsyncClient) -> tuple[Any, Any, str]:

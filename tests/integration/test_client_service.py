@@ -32,7 +32,8 @@ from cli.main import app
 from service.http.door.keys import ApiKey, Limits, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from tests.fakes import CLASS_NAMES, tiny_checkpoint
-from tests.integration.server import PATIENCE, Server, running
+from tests.integration.server import Server, running
+from tests.waiting import PATIENCE_S, until
 
 KEY = new_key()
 ASKED: dict[str, Any] = {"class_": "bee", "n": 3, "steps": 4, "seed": 6, "format": "npz"}
@@ -125,12 +126,8 @@ def test_who_stops_listening_frees_the_rows(server: Server, client: Client) -> N
     with pytest.raises(Enough):
         client.generate(n=1, steps=1000, on_event=stop)
     authorized = {"Authorization": f"Bearer {KEY}"}
-    deadline = time.monotonic() + PATIENCE
-    while 'iddpm_requests_total{outcome="cancelled"} 1.0' not in (
-        httpx.get(f"{server.url}/metrics", headers=authorized, timeout=PATIENCE).text
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    cancelled = 'iddpm_requests_total{outcome="cancelled"} 1.0'
+    until(lambda: cancelled in httpx.get(f"{server.url}/metrics", headers=authorized, timeout=PATIENCE_S).text)
 
 
 def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
@@ -150,7 +147,7 @@ def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
 
         late = threading.Thread(target=answer_late)
         late.start()
-        with Client(address) as patient:
+        with Client(address, patience_s=PATIENCE_S) as patient:
             assert patient.models() == []
         late.join()
 

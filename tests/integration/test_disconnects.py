@@ -19,9 +19,10 @@ from service.http.app import assemble
 from service.http.state import ServiceState
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.counts import LONG, count
+from tests.counts import count
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
+from tests.waiting import PATIENCE_S, eventually, run_async
 
 REQUESTS = count(4000, 20)
 IN_FLIGHT = 20
@@ -41,7 +42,7 @@ class GatedDenoiser(ExactDenoiser):
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if self.gated:
             self.arrived.release()
-            assert self.let.acquire(timeout=100)
+            assert self.let.acquire(timeout=PATIENCE_S)
         return super().__call__(inputs)
 
 
@@ -94,8 +95,7 @@ def test_rows_of_clients_that_go_away_are_free_at_the_next_step_and_none_leaks()
         app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH), {"m": denoiser})
         async with app.router.lifespan_context(app):
             service: ServiceState = app.state.service
-            while service.engine.state is EngineState.STARTING:
-                await asyncio.sleep(0.001)
+            await eventually(lambda: service.engine.state is not EngineState.STARTING)
             assert service.engine.state is EngineState.READY
             denoiser.gated = True
             clients = await storm(app, denoiser, service.engine, random.Random(0))
@@ -103,7 +103,7 @@ def test_rows_of_clients_that_go_away_are_free_at_the_next_step_and_none_leaks()
             check_nothing_is_left(service.engine)
             check_metrics(service.metrics, clients)
 
-    asyncio.run(asyncio.wait_for(check(), timeout=1000 if LONG else 60))
+    run_async(check())
 
 
 async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw: random.Random) -> list[Client]:

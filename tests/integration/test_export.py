@@ -40,6 +40,7 @@ from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
 from tests.paths import ROOT
+from tests.waiting import PATIENCE_S
 
 
 def export(*arguments: object) -> tuple[int, str]:
@@ -208,7 +209,7 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
     def write_logits(network: Classifier, path: Path, dtype: torch.dtype) -> None:
         path.write_bytes(b"logits that nobody compares")
 
-    measure = artifact_export._measure
+    measure = artifact_export.measure
 
     def measure_unets(folder: Path, network: UNet | Classifier, *others: Any) -> Any:
         if isinstance(network, UNet):
@@ -228,7 +229,7 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
 
     monkeypatch.setattr(artifact_export, "export_classifier", write_logits)
     monkeypatch.setattr(artifact_export, "export_classifier_gradient", lambda _, path: shutil.copy(GRADIENT, path))
-    monkeypatch.setattr(artifact_export, "_measure", measure_unets)
+    monkeypatch.setattr(artifact_export, "measure", measure_unets)
     write_golden_classifier(checkpoint / "classifier")
     out, gradient_error = checkpoint / "artifact", 0.5
     code, output = export(checkpoint, out)
@@ -347,7 +348,7 @@ def export_module(module: nn.Module) -> Callable[..., None]:
     """Return an `export_unet` that exports something else."""
 
     def export_it(network: UNet, path: Path, dtype: torch.dtype) -> None:
-        onnx_export._export(module, onnx_export._image_and_embedding(network.config), "out", path)
+        onnx_export.export_graph(module, onnx_export.image_and_embedding(network.config), "out", path)
 
     return export_it
 
@@ -413,7 +414,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[bytes]:
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        timeout=240,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -436,7 +437,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
                 die()
 
         artifact_export.export_unet = graph
-        artifact_export._measure = lambda *_: artifact_export.Measured(parity=MEASURED)
+        artifact_export.measure = lambda *_: artifact_export.Measured(parity=MEASURED)
         atomic_folder._rename_into_place = die
         from formats.artifact import BandError, NetworkParity
         band = BandError(t_min=0, t_max=1, prediction=0.0)

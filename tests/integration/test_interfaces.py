@@ -15,7 +15,8 @@ from service.http.openai.schemas import ImagesRequest
 from service.http.routes import RouteTable
 from service.requests.generate_request import GenerateRequest
 from tests.integration.exact_service import exact_app
-from tests.integration.in_process import Service, running, runs
+from tests.integration.in_process import Service, running
+from tests.waiting import runs
 
 JSON = {"Content-Type": "application/json"}
 STEPS = {"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}

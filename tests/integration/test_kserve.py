@@ -19,6 +19,7 @@ from service.http.kserve.routes import INPUTS
 from service.http.kserve.schemas import InferParameters
 from service.requests.generate_request import SamplingOptions
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(address) as client:
+    with triton.InferenceServerClient(address, connection_timeout=PATIENCE_S, network_timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -210,7 +211,7 @@ def described(**tensor: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_frames_that_lie_are_refused_before_any_work(address: str, client: Any, sent: dict[str, Any]) -> None:
     (before,) = client.get_inference_statistics(MODEL)["model_stats"]
-    refused = httpx.post(f"http://{address}/v2/models/{MODEL}/infer", **sent)
+    refused = httpx.post(f"http://{address}/v2/models/{MODEL}/infer", **sent, timeout=PATIENCE_S)
     assert (refused.status_code, list(refused.json())) == (400, ["error"])
     (after,) = client.get_inference_statistics(MODEL)["model_stats"]
     assert after["execution_count"] == before["execution_count"]
@@ -220,9 +221,9 @@ def test_the_same_bytes_divided_elsewhere_are_another_request_for_an_idempotency
     url = f"http://{address}/v2/models/{MODEL}/infer"
     first = frame(described(name="steps", data=[2]))
     first["headers"]["Idempotency-Key"] = "k"
-    assert httpx.post(url, **first).status_code == 200
+    assert httpx.post(url, **first, timeout=PATIENCE_S).status_code == 200
     first["headers"]["Inference-Header-Content-Length"] = "9"
-    again = httpx.post(url, **first)
+    again = httpx.post(url, **first, timeout=PATIENCE_S)
     assert (again.status_code, list(again.json())) == (400, ["error"])
     assert "was used for another request" in again.json()["error"]
 
@@ -244,7 +245,7 @@ def test_a_page_of_another_origin_cannot_post(address: str, headers: dict[str, s
     """A browser sends these without asking first; with another content type it would ask, and nobody answers."""
     body = json.dumps({"inputs": [{"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}]}).encode()
     url = f"http://{address}/v2/models/{MODEL}/infer"
-    assert httpx.post(url, content=body, headers=headers).status_code == status
+    assert httpx.post(url, content=body, headers=headers, timeout=PATIENCE_S).status_code == status
     asked = httpx.options(url, headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"})
     assert asked.status_code == 405
     assert "access-control-allow-origin" not in asked.headers
@@ -252,7 +253,7 @@ def test_a_page_of_another_origin_cannot_post(address: str, headers: dict[str, s
 
 def test_errors_outside_of_routes_are_in_the_protocols_words_too(address: str) -> None:
     for path, status in (("/v2/nowhere", 404), ("/v2/models/other", 404), (f"/v2/models/{MODEL}/infer", 405)):
-        answer = httpx.get(f"http://{address}{path}")
+        answer = httpx.get(f"http://{address}{path}", timeout=PATIENCE_S)
         assert (answer.status_code, list(answer.json())) == (status, ["error"])
-    evil = httpx.get(f"http://{address}/v2", headers={"Host": "evil.example"})
+    evil = httpx.get(f"http://{address}/v2", headers={"Host": "evil.example"}, timeout=PATIENCE_S)
     assert (evil.status_code, list(evil.json())) == (421, ["error"])

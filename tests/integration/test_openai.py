@@ -22,8 +22,7 @@ from diffusion.network_inputs import NetworkInputs
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
-
-PATIENCE = 120.0
+from tests.waiting import PATIENCE_S, until
 
 
 class GatedDenoiser(ExactDenoiser):
@@ -39,7 +38,7 @@ class GatedDenoiser(ExactDenoiser):
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if self.gated:
-            assert self.allowed.acquire(timeout=PATIENCE)
+            assert self.allowed.acquire(timeout=PATIENCE_S)
         out = super().__call__(inputs)
         if self.started:
             out[np.asarray(inputs.y) == self.OVERFLOWS] = np.nan
@@ -67,7 +66,7 @@ def address(denoiser: GatedDenoiser) -> Iterator[str]:
 
 
 def sdk(address: str, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE, **options)
+    return openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE_S, **options)
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def test_jpeg_has_a_quality(client: openai.OpenAI) -> None:
 
 def test_the_asynchronous_sdk_does_the_same(address: str) -> None:
     async def ask() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE) as client:
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE_S) as client:
             return await asyncio.gather(
                 *(client.images.generate(prompt="ape", extra_body={"steps": 4, "seed": seed}) for seed in range(4))
             )
@@ -165,7 +164,7 @@ def test_a_stream_shows_partial_images_and_ends_with_the_whole_ones(
 
 def test_the_asynchronous_sdk_streams(address: str) -> None:
     async def ask() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE) as client:
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE_S) as client:
             stream = await client.images.generate(
                 prompt="ape", stream=True, partial_images=1, extra_body={"steps": 4, "seed": 2}
             )
@@ -240,7 +239,7 @@ def test_what_popular_clients_send_is_accepted_when_it_asks_for_nothing_else(
     address: str, body: dict[str, Any]
 ) -> None:
     url = f"http://{address}/v1/images/generations"
-    answer = httpx.post(url, json={"model": MODEL, "steps": 2, "seed": 1, **body}, timeout=PATIENCE)
+    answer = httpx.post(url, json={"model": MODEL, "steps": 2, "seed": 1, **body}, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == 1
 
@@ -254,7 +253,7 @@ def test_an_image_that_fails_is_not_asked_for_again(address: str) -> None:
 
 def test_the_sdk_comes_again_when_the_queue_was_full(address: str, denoiser: GatedDenoiser) -> None:
     def refused() -> int:
-        metrics = httpx.get(f"http://{address}/metrics").text
+        metrics = httpx.get(f"http://{address}/metrics", timeout=PATIENCE_S).text
         return int(float(metrics.split('iddpm_requests_total{outcome="rejected"} ')[1].split()[0]))
 
     before = refused()
@@ -263,8 +262,7 @@ def test_the_sdk_comes_again_when_the_queue_was_full(address: str, denoiser: Gat
         try:
             extra = {"steps": 2, "seed": 1, "cfg_scale": 1}
             both = [pool.submit(lambda: client.images.generate(prompt="cat", n=16, extra_body=extra)) for _ in range(2)]
-            while refused() == before:
-                time.sleep(0.01)
+            until(lambda: refused() > before)
         finally:
             denoiser.open()
         answers = [future.result().data or [] for future in both]
@@ -275,7 +273,7 @@ def test_models_are_listed_as_the_sdk_expects(client: openai.OpenAI, address: st
     (model,) = client.models.list()
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "iddpm")
     assert client.models.retrieve(MODEL) == model
-    assert httpx.get(f"http://{address}/v1/models").json()["models"][0]["name"] == MODEL
+    assert httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"][0]["name"] == MODEL
     with pytest.raises(openai.NotFoundError, match='model: must be one of tiny; got "gpt-image-2"'):
         client.models.retrieve("gpt-image-2")
     with pytest.raises(openai.NotFoundError, match='model: must be one of tiny; got "gpt-image-2"'):
@@ -285,12 +283,12 @@ def test_models_are_listed_as_the_sdk_expects(client: openai.OpenAI, address: st
 def test_errors_before_any_route_are_in_openais_shape_too(address: str) -> None:
     url = f"http://{address}/v1/images/generations"
     for answer, status in (
-        (httpx.get(url), 405),
-        (httpx.post(url, content="{}", headers={"Content-Type": "text/plain"}), 415),
-        (httpx.post(url, json={}, headers={"Host": "evil.example"}), 421),
-        (httpx.post(url, content=b"{", headers={"Content-Type": "application/json"}), 400),
-        (httpx.post(url, json={"n": 0}), 400),
-        (httpx.post(f"http://{address}/v1/images/edits", json={}), 404),
+        (httpx.get(url, timeout=PATIENCE_S), 405),
+        (httpx.post(url, content="{}", headers={"Content-Type": "text/plain"}, timeout=PATIENCE_S), 415),
+        (httpx.post(url, json={}, headers={"Host": "evil.example"}, timeout=PATIENCE_S), 421),
+        (httpx.post(url, content=b"{", headers={"Content-Type": "application/json"}, timeout=PATIENCE_S), 400),
+        (httpx.post(url, json={"n": 0}, timeout=PATIENCE_S), 400),
+        (httpx.post(f"http://{address}/v1/images/edits", json={}, timeout=PATIENCE_S), 404),
     ):
         assert (answer.status_code, set(answer.json())) == (status, {"error"})
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

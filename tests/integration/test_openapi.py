@@ -19,6 +19,7 @@ from tests.counts import LONG
 from tests.denoisers import ExactDenoiser
 from tests.integration.exact_service import exact_app, serving
 from tests.paths import ROOT
+from tests.waiting import PATIENCE_S
 
 BUNDLED = ROOT / "models" / "fashion32"
 PAGE = ROOT / "docs" / "http.md"
@@ -52,7 +53,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
             ),
             *(long if LONG else short),
         ]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=7200)
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -65,11 +66,11 @@ def test_the_document_is_valid_for_the_version_that_it_declares(tmp_path: Path) 
 
 def test_a_post_where_there_is_none_is_told_so_whatever_its_body_is(address: str) -> None:
     for path, status in (("/healthz", 405), ("/v1/models", 405), ("/nowhere", 404), ("/v1/generate", 415)):
-        assert httpx.post(f"http://{address}{path}", content=b"x").status_code == status
+        assert httpx.post(f"http://{address}{path}", content=b"x", timeout=PATIENCE_S).status_code == status
 
 
 def test_examples_of_the_document_work(address: str) -> None:
-    document = httpx.get(f"http://{address}/openapi.json").json()
+    document = httpx.get(f"http://{address}/openapi.json", timeout=PATIENCE_S).json()
     posted = 0
     for path, operations in document["paths"].items():
         body = operations.get("post", {}).get("requestBody")
@@ -81,14 +82,14 @@ def test_examples_of_the_document_work(address: str) -> None:
             schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
         examples = [described["example"]] if "example" in described else schema["examples"]
         for example in examples:
-            answer = httpx.post(_url(address, path), json=example, timeout=60)
+            answer = httpx.post(_url(address, path), json=example, timeout=PATIENCE_S)
             assert answer.status_code == 200, answer.text
             posted += 1
     assert posted == 4
 
 
 def _url(address: str, path: str) -> str:
-    (model,) = httpx.get(f"http://{address}/v1/models").json()["models"]
+    (model,) = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"]
     return f"http://{address}{path.format(model=model['name'], version=model['numerics_id'])}"
 
 
@@ -107,7 +108,7 @@ def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytes
 @pytest.mark.parametrize("code", examples("sh"), ids=range(2))
 def test_curl_examples_of_the_page_work(address: str, code: str) -> None:
     url, headers, body = _curl(code)
-    answer = httpx.post(url.replace("127.0.0.1:8000", address), content=body, headers=headers, timeout=60)
+    answer = httpx.post(url.replace("127.0.0.1:8000", address), content=body, headers=headers, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
 
 

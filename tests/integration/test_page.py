@@ -15,7 +15,8 @@ from formats.images import shrink
 from service.http.page import thumbnails
 from service.http.page.routes import FOLDER
 from service.http.page.thumbnails import CLIENT, LONGEST_SIDE, SEED, STEPS
-from tests.integration.in_process import PausedDenoiser, Service, running, runs
+from tests.integration.in_process import PausedDenoiser, Service, running
+from tests.waiting import eventually, runs
 
 OURS = {"X-Requested-With": "test"}
 
@@ -64,8 +65,7 @@ async def test_a_thumbnail_whose_first_reader_leaves_is_made_for_the_next() -> N
         first = asyncio.ensure_future(thumbnail(service, 1))
         second = asyncio.ensure_future(thumbnail(service, 1))
         service.denoiser.let_steps(3)
-        while not await service.metric("iddpm_row_steps_total"):
-            await asyncio.sleep(0.005)
+        await eventually(lambda: service.metric("iddpm_row_steps_total"))
         first.cancel()
         service.denoiser.let.set()
         assert (await second).status_code == 200
@@ -77,8 +77,7 @@ async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
     async with running() as service:
         service.denoiser.let.clear()
         filling = asyncio.ensure_future(service.generate(n=3, steps=2))  # six rows of the seven that there is room for
-        while not service.app.state.service.engine.ledger.requests:
-            await asyncio.sleep(0.005)
+        await service.until_accepted(1)
         refused = await thumbnail(service, 0)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
@@ -93,15 +92,12 @@ def test_who_looks_at_all_classes_does_not_fill_the_queue(monkeypatch: pytest.Mo
     @runs
     async def check() -> None:
         async with running() as service:
-            engine = service.app.state.service.engine
             service.denoiser.let.clear()
             looking = [asyncio.ensure_future(thumbnail(service, index)) for index in range(4)]
-            while engine.ledger.requests < 2:
-                await asyncio.sleep(0.005)
+            await service.until_accepted(2)
             generating = asyncio.ensure_future(service.generate(n=3, steps=2, cfg_scale=1))
-            while engine.ledger.requests < 3:
-                await asyncio.sleep(0.005)
-            assert engine.ledger.client(CLIENT).images == 2
+            await service.until_accepted(3)
+            assert service.app.state.service.engine.ledger.client(CLIENT).images == 2
             service.denoiser.let.set()
             answers = await asyncio.gather(generating, *looking)
             assert {answer.status_code for answer in answers} == {200}

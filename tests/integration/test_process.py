@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.server import PATIENCE, START_SECONDS
 from tests.programs import tool
+from tests.waiting import PATIENCE_S, until
 
 SERVING = """
 import sys, time
@@ -68,16 +67,16 @@ def serving(output: Any, host: str = "127.0.0.1", seconds: float = 0, **options:
 
 def status_of(url: str) -> int | None:
     with suppress(httpx.TransportError):
-        return httpx.get(url, timeout=PATIENCE).status_code
+        return httpx.get(url, timeout=PATIENCE_S).status_code
     return None
 
 
 def wait_for(process: Any, url: str, status: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while status_of(url) != status:
+    def answers() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return status_of(url) == status
+
+    until(answers)
 
 
 def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end() -> None:
@@ -96,7 +95,7 @@ def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end() -> None:
         process.send_signal(signal.SIGHUP)
         assert [status_of(f"{url}/{path}") for path in ("v1/models", "healthz", "readyz")] == [200] * 3
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(PATIENCE_S) == 0
     os.close(reading)
     os.close(writing)
 
@@ -121,9 +120,9 @@ def test_more_connections_than_file_descriptors_leave_health_and_the_log_alone_a
             open_ones.enter_context(socket.create_connection(address))
         for _ in range(10):
             assert status_of(f"{url}/healthz") == 200
-        assert httpx.post(f"{url}/v1/generate", json={"steps": 2}, timeout=PATIENCE).status_code == 200
+        assert httpx.post(f"{url}/v1/generate", json={"steps": 2}, timeout=PATIENCE_S).status_code == 200
         process.send_signal(signal.SIGHUP)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(PATIENCE_S) == 0
     lines = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert len(lines) < 50
     assert any(line.endswith("idle ones are closed for new ones") for line in lines)
@@ -132,10 +131,10 @@ def test_more_connections_than_file_descriptors_leave_health_and_the_log_alone_a
 
 def test_a_signal_while_the_network_warms_up_ends_the_process_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with log.open("wb") as output, serving(output, seconds=10 * PATIENCE) as (process, url):
+    with log.open("wb") as output, serving(output, seconds=10 * PATIENCE_S) as (process, url):
         wait_for(process, f"{url}/readyz", 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert "SIGTERM during start-up: ending; nothing was accepted yet" in log.read_text()
 
 
@@ -154,5 +153,5 @@ def test_sigterm_ends_process_1_like_any_other() -> None:
     unshare = [tool("unshare"), "--pid", "--fork", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine allows no new process namespaces")
-    ended = subprocess.run([*unshare, sys.executable, "-c", PROCESS_1], timeout=PATIENCE, check=False)
+    ended = subprocess.run([*unshare, sys.executable, "-c", PROCESS_1], timeout=PATIENCE_S, check=False)
     assert ended.returncode == 128 + signal.SIGTERM

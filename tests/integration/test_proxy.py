@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.server import PATIENCE
 from tests.paths import ROOT
 from tests.programs import tool
+from tests.waiting import PATIENCE_S, until
 
 CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 REPLICAS = "server-template api- 32 api:8000 resolvers docker init-addr none"
@@ -94,21 +93,17 @@ def test_a_replica_that_dies_during_a_later_request_of_a_client_is_a_502_and_a_l
     tmp_path: Path, method: str, path: str
 ) -> None:
     with proxied(tmp_path) as (port, log):
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
 
         def ask(**headers: str) -> tuple[int, bytes]:
             client.request(method, path, headers={"Content-Type": "application/json", **headers})
             answer = client.getresponse()
             return answer.status, answer.read()
 
-        while ask()[0] != 200:  # 503 until the replica's health has been checked
-            time.sleep(0.05)
+        until(lambda: ask()[0] == 200)  # 503 until the replica's health has been checked
         status, body = ask(**{"X-Die": "now"})
         assert status == 502
         assert json.loads(body)["status"] == 502
         client.close()
-        deadline = time.monotonic() + PATIENCE
-        while b" 502 " not in log.read_bytes():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: b" 502 " in log.read_bytes())
         assert b" SH-- " in log.read_bytes()

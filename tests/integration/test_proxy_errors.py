@@ -25,9 +25,9 @@ from service.http.faults import Fault, as_openai_error
 from service.http.interfaces import Interface, generates
 from service.http.routes import RouteTable
 from tests.integration.exact_service import exact_app
-from tests.integration.server import PATIENCE
 from tests.paths import ROOT
 from tests.programs import tool
+from tests.waiting import PATIENCE_S, scaled
 
 FOLDER = ROOT / "deploy" / "haproxy"
 GENERATES = {
@@ -51,7 +51,7 @@ class Replica(BaseHTTPRequestHandler):
         self.reached.put(self.path)
         self.rfile.read(int(self.headers["Content-Length"] or 0))
         if "?" in self.path:
-            self.released.wait(PATIENCE)
+            self.released.wait(PATIENCE_S)
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
@@ -62,7 +62,7 @@ def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
     """Return ours, listening elsewhere, with one replica for what generates, none for the rest, and a short wait."""
     config = (FOLDER / "haproxy.cfg").read_text()
     config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
-    config = re.sub(r"timeout server +\S+", "timeout server 5s", config)
+    config = re.sub(r"timeout server +\S+", f"timeout server {scaled(5):.0f}s", config)
     generate, name, light = config.partition("\nbackend light\n")
     generate = re.sub(r"server-template .*", f"server one 127.0.0.1:{replica}", generate)
     return generate + name + re.sub(r"server-template .*", "", light)
@@ -117,7 +117,7 @@ def form_of(answer: httpx.Response) -> Interface:
 
 
 def ask(method: str, url: str, **options: Any) -> httpx.Response:
-    with httpx.Client(timeout=PATIENCE, verify=False) as client:  # noqa: S501  # nothing here is encrypted
+    with httpx.Client(timeout=PATIENCE_S, verify=False) as client:  # noqa: S501  # nothing here is encrypted
         return client.request(method, url, **options)
 
 
@@ -153,10 +153,10 @@ def test_a_foreign_host_is_refused_in_the_callers_form(proxy: str) -> None:
 def test_a_body_that_is_damaged_has_the_callers_form(proxy: str) -> None:
     address = httpx.URL(proxy)
     for path, interface in GENERATES.items():
-        with socket.create_connection((address.host, address.port or 0), PATIENCE) as client:
+        with socket.create_connection((address.host, address.port or 0), PATIENCE_S) as client:
             head = f"POST {path}?damaged HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
             client.sendall(head.encode())
-            while Replica.reached.get(timeout=PATIENCE) != f"{path}?damaged":
+            while Replica.reached.get(timeout=PATIENCE_S) != f"{path}?damaged":
                 pass  # of an earlier test
             client.sendall(b"no length\r\n")
             answer = HTTPResponse(client)

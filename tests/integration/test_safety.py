@@ -18,9 +18,10 @@ from service.http.door.keys import ApiKey, Limits, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from service.http.door.security_headers import SECURITY_HEADERS
 from tests.fakes import tiny_checkpoint
-from tests.integration.in_process import Service, running, runs
-from tests.integration.server import PATIENCE, Server
+from tests.integration.in_process import Service, running
+from tests.integration.server import Server
 from tests.integration.server import running as running_process
+from tests.waiting import PATIENCE_S, runs
 
 SHORT: dict[str, Any] = {"cfg_scale": 1, "steps": 3}
 JSON = {"Content-Type": "application/json"}
@@ -356,7 +357,7 @@ def test_a_process_ends_slow_requests_and_answers_garbage_without_saying_what_it
 ) -> None:
     server, _ = keyed
     for sent, status in [(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\n", 408), (b"garbage\r\n\r\n", 400)]:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as client:
             client.sendall(sent)
             with client.makefile("rb") as stream:
                 answer = stream.read()  # to the end: it is closed
@@ -369,7 +370,7 @@ def test_secrets_never_appear_in_logs_and_no_request_can_write_lines_of_its_own(
     key, almost, elsewhere = keys.keys["alice"], keys.keys["alice"][:-1], new_key()
     url = f"{server.url}/v1/generate"
     forged = '{"level": "forged"}'
-    with httpx.Client(timeout=PATIENCE) as client:
+    with httpx.Client(timeout=PATIENCE_S) as client:
         body = {"steps": 2}
         named = client.post(url, json=body, headers={"Authorization": f"Bearer {key}", "X-Request-ID": "mine-42"})
         assert named.status_code == 200

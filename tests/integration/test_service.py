@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -25,7 +24,8 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from tests.counts import LONG
 from tests.fakes import CLASS_NAMES, tiny_checkpoint, tiny_config, tiny_network
-from tests.integration.server import PATIENCE, Server, running
+from tests.integration.server import Server, running
+from tests.waiting import PATIENCE_S, until
 
 Uint8Array = npt.NDArray[np.uint8]
 
@@ -114,7 +114,7 @@ def test_ddim_with_eta_gives_the_reference_pixels(server: Server) -> None:
 @pytest.mark.parametrize(("accept", "opens_as"), [("image/png", "PNG"), ("image/webp", "WEBP"), ("image/*", "PNG")])
 def test_accept_gives_the_picture_itself(server: Server, accept: str, opens_as: str) -> None:
     body = {"class": 0, "steps": 4, "seed": 9, "cfg_scale": 1}
-    response = httpx.post(f"{server.url}/v1/generate", json=body, headers={"Accept": accept}, timeout=PATIENCE)
+    response = httpx.post(f"{server.url}/v1/generate", json=body, headers={"Accept": accept}, timeout=PATIENCE_S)
     assert response.headers["x-seed"] == "9"
     picture = Image.open(io.BytesIO(response.content))
     assert picture.format == opens_as
@@ -123,7 +123,7 @@ def test_accept_gives_the_picture_itself(server: Server, accept: str, opens_as: 
 
 def test_several_images_come_as_a_grid(server: Server) -> None:
     response = httpx.post(
-        f"{server.url}/v1/generate", json={"n": 4, "steps": 2}, headers={"Accept": "image/png"}, timeout=PATIENCE
+        f"{server.url}/v1/generate", json={"n": 4, "steps": 2}, headers={"Accept": "image/png"}, timeout=PATIENCE_S
     )
     assert Image.open(io.BytesIO(response.content)).size == (2 * 8 + 2, 2 * 8 + 2)
 
@@ -131,7 +131,7 @@ def test_several_images_come_as_a_grid(server: Server) -> None:
 def test_npz_holds_images_and_labels_as_the_adm_evaluator_reads_them(server: Server) -> None:
     body = {"class": [3, 1], "steps": 4, "seed": 9, "cfg_scale": 1}
     response = httpx.post(
-        f"{server.url}/v1/generate", json=body, headers={"Accept": "application/x-npz"}, timeout=PATIENCE
+        f"{server.url}/v1/generate", json=body, headers={"Accept": "application/x-npz"}, timeout=PATIENCE_S
     )
     with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
         assert arrays["arr_0"].shape == (2, 8, 8, 1)
@@ -145,7 +145,7 @@ def test_npz_holds_images_and_labels_as_the_adm_evaluator_reads_them(server: Ser
 def test_a_zip_holds_a_picture_per_image_under_names_that_are_safe(server: Server) -> None:
     body = {"class": ["T-shirt/top", "T-shirt/top", 0], "steps": 4, "seed": 9, "cfg_scale": 1, "format": "webp"}
     response = httpx.post(
-        f"{server.url}/v1/generate", json=body, headers={"Accept": "application/zip"}, timeout=PATIENCE
+        f"{server.url}/v1/generate", json=body, headers={"Accept": "application/zip"}, timeout=PATIENCE_S
     )
     assert response.headers["content-disposition"] == 'attachment; filename="iddpm-9.zip"'
     with ZipFile(io.BytesIO(response.content)) as archive:
@@ -159,7 +159,7 @@ def test_a_zip_holds_a_picture_per_image_under_names_that_are_safe(server: Serve
 def test_jpeg_is_made_when_asked_for(server: Server) -> None:
     body = {"class": 1, "steps": 4, "seed": 9, "cfg_scale": 1}
     response = httpx.post(
-        f"{server.url}/v1/generate", json={**body, "quality": 95}, headers={"Accept": "image/jpeg"}, timeout=PATIENCE
+        f"{server.url}/v1/generate", json={**body, "quality": 95}, headers={"Accept": "image/jpeg"}, timeout=PATIENCE_S
     )
     assert response.headers["content-type"] == "image/jpeg"
     raw = Image.open(io.BytesIO(response.content))
@@ -171,7 +171,7 @@ def test_jpeg_is_made_when_asked_for(server: Server) -> None:
 def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_frees_its_rows(server: Server) -> None:
     body = {"class": 2, "steps": 40, "seed": 11, "cfg_scale": 1, "stream": True, "preview_every": 10}
     before = server.metrics()
-    with httpx.stream("POST", f"{server.url}/v1/generate", json=body, timeout=PATIENCE) as response:
+    with httpx.stream("POST", f"{server.url}/v1/generate", json=body, timeout=PATIENCE_S) as response:
         lines = list(response.iter_lines())
     assert response.headers["transfer-encoding"] == "chunked"
     events = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
@@ -179,7 +179,9 @@ def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_fr
     last = json.loads([line for line in lines if line.startswith("data: ")][-1].removeprefix("data: "))
     assert decode(last["images"][0]["b64_json"]).tobytes() == reference(11, 0, 2, 40, 1.0)
 
-    with httpx.stream("POST", f"{server.url}/v1/generate", json={**body, "n": 32, "steps": 1000}) as response:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/generate", json={**body, "n": 32, "steps": 1000}, timeout=PATIENCE_S
+    ) as response:
         next(response.iter_lines())
     wait_for(server, lambda now: now["iddpm_images_running"] == now["iddpm_images_waiting"] == 0)
     after = server.metrics()
@@ -240,7 +242,7 @@ def test_bad_fields_are_named_with_the_rule(server: Server, fields: dict[str, An
 
 def raw(server: Server, content: bytes, **headers: str) -> httpx.Response:
     given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    return httpx.post(f"{server.url}/v1/generate", content=content, headers=given, timeout=PATIENCE)
+    return httpx.post(f"{server.url}/v1/generate", content=content, headers=given, timeout=PATIENCE_S)
 
 
 def test_requests_that_are_wrong_before_their_fields_are(server: Server) -> None:
@@ -262,7 +264,7 @@ def test_a_long_body_without_a_declared_length_is_stopped(server: Server) -> Non
         f"{server.url}/v1/generate",
         content=endless(),
         headers={"Content-Type": "application/json"},
-        timeout=PATIENCE,
+        timeout=PATIENCE_S,
     )
     assert response.status_code == 413
 
@@ -339,16 +341,16 @@ def test_a_client_that_goes_away_frees_its_rows(server: Server) -> None:
 
 
 def wait_for(server: Server, condition: Any) -> None:
-    deadline = time.monotonic() + 240
-    while not condition(server.metrics()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: condition(server.metrics()))
 
 
 def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log", environment={"IDDPM_MAX_QUEUE": "2", "IDDPM_MAX_ROWS": "2"}) as small:
         with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(lambda k: small.generate(steps=100, cfg_scale=1, seed=k), range(8)))
+            filling = [pool.submit(small.generate, steps=1000, cfg_scale=1, seed=k) for k in range(4)]
+            wait_for(small, lambda now: now["iddpm_images_running"] + now["iddpm_images_waiting"] == 4)
+            late = [pool.submit(small.generate, steps=100, cfg_scale=1, seed=k) for k in range(4, 8)]
+            responses = [asked.result() for asked in filling + late]
         refused = [response for response in responses if response.status_code == 503]
         assert 1 <= len(refused) <= 4
         for response in refused:
@@ -367,8 +369,7 @@ def test_a_second_signal_stops_at_once_even_with_work_and_half_a_body_outstandin
             lost = pool.submit(leaving.generate, steps=1000, n=32, cfg_scale=1)
             wait_for(leaving, lambda now: now["iddpm_images_running"] > 0)
             leaving.terminate()
-            while leaving.get("/readyz").status_code == 200:
-                time.sleep(0.01)
+            until(lambda: leaving.get("/readyz").status_code != 200)
             leaving.terminate()
             assert leaving.wait() == 1
             assert isinstance(lost.exception(), httpx.TransportError)
@@ -379,8 +380,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
         accepted = [pool.submit(leaving.generate, steps=150, n=2, cfg_scale=1, seed=k) for k in range(6)]
         wait_for(leaving, lambda now: now["iddpm_images_running"] + now["iddpm_images_waiting"] == 12)
         leaving.terminate()
-        while leaving.get("/readyz").status_code == 200:
-            time.sleep(0.01)
+        until(lambda: leaving.get("/readyz").status_code != 200)
         ready, late = leaving.get("/readyz"), leaving.generate(steps=2)
         assert (ready.status_code, late.status_code) == (503, 503)
         assert "retry-after" in late.headers

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from tests.counts import LONG
-from tests.integration.server import PATIENCE, Server, running
+from tests.integration.server import Server, running
 from tests.paths import BUNDLED
+from tests.waiting import PATIENCE_S
 
 REQUESTS = 5000
 CONCURRENCY = 20
@@ -62,7 +63,7 @@ async def _ask_all(server: Server, bodies: list[dict[str, Any]]) -> Counter[str]
     """Send requests, a number of them at a time; returns what they should have come to, by the answers."""
     counted: Counter[str] = Counter()
     queue = iter(bodies)
-    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
 
         async def ask() -> None:
             for body in queue:

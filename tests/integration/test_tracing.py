@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from service.http.door.keys_file import write_keys
 from service.http.tracing import Tracing, tracing_to_collector
 from service.settings import Settings
 from tests.integration.collector import collecting
-from tests.integration.in_process import Overflowing, running, runs
+from tests.integration.in_process import Overflowing, running
 from tests.integration.streams import streaming
+from tests.waiting import PATIENCE_S, runs
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 BODY: dict[str, Any] = {"class": "Bee", "steps": 3, "seed": 7, "cfg_scale": 2.0}
@@ -37,15 +39,15 @@ class Told:
     """A tracer, and what it has told by the time that its app has ended."""
 
     def __init__(self) -> None:
-        self._exporter = InMemorySpanExporter()
-        self.tracing = Tracing(self._exporter)
+        self.exporter = InMemorySpanExporter()
+        self.tracing = Tracing(self.exporter)
 
     def names(self) -> list[str]:
-        return [span.name for span in self._exporter.get_finished_spans()]
+        return [span.name for span in self.exporter.get_finished_spans()]
 
     def by_name(self) -> dict[str, ReadableSpan]:
         """Return the spans; each name is there once."""
-        spans = {span.name: span for span in self._exporter.get_finished_spans()}
+        spans = {span.name: span for span in self.exporter.get_finished_spans()}
         assert len(spans) == len(self.names())
         return spans
 
@@ -130,13 +132,14 @@ async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
     async with running(tracing=told.tracing) as service:
         async with streaming(service.app, **BODY, preview_every=1) as client:
             await client.take()
-            told.tracing._provider.force_flush()
-            assert "POST /v1/generate" not in told.names()
+            streamed_in_part = time.time_ns()
             last = (await client.rest())[-1]
         assert last.name == "completed"
     spans = told.by_name()
     assert set(spans) == {"POST /v1/generate", "queue", "denoise", "encode"}
     request = spans.pop("POST /v1/generate")
+    assert request.end_time is not None
+    assert request.end_time >= streamed_in_part
     assert all(span.parent == request.context for span in spans.values())
 
 
@@ -179,9 +182,9 @@ async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> No
                 await asyncio.wait([waiting.answering])
         # The other one's answer was cut off by its server, as uvicorn does to those that outlast a drain
         service.denoiser.let.set()
-        await service.until(lambda: asyncio.sleep(0, not service.app.state.service.engine.ledger.requests))
+        await service.app.state.service.engine.wait_idle()
     told.tracing.close()
-    spans = told._exporter.get_finished_spans()
+    spans = told.exporter.get_finished_spans()
     assert sorted(span.name for span in spans) == [*["POST /v1/generate"] * 2, "denoise", "queue", "queue"]
     (denoise,) = (span for span in spans if span.name == "denoise")
     queues = {span.parent == denoise.parent: span for span in spans if span.name == "queue"}
@@ -224,6 +227,7 @@ def test_the_collector_that_the_standard_variables_name_gets_spans_and_no_secret
 ) -> None:
     keys, key = tmp_path / "keys.json", "iddpm_secret"
     write_keys(keys, [ApiKey(name="alice", sha256=hash_of(key))])
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", PATIENCE_S)
     with collecting() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")

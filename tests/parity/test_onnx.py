@@ -273,7 +273,7 @@ def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
     monkeypatch.setattr(onnx_export, "MAX_PROTOBUF", 10_000)
     path = tmp_path / "model.onnx"
     for _ in range(2):  # a second time over the first: nothing is appended
-        onnx_export._write(onnx.load(exports.unet(EXPORTED)), path)
+        onnx_export.write_model(onnx.load(exports.unet(EXPORTED)), path)
         assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     weights = sum(len(tensor.raw_data) for tensor in onnx.load(exports.unet(EXPORTED)).graph.initializer)
     assert (tmp_path / "model.onnx.data").stat().st_size < weights * 1.1 + 100_000

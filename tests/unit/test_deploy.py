@@ -24,12 +24,13 @@ from service.settings import Settings
 from tests.fakes import CountingRunner, generation, params
 from tests.paths import ROOT
 from tests.programs import tool
+from tests.waiting import PATIENCE_S
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in {"HOST", "PORT", "MODEL", "MAKEFLAGS"}}
     return subprocess.run(
-        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
 
 
@@ -117,7 +118,7 @@ def test_the_image_is_as_healthy_as_the_service_says(dockerfile: list[str], stat
     _, option, code = json.loads(line[line.index("[") :])
     asked: list[str] = []
     with HTTPServer(("127.0.0.1", 0), Health) as server:
-        server.timeout = 60
+        server.timeout = PATIENCE_S
         answering = threading.Thread(target=server.handle_request)
         answering.start()
         checked = run(sys.executable, option, code.replace("8000", str(server.server_port)))

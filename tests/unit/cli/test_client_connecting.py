@@ -16,6 +16,7 @@ import pytest
 from cli import connecting
 from cli.client import AsyncClient, Client, ConnectionLost
 from cli.connecting import connection
+from tests.waiting import PATIENCE_S
 
 SOCKS = {"ALL_PROXY": "socks5://127.0.0.1:1"}
 SERVICE = "http://images.example"
@@ -217,7 +218,7 @@ def plain_server() -> Iterator[tuple[int, list[int]]]:
         thread.start()
         yield listening.getsockname()[1], connections
         listening.shutdown(socket.SHUT_RDWR)
-        thread.join(60)
+        thread.join(PATIENCE_S)
 
 
 async def ask_async(url: str) -> Any:

@@ -343,7 +343,7 @@ def test_a_network_that_relies_on_its_timesteps_shows_a_wrong_process(
         estimate = x_t * scale.repeat_interleave(len(x_t) // len(told))[:, None, None, None]
         return estimate + 0.03 * torch.ones_like(x_t)  # no network is perfect
 
-    monkeypatch.setattr("interchange.sanity_check._predict", predict_grey_images)
+    monkeypatch.setattr("interchange.sanity_check.run_network", predict_grey_images)
     report = check_predictions(_golden_config("imp_cond_ls", **{**process, **wrong}), {})
 
     assert report.passed == (advice is None)
@@ -370,8 +370,8 @@ def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatc
 
     zeros = {name: torch.zeros_like(tensor) for name, tensor in _weights("imp_superres").items()}
     assert not check_predictions(config, zeros).passed
-    predict = sanity_check._predict
-    monkeypatch.setattr(sanity_check, "_predict", predict_x0)
+    predict = sanity_check.run_network
+    monkeypatch.setattr(sanity_check, "run_network", predict_x0)
     assert check_predictions(config, _weights("imp_superres")).passed
 
 

@@ -81,7 +81,7 @@ def test_an_overflow_is_an_error_beyond_every_limit_that_json_can_hold(reference
 def test_pixels_are_counted_by_how_far_they_are_off(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "STEPS", 6)
     replay = Replay(reference, 0.0, 0.0)
-    pixels = parity._chain(CONFIG, lambda x_t, t: replay({"x_t": x_t}), np).astype(int)
+    pixels = parity.sample_chain(CONFIG, lambda x_t, t: replay({"x_t": x_t}), np).astype(int)
     off = np.zeros_like(pixels)
     off.ravel()[:4] = [1, 2, 3, 5]
     elsewhere = replace(reference, pixels=np.where(pixels > 127, pixels - off, pixels + off).astype(np.uint8))

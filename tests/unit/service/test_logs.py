@@ -17,6 +17,7 @@ import pytest
 from service.log_writer import BackgroundHandler
 from service.logs import REQUEST_FIELDS, Seldom, configure_logging
 from service.metrics import LOG_LINES_DROPPED
+from tests.waiting import PATIENCE_S
 
 Dropped = Callable[[str], float]
 
@@ -97,7 +98,7 @@ def dropped() -> Dropped:
     """Return how many lines were dropped in this test, by reason."""
 
     def count(reason: str) -> float:
-        return LOG_LINES_DROPPED.labels(reason)._value.get()
+        return next(s.value for m in LOG_LINES_DROPPED.collect() for s in m.samples if s.labels == {"reason": reason})
 
     before = {reason: count(reason) for reason in ("queue_full", "write_failed")}
     return lambda reason: count(reason) - before[reason]
@@ -181,5 +182,5 @@ def test_closed_standard_error_does_not_end_the_process() -> None:
         os.close(2)
 
     options: dict[str, Any] = {"preexec_fn": close_standard_error, "stdout": subprocess.PIPE}
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_STANDARD_ERROR], timeout=120, check=False, **options)
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_STANDARD_ERROR], timeout=PATIENCE_S, check=False, **options)
     assert (ended.returncode, ended.stdout) == (0, b"1.0\n")

@@ -16,12 +16,12 @@ from diffusion.network_inputs import NetworkInputs
 from service.backends.base import BackendOptions, FailureKind
 from service.backends.cuda_graphs import GraphedNetwork
 from service.backends.select import BACKENDS, Backend, load_denoiser
-from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype
+from service.backends.torch_backend import TorchBackend, choose_device, choose_dtype, lower_weights
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.settings import Settings
-from tests.fakes import tiny_checkpoint, tiny_config
+from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -133,7 +133,8 @@ def test_bfloat16_lowers_convolutions_and_linear_layers_and_stays_near(folder: P
     assert 1e-4 < error < 0.05
     assert low.network_id != full.network_id
     assert (full.description.split()[-1], low.description.split()[-1]) == ("float32", "bfloat16")
-    network = low._network
+    network = tiny_network(tiny_config())
+    lower_weights(network, torch.bfloat16)
     time_mlp = set(network.time_embed.modules())
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):

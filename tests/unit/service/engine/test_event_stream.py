@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from typing import Any
@@ -21,6 +22,7 @@ from service.engine.request import ImagePreview, ImageProgress, ImageResult, Ima
 from service.errors import EngineDead, GenerationFailed, NotFinite
 from tests.fakes import CountingRunner, generation, params
 from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, runs, started, until
+from tests.waiting import PATIENCE_S
 
 AT_ONCE = pytest.mark.usefixtures("at_once")
 
@@ -169,12 +171,10 @@ class SteppedRunner(CountingRunner):
 
     def __init__(self) -> None:
         super().__init__()
-        import threading
-
         self.allowed = threading.Semaphore(0)
 
     def step(self, slots: Sequence[int]) -> list[bool]:
-        assert self.allowed.acquire(timeout=100)
+        assert self.allowed.acquire(timeout=PATIENCE_S)
         return super().step(slots)
 
 

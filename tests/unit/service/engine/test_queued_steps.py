@@ -30,6 +30,7 @@ from service.metrics import Metrics
 from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import generation, params, tiny_classifier_config, tiny_config
 from tests.late_queue import LateQueue, QueuedDenoiser
+from tests.waiting import eventually, run_async
 
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, timed_calls=0)
@@ -302,8 +303,7 @@ def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
         network, metrics = denoiser(), Metrics()
         engine = AsyncEngine(Engine({"m": ArrayRunner(network, CONFIG)}, CONFIG, metrics), CONFIG, metrics)
         engine.start()
-        while engine.state is EngineState.STARTING:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: engine.state is not EngineState.STARTING)
         done = engine.submit(generation("done", params(steps=3)))
         await asyncio.gather(*done.images)
         tickets = [engine.submit(generation(str(k), params(steps=500))) for k in range(3)]
@@ -313,7 +313,7 @@ def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
                 await ticket.images[0]
         assert engine.state is EngineState.DEAD
 
-    asyncio.run(asyncio.wait_for(run(), timeout=60))
+    run_async(run())
 
 
 def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
@@ -321,18 +321,16 @@ def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
         metrics = Metrics()
         engine = AsyncEngine(Engine({"m": ArrayRunner(denoiser(), CONFIG)}, CONFIG, metrics), CONFIG, metrics)
         engine.start()
-        while engine.state is EngineState.STARTING:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: engine.state is not EngineState.STARTING)
         ticket = engine.submit(generation("r", params(steps=500)))
-        while not metrics.registry.get_sample_value("iddpm_row_steps_total"):
-            await asyncio.sleep(0.001)
+        await eventually(lambda: metrics.registry.get_sample_value("iddpm_row_steps_total"))
         engine.abort("r")
         engine.retire("m")
         await ticket.ended
         await engine.stop()
         assert engine.state is EngineState.STOPPED
 
-    asyncio.run(asyncio.wait_for(run(), timeout=60))
+    run_async(run())
 
 
 def test_a_copy_is_of_what_was_there_when_it_was_asked_for() -> None:

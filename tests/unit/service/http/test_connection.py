@@ -7,14 +7,13 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from functools import wraps
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from service.http.door.body import WholeBody
-from service.http.door.connection import limited_protocol
+from service.http.door.connection import LOOK_AFTER_S, limited_protocol
 from service.http.door.connection_limit import OpenConnections, descriptor_budget
 from service.http.door.guard import Guard
 from service.http.door.observe import Observe
@@ -22,8 +21,11 @@ from service.http.door.request_line import OriginForm
 from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.execution import disconnected
 from service.metrics import OUTCOMES, Metrics
+from tests.waiting import POLL_S, runs, scaled
 
 HOUR = 3600.0
+SHORT_S = scaled(0.2)
+"""A limit that what is sent at once keeps."""
 LONG_ANSWER = 64 << 20
 """Bytes: more than the sockets' buffers of any kernel hold."""
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
@@ -79,9 +81,9 @@ async def serving(
     config = uvicorn.Config(OriginForm(observed), http=protocol, lifespan="off", log_config=None)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
-    task = asyncio.create_task(server._serve([listener]))  # serve() would take the test's signals
+    task = asyncio.create_task(server._serve([listener]))  # noqa: SLF001  # serve() would take the test's signals
     while not server.started:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(POLL_S)
     try:
         yield lambda: asyncio.open_connection(*listener.getsockname(), limit=4 << 20)
     finally:
@@ -90,22 +92,12 @@ async def serving(
         listener.close()
 
 
-def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
-    """Run a test's coroutine, and fail rather than hang."""
-
-    @wraps(test)
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), timeout=120))
-
-    return run
-
-
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", POST + b"1234"])
 def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
     @runs
     async def check() -> None:
         app = App()
-        async with serving(app, read_seconds=0.2) as connect:
+        async with serving(app, read_seconds=SHORT_S) as connect:
             reader, writer = await connect()
             writer.write(sent)
             answer = await reader.read()  # to the end: the connection is closed
@@ -117,7 +109,7 @@ def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
             assert head.startswith(b"HTTP/1.1 408 ")
             assert b"\r\nConnection: close" in head
             assert all(f"\r\n{name}: {value}".encode() in head for name, value in SECURITY_HEADERS.items())
-            assert json.loads(body)["detail"] == "the request did not arrive within 0.2 s"
+            assert json.loads(body)["detail"] == f"the request did not arrive within {SHORT_S:g} s"
 
     check()
 
@@ -125,7 +117,7 @@ def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
 @runs
 async def test_a_request_whose_body_does_not_arrive_is_named_and_counted_as_what_it_was_told() -> None:
     metrics = Metrics()
-    async with serving(App(), read_seconds=0.2, metrics=metrics) as connect:
+    async with serving(App(), read_seconds=SHORT_S, metrics=metrics) as connect:
         for _ in range(2):
             reader, writer = await connect()
             writer.write(POST.replace(b" / ", b" /v1/generate ").replace(b"Host", b"X-Request-ID: mine\r\nHost"))
@@ -140,7 +132,7 @@ async def test_a_request_whose_body_does_not_arrive_is_named_and_counted_as_what
 
 @runs
 async def test_what_follows_an_answer_and_does_not_arrive_is_not_called_by_its_name() -> None:
-    async with serving(App(), read_seconds=0.2) as connect:
+    async with serving(App(), read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         writer.write(POST.replace(b"Host", b"X-Request-ID: mine\r\nHost") + b"12345" + POST[:10])
         first, second = (await reader.read()).split(b"HTTP/1.1 408 ")
@@ -152,12 +144,12 @@ async def test_what_follows_an_answer_and_does_not_arrive_is_not_called_by_its_n
 @runs
 async def test_a_byte_now_and_then_buys_no_time() -> None:
     app = App()
-    async with serving(app, read_seconds=0.2) as connect:
+    async with serving(app, read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         ended = asyncio.ensure_future(reader.read())
         while not ended.done():
             writer.write(b"G")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(POLL_S)
         with suppress(ConnectionError):  # who still writes when the connection closes may miss the answer
             assert ended.result().startswith(b"HTTP/1.1 408 ")
         writer.close()
@@ -167,7 +159,7 @@ async def test_a_byte_now_and_then_buys_no_time() -> None:
 @runs
 async def test_the_second_request_of_a_connection_has_a_limit_too() -> None:
     app = App()
-    async with serving(app, read_seconds=0.2) as connect:
+    async with serving(app, read_seconds=SHORT_S) as connect:
         for second in (POST[:10], POST + b"12"):
             reader, writer = await connect()
             writer.write(POST + b"12345" + second)  # its beginning comes with the first, before that is answered
@@ -180,12 +172,12 @@ async def test_the_second_request_of_a_connection_has_a_limit_too() -> None:
 
 @runs
 async def test_a_connection_between_two_requests_is_not_a_slow_one() -> None:
-    async with serving(App(), read_seconds=0.05) as connect:
+    async with serving(App(), read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         for _ in range(2):
             writer.write(POST + b"12345")
             assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 ")
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(2 * SHORT_S)
         assert not reader.at_eof()
         writer.close()
 
@@ -193,7 +185,7 @@ async def test_a_connection_between_two_requests_is_not_a_slow_one() -> None:
 @runs
 async def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
     app = App()
-    async with serving(app, write_seconds=0.2) as connect:
+    async with serving(app, write_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         writer.write(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
         await app.ended.wait()  # what waited for it to read goes on
@@ -205,14 +197,14 @@ async def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
 @runs
 async def test_a_client_that_reads_slowly_gets_its_answer() -> None:
     app = App()
-    async with serving(app, write_seconds=1) as connect:
+    async with serving(app, write_seconds=scaled(1)) as connect:
         reader, writer = await connect()
         writer.write(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         got = 0
         while got < LONG_ANSWER:
             got += len(await reader.read(8 << 20))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(POLL_S)
         writer.close()
 
 
@@ -283,7 +275,7 @@ async def test_a_half_closed_client_waits_for_a_late_answer_and_is_asked_whether
         writer.write(SLOW)
         writer.write_eof()
         assert await reader.readexactly(len(CONTINUE)) == CONTINUE
-        await asyncio.sleep(0.5)  # in which it is looked after again
+        await asyncio.sleep(5 * LOOK_AFTER_S)  # in which it is looked after again
         app.let.set()
         answer = await reader.read()
         writer.close()
@@ -301,14 +293,14 @@ def test_a_client_that_has_gone_altogether_ends_its_request(sent: bytes, leaves:
             writer.write(sent)
             if leaves == "closes":
                 while not app.seen:
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(POLL_S)
                 writer.close()
             else:  # HTTP/1.0 cannot be asked
                 writer.write_eof()
                 assert await reader.read() == b""
                 writer.close()
             while app.seen != ["/slow", "gone"]:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(POLL_S)
 
     check()
 
@@ -416,7 +408,7 @@ async def test_health_is_answered_while_all_connections_are_busy() -> None:
         for _, writer in busy:
             writer.write(SLOW)
         while len(app.seen) < 2:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(POLL_S)
         for path, status in ((b"/healthz", b"200"), (b"/v1/models", b"503"), (b"/metrics", b"200")):
             reader, writer = await connect()
             writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")

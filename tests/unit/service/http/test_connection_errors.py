@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from service.http.interfaces import Interface
-from tests.unit.service.http.test_connection import App, runs, serving
+from tests.unit.service.http.test_connection import App, serving
+from tests.waiting import runs
 
 DAMAGED = "Transfer-Encoding: chunked\r\n\r\n"
 SLOW = "Content-Length: 5\r\n\r\n"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from functools import wraps
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -14,16 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from service.http.door.body import WholeBody
 from service.http.door.client import Client
 from service.http.door.idempotency import OVERHEAD_BYTES, Idempotency, derived_seed
-
-
-def runs(test: Callable[[], Coroutine[object, object, None]]) -> Callable[[], None]:
-    """Run a test's coroutine, and fail rather than hang."""
-
-    @wraps(test)
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), timeout=120))
-
-    return run
+from tests.waiting import runs
 
 
 class App:
@@ -195,7 +185,8 @@ async def test_an_error_of_the_app_reaches_all_who_wait_and_is_forgotten() -> No
     door = Door(app)
     door.idempotency = Idempotency(fail, 1000, keep_s=60)
     asked = [asyncio.create_task(door.post("k")) for _ in range(3)]
-    await asyncio.sleep(0.01)
+    for _ in range(1000):  # turns of the event loop, in which all three come to wait
+        await asyncio.sleep(0)
     app.let.set()
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ValueError] * 3

@@ -27,6 +27,7 @@ from service.http.door.keys import ApiKey, Limits, hash_of, new_key, read_keys
 from service.http.door.keys_file import add_key, remove_key, write_keys
 from service.http.door.rates import RequestRates
 from service.settings import Settings
+from tests.waiting import PATIENCE_S
 
 
 def entry(name: str, key: str, limits: Limits | None = None) -> ApiKey:
@@ -280,7 +281,7 @@ def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     command = [str(Path(sys.executable).with_name("iddpm")), "keys", "add", "alice", "--file", str(path)]
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False)
     message = "error: the key cannot be printed and was not stored: standard output: No space left on device\n"
     assert (ended.returncode, ended.stderr) == (1, message)
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from service.engine.timing import time_steps
 from service.errors import Draining, EngineDead, UnknownModel
 from service.metrics import Metrics
 from tests.fakes import CountingRunner, generation, params
-from tests.integration.in_process import runs
+from tests.waiting import PATIENCE_S, eventually, runs
 
 CONFIG = EngineConfig(max_rows=2, max_queue=30, policy="fifo", timed_calls=0)
 
@@ -39,8 +39,7 @@ async def started(runner: CountingRunner, metrics: Metrics | None = None) -> Asy
     engine = AsyncEngine(Engine({"m": runner}, CONFIG, metrics), CONFIG, metrics)
     del runner  # or it would be kept here
     engine.start()
-    while engine.state is EngineState.STARTING:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: engine.state is not EngineState.STARTING)
     yield engine
     if engine.state is not EngineState.DEAD:
         await engine.stop()
@@ -102,19 +101,16 @@ class Held(CountingRunner):
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         self.arrived.set()
-        assert self.let.acquire(timeout=100)
+        assert self.let.acquire(timeout=PATIENCE_S)
         return super().step(slots)
 
 
 async def step_under_way(runner: Held) -> None:
-    while not runner.arrived.is_set():
-        await asyncio.sleep(0.001)
+    await eventually(runner.arrived.is_set)
 
 
 async def gone(held: weakref.ref[CountingRunner]) -> None:
-    while held() is not None:
-        gc.collect()
-        await asyncio.sleep(0.001)
+    await eventually(lambda: gc.collect() >= 0 and held() is None)
 
 
 @runs
@@ -150,7 +146,9 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
         await engine.load("m/3", newer, Measured())
         engine.retire("m/2")
         del newer
-        assert (await engine.submit(generation("again", params(steps=2), model="m/3")).images[0]).pixels is not None
+        again = engine.submit(generation("again", params(steps=2), model="m/3"))
+        assert (again.prediction.position, again.prediction.wait_s) == (0, 0)  # nothing is left of the old one
+        assert (await again.images[0]).pixels is not None
         await engine.load("m/4", CountingRunner(), Measured())
         engine.retire("m/3")
         await gone(held)
