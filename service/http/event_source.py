@@ -11,8 +11,8 @@ from fastapi.sse import format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.http.client_gone import disconnected
 from service.http.door.observe import CLIENT_CLOSED, ended_as
-from service.http.execution import disconnected
 
 KEEP_ALIVE_S = 15.0
 """A comment goes out after so long without an event: proxies close connections that are silent for a minute."""

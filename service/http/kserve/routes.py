@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version as version_of
 from typing import Annotated, Any
 
@@ -13,11 +14,10 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from diffusion.quoting import quoted
-from service.engine.request import ImageResult
 from service.errors import InvalidRequest, UnknownModel
 from service.http.broken_rules import dotted, message_of
 from service.http.door.json_body import read_json
-from service.http.execution import Accepted, encode_answer, prepare, submit, wait
+from service.http.execution import Finished, answer_when_done, prepare
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import KserveRoute
 from service.http.kserve.schemas import (
@@ -207,11 +207,9 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     """
     head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
     asked = _read(head)
-    accepted = submit(prepare(_generate_request(asked, behind, model), request, state), state)
-    results = await wait(accepted.ticket, request, state)
-    answer = await encode_answer(state, _answer, asked, accepted, results)
-    state.metrics.images.inc(len(results))
-    return answer
+    prepared = prepare(_generate_request(asked, behind, model), request, state)
+    answered = await answer_when_done(prepared, request, state, partial(_answer, asked))
+    return answered.response
 
 
 server.include_router(of_model, prefix="/models/{model}")
@@ -268,10 +266,10 @@ def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) ->
         raise RequestValidationError(error.errors()) from error
 
 
-def _answer(asked: InferRequest, accepted: Accepted, results: list[ImageResult]) -> Response:
-    params, model = accepted.images, accepted.model
+def _answer(asked: InferRequest, finished: Finished) -> Response:
+    params, model = finished.accepted.images, finished.accepted.model
     arrays: dict[str, npt.NDArray[Any]] = {
-        "images": np.stack([result.pixels for result in results if result.pixels is not None]),
+        "images": np.stack([result.pixels for result in finished.results if result.pixels is not None]),
         "seed": np.array([image.seed for image in params], np.int64),
         "image_index": np.array([image.image_index for image in params], np.int64),
     }

@@ -1,4 +1,4 @@
-"""Which form an answer takes, and the answer in that form."""
+"""Choose the form of an answer, and encode the answer in that form."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from service.encoding import (
 )
 from service.engine.request import ImageParams, ImageResult
 from service.errors import InvalidRequest, NotAcceptable
-from service.http.execution import Accepted
+from service.http.execution import Accepted, Finished
 from service.http.native.accept import preferred
-from service.http.native.schemas import GeneratedImage, GenerateResponse, Timing
+from service.http.native.schemas import GeneratedImage, GenerateResponse
 from service.requests.generate_request import GenerateRequest, ImageFormat
 
 JSON_MEDIA_TYPE = "application/json"
@@ -74,10 +74,11 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     return Form(kind, image_format, body.quality, body.compression)
 
 
-def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
-    """Encode what came of a request."""
+def answer(form: Form, finished: Finished) -> Response:
+    """Encode the images of a request in the form that was chosen."""
     if form.body == "json":
-        return Response(answer_json(form, accepted, results, timing), media_type=JSON_MEDIA_TYPE)
+        return Response(answer_json(form, finished), media_type=JSON_MEDIA_TYPE)
+    accepted, results = finished.accepted, finished.results
     params = accepted.images
     headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
     if form.body == "zip":
@@ -94,11 +95,11 @@ def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: T
     return Response(content, media_type=MEDIA_TYPES[form.format], headers=headers)
 
 
-def answer_json(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> str:
-    """Encode what came of a request as JSON with base64 images."""
-    images = [generated_image(form, accepted, result) for result in results]
-    model = accepted.model
-    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
+def answer_json(form: Form, finished: Finished) -> str:
+    """Encode the images of a request as JSON with base64 images."""
+    images = [generated_image(form, finished.accepted, result) for result in finished.results]
+    model = finished.accepted.model
+    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=finished.timing)
     return response.model_dump_json(by_alias=True)
 
 
