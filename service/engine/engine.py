@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
+from service.engine.activity import Activity
 from service.engine.config import EngineConfig
 from service.engine.counting import EngineCounts
 from service.engine.model_ids import name_of
@@ -81,7 +82,9 @@ class Engine:
         """What the steps of the last report showed of watched images."""
         self.clock = clock
         self._config = config
-        self._counts = EngineCounts(metrics)
+        self.activity = Activity()
+        """What the models have done since the process began."""
+        self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}

@@ -246,13 +246,16 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProgress:
-    """What the engine says of a watched image that took a step, and not its last one."""
+    """How far a watched image has come after a step that is not its last."""
 
     request_id: str
     position: int
+    """Which image of its request."""
     step: int
-    """Steps taken."""
+    """Sampling steps taken."""
     steps: int
+    eta_s: float = 0.0
+    """Predicted seconds until the request's last image is done; filled in when the event is read (`EventStream`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +266,8 @@ class ImagePreview:
     position: int
     step: int
     steps: int
+    eta_s: float = 0.0
+    """As in `ImageProgress`."""
     pixels: npt.NDArray[np.uint8] = field(repr=False)
     """uint8 [H, W, C] of the predicted x0."""
 

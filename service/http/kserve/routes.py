@@ -138,7 +138,7 @@ async def ready(state: State) -> Ready | Response:
 @server.get("/models/stats")
 async def all_stats(state: State) -> ModelStatsList:
     """Say what all models have done since the process began."""
-    return ModelStatsList(model_stats=[model_stats(model, state.metrics) for model in state.models.values()])
+    return ModelStatsList(model_stats=[model_stats(model, state.engine.activity) for model in state.models.values()])
 
 
 @of_model.get("")
@@ -189,7 +189,7 @@ async def config(model: Model) -> ModelConfig:
 @of_model.get("/stats")
 async def stats(model: Model, state: State) -> ModelStatsList:
     """Say what a model has done since the process began."""
-    return ModelStatsList(model_stats=[model_stats(model, state.metrics)])
+    return ModelStatsList(model_stats=[model_stats(model, state.engine.activity)])
 
 
 @of_model.post(

@@ -8,8 +8,8 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from formats.images import PictureFormat, encode
-from service.engine.events import Completed, Event, ImageDone, Preview, Progress, Queued
-from service.engine.request import ImageResult
+from service.engine.events import Completed, Event, ImageDone, Queued
+from service.engine.request import ImagePreview, ImageProgress, ImageResult
 from service.http.execution import Accepted, Finished, deliver
 from service.http.faults import Fault, as_problem
 from service.http.native.answers import Form, answer_json
@@ -33,10 +33,10 @@ class NativeEvents:
         match event:
             case Queued(images_ahead=ahead, wait_s=wait_s, eta_s=eta_s):
                 return self._framed("queued", QueuedEvent(images_ahead=ahead, predicted_wait_s=wait_s, eta_s=eta_s))
-            case Progress(position=position, step=step, steps=steps, eta_s=eta_s):
+            case ImageProgress(position=position, step=step, steps=steps, eta_s=eta_s):
                 progress = ProgressEvent(position=position, step=step, steps=steps, eta_s=eta_s)
                 return self._framed("progress", progress)
-            case Preview():
+            case ImagePreview():
                 return self._framed("preview", await self._state.encoding.run(_preview, event, self._form))
             case ImageDone(position=position, result=result, eta_s=eta_s):
                 self._results[position] = result
@@ -60,7 +60,7 @@ class NativeEvents:
         return format_sse_event(event=name, data_str=text, id=str(self._written))
 
 
-def _preview(preview: Preview, form: Form) -> str:
+def _preview(preview: ImagePreview, form: Form) -> str:
     picture_format: PictureFormat = "png" if form.format == "npz" else form.format
     picture = encode(preview.pixels, picture_format, quality=form.quality, compression=form.compression)
     event = PreviewEvent(

@@ -9,8 +9,8 @@ from collections import Counter
 from fastapi.sse import format_sse_event
 
 from service.encoding import encode_one
-from service.engine.events import Event, ImageDone, Preview
-from service.engine.request import ImageResult
+from service.engine.events import Event, ImageDone
+from service.engine.request import ImagePreview, ImageResult
 from service.http.execution import Accepted, deliver
 from service.http.faults import Fault, as_openai_error
 from service.http.native.answers import Form, generated_image
@@ -31,7 +31,7 @@ class OpenAIEvents:
 
     async def event(self, event: Event) -> bytes | None:
         """Return the framed preview or image."""
-        if isinstance(event, Preview):
+        if isinstance(event, ImagePreview):
             index = self._shown[event.position]
             self._shown[event.position] += 1
             return await self._state.encoding.run(_partial, self._form, self._accepted, event, index)
@@ -50,7 +50,7 @@ def image_size(model: ServedModel) -> str:
     return f"{model.config.model.image_size}x{model.config.model.image_size}"
 
 
-def _partial(form: Form, accepted: Accepted, preview: Preview, index: int) -> bytes:
+def _partial(form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:
     class_index = accepted.images[preview.position].class_index
     picture = encode_one(preview.pixels, class_index, form.format, quality=form.quality, compression=form.compression)
     event = PartialImageEvent.model_validate(
