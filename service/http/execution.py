@@ -25,13 +25,13 @@ from service.engine.request import GenerationRequest, ImageParams, ImageResult, 
 from service.engine.tickets import Ticket
 from service.errors import Aborted, GenerationFailed, InvalidRequest, TimedOut
 from service.http.client_gone import disconnected
+from service.http.door.context import client_of_request, context_of, ended_as
 from service.http.door.idempotency import derived_seed
-from service.http.door.observe import ended_as
 from service.http.event_source import EventSource
 from service.http.faults import Fault
 from service.http.native.schemas import Timing
 from service.http.problems import fault_of
-from service.http.state import ServiceState, asking_client
+from service.http.state import ServiceState
 from service.models.served_model import ServedModel, find_model
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
@@ -121,8 +121,8 @@ def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Pre
         InvalidRequest: a field breaks a rule; names the field, the rule and the allowed values.
         UnknownModel: no such model.
     """
-    model, client = find_model(state.models, body.model), asking_client(request)
-    key = getattr(request.state, "idempotency_key", None)
+    model, client = find_model(state.models, body.model), client_of_request(request.scope)
+    key = context_of(request.scope).idempotency_key
     if key is not None and body.seed is None:
         body = body.model_copy(update={"seed": derived_seed(client.name, key)})
     most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)

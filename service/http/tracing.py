@@ -37,7 +37,8 @@ from service.engine.model_ids import name_of
 from service.engine.request import ImageStatus
 from service.engine.tickets import Ticket
 from service.errors import TracingError
-from service.http.door.observe import CLIENT_CLOSED, status_of
+from service.http.door.context import context_of, status_of
+from service.http.door.observe import CLIENT_CLOSED
 from service.http.health import QUIET_PATHS
 from service.http.routes import printable, template_of
 
@@ -90,7 +91,7 @@ class Tracing:
 
     def _describe_end(self, span: Span, name: str, scope: Scope) -> None:
         template, status = template_of(scope), status_of(scope)
-        span.set_attribute("iddpm.request_id", scope["state"]["request_id"])
+        span.set_attribute("iddpm.request_id", context_of(scope).request_id)
         span.set_attribute(HTTP_RESPONSE_STATUS_CODE, status)
         if template is not None:
             span.update_name(f"{name} {template}")

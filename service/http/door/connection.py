@@ -12,8 +12,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.http.door.connection_limit import OpenConnections
-from service.http.door.guard import NO_PLACE
-from service.http.door.observe import ended_as
+from service.http.door.context import NO_PLACE, context_of, ended_as
 from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.faults import Fault, answer_of
 from service.http.routes import ANYBODY, interface_of
@@ -173,7 +172,7 @@ class LimitedProtocol(H11Protocol):
             scope = cast("Scope", self.cycle.scope)  # uvicorn's type is narrower
             ended_as(scope, status)
             interface = interface_of(scope)
-            if request_id := scope["state"].get("request_id"):
+            if request_id := context_of(scope).request_id:
                 more["X-Request-ID"] = request_id
         answer = answer_of(Fault(status=status, title=status.phrase.capitalize(), detail=detail), interface)
         told = {name.title(): value for name, value in answer.headers.items()}
