@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.plans import Sampler
-
 FailureReason = Literal["not_finite", "error", "out_of_memory"]
 """Why an image failed: its numbers overflowed; the network raised on it; not even it alone fitted memory."""
 FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
@@ -22,7 +20,8 @@ FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
 class PlanKey:
     """What determines a sampling plan, for a given model; images that share it share the plan's lines."""
 
-    sampler: Sampler
+    sampler: str
+    """A name in `diffusion.plans.SAMPLERS`."""
     spec: str
     """Respacing, see `diffusion.respacing.space_timesteps`."""
     eta: float = 0.0

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. What Triton's clients speak."""
+"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. Triton's clients use it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from service.http.kserve.tensors import (
     LENGTH_HEADER,
     Datatype,
     Element,
+    datatype_of,
     read_tensors,
     split_body,
     with_member,
@@ -47,20 +48,19 @@ from service.http.kserve.tensors import (
 from service.http.openapi import inlined
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
-from service.requests.generate_request import GenerateRequest
+from service.requests.generate_request import GenerateRequest, SamplingOptions
 
+NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
+"""The options of all interfaces that are no tensors here: the path names the model, the others are parameters."""
 INPUTS: dict[str, Datatype] = {
     "class": "BYTES",
     "class_index": "INT64",
     "n": "INT64",
-    "steps": "INT64",
-    "respacing": "BYTES",
-    "sampler": "BYTES",
-    "eta": "FP32",
-    "cfg_scale": "FP32",
-    "classifier_scale": "FP32",
-    "seed": "INT64",
-    "image_index": "INT64",
+    **{
+        name: datatype_of(field.annotation)
+        for name, field in SamplingOptions.model_fields.items()
+        if name not in NOT_INPUTS
+    },
 }
 """Fields of a native request, all optional; `class_index` is a `class` that is given as a number."""
 ONE_PER_IMAGE = frozenset({"class", "class_index"})

@@ -1,15 +1,15 @@
 """Tensors of the Open Inference Protocol on the wire: in JSON, or as bytes behind it (the binary tensor extension).
 
-A body is a JSON object, followed by the bytes of those tensors that say `binary_data_size`, in order; the header
-Inference-Header-Content-Length says where the object ends. Nothing a body says of itself is believed.
+A body is a JSON object, followed by the bytes of the tensors that have `binary_data_size`, in order; the header
+Inference-Header-Content-Length gives the length of the object. All sizes in a body are checked.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,22 @@ PIECE = 16384
 Datatype = Literal["BYTES", "INT64", "FP32", "UINT8"]
 Element = int | float | str
 NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT8": "u1"}
+
+
+def datatype_of(annotation: Any) -> Datatype:
+    """Return the datatype of a tensor that holds values of an annotation: of numbers the widest, else BYTES."""
+    kinds = set(_kinds(annotation))
+    if float in kinds:
+        return "FP32"
+    return "INT64" if int in kinds else "BYTES"
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the classes in an annotation: int and float of Annotated[int | float, ...] | None."""
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
 
 
 class InputParameters(RequestBody):
