@@ -100,6 +100,11 @@ class Engine:
         """The engine as it was last published: another thread may look."""
         self.publish()
 
+    @property
+    def runners(self) -> dict[str, Runner]:
+        """The runners of the models that it has now."""
+        return dict(self._runners)
+
     def warm_up(self) -> None:
         """Warm every runner up."""
         for runner in self._runners.values():
