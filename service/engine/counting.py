@@ -30,7 +30,7 @@ class EngineCounts:
             metrics.failed_attempts.labels(kind.value)
 
     def attempt(self, model: str, runner: Runner, rows: int, classified: int) -> None:
-        """Count a network call of so many rows, and the classifier call that goes with it, if any."""
+        """Count a network call by its rows, and its classifier call if `classified` is not 0."""
         metrics, name = self._metrics, name_of(model)
         metrics.network_calls.labels(name).inc()
         self._activity.of(name).network_calls += 1
@@ -59,17 +59,17 @@ class EngineCounts:
         metrics.evictions.inc(len(batch.evictions))
 
     def wasted(self, row_steps: int) -> None:
-        """Count work that came to nothing."""
+        """Count row-steps of images that were cancelled or failed."""
         self._metrics.wasted_row_steps.inc(row_steps)
 
     def failed(self, results: Sequence[ImageResult]) -> None:
-        """Count those of some results that are failures, by reason."""
+        """Count the failures among results, by reason."""
         for result in results:
             if result.failure is not None:
                 self._metrics.images_failed.labels(result.failure).inc()
 
     def in_flight(self, scheduler: Scheduler) -> None:
-        """Say how many images are where, and how much work is left of them."""
+        """Set the gauges of images by place and of the work that is left."""
         metrics = self._metrics
         metrics.images_waiting.set(scheduler.num_waiting)
         metrics.images_running.set(scheduler.num_running)
@@ -77,11 +77,11 @@ class EngineCounts:
         metrics.remaining_row_steps.set(scheduler.remaining_row_steps)
 
     def width(self, model: str, rows: int) -> None:
-        """Say how many rows a model's step may have, but for probes."""
+        """Set the gauge of a model's width in rows, probes excepted."""
         self._metrics.width_rows.labels(name_of(model)).set(rows)
 
     def model_gone(self, model: str) -> None:
-        """Forget what is said of a model's name, which none has any more."""
+        """Remove the gauges of a model's name that no model has any more."""
         self._metrics.width_rows.remove(name_of(model))
 
 

@@ -72,6 +72,7 @@ class Engine:
         config: EngineConfig,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        activity: Activity | None = None,
     ) -> None:
         self.scheduler = Scheduler(config, runners)
         self.costs = {model: StepCosts() for model in runners}
@@ -82,7 +83,7 @@ class Engine:
         """What the steps of the last report showed of watched images."""
         self.clock = clock
         self._config = config
-        self.activity = Activity()
+        self.activity = Activity() if activity is None else activity
         """What the models have done since the process began."""
         self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)

@@ -18,6 +18,7 @@ from formats.tensorrt_files import BuildEngines
 from service.backends.base import Denoiser
 from service.backends.select import load_denoiser
 from service.cpus import available_cpus
+from service.engine.activity import Activity
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.engine import Engine
 from service.engine.runners.array_runner import ArrayRunner
@@ -98,7 +99,7 @@ def assemble(
         KeysError: a keys file that cannot be read.
     """
     config = settings.engine_config()
-    metrics = Metrics()
+    metrics, activity = Metrics(), Activity()
     runners: dict[str, Runner] = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
     root = settings.admin_root
@@ -109,7 +110,7 @@ def assemble(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not runners:
             raise RuntimeError("the app has no models: it is running already, or its engine stopped with an error")
-        owner = Engine(runners, config, metrics)
+        owner = Engine(runners, config, metrics, activity=activity)
         runners.clear()  # while it runs the engine alone has them, so that it can free those that are unloaded
         engine = AsyncEngine(owner, config, metrics, on_state=_log_state)
         encoding = EncodingPool()

@@ -17,8 +17,8 @@ from tests.integration.in_process import runs
 BODY = {"class": 1, "steps": 5, "seed": 7}
 
 
-async def served(app: FastAPI) -> bytes:
-    """Generate an image within one lifespan of the app."""
+async def served(app: FastAPI) -> tuple[bytes, int]:
+    """Generate an image within one lifespan of the app; return it, and the images that KServe's statistics count."""
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
@@ -30,14 +30,17 @@ async def served(app: FastAPI) -> bytes:
         assert [model["name"] for model in models] == [MODEL]
         answer = await http.post("/v1/generate", json=BODY, headers={"Accept": "image/png"})
         assert answer.status_code == 200, answer.text
-        return answer.content
+        stats = (await http.get(f"/v2/models/{MODEL}/stats")).json()["model_stats"][0]
+        return answer.content, stats["inference_count"]
 
 
 @runs
 async def test_a_second_lifespan_serves_the_same_models() -> None:
     app = exact_app()
-    first, second = await served(app), await served(app)
+    first, counted = await served(app)
+    second, counted_then = await served(app)
     assert first == second
+    assert (counted, counted_then) == (1, 2)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(second))), expected(7, 0, 1, steps=5)[:, :, 0])
 
 

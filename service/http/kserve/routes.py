@@ -74,7 +74,7 @@ TRITON_TYPES: dict[Datatype, str] = {
 BATCH_PRIORITY = 2
 """Triton's priorities count from 1, the highest."""
 NO_CLASS = -1
-"""`class_index` of an image that has none: its model's classifier knows classes, and was not asked to guide."""
+"""`class_index` of an image without a class, if only the model's classifier has classes and did not guide it."""
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -88,7 +88,7 @@ Model = Annotated[ServedModel, Depends(served_model)]
 
 
 async def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
-    """Refuse versions that the model does not have."""
+    """Raise UnknownModel for versions that the model does not have."""
     if version != model.numerics_id:
         raise UnknownModel(f"{model.name}, version {version}", [f"{model.name}, version {model.numerics_id}"])
 
@@ -238,7 +238,7 @@ def _read(head: bytes) -> InferRequest:
 
 
 def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
-    """Return the request that tensors and parameters mean."""
+    """Return the native request for tensors and parameters."""
     for tensor in asked.inputs:
         if tensor.name not in INPUTS:
             raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")

@@ -34,7 +34,7 @@ Body = Literal["json", "file", "zip"]
 
 @dataclass(frozen=True)
 class Form:
-    """What an answer looks like."""
+    """The form of an answer."""
 
     body: Body
     """JSON with base64 images; the picture or npz itself; a zip of pictures."""
@@ -47,13 +47,13 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     """Choose the form of an answer.
 
     Args:
-        body: asks for a format of images, and perhaps for a stream, which is always JSON.
-        accept: the Accept header: JSON, unless it asks for a file (`service.http.native.accept`).
+        body: names the format of the images; with `stream` the answer is always JSON.
+        accept: the Accept header; JSON, unless it prefers a file (`service.http.native.accept`).
         channels: of the model's images.
 
     Raises:
         NotAcceptable: a header that allows no available form.
-        InvalidRequest: options that contradict each other, or that the model's images cannot have.
+        InvalidRequest: options that contradict each other, or a format that cannot hold the model's images.
     """
     kind, image_format = _preferred("" if body.stream else accept, body.format)
     if body.preview_every is not None and not body.stream:
@@ -104,7 +104,7 @@ def answer_json(form: Form, finished: Finished) -> str:
 
 
 def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> GeneratedImage:
-    """Describe an image that is done, with its pixels."""
+    """Return an image that is done, with its parameters, as the wire model."""
     params = accepted.images[result.position]
     return GeneratedImage(
         b64_json=base64.b64encode(_encode(form, params, result)).decode(),
@@ -132,7 +132,7 @@ def _class_name(accepted: Accepted, params: ImageParams) -> str | None:
 
 
 def _preferred(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
-    """Return what the Accept header asks for; `wanted` is the format of the body."""
+    """Return the form that the Accept header prefers; `wanted` is the format that the body names."""
     formats = {MEDIA_TYPES[name]: name for name in sorted(MEDIA_TYPES, key=lambda name: name != wanted)}
     media_type = preferred(accept, JSON_MEDIA_TYPE, [*formats, ZIP_MEDIA_TYPE])
     if media_type is None:

@@ -61,11 +61,11 @@ async def generate_images(body: ImagesRequest, request: Request, state: State) -
 
 
 def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
-    """Return the native request that is meant.
+    """Return the native request for a request of OpenAI's.
 
     Raises:
-        InvalidRequest: naming OpenAI's field, rule and allowed values.
-        RequestValidationError: the same, of one of our fields.
+        InvalidRequest: one of OpenAI's fields breaks a rule; names field, rule and allowed values.
+        RequestValidationError: one of our fields does.
     """
     if body.size is not None and body.size not in ("auto", image_size(model)):
         raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
@@ -84,7 +84,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
 
 
 def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
-    """Return `class` and `n`: what a prompt lists, again and again until there are n."""
+    """Return `class` and `n`: the classes that the prompt lists, repeated until there are n."""
     if model.classes is None:
         raise InvalidRequest("prompt", f"must be empty: model {quoted(model.name)} is unconditional")
     classes = model.classes.in_prompt(body.prompt, MAX_IMAGES)
@@ -95,7 +95,7 @@ def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
 
 
 def _watch(partial_images: int | None, num_steps: int) -> Watch:
-    """Return what shows an image so often at most, spread evenly over its steps."""
+    """Return a watch for at most this many previews of an image, spread evenly over its steps."""
     return Watch(preview_every=math.ceil(num_steps / (partial_images + 1)) if partial_images else None)
 
 

@@ -46,7 +46,7 @@ class OpenAIEvents:
 
 
 def image_size(model: ServedModel) -> str:
-    """Return what OpenAI calls the size of a model's images."""
+    """Return the size of a model's images in OpenAI's notation, such as 32x32."""
     return f"{model.config.model.image_size}x{model.config.model.image_size}"
 
 
