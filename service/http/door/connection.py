@@ -175,8 +175,8 @@ class LimitedProtocol(H11Protocol):
             if request_id := context_of(scope).request_id:
                 more["X-Request-ID"] = request_id
         answer = answer_of(Fault(status=status, title=status.phrase.capitalize(), detail=detail), interface)
-        told = {name.title(): value for name, value in answer.headers.items()}
-        headers = [*told.items(), *more.items(), ("Connection", "close")]
+        described = {name.title(): value for name, value in answer.headers.items()}
+        headers = [*described.items(), *more.items(), ("Connection", "close")]
         head = h11.Response(status_code=status, reason=status.phrase.encode(), headers=headers)
         for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")

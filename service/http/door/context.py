@@ -26,8 +26,8 @@ class RequestContext:
     idempotency_key: str | None = None
     """Its Idempotency-Key, if it has one. Set by `Idempotency`."""
     status: int | None = None
-    """The HTTP status that is logged and counted. Set by `Observe`, or earlier with `ended_as` by whoever sends an
-    answer whose outcome differs from the status it began with."""
+    """The HTTP status that is logged and counted. Set by `Observe`, or earlier by `ended_as` if the outcome differs
+    from the status with which the answer began."""
 
 
 def context_of(scope: Scope) -> RequestContext:

@@ -89,9 +89,9 @@ class Observe:
                 self._metrics.request_seconds.observe(seconds)
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         client = context_of(scope).client
-        who = "-" if client is None else client.name
-        told = (scope["method"], printable(path), status, round(seconds, 3), who)
-        log.log(level, "%s %s %d %.3fs %s", *told, extra=dict(zip(REQUEST_FIELDS, told, strict=True)))
+        client_name = "-" if client is None else client.name
+        fields = (scope["method"], printable(path), status, round(seconds, 3), client_name)
+        log.log(level, "%s %s %d %.3fs %s", *fields, extra=dict(zip(REQUEST_FIELDS, fields, strict=True)))
 
 
 def outcome_of(status: int) -> Outcome:
