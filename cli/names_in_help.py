@@ -34,7 +34,7 @@ def backends() -> str:
 
 PLACEHOLDERS: dict[str, Callable[[], str]] = {
     "{samplers}": samplers,
-    "{samplers with eta}": samplers_with_eta,
+    "{with_eta}": samplers_with_eta,
     "{backends}": backends,
 }
 
