@@ -24,22 +24,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
 from benchmarks.contenders import Absent
 from benchmarks.networks import open_network
 from benchmarks.open_loop import PATIENCE_S, PLAIN, Answer, offer, open_client
 from benchmarks.options import WORK, exit_status, say
-from benchmarks.peers.meter import Reading
 from benchmarks.peers.simulated_device import SimulatedDevice
 from benchmarks.reporting import describe_run
 from benchmarks.servers import KINDS, Entry, Server, Site, started
+from benchmarks.serving_record import Mark, Run, append_run, read_runs
+from benchmarks.serving_report import write_report
 from benchmarks.traffic import MIX, Arrival, draw_arrivals
 from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_X_T, normal
@@ -53,40 +52,6 @@ TIMED_CALLS, QUICK_TIMED_CALLS = 150, 3
 """Calls of each size before a round: seconds of them, because the speed of a shared machine varies."""
 WARM_UP = 0.25
 """Fraction of a run before its rate and the network's busy time are measured."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Counters of a network at a time of a run."""
-
-    at: float
-    reading: Reading
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One server under one load."""
-
-    server: str
-    load: float
-    seed: int
-    seconds: float
-    """Seconds in which requests arrived."""
-    width: int
-    costs: Mapping[int, float]
-    """c(n): seconds of a network call by rows, timed before the round."""
-    answers: Sequence[Answer]
-    marks: Sequence[Mark]
-    """At the start, after the warm-up, after the last arrival, after the last answer."""
-    facts: Mapping[str, str]
-
-    @property
-    def capacity(self) -> float:
-        """Row-steps per second of the network alone at full width."""
-        return self.width / self.costs[self.width]
-
-
-RUNS = TypeAdapter(Run)
 
 
 def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
@@ -148,8 +113,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: invalid options; the message gives the remedy.
     """
-    from benchmarks.serving_report import write_report
-
     args.out.mkdir(parents=True, exist_ok=True)
     record = args.out / "serving.jsonl"
     if not args.report:
@@ -242,23 +205,6 @@ def take_round(
             marks=marks,
             facts=facts,
         )
-
-
-def append_run(record: Path, done: Run) -> None:
-    """Add a line to the record."""
-    with record.open("ab") as file:
-        file.write(RUNS.dump_json(done) + b"\n")
-
-
-def read_runs(record: Path) -> list[Run]:
-    """Read the record back.
-
-    Raises:
-        ValueError: it does not exist, or is not a record.
-    """
-    if not record.exists():
-        raise ValueError(f"{record} does not exist: nothing has been measured yet")
-    return [RUNS.validate_json(line) for line in record.read_bytes().splitlines()]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.open_loop import OK, Answer
 from benchmarks.plots import Curve, draw_curves
 from benchmarks.reporting import markdown_table
-from benchmarks.serving import Run
+from benchmarks.serving_record import Run
 from benchmarks.traffic import SLO, percentile
 
 HEADER = (

@@ -28,7 +28,6 @@ from pydantic import BaseModel, ValidationError
 from cli.connecting import CONNECTION_ERRORS
 from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
-from diffusion.plans import Sampler
 from service.http.native.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
 from service.http.native.schemas import GenerateResponse, ModelList, Problem
 from service.requests.generate_request import ImageFormat, PriorityName
@@ -80,7 +79,7 @@ class GenerateFields(TypedDict, total=False):
     n: int
     steps: int
     respacing: str
-    sampler: Sampler
+    sampler: str
     eta: float
     cfg_scale: float
     classifier_scale: float

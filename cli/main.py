@@ -10,6 +10,7 @@ from cli.ema_command import ema_command
 from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
+from cli.names_in_help import NamesInHelp
 from cli.process_one import let_sigterm_end_process_1
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
@@ -44,8 +45,8 @@ def main(
 
 app.command("train")(train_command)
 app.command("ema")(ema_command)
-app.command("serve")(serve_command)
-app.command("sample")(sample_command)
+app.command("serve", cls=NamesInHelp)(serve_command)
+app.command("sample", cls=NamesInHelp)(sample_command)
 app.command("import")(import_command)
 app.command("export")(export_command)
 app.add_typer(keys_app, name="keys")

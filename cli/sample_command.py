@@ -37,8 +37,8 @@ def sample_command(
     respacing: Annotated[
         str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")
     ] = None,
-    sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ancestral",
-    eta: Annotated[float | None, typer.Option(help="With ddim: share of noise, 0..1. Default: 0.")] = None,
+    sampler: Annotated[str, typer.Option(help="{samplers}.")] = "ancestral",
+    eta: Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")] = None,
     cfg_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
     ] = None,

@@ -53,14 +53,14 @@ def sample_local(model: Path, params: dict[str, Any], n: int, check: CheckImages
     (folder,) = settings.model_folders.values()
     backend = load_denoiser(folder, settings.backend, settings.backend_options())
     check(backend.config.model.image_channels, backend.config.model.image_size)
-    runner, metrics = ArrayRunner(backend, config), Metrics()
+    runner = ArrayRunner(backend, config)
     served = served_model("model", backend, runner.numerics_id)
     images: list[ImageParams] = []
     for fields in split_requests(params, n, MAX_IMAGES, lambda: served.class_names or ()):
         body = GenerateRequest.model_validate(fields)
         images += complete(body, served, str(len(images)), max_row_steps=sys.maxsize).images
 
-    engine = Engine({"model": runner}, config, metrics)
+    engine = Engine({"model": runner}, config, Metrics())
     engine.warm_up()
     request = GenerationRequest(request_id="cli", model="model", images=tuple(images))
     engine.add(request, time.monotonic())
@@ -73,9 +73,8 @@ def sample_local(model: Path, params: dict[str, Any], n: int, check: CheckImages
                     raise image_failure(images[result.position].image_index, result.failure)
                 assert result.pixels is not None  # noqa: S101  # no request is cancelled
                 pixels[result.position] = result.pixels
-            counted = int(metrics.registry.get_sample_value("iddpm_row_steps_total") or 0)
-            bar.update(counted - done)
-            done = counted
+            bar.update(engine.activity.row_steps - done)
+            done = engine.activity.row_steps
     return [
         SampledImage(
             seed=p.seed,

@@ -20,9 +20,7 @@ def serve_command(
         str | None, typer.Option(help="Address to listen on; '': all addresses. Default: 127.0.0.1.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free port. Default: 8000.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="auto, openvino, onnxruntime, torch or tensorrt. Default: auto.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, {backends}. Default: auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of a network call. Default: all usable CPUs.")] = None,
     build: Annotated[
         bool | None, typer.Option("--build", help="Build missing TensorRT engines, which takes minutes for each.")

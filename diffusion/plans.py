@@ -12,9 +12,10 @@ Every sampler here is linear in the predicted x0, in x_t and in the previous x0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,6 @@ import numpy.typing as npt
 from diffusion.config import DiffusionConfig
 from diffusion.respacing import Process, respace
 from diffusion.schedules import FloatArray
-
-Sampler = Literal["ancestral", "ddim"]
 
 PLAN_COLUMNS: Final = (
     "t_model",  # the network's timestep input
@@ -73,7 +72,7 @@ class SamplingPlan:
 
 def build_plan(
     diffusion: DiffusionConfig,
-    sampler: Sampler = "ancestral",
+    sampler: str = "ancestral",
     spec: str = "",
     eta: float = 0.0,
     clip: bool = True,
@@ -82,26 +81,27 @@ def build_plan(
 
     Args:
         diffusion: the process the network was trained for.
-        sampler: `ancestral` or `ddim`.
+        sampler: a name in `SAMPLERS`.
         spec: respacing, see `space_timesteps`; `"100"` takes 100 steps.
-        eta: for `ddim`, see `ddim_plan`; must be 0 for ancestral sampling.
+        eta: see `ddim_plan`; must be 0 for samplers that do not take it.
         clip: whether x0 is clamped to [-1, 1], as for all published samples.
 
     Raises:
-        ValueError: an unknown sampler, a spec that cannot be met, eta out of range, or eta with ancestral sampling.
+        ValueError: an unknown sampler, a spec that cannot be met, eta out of range or given to a sampler without it.
     """
     return _cached_plan(diffusion, sampler, spec, eta, clip)
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(diffusion: DiffusionConfig, sampler: Sampler, spec: str, eta: float, clip: bool) -> SamplingPlan:
-    if sampler == "ancestral":
-        if eta != 0.0:
-            raise ValueError(f"eta must be 0 for sampler 'ancestral', which does not use it; got {eta}")
-        return ancestral_plan(diffusion, spec, clip)
-    if sampler == "ddim":
-        return ddim_plan(diffusion, spec, eta, clip)
-    raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}; got {sampler!r}")
+def _cached_plan(diffusion: DiffusionConfig, sampler: str, spec: str, eta: float, clip: bool) -> SamplingPlan:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
+    entry = SAMPLERS[sampler]
+    if entry.takes_eta:
+        return entry.plan(diffusion, spec, eta=eta, clip=clip)
+    if eta != 0.0:
+        raise ValueError(f"eta must be 0 for sampler {sampler!r}, which does not use it; got {eta}")
+    return entry.plan(diffusion, spec, clip=clip)
 
 
 def ancestral_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
@@ -172,6 +172,28 @@ def ddim_plan(diffusion: DiffusionConfig, spec: str, eta: float, clip: bool = Tr
         noise_scale=np.sqrt(sigma_squared),
         g_const=c_x0 * (1.0 - abar) / np.sqrt(abar),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A sampler that can be asked for by name."""
+
+    plan: Callable[..., SamplingPlan]
+    """Builds its plan from the process and the spec, and from the keywords clip and, if it takes that, eta."""
+    takes_eta: bool = False
+    """Whether it has the choice eta."""
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ancestral": Sampler(plan=ancestral_plan),
+    "ddim": Sampler(plan=ddim_plan, takes_eta=True),
+}
+"""By the name in requests. API, command line and page list what is here."""
+
+
+def samplers_with_eta() -> list[str]:
+    """Return the names of the samplers that have the choice eta."""
+    return [name for name, sampler in SAMPLERS.items() if sampler.takes_eta]
 
 
 def _log_variance_bounds(diffusion: DiffusionConfig, process: Process) -> tuple[FloatArray, FloatArray]:

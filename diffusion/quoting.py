@@ -24,8 +24,13 @@ def quoted(value: object, longest: int = LONGEST) -> str:
 
 
 def alternatives(values: Iterable[object]) -> str:
-    """Return values as a JSON list in words: "a", "b" or "c"."""
-    *first, last = map(quoted, values)
+    """Return values as JSON, listed as in a sentence: "a", "b" or "c"."""
+    return in_words(map(quoted, values))
+
+
+def in_words(texts: Iterable[str]) -> str:
+    """Return texts as they are, listed as in a sentence: a, b or c."""
+    *first, last = texts
     return f"{', '.join(first)} or {last}" if first else last
 
 

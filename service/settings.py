@@ -1,48 +1,54 @@
 """Settings: environment variables (`IDDPM_*`) and command-line flags, checked once at start-up.
 
-What is said of each here is also what docs/settings.md says.
+docs/settings.md has the docstring of each; a test compares them.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from formats.precision import PrecisionChoice
-from service.backends.base import BackendOptions
+from service.backends.base import BackendOptions, Device, Threads
+from service.backends.select import BACKENDS
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 from service.hosts import Network, canonical_host, network_of, without_brackets
 
-BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt"]
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal[("auto", *BACKENDS)]
 PREFIX = "IDDPM_"
 MAY_BE_EMPTY = frozenset({"cache_dir", "host", "models", "allowed_hosts", "trusted_proxies"})
-"""Settings in which nothing means something, or is refused with words of their own."""
+"""Settings whose empty value has a meaning, or a message of its own."""
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
-"""Ours, but read by the client and the tests."""
+"""Variables that the client and the tests read."""
 SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-"""What Kubernetes puts into every container beside a Service whose name begins with `iddpm`, but for the next."""
+"""Variables that Kubernetes sets in containers if a Service has a name that begins with `iddpm`; see also the next."""
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""How the value of its variable IDDPM_..._PORT begins."""
+"""Start of the value of its variable IDDPM_..._PORT."""
 AllowedHost = Annotated[str, AfterValidator(lambda host: host if host == "*" else canonical_host(host))]
 TrustedProxy = Annotated[Network, BeforeValidator(lambda value: network_of(value) if isinstance(value, str) else value)]
 
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Of a model that is given a name: no separators and no leading dot, so that it cannot lead out of a folder."""
+"""Names that a model can be given: no separators and no leading dot, so that a name cannot lead out of a folder."""
 
 
 def read_model(model: Path) -> tuple[str, Path]:
-    """Return name and folder of FOLDER, whose own name is the model's, or of NAME=FOLDER.
+    """Return the name and folder of a model given as FOLDER, which gives its own name, or as NAME=FOLDER.
 
-    A folder that exists is taken as it is, also where its path has an equals sign; so is a path whose part before that
-    sign has a separator.
+    A folder that exists is a FOLDER even if its path has an equals sign; so is a path with a separator before the sign.
 
     Raises:
         ValueError: a name that no model may have, or no folder.
@@ -62,8 +68,16 @@ def read_model(model: Path) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+def _of_engine(name: str) -> Any:
+    """Return a field of `EngineConfig` as a setting: its default and its rules."""
+    return copy(EngineConfig.model_fields[name])
+
+
 class Settings(BaseSettings):
-    """Everything an operator may set. Flags of `iddpm serve` win over the environment."""
+    """Everything an operator may set. Flags of `iddpm serve` win over the environment.
+
+    Fields without a docstring belong to `EngineConfig` or `BackendOptions`, which document them.
+    """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
@@ -71,21 +85,14 @@ class Settings(BaseSettings):
     """Model folders (comma list), each FOLDER, served by its own name, or NAME=FOLDER; the first one is the default."""
     backend: BackendName = "auto"
     """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    """Where the torch and TensorRT backends run: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
-    precision: PrecisionChoice = "auto"
-    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
-    processor has it and the artifact was measured in it, else fp32."""
-    cache_dir: str | None = None
-    """Where openvino keeps compiled graphs for the next start; unset: the user's cache folder; empty: nowhere."""
+    device: Device = BackendOptions.device
+    precision: PrecisionChoice = BackendOptions.precision
+    cache_dir: str | None = BackendOptions.cache_dir
     build_engines: bool = False
     """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
-    torch_compile: bool = False
-    """Compile the network with torch.compile: minutes at start-up for each batch size."""
-    fuse_update: bool = False
-    """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
-    strict_graphs: bool = False
-    """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
+    torch_compile: bool = BackendOptions.torch_compile
+    fuse_update: bool = BackendOptions.fuse_update
+    strict_graphs: bool = _of_engine("strict_graphs")
     host: Annotated[str, AfterValidator(without_brackets)] = "127.0.0.1"
     """Address to listen on (`::` takes IPv4 too; empty: all addresses); one that others reach needs `keys_file`, or
     `allow_keyless`."""
@@ -99,22 +106,16 @@ class Settings(BaseSettings):
     """Folder whose model folders may be loaded, reloaded and unloaded by name; unset: there are no such routes."""
     max_loaded: int = Field(default=4, ge=1)
     """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of a network call; unset: one per core that affinity and cgroup quota allow."""
+    threads: Threads | None = BackendOptions.threads
     allowed_hosts: Annotated[tuple[AllowedHost, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     """Host headers answered to: names or addresses without scheme and port (comma list); `*` answers to all."""
     trusted_proxies: Annotated[tuple[TrustedProxy, ...], NoDecode] = ()
     """Addresses or networks (comma list) whose X-Forwarded-For says who the client is; of others it is ignored."""
-    max_rows: int = Field(default=8, ge=2, le=1024)
-    """Most rows of a network call."""
-    max_queue: int = Field(default=256, ge=0)
-    """Rows accepted beyond the width before requests are refused with 503; an image with guidance takes two."""
-    max_wait_s: float = Field(default=600.0, gt=0)
-    """Longest predicted wait of an interactive request before it is refused with 503; batch work may wait longer."""
-    policy: PolicyName = "srw"
-    """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
-    client_share: float = Field(default=1.0, gt=0, le=1)
-    """Part of all accepted rows that one client (a key, or an address) may hold before it gets 429; 1: no limit."""
+    max_rows: int = _of_engine("max_rows")
+    max_queue: int = _of_engine("max_queue")
+    max_wait_s: float = _of_engine("max_wait_s")
+    policy: PolicyName = _of_engine("policy")
+    client_share: float = _of_engine("client_share")
     max_request_s: float = Field(default=3600.0, gt=0)
     """Longest time from a request's admission to its images; then its rows are freed, and it gets 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
@@ -203,27 +204,18 @@ class Settings(BaseSettings):
         return dict(read_model(model) for model in self.models)
 
     def engine_config(self) -> EngineConfig:
-        """Return what the engine needs of this."""
-        return EngineConfig(
-            max_rows=self.max_rows,
-            max_queue=self.max_queue,
-            max_wait_s=self.max_wait_s,
-            policy=self.policy,
-            client_share=self.client_share,
-            strict_graphs=self.strict_graphs,
-        )
+        """Return the configuration of the engine."""
+        return EngineConfig(**self._shared_with(EngineConfig.model_fields))
 
     def backend_options(self) -> BackendOptions:
-        """Return what a backend needs of this."""
-        return BackendOptions(
-            max_rows=self.max_rows,
-            threads=self.threads,
-            device=self.device,
-            precision=self.precision,
-            torch_compile=self.torch_compile,
-            fuse_update=self.fuse_update,
-            cache_dir=self.cache_dir,
-        )
+        """Return the options of the backends, without `build_engines`."""
+        options = self._shared_with(field.name for field in fields(BackendOptions))
+        del options["build_engines"]  # here whether to build, there what builds
+        return BackendOptions(**options)
+
+    def _shared_with(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the settings that have these names."""
+        return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
 
 def _is_loopback(host: str) -> bool:
@@ -238,9 +230,9 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def refuse_unknown_variables() -> None:
-    """Refuse environment variables that look like settings and are none: a misspelt limit is no limit.
+    """Refuse environment variables that look like settings and are none, because a misspelt limit would have no effect.
 
-    Those that Kubernetes puts into containers are passed over.
+    Variables that Kubernetes sets are ignored.
 
     Raises:
         ValueError: naming the variable and those that exist.

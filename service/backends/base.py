@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Annotated, Any, Generic, Protocol
+
+from pydantic import Field
 
 from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
@@ -17,30 +19,38 @@ from service.backends.batch_sizes import doubling_sizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+"""The rules of these types hold where they are validated: in `service.settings`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What an operator says of how networks are to be run; each backend reads what concerns it."""
+    """How networks are run; each backend reads the options that concern it.
+
+    Those that `service.settings.Settings` takes over have their defaults and types here.
+    """
 
     max_rows: int = 8
     """Width of the engine: most rows of a network call."""
     batch_sizes: tuple[int, ...] | None = None
     """Batch sizes to compile, ascending, where a backend compiles; None: those that an artifact was exported for, else
     1, 2, 4, ..., of them what is below the width, and the width."""
-    threads: int | None = None
-    """Threads of a network call; None: one per core that we may use."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    threads: Threads | None = None
+    """Threads of a network call; unset: one per core that affinity and cgroup quota allow."""
+    device: Device = "auto"
+    """Where the torch and TensorRT backends run: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
     precision: PrecisionChoice = "auto"
-    """Of the network's weights and activations; emb_t, noise and update are float32 always."""
+    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
+    processor has it and the artifact was measured in it, else fp32."""
     torch_compile: bool = False
-    """Whether the torch backend compiles the network."""
+    """Compile the network with torch.compile: minutes at start-up for each batch size."""
     fuse_update: bool = False
-    """Whether noise and update are compiled into one kernel, on a device that takes work in order."""
+    """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
     build_engines: BuildEngines | None = None
     """Builds the engines that the TensorRT backend lacks; None: nobody asked for that, and lacking one is an error."""
     cache_dir: str | None = None
-    """Where compiled graphs are kept for the next start; None: the user's cache folder; "": nowhere."""
+    """Where openvino keeps compiled graphs for the next start; unset: the user's cache folder; empty: nowhere."""
 
     @property
     def sizes_to_compile(self) -> tuple[int, ...]:

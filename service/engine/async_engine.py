@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import assert_never
 
+from service.engine.activity import Activity
 from service.engine.admission import Admission
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -76,11 +77,11 @@ class AsyncEngine:
         self.died = asyncio.Event()
         """Set when the engine has stopped with an error, or hangs."""
         self._engine = engine
-        """Its thread's; here only `snapshot`, `under_way` and `clock` are read."""
+        """Its thread's; here only `snapshot`, `under_way`, `clock` and `activity` are read."""
         self._metrics = metrics
         self._on_state = on_state
         self._admission = Admission(config, engine.costs)
-        self._tickets = Tickets(metrics)
+        self._tickets = Tickets(metrics, engine.activity)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._mailbox = Mailbox()
         self._loading: dict[str, asyncio.Future[None]] = {}
@@ -97,6 +98,11 @@ class AsyncEngine:
     def snapshot(self) -> Snapshot:
         """Return the engine as it was last published."""
         return self._engine.snapshot
+
+    @property
+    def activity(self) -> Activity:
+        """Return what the models have done since the process began; to be read only."""
+        return self._engine.activity
 
     @property
     def models_held(self) -> int:

@@ -1,4 +1,4 @@
-"""EngineConfig: how wide, how long a queue, how many slots, in which order."""
+"""EngineConfig: width, length of the queue, slots and order of one engine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from service.engine.policies import PolicyName
 
 
 class EngineConfig(FrozenConfig):
-    """Sizes of one engine."""
+    """One engine. The fields that `service.settings.Settings` takes over have their defaults and rules here."""
 
-    max_rows: int = Field(default=8, ge=2)
-    """Width: most rows of a network call. At least 2, which one image with classifier-free guidance takes."""
+    # At least 2, which one image with classifier-free guidance takes
+    max_rows: int = Field(default=8, ge=2, le=1024)
+    """Most rows of a network call."""
     slots_per_row: int = Field(default=4, ge=1)
     """Slots (images in flight that have started) per row of width."""
     max_queue: int = Field(default=256, ge=0)
-    """Rows accepted beyond the width before requests are refused; an image with guidance takes two."""
+    """Rows accepted beyond the width before requests are refused with 503; an image with guidance takes two."""
     max_wait_s: float = Field(default=600.0, gt=0)
-    """Longest predicted wait of an interactive request before it is refused; what is alone never waits."""
+    """Longest predicted wait of an interactive request before it is refused with 503; batch work may wait longer."""
     client_share: float = Field(default=1.0, gt=0, le=1)
-    """Part of all accepted rows that one named client may hold; 1: no limit of its own."""
+    """Part of all accepted rows that one client (a key, or an address) may hold before it gets 429; 1: no limit."""
     policy: PolicyName = "srw"
-    """Who is served next within a priority, see `service.engine.policies`."""
+    """Who is served next: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
     ageing: float = Field(default=1.0, gt=0)
     """Row-steps of remaining work that a step of waiting makes up for under srw; chosen in docs/decisions/0005."""
     client_allowance: int = Field(default=1000, ge=1)
@@ -34,7 +35,7 @@ class EngineConfig(FrozenConfig):
     timed_calls: int = Field(default=2, ge=0)
     """Steps timed at start-up per batch size, each after another; 0: learn from the first ones what a step costs."""
     strict_graphs: bool = False
-    """Whether a batch size that a device could not capture as a graph is an error, rather than slower and counted."""
+    """On a CUDA device, refuse to start where memory does not suffice for a graph of every batch size."""
 
     @property
     def num_slots(self) -> int:

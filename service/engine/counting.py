@@ -1,10 +1,12 @@
-"""What the engine tells Prometheus of its work. It only counts: nothing is decided by it."""
+"""Count the engine's work, for Prometheus and as plain counts. No decision depends on it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from service.backends.base import FailureKind
+from service.engine.activity import Activity, StepTotal
 from service.engine.model_ids import name_of
 from service.engine.recovery import Outcome
 from service.engine.request import FAILURE_REASONS, ImageResult, StepBatch
@@ -14,19 +16,24 @@ from service.metrics import Metrics
 
 
 class EngineCounts:
-    """Writes the metrics of one engine. Those by reason exist from the start: a first failure is an increase too."""
+    """Writes the metrics and the activity of one engine.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Metrics by reason exist from the start, so that a first failure is an increase.
+    """
+
+    def __init__(self, metrics: Metrics, activity: Activity) -> None:
         self._metrics = metrics
+        self._activity = activity
         for reason in FAILURE_REASONS:
             metrics.images_failed.labels(reason)
         for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
             metrics.failed_attempts.labels(kind.value)
 
     def attempt(self, model: str, runner: Runner, rows: int, classified: int) -> None:
-        """Count a network call of so many rows, and the classifier call that goes with it, if any."""
+        """Count a network call by its rows, and its classifier call if `classified` is not 0."""
         metrics, name = self._metrics, name_of(model)
         metrics.network_calls.labels(name).inc()
+        self._activity.of(name).network_calls += 1
         metrics.rows_per_call.observe(rows)
         metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
         metrics.uncaptured_steps.labels(name).inc(runner.is_uncaptured(rows))
@@ -40,24 +47,29 @@ class EngineCounts:
 
     def step(self, batch: StepBatch, outcome: Outcome, padded_rows: int, seconds: float) -> None:
         """Count a step, however many attempts it took."""
-        metrics = self._metrics
-        metrics.row_steps.inc(batch.rows - sum(image.rows for image in outcome.failures))
-        metrics.step_seconds.labels(name_of(batch.model), str(padded_rows)).observe(seconds)
+        metrics, name = self._metrics, name_of(batch.model)
+        row_steps = batch.rows - sum(image.rows for image in outcome.failures)
+        metrics.row_steps.inc(row_steps)
+        self._activity.row_steps += row_steps
+        metrics.step_seconds.labels(name, str(padded_rows)).observe(seconds)
+        total = self._activity.of(name).steps.setdefault(padded_rows, StepTotal())
+        total.count += 1
+        total.seconds += seconds
         metrics.preemptions.inc(batch.preempted)
         metrics.evictions.inc(len(batch.evictions))
 
     def wasted(self, row_steps: int) -> None:
-        """Count work that came to nothing."""
+        """Count row-steps of images that were cancelled or failed."""
         self._metrics.wasted_row_steps.inc(row_steps)
 
     def failed(self, results: Sequence[ImageResult]) -> None:
-        """Count those of some results that are failures, by reason."""
+        """Count the failures among results, by reason."""
         for result in results:
             if result.failure is not None:
                 self._metrics.images_failed.labels(result.failure).inc()
 
     def in_flight(self, scheduler: Scheduler) -> None:
-        """Say how many images are where, and how much work is left of them."""
+        """Set the gauges of images by place and of the work that is left."""
         metrics = self._metrics
         metrics.images_waiting.set(scheduler.num_waiting)
         metrics.images_running.set(scheduler.num_running)
@@ -65,9 +77,34 @@ class EngineCounts:
         metrics.remaining_row_steps.set(scheduler.remaining_row_steps)
 
     def width(self, model: str, rows: int) -> None:
-        """Say how many rows a model's step may have, but for probes."""
+        """Set the gauge of a model's width in rows, probes excepted."""
         self._metrics.width_rows.labels(name_of(model)).set(rows)
 
     def model_gone(self, model: str) -> None:
-        """Forget what is said of a model's name, which none has any more."""
+        """Remove the gauges of a model's name that no model has any more."""
         self._metrics.width_rows.remove(name_of(model))
+
+
+class ImageCounts:
+    """Writes the metrics and the activity of images that ended. Belongs to the event loop."""
+
+    def __init__(self, metrics: Metrics, activity: Activity) -> None:
+        self._metrics = metrics
+        self._activity = activity
+
+    def done(self, model: str, result: ImageResult) -> None:
+        """Count an image that is done, and its times."""
+        name = name_of(model)
+        self._metrics.image_done(name, result.queue_s, result.compute_s)
+        self._metrics.deadline_misses.inc(result.late_s > 0)
+        counts = self._activity.of(name)
+        counts.images_done += 1
+        counts.queue_s += result.queue_s
+        counts.compute_s += result.compute_s
+        counts.last_image_at = time.time()
+
+    def failed(self, model: str) -> None:
+        """Count an image that failed, by model."""
+        name = name_of(model)
+        self._metrics.model_images.labels(name, "failed").inc()
+        self._activity.of(name).images_failed += 1

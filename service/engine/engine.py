@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
+from service.engine.activity import Activity
 from service.engine.config import EngineConfig
 from service.engine.counting import EngineCounts
 from service.engine.model_ids import name_of
@@ -71,6 +72,7 @@ class Engine:
         config: EngineConfig,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        activity: Activity | None = None,
     ) -> None:
         self.scheduler = Scheduler(config, runners)
         self.costs = {model: StepCosts() for model in runners}
@@ -81,7 +83,9 @@ class Engine:
         """What the steps of the last report showed of watched images."""
         self.clock = clock
         self._config = config
-        self._counts = EngineCounts(metrics)
+        self.activity = Activity() if activity is None else activity
+        """What the models have done since the process began."""
+        self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
@@ -96,6 +100,11 @@ class Engine:
         self.snapshot: Snapshot
         """The engine as it was last published: another thread may look."""
         self.publish()
+
+    @property
+    def runners(self) -> dict[str, Runner]:
+        """The runners of the models that it has now."""
+        return dict(self._runners)
 
     def warm_up(self) -> None:
         """Warm every runner up."""

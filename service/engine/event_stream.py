@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
-from service.engine.events import Completed, Event, ImageDone, ImageFailed, Preview, Progress, Queued
+from service.engine.events import Completed, Event, ImageDone, ImageFailed, Queued
 from service.engine.forecast import Prediction
 from service.engine.request import ImagePreview, ImageProgress, ImageResult, Observation
 from service.errors import GenerationFailed
@@ -130,19 +131,15 @@ class EventStream:
             if prediction is not None:
                 self._put_queued(prediction)
 
-    def _newest_step(self) -> Progress | Preview | None:
+    def _newest_step(self) -> Observation | None:
         """Return what is left of a round of progress and previews, or begin a round if it is time for one."""
         if self._steps and not self._round and self._clock() >= self._round_at:
             self._round.extend(self._steps)
             self._round_at = self._clock() + ROUND_EVERY_S
         while self._round:
             seen = self._steps.pop(self._round.popleft(), None)
-            if isinstance(seen, ImagePreview):
-                return Preview(
-                    position=seen.position, step=seen.step, steps=seen.steps, eta_s=self._eta_s(), pixels=seen.pixels
-                )
             if seen is not None:
-                return Progress(position=seen.position, step=seen.step, steps=seen.steps, eta_s=self._eta_s())
+                return replace(seen, eta_s=self._eta_s())
         return None
 
     def _eta_s(self) -> float:

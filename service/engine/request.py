@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.plans import Sampler
-
 FailureReason = Literal["not_finite", "error", "out_of_memory"]
 """Why an image failed: its numbers overflowed; the network raised on it; not even it alone fitted memory."""
 FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
@@ -22,7 +20,8 @@ FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
 class PlanKey:
     """What determines a sampling plan, for a given model; images that share it share the plan's lines."""
 
-    sampler: Sampler
+    sampler: str
+    """A name in `diffusion.plans.SAMPLERS`."""
     spec: str
     """Respacing, see `diffusion.respacing.space_timesteps`."""
     eta: float = 0.0
@@ -246,13 +245,16 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProgress:
-    """What the engine says of a watched image that took a step, and not its last one."""
+    """How far a watched image has come after a step that is not its last."""
 
     request_id: str
     position: int
+    """Which image of its request."""
     step: int
-    """Steps taken."""
+    """Sampling steps taken."""
     steps: int
+    eta_s: float = 0.0
+    """Predicted seconds until the request's last image is done; filled in when the event is read (`EventStream`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +265,8 @@ class ImagePreview:
     position: int
     step: int
     steps: int
+    eta_s: float = 0.0
+    """As in `ImageProgress`."""
     pixels: npt.NDArray[np.uint8] = field(repr=False)
     """uint8 [H, W, C] of the predicted x0."""
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from service.engine.activity import Activity
+from service.engine.counting import ImageCounts
 from service.engine.event_stream import EventStream
 from service.engine.forecast import Prediction
-from service.engine.model_ids import name_of
 from service.engine.request import FailureReason, GenerationRequest, ImageResult, ImageStatus, Observation
 from service.errors import Aborted, EngineDead, GenerationFailed, ImageFailed, NotFinite
 from service.metrics import Metrics
@@ -49,8 +50,9 @@ class Ticket:
 class Tickets:
     """The tickets of requests that have not ended. Belongs to the event loop."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, activity: Activity) -> None:
         self._metrics = metrics
+        self._counts = ImageCounts(metrics, activity)
         self._tickets: dict[str, Ticket] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -101,15 +103,13 @@ class Tickets:
         Raises:
             KeyError: its request has ended, or was never accepted.
         """
-        ticket, metrics = self._tickets[result.request_id], self._metrics
+        ticket = self._tickets[result.request_id]
         ticket.outcomes.append(result)
-        model = name_of(ticket.request.model)
         if result.status is ImageStatus.DONE:
-            metrics.image_done(model, result.queue_s, result.compute_s)
-            metrics.deadline_misses.inc(result.late_s > 0)
+            self._counts.done(ticket.request.model, result)
             ticket.resolve(result.position, result)
         elif result.failure is not None:
-            metrics.model_images.labels(model, "failed").inc()
+            self._counts.failed(ticket.request.model)
             image_index = ticket.request.images[result.position].image_index
             ticket.resolve(result.position, image_failure(image_index, result.failure))
         else:

@@ -1,4 +1,4 @@
-"""create_app(settings): loads the models, wires engine, routes and error handling. No globals."""
+"""create_app(settings): load the models and wire engine, routes and error handling. No globals."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from formats.tensorrt_files import BuildEngines
 from service.backends.base import Denoiser
 from service.backends.select import load_denoiser
 from service.cpus import available_cpus
+from service.engine.activity import Activity
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.engine import Engine
 from service.engine.runners.array_runner import ArrayRunner
+from service.engine.runners.base import Runner
 from service.errors import ModelError, TracingError
 from service.http import docs_page, problems
 from service.http.door.body import WholeBody
@@ -53,19 +55,19 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
 
     Args:
-        settings: what the operator said.
-        build_engines: what builds engines of TensorRT, where the settings ask for that: the service cannot.
+        settings: the settings.
+        build_engines: builds engines of TensorRT; needed if the settings ask for that, as the service cannot.
 
     Raises:
-        ModelError: a model folder that cannot be served, or not in the way that the settings ask for.
+        ModelError: a model folder that cannot be served, or not with these settings.
         KeysError: a keys file that cannot be read.
-        TracingError: the settings ask for traces, and what that needs is not installed, or is told otherwise.
+        TracingError: the settings ask for traces, and a package is not installed or a variable OTEL_* contradicts them.
     """
     if settings.build_engines and build_engines is None:
         raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     if settings.keys_file is not None:
-        require_keys(settings.keys_file)  # what is wrong with it is said before models are loaded, which takes longer
+        require_keys(settings.keys_file)  # before models are loaded, which takes longer
     tracing = _tracing() if settings.traces else None
 
     def load(folder: Path) -> Denoiser[Any]:
@@ -82,29 +84,35 @@ def assemble(
 ) -> FastAPI:
     """Wire an application around networks that are already loaded.
 
+    Its lifespan may be entered again after it was left: it then serves the models that it served last. Tracing is
+    closed at the end of the first one.
+
     Args:
-        settings: what the operator said.
+        settings: the settings.
         denoisers: by name, the default one first.
-        load: loads others, where the settings allow that.
-        tracing: what tells of requests, and is closed in the end; None: nothing does.
+        load: loads other models, if the settings allow that.
+        tracing: reports requests, and is closed at the end of the lifespan; None: requests are not reported.
 
     Raises:
-        ModelError: a network that was compiled for batches smaller than `max_rows`; settings that ask for what cannot
-            be.
+        ModelError: a network that was compiled for batches smaller than `max_rows`, or an `admin_root` that cannot be
+            served.
         KeysError: a keys file that cannot be read.
     """
     config = settings.engine_config()
-    metrics = Metrics()
-    runners = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
+    metrics, activity = Metrics(), Activity()
+    runners: dict[str, Runner] = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
-    threads = {name: denoiser.threads for name, denoiser in denoisers.items()}
     root = settings.admin_root
     if root is not None:
         _refuse_unfit_admin_root(root, denoisers.values())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = AsyncEngine(Engine(runners, config, metrics), config, metrics, on_state=_log_state)
+        if not runners:
+            raise RuntimeError("the app has no models: it is running already, or its engine stopped with an error")
+        owner = Engine(runners, config, metrics, activity=activity)
+        runners.clear()  # while it runs the engine alone has them, so that it can free those that are unloaded
+        engine = AsyncEngine(owner, config, metrics, on_state=_log_state)
         encoding = EncodingPool()
         registry = None
         if root is not None and load is not None:
@@ -112,18 +120,19 @@ def assemble(
         app.state.service = ServiceState(
             settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry, tracing
         )
-        runners.clear()  # the engine has them, and must be able to let go of them
         log.info("settings: %s", settings.model_dump_json())
         log.info("processors: %s", available_cpus())
         for model in served.values():
             log.info(
                 "model %s: %s, %d threads, numerics_id %s",
-                model.name, model.backend, threads[model.name], model.numerics_id,
+                model.name, model.backend, model.threads, model.numerics_id,
             )  # fmt: skip
         engine.start()
         lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield
         await engine.stop()
+        if engine.state is EngineState.STOPPED:  # a dead engine's thread may still use them
+            runners.update(owner.runners)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
         lag.cancel()
@@ -136,11 +145,11 @@ def assemble(
         lifespan=lifespan,
         servers=[{"url": ".", "description": "where this document is, whatever prefix a proxy puts before it"}],
         root_path_in_servers=False,
-        docs_url=None,  # api/docs_page.py, as what it shows
+        docs_url=None,  # docs_page.py serves it, as the document
         openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,  # Location would be a whole URL; behind a proxy its scheme and prefix are not known
-        # FastAPI would tell query strings, and the messages of exceptions; ours is in api/tracing.py
+        # FastAPI's would report query strings and messages of exceptions; tracing.py has its own
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.include_router(generate.router)
@@ -180,9 +189,9 @@ def _tracing() -> Tracing:
 
 def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[Denoiser[Any]]) -> None:
     if not root.is_dir():
-        raise ModelError(f"admin_root: {root} is no folder")
+        raise ModelError(f"admin_root: {root} is not a folder")
     if any(denoiser.threads == 0 for denoiser in denoisers):
-        # A CUDA graph is captured while another thread uses the device: nobody has tried that yet
+        # A CUDA graph would be captured while another thread uses the device, which has not been tested
         raise ModelError("admin_root: on a CUDA device models cannot be loaded while others run; leave it out")
 
 

@@ -1,4 +1,4 @@
-"""EncodingPool: the threads that turn pixels into bytes, so that the event loop never does. A fixed number of them."""
+"""EncodingPool: a fixed number of threads that encode images, so that the event loop does not."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import ParamSpec, TypeVar
 from service.cpus import available_cpus
 
 MAX_THREADS = 4
-"""Encoders release the interpreter lock; more threads would take cores from the network."""
+"""Encoders release the interpreter lock; more threads would take processor cores from the network."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class EncodingPool:
-    """Runs functions in its threads. Whoever waits for one gives it one thing at a time, so nothing piles up."""
+    """Runs functions in its threads. Each request submits one function at a time, so the queue stays short."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, available_cpus().usable), thread_name_prefix="encode")
@@ -27,5 +27,5 @@ class EncodingPool:
         return await asyncio.wrap_future(self._threads.submit(function, *args, **kwargs))
 
     def close(self) -> None:
-        """Drop what has not begun, and end the threads."""
+        """Cancel functions that have not begun, and end the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""EventSource: an answer of Server-Sent Events that never falls silent, and ends at once when its reader goes away."""
+"""EventSource: an answer of Server-Sent Events with keep-alives, which ends at once when its client disconnects."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from fastapi.sse import format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.http.door.observe import CLIENT_CLOSED, ended_as
-from service.http.execution import disconnected
+from service.http.client_gone import disconnected
+from service.http.door.context import ended_as
+from service.http.door.observe import CLIENT_CLOSED
 
 KEEP_ALIVE_S = 15.0
-"""A comment goes out after so long without an event: proxies close connections that are silent for a minute."""
+"""Seconds without an event after which a comment is sent: proxies close connections that are silent for a minute."""
 MEDIA_TYPE = "text/event-stream"
 _KEEP_ALIVE = format_sse_event(comment="keep-alive")
 
 
 class EventSource(Response):
-    """Sends what a generator of framed events yields.
+    """Sends the framed events that a generator yields.
 
-    When the client closes the connection the generator is closed, wherever it waits, so that it lets go of what it
-    holds. Not a StreamingResponse, which leaves that to the garbage collector.
+    When the client disconnects the generator is closed, so that it frees its rows. Not a StreamingResponse, which
+    leaves closing to the garbage collector.
     """
 
     media_type = MEDIA_TYPE
@@ -32,7 +33,7 @@ class EventSource(Response):
     def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
         self.status_code = 200
         self.background = None
-        # No cache may keep it, and no proxy collect it before it passes it on
+        # No cache may store it, and no proxy may buffer it
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
         self._events = events
         self._sent_at = 0.0

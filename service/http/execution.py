@@ -1,6 +1,9 @@
-"""What all interfaces do with a validated body: submit it, wait or follow, let go of it, encode what came of it.
+"""The path of a generation request that all interfaces share: prepare, submit, wait or stream, encode, count.
 
-Whatever ends the waiting early frees the rows at the next step: a client that goes away, an image that fails, a limit.
+An interface turns its own body into a `GenerateRequest` and calls `prepare`, then `answer_when_done` or
+`answer_as_stream`. It supplies the encoding only.
+If the client disconnects, an image fails or a time limit passes, the images of the request are aborted; their rows are
+free at the next step.
 """
 
 from __future__ import annotations
@@ -10,20 +13,25 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from fastapi import Request
-from starlette.types import Receive
+from starlette.responses import Response
 
 from service.engine.events import Event, ImageFailed
 from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
 from service.engine.tickets import Ticket
-from service.errors import Aborted, InvalidRequest, TimedOut
+from service.errors import Aborted, GenerationFailed, InvalidRequest, TimedOut
+from service.http.client_gone import disconnected
+from service.http.door.context import client_of_request, context_of, ended_as
 from service.http.door.idempotency import derived_seed
+from service.http.event_source import EventSource
+from service.http.faults import Fault
 from service.http.native.schemas import Timing
-from service.http.state import ServiceState, asking_client
+from service.http.problems import fault_of
+from service.http.state import ServiceState
 from service.models.served_model import ServedModel, find_model
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
@@ -34,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is valid and complete, and that the engine has not seen."""
+    """A valid and complete request that has not been submitted."""
 
     model: ServedModel
     request: GenerationRequest
@@ -44,25 +52,18 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A request that the engine has taken."""
+    """A request that the engine has accepted."""
 
     model: ServedModel
     ticket: Ticket
 
     @property
     def images(self) -> tuple[ImageParams, ...]:
-        """What each image is made from."""
+        """The parameters of each image."""
         return self.ticket.request.images
 
-    def server_timing(self, results: list[ImageResult], encode_s: float) -> str:
-        """Return the value of the header Server-Timing: milliseconds in the queue, of sampling, and of encoding."""
-        begun = min(result.queue_s for result in results)
-        done = max(result.queue_s + result.compute_s for result in results)
-        phases = {"queue": begun, "denoise": done - begun, "encode": encode_s}
-        return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in phases.items())
-
     def timing(self, results: list[ImageResult]) -> Timing:
-        """Compare what was predicted on admission with what it came to; all images are done."""
+        """Return the times predicted at admission and the actual ones, up to now; all images must be done."""
         predicted = self.ticket.prediction
         return Timing(
             images_ahead=predicted.position,
@@ -73,51 +74,138 @@ class Accepted:
         )
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An accepted request whose images are all done."""
+
+    accepted: Accepted
+    results: list[ImageResult]
+    """In the order of the request."""
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The encoded answer to a request, and the time of each phase."""
+
+    response: Response
+    finished: Finished
+    encode_s: float
+
+    @property
+    def server_timing(self) -> str:
+        """The value of the header Server-Timing: milliseconds of queue, sampling and encoding."""
+        results = self.finished.results
+        begun = min(result.queue_s for result in results)
+        done = max(result.queue_s + result.compute_s for result in results)
+        phases = {"queue": begun, "denoise": done - begun, "encode": self.encode_s}
+        return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in phases.items())
+
+
+class EventWriter(Protocol):
+    """Writes the events of one stream in the form of an interface."""
+
+    async def event(self, event: Event) -> bytes | None:
+        """Return the framed event, or None if the interface does not show events of this kind."""
+        ...
+
+    def failure(self, fault: Fault) -> bytes:
+        """Return the framed event that ends a failed stream."""
+        ...
+
+
 def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Prepared:
-    """Complete a body by its model, and by who asks.
+    """Complete a body with the model's defaults and the client's limits.
 
     Raises:
-        InvalidRequest: naming field, rule and allowed values.
+        InvalidRequest: a field breaks a rule; names the field, the rule and the allowed values.
         UnknownModel: no such model.
     """
-    model, client = find_model(state.models, body.model), asking_client(request)
-    key = getattr(request.state, "idempotency_key", None)
+    model, client = find_model(state.models, body.model), client_of_request(request.scope)
+    key = context_of(request.scope).idempotency_key
     if key is not None and body.seed is None:
         body = body.model_copy(update={"seed": derived_seed(client.name, key)})
     most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
-    # An id of our own: two clients may send the same X-Request-ID
+    # Not X-Request-ID, which two clients may share
     completed = complete(body, model, uuid.uuid4().hex, most, client.name)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=key is not None)
 
 
-def submit(prepared: Prepared, state: ServiceState, watch: Watch | None = None) -> Accepted:
-    """Hand a request to the engine.
+async def answer_when_done(
+    prepared: Prepared, request: Request, state: ServiceState, encode: Callable[[Finished], Response]
+) -> Answered:
+    """Submit a request, wait for its images and encode the answer.
 
     Args:
-        prepared: what is asked for.
+        prepared: the request.
+        request: the HTTP request; waiting ends when its client disconnects.
         state: the service.
-        watch: what `follow` is to tell; None for requests that are waited for.
+        encode: builds the answer; called in a thread of the encoding pool.
 
     Raises:
-        DeadlineUnmeetable: it would not be done in time.
-        InvalidRequest: more images than could ever be in flight; a stream with an Idempotency-Key.
-        Unavailable: the service cannot take it now; says when to try again.
+        ServiceError: the engine refused the request (see `AsyncEngine.submit`), an image failed, the engine stopped,
+            the time limit passed, or the client disconnected.
     """
-    if prepared.idempotent and watch is not None:
+    accepted = _submit(prepared, state, None)
+    results = await _wait(accepted.ticket, request, state)
+    finished = Finished(accepted, results, accepted.timing(results))
+    begun = time.monotonic()
+    response = await deliver(state, len(results), encode, finished)
+    return Answered(response, finished, time.monotonic() - begun)
+
+
+def answer_as_stream(
+    prepared: Prepared,
+    watch: Watch,
+    request: Request,
+    state: ServiceState,
+    writer_of: Callable[[Accepted], EventWriter],
+) -> Response:
+    """Submit a request and return an answer that streams its events.
+
+    Args:
+        prepared: the request.
+        watch: which progress and previews to stream.
+        request: the HTTP request.
+        state: the service.
+        writer_of: creates the writer of the events.
+
+    Raises:
+        ServiceError: the engine refused the request (see `AsyncEngine.submit`), or it has an Idempotency-Key. Later
+            errors are events of the stream.
+    """
+    if prepared.idempotent:
         raise InvalidRequest("Idempotency-Key", "a stream cannot be answered twice; leave it out, and give a seed")
+    accepted = _submit(prepared, state, watch)
+    return EventSource(_written_events(accepted, writer_of(accepted), request, state))
+
+
+async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Encode finished images in the encoding pool and count them as delivered.
+
+    Args:
+        state: the service.
+        images: number of images in what is encoded.
+        encode: called in a thread of the pool.
+        *args: positional arguments of `encode`.
+        **kwargs: keyword arguments of `encode`.
+    """
+    with nullcontext() if state.tracing is None else state.tracing.encoding():
+        encoded = await state.encoding.run(encode, *args, **kwargs)
+    state.metrics.images.inc(images)
+    return encoded
+
+
+def _submit(prepared: Prepared, state: ServiceState, watch: Watch | None) -> Accepted:
     ticket = state.engine.submit(replace(prepared.request, watch=watch))
     if state.tracing is not None:
         state.tracing.follow(ticket, prepared.model.numerics_id)
     return Accepted(prepared.model, ticket)
 
 
-async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:
-    """Wait for all images, in order.
-
-    Raises:
-        GenerationFailed: an image failed, the engine stopped, it took too long, or the client went away.
-    """
+async def _wait(ticket: Ticket, request: Request, state: ServiceState) -> list[ImageResult]:
+    """Wait for all images and return them in order."""
     longest = state.settings.max_request_s
     images = asyncio.gather(*ticket.images)
     images.add_done_callback(_retrieve)
@@ -135,17 +223,25 @@ async def wait(ticket: Ticket, request: Request, state: ServiceState) -> list[Im
         _abandon(ticket, state)
 
 
-async def follow(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
-    """Yield the events of a request that was submitted with a watch, up to `Completed`.
+async def _written_events(
+    accepted: Accepted, writer: EventWriter, request: Request, state: ServiceState
+) -> AsyncGenerator[bytes]:
+    """Yield the framed events of a stream. Closing the generator aborts the request."""
+    try:
+        async with aclosing(_events(accepted.ticket, state)) as events:
+            async for event in events:
+                written = await writer.event(event)
+                if written is not None:
+                    yield written
+    except GenerationFailed as error:
+        fault = fault_of(error, request)
+        ended_as(request.scope, fault.status)
+        yield writer.failure(fault)
 
-    Close it (`contextlib.aclosing`) when the reader goes away: that is what frees the rows.
 
-    Raises:
-        GenerationFailed: an image failed, the engine stopped, or it took too long.
-        RuntimeError: nobody said what to watch.
-    """
-    if ticket.events is None:
-        raise RuntimeError("only requests that were submitted with a watch have events")
+async def _events(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
+    """Yield the events of a request up to `Completed`; raise `GenerationFailed` if an image fails or time runs out."""
+    assert ticket.events is not None  # noqa: S101  # submitted with a watch
     longest = state.settings.max_request_s
     try:
         while True:
@@ -162,18 +258,6 @@ async def follow(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
         _abandon(ticket, state)
 
 
-async def encode_answer(state: ServiceState, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Make an answer, or a part of it, of what came of a request: off the event loop, and told to who traces."""
-    with nullcontext() if state.tracing is None else state.tracing.encoding():
-        return await state.encoding.run(function, *args, **kwargs)
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return when the client has gone; the body has been read, so that is all there is left to receive."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _abandon(ticket: Ticket, state: ServiceState) -> None:
     if not all(future.done() for future in ticket.images):
         for future in ticket.images:
@@ -182,7 +266,7 @@ def _abandon(ticket: Ticket, state: ServiceState) -> None:
 
 
 def _retrieve(images: asyncio.Future[list[ImageResult]]) -> None:
-    """Look at the outcome, which nobody else does once the client has gone."""
+    """Retrieve the outcome, so that asyncio does not log it as never retrieved after a disconnect."""
     if not images.cancelled():
         images.exception()
 

@@ -1,8 +1,8 @@
-"""An error as an answer: one fault, in the form that the interface of the request has for errors.
+"""An error as an answer: one fault, written in the form of the request's interface.
 
-Ours is problem+json (RFC 9457). OpenAI's SDK reads `error.message`, and retries 409, 429 and 5xx unless
-`x-should-retry` says otherwise; clients of the Open Inference Protocol read a text in `error`. Both know broken rules
-as 400, which is 422 here.
+The native form is problem+json (RFC 9457). OpenAI's SDK reads `error.message`, and retries 409, 429 and 5xx unless
+`x-should-retry` forbids it; clients of the Open Inference Protocol read a text in `error`. Both expect 400 for a broken
+rule, which is 422 in the native interface.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from service.http.routes import interface_of
 
 MEDIA_TYPE = "application/problem+json"
 REFUSED_BEFORE_WORK = frozenset({408, 429, 503})
-"""The request may be sent again: nothing was done for it."""
+"""Statuses of requests that were refused before any work: they may be sent again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What went wrong, in no interface's words yet."""
+    """An error, independent of the interface."""
 
     status: int
     title: str
@@ -41,7 +41,7 @@ class Fault:
 
 
 class FaultResponse(Response):
-    """A fault's answer; its form is decided when it is sent, because the path is known then."""
+    """A fault's answer. Its form is chosen when it is sent, from the request's path."""
 
     def __init__(self, fault: Fault, headers: Mapping[str, str] | None = None) -> None:
         self._fault = fault

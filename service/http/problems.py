@@ -1,4 +1,4 @@
-"""From exceptions to answers: one table of statuses and titles, no tracebacks; faults.py says how they look."""
+"""Turn exceptions into answers by one table of statuses and titles; faults.py writes them in each interface's form."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ from service.errors import (
     UnknownModel,
 )
 from service.http.broken_rules import field_of, message_of
+from service.http.door.context import context_of
 from service.http.faults import Fault, FaultResponse
 from service.http.interfaces import Interface
 from service.http.routes import printable, routes_of
 
 MAX_ERRORS = 10
-"""More are not listed: an answer must not be longer than the request."""
+"""Most broken rules that are listed, so that an answer is not longer than the request."""
 BASE_URL = "base_url of OpenAI's clients is the service's address and /v1, once"
 ROUTES_THAT_GENERATE = (
     f"images come from POST /v1/generate, from POST /v1/images/generations ({BASE_URL}), and from POST "
@@ -51,7 +52,7 @@ HTTP_TITLES = {400: "Bad request", 403: "Forbidden", 404: "Not found", 405: "Met
 
 
 class Kind(NamedTuple):
-    """How an exception looks on the wire."""
+    """Status and title of an exception's answer."""
 
     status: int
     title: str
@@ -98,7 +99,7 @@ def install(app: FastAPI) -> None:
 
 
 def fault_of(error: ServiceError, request: Request) -> Fault:
-    """Return what a client is to be told of an error."""
+    """Return the fault that describes an error to the client."""
     kind = KINDS[type(error)]
     return Fault(
         status=kind.status,
@@ -119,7 +120,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     body = _body_model(request)
-    # A field may break a rule thousands of times, and thousands of fields may be unknown: few are put into words
+    # There may be thousands of errors; only the first of each listed field is described
     broken: dict[str, dict[str, Any]] = {}
     for item in error.errors():
         broken.setdefault(field_of(item["loc"]), item)
@@ -143,7 +144,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _detail(request: Request, error: HTTPException) -> str:
-    """Return the detail of an error; where no route took the request, what was asked and what exists."""
+    """Return the detail of an error; if no route took the request, name the path and the routes that exist."""
     path = request.scope["path"]
     asked = f"{request.method} {printable(path)}"
     if error.status_code == 405:
@@ -160,12 +161,12 @@ def _detail(request: Request, error: HTTPException) -> str:
 
 
 def _instance(request: Request) -> str | None:
-    request_id = getattr(request.state, "request_id", None)
-    return None if request_id is None else f"urn:iddpm:request:{request_id}"
+    request_id = context_of(request.scope).request_id
+    return f"urn:iddpm:request:{request_id}" if request_id else None
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:
-    """Return what a body of the request's route should be."""
+    """Return the model of the body that the request's route takes."""
     route = request.scope.get("route")
     body = route.body_field.field_info.annotation if isinstance(route, APIRoute) and route.body_field else None
     return body if isinstance(body, type) and issubclass(body, BaseModel) else None

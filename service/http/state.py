@@ -1,4 +1,4 @@
-"""What handlers reach through one typed dependency."""
+"""The parts of the running service, which handlers get through one typed dependency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from service.engine.async_engine import AsyncEngine
-from service.http.door.client import Client
 from service.http.encoding_pool import EncodingPool
 from service.http.page.thumbnails import Thumbnails
 from service.metrics import Metrics
@@ -31,20 +30,13 @@ class ServiceState:
     encoding: EncodingPool
     thumbnails: Thumbnails
     registry: ModelRegistry | None = None
-    """Loads and unloads models; None: nobody may."""
+    """Loads and unloads models; None: the settings do not allow it."""
     tracing: Tracing | None = None
-    """Tells a collector of requests; None: nobody asked for that."""
-
-
-def asking_client(request: Request) -> Client:
-    """Return who a request is from."""
-    client = request.state.client
-    assert isinstance(client, Client)  # noqa: S101  # set by Identify
-    return client
+    """Reports requests to a collector; None: the settings do not ask for traces."""
 
 
 async def service_state(request: Request) -> ServiceState:
-    """Return the state of the app that a request came to. Asynchronous, as FastAPI calls others in a thread."""
+    """Return the state of the app. Asynchronous, because FastAPI calls synchronous dependencies in a thread."""
     state = request.app.state.service
     assert isinstance(state, ServiceState)  # noqa: S101  # set by create_app's lifespan
     return state

@@ -1,7 +1,7 @@
-"""Tracing: what a collector is told of every request, as OpenTelemetry spans. Imported only where that is asked for.
+"""Tracing: report every request to a collector as OpenTelemetry spans. Imported only if the settings ask for traces.
 
-The span of a request has the children `queue`, `denoise` and `encode`. The first two are told when the engine has let
-go of the request, from the times that it takes anyway: nothing is traced inside its steps.
+The span of a request has the children `queue`, `denoise` and `encode`. The first two are created when the request has
+left the engine, from the times in its results: nothing is traced inside an engine step.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ from service.engine.model_ids import name_of
 from service.engine.request import ImageStatus
 from service.engine.tickets import Ticket
 from service.errors import TracingError
-from service.http.door.observe import CLIENT_CLOSED, status_of
+from service.http.door.context import context_of, status_of
+from service.http.door.observe import CLIENT_CLOSED
 from service.http.health import QUIET_PATHS
 from service.http.routes import printable, template_of
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-"""The last traces get this long to leave: a collector that is down must not keep a process from ending."""
+"""Limit for sending the last traces, so that a collector that is down does not keep the process from ending."""
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
-"""Whatever else clients call a method gets one name: names of spans must be few."""
+"""All other methods share one name, because the number of span names must be bounded."""
 
 
 class Tracing:
-    """Owns the tracer and the thread that sends spans. A collector that is down costs spans, never a request."""
+    """Owns the tracer and the thread that sends spans. A collector that is down costs spans and never a request."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        """Tell an exporter of requests; OTEL_* variables say of which, how many at a time, and under which name."""
+        """Report requests to an exporter; the variables OTEL_* configure sampling, batches and the service's name."""
         ours = Resource.create({SERVICE_NAME: "iddpm", SERVICE_VERSION: version("iddpm")})
-        resource = ours.merge(OTELResourceDetector().detect())  # what the operator says wins
+        resource = ours.merge(OTELResourceDetector().detect())  # the operator's attributes take precedence
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("iddpm", version("iddpm"))
-        # And not baggage, which nothing here wants: the SDK would log whole what is wrong with it
+        # Without baggage, which is not used here: the SDK would log an invalid one in full
         self._callers = TraceContextTextMapPropagator()
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[None]:
-        """Tell of a request up to the end of its answer; in the caller's trace, if it sends a traceparent."""
+        """Trace a request up to the end of its answer, within the caller's trace if it sends a traceparent."""
         method = scope["method"] if scope["method"] in METHODS else "_OTHER"
         name = "HTTP" if method == "_OTHER" else method
         path = {URL_PATH: printable(scope["path"]), URL_SCHEME: scope["scheme"]}
@@ -90,7 +91,7 @@ class Tracing:
 
     def _describe_end(self, span: Span, name: str, scope: Scope) -> None:
         template, status = template_of(scope), status_of(scope)
-        span.set_attribute("iddpm.request_id", scope["state"]["request_id"])
+        span.set_attribute("iddpm.request_id", context_of(scope).request_id)
         span.set_attribute(HTTP_RESPONSE_STATUS_CODE, status)
         if template is not None:
             span.update_name(f"{name} {template}")
@@ -99,13 +100,13 @@ class Tracing:
             _fail(span, str(status))
 
     def follow(self, ticket: Ticket, numerics_id: str) -> None:
-        """Tell of an accepted request's time in the engine, whatever becomes of it and of who waits for it."""
+        """Report an accepted request's time in the engine when it ends, in whatever way it ends."""
         within = get_current()
         ticket.ended.add_done_callback(lambda _: self._tell_phases(ticket, numerics_id, within))
 
     def _tell_phases(self, ticket: Ticket, numerics_id: str, within: Context) -> None:
         if not ticket.outcomes:
-            return  # the engine has stopped with an error, and took the times with it
+            return  # the engine has stopped with an error, so there are no times
         started = [outcome.queue_s for outcome in ticket.outcomes if outcome.compute_s > 0]
         ended = max(outcome.queue_s + outcome.compute_s for outcome in ticket.outcomes)
         begun = min(started, default=ended)
@@ -136,13 +137,13 @@ class Tracing:
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """Tell of the time in which pixels become bytes, waiting for a thread included."""
+        """Trace the encoding of an answer, including the wait for a thread."""
         with self._tracer.start_as_current_span("encode", record_exception=False):
             yield
 
     def close(self) -> None:
-        """Send what has not been sent; blocks, for `CLOSE_SECONDS` at most."""
-        # The provider knows no limit. A daemon that is left behind does not keep the process
+        """Send the remaining spans; blocks for `CLOSE_SECONDS` at most."""
+        # The provider has no time limit; a daemon thread does not keep the process alive
         sending = threading.Thread(target=self._provider.shutdown, name="last-traces", daemon=True)
         sending.start()
         sending.join(CLOSE_SECONDS)
@@ -151,7 +152,7 @@ class Tracing:
 
 
 class Traced:
-    """Outermost: a span around everything that a request meets, but not around what machines ask every few seconds."""
+    """The outermost middleware with tracing: a span around each request, except health checks and metrics."""
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self._app = app
@@ -167,10 +168,10 @@ class Traced:
 
 
 def tracing_to_collector() -> Tracing:
-    """Return what tells the collector that the standard OTEL_* variables name; localhost:4318 if they name none.
+    """Return tracing to the collector that the standard variables OTEL_* name, by default localhost:4318.
 
     Raises:
-        TracingError: they ask for an exporter or a protocol that there is not.
+        TracingError: they ask for an exporter or a protocol that is not supported.
     """
     exporter = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
     if exporter != "otlp":
@@ -183,7 +184,7 @@ def tracing_to_collector() -> Tracing:
 
 
 def _failure(ticket: Ticket) -> str | None:
-    """Say what kept a request from all its pictures: an image's failure rather than the abort of its siblings."""
+    """Return why a request did not get all its images: the failure of an image takes precedence over aborts."""
     if reasons := [outcome.failure for outcome in ticket.outcomes if outcome.failure is not None]:
         return reasons[0]
     if any(outcome.status is ImageStatus.ABORTED for outcome in ticket.outcomes):

@@ -1,4 +1,4 @@
-"""From what people write to class indices: spelling is forgiven, meaning is never guessed."""
+"""Find class indices by name. Differences of spelling are ignored; an ambiguous name is an error."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MAX_CLASS_NAME = 200
 NAMES_SHOWN = 20
 NEAREST_SHOWN = 5
 SHORTLIST = 50
-"""Names that share most pairs of letters with what was asked; the nearest are looked for among these."""
+"""Number of names with most pairs of letters in common, among which the nearest ones are searched."""
 
 _Index = dict[str, list[int]]
 
 
 class ClassNames:
-    """The names of a model's classes, and what they may be written like.
+    """The names of a model's classes, and the spellings that are accepted for them.
 
     A name is taken as it is written if a class has it; else without regard to case; else without regard to spaces,
     underscores and hyphens either. In a prompt, which lists names between commas, a name that holds commas itself
     ("tench, Tinca tinca") may be given whole or by one of its parts, and any class by its index.
 
-    All there is to look up is built at once, so that no request waits for it.
+    All tables are built by the constructor, so that no request waits for them.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -64,12 +64,12 @@ class ClassNames:
             most: classes it may list.
 
         Raises:
-            InvalidRequest: something in it is no name, or the name of several classes; or it lists too many.
+            InvalidRequest: a part is not a name, or the name of several classes; or it lists too many.
         """
         parts = prompt.split(",")
         if len(parts) > most * self._most_parts:
             raise InvalidRequest("prompt", f"must list at most {most} classes")
-        # Where names may end, each with where it began: the longest name first, so that a whole one beats its parts
+        # By the end of a name: its begin. The longest name comes first, so that a whole name precedes its parts
         ends: dict[int, tuple[int, list[int]]] = {0: (0, [])}
         for begin in range(len(parts)):
             if begin not in ends:
@@ -100,7 +100,7 @@ class ClassNames:
     def _meant(self, asked: str) -> list[int]:
         """Return the classes that a piece of a prompt may mean: a name, a part of one, an index."""
         asked = asked.strip()
-        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # to compare a spelling takes time, and a prompt may be long
+        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # comparing spellings is slow, and a prompt may be long
             return []
         if found := self._named(asked) or self._parts.get(_squeezed(asked)):
             return found
@@ -127,7 +127,7 @@ class ClassNames:
         return f"{', '.join(listed)}, ... ({len(self.names)} in all, see GET /v1/models)"
 
     def _shortlist(self, asked: str) -> list[str]:
-        """Return the parts most like it by the pairs of letters they share (Dice's coefficient): sets are quick."""
+        """Return the parts most similar by shared pairs of letters (Dice's coefficient): faster than difflib."""
         pairs = _pairs(_squeezed(asked))
         return heapq.nlargest(
             SHORTLIST, self._pairs, lambda part: len(pairs & self._pairs[part]) / (len(pairs) + len(self._pairs[part]))

@@ -1,8 +1,9 @@
 """ModelRegistry: loads, reloads and unloads models by name while the engine works.
 
-A model that is loaded again is another one to the engine: images that were accepted for the old weights finish on
-them, under their numerics_id, and the old weights go with the last of them. What is slow (reading, compiling, the
-self-test, warm-up, timing) happens in a thread of its own; the engine takes the result in between two steps.
+A model that is loaded again is a new model to the engine: images that were accepted for the old weights are finished
+with them, under their numerics_id, and the old weights are freed after the last of these images. The slow parts
+(reading, compiling, self-test, warm-up, timing) run in a thread of their own; the engine adds the result between two
+steps.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Prepared:
 
 
 class ModelRegistry:
-    """Changes which models are served; one change at a time. Belongs to the event loop."""
+    """Loads and unloads models, one change at a time. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -58,15 +59,15 @@ class ModelRegistry:
         root: Path,
         max_loaded: int,
     ) -> None:
-        """Begin with what is served.
+        """Begin with the models that are served.
 
         Args:
-            models: by name, the default one first; changed here, and by nobody else.
+            models: by name, the default one first; only the registry changes it.
             engine: runs them.
             config: of the engine.
-            load: makes a network of a folder; slow, and called in a thread.
+            load: loads a network from a folder; slow, called in a thread.
             root: the folder whose folders may be loaded, by their names.
-            max_loaded: most models in memory, those counted that are being loaded, or finish their last images.
+            max_loaded: most models in memory, including the one being loaded and those that finish their last images.
         """
         self._models = models
         self._engine = engine
@@ -74,17 +75,17 @@ class ModelRegistry:
         self._load = load
         self._root = root
         self._max_loaded = max_loaded
-        self._times_loaded = Counter(models.keys())
+        self._times_loaded = Counter({name: model.loaded for name, model in models.items()})
         self._changing: asyncio.Task[ServedModel] | None = None
 
     async def load(self, name: str) -> ServedModel:
-        """Load a model, or load it again; what it replaces serves until then, and for good if this fails.
+        """Load a model, or load it again. The model that it replaces is served until then, and further if this fails.
 
-        Goes on to its end when whoever asked has gone.
+        Loading continues if the client disconnects.
 
         Raises:
             UnknownModel: the root has no folder of that name.
-            LoadConflict: another one is being loaded, or there are as many in memory as may be.
+            LoadConflict: another one is being loaded, or `max_loaded` models are in memory.
             LoadFailed: it cannot be served; the log says why.
             Draining: the engine does not accept work.
             EngineDead: the engine stopped meanwhile.
@@ -102,10 +103,10 @@ class ModelRegistry:
         return await asyncio.shield(self._changing)
 
     def unload(self, name: str) -> None:
-        """Serve a model no more; accepted images finish. The next one becomes the default if it was that.
+        """Stop serving a model; accepted images finish. If it was the default, the next one becomes that.
 
         Raises:
-            UnknownModel: none of that name is served.
+            UnknownModel: no model of that name is served.
             LoadConflict: it is the last one, or one is being loaded.
         """
         if name not in self._models:
@@ -123,7 +124,7 @@ class ModelRegistry:
             await self._engine.load(served.engine_id, prepared.runner, prepared.costs)
             self._times_loaded[name] += 1
             replaced = self._models.get(name)
-            self._models[name] = served  # in its place: the default stays the default
+            self._models[name] = served  # in the same position: the default remains the default
             if replaced is not None:
                 self._engine.retire(replaced.engine_id)
             log.info("model %s: loaded, %s, numerics_id %s", name, served.backend, served.numerics_id)
@@ -134,14 +135,14 @@ class ModelRegistry:
     async def _prepared(self, name: str, folder: Path) -> _Prepared:
         try:
             return await _in_daemon(partial(self._prepare, name, folder, self._times_loaded[name] + 1))
-        except Exception as error:  # a damaged file may raise anything in anybody's parser
+        except Exception as error:  # a damaged file may raise any error in a parser
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
-        # Not a consequence of that error, which would keep what was loaded so far in memory
+        # Outside of `except`: a chained error would keep what was loaded so far in memory
         raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); the log says why")
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
-        gc.collect()  # what an earlier load left behind in cycles goes before more comes
+        gc.collect()  # free what an earlier load left in reference cycles
         denoiser = self._load(folder)
         runner = ArrayRunner(denoiser, self._config)
         runner.warm_up()
@@ -157,7 +158,7 @@ class ModelRegistry:
 
 
 async def _in_daemon(function: Callable[[], T]) -> T:
-    """Call a function in a thread that keeps no process from ending, as those of the event loop's executor would."""
+    """Call a function in a daemon thread: threads of the event loop's executor would keep the process from ending."""
     called: Future[T] = Future()
 
     def call() -> None:
@@ -171,7 +172,7 @@ async def _in_daemon(function: Callable[[], T]) -> T:
 
 
 def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:
-    """Return what routes know of a network that is loaded."""
+    """Return the description of a loaded network."""
     classifier = None if denoiser.classifier is None else denoiser.classifier.config
     return ServedModel(
         name=name,
@@ -180,13 +181,14 @@ def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: i
         numerics_id=numerics_id,
         backend=denoiser.description,
         loaded_at=time.time(),
+        threads=denoiser.threads,
         classifier=classifier,
         classes=_classes(denoiser.config, classifier),
     )
 
 
 def _classes(config: CheckpointConfig, classifier: ClassifierCheckpointConfig | None) -> ClassNames | None:
-    """Return the names of a model's classes, or of its classifier's: they are the same, where both have some."""
+    """Return the class names of a model, or of its classifier; if both have names, they are equal."""
     count = config.model.num_classes
     if count is None and classifier is not None:
         count = classifier.model.num_classes

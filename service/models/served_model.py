@@ -1,4 +1,4 @@
-"""What the service knows of a loaded model, apart from its network."""
+"""A loaded model as the service describes it, without its network."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from service.models.class_names import ClassNames
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What routes know of a model."""
+    """A model that requests can name."""
 
     name: str
     loaded: int = 1
-    """How often something was loaded under this name, this included."""
+    """Number of times that a model was loaded under this name, including this one."""
     config: CheckpointConfig
     numerics_id: str
     backend: str
     loaded_at: float
     """Seconds since 1970."""
+    threads: int = 0
+    """Threads of the processor that a network call takes; 0: it does not run on the processor."""
     classifier: ClassifierCheckpointConfig | None = None
     """The noisy classifier that guides it."""
     classes: ClassNames | None = None
@@ -29,7 +31,7 @@ class ServedModel:
 
     @property
     def engine_id(self) -> str:
-        """What the engine knows it by."""
+        """Its id in the engine."""
         return model_id(self.name, self.loaded)
 
     @property

@@ -1,4 +1,4 @@
-"""From a validated JSON body to a complete request: names to indices, defaults filled in, limits checked."""
+"""Turn a validated body into a complete request: class names into indices, defaults filled in, limits checked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
-from diffusion.plans import build_plan
-from diffusion.quoting import quoted
+from diffusion.plans import SAMPLERS, build_plan, samplers_with_eta
+from diffusion.quoting import alternatives, quoted
 from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel
@@ -84,8 +84,9 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
         spec = str(steps)
     else:
         spec = body.respacing
-    if body.eta is not None and body.sampler != "ddim":
-        raise InvalidRequest("eta", f'is a choice of sampler "ddim" only; sampler is {quoted(body.sampler)}')
+    if body.eta is not None and not SAMPLERS[body.sampler].takes_eta:
+        having = alternatives(samplers_with_eta())
+        raise InvalidRequest("eta", f"is a choice of sampler {having} only; sampler is {quoted(body.sampler)}")
     key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
     try:
         plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
@@ -101,14 +102,14 @@ def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
         raise InvalidRequest(
             "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
         )
-    return float(np.float32(body.cfg_scale))  # what the engine computes with: 1 + 1e-9 is 1, and takes one row
+    return float(np.float32(body.cfg_scale))  # the engine computes in float32: 1 + 1e-9 is 1, and takes one row
 
 
 def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
     scale = body.classifier_scale or 0
     if scale != 0 and model.classifier is None:
         raise InvalidRequest("classifier_scale", f"must be 0: the model has no noisy classifier; got {scale:g}")
-    return float(np.float32(scale))  # what the engine computes with
+    return float(np.float32(scale))  # the engine computes in float32
 
 
 def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,9 +19,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED
-from diffusion.plans import Sampler
+from diffusion.plans import SAMPLERS, samplers_with_eta
+from diffusion.quoting import in_words
 from formats.images import JPEG_QUALITY
 from service.models.class_names import MAX_CLASS_NAME
+from service.requests.registered_name import NameIn
 from service.requests.request_body import RequestBody
 
 MAX_IMAGES = 64
@@ -32,11 +35,16 @@ MAX_PREVIEW_EVERY = 10_000
 
 ImageFormat = Literal["png", "webp", "jpeg", "npz"]
 PriorityName = Literal["interactive", "batch"]
+SamplerName = Annotated[str, NameIn(SAMPLERS)]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
 
 
+def _in_code(names: Iterable[str]) -> str:
+    return in_words(f"`{name}`" for name in names)
+
+
 def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Say of a class that is none what it may be, instead of what each kind of it may be."""
+    """Replace the errors of each member of the union by one message that lists what a class may be."""
     try:
         return check(value)
     except ValidationError:
@@ -49,7 +57,7 @@ def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 class SamplingOptions(RequestBody):
-    """What every interface lets a client choose, under these names."""
+    """The options that every interface has, under these names."""
 
     model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
@@ -60,9 +68,9 @@ class SamplingOptions(RequestBody):
         default=None,
         description="Instead of `steps`: '100', sections such as '10,10,20,40', or 'ddim25'.",
     )
-    sampler: Sampler = Field(default="ancestral", description="`ancestral` or `ddim`.")
+    sampler: SamplerName = Field(default="ancestral", description=f"{_in_code(SAMPLERS)}.")
     eta: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
-        default=None, description="Noise of `ddim`, 0..1; default 0."
+        default=None, description=f"Noise of {_in_code(samplers_with_eta())}, 0..1; default 0."
     )
     cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
         default=None,

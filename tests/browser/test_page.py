@@ -21,6 +21,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
+from diffusion.plans import SAMPLERS
 from service.http.door.keys import ApiKey, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from tests.browser.conftest import Site, serving
@@ -69,6 +70,14 @@ def answered(site: Site, **body: Any) -> list[bytes]:
     """The pictures that the service gives for a request."""
     answer = httpx.post(site.url + "v1/generate", json=body, timeout=PATIENCE_S).json()
     return [base64.b64decode(image["b64_json"]) for image in answer["images"]]
+
+
+def test_the_samplers_are_those_of_the_service(page: Page, site: Site) -> None:
+    opened(page, site)
+    choices = page.locator("#samplers input")
+    assert [choice.get_attribute("value") for choice in choices.all()] == list(SAMPLERS)
+    assert page.locator("#samplers").inner_text().split() == ["Ancestral", "DDIM"]
+    expect(page.get_by_role("radio", name="Ancestral")).to_be_checked()
 
 
 def test_it_shows_the_pictures_that_anybody_gets_for_the_request(page: Page, site: Site) -> None:

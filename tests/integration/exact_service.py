@@ -16,7 +16,7 @@ import numpy.typing as npt
 import uvicorn
 from fastapi import FastAPI
 
-from diffusion.plans import Sampler, build_plan
+from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.http.app import assemble
 from service.settings import Settings
@@ -62,7 +62,7 @@ def _wait_ready(address: str) -> None:
 
 @cache
 def _alone(
-    seed: int, image_index: int, class_index: int, steps: int, cfg_scale: float, sampler: Sampler, eta: float
+    seed: int, image_index: int, class_index: int, steps: int, cfg_scale: float, sampler: str, eta: float
 ) -> npt.NDArray[np.uint8]:
     denoiser = ExactDenoiser(tiny_config())
     plan = build_plan(denoiser.config.diffusion, sampler, str(steps), eta)
@@ -77,7 +77,7 @@ def expected(
     *,
     steps: int,
     cfg_scale: float = 1.5,
-    sampler: Sampler = "ancestral",
+    sampler: str = "ancestral",
     eta: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
     """Sample one image [H, W, C] alone, without any service; guidance as the model recommends."""

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from diffusion.arrays import to_numpy
 from diffusion.config import CheckpointConfig
 from diffusion.network_inputs import NetworkInputs
-from diffusion.plans import Sampler
 from formats.checkpoint import write_checkpoint
 from formats.classifier_folder import CLASSIFIER_FOLDER
 from service.backends.artifact_model import open_artifact
@@ -84,7 +83,7 @@ def make(gradients: dict[Subject, GuidingClassifier[Any]], tmp_path: Path) -> Ma
 
 
 def put(
-    runner: ArrayRunner[Any], case: dict[str, Any], sampler: Sampler, num_steps: int, x: Any, y: Any, step: Any
+    runner: ArrayRunner[Any], case: dict[str, Any], sampler: str, num_steps: int, x: Any, y: Any, step: Any
 ) -> list[ImageStep]:
     """Put images into slots; returns the step of each, which need not be its first."""
     steps = [
@@ -121,7 +120,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, noise: npt.NDArray[Any]) -> None:
 @CASES
 @pytest.mark.parametrize(("sampler", "expected"), [("ancestral", "p_sample.sample"), ("ddim", "ddim.sample")])
 def test_a_guided_step_of_the_runner_equals_the_reference(
-    make: Make, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], sampler: Sampler, expected: str, subject: Subject
+    make: Make, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], sampler: str, expected: str, subject: Subject
 ) -> None:
     runner, key = make(subject, case), case["key"]
     x, t, y = (GOLDEN[f"{key}.{name}"] for name in ("x", "t", "y"))
@@ -137,7 +136,7 @@ def test_a_guided_step_of_the_runner_equals_the_reference(
 @SUBJECTS
 @pytest.mark.parametrize(("key", "sampler"), [("chain_p_sample_loop", "ancestral"), ("chain_ddim_sample_loop", "ddim")])
 def test_a_guided_chain_of_the_runner_equals_the_reference(
-    make: Make, monkeypatch: pytest.MonkeyPatch, key: str, sampler: Sampler, subject: Subject
+    make: Make, monkeypatch: pytest.MonkeyPatch, key: str, sampler: str, subject: Subject
 ) -> None:
     case = GOLDEN.config["chain"]
     runner, y = make(subject, case), GOLDEN[f"{key}.y"]

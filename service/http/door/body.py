@@ -1,4 +1,4 @@
-"""Bodies are read whole, and within a limit, before anything else is done for a request. A pure ASGI middleware."""
+"""Read the whole body, up to a limit, before a request is handled. A pure ASGI middleware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.http.problems import problem
 
 
 class WholeBody:
-    """Hands on requests whose body has arrived; one that is too long gets 413, one that breaks off gets nothing."""
+    """Passes on requests whose body is complete. One that is too long gets 413, one that breaks off gets no answer."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app

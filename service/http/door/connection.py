@@ -1,4 +1,4 @@
-"""A connection with limits that uvicorn's does not have, and with answers for clients that have closed their side."""
+"""HTTP/1.1 connections with time limits that uvicorn does not have, and with answers for half-closed connections."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.http.door.connection_limit import OpenConnections
-from service.http.door.guard import NO_PLACE
-from service.http.door.observe import ended_as
+from service.http.door.context import NO_PLACE, context_of, ended_as
 from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.faults import Fault, answer_of
 from service.http.routes import ANYBODY, interface_of
 
 INCOMPLETE = (h11.IDLE, h11.SEND_BODY)
-"""States of a client whose request has not arrived, or not all of it."""
+"""States of a client whose request has not arrived completely."""
 
 
 LOOK_AFTER_S = 0.1
-"""How soon after a client has closed its sending side it is asked for whether it is still there."""
+"""Seconds from a client's half-close to the first check whether it is still connected."""
 LOOK_EVERY_S = 1.0
 
 
 class LimitedProtocol(H11Protocol):
-    """HTTP/1.1 that ends connections of slow clients, and idle ones where others need their place.
+    """HTTP/1.1 that closes connections of slow clients, and idle ones if new connections need their place.
 
-    Reading: a request must be here, to the last byte of its body, within `read_seconds` of the connection or, on one
-    that is used again, of its first byte. Writing: a client must take some of its answer every `write_seconds`.
+    Reading: a request must arrive completely within `read_seconds` of the connection or, on a reused connection, of its
+    first byte. Writing: a client must read some of its answer every `write_seconds`.
 
-    A client may close its sending side and read its answer (`nc -N`). One that has closed both sides looks the same
-    until something is sent to it. So it is sent "100 Continue", which clients pass over, and its system's reset ends
-    the request.
+    A client may close its sending side and read its answer (`nc -N`). A client that has closed both sides looks the
+    same until something is sent to it. So "100 Continue" is sent, which clients ignore; if the client is gone, its
+    system answers with a reset, which ends the request.
     """
 
     read_seconds = 10.0
@@ -50,7 +49,7 @@ class LimitedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # tells us when anything at all is left to be written
+        transport.set_write_buffer_limits(high=0)  # pause_writing is called as soon as anything is buffered
         if not self.open_connections.enter(self):
             self.app_state = {**self.app_state, NO_PLACE: True}
         self._time_reading()
@@ -75,7 +74,7 @@ class LimitedProtocol(H11Protocol):
                 timer.cancel()
 
     def make_room(self) -> None:
-        """Close the connection at once, which is idle: another one needs its place."""
+        """Close the connection, which is idle, at once: another one needs its place."""
         self.transport.abort()
 
     @property
@@ -103,19 +102,19 @@ class LimitedProtocol(H11Protocol):
             self.transport.close()
 
     def _look_after_half_closed(self, waited: float) -> None:
-        """Abort the request if the client has gone altogether."""
+        """Abort the request if the client has closed both sides."""
         self._looking = None
         if not self._in_flight:
             return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()  # what was sent has been answered with a reset
+            self.transport.abort()  # the client's system answered with a reset
             return
         if self.conn.our_state is h11.SEND_RESPONSE and not self._was_sent_100:
             if self.conn.their_http_version != b"1.0":
                 self._was_sent_100 = True
                 head = h11.InformationalResponse(status_code=HTTPStatus.CONTINUE, reason=b"Continue", headers=[])
                 self.transport.write(self.conn.send(head) or b"")
-            elif waited == LOOK_EVERY_S:  # it knows no "100 Continue", and has had the time of any answer but pictures
+            elif waited == LOOK_EVERY_S:  # no "100 Continue" in HTTP/1.0, and only images take so long
                 self.transport.abort()
                 return
         wait = min(2 * waited, LOOK_EVERY_S)
@@ -135,7 +134,7 @@ class LimitedProtocol(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._answer(HTTPStatus.REQUEST_TIMEOUT, f"the request did not arrive within {self.read_seconds:g} s")
         else:
-            self.transport.close()  # nothing was asked
+            self.transport.close()  # no request was begun
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -158,11 +157,11 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP as everything else is answered."""
+        """Answer bytes that are not HTTP with an error in the usual form."""
         self._answer(HTTPStatus.BAD_REQUEST, "this could not be read as an HTTP request, or its head is too long")
 
     def _answer(self, status: HTTPStatus, detail: str) -> None:
-        """Answer without the app, unless that has begun to; then close."""
+        """Answer without the app, unless it has begun to answer; then close."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
@@ -173,11 +172,11 @@ class LimitedProtocol(H11Protocol):
             scope = cast("Scope", self.cycle.scope)  # uvicorn's type is narrower
             ended_as(scope, status)
             interface = interface_of(scope)
-            if request_id := scope["state"].get("request_id"):
+            if request_id := context_of(scope).request_id:
                 more["X-Request-ID"] = request_id
         answer = answer_of(Fault(status=status, title=status.phrase.capitalize(), detail=detail), interface)
-        told = {name.title(): value for name, value in answer.headers.items()}
-        headers = [*told.items(), *more.items(), ("Connection", "close")]
+        described = {name.title(): value for name, value in answer.headers.items()}
+        headers = [*described.items(), *more.items(), ("Connection", "close")]
         head = h11.Response(status_code=status, reason=status.phrase.encode(), headers=headers)
         for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
@@ -187,6 +186,6 @@ class LimitedProtocol(H11Protocol):
 def limited_protocol(
     read_seconds: float, write_seconds: float, open_connections: OpenConnections
 ) -> type[LimitedProtocol]:
-    """Return the protocol with these limits, as uvicorn wants it: a class."""
+    """Return the protocol with these limits as a class, which uvicorn takes."""
     limits = {"read_seconds": read_seconds, "write_seconds": write_seconds, "open_connections": open_connections}
     return type("LimitedProtocol", (LimitedProtocol,), limits)

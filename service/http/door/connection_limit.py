@@ -1,4 +1,4 @@
-"""How many connections may be open: fewer than file descriptors are left, so that the service always answers health."""
+"""Limit open connections below the free file descriptors, so that the service can always answer health checks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 SPARE_DESCRIPTORS = 64
-"""Kept for other files (keys, models, pages, a collector of traces) and for connections on their way in or out."""
+"""Reserved for other files (keys, models, pages, a collector of traces) and for connections that open or close."""
 UNKNOWN_DESCRIPTORS = 32
-"""Taken to be open where the system does not list them."""
+"""Assumed to be open if the system does not list them."""
 LARGEST_LIMIT = 1 << 20
-"""What Linux allows a process unless told otherwise; taken where a system names no limit."""
+"""The default limit of Linux; assumed if the system has none."""
 WARN_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DescriptorBudget:
-    """What the limit of open files (`ulimit -n`) leaves for connections."""
+    """The share of the limit of open files (`ulimit -n`) that is left for connections."""
 
     connections: int
-    """Most that are open at a time."""
+    """Most open connections."""
     accepts: int
-    """Most that are accepted at once, before those beyond `connections` are closed."""
+    """Most connections that are accepted at once, before those beyond `connections` are closed."""
 
 
 def descriptor_budget() -> DescriptorBudget:
-    """Divide the file descriptors that this process has left."""
+    """Return how the free file descriptors of this process are divided."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         limit = LARGEST_LIMIT
@@ -47,7 +47,7 @@ def _open_descriptors() -> int:
 
 
 class Closable(Protocol):
-    """A connection, as far as it can be closed."""
+    """A connection that can be closed."""
 
     def make_room(self) -> None:
         """Close it at once: another one needs its place."""

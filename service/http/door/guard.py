@@ -1,6 +1,6 @@
-"""The door: a pure ASGI middleware that looks at the head of a request before anything else does.
+"""Check the head of a request before its body is read: host, size, media type. A pure ASGI middleware.
 
-Not a BaseHTTPMiddleware, behind which a handler never learns that its client has gone.
+Not a BaseHTTPMiddleware: behind one, a handler is not informed that its client has disconnected.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.hosts import canonical_host
+from service.http.door.context import context_of
 from service.http.health import HEALTH_PATHS, QUIET_PATHS
 from service.http.interfaces import Interface
 from service.http.problems import problem
 from service.http.routes import interface_of, routes_of
 
 MAX_HEADER_BYTES = 32768
-"""The HTTP parser stops heads that grow beyond this; one that comes in a single packet is measured here."""
-NO_PLACE = "no_place"
-"""Item of a request's state, where its connection is one more than may be open."""
+"""The HTTP parser stops longer heads, but not one that arrives in a single packet; that one is measured here."""
 
 
 class Guard:
-    """Refuses what no handler should see: 503 where there are too many connections, 421, 431, 415."""
+    """Refuses requests that no handler should get: 503 for too many connections, 421, 431, 415."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
         self._app = app
@@ -43,7 +42,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        if NO_PLACE in scope.get("state", ()) and scope["path"] not in QUIET_PATHS:
+        if not context_of(scope).has_place and scope["path"] not in QUIET_PATHS:
             return problem(
                 503,
                 "Too many connections",
@@ -74,16 +73,17 @@ def _refusal_of_body(scope: Scope, headers: Headers) -> Response | None:
 
 
 def _has_handler(scope: Scope) -> bool:
-    """Return whether a route would take the request; otherwise it gets 404 or 405, whatever its body is."""
+    """Return whether a route takes the request; otherwise it gets 404 or 405, whatever its body is."""
     route = routes_of(scope).find(scope["path"])
     return route is not None and scope["method"] in route.methods
 
 
 def _expected_media_type(interface: Interface, headers: Headers) -> str | None:
-    """Return what a body should be declared as; None: as it is.
+    """Return the media types that the body must be declared as; None: its declaration is correct.
 
-    A page of another origin may send what a form can send, or nothing declared, without asking. So bodies are declared,
-    as what forms do not send; but tensors from tritonclient are not. It is no browser: those name the page's origin.
+    A browser lets a page of another origin send a body without a declaration, or declared as a form, without a
+    preflight. So a declaration that forms cannot have is required. tritonclient sends tensors without one: that is
+    allowed if the request is not from a browser, which would send Origin or Sec-Fetch-Site.
     """
     declared = headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared == "application/json":
@@ -97,8 +97,8 @@ def _expected_media_type(interface: Interface, headers: Headers) -> str | None:
 
 
 def _host_of(header: str) -> str:
-    """Return the host that a Host header names, as the settings write it; "" where it names none."""
-    try:  # other than ASCII is never sent by a client that keeps to the rules, and costs much to read
+    """Return the host of a Host header in the spelling of the settings; "" if it has none."""
+    try:  # clients send ASCII; anything else is not valid, and expensive to parse
         return canonical_host(re.sub(r":\d*$", "", header)) if header.isascii() else ""
     except ValueError:
         return ""

@@ -1,9 +1,10 @@
-"""Idempotency-Key: one execution for all requests of a client that carry the same key, and equal answers.
+"""Idempotency-Key: all requests of a client with the same key get one execution and equal answers.
 
-A pure ASGI middleware, so that every route has it. The execution is a task of its own, which ends early only when all
-who wait for it have gone. Good answers are kept for a while; any other is forgotten once those who waited have it, so
-that trying again tries again. Where nothing is kept (another replica, a restart, a full memory) a request is executed
-anew: the seed that `derived_seed` gives it makes the same pictures.
+A pure ASGI middleware, so it applies to every route. The execution is a task of its own; it ends early only when all
+clients that wait for it have disconnected. Answers with a status below 300 are kept for a limited time. Any other
+answer is discarded after it was sent, so that a retry executes the request again. If no answer is kept (another
+replica, a restart, the memory limit), the request is executed again with the seed of `derived_seed`, which gives the
+same images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion.noise import MAX_SEED
-from service.http.door.client import Client
+from service.http.door.context import client_of_request, context_of
 from service.http.kserve.tensors import LENGTH_HEADER
 from service.http.problems import problem
 
@@ -29,14 +30,14 @@ HEADER = "Idempotency-Key"
 KEY = re.compile(r"[!-~]{1,255}")
 REPLAYED = (b"idempotent-replayed", b"true")
 OVERHEAD_BYTES = 2048
-"""What keeping an answer takes beside its body: names, headers, objects."""
+"""Memory of a kept answer beside its body: key, headers, objects."""
 
 Name = tuple[str, str]
-"""A client's name and its key: two clients never meet."""
+"""A client's name and its key, so that equal keys of two clients are independent."""
 
 
 def derived_seed(client: str, key: str) -> int:
-    """Return the seed of a request with a key and without a seed: on every replica the same."""
+    """Return the seed of a request with a key and without a seed; it is the same on every replica."""
     return int.from_bytes(sha256(f"{client}\n{key}".encode()).digest()) % (MAX_SEED + 1)
 
 
@@ -54,7 +55,7 @@ class _Answer:
 @dataclass
 class _Execution:
     asked: bytes
-    """Hash of what was asked for."""
+    """Hash of the request."""
     waiting: int = 0
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[_Answer] = field(init=False)
@@ -73,7 +74,7 @@ class _Kept:
 
 
 class Idempotency:
-    """Runs what carries a key once; the answers that it keeps are bounded in bytes and age."""
+    """Executes requests with a key once; the answers that it keeps are bounded in bytes and age."""
 
     def __init__(
         self, app: ASGIApp, max_bytes: int, keep_s: float, clock: Callable[[], float] = time.monotonic
@@ -87,20 +88,18 @@ class Idempotency:
         self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, whose body is there."""
+        """Serve one request, whose body has been read."""
         key = Headers(scope=scope).get(HEADER) if scope["type"] == "http" and scope["method"] == "POST" else None
         if key is None:
             await self._app(scope, receive, send)
         elif not KEY.fullmatch(key):
             await _refused(400, "Bad request", "must be 1 to 255 printable ASCII characters")(scope, receive, send)
         else:
-            scope["state"]["idempotency_key"] = key
+            context_of(scope).idempotency_key = key
             await self._once(scope, receive, send, key)
 
     async def _once(self, scope: Scope, receive: Receive, send: Send, key: str) -> None:
-        client = scope["state"]["client"]
-        assert isinstance(client, Client)  # noqa: S101  # Identify stands before
-        name, request = (client.name, key), await receive()
+        name, request = (client_of_request(scope).name, key), await receive()
         asked = _hash_of(scope, request["body"])
         self._forget_old()
         known = self._running.get(name) or self._kept.get(name)
@@ -139,9 +138,9 @@ class Idempotency:
         return _Answer(start["status"], list(start["headers"]), b"".join(part.get("body", b"") for part in parts))
 
     async def _wait(self, execution: _Execution, name: Name, receive: Receive) -> _Answer | None:
-        """Wait for an execution's answer; None: the client has gone, which ends it if nobody else waits."""
+        """Wait for an execution's answer; None: the client disconnected. The last client to disconnect ends it."""
         execution.waiting += 1
-        gone = asyncio.ensure_future(receive())  # the body has been read: a disconnect is all that can come
+        gone = asyncio.ensure_future(receive())  # the body has been read, so only a disconnect can follow
         try:
             await asyncio.wait([execution.task, gone], return_when=asyncio.FIRST_COMPLETED)
             return execution.task.result() if execution.task.done() else None
@@ -150,7 +149,7 @@ class Idempotency:
             execution.waiting -= 1
             if not execution.waiting and not execution.task.done():
                 execution.abandoned.set()
-                self._running.pop(name)  # whoever comes now starts anew
+                self._running.pop(name)  # a later request executes again
 
     def _end(self, name: Name, execution: _Execution) -> None:
         if self._running.get(name) is execution:
@@ -159,7 +158,7 @@ class Idempotency:
             return
         answer = execution.task.result()
         kept = _Kept(execution.asked, answer, self._clock() + self._keep_s)
-        # One that does not fit by itself would push out all the others first
+        # An answer above the limit by itself would displace all the others
         if answer.status < 300 and kept.size <= self._max_bytes:
             self._kept[name] = kept
             self._bytes += kept.size
@@ -176,7 +175,7 @@ class Idempotency:
 
 
 def _hash_of(scope: Scope, body: bytes) -> bytes:
-    """Hash what determines an answer."""
+    """Hash the parts of a request that determine its answer."""
     headers = Headers(scope=scope)
     named = (", ".join(headers.getlist(name)).encode() for name in ("accept", LENGTH_HEADER))
     parts = (scope["path"].encode(), scope["query_string"], *named, body)

@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: by API key where keys are in force, else by address. A pure ASGI middleware."""
+"""Identify the client: by API key if the service has keys, else by address. A pure ASGI middleware."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.hosts import Network
 from service.http.door.client import Client, client_of
+from service.http.door.context import context_of
 from service.http.door.key_ring import KeyRing
 from service.http.door.keys import ApiKey
 from service.http.door.rates import RequestRates
@@ -18,12 +19,12 @@ from service.http.health import HEALTH_PATHS
 from service.http.problems import problem
 
 OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/openapi.json"}
-"""Answered without a key: supervisors and load balancers have none, documentation is public, the page asks for one."""
+"""Served without a key: health checks have none, the documentation is public, and the page asks for a key itself."""
 OPEN_FOLDER = "/page/"
 
 
 class Identify:
-    """Writes the `Client` into the request's state; without a valid key, answers 401, and 429 above a key's rate."""
+    """Writes the `Client` into the request's context; answers 401 without a valid key, 429 above a key's rate."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing | None, trusted_proxies: Collection[Network]) -> None:
         self._app = app
@@ -45,7 +46,7 @@ class Identify:
                 await _unauthorized(headers)(scope, receive, send)
                 return
             client, refusal = Client(f"key:{key.name}", key.limits, key.admin), self._too_often(key, scope)
-        scope.setdefault("state", {})["client"] = client
+        context_of(scope).client = client
         await (refusal or self._app)(scope, receive, send)
 
     def _by_address(self, scope: Scope, headers: Headers) -> Client:

@@ -1,4 +1,4 @@
-"""What every request leaves behind: an id in the answer, a log line, a count. A pure ASGI middleware."""
+"""Give every answer an id, log every request and count it. A pure ASGI middleware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.http.door.client import Client
+from service.http.door.context import context_of
 from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.health import QUIET_PATHS
 from service.http.interfaces import generates
@@ -26,13 +26,11 @@ log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 CLIENT_CLOSED = 499
 REFUSED = frozenset({429, 503})
-"""Nothing was wrong with the request; it may be sent again."""
-
-_ENDED_AS = "ended_as"
+"""The request is valid and may be sent again."""
 
 
 class Observe:
-    """Outermost: whatever the answer is, and whoever gave it, it is named, logged and counted here once."""
+    """The outermost middleware without tracing: names, logs and counts each answer once, whatever produced it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -45,7 +43,7 @@ class Observe:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        context_of(scope).request_id = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):  # for every log line from here on
             await self._serve(scope, receive, send, request_id)
 
@@ -66,10 +64,10 @@ class Observe:
         try:
             await self._app(scope, receive, send_named)
         except asyncio.CancelledError:
-            status = CLIENT_CLOSED  # whatever the answer began with, nobody has its end
+            status = CLIENT_CLOSED  # the client did not get the whole answer
             raise
         except Exception as error:
-            log.error("unexpected error", exc_info=error)  # said once, here
+            log.error("unexpected error", exc_info=error)
             if status != CLIENT_CLOSED:
                 status = 500
                 raise  # an answer had begun: all that is left is to break the connection
@@ -77,8 +75,10 @@ class Observe:
                 scope, receive, send_named
             )
         finally:
-            status = scope["state"].setdefault(_ENDED_AS, status)
-            self._record(scope, status, time.perf_counter() - begun)
+            context = context_of(scope)
+            if context.status is None:
+                context.status = status
+            self._record(scope, context.status, time.perf_counter() - begun)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
@@ -88,26 +88,14 @@ class Observe:
             if outcome == "ok":
                 self._metrics.request_seconds.observe(seconds)
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
-        client = scope["state"].get("client")  # nobody was identified where the request was refused before
-        who = client.name if isinstance(client, Client) else "-"
-        told = (scope["method"], printable(path), status, round(seconds, 3), who)
-        log.log(level, "%s %s %d %.3fs %s", *told, extra=dict(zip(REQUEST_FIELDS, told, strict=True)))
-
-
-def ended_as(scope: Scope, status: int) -> None:
-    """Say what an answer that had begun came to: the status it would have had, had it been known then."""
-    scope["state"][_ENDED_AS] = status
-
-
-def status_of(scope: Scope) -> int:
-    """Return what a request came to, as it was logged and counted; it has passed `Observe`."""
-    status = scope["state"][_ENDED_AS]
-    assert isinstance(status, int)  # noqa: S101  # set by Observe
-    return status
+        client = context_of(scope).client
+        client_name = "-" if client is None else client.name
+        fields = (scope["method"], printable(path), status, round(seconds, 3), client_name)
+        log.log(level, "%s %s %d %.3fs %s", *fields, extra=dict(zip(REQUEST_FIELDS, fields, strict=True)))
 
 
 def outcome_of(status: int) -> Outcome:
-    """Say what became of a generation request, by the status of its answer."""
+    """Return the outcome of a generation request, by the status of its answer."""
     if status < 400:
         return "ok"
     if status == CLIENT_CLOSED:

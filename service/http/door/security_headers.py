@@ -7,6 +7,6 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",  # no <img> of another origin shows our pictures
-    "Cache-Control": "no-store",  # one client's pictures are nobody else's
+    "Cache-Control": "no-store",  # a cache must not give one client's images to another
 }
 """Set where the answer does not bring its own."""

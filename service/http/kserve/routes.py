@@ -1,7 +1,8 @@
-"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. What Triton's clients speak."""
+"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. Triton's clients use it."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version as version_of
 from typing import Annotated, Any
 
@@ -13,11 +14,10 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from diffusion.quoting import quoted
-from service.engine.request import ImageResult
 from service.errors import InvalidRequest, UnknownModel
 from service.http.broken_rules import dotted, message_of
 from service.http.door.json_body import read_json
-from service.http.execution import Accepted, encode_answer, prepare, submit, wait
+from service.http.execution import Finished, answer_when_done, prepare
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import KserveRoute
 from service.http.kserve.schemas import (
@@ -39,6 +39,7 @@ from service.http.kserve.tensors import (
     LENGTH_HEADER,
     Datatype,
     Element,
+    datatype_of,
     read_tensors,
     split_body,
     with_member,
@@ -47,20 +48,19 @@ from service.http.kserve.tensors import (
 from service.http.openapi import inlined
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
-from service.requests.generate_request import GenerateRequest
+from service.requests.generate_request import GenerateRequest, SamplingOptions
 
+NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
+"""The options of all interfaces that are no tensors here: the path names the model, the others are parameters."""
 INPUTS: dict[str, Datatype] = {
     "class": "BYTES",
     "class_index": "INT64",
     "n": "INT64",
-    "steps": "INT64",
-    "respacing": "BYTES",
-    "sampler": "BYTES",
-    "eta": "FP32",
-    "cfg_scale": "FP32",
-    "classifier_scale": "FP32",
-    "seed": "INT64",
-    "image_index": "INT64",
+    **{
+        name: datatype_of(field.annotation)
+        for name, field in SamplingOptions.model_fields.items()
+        if name not in NOT_INPUTS
+    },
 }
 """Fields of a native request, all optional; `class_index` is a `class` that is given as a number."""
 ONE_PER_IMAGE = frozenset({"class", "class_index"})
@@ -74,7 +74,7 @@ TRITON_TYPES: dict[Datatype, str] = {
 BATCH_PRIORITY = 2
 """Triton's priorities count from 1, the highest."""
 NO_CLASS = -1
-"""`class_index` of an image that has none: its model's classifier knows classes, and was not asked to guide."""
+"""`class_index` of an image without a class, if only the model's classifier has classes and did not guide it."""
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -88,7 +88,7 @@ Model = Annotated[ServedModel, Depends(served_model)]
 
 
 async def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
-    """Refuse versions that the model does not have."""
+    """Raise UnknownModel for versions that the model does not have."""
     if version != model.numerics_id:
         raise UnknownModel(f"{model.name}, version {version}", [f"{model.name}, version {model.numerics_id}"])
 
@@ -138,7 +138,7 @@ async def ready(state: State) -> Ready | Response:
 @server.get("/models/stats")
 async def all_stats(state: State) -> ModelStatsList:
     """Say what all models have done since the process began."""
-    return ModelStatsList(model_stats=[model_stats(model, state.metrics) for model in state.models.values()])
+    return ModelStatsList(model_stats=[model_stats(model, state.engine.activity) for model in state.models.values()])
 
 
 @of_model.get("")
@@ -189,7 +189,7 @@ async def config(model: Model) -> ModelConfig:
 @of_model.get("/stats")
 async def stats(model: Model, state: State) -> ModelStatsList:
     """Say what a model has done since the process began."""
-    return ModelStatsList(model_stats=[model_stats(model, state.metrics)])
+    return ModelStatsList(model_stats=[model_stats(model, state.engine.activity)])
 
 
 @of_model.post(
@@ -207,11 +207,9 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     """
     head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
     asked = _read(head)
-    accepted = submit(prepare(_generate_request(asked, behind, model), request, state), state)
-    results = await wait(accepted.ticket, request, state)
-    answer = await encode_answer(state, _answer, asked, accepted, results)
-    state.metrics.images.inc(len(results))
-    return answer
+    prepared = prepare(_generate_request(asked, behind, model), request, state)
+    answered = await answer_when_done(prepared, request, state, partial(_answer, asked))
+    return answered.response
 
 
 server.include_router(of_model, prefix="/models/{model}")
@@ -240,7 +238,7 @@ def _read(head: bytes) -> InferRequest:
 
 
 def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
-    """Return the request that tensors and parameters mean."""
+    """Return the native request for tensors and parameters."""
     for tensor in asked.inputs:
         if tensor.name not in INPUTS:
             raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")
@@ -268,10 +266,10 @@ def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) ->
         raise RequestValidationError(error.errors()) from error
 
 
-def _answer(asked: InferRequest, accepted: Accepted, results: list[ImageResult]) -> Response:
-    params, model = accepted.images, accepted.model
+def _answer(asked: InferRequest, finished: Finished) -> Response:
+    params, model = finished.accepted.images, finished.accepted.model
     arrays: dict[str, npt.NDArray[Any]] = {
-        "images": np.stack([result.pixels for result in results if result.pixels is not None]),
+        "images": np.stack([result.pixels for result in finished.results if result.pixels is not None]),
         "seed": np.array([image.seed for image in params], np.int64),
         "image_index": np.array([image.image_index for image in params], np.int64),
     }

@@ -1,15 +1,15 @@
 """Tensors of the Open Inference Protocol on the wire: in JSON, or as bytes behind it (the binary tensor extension).
 
-A body is a JSON object, followed by the bytes of those tensors that say `binary_data_size`, in order; the header
-Inference-Header-Content-Length says where the object ends. Nothing a body says of itself is believed.
+A body is a JSON object, followed by the bytes of the tensors that have `binary_data_size`, in order; the header
+Inference-Header-Content-Length gives the length of the object. All sizes in a body are checked.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,30 @@ from service.requests.request_body import RequestBody
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 MAX_ELEMENTS = MAX_IMAGES
-"""No input holds more: an element per image."""
+"""Most elements of an input: one per image."""
 
 PIECE = 16384
-"""Elements that are put into JSON at once: about a millisecond, in which no other thread runs."""
+"""Elements that are put into JSON at once: about a millisecond without another thread running."""
 
 Datatype = Literal["BYTES", "INT64", "FP32", "UINT8"]
 Element = int | float | str
 NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT8": "u1"}
+
+
+def datatype_of(annotation: Any) -> Datatype:
+    """Return the datatype of a tensor that holds values of an annotation: of numbers the widest, else BYTES."""
+    kinds = set(_kinds(annotation))
+    if float in kinds:
+        return "FP32"
+    return "INT64" if int in kinds else "BYTES"
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the classes in an annotation: int and float of Annotated[int | float, ...] | None."""
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
 
 
 class InputParameters(RequestBody):
@@ -66,14 +82,14 @@ class OutputTensor(BaseModel):
 
 
 def split_body(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
-    """Return the JSON object of a body, and what is behind it.
+    """Return the JSON object of a body, and the bytes behind it.
 
     Args:
         body: all of it.
-        header_length: value of Inference-Header-Content-Length; None: the object is all there is.
+        header_length: value of Inference-Header-Content-Length; None: the body is the object alone.
 
     Raises:
-        InvalidRequest: the header is no length, or longer than the body.
+        InvalidRequest: the header is not a length, or exceeds the body.
     """
     if header_length is None:
         return body, b""
@@ -88,10 +104,10 @@ def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, lis
 
     Args:
         tensors: as the JSON object describes them; datatypes have been checked.
-        binary: what is behind the object.
+        binary: the bytes behind the object.
 
     Raises:
-        InvalidRequest: two tensors have one name, or lengths do not agree, or bytes are not what they should be.
+        InvalidRequest: two tensors have one name, lengths do not agree, or bytes are invalid for their datatype.
     """
     elements: dict[str, list[Element]] = {}
     offset = 0
@@ -116,23 +132,23 @@ def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, lis
 
 
 def with_member(described: BaseModel, name: str, value: bytes) -> bytes:
-    """Return the JSON object of a model, with one more member, or another value of one.
+    """Return a model as a JSON object with one member added or replaced.
 
     Args:
-        described: has a field before that one.
-        name: the member's.
-        value: JSON.
+        described: the model; has a field before that member.
+        name: of the member.
+        value: of the member, as JSON.
     """
     others = described.model_dump_json(exclude={name}, exclude_none=True).encode().removesuffix(b"}")
     return b"".join([others, b',"', name.encode(), b'":', value, b"}"])
 
 
 def write_tensors(arrays: Mapping[str, npt.NDArray[Any]], as_bytes: Mapping[str, bool]) -> tuple[bytes, bytes]:
-    """Return output tensors as the JSON object has them, a list of `OutputTensor`, and the bytes behind it.
+    """Return output tensors as a JSON list of `OutputTensor`, and the bytes behind the JSON object.
 
     Args:
-        arrays: by name, in order; of a type that the protocol has.
-        as_bytes: which of them go behind the object.
+        arrays: by name, in order; int64, float32 or uint8.
+        as_bytes: by name, whether the elements are bytes behind the object.
     """
     tensors, behind = [], []
     for name, array in arrays.items():
@@ -149,14 +165,14 @@ def write_tensors(arrays: Mapping[str, npt.NDArray[Any]], as_bytes: Mapping[str,
 
 
 def _as_json(array: npt.NDArray[Any]) -> bytes:
-    """Return elements as a JSON list, made in pieces: in between them other threads get the interpreter."""
+    """Return elements as a JSON list. Made in pieces, so that other threads can run in between."""
     flat = array.ravel()
     pieces = (to_json(flat[begin : begin + PIECE].tolist())[1:-1] for begin in range(0, flat.size, PIECE))
     return _listed(pieces)
 
 
 def _listed(items: Iterable[bytes]) -> bytes:
-    """Return a JSON list. Made by `join`, which lets other threads run while it copies megabytes."""
+    """Return a JSON list. Made by `join`, during which other threads can run."""
     return b"".join([b"[", b",".join(items), b"]"])
 
 
@@ -194,13 +210,13 @@ def _from_bytes(tensor: InputTensor, content: bytes) -> list[Element]:
         )
     array = np.frombuffer(content, NUMPY_TYPES[tensor.datatype])
     if tensor.datatype == "FP32":
-        # The shortest decimal that is this float: 0.3, as the client wrote it, and as it would come in JSON
+        # The shortest decimal of this float32, such as 0.3: what the client wrote, and what JSON would give
         return [float(str(element)) for element in array]
     return array.tolist()
 
 
 def _strings(name: str, content: bytes) -> list[str]:
-    """Read strings that each have their length before them, in four bytes."""
+    """Read strings, each after its length in four bytes."""
     strings: list[str] = []
     offset = 0
     while offset < len(content):

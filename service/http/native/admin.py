@@ -1,4 +1,4 @@
-"""POST /v1/admin/models/NAME/load and /unload: there only where the setting `admin_root` says so."""
+"""POST /v1/admin/models/NAME/load and /unload: installed if the setting `admin_root` is given."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request
 
 from service.errors import Forbidden
+from service.http.door.context import client_of_request
 from service.http.native.info import model_info
 from service.http.native.schemas import ModelInfo, Problem, Status
-from service.http.state import ServiceState, asking_client, service_state
+from service.http.state import ServiceState, service_state
 from service.models.registry import ModelRegistry
 
 
 async def registry_for_admins(
     request: Request, state: Annotated[ServiceState, Depends(service_state)]
 ) -> ModelRegistry:
-    """Return the registry to who may use it: everybody without keys, who is on this machine; else keys for admins."""
-    if state.settings.keys_file is not None and not asking_client(request).admin:
+    """Return the registry to any client of a service without keys, else to a client with an admin key."""
+    if state.settings.keys_file is not None and not client_of_request(request.scope).admin:
         raise Forbidden("this needs a key that was made with --admin")
     if state.registry is None:
-        raise RuntimeError("the admin routes are there and nothing that does what they say")
+        raise RuntimeError("the admin routes are installed without a model registry")
     return state.registry
 
 

@@ -1,4 +1,4 @@
-"""Which form an answer takes, and the answer in that form."""
+"""Choose the form of an answer, and encode the answer in that form."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from service.encoding import (
 )
 from service.engine.request import ImageParams, ImageResult
 from service.errors import InvalidRequest, NotAcceptable
-from service.http.execution import Accepted
+from service.http.execution import Accepted, Finished
 from service.http.native.accept import preferred
-from service.http.native.schemas import GeneratedImage, GenerateResponse, Timing
+from service.http.native.schemas import GeneratedImage, GenerateResponse
 from service.requests.generate_request import GenerateRequest, ImageFormat
 
 JSON_MEDIA_TYPE = "application/json"
@@ -34,7 +34,7 @@ Body = Literal["json", "file", "zip"]
 
 @dataclass(frozen=True)
 class Form:
-    """What an answer looks like."""
+    """The form of an answer."""
 
     body: Body
     """JSON with base64 images; the picture or npz itself; a zip of pictures."""
@@ -47,13 +47,13 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     """Choose the form of an answer.
 
     Args:
-        body: asks for a format of images, and perhaps for a stream, which is always JSON.
-        accept: the Accept header: JSON, unless it asks for a file (`service.http.native.accept`).
+        body: names the format of the images; with `stream` the answer is always JSON.
+        accept: the Accept header; JSON, unless it prefers a file (`service.http.native.accept`).
         channels: of the model's images.
 
     Raises:
         NotAcceptable: a header that allows no available form.
-        InvalidRequest: options that contradict each other, or that the model's images cannot have.
+        InvalidRequest: options that contradict each other, or a format that cannot hold the model's images.
     """
     kind, image_format = _preferred("" if body.stream else accept, body.format)
     if body.preview_every is not None and not body.stream:
@@ -74,10 +74,11 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     return Form(kind, image_format, body.quality, body.compression)
 
 
-def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
-    """Encode what came of a request."""
+def answer(form: Form, finished: Finished) -> Response:
+    """Encode the images of a request in the form that was chosen."""
     if form.body == "json":
-        return Response(answer_json(form, accepted, results, timing), media_type=JSON_MEDIA_TYPE)
+        return Response(answer_json(form, finished), media_type=JSON_MEDIA_TYPE)
+    accepted, results = finished.accepted, finished.results
     params = accepted.images
     headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
     if form.body == "zip":
@@ -94,16 +95,16 @@ def answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: T
     return Response(content, media_type=MEDIA_TYPES[form.format], headers=headers)
 
 
-def answer_json(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> str:
-    """Encode what came of a request as JSON with base64 images."""
-    images = [generated_image(form, accepted, result) for result in results]
-    model = accepted.model
-    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=timing)
+def answer_json(form: Form, finished: Finished) -> str:
+    """Encode the images of a request as JSON with base64 images."""
+    images = [generated_image(form, finished.accepted, result) for result in finished.results]
+    model = finished.accepted.model
+    response = GenerateResponse(model=model.name, images=images, numerics_id=model.numerics_id, timing=finished.timing)
     return response.model_dump_json(by_alias=True)
 
 
 def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> GeneratedImage:
-    """Describe an image that is done, with its pixels."""
+    """Return an image that is done, with its parameters, as the wire model."""
     params = accepted.images[result.position]
     return GeneratedImage(
         b64_json=base64.b64encode(_encode(form, params, result)).decode(),
@@ -131,7 +132,7 @@ def _class_name(accepted: Accepted, params: ImageParams) -> str | None:
 
 
 def _preferred(accept: str, wanted: ImageFormat) -> tuple[Body, ImageFormat]:
-    """Return what the Accept header asks for; `wanted` is the format of the body."""
+    """Return the form that the Accept header prefers; `wanted` is the format that the body names."""
     formats = {MEDIA_TYPES[name]: name for name in sorted(MEDIA_TYPES, key=lambda name: name != wanted)}
     media_type = preferred(accept, JSON_MEDIA_TYPE, [*formats, ZIP_MEDIA_TYPE])
     if media_type is None:

@@ -1,8 +1,8 @@
-"""POST /v1/generate: validate, submit, wait for the pictures and encode them, or tell how they come about."""
+"""POST /v1/generate: images as one answer or as a stream of events."""
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,13 +11,12 @@ from starlette.responses import Response
 from service.encoding import MEDIA_TYPES, ZIP_MEDIA_TYPE
 from service.engine.request import Watch
 from service.http.event_source import MEDIA_TYPE as EVENT_STREAM
-from service.http.event_source import EventSource
-from service.http.execution import encode_answer, prepare, submit, wait
+from service.http.execution import answer_as_stream, answer_when_done, prepare
 from service.http.interfaces import NativeRoute
 from service.http.native.answers import answer, form_of
 from service.http.native.event_schemas import EVENT_SCHEMA
 from service.http.native.schemas import GenerateResponse, Problem
-from service.http.native.streaming import stream_events
+from service.http.native.streaming import NativeEvents
 from service.http.state import ServiceState, service_state
 from service.requests.generate_request import GenerateRequest
 
@@ -70,12 +69,8 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     prepared = prepare(body, request, state)
     form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)
     if body.stream:
-        accepted = submit(prepared, state, Watch(preview_every=body.preview_every))
-        return EventSource(stream_events(accepted, form, request, state))
-    accepted = submit(prepared, state)
-    results = await wait(accepted.ticket, request, state)
-    timing, done = accepted.timing(results), time.monotonic()
-    response = await encode_answer(state, answer, form, accepted, results, timing)
-    response.headers["Server-Timing"] = accepted.server_timing(results, time.monotonic() - done)
-    state.metrics.images.inc(len(results))
-    return response
+        watch = Watch(preview_every=body.preview_every)
+        return answer_as_stream(prepared, watch, request, state, partial(NativeEvents, form, state))
+    answered = await answer_when_done(prepared, request, state, partial(answer, form))
+    answered.response.headers["Server-Timing"] = answered.server_timing
+    return answered.response

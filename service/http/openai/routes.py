@@ -1,9 +1,10 @@
-"""OpenAI's Images interface: what their SDK sends becomes a native request, and the answer is told in their words."""
+"""OpenAI's Images interface: translate their request into a native one, and the answer into their schema."""
 
 from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -12,17 +13,15 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from diffusion.quoting import quoted
-from service.engine.request import ImageResult, Watch
+from service.engine.request import Watch
 from service.errors import InvalidRequest
 from service.http.event_source import MEDIA_TYPE as EVENT_STREAM
-from service.http.event_source import EventSource
-from service.http.execution import Accepted, encode_answer, prepare, submit, wait
+from service.http.execution import Finished, answer_as_stream, answer_when_done, prepare
 from service.http.interfaces import OpenAIRoute
 from service.http.native.answers import Form, form_of, generated_image
 from service.http.native.event_schemas import ONE_EVENT
-from service.http.native.schemas import Timing
 from service.http.openai.schemas import CompletedEvent, ImagesRequest, ImagesResponse, OpenAIError, PartialImageEvent
-from service.http.openai.streaming import image_size, stream_images
+from service.http.openai.streaming import OpenAIEvents, image_size
 from service.http.openapi import one_of
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
@@ -55,21 +54,18 @@ async def generate_images(body: ImagesRequest, request: Request, state: State) -
     prepared = prepare(asked, request, state)
     form = form_of(asked, "application/json", model.config.model.image_channels)
     if body.stream:
-        accepted = submit(prepared, state, _watch(body.partial_images, prepared.request.images[0].num_steps))
-        return EventSource(stream_images(accepted, form, request, state))
-    accepted = submit(prepared, state)
-    results = await wait(accepted.ticket, request, state)
-    answer = await encode_answer(state, _answer, form, accepted, results, accepted.timing(results))
-    state.metrics.images.inc(len(results))
-    return answer
+        watch = _watch(body.partial_images, prepared.request.images[0].num_steps)
+        return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, form, state))
+    answered = await answer_when_done(prepared, request, state, partial(_answer, form))
+    return answered.response
 
 
 def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
-    """Return the native request that is meant.
+    """Return the native request for a request of OpenAI's.
 
     Raises:
-        InvalidRequest: naming OpenAI's field, rule and allowed values.
-        RequestValidationError: the same, of one of our fields.
+        InvalidRequest: one of OpenAI's fields breaks a rule; names field, rule and allowed values.
+        RequestValidationError: one of our fields does.
     """
     if body.size is not None and body.size not in ("auto", image_size(model)):
         raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
@@ -88,7 +84,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
 
 
 def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
-    """Return `class` and `n`: what a prompt lists, again and again until there are n."""
+    """Return `class` and `n`: the classes that the prompt lists, repeated until there are n."""
     if model.classes is None:
         raise InvalidRequest("prompt", f"must be empty: model {quoted(model.name)} is unconditional")
     classes = model.classes.in_prompt(body.prompt, MAX_IMAGES)
@@ -99,20 +95,21 @@ def _classes(body: ImagesRequest, model: ServedModel) -> dict[str, Any]:
 
 
 def _watch(partial_images: int | None, num_steps: int) -> Watch:
-    """Return what shows an image so often at most, spread evenly over its steps."""
+    """Return a watch for at most this many previews of an image, spread evenly over its steps."""
     return Watch(preview_every=math.ceil(num_steps / (partial_images + 1)) if partial_images else None)
 
 
-def _answer(form: Form, accepted: Accepted, results: list[ImageResult], timing: Timing) -> Response:
+def _answer(form: Form, finished: Finished) -> Response:
+    accepted = finished.accepted
     response = ImagesResponse.model_validate(
         {
             "created": int(time.time()),
-            "data": [generated_image(form, accepted, result) for result in results],
+            "data": [generated_image(form, accepted, result) for result in finished.results],
             "output_format": form.format,
             "size": image_size(accepted.model),
             "model": accepted.model.name,
             "numerics_id": accepted.model.numerics_id,
-            "timing": timing,
+            "timing": finished.timing,
         }
     )
     return Response(response.model_dump_json(by_alias=True), media_type="application/json")

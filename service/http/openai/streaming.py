@@ -1,56 +1,56 @@
-"""`stream: true` in OpenAI's Images interface: previews and images, under the names their SDK knows."""
+"""`stream: true` in OpenAI's Images interface: previews and images as their SDK reads them."""
 
 from __future__ import annotations
 
 import base64
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
-from fastapi import Request
 from fastapi.sse import format_sse_event
 
 from service.encoding import encode_one
-from service.engine.events import ImageDone, Preview
-from service.engine.request import ImageResult
-from service.errors import GenerationFailed
-from service.http.door.observe import ended_as
-from service.http.execution import Accepted, encode_answer, follow
-from service.http.faults import as_openai_error
+from service.engine.events import Event, ImageDone
+from service.engine.request import ImagePreview, ImageResult
+from service.http.execution import Accepted, deliver
+from service.http.faults import Fault, as_openai_error
 from service.http.native.answers import Form, generated_image
 from service.http.openai.schemas import CompletedEvent, OpenAIError, PartialImageEvent
-from service.http.problems import fault_of
 from service.http.state import ServiceState
 from service.models.served_model import ServedModel
 
 
-async def stream_images(accepted: Accepted, form: Form, request: Request, state: ServiceState) -> AsyncGenerator[bytes]:
-    """Yield a watched request's previews and images, framed, or the error that ends it. Close it to free its rows."""
-    shown: Counter[int] = Counter()
-    try:
-        async with aclosing(follow(accepted.ticket, state)) as events:
-            async for event in events:
-                if isinstance(event, Preview):
-                    yield await state.encoding.run(_partial, form, accepted, event, shown[event.position])
-                    shown[event.position] += 1
-                elif isinstance(event, ImageDone):
-                    yield await encode_answer(state, _completed, form, accepted, event.result)
-                    state.metrics.images.inc()
-    except GenerationFailed as error:
-        fault = fault_of(error, request)
-        ended_as(request.scope, fault.status)
-        # The SDK raises for an event with such a member, whatever its name
-        told = OpenAIError.model_validate({"error": as_openai_error(fault)})
-        yield format_sse_event(event="error", data_str=told.model_dump_json())
+class OpenAIEvents:
+    """Writes the previews and images of one stream; other events are not shown."""
+
+    def __init__(self, form: Form, state: ServiceState, accepted: Accepted) -> None:
+        self._form = form
+        self._state = state
+        self._accepted = accepted
+        self._shown: Counter[int] = Counter()
+        """Previews written, by image."""
+
+    async def event(self, event: Event) -> bytes | None:
+        """Return the framed preview or image."""
+        if isinstance(event, ImagePreview):
+            index = self._shown[event.position]
+            self._shown[event.position] += 1
+            return await self._state.encoding.run(_partial, self._form, self._accepted, event, index)
+        if isinstance(event, ImageDone):
+            return await deliver(self._state, 1, _completed, self._form, self._accepted, event.result)
+        return None
+
+    def failure(self, fault: Fault) -> bytes:
+        """Return the event `error`. OpenAI's SDK raises for any event with a member `error`."""
+        error = OpenAIError.model_validate({"error": as_openai_error(fault)})
+        return format_sse_event(event="error", data_str=error.model_dump_json())
 
 
 def image_size(model: ServedModel) -> str:
-    """Return what OpenAI calls the size of a model's images."""
+    """Return the size of a model's images in OpenAI's notation, such as 32x32."""
     return f"{model.config.model.image_size}x{model.config.model.image_size}"
 
 
-def _partial(form: Form, accepted: Accepted, preview: Preview, index: int) -> bytes:
+def _partial(form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:
     class_index = accepted.images[preview.position].class_index
     picture = encode_one(preview.pixels, class_index, form.format, quality=form.quality, compression=form.compression)
     event = PartialImageEvent.model_validate(

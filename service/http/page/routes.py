@@ -1,4 +1,4 @@
-"""The playground at `/`: the files of static/, under a policy that lets them load nothing else."""
+"""The page at `/`: the files of static/, with a policy under which they load nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Nothing inline and nothing from elsewhere; pictures may come from answers that the page has read (blob:, data:)."""
+"""No inline code and no other origins; images may come from answers that the page has read (blob:, data:)."""
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -28,7 +28,7 @@ router = APIRouter(include_in_schema=False)
 
 
 class PageFiles(StaticFiles):
-    """Files that browsers keep, and ask about each time: after an update nobody runs half of the old page."""
+    """Files that browsers cache and revalidate each time, so that an update never mixes old and new files."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answer one file, or that it has not changed."""
@@ -39,7 +39,7 @@ class PageFiles(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    """Serve the page at `/`, and what it is made of under `/page/`; its links are relative, for any proxy's prefix."""
+    """Serve the page at `/` and its files under `/page/`. Its links are relative, so a proxy may add a prefix."""
     files = PageFiles(directory=FOLDER)
 
     @app.get("/", include_in_schema=False)

@@ -1,7 +1,7 @@
 """Thumbnails: a small picture of each class, for the page's gallery.
 
-Made by the engine rather than shipped, so that every model has some; the first time somebody looks at a class, at batch
-priority, so that no client waits for them; then kept in memory, for all who look later.
+The engine makes them, so every model has some. A thumbnail is made when it is first requested, at batch priority, so
+that no client waits for it, and then kept in memory.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
 
 LONGEST_SIDE = 64
-"""Larger pictures are shrunk: those of 1,000 classes take about 10 MB."""
+"""Longest side in pixels; larger images are shrunk. The thumbnails of 1,000 classes take about 10 MB."""
 STEPS = 50
 SEED = 0
 CLIENT = "thumbnails"
-"""Whom fairness between clients takes them to be from."""
+"""Their client, for fairness between clients."""
 AT_ONCE = 4
-"""Most of them in the engine: whoever looks at all classes must leave the queue to those who generate."""
+"""Most thumbnails in the engine at a time, so that a page of all classes does not fill the queue."""
 _Key = tuple[str, str, int]
 """Name and numerics_id of a model, and the class."""
 
 
 class Thumbnails:
-    """Owns the thumbnails that were made, and the tasks that make some. Belongs to the event loop."""
+    """Owns the thumbnails and the tasks that make them. Belongs to the event loop."""
 
     def __init__(self, engine: AsyncEngine, encoding: EncodingPool) -> None:
         self._engine = engine
@@ -39,23 +39,23 @@ class Thumbnails:
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, model: ServedModel, class_index: int) -> bytes:
-        """Return a class's thumbnail as PNG, making it if nobody has asked before; all who wait share the work.
+        """Return a class's thumbnail as PNG. The first call makes it; calls that wait share the work.
 
         Raises:
-            ServiceError: it could not be made now; asking again tries again.
+            ServiceError: it could not be made; the next call tries again.
         """
         key = (model.name, model.numerics_id, class_index)
         if key not in self._tasks:
-            # Those of weights that were replaced go: memory must not grow with every reload
+            # Drop those of replaced weights, so that memory does not grow with every reload
             self._tasks = {k: t for k, t in self._tasks.items() if k[0] != model.name or k[1] == model.numerics_id}
             self._tasks[key] = asyncio.create_task(self._make(model, class_index))
             self._tasks[key].add_done_callback(lambda task: self._forget_failure(key, task))
-        return await asyncio.shield(self._tasks[key])  # one who leaves does not take it from the others
+        return await asyncio.shield(self._tasks[key])  # a caller that is cancelled does not cancel the others
 
     async def _make(self, model: ServedModel, class_index: int) -> bytes:
         steps = min(STEPS, model.config.diffusion.num_timesteps)
         body = {"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"}
-        if model.config.model.num_classes is None:  # only its classifier knows classes
+        if model.config.model.num_classes is None:  # only its classifier has classes
             body["classifier_scale"] = 1
         asked = GenerateRequest.model_validate(body)
         request = complete(asked, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)

@@ -22,7 +22,8 @@ from benchmarks.peers.meter import MAX_ROWS, Meter, Reading, metered_network, ne
 from benchmarks.peers.one_at_a_time import create_app
 from benchmarks.peers.request_sampler import RequestSampler, Uint8Array
 from benchmarks.servers import Entry, Server, Site, command
-from benchmarks.serving import Mark, Run, append_run, check_pixels, read_runs
+from benchmarks.serving import check_pixels
+from benchmarks.serving_record import Mark, Run, append_run, read_runs
 from benchmarks.serving_report import Recovery, Window, slowdown, write_report
 from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
 from diffusion.network_inputs import NetworkInputs, take_rows

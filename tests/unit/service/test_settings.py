@@ -14,6 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from formats.checkpoint_config import describe_validation_error
+from service.backends.base import BackendOptions
+from service.engine.config import EngineConfig
 from service.settings import Settings, refuse_unknown_variables
 from tests.paths import ROOT
 
@@ -201,8 +203,13 @@ def default(value: object) -> str:
 
 
 def meanings() -> dict[str, str]:
-    """Return the docstring of each setting, in one line."""
-    (settings,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    """Return the docstring of each setting, in one line; those of the engine and the backends are in their classes."""
+    return documented(BackendOptions) | documented(EngineConfig) | documented(Settings)
+
+
+def documented(owner: type) -> dict[str, str]:
+    """Return the docstring of each field of a class, in one line."""
+    (settings,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     assert isinstance(settings, ast.ClassDef)
     return {
         field.target.id: " ".join(said.value.value.split())
@@ -213,6 +220,21 @@ def meanings() -> dict[str, str]:
         and isinstance(said.value, ast.Constant)
         and isinstance(said.value.value, str)
     }
+
+
+def test_settings_of_the_engine_and_the_backends_reach_them() -> None:
+    changed: dict[str, Any] = {"max_rows": 4, "max_queue": 7, "max_wait_s": 5.0, "policy": "fifo", "client_share": 0.5}
+    config = Settings(models=MODELS, strict_graphs=True, **changed).engine_config()
+    assert config == EngineConfig(strict_graphs=True, **changed)
+    run: dict[str, Any] = {
+        "threads": 3,
+        "device": "cpu",
+        "precision": "fp32",
+        "torch_compile": True,
+        "fuse_update": True,
+    }
+    options = Settings(models=MODELS, max_rows=4, cache_dir="c", build_engines=True, **run).backend_options()
+    assert options == BackendOptions(max_rows=4, cache_dir="c", **run)
 
 
 def test_the_page_on_settings_says_what_they_are() -> None:

@@ -1,7 +1,8 @@
 // The form: from its fields to the body of a request. What is set outlives a reload, in this tab.
 
-import { byId } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { Gallery } from "./gallery.js";
+import { samplerTitle } from "./words.js";
 
 const SLOT = "iddpm.settings";
 const SEEDS = 1_000_000; // short enough to be remembered
@@ -32,6 +33,19 @@ export class Controls {
       this.#changed();
     });
     this.#roll();
+  }
+
+  /** Offer the samplers that the service has; call it before `show`. */
+  offerSamplers({ names, preset }) {
+    const choices = names.map((value) =>
+      el(
+        "label",
+        {},
+        el("input", { type: "radio", name: "sampler", value, checked: value === preset }),
+        el("span", {}, samplerTitle(value)),
+      ),
+    );
+    byId("samplers").replaceChildren(...choices);
   }
 
   /** Offer what a model can do, and take up what was set before. */

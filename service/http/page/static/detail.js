@@ -4,7 +4,7 @@ import { byId, el } from "./dom.js";
 import { bytesOf, copy, fileName, pictureUrl, save } from "./files.js";
 import { pictureWidth } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
-import { duration } from "./words.js";
+import { duration, samplerTitle } from "./words.js";
 
 const LANGUAGES = { curl, python };
 let wanted = null;
@@ -29,7 +29,7 @@ export function openDetail(image, body, answer, onSeed) {
     Seed: image.seed,
     "Image of the seed": image.image_index,
     Steps: image.steps,
-    Sampler: body.sampler === "ddim" ? "DDIM" : "Ancestral",
+    Sampler: samplerTitle(body.sampler),
     ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
     ...(body.classifier_scale === undefined ? {} : { Classifier: body.classifier_scale || "off" }),
     Waited: duration(image.queue_ms / 1000),

@@ -25,7 +25,8 @@ watchService();
 
 async function connect() {
   try {
-    const { models } = await (await call("v1/models")).json();
+    const [{ models }, document] = await Promise.all(["v1/models", "openapi.json"].map(read));
+    controls.offerSamplers(samplersIn(document));
     offer(models);
     byId("notice").replaceChildren();
   } catch (error) {
@@ -33,6 +34,16 @@ async function connect() {
     const again = el("button", { type: "button", onclick: connect }, "Try again");
     byId("notice").replaceChildren(el("div", { className: "notice" }, el("strong", {}, title), ` ${text} `, again));
   }
+}
+
+async function read(path) {
+  return (await call(path)).json();
+}
+
+/** The samplers in the OpenAPI document: their names, and the one that is used if a request names none. */
+function samplersIn({ components }) {
+  const { anyOf, default: preset } = components.schemas.GenerateRequest.properties.sampler;
+  return { names: anyOf.find((choice) => choice.enum).enum, preset };
 }
 
 function offer(models) {

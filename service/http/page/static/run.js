@@ -7,7 +7,7 @@ import { readEvents } from "./events.js";
 import { bytesOf, copy, fileName, save } from "./files.js";
 import { Picture, pictureWidth } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
-import { count, duration, explain } from "./words.js";
+import { count, duration, explain, samplerTitle } from "./words.js";
 import { zip } from "./zip.js";
 
 const PREVIEWS = 25; // per picture: enough to look like a film
@@ -112,7 +112,7 @@ export class Run {
     const { n, steps, sampler, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
     const guided = guidance === undefined || guidance === 1 ? [] : [`guidance ${guidance}`];
     if (byClassifier) guided.push(`classifier ${byClassifier}`);
-    const samplerName = sampler === "ddim" ? "DDIM" : sampler;
+    const samplerName = samplerTitle(sampler);
     return [count(n, "image"), `${steps} steps`, samplerName, ...guided, `seed ${seed}`].join(" · ");
   }
 

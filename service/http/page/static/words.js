@@ -1,4 +1,4 @@
-// Numbers and errors as people say them.
+// Numbers, names and errors in words for people.
 
 /** Seconds, as exact as anybody cares. */
 export function duration(seconds) {
@@ -11,6 +11,11 @@ export function duration(seconds) {
 /** "1 image", "3 images". */
 export function count(number, one, many = `${one}s`) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+}
+
+/** The name of a sampler for people. */
+export function samplerTitle(name) {
+  return name === "ddim" ? "DDIM" : name.charAt(0).toUpperCase() + name.slice(1);
 }
 
 /** What went wrong, for somebody who knows nothing of HTTP: a title, and what to do about it. */

@@ -15,7 +15,7 @@ import pytest
 from service.backends.pending import Pending
 from service.engine import event_stream
 from service.engine.event_stream import EventStream
-from service.engine.events import Event, ImageDone, ImageFailed, Preview, Progress, Queued
+from service.engine.events import Event, ImageDone, ImageFailed, Queued
 from service.engine.forecast import Prediction
 from service.engine.mailbox import Mailbox
 from service.engine.request import ImagePreview, ImageProgress, ImageResult, ImageStatus, Observation, Watch
@@ -75,13 +75,13 @@ async def test_a_slow_reader_gets_the_newest_and_every_end() -> None:
     queued = await anext(events)
     assert queued == Queued(images_ahead=3, wait_s=3.0, eta_s=9.0)
     told = [await anext(events) for _ in range(4)]
-    assert [(type(e), e.position, e.step) for e in told if isinstance(e, Progress | Preview)] == [
-        (Progress, 0, 49),
-        (Progress, 1, 49),
-        (Preview, 0, 45),
-        (Preview, 1, 45),
+    assert [(type(e), e.position, e.step) for e in told if isinstance(e, ImageProgress | ImagePreview)] == [
+        (ImageProgress, 0, 49),
+        (ImageProgress, 1, 49),
+        (ImagePreview, 0, 45),
+        (ImagePreview, 1, 45),
     ]
-    assert all(0 < event.eta_s <= 5.0 for event in told if isinstance(event, Progress | Preview))
+    assert all(0 < event.eta_s <= 5.0 for event in told if isinstance(event, ImageProgress | ImagePreview))
     events.observe(moved(0, 49))
     events.observe(shown(0, 49))
     events.image_ended(0, done(0))
@@ -96,15 +96,15 @@ async def test_progress_comes_in_rounds_that_keep_a_distance_however_fast_the_en
     await anext(events)
     events.observe(moved(0, 1))
     events.observe(moved(1, 1))
-    assert kinds([await anext(events)]) == ["Progress"]
+    assert kinds([await anext(events)]) == ["ImageProgress"]
     events.observe(moved(0, 2))  # the round under way is not joined
-    assert kinds([await anext(events)]) == ["Progress"]
+    assert kinds([await anext(events)]) == ["ImageProgress"]
     waiting = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0)
     assert events._newest_step() is None
     now += event_stream.ROUND_EVERY_S
     told = await waiting
-    assert isinstance(told, Progress)
+    assert isinstance(told, ImageProgress)
     assert (told.position, told.step, told.steps) == (0, 2, 50)
     assert told.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # counted down
 
@@ -152,7 +152,7 @@ async def test_whoever_waits_in_the_queue_is_told_again_and_again(monkeypatch: p
     told = [await anext(events) for _ in range(3)]
     assert [event.images_ahead for event in told if isinstance(event, Queued)] == [3, 0, 0]
     events.observe(moved(0, 1))
-    assert kinds([await anext(events)]) == ["Progress"]
+    assert kinds([await anext(events)]) == ["ImageProgress"]
 
 
 def test_the_mailbox_keeps_the_newest_of_each_kind_and_says_when_to_look() -> None:
@@ -191,12 +191,12 @@ async def test_a_reader_that_keeps_up_sees_every_step_and_every_preview() -> Non
             runner.allowed.release()
             for _ in range(2 if step % 2 == 0 else 1):
                 event = await anext(ticket.events)
-                assert isinstance(event, Progress | Preview)
+                assert isinstance(event, ImageProgress | ImagePreview)
                 told.append((type(event).__name__, event.step))
         runner.allowed.release()
         last = await rest(ticket.events)
-        assert [step for kind, step in told if kind == "Progress"] == [1, 2, 3, 4, 5]
-        assert [step for kind, step in told if kind == "Preview"] == [2, 4]
+        assert [step for kind, step in told if kind == "ImageProgress"] == [1, 2, 3, 4, 5]
+        assert [step for kind, step in told if kind == "ImagePreview"] == [2, 4]
         assert kinds(last) == ["ImageDone", "Completed"]
         assert isinstance(last[0], ImageDone)
         assert last[0].result.pixels is not None
@@ -237,7 +237,7 @@ async def test_events_stop_at_abort_and_its_rows_are_free_at_the_next_step() -> 
         assert ticket.events is not None
         runner.allowed.release()
         await anext(ticket.events)
-        assert isinstance(await anext(ticket.events), Progress)
+        assert isinstance(await anext(ticket.events), ImageProgress)
         engine.abort("r")
         assert await rest(ticket.events) == []
         runner.allowed.release()  # the step that had begun

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from service.http.client_gone import disconnected
 from service.http.door.body import WholeBody
 from service.http.door.connection import LOOK_AFTER_S, limited_protocol
 from service.http.door.connection_limit import OpenConnections, descriptor_budget
@@ -19,7 +20,6 @@ from service.http.door.guard import Guard
 from service.http.door.observe import Observe
 from service.http.door.request_line import OriginForm
 from service.http.door.security_headers import SECURITY_HEADERS
-from service.http.execution import disconnected
 from service.metrics import OUTCOMES, Metrics
 from tests.waiting import POLL_S, runs, scaled
 

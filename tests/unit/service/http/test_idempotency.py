@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.http.door.body import WholeBody
 from service.http.door.client import Client
+from service.http.door.context import context_of
 from service.http.door.idempotency import OVERHEAD_BYTES, Idempotency, derived_seed
 from tests.waiting import runs
 
@@ -49,7 +50,7 @@ class Door:
         self.idempotency = Idempotency(app, max_bytes, keep_s=60, clock=lambda: self.now)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"] = {"client": Client(scope["client"][0])}
+        context_of(scope).client = Client(scope["client"][0])
         await WholeBody(self.idempotency, max_bytes=100)(scope, receive, send)
 
     async def post(

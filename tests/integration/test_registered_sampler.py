@@ -1,0 +1,78 @@
+"""A sampler is a function and a line in the registry: a new one is in every interface without any other change."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tritonclient.http as triton
+from PIL import Image
+
+from diffusion.config import DiffusionConfig
+from diffusion.plans import PLAN_COLUMNS, SAMPLERS, Sampler, SamplingPlan, ancestral_plan
+from tests.integration.exact_service import MODEL, exact_app, expected, serving
+
+
+def toy_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
+    """Ancestral sampling with half of its noise."""
+    plan = ancestral_plan(diffusion, spec, clip)
+    table = plan.table.copy()
+    table[:, PLAN_COLUMNS.index("noise_scale")] /= 2
+    return replace(plan, table=table)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, serving(exact_app()) as address:
+        patch.setitem(SAMPLERS, "toy", Sampler(plan=toy_plan))
+        yield address
+
+
+def toy_pixels(index: int = 0) -> npt.NDArray[np.uint8]:
+    pixels = expected(7, index, 1, steps=5, sampler="toy")
+    assert not np.array_equal(pixels, expected(7, index, 1, steps=5))
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("v1/generate", {"class": 1, "n": 2}), ("v1/images/generations", {"prompt": "1", "n": 2})],
+)
+def test_it_samples_over_json(address: str, path: str, body: dict[str, object]) -> None:
+    fields = {"steps": 5, "seed": 7, "sampler": "toy"}
+    answer = httpx.post(f"http://{address}/{path}", json=body | fields, timeout=60)
+    assert answer.status_code == 200, answer.text
+    for index, image in enumerate(answer.json().get("images") or answer.json()["data"]):
+        png = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
+        assert np.array_equal(np.asarray(png), toy_pixels(index)[:, :, 0])
+
+
+def test_it_samples_over_kserve(address: str) -> None:
+    def tensor(name: str, datatype: str, value: object, kind: type) -> triton.InferInput:
+        return triton.InferInput(name, [1], datatype).set_data_from_numpy(np.array([value], dtype=kind))
+
+    inputs = [
+        tensor("sampler", "BYTES", "toy", object),
+        tensor("class_index", "INT64", 1, np.int64),
+        tensor("steps", "INT64", 5, np.int64),
+        tensor("seed", "INT64", 7, np.int64),
+    ]
+    with triton.InferenceServerClient(address) as client:
+        answer = client.infer(MODEL, inputs)
+    assert np.array_equal(answer.as_numpy("images")[0], toy_pixels())
+
+
+def test_the_document_and_the_messages_name_it(address: str) -> None:
+    document = httpx.get(f"http://{address}/openapi.json").json()
+    sampler = document["components"]["schemas"]["GenerateRequest"]["properties"]["sampler"]
+    assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "toy"]
+    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"})
+    assert 'must be "ancestral", "ddim" or "toy"; got "euler"' in refused.json()["detail"]
+    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5})
+    assert 'is a choice of sampler "ddim" only; sampler is "toy"' in refused.json()["detail"]
