@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
     keys_file: Path | None = None
-    """API keys (`iddpm keys`), read again whenever the file changes; unset: nobody needs one."""
+    """API keys (`iddpm keys`), read again whenever the file changes; unset: no key is required."""
     allow_keyless: bool = False
     """Listen on an address that others can reach although no key is needed."""
     admin_root: Path | None = None

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from tests.integration.exact_service import MODEL, exact_app, expected
-from tests.integration.in_process import runs
+from tests.waiting import runs
 
 BODY = {"class": 1, "steps": 5, "seed": 7}
 
