@@ -17,6 +17,7 @@ from PIL import Image
 from diffusion.config import DiffusionConfig
 from diffusion.plans import PLAN_COLUMNS, SAMPLERS, Sampler, SamplingPlan, ancestral_plan
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
+from tests.waiting import PATIENCE_S
 
 
 def toy_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
@@ -46,7 +47,7 @@ def toy_pixels(index: int = 0) -> npt.NDArray[np.uint8]:
 )
 def test_it_samples_over_json(address: str, path: str, body: dict[str, object]) -> None:
     fields = {"steps": 5, "seed": 7, "sampler": "toy"}
-    answer = httpx.post(f"http://{address}/{path}", json=body | fields, timeout=60)
+    answer = httpx.post(f"http://{address}/{path}", json=body | fields, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     for index, image in enumerate(answer.json().get("images") or answer.json()["data"]):
         png = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from diffusion.plans import SAMPLERS, Sampler, ancestral_plan
 from service.backends.select import BACKENDS
+from tests.waiting import PATIENCE_S
 
 
 def help_of(command: str) -> str:
@@ -33,5 +34,5 @@ def test_help_lists_the_backends() -> None:
 def test_the_registries_are_not_imported_before_help_is_printed() -> None:
     registries = {"diffusion.plans", "service.backends.select"}
     code = f"import sys, cli.main; print(sorted({registries} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert run.stdout.strip() == "[]"
