@@ -19,9 +19,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SLOWNESS_VARIABLE = "TEST_SLOWNESS"
-"""Overrides the measurement; what a test run starts (processes of xdist too) inherits what was measured."""
+"""Overrides the measurement; processes that a test run starts (those of xdist too) inherit the value."""
 REFERENCE_S = 0.2
-"""What `_compute` takes on an idle core of 2020."""
+"""Seconds that `_compute` takes on the reference machine; about twice its time on an idle core of 2025."""
 MOST = 16.0
 POLL_S = 0.01
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import wraps
-from typing import ParamSpec
 
 import pytest
 from hypothesis import given, settings
@@ -35,21 +33,9 @@ from service.errors import (
 from service.metrics import Metrics
 from tests.counts import count
 from tests.fakes import CountingRunner, generation, params
+from tests.waiting import PATIENCE_S, run_async, runs
 
 CONFIG = EngineConfig(max_rows=2, max_queue=3, policy="fifo", timed_calls=0)
-
-
-P = ParamSpec("P")
-
-
-def runs(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:
-    """Run a test's coroutine, and fail rather than hang."""
-
-    @wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), timeout=120))
-
-    return run
 
 
 class PausedRunner(CountingRunner):
@@ -62,7 +48,7 @@ class PausedRunner(CountingRunner):
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         self.arrived.set()
-        assert self.released.wait(timeout=100)
+        assert self.released.wait(timeout=PATIENCE_S)
         return super().step(slots)
 
 
@@ -304,7 +290,7 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
             assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
             assert engine.state is EngineState.READY
 
-    asyncio.run(asyncio.wait_for(check(), timeout=120))
+    run_async(check())
 
 
 @runs

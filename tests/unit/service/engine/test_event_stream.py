@@ -21,8 +21,8 @@ from service.engine.mailbox import Mailbox
 from service.engine.request import ImagePreview, ImageProgress, ImageResult, ImageStatus, Observation, Watch
 from service.errors import EngineDead, GenerationFailed, NotFinite
 from tests.fakes import CountingRunner, generation, params
-from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, runs, started, until
-from tests.waiting import PATIENCE_S
+from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, started, until
+from tests.waiting import PATIENCE_S, runs
 
 AT_ONCE = pytest.mark.usefixtures("at_once")
 

@@ -15,7 +15,8 @@ from service.engine.policies import PolicyName
 from service.engine.request import Image, Priority
 from tests.counts import count
 from tests.fakes import generation, params
-from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, runs, started, until
+from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, started, until
+from tests.waiting import runs
 
 MODELS = ("m", "k")
 REQUESTS = st.tuples(
