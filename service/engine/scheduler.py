@@ -293,9 +293,11 @@ class Scheduler:
         picked = set(images)
         evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
         restores = []
+        if newcomers:
+            for queue in (lane.interactive, lane.batch):
+                queue.line.remove([image for image in newcomers if lane.queue(image) is queue])
         for image in newcomers:
             queue = lane.queue(image)
-            queue.line.remove(image)
             queue.running.append(image)
             image.slot = slot = lane.free_slots.pop()
             if image.status is ImageStatus.EVICTED:
@@ -341,7 +343,7 @@ class Scheduler:
             queue.running.remove(image)
             lane.free_slots.append(_slot(image))
         else:
-            queue.line.remove(image)
+            queue.line.remove((image,))
             queue.evicted.discard(image)
         image.status = status
         self.remaining_row_steps -= image.remaining_row_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 
 from service.engine.request import Image, Order
 
@@ -47,18 +47,24 @@ class WaitingLine:
         if place == 0:
             self._note_first(images, image.client, image.rows)
 
-    def remove(self, image: Image) -> None:
-        """Take an image out, wherever it stands."""
-        images = self._images[image.client, image.rows]
-        place = bisect_left(images, (image.order,))
-        if place == 0:
-            self._forget_first(images, image.rows)
-        del images[place]
-        self._count -= 1
-        if not images:
-            del self._images[image.client, image.rows]
-        elif place == 0:
-            self._note_first(images, image.client, image.rows)
+    def remove(self, images: Iterable[Image]) -> None:
+        """Take images out, wherever they stand; many at once cost little more than one, if they are the most urgent."""
+        leaving: dict[tuple[str, int], list[Image]] = {}
+        for image in images:
+            leaving.setdefault((image.client, image.rows), []).append(image)
+        for (client, rows), gone in leaving.items():
+            waiting = self._images[client, rows]
+            self._forget_first(waiting, rows)
+            if {image for _, image in waiting[: len(gone)]} == set(gone):
+                del waiting[: len(gone)]
+            else:
+                for image in gone:
+                    del waiting[bisect_left(waiting, (image.order,))]
+            self._count -= len(gone)
+            if waiting:
+                self._note_first(waiting, client, rows)
+            else:
+                del self._images[client, rows]
 
     def front(self, count: int) -> list[Image]:
         """Return images, in any order, among which are of each width the `count` most urgent ones of the line."""

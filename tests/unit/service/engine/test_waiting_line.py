@@ -31,7 +31,11 @@ def test_the_front_of_the_line_has_the_most_urgent_images_of_each_width(seed: in
     for sequence in range(operations):
         chance = draw.random()
         if chance < 0.25 and waiting:
-            line.remove(waiting.pop(draw.randrange(len(waiting))))
+            leaving = draw.sample(waiting, draw.randint(1, len(waiting)))
+            if draw.random() < 0.5:  # the most urgent ones
+                leaving = sorted(waiting, key=lambda i: i.order)[: len(leaving)]
+            line.remove(leaving)
+            waiting = [one for one in waiting if one not in leaving]
         elif chance < 0.4:
             client = draw.choice(CLIENTS)
             ahead.symmetric_difference_update({client})
