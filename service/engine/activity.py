@@ -1,4 +1,4 @@
-"""What models have done since the process began, as plain counts. Metrics are for Prometheus; code reads these."""
+"""Work of each model since the process started, as plain counts. Code reads these; Prometheus reads the metrics."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class StepTotal:
 
 @dataclass
 class ModelActivity:
-    """What one model has done. The event loop writes the fields of images, the engine's thread the others."""
+    """Work of one model. The event loop writes the image fields, the engine thread writes the others."""
 
     images_done: int = 0
     images_failed: int = 0
     queue_s: float = 0.0
-    """From admission to the first network call, over all images that are done."""
+    """Total seconds from admission to the first network call, over completed images."""
     compute_s: float = 0.0
-    """From the first network call to the last, over all images that are done."""
+    """Total seconds from the first network call to the last, over completed images."""
     last_image_at: float = 0.0
-    """When an image was last done, in seconds since 1970; 0: never."""
+    """Unix time at which an image last completed, in seconds; 0 if none has."""
     network_calls: int = 0
     steps: dict[int, StepTotal] = field(default_factory=dict)
-    """By padded rows."""
+    """Keyed by padded batch size."""
 
 
 class Activity:
@@ -35,9 +35,9 @@ class Activity:
 
     def __init__(self) -> None:
         self.row_steps = 0
-        """Rows advanced by one sampling step, over all models; images that failed in a step are not counted for it."""
+        """Rows advanced by one sampling step, summed over all models; excludes images that failed in the step."""
         self._models: dict[str, ModelActivity] = {}
 
     def of(self, model: str) -> ModelActivity:
-        """Return the counts of a model by its name. A model that is loaded again keeps them."""
+        """Return the counts of a model by name. Reloading a model keeps its counts."""
         return self._models.setdefault(model, ModelActivity())

@@ -1,4 +1,4 @@
-"""Admission: which requests are accepted. It enforces the limits and enters accepted images in the ledger."""
+"""Admission: accept or reject requests, enforce the limits, and record accepted images in the ledger."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from service.errors import ClientLimit, DeadlineUnmeetable, InvalidRequest, Queu
 
 
 class Admission:
-    """Owns the ledger, the forecast that reads it, and which models accept requests. Belongs to the event loop."""
+    """Owns the ledger, its forecast and the set of models that accept requests. Runs in the event loop."""
 
     def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
         self.ledger = Ledger(models)
-        """Changed by this alone."""
+        """Modified only by this class."""
         self._config = config
         self._order = ServiceOrder(config)
         self._forecast = Forecast(config, self.ledger)
         self._accepting = set(self.ledger.models)
-        """Models that requests may be for; others in the ledger finish their last images."""
+        """Models that accept requests. Other models in the ledger are finishing their last images."""
 
     def accept(
         self, request: GenerationRequest, submitted_at: float, snapshot: Snapshot
     ) -> tuple[list[Image], Prediction]:
-        """Accept a request, or refuse it before any work is done.
+        """Accept a request, or reject it before any work is done.
 
         Args:
-            request: what is asked for.
-            submitted_at: time.monotonic(), from which its deadline counts.
-            snapshot: of the engine as it is now.
+            request: the request to check.
+            submitted_at: time.monotonic() at submission; the deadline counts from it.
+            snapshot: the current state of the engine.
 
         Returns:
-            Its images, which are in the ledger and in no scheduler yet, and what to expect of them.
+            The request's images, recorded in the ledger but not yet scheduled, and their prediction.
 
         Raises:
-            InvalidRequest: more images than could ever be in flight.
+            InvalidRequest: the request has more images than can ever be in flight.
             QueueFull: too many rows are in flight, or the predicted wait is too long.
-            ClientLimit: too many of them are this client's.
-            DeadlineUnmeetable: it would not be done in time.
-            UnknownModel: no such model, or not any more.
+            ClientLimit: this client has too much work in flight.
+            DeadlineUnmeetable: the request is predicted to miss its deadline.
+            UnknownModel: the model does not exist or was retired.
         """
         if request.model not in self._accepting:
             raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._accepting}))
@@ -57,33 +57,33 @@ class Admission:
         return images, prediction
 
     def release(self, request_id: str, position: int) -> None:
-        """Take note that an image has ended, for whatever reason.
+        """Remove an image that has ended, for any reason, from the ledger.
 
         Raises:
-            KeyError: there is no such image.
+            KeyError: the ledger has no such image.
         """
         self.ledger.remove(request_id, position)
 
     def release_all(self) -> None:
-        """Take note that no image will be finished any more."""
+        """Remove all images from the ledger: none of them will complete."""
         for image in [*self.ledger.orders]:
             self.ledger.remove(image.request_id, image.position)
 
     def eta(self, request_id: str, snapshot: Snapshot) -> Prediction | None:
-        """Predict when an accepted request will be done; None: all its images have ended."""
+        """Predict when an accepted request will finish; None if all its images have ended."""
         return self._forecast.eta(request_id, snapshot)
 
     def add_model(self, model: str) -> None:
-        """Accept requests for a model that the engine has taken in."""
+        """Accept requests for a model that the engine has loaded."""
         self.ledger.add_model(model)
         self._accepting.add(model)
 
     def retire_model(self, model: str) -> None:
-        """Accept no more requests for a model."""
+        """Stop accepting requests for a model."""
         self._accepting.remove(model)
 
     def remove_finished_models(self) -> list[str]:
-        """Forget the retired models whose images have all ended; returns them."""
+        """Remove the retired models whose images have all ended, and return them."""
         models = self.ledger.models
         finished = [model for model in models if model not in self._accepting and not models[model].rows]
         for model in finished:
@@ -91,7 +91,7 @@ class Admission:
         return finished
 
     def _check_client_images(self, request: GenerationRequest, snapshot: Snapshot) -> None:
-        """Refuse by the limit that a client brings along."""
+        """Enforce the client's own limit on images in flight."""
         limit, count = request.max_client_images, len(request.images)
         if limit is None:
             return
@@ -107,7 +107,7 @@ class Admission:
             )
 
     def _check_rows(self, request: GenerationRequest, snapshot: Snapshot) -> None:
-        """Refuse by rows: what is in flight in all, and of this client."""
+        """Enforce the limits on rows in flight, in total and per client."""
         rows, limit, in_flight = request.rows, self._config.max_in_flight, self.ledger.rows
         if rows > limit:
             count = limit * len(request.images) // rows
@@ -120,14 +120,14 @@ class Admission:
                 self._until_free_s(in_flight + rows - limit, snapshot),
             )
         own, part = self.ledger.client(request.client).rows, int(limit * self._config.client_share)
-        if request.client and own and own + rows > part:  # a client that has nothing in flight is never refused here
+        if request.client and own and own + rows > part:  # never reject a client with nothing in flight
             raise ClientLimit(
                 f"{own} rows of this client are in flight, at most {part} can be; this request has {rows}",
                 self._until_free_s(own + rows - part, snapshot),
             )
 
     def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:
-        """Refuse by predicted time: waits that are too long, and deadlines that cannot be met."""
+        """Reject requests whose predicted wait is too long or whose deadline cannot be met."""
         too_long = prediction.wait_s - self._config.max_wait_s
         if too_long > 0 and request.priority is Priority.INTERACTIVE:
             raise QueueFull(
@@ -138,5 +138,5 @@ class Admission:
             raise DeadlineUnmeetable(request.deadline_s, prediction.finish_s)
 
     def _until_free_s(self, rows: int, snapshot: Snapshot) -> float:
-        """Predict when so many rows in flight will have left, as if all took equally long; at least 1 s."""
+        """Predict the seconds until `rows` rows in flight finish, assuming equal durations; at least 1 s."""
         return max(1.0, self._forecast.backlog_s(snapshot) * rows / max(rows, self.ledger.rows))

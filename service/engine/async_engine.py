@@ -1,7 +1,7 @@
-"""AsyncEngine: the engine as the event loop sees it. It connects admission, tickets and the engine's thread.
+"""AsyncEngine: the event loop's interface to the engine. Connects admission, tickets and the engine thread.
 
-A request is accepted by `Admission`, waits in `Tickets`, and is made in `EngineThread`. Whatever ends the thread ends
-every waiting request with it, and so does a step that hangs.
+`Admission` accepts a request, `Tickets` tracks it and `EngineThread` computes it. When the thread stops or a step
+hangs, every pending request fails.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 RETRY_WHILE_DRAINING_S = 10.0
-"""Sent to clients of a replica that is not ready: another one will answer sooner, this address perhaps later."""
+"""Retry-After of a replica that is not ready, in seconds. Another replica may answer sooner."""
 
 
 class EngineState(enum.Enum):
-    """Where the engine is in its life."""
+    """Lifecycle state of the engine."""
 
     STARTING = "starting"
     READY = "ready"
@@ -64,7 +64,7 @@ class EngineState(enum.Enum):
 
 
 class AsyncEngine:
-    """Starts the engine's thread, accepts requests for it and ends it. Belongs to the event loop that started it."""
+    """Starts and stops the engine thread and submits requests to it. Runs in the event loop that started it."""
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class AsyncEngine:
     ) -> None:
         self.state = EngineState.STARTING
         self.died = asyncio.Event()
-        """Set when the engine has stopped with an error, or hangs."""
+        """Set when the engine has stopped with an error or hangs."""
         self._engine = engine
-        """Its thread's; here only `snapshot`, `under_way`, `clock` and `activity` are read."""
+        """Owned by the engine thread; this class reads only `snapshot`, `under_way`, `clock` and `activity`."""
         self._metrics = metrics
         self._on_state = on_state
         self._admission = Admission(config, engine.costs)
@@ -86,41 +86,41 @@ class AsyncEngine:
         self._mailbox = Mailbox()
         self._loading: dict[str, asyncio.Future[None]] = {}
         self._stopped = asyncio.Event()
-        """Set when the thread has ended, or has been given up."""
+        """Set when the thread has ended or was abandoned."""
         self._watch: asyncio.Task[None] | None = None
 
     @property
     def ledger(self) -> Ledger:
-        """Return the account of accepted work; to be read only."""
+        """Return the ledger of accepted work; read-only."""
         return self._admission.ledger
 
     @property
     def snapshot(self) -> Snapshot:
-        """Return the engine as it was last published."""
+        """Return the last published snapshot of the engine."""
         return self._engine.snapshot
 
     @property
     def activity(self) -> Activity:
-        """Return what the models have done since the process began; to be read only."""
+        """Return the work of each model since the process started; read-only."""
         return self._engine.activity
 
     @property
     def models_held(self) -> int:
-        """Models in memory: those that requests may be for, and those whose last images are being made."""
+        """Return the number of models in memory: those that accept requests and those finishing their last images."""
         return len(self.ledger.models)
 
     def start(self) -> None:
-        """Start the thread: it warms up, then turns the state to READY."""
+        """Start the thread. The state becomes READY after the warm-up."""
         loop = asyncio.get_running_loop()
         self._watch = loop.create_task(self._watch_for_hangs())
         thread = EngineThread(self._engine, self._commands, self._mailbox, loop, self._on_report)
         threading.Thread(target=thread.run, name="engine", daemon=True).start()
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        """Accept a request, or refuse it before any work is done.
+        """Accept a request, or reject it before any work is done.
 
         Raises:
-            Draining: starting up, shutting down, or stopped with an error.
+            Draining: the engine is starting, draining, stopped or dead.
             InvalidRequest, QueueFull, ClientLimit, DeadlineUnmeetable, UnknownModel: as `Admission.accept`.
         """
         self._check_ready()
@@ -131,26 +131,29 @@ class AsyncEngine:
         return ticket
 
     def abort(self, request_id: str) -> None:
-        """Free a request's rows at the next step; its unfinished images end with `Aborted`, its events end here."""
+        """Abort a request: close its events now and free its rows at the next step.
+
+        Its unfinished images end with `Aborted`.
+        """
         if request_id in self._tickets:
             self._commands.put(Abort(request_id))
             self._tickets.close_events(request_id)
 
     def eta(self, request_id: str) -> Prediction | None:
-        """Predict when an accepted request will be done; None: it has ended, or is unknown."""
+        """Predict when an accepted request will finish; None if it has ended or is unknown."""
         return self._admission.eta(request_id, self.snapshot)
 
     async def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
-        """Take a model in between two steps; requests for it are accepted when this returns.
+        """Load a model between two steps. Requests for it are accepted once this returns.
 
         Args:
-            model: an id that no model has had before.
-            runner: warmed up. It is the engine's from here on.
-            costs: what its steps take.
+            model: an id that has never been used before.
+            runner: a warmed-up runner; the engine takes ownership.
+            costs: measured costs of the runner's steps.
 
         Raises:
-            Draining: starting up, shutting down, or stopped with an error.
-            EngineDead: the engine stopped meanwhile.
+            Draining: the engine is starting, draining, stopped or dead.
+            EngineDead: the engine died while loading.
         """
         self._check_ready()
         loaded = self._loading[model] = asyncio.get_running_loop().create_future()
@@ -158,21 +161,21 @@ class AsyncEngine:
         await asyncio.shield(loaded)
 
     def retire(self, model: str) -> None:
-        """Accept no more requests for a model; its weights go with the last of its images."""
+        """Stop accepting requests for a model; its weights are freed when its last image has ended."""
         self._admission.retire_model(model)
         self._drop_finished_models()
 
     def drain(self) -> None:
-        """Refuse new requests from now on; accepted ones go on."""
+        """Reject new requests from now on; accepted requests continue."""
         if self.state in (EngineState.STARTING, EngineState.READY):
             self._set_state(EngineState.DRAINING)
 
     async def wait_idle(self) -> None:
-        """Wait until no accepted request is unfinished."""
+        """Wait until every accepted request has ended."""
         await self._tickets.wait_empty()
 
     async def stop(self) -> None:
-        """Drain, wait for accepted requests, end the thread; one that hangs is left behind."""
+        """Drain, wait for accepted requests and stop the thread. A thread that hangs is abandoned."""
         self.drain()
         await self.wait_idle()
         self._commands.put(Stop())
@@ -187,7 +190,7 @@ class AsyncEngine:
             raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
 
     def _drop_finished_models(self) -> None:
-        # Here and not in the engine's thread: predictions read models until the loop knows that all images have ended
+        # Not in the engine thread: predictions read a model until the event loop knows that all its images have ended
         for model in self._admission.remove_finished_models():
             self._commands.put(Drop(model))
 
@@ -211,14 +214,14 @@ class AsyncEngine:
 
     def _on_loaded(self, model: str) -> None:
         loading = self._loading.pop(model, None)
-        if loading is not None:  # else the engine has died meanwhile
+        if loading is not None:  # None if the engine died while loading
             self._admission.add_model(model)
             loading.set_result(None)
 
     def _on_results(self, results: list[ImageResult]) -> None:
         for result in results:
-            if result.request_id in self._tickets:  # else the engine was declared dead while a step hung
-                self._admission.release(result.request_id, result.position)  # first: events predict what is left
+            if result.request_id in self._tickets:  # absent if the engine was declared dead while a step hung
+                self._admission.release(result.request_id, result.position)  # first: events predict remaining work
                 self._tickets.image_ended(result)
         self._drop_finished_models()
 
@@ -228,14 +231,14 @@ class AsyncEngine:
             if watchdog.hangs(self._engine.under_way, self._engine.clock()):
                 log.critical("a step of the engine hangs")
                 self._die("a step of the engine hangs")
-                self._stopped.set()  # no wait for the thread may be without an end
+                self._stopped.set()  # do not wait for a hung thread
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _die(self, message: str) -> None:
         if self.state is EngineState.DEAD:
             return
         self._set_state(EngineState.DEAD)
-        self._commands.put(Stop())  # for a thread that hangs, should its step return
+        self._commands.put(Stop())  # ends a hung thread if its step returns
         self._admission.release_all()
         self._tickets.fail_all(message)
         for loading in self._loading.values():

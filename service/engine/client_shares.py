@@ -1,4 +1,4 @@
-"""ClientShares: who has had more than an equal part, and should let others go first."""
+"""ClientShares: find the clients that received more than an equal share and should yield to others."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 
 SLACK = 64
-"""Clients without images that may be remembered before it is worth forgetting those who owe nothing."""
+"""Number of idle clients to keep before removing those without debt."""
 
 
 class ClientShares:
-    """Row-steps of each client against an equal part for each.
+    """Compare the row-steps of each client with an equal share.
 
-    `fair` is what a client has had that was always here and always got an equal part: every step it grows by the rows
-    given out, divided by the clients that have images in flight. A client starts at it, so that nobody saves up for
-    later or starts in debt, and is **ahead** from when it has had `allowance` row-steps more until `fair` has come up
-    to that. Few images per client: nobody is ever ahead, and the policy alone decides.
+    `fair` is the service of a hypothetical client that was always present and always received an equal share: each
+    step adds the rows served, divided by the number of clients with images in flight. A client starts at `fair`, so it
+    starts with neither credit nor debt. It becomes **ahead** when it has received more than `fair + allowance`
+    row-steps, and stays ahead until `fair + allowance` has caught up. With few images per client no client is ever
+    ahead, and only the policy decides the order.
     """
 
     def __init__(self, allowance: float) -> None:
         self.ahead: set[str] = set()
-        """Read by whoever sorts; changed here only."""
+        """Read by the code that sorts images; modified only by this class."""
         self._allowance = allowance
         self._fair = 0.0
         self._had: dict[str, float] = {}
@@ -29,13 +30,13 @@ class ClientShares:
         self._returns: list[tuple[float, str]] = []  # heap: value of `fair` at which a client may no longer be ahead
 
     def enter(self, client: str) -> None:
-        """Count an image of a client in."""
+        """Count an image that enters for a client."""
         self._images[client] += 1
         if self._images[client] == 1:
             self._had[client] = max(self._had.get(client, 0.0), self._fair)
 
     def leave(self, client: str) -> None:
-        """Count an image of a client out."""
+        """Count an image that leaves for a client."""
         self._images[client] -= 1
         if not self._images[client]:
             del self._images[client]
@@ -43,7 +44,10 @@ class ClientShares:
                 self._had = {who: had for who, had in self._had.items() if who in self._images or had > self._fair}
 
     def serve(self, rows: Mapping[str, int]) -> list[str]:
-        """Take in a step's rows by client, before finished images leave; returns who began or ceased to be ahead."""
+        """Record a step's rows by client, before finished images leave; return the clients whose state changed.
+
+        A client's state changes when it becomes ahead or stops being ahead.
+        """
         self._fair += sum(rows.values()) / max(1, len(self._images))
         least, most = self._fair - self._allowance, self._fair + self._allowance
         changed = []
@@ -58,7 +62,7 @@ class ClientShares:
             _, client = heappop(self._returns)
             until = self._had.get(client, 0.0) - self._allowance
             if until > self._fair:
-                heappush(self._returns, (until, client))  # it was served meanwhile, for want of others
+                heappush(self._returns, (until, client))  # it was served again because no other client could be
             else:
                 self.ahead.remove(client)
                 changed.append(client)
