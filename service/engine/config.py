@@ -1,4 +1,4 @@
-"""EngineConfig: width, length of the queue, slots and order of one engine."""
+"""EngineConfig: batch width, queue length, slots and scheduling policy of one engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from service.engine.policies import PolicyName
 
 
 class EngineConfig(FrozenConfig):
-    """One engine. The fields that `service.settings.Settings` takes over have their defaults and rules here."""
+    """Configuration of one engine. Defines the defaults and rules of the fields `service.settings.Settings` reuses."""
 
-    # At least 2, which one image with classifier-free guidance takes
+    # At least 2: one image with classifier-free guidance needs two rows
     max_rows: int = Field(default=8, ge=2, le=1024)
     """Most rows of a network call."""
     slots_per_row: int = Field(default=4, ge=1)

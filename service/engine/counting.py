@@ -1,4 +1,4 @@
-"""Count the engine's work, for Prometheus and as plain counts. No decision depends on it."""
+"""Count the engine's work, as Prometheus metrics and as plain counts. No decision depends on these counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.metrics import Metrics
 class EngineCounts:
     """Writes the metrics and the activity of one engine.
 
-    Metrics by reason exist from the start, so that a first failure is an increase.
+    Metrics labelled by reason are created at start, so that the first failure is visible as an increase.
     """
 
     def __init__(self, metrics: Metrics, activity: Activity) -> None:
@@ -46,7 +46,7 @@ class EngineCounts:
         self._metrics.failed_attempts.labels(kind.value).inc()
 
     def step(self, batch: StepBatch, outcome: Outcome, padded_rows: int, seconds: float) -> None:
-        """Count a step, however many attempts it took."""
+        """Count a step once, regardless of its number of attempts."""
         metrics, name = self._metrics, name_of(batch.model)
         row_steps = batch.rows - sum(image.rows for image in outcome.failures)
         metrics.row_steps.inc(row_steps)
@@ -69,7 +69,7 @@ class EngineCounts:
                 self._metrics.images_failed.labels(result.failure).inc()
 
     def in_flight(self, scheduler: Scheduler) -> None:
-        """Set the gauges of images by place and of the work that is left."""
+        """Set the gauges of waiting, running and evicted images and of the remaining work."""
         metrics = self._metrics
         metrics.images_waiting.set(scheduler.num_waiting)
         metrics.images_running.set(scheduler.num_running)
@@ -77,23 +77,23 @@ class EngineCounts:
         metrics.remaining_row_steps.set(scheduler.remaining_row_steps)
 
     def width(self, model: str, rows: int) -> None:
-        """Set the gauge of a model's width in rows, probes excepted."""
+        """Set the gauge of a model's width in rows, excluding probes."""
         self._metrics.width_rows.labels(name_of(model)).set(rows)
 
     def model_gone(self, model: str) -> None:
-        """Remove the gauges of a model's name that no model has any more."""
+        """Remove the gauges of a model name that is no longer in use."""
         self._metrics.width_rows.remove(name_of(model))
 
 
 class ImageCounts:
-    """Writes the metrics and the activity of images that ended. Belongs to the event loop."""
+    """Writes the metrics and the activity of images that ended. Runs in the event loop."""
 
     def __init__(self, metrics: Metrics, activity: Activity) -> None:
         self._metrics = metrics
         self._activity = activity
 
     def done(self, model: str, result: ImageResult) -> None:
-        """Count an image that is done, and its times."""
+        """Count a completed image and record its times."""
         name = name_of(model)
         self._metrics.image_done(name, result.queue_s, result.compute_s)
         self._metrics.deadline_misses.inc(result.late_s > 0)
@@ -104,7 +104,7 @@ class ImageCounts:
         counts.last_image_at = time.time()
 
     def failed(self, model: str) -> None:
-        """Count an image that failed, by model."""
+        """Count a failed image of a model."""
         name = name_of(model)
         self._metrics.model_images.labels(name, "failed").inc()
         self._activity.of(name).images_failed += 1

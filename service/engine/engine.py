@@ -1,13 +1,15 @@
-"""Engine: one step at a time, launch -> settle -> report. Deterministic; threads live elsewhere.
+"""Engine: take steps in three phases, launch -> settle -> report. Deterministic and single-threaded.
 
-The device waits for as little as possible. `launch` picks images and begins their step; who leaves with it is known
-then. `settle` waits for it, and takes out those that failed; then the next step can be launched. A runner whose device
-takes work in order may have more steps under way: that an image failed is then learnt of later. `report` does what
-nothing waits for: it counts, and makes results of those who left. Call it behind the launch of the next step, or at
-once where there is none.
+The phases keep the device busy:
 
-A step that raises is taken again without the images that make it raise (`service.engine.recovery`). An error that
-`step` itself raises is the engine's end.
+- `launch` picks images and starts their step. The images that finish with the step are known at this point.
+- `settle` waits for the step and removes the images that failed. Then the next step can be launched. A runner whose
+  device executes work in order may have several steps under way; failed images are then detected later.
+- `report` does the work that is not urgent: it updates the counts and builds the results of the images that left.
+  Call it after launching the next step, or at once if there is none.
+
+A step that raises is repeated without the images that cause the error (`service.engine.recovery`). An error raised by
+`step` itself is fatal to the engine.
 """
 
 from __future__ import annotations
@@ -46,25 +48,25 @@ from service.engine.watchdog import StepUnderWay
 from service.metrics import Metrics
 
 WIDTH_INTERVAL = 64
-"""Steps between two looks at the width; costs are running means over more."""
+"""Steps between two updates of the width; costs are running means over more steps."""
 
 
 class SettledStep(NamedTuple):
-    """A step that is to be reported."""
+    """A settled step that has not been reported yet."""
 
     batch: StepBatch
     number: int
-    """How many steps its model has taken, this one among them."""
+    """Number of steps that its model has taken, including this one."""
     end: StepEnd
     ended: float
     seconds: float
-    """What it took: from its launch, or from the end of the step before where that came later."""
+    """Duration: from its launch, or from the end of the previous step if that is later, to its end."""
     is_timed: bool
-    """Whether that is so: of steps that settle in one go, the later ones ended at an unknown time."""
+    """Whether `seconds` is reliable. When several steps settle together, only the first has a known end time."""
 
 
 class Engine:
-    """One device, its scheduler, and a runner per model."""
+    """One device with its scheduler and one runner per model."""
 
     def __init__(
         self,
@@ -76,15 +78,15 @@ class Engine:
     ) -> None:
         self.scheduler = Scheduler(config, runners)
         self.costs = {model: StepCosts() for model in runners}
-        """What a step of each model takes, by padded rows."""
+        """Measured step costs of each model, by padded rows."""
         self.under_way: StepUnderWay | None = None
-        """The step being taken: another thread may look, to tell one that hangs."""
+        """The current step. Other threads may read it to detect a step that hangs."""
         self.observations: list[Observation] = []
-        """What the steps of the last report showed of watched images."""
+        """Progress and previews of watched images from the steps of the last report."""
         self.clock = clock
         self._config = config
         self.activity = Activity() if activity is None else activity
-        """What the models have done since the process began."""
+        """Work of each model since the process started."""
         self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
@@ -92,30 +94,30 @@ class Engine:
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
         self._launched: deque[LaunchedStep] = deque()
-        """Steps under way, the oldest first."""
+        """Steps under way, oldest first."""
         self._settled: list[SettledStep] = []
-        """Steps that are to be reported."""
+        """Steps to report."""
         self._ended = -math.inf
-        """When the last step did."""
+        """End time of the last settled step."""
         self.snapshot: Snapshot
-        """The engine as it was last published: another thread may look."""
+        """The last published state of the engine. Other threads may read it."""
         self.publish()
 
     @property
     def runners(self) -> dict[str, Runner]:
-        """The runners of the models that it has now."""
+        """Return the runners of the loaded models."""
         return dict(self._runners)
 
     def warm_up(self) -> None:
-        """Warm every runner up."""
+        """Warm up every runner."""
         for runner in self._runners.values():
             runner.warm_up()
 
     def measure(self) -> None:
-        """Time steps of every batch size, and choose each model's width by them. Only while nothing is in flight.
+        """Time steps of every batch size and choose each model's width. Overwrites slots.
 
         Raises:
-            RuntimeError: something is in flight, whose slots this would overwrite.
+            RuntimeError: images are in flight; timing would overwrite their slots.
         """
         if self.has_work():
             raise RuntimeError("steps can be timed only while nothing is in flight")
@@ -125,7 +127,7 @@ class Engine:
         self.publish()
 
     def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
-        """Take in a model between two steps; whoever made its runner has warmed it up, and timed it."""
+        """Load a model between two steps. The caller has warmed up its runner and timed its steps."""
         self._memory[model] = MemoryLimit(self._config.max_rows)
         self.costs[model] = costs
         self._runners[model], self._takers[model] = runner, self._taker(model, runner)
@@ -134,10 +136,10 @@ class Engine:
         self.publish()
 
     def drop(self, model: str) -> None:
-        """Forget a model, which frees its weights.
+        """Unload a model and free its weights.
 
         Raises:
-            RuntimeError: some of its images are in flight, or steps under way, or unreported.
+            RuntimeError: the model has images in flight, or steps that are under way or unreported.
         """
         launched = any(step.batch.model == model for step in self._launched)
         if launched or any(step.batch.model == model for step in self._settled):
@@ -161,16 +163,16 @@ class Engine:
         )
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
-        """Accept a request, which has passed no admission."""
+        """Accept a request without admission control."""
         self.enter(self.scheduler.order.images_of(request, submitted_at, self.scheduler.steps(request.model)))
 
     def enter(self, images: Sequence[Image]) -> None:
-        """Let accepted images wait for their first step."""
+        """Queue accepted images for their first step."""
         self.scheduler.add(images)
         self._counts.in_flight(self.scheduler)
 
     def abort(self, request_id: str) -> list[ImageResult]:
-        """Take a request out; its rows are free at the next step."""
+        """Abort a request and return the results of its images; its rows are free at the next step."""
         aborted = self.scheduler.abort(request_id)
         self._forget(aborted)
         self._counts.in_flight(self.scheduler)
@@ -178,11 +180,11 @@ class Engine:
         return [self._result(image, self.clock()) for image in aborted]
 
     def has_work(self) -> bool:
-        """Say whether any image is in flight, or any step under way."""
+        """Return whether any image is in flight or any step is under way."""
         return self.scheduler.has_work() or bool(self._launched)
 
     def step(self) -> list[ImageResult]:
-        """Launch, settle and report a step: for those who have nothing to do meanwhile.
+        """Launch, settle and report one step, without overlap.
 
         Raises:
             Exception: as `launch`, `settle` and `report`.
@@ -192,11 +194,11 @@ class Engine:
         return self.report()
 
     def launch(self) -> None:
-        """Pick images and begin their next step; nothing, where none is in flight.
+        """Pick images and start their next step. Do nothing if no image is in flight.
 
         Raises:
-            Exception: the device is not to be trusted any more. Nothing can be done with the engine after that but to
-                tell everybody who waits.
+            Exception: the device can no longer be trusted. The engine is unusable; the caller must fail all pending
+                requests.
         """
         begun = self.clock()
         batch = self.scheduler.schedule(begun)
@@ -213,10 +215,10 @@ class Engine:
         self.publish()
 
     def settle(self) -> None:
-        """Wait until no more steps are under way than may be, and for one at least where no other can be launched.
+        """Wait until at most `depth` steps are under way; wait for at least one if no other can be launched.
 
         Raises:
-            Exception: the device, or the network, is not to be trusted any more, as for `launch`.
+            Exception: the device or the network can no longer be trusted, as for `launch`.
         """
         if not self._launched:
             return
@@ -225,7 +227,7 @@ class Engine:
         self._settle_down_to(most)
 
     def settle_all(self) -> None:
-        """Wait for every step under way; raises as `settle`."""
+        """Wait for every step under way. Raises as `settle`."""
         self._settle_down_to(0)
 
     def _settle_down_to(self, most: int) -> None:
@@ -235,7 +237,7 @@ class Engine:
             is_first = False
 
     def _settle_oldest(self, is_timed: bool) -> None:
-        """Wait for a step, and take those out that failed."""
+        """Wait for the oldest step and remove the images that failed."""
         step = self._launched[0]
         try:
             end = step.settle()
@@ -250,7 +252,7 @@ class Engine:
             self._expect(self._launched[0].batch)
 
     def report(self) -> list[ImageResult]:
-        """Count what the settled steps did; returns the images that left with them.
+        """Count the settled steps and return the results of the images that left with them.
 
         Raises:
             Exception: as `launch`.
@@ -280,12 +282,12 @@ class Engine:
         )
 
     def _expect(self, part: StepBatch) -> None:
-        """Say what is under way, and how long it should take."""
+        """Publish the step under way and its expected duration."""
         padded = self._runners[part.model].padded_rows(part.rows)
         self.under_way = StepUnderWay(expected_s=self.costs[part.model].seconds(padded, part.classified_rows))
 
     def _move(self, batch: StepBatch) -> None:
-        """Copy images out of their slots, then others back into slots."""
+        """Evict images from their slots, then restore others into free slots."""
         runner = self._runners[batch.model]
         if batch.evictions:
             states = runner.evict([move.slot for move in batch.evictions])
@@ -295,7 +297,7 @@ class Engine:
             runner.restore([move.slot for move in batch.restores], states)
 
     def _forget(self, left: Iterable[Image], raised: Container[Image] = ()) -> None:
-        """Drop what is kept for images that left, and count what they cost in vain: the steps that they took."""
+        """Drop the saved states of images that left, and count the steps of incomplete ones as wasted."""
         for image in left:
             self._saved.pop(image, None)
             if image.status is not ImageStatus.DONE:
@@ -304,7 +306,9 @@ class Engine:
     def _choose_width(self, model: str) -> None:
         costs, config, most = self.costs[model], self._config, self._memory[model].rows
         width = min(knee(costs, config.max_rows, config.width_efficiency), most)
-        wider = [rows for rows in costs.table() if width < rows <= most]  # not run, they would be too slow for ever
+        wider = [
+            rows for rows in costs.table() if width < rows <= most
+        ]  # without probes their measured cost would never improve
         self.scheduler.set_width(model, width, probe_widths=wider)
         self._counts.width(model, width)
 
@@ -328,14 +332,14 @@ class Engine:
         )
 
     def _on_failure(self, kind: FailureKind, part: StepBatch) -> None:
-        """Count an attempt that raised; out of memory makes the steps that follow narrower."""
+        """Count a failed attempt. After running out of memory, reduce the width of later steps."""
         self._counts.failed_attempt(kind)
         if kind is FailureKind.OUT_OF_MEMORY:
             self._memory[part.model].ran_out(self._runners[part.model].padded_rows(part.rows))
             self._choose_width(part.model)
 
     def _learn(self, step: SettledStep) -> None:
-        """Count a step, and take in what it took."""
+        """Count a step and update the costs with its duration."""
         batch, outcome, model = step.batch, step.end.outcome, step.batch.model
         runner = self._runners[model]
         self._counts.step(batch, outcome, runner.padded_rows(batch.rows), step.seconds)

@@ -1,4 +1,4 @@
-"""EventStream: what happens to an accepted request, for one reader, however slow he is."""
+"""EventStream: the events of an accepted request, for one reader of any speed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from service.engine.request import ImagePreview, ImageProgress, ImageResult, Obs
 from service.errors import GenerationFailed
 
 ROUND_EVERY_S = 0.05
-"""Least time between two rounds of progress and previews: more than people can see would only slow the engine down."""
+"""Minimum interval between two rounds of progress and previews. Faster updates would only slow the engine down."""
 QUEUED_EVERY_S = 1.0
 ETA_EVERY_S = 1.0
-"""A prediction serves so long, counting down."""
+"""Minimum seconds for which a prediction is reused, counting down."""
 ETA_SHARE = 0.01
-"""Or longer: making predictions takes at most this part of the time. One for 64 images costs 14 ms or more."""
+"""Maximum share of time spent on predictions; may lengthen the interval. One for 64 images costs 14 ms or more."""
 
 
 class EventStream:
-    """An asynchronous iterator over a request's events. Belongs to the event loop.
+    """An asynchronous iterator over a request's events. Runs in the event loop.
 
-    Progress and previews that have not been read are replaced by newer ones, and forgotten once their image has ended:
-    a slow reader misses some, costs no memory and delays nobody. All other events come exactly once.
+    Newer progress and previews replace unread ones, and are discarded once their image has ended. A slow reader
+    therefore misses some of them, but uses no additional memory and delays no other request. All other events are
+    delivered exactly once.
     """
 
     def __init__(
@@ -37,13 +38,13 @@ class EventStream:
         predict: Callable[[], Prediction | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin with `Queued`.
+        """Start the stream with a `Queued` event.
 
         Args:
-            images: how many there are in the request.
-            prediction: made on admission.
-            predict: makes a newer one; None once all images have ended.
-            clock: in seconds; never goes back.
+            images: number of images in the request.
+            prediction: the prediction made at admission.
+            predict: returns a newer prediction, or None once all images have ended.
+            clock: monotonic clock, in seconds.
         """
         self._predict = predict
         self._clock = clock
@@ -51,8 +52,8 @@ class EventStream:
         self._all_done = True
         self._in_queue = True
         self._closed = False
-        self._news: deque[Event] = deque()  # at most one per image, and two more
-        self._steps: dict[tuple[type[Observation], int], Observation] = {}  # the newest of each kind of each image
+        self._news: deque[Event] = deque()  # at most one per image, plus two
+        self._steps: dict[tuple[type[Observation], int], Observation] = {}  # the newest per kind and image
         self._round: deque[tuple[type[Observation], int]] = deque()
         self._round_at = 0.0
         self._eta_at = 0.0
@@ -62,11 +63,11 @@ class EventStream:
         self._put_queued(prediction)
 
     def __aiter__(self) -> EventStream:
-        """Return the stream: it has one reader."""
+        """Return the stream itself: it supports one reader."""
         return self
 
     async def __anext__(self) -> Event:
-        """Return the next event, waiting for one. May be cancelled: no event is lost by it."""
+        """Wait for the next event and return it. Cancellation loses no event."""
         while True:
             if self._news:
                 return self._news.popleft()
@@ -77,7 +78,7 @@ class EventStream:
             await self._wait()
 
     def observe(self, seen: Observation) -> None:
-        """Take in what a step showed of an image that goes on."""
+        """Record the progress or preview of an unfinished image."""
         if self._closed:
             return
         self._in_queue = False
@@ -86,7 +87,7 @@ class EventStream:
         self._steps[type(seen), seen.position] = seen
 
     def image_ended(self, position: int, outcome: ImageResult | GenerationFailed) -> None:
-        """Take in the end of an image; the last one ends the stream."""
+        """Record the end of an image. The last one ends the stream."""
         if self._closed:
             return
         self._in_queue = False
@@ -106,14 +107,14 @@ class EventStream:
         self._changed.set()
 
     def close(self) -> None:
-        """End the stream here: nobody wants what has not been read."""
+        """End the stream and discard unread events."""
         self._closed = True
         self._news.clear()
         self._steps.clear()
         self._changed.set()
 
     async def _wait(self) -> None:
-        """Wait for a change, or until it is time to say something without one."""
+        """Wait for a change, or until a periodic event is due."""
         self._changed.clear()
         seconds = None
         if self._steps:
@@ -132,7 +133,7 @@ class EventStream:
                 self._put_queued(prediction)
 
     def _newest_step(self) -> Observation | None:
-        """Return what is left of a round of progress and previews, or begin a round if it is time for one."""
+        """Return the next item of the current round of progress and previews; start a new round if one is due."""
         if self._steps and not self._round and self._clock() >= self._round_at:
             self._round.extend(self._steps)
             self._round_at = self._clock() + ROUND_EVERY_S

@@ -1,4 +1,4 @@
-"""The events of a request, in the order in which they occur. Plain dataclasses."""
+"""The events of a request, as plain dataclasses in the order in which they occur."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Queued:
     """The request was accepted. Sent at once, then about every second until its first image has taken a step."""
 
     images_ahead: int
-    """Images that come before the request's first one."""
+    """Number of images ahead of the request's first image."""
     wait_s: float
     """Predicted seconds until its first network call."""
     eta_s: float
-    """Predicted seconds until its last image is done; 0 while no step has been timed. The same in every event."""
+    """Predicted seconds until its last image completes; 0 if no step has been timed. Same meaning in every event."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ImageDone:
 
     position: int
     eta_s: float
-    """0 for the last one."""
+    """0 for the last image."""
     result: ImageResult
 
 
@@ -40,7 +40,7 @@ class ImageFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class Completed:
-    """All images are done. It is the last event; it is not sent if an image failed."""
+    """All images have completed. This is the last event; it is not sent if an image failed."""
 
 
 Event = Queued | ImageProgress | ImagePreview | ImageDone | ImageFailed | Completed
