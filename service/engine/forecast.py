@@ -1,17 +1,18 @@
-"""Forecast: when accepted work will be done, and when new work would be. Steps are known at arrival, so this is sums.
+"""Forecast: predict when accepted or new work will finish. The number of steps is known at arrival, so sums suffice.
 
-The model, and what it leaves out:
+Assumptions and limits of the model:
 
-- A step of a model takes c(rows), as measured, and g(rows) for its classifier, as many as the mean of accepted work
-  has; models with work take turns.
-- What is ahead of an image, by its policy's order, keeps the width full until it runs out; then its last rows drain
-  while the image runs. So it waits for (work ahead) / width, less what is left of the rows that run last, which is
-  taken to be what is left, on average, of those that run now; and at least until the first of these is done.
-- Interactive work gets what the share of batch work leaves, where there is any; batch work waits for all interactive
-  work, or gets its share, whichever is sooner. No image waits for more than its client's work and the allowance
-  of `ClientShares`, times the clients there are.
-- No more work comes. Later work that goes first (shorter under srw, sooner due under deadline, interactive before
-  batch) makes predictions too early. Failed and cancelled work makes them too late.
+- A step of a model takes c(rows), as measured, plus g(rows) for its classifier, with the mean number of classifier
+  rows of the accepted work. Models with work take turns.
+- The work ahead of an image, in the policy's order, fills the width until it runs out; its last rows then drain while
+  the image runs. The wait is therefore (work ahead) / width, minus the remaining steps of the rows that run last. These
+  are estimated by the mean remaining steps of the rows that run now. The wait lasts at least until the first of these
+  rows finishes.
+- Interactive work gets the rows that the share of batch work leaves, if there is batch work. Batch work waits for all
+  interactive work, or gets its share, whichever is sooner. No image waits for more than (the work of its client + the
+  allowance of `ClientShares`) * (number of clients).
+- No further work arrives. Later work that is served first (shorter under srw, earlier due under deadline, interactive
+  before batch) makes predictions too early. Failed and cancelled work makes them too late.
 """
 
 from __future__ import annotations
@@ -30,36 +31,37 @@ from service.engine.snapshot import PlacedImage, Snapshot
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What to expect of images; all zero where no step has been timed yet."""
+    """Predicted times of the images of a request; the times are 0 if no step has been timed yet."""
 
     position: int
-    """Images that come before the first of them."""
+    """Number of images ahead of the first one."""
     wait_s: float
-    """Until the first of them takes a step."""
+    """Seconds until the first one takes a step."""
     finish_s: float
-    """Until the last of them is done."""
+    """Seconds until the last one completes."""
 
 
 @dataclass
 class _Ahead:
-    """What comes before the images of one request; they join it one by one."""
+    """Work ahead of the images of one request. Each predicted image is added to it before the next is predicted."""
 
     line: Line
     progress: list[tuple[Order, int, int]]
-    """What has changed in the line since its images arrived: (order, images, row-steps), sorted."""
+    """Changes to the line since its images arrived: (order, images, row-steps), sorted."""
     taking_part: list[PlacedImage]
-    """Images that have started, and those that have joined; sorted."""
+    """Images that have started or joined, sorted."""
     interactive: int
-    """Row-steps left of interactive work."""
+    """Remaining row-steps of interactive work."""
     batch: int
+    """Remaining row-steps of batch work."""
     others_step_s: float
-    """How long the steps take that other models with work take in turns with this one's."""
+    """Seconds of one step of each other model with work; these steps alternate with this model's."""
     joined_rows: int = 0
     joined_classified: int = 0
     joined_work: int = 0
 
     def before(self, order: Order) -> tuple[int, int]:
-        """Return how many images come before a place, and their row-steps; those that joined are in the work alone."""
+        """Return the number of images before `order` and their row-steps. Joined images count only in the row-steps."""
         count, work = self.line.work.before(order)
         for place, images, row_steps in self.progress:
             if place >= order:
@@ -68,7 +70,7 @@ class _Ahead:
         return count, work + self.joined_work
 
     def join(self, placed: PlacedImage) -> None:
-        """Let an image come before those of its request that are still to be predicted."""
+        """Add a predicted image to the work ahead of the remaining images of its request."""
         insort(self.taking_part, placed, key=_order)
         self.joined_rows += placed.image.rows
         self.joined_classified += placed.image.classified_rows
@@ -76,10 +78,7 @@ class _Ahead:
 
 
 class Forecast:
-    """Predicts from the ledger, which says what was accepted, and a snapshot, which says how far it has come.
-
-    It keeps nothing of its own.
-    """
+    """Computes predictions from the ledger (accepted work) and a snapshot (its progress). Holds no state of its own."""
 
     def __init__(self, config: EngineConfig, ledger: Ledger) -> None:
         self._batch_share = config.batch_share
@@ -87,19 +86,19 @@ class Forecast:
         self._ledger = ledger
 
     def predict(self, images: Sequence[Image], snapshot: Snapshot) -> Prediction:
-        """Predict when new images of one request would be done if they were accepted now; they have arrived."""
+        """Predict when the new images of one request would finish if accepted now. Their arrival order must be set."""
         placed = [PlacedImage(image, image.order, image.row_steps) for image in images]
         return self._predict(placed, snapshot, known=False)
 
     def eta(self, request_id: str, snapshot: Snapshot) -> Prediction | None:
-        """Predict when an accepted request will be done; None: all its images have ended."""
+        """Predict when an accepted request will finish; None if all its images have ended."""
         images, orders = self._ledger.unfinished(request_id), self._ledger.orders
         started = {placed.image: placed for placed in snapshot.started if placed.image.request_id == request_id}
         placed = [started.get(i) or PlacedImage(i, orders[i], i.row_steps) for i in images]
         return self._predict(placed, snapshot, known=True) if placed else None
 
     def backlog_s(self, snapshot: Snapshot) -> float:
-        """Predict how long everything accepted will take."""
+        """Predict the seconds until all accepted work is finished."""
         done: Counter[str] = Counter()
         for image, _, remaining in self._started(snapshot):
             done[image.model] += image.row_steps - remaining
@@ -110,14 +109,14 @@ class Forecast:
         return total
 
     def _step_s(self, model: str, rows: int, snapshot: Snapshot, new_rows: int = 0, new_classified: int = 0) -> float:
-        """Predict what a step of so many rows takes, with the classifier rows that all accepted work has on average."""
+        """Predict the seconds of a step of `rows` rows, with the mean classifier rows of the accepted work."""
         accepted = self._ledger.models[model]
         all_rows = accepted.rows + new_rows
         classified = accepted.classified_rows + new_classified
         return snapshot.costs[model].seconds(rows, rows * classified / all_rows if classified else 0)
 
     def _predict(self, images: Sequence[PlacedImage], snapshot: Snapshot, *, known: bool) -> Prediction:
-        """Predict images of one request: all of them accepted, or none."""
+        """Predict images of one request: all of them accepted (`known`), or none."""
         ordered = sorted(images, key=_order)
         ahead = self._ahead(ordered[0].image, snapshot)
         predicted = []
@@ -132,7 +131,7 @@ class Forecast:
         )
 
     def _ahead(self, image: Image, snapshot: Snapshot) -> _Ahead:
-        """Sum up what all images of a request share."""
+        """Compute the work ahead that all images of a request have in common."""
         model, priority = image.model, image.priority
         accepted = self._ledger.models[model]
         started = sorted((placed for placed in self._started(snapshot) if placed.image.model == model), key=_order)
@@ -183,7 +182,7 @@ class Forecast:
             step_s += ahead.others_step_s
         finish_steps = wait_steps + remaining / image.rows
         if priority is Priority.BATCH and ahead.interactive > 0 and self._batch_share > 0:
-            # While there is interactive work, its own steps come at the rate of the share too
+            # While there is interactive work, the image's own steps are limited to the batch share as well
             work += remaining
             finish_steps = max(
                 finish_steps, min(work / (self._batch_share * width), (work + ahead.interactive) / width)
@@ -191,12 +190,12 @@ class Forecast:
         return Prediction(position=position, wait_s=wait_steps * step_s, finish_s=finish_steps * step_s)
 
     def _started(self, snapshot: Snapshot) -> list[PlacedImage]:
-        """Return the images that have started and have not ended: a snapshot keeps some that have."""
+        """Return the images that have started and not ended. A snapshot may contain ended images."""
         orders = self._ledger.orders
         return [placed for placed in snapshot.started if placed.image in orders]
 
     def _progress(self, started: Iterable[PlacedImage]) -> list[tuple[Order, int, int]]:
-        """Return how images have changed their line, as `_Ahead.progress`: out of an old place, into a new one."""
+        """Return the changes of `_Ahead.progress`: each image leaves its old place and enters its new one."""
         changes = []
         for image, order, remaining in started:
             changes.append((self._ledger.orders[image], -1, -image.row_steps))
@@ -209,7 +208,7 @@ def _order(placed: PlacedImage) -> Order:
 
 
 def _drain(taking_part: Iterable[PlacedImage], placed: PlacedImage, width: int) -> tuple[float, float]:
-    """Return the mean steps left, by row, of what comes before an image, and how long until a row is free for it."""
+    """Return the mean remaining steps per row of the images ahead, and the steps until a row is free for this one."""
     rows = work = 0
     least = math.inf
     for image, order, remaining in taking_part:

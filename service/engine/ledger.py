@@ -1,4 +1,4 @@
-"""Ledger: the account of accepted work. Limits, predictions, and the ends of requests and models read it."""
+"""Ledger: the record of accepted work, used by limits, predictions and the removal of models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Line:
     """Accepted work of one model and priority."""
 
     work: OrderedWork = field(default_factory=OrderedWork)
-    """Row-steps of each image, by its order."""
+    """Row-steps of each image, sorted by its order."""
     clients: Counter[str] = field(default_factory=Counter)
-    """Row-steps of each client that has images in it."""
+    """Row-steps of each client that has images in the line."""
 
 
 @dataclass
@@ -31,11 +31,11 @@ class ModelWork:
 
     @property
     def row_steps(self) -> int:
-        """Work of all its images."""
+        """Return the row-steps of all its images."""
         return self.interactive.work.work + self.batch.work.work
 
     def line(self, priority: Priority) -> Line:
-        """Return the work of a priority."""
+        """Return the accepted work of a priority."""
         return self.batch if priority is Priority.BATCH else self.interactive
 
 
@@ -48,9 +48,9 @@ class ClientWork:
 
 
 class Ledger:
-    """Accepted images that have not ended, as they were when they were accepted. Belongs to the event loop.
+    """Accepted images that have not ended, in the state they had at admission. Runs in the event loop.
 
-    How far they have come since is in `Snapshot`.
+    `Snapshot` has their progress since then.
     """
 
     def __init__(self, models: Iterable[str]) -> None:
@@ -63,37 +63,37 @@ class Ledger:
 
     @property
     def orders(self) -> Mapping[Image, Order]:
-        """Return every accepted image with the order that it had on arrival."""
+        """Return every accepted image with its order at arrival."""
         return self._orders
 
     @property
     def models(self) -> Mapping[str, ModelWork]:
-        """Return the work of every model that is held, accepting requests or not."""
+        """Return the work of every loaded model, including retired ones."""
         return self._models
 
     @property
     def requests(self) -> int:
-        """Return how many requests have images in it."""
+        """Return the number of requests with images in the ledger."""
         return len(self._requests)
 
     def client(self, name: str) -> ClientWork:
-        """Return the work of a client, which may have none."""
+        """Return the work of a client; zero if it has none."""
         return self._clients.get(name, ClientWork())
 
     def unfinished(self, request_id: str) -> Collection[Image]:
-        """Return those images of a request that have not ended."""
+        """Return the images of a request that have not ended."""
         return self._requests.get(request_id, {}).values()
 
     def add_model(self, model: str) -> None:
-        """Make room for a model. Every `Snapshot` that is read with this must know it."""
+        """Add a model. Every `Snapshot` used together with this ledger must contain it."""
         self._models[model] = ModelWork()
 
     def remove_model(self, model: str) -> None:
-        """Forget a model whose images have all ended; a `Snapshot` may know it for a while."""
+        """Remove a model whose images have all ended. A `Snapshot` may still contain it for a while."""
         del self._models[model]
 
     def add(self, images: Iterable[Image]) -> None:
-        """Enter accepted images, before the scheduler has them: their order changes there."""
+        """Record accepted images. Call this before the scheduler gets them, because it changes their order."""
         for image in images:
             request, row_steps = image.request, image.row_steps
             self._orders[image] = image.order
@@ -110,10 +110,10 @@ class Ledger:
             line.clients[request.client] += row_steps
 
     def remove(self, request_id: str, position: int) -> Image:
-        """Strike out an image that has ended, for whatever reason.
+        """Remove and return an image that has ended, for any reason.
 
         Raises:
-            KeyError: there is no such image.
+            KeyError: the ledger has no such image.
         """
         images = self._requests[request_id]
         image = images.pop(position)

@@ -1,16 +1,16 @@
-"""What the engine knows models by: weights that are loaded anew are another model to it, and the same to people."""
+"""Model ids of the engine: reloaded weights get a new id and keep the model's name."""
 
 from __future__ import annotations
 
 SEPARATOR = "/"
-"""In no name: models are named like folders."""
+"""Never part of a name: models are named after folders."""
 
 
 def model_id(name: str, loaded: int) -> str:
-    """Return the id of what a name meant when it was loaded for the so-manieth time, counted from 1."""
+    """Return the id of load number `loaded` of a model, counted from 1."""
     return name if loaded == 1 else f"{name}{SEPARATOR}{loaded}"
 
 
 def name_of(model: str) -> str:
-    """Return the name of a model by its id: for metrics and people."""
+    """Return the model name of an id, for metrics and messages."""
     return model.partition(SEPARATOR)[0]

@@ -1,4 +1,4 @@
-"""What a step shows of watched images. Of others nothing is read, and nothing is said."""
+"""Collect progress and previews of watched images after a step. Other images are not read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from service.engine.runners.base import Runner
 
 
 def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation]]:
-    """Note how far the watched images of a step have come that go on, and what those show whose preview is due.
+    """Collect the progress of the watched, unfinished images of a step, and the previews that are due.
 
     Returns:
-        What to say of them; pixels are made when it is waited for.
+        The pending observations; pixels are converted when the result is waited for.
     """
     watched = [image for image in images if image.request.watch is not None and image.status is ImageStatus.RUNNING]
     steps = [

@@ -1,4 +1,4 @@
-"""ServiceOrder: the order in which images are served. It alone derives it, at arrival and after each step."""
+"""ServiceOrder: compute the order in which images are served, at arrival and after each step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.engine.request import GenerationRequest, Image
 
 
 class ServiceOrder:
-    """Sorts images by the number that their policy gives them, least first, and then by arrival.
+    """Orders images by the number that the policy assigns to them, least first, and then by arrival.
 
     Arrival numbers are unique within one instance, so all images of a scheduler must come from the same one.
     """
@@ -21,10 +21,10 @@ class ServiceOrder:
         self._arrivals = itertools.count()
 
     def images_of(self, request: GenerationRequest, submitted_at: float, model_steps: int) -> list[Image]:
-        """Return a request's images, none of them started; they have arrived later than all others.
+        """Return the new images of a request, with arrival numbers after all earlier ones.
 
         Args:
-            request: to be accepted, or refused after a prediction: arrival numbers may have gaps.
+            request: a request to be accepted or, after a prediction, rejected; arrival numbers may therefore have gaps.
             submitted_at: time.monotonic() at admission.
             model_steps: steps that the request's model has taken.
         """
@@ -34,12 +34,12 @@ class ServiceOrder:
         return images
 
     def arrive(self, image: Image, model_steps: int) -> None:
-        """Set an image's arrival and its first order."""
+        """Set an image's arrival number, arrival step and first order."""
         image.sequence = next(self._arrivals)
         image.arrival_step = model_steps
         image.order = (self._policy(image), image.sequence)
 
     def update(self, image: Image) -> None:
-        """Set an image's order anew, after it has taken a step."""
+        """Update an image's order after it has taken a step."""
         if self._changes:
             image.order = (self._policy(image), image.sequence)

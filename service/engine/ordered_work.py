@@ -1,4 +1,4 @@
-"""OrderedWork: how much work lies before a place in an order, of thousands of entries, quickly."""
+"""OrderedWork: a sorted container with fast sums of the work before a position, for thousands of entries."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ BLOCK = 256
 
 
 class OrderedWork:
-    """Entries (order, work), sorted, in blocks whose sums are kept: adding, removing and asking cost a block each."""
+    """Sorted entries (order, work) in blocks with cached sums. Adding, removing and querying each process one block."""
 
     def __init__(self) -> None:
         self._blocks: list[list[tuple[Order, int]]] = []
         self._lasts: list[Order] = []
         self._sums: list[int] = []
         self.work = 0
-        """Work of all entries."""
+        """Total work of all entries."""
 
     def __len__(self) -> int:
         return sum(map(len, self._blocks))
 
     def add(self, order: Order, work: int) -> None:
-        """Put an entry in its place; no other may have this order."""
+        """Insert an entry. Its order must be unique."""
         self.work += work
         at = min(bisect_left(self._lasts, order), len(self._blocks) - 1)
         if at < 0:
@@ -35,10 +35,10 @@ class OrderedWork:
         self._replace(at, 1, [block] if len(block) <= BLOCK else [block[:middle], block[middle:]])
 
     def remove(self, order: Order) -> None:
-        """Take an entry out.
+        """Remove an entry.
 
         Raises:
-            KeyError: there is none with this order.
+            KeyError: no entry has this order.
         """
         at = bisect_left(self._lasts, order)
         block = self._blocks[at] if at < len(self._blocks) else []
@@ -49,7 +49,7 @@ class OrderedWork:
         self._replace(at, 1, [block] if block else [])
 
     def before(self, order: Order) -> tuple[int, int]:
-        """Return how many entries come before a place in the order, and their work."""
+        """Return the number of entries before `order` and their total work."""
         at = bisect_left(self._lasts, order)
         count = sum(map(len, self._blocks[:at]))
         work = sum(self._sums[:at])

@@ -1,13 +1,14 @@
-"""Who is served next: a policy is a pure function from an image to a number, the least of which goes first.
+"""Scheduling policies. A policy is a pure function from an image to a number; the image with the least is served first.
 
-All images age alike, so none of these depends on the present: the order of two images changes only when one of them
-takes a step. Whoever sorts by them breaks ties by arrival.
+All images age at the same rate, so no policy depends on the current time: the order of two images changes only when
+one of them takes a step. The caller breaks ties by arrival.
 
-How long an image can be overtaken within its priority, by images of clients that are within their share:
+Limits on overtaking within a priority, by images of clients within their share:
 
-- fifo: by nobody who came later.
-- srw: by nobody who came more than `remaining row-steps / ageing` steps of the model later.
-- deadline: by nobody who came after its deadline (or `PATIENCE_S` after its arrival, where it has none).
+- fifo: a later image never overtakes.
+- srw: an image that arrives more than `remaining row-steps / ageing` model steps later does not overtake.
+- deadline: an image that arrives after this one's deadline does not overtake. Without a deadline, `PATIENCE_S` after
+  arrival counts as one.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from service.engine.request import Image
 PolicyName = Literal["fifo", "srw", "deadline"]
 Policy = Callable[[Image], float]
 CHANGE_WITH_STEPS: frozenset[PolicyName] = frozenset({"srw"})
-"""Policies that give an image another number after each of its steps; the others keep to the first one."""
+"""Policies whose number changes after each step of an image; under the others it is constant."""
 
 PATIENCE_S = 60.0
-"""Seconds after its arrival in which an image without a deadline is due, so that deadlines never starve it."""
+"""Seconds after arrival at which an image without a deadline is due, so that deadlines never starve it."""
 
 
 def fifo(image: Image) -> float:
-    """First come, first served."""
+    """Return the arrival number: first come, first served."""
     return image.sequence
 
 
 def srw(ageing: float) -> Policy:
-    """Return aged shortest remaining work: `remaining - ageing * age`, less what is the same for all at any moment.
+    """Return aged shortest remaining work: `remaining - ageing * age`, without the term that all images share.
 
-    Remaining work is in row-steps, age in steps of the model. Unaged, this is shortest remaining processing time,
-    which has the least mean latency of all orders (Schrage 1968) and starves long images.
+    Remaining work is in row-steps, age in steps of the model. Without ageing, this is shortest remaining processing
+    time, which has the least mean latency of all orders (Schrage 1968) but starves long images.
     """
 
     def aged_work(image: Image) -> float:
@@ -45,12 +46,12 @@ def srw(ageing: float) -> Policy:
 
 
 def deadline(image: Image) -> float:
-    """Earliest deadline first."""
+    """Return the deadline: earliest deadline first."""
     return image.submitted_at + PATIENCE_S if image.deadline is None else image.deadline
 
 
 def policy_named(name: PolicyName, ageing: float) -> Policy:
-    """Return a policy; `ageing` matters to srw only."""
+    """Return a policy by name; only srw uses `ageing`."""
     match name:
         case "fifo":
             return fifo

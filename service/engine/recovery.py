@@ -1,7 +1,7 @@
-"""What a step that raises costs whom: it is taken again in halves, until the images that make it raise stand alone.
+"""Recover from a step that raises: repeat it in halves until the images that cause the error are isolated.
 
-Taking a step again is exact, because a runner writes nothing before all is computed and noise is a function of the
-step: images that take it in a smaller batch, or a second time, get the pixels they would have had.
+Repeating a step is exact: a runner writes nothing before everything is computed, and noise is a function of the step.
+Images that repeat a step, or take it in a smaller batch, get bit-identical pixels.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ log = logging.getLogger(__name__)
 LEAST_WIDTH = 2
 """An image with classifier-free guidance takes two rows."""
 STEPS_BEFORE_GROWING = 256
-"""Steps without running out of memory before twice the rows are tried: should that fail, it costs less than 1 %."""
+"""Steps without running out of memory before doubling the rows; a failed attempt then costs less than 1 %."""
 
 Attempt = Callable[[Sequence[Image]], list[bool]]
-"""Takes a step of some images of a batch; says which are still finite."""
+"""Takes a step of some images of a batch; returns which are still finite."""
 
 
 @dataclass
 class Outcome:
-    """What became of the images of a step."""
+    """Outcome of a step for each of its images."""
 
     ok: list[bool]
-    """Of each image, whether it may go on."""
+    """For each image, whether it may continue."""
     failures: dict[Image, FailureKind] = field(default_factory=dict)
-    """Images that made the step raise, each of them alone."""
+    """Images for which the step raised even when taken alone."""
     attempts: int = 1
 
 
@@ -43,20 +43,19 @@ def take_step(
     runner: Runner,
     failed: Callable[[FailureKind, Sequence[Image]], None],
 ) -> Outcome:
-    """Take a step, in halves where it raises; images that raise alone, twice, fail.
+    """Take a step, repeating it in halves if it raises. An image that raises alone, twice, fails.
 
-    That an image is guilty is believed only while the network runs without it: unless others have taken the step, the
-    runner must pass a check of the network.
+    If every image fails, the runner must pass a check of the network, to rule out that the network itself is broken.
 
     Args:
-        images: of one model, at least one.
+        images: images of one model, at least one.
         attempt: takes the step for any part of them.
-        runner: says what an error means.
-        failed: told of every attempt that raised.
+        runner: classifies errors and checks the network.
+        failed: called after every attempt that raised.
 
     Raises:
-        Exception: whatever was raised, where the device is not to be trusted any more; what that check raises, where
-            the network does not run without these images either.
+        Exception: the original error if the device can no longer be trusted, or the error of the network check if the
+            network does not run without these images either.
     """
     outcome = _halves(images, attempt, runner, failed)
     if len(outcome.failures) == len(images):
@@ -77,7 +76,7 @@ def _halves(
         return Outcome(result)
     failed(result, images)
     if len(images) == 1:
-        again = _try(images, attempt, runner)  # a passing trouble must not cost anybody an image
+        again = _try(images, attempt, runner)  # a transient error must not fail an image
         if not isinstance(again, FailureKind):
             return Outcome(again, attempts=2)
         failed(again, images)
@@ -92,20 +91,20 @@ def _halves(
 
 
 def _try(images: Sequence[Image], attempt: Attempt, runner: Runner) -> list[bool] | FailureKind:
-    """Make one attempt. Its error ends here: kept, it would keep the memory of all that was being computed."""
+    """Make one attempt. Drop the error object: it would keep the memory of intermediate results alive."""
     try:
         return attempt(images)
     except Exception as error:
         kind = runner.failure_kind(error)
         if kind is FailureKind.DEVICE:
             raise
-        trace = "".join(format_exception(error))  # text: log handlers may keep what they are given
+        trace = "".join(format_exception(error))  # as text: log handlers may keep references
         log.warning("a step of %d images raised (%s)\n%s", len(images), kind.value, trace)
         return kind
 
 
 class MemoryLimit:
-    """The most rows of a step that memory has room for, as far as is known. Counted in steps; holds no clock."""
+    """The largest number of rows per step known to fit in memory. Counts in steps; uses no clock."""
 
     def __init__(self, max_rows: int) -> None:
         self.rows = max_rows
@@ -113,12 +112,12 @@ class MemoryLimit:
         self._steps = 0
 
     def ran_out(self, rows: int) -> None:
-        """Take note that a step of so many rows, padding counted, ran out of memory."""
+        """Record that a step of `rows` rows, including padding, ran out of memory."""
         self.rows = max(LEAST_WIDTH, min(self.rows, rows // 2))
         self._steps = 0
 
     def count_step(self) -> bool:
-        """Take note of a step; says whether twice the rows are to be tried from now on."""
+        """Count a step. Return whether the limit was raised: later steps may have twice the rows."""
         if self.rows == self._max_rows:
             return False
         self._steps += 1
