@@ -1,4 +1,4 @@
-"""What crosses between API and engine: plain dataclasses. No torch, no HTTP."""
+"""Requests, images, steps and results: the plain dataclasses that API and engine exchange. No torch, no HTTP."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 FailureReason = Literal["not_finite", "error", "out_of_memory"]
-"""Why an image failed: its numbers overflowed; the network raised on it; not even it alone fitted memory."""
+"""Reason of a failed image: its numbers overflowed, the network raised, or it did not fit in memory even alone."""
 FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanKey:
-    """What determines a sampling plan, for a given model; images that share it share the plan's lines."""
+    """Key of a sampling plan for a given model; images with equal keys share the plan's lines."""
 
     sampler: str
     """A name in `diffusion.plans.SAMPLERS`."""
@@ -29,11 +29,11 @@ class PlanKey:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageParams:
-    """What determines one image's pixels, for a given model."""
+    """Parameters that determine the pixels of one image for a given model."""
 
     plan: PlanKey
     num_steps: int
-    """Network calls the plan takes."""
+    """Number of network calls of the plan."""
     seed: int
     image_index: int
     class_index: int | None
@@ -43,17 +43,17 @@ class ImageParams:
 
     @cached_property
     def rows(self) -> int:
-        """Network rows per step: two with classifier-free guidance."""
+        """Return the network rows per step: two with classifier-free guidance, else one."""
         return 1 if self.cfg_scale == 1.0 else 2
 
     @property
     def classified_rows(self) -> int:
-        """Rows per step that the classifier is called on: one with classifier guidance."""
+        """Return the classifier rows per step: one with classifier guidance, else zero."""
         return 0 if self.classifier_scale == 0.0 else 1
 
 
 class Priority(enum.Enum):
-    """Who goes first: batch work takes what interactive work leaves, and never less than its share."""
+    """Scheduling priority: batch work gets the rows that interactive work leaves, but at least its share."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
@@ -61,84 +61,84 @@ class Priority(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is to be told of a request's images while they are made."""
+    """Progress reporting of a request's images."""
 
     preview_every: int | None = None
-    """Show what an image is predicted to become every so many of its steps; None: never. At least 1."""
+    """Steps between two previews of an image's predicted result, at least 1; None for no previews."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One call of a client, checked and complete: n images of one model."""
+    """One validated request of a client: n images of one model."""
 
     request_id: str
     model: str
     images: tuple[ImageParams, ...]
     client: str = ""
-    """Who asks, for fairness; requests without a name share one. Opaque: an address, the name of a key."""
+    """Client id for fair scheduling: an address or the name of a key, opaque here. Unnamed requests share ""."""
     max_client_images: int | None = None
-    """Most images that this client may have in flight, this request's among them; None: no limit of its own."""
+    """Maximum images of this client in flight, including this request's; None for no client-specific limit."""
     priority: Priority = Priority.INTERACTIVE
     deadline_s: float | None = None
-    """Seconds from its admission within which every image is wanted; None: whenever."""
+    """Seconds from admission within which every image must complete; None for no deadline."""
     watch: Watch | None = None
-    """None: nobody is told before an image is done."""
+    """None to report nothing before an image is done."""
 
     @property
     def rows(self) -> int:
-        """Network rows per step of all its images."""
+        """Return the network rows per step of all its images."""
         return sum(image.rows for image in self.images)
 
     @property
     def row_steps(self) -> int:
-        """Work: rows times steps."""
+        """Return the work of all its images: rows times steps."""
         return sum(image.rows * image.num_steps for image in self.images)
 
 
 class ImageStatus(enum.Enum):
-    """Where an image is in its life."""
+    """Lifecycle state of an image."""
 
     WAITING = "waiting"
-    """Not started: holds nothing."""
+    """Not started; holds no slot."""
     RUNNING = "running"
-    """Holds a slot, whether or not it takes part in this step."""
+    """Holds a slot, whether or not it takes part in the current step."""
     EVICTED = "evicted"
-    """Started; its state is in host memory, its slot serves another."""
+    """Started, but without a slot; its state is in host memory."""
     DONE = "done"
     FAILED = "failed"
     ABORTED = "aborted"
 
 
 Order = tuple[float, int]
-"""What images of a priority are sorted by, least first; see `service.engine.order`."""
+"""Sort key of images within a priority, least first; see `service.engine.order`."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Image:
-    """An accepted image: one object from its admission to its result.
+    """An accepted image: the same object from admission to result.
 
-    `ServiceOrder` sets `sequence`, `arrival_step` and `order` at admission. From then on only the scheduler writes,
-    and nothing but `order` and what comes after it: any thread may read the rest.
+    `ServiceOrder` sets `sequence`, `arrival_step` and `order` at admission. Afterwards only the scheduler writes, and
+    only `order` and the fields below it. Any thread may read the other fields.
     """
 
     request: GenerationRequest
     position: int
-    """Which image of its request."""
+    """Index of the image in its request."""
     submitted_at: float
     """time.monotonic() at admission."""
     params: ImageParams = field(init=False)
     rows: int = field(init=False)
     """Network rows per step."""
     classified_rows: int = field(init=False)
-    """Rows per step that the classifier is called on."""
+    """Classifier rows per step."""
     row_steps: int = field(init=False)
-    """Work of all its steps: rows times steps."""
+    """Total work: rows times steps."""
     deadline: float | None = field(init=False)
-    """On the clock of `submitted_at`."""
+    """Deadline on the clock of `submitted_at`."""
     sequence: int = -1
-    """Order of arrival."""
+    """Arrival number."""
     arrival_step: int = 0
-    """Steps its model had taken when it arrived: age is counted in steps, so that no clock decides an order."""
+    """Steps of its model at arrival. Age is counted in steps, so that the order does not depend on a clock."""
     order: Order = (0.0, -1)
     """Changes only when the image takes a step."""
     status: ImageStatus = ImageStatus.WAITING
@@ -156,53 +156,53 @@ class Image:
 
     @property
     def request_id(self) -> str:
-        """Return its request's id."""
+        """Return the id of its request."""
         return self.request.request_id
 
     @property
     def model(self) -> str:
-        """Return the id of the model that makes it."""
+        """Return the id of its model."""
         return self.request.model
 
     @property
     def client(self) -> str:
-        """Return who asks for it."""
+        """Return the client of its request."""
         return self.request.client
 
     @property
     def priority(self) -> Priority:
-        """Return its request's priority."""
+        """Return the priority of its request."""
         return self.request.priority
 
     @property
     def watch(self) -> Watch | None:
-        """Return what of it is to be shown while it is made."""
+        """Return the progress reporting of its request."""
         return self.request.watch
 
     @property
     def remaining_row_steps(self) -> int:
-        """Return the work left: rows times steps."""
+        """Return the remaining work: rows times steps."""
         return self.row_steps - self.rows * self.steps_done
 
 
 class ImageStep(NamedTuple):
-    """Which step of which image a runner takes: every number of an image is on the host, with whom it is known."""
+    """One step of one image, as input to a runner. All values are on the host."""
 
     slot: int
-    """Where the image's arrays are."""
+    """Slot that holds the image's arrays."""
     params: ImageParams
     step: int
-    """Sampling steps that the image has taken; 0: it starts with this one."""
+    """Sampling steps already taken; 0 for the image's first step."""
 
 
 def rows_of(steps: Iterable[ImageStep]) -> int:
-    """Return the network rows of steps that are taken together, padding not counted."""
+    """Return the network rows of a batch of steps, without padding."""
     return sum([step.params.rows for step in steps])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """Tells a runner to copy a slot to host memory, or back into a slot (perhaps another one)."""
+    """Instruction to copy a slot to host memory, or to restore an image into a slot, possibly another one."""
 
     image: Image
     slot: int
@@ -210,32 +210,35 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One network call: which images of which model advance by a step, and what becomes of slots before it.
+    """One network call: the images of one model that advance by a step, and the slot moves before it.
 
-    In this order: evictions, restores, the step.
+    Apply them in this order: evictions, restores, the step.
     """
 
     model: str
     images: tuple[Image, ...]
     steps: tuple[ImageStep, ...]
-    """Of each image, the step that it takes."""
+    """The step of each image, in the order of `images`."""
     evictions: tuple[Move, ...] = ()
     restores: tuple[Move, ...] = ()
     preempted: int = 0
-    """Images of the model's last step that could have gone on and were not picked."""
+    """Number of unfinished images of the model's last step that were not picked for this one."""
 
     @cached_property
     def rows(self) -> int:
-        """Network rows, padding not counted."""
+        """Return the network rows, without padding."""
         return rows_of(self.steps)
 
     @cached_property
     def classified_rows(self) -> int:
-        """Rows that the classifier is called on, padding not counted."""
+        """Return the classifier rows, without padding."""
         return sum([image.classified_rows for image in self.images])
 
     def part(self, images: Sequence[Image]) -> StepBatch:
-        """Return the step of some of its images, given in its order: without the moves, which come before any part."""
+        """Return the batch of some of its images, given in its order.
+
+        The part has no moves: they are applied once, before any part.
+        """
         if len(images) == len(self.images):
             return self
         taking = set(images)
@@ -245,21 +248,21 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProgress:
-    """How far a watched image has come after a step that is not its last."""
+    """Progress of a watched image after a step that is not its last."""
 
     request_id: str
     position: int
-    """Which image of its request."""
+    """Index of the image in its request."""
     step: int
     """Sampling steps taken."""
     steps: int
     eta_s: float = 0.0
-    """Predicted seconds until the request's last image is done; filled in when the event is read (`EventStream`)."""
+    """Predicted seconds until the request's last image completes; set by `EventStream` when the event is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreview:
-    """What a watched image is predicted to become, after some of its steps."""
+    """Predicted result of a watched image, after some of its steps."""
 
     request_id: str
     position: int
@@ -276,16 +279,16 @@ Observation = ImageProgress | ImagePreview
 
 @dataclass(frozen=True, kw_only=True)
 class ImageResult:
-    """What the engine says of an image that left it."""
+    """Result of an image that left the engine."""
 
     request_id: str
     position: int
     status: ImageStatus
     pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
-    """uint8 [H, W, C] where status is DONE."""
+    """uint8 [H, W, C] if status is DONE, else None."""
     failure: FailureReason | None = None
-    """Where status is FAILED."""
+    """Set if status is FAILED."""
     queue_s: float = 0.0
     compute_s: float = 0.0
     late_s: float = 0.0
-    """How long after its deadline it finished."""
+    """Seconds by which it missed its deadline; 0 if it did not."""

@@ -1,4 +1,4 @@
-"""The scheduler: which images take the next step. It decides and keeps ids; it knows no tensors and no HTTP."""
+"""Scheduler: choose the images that take the next step and assign their slots. No tensors, no HTTP."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from service.engine.waiting_line import WaitingLine
 
 PROBE_INTERVAL = 32
 PROBE_STEPS = 2
-"""So many steps at the end of so many may be wider than the width: whoever measures them learns what wider ones cost.
-The first of them may be colder than those that follow."""
+"""The last `PROBE_STEPS` of every `PROBE_INTERVAL` steps may exceed the width, so that wider steps are measured.
+The first of them may be less warmed up than those that follow."""
 
 
 class _Queue:
@@ -26,7 +26,7 @@ class _Queue:
     def __init__(self, client_allowance: float) -> None:
         self.shares = ClientShares(client_allowance)
         self.line = WaitingLine(self.shares.ahead)
-        """Images without a slot, evicted ones among them."""
+        """Images without a slot, including evicted ones."""
         self.evicted: set[Image] = set()
         self.running: list[Image] = []
 
@@ -35,18 +35,18 @@ class _Queue:
 
     @property
     def urgency(self) -> Callable[[Image], Any]:
-        """What the queue is sorted by, until the next step is done; least first."""
+        """Return the sort key of the queue, least first; valid until the next step is complete."""
         ahead = self.shares.ahead
         return (lambda image: (image.request.client in ahead, image.order)) if ahead else _ORDER
 
     def candidates(self, newcomers: int) -> list[Image]:
-        """Return the running images and the front of the line, `newcomers` of each width at least; by urgency."""
+        """Return the running images and at least `newcomers` images of each width from the line, by urgency."""
         images = [*self.running, *self.line.front(newcomers)]
         images.sort(key=self.urgency)
         return images
 
     def served(self, rows: Mapping[str, int]) -> None:
-        """Take in a step's rows by client, before the images that finished leave."""
+        """Record a step's rows by client, before finished images leave."""
         for client in self.shares.serve(rows):
             self.line.moved(client)
 
@@ -62,7 +62,7 @@ class _Lane:
         self.free_slots = list(range(config.num_slots))
         self.steps = 0
         self.batch_credit = 0.0
-        """Row-steps that batch work may claim before interactive work; saved up for images of two rows."""
+        """Row-steps that batch work may claim before interactive work; accumulated for images of two rows."""
         self.last: set[Image] = set()
         """Images of the last step."""
 
@@ -70,7 +70,7 @@ class _Lane:
         return len(self.interactive) + len(self.batch)
 
     def most_rows(self) -> int:
-        """Return how many rows the next step may have: the width, or what is probed."""
+        """Return the maximum rows of the next step: the width, or a probe width."""
         probe, step = divmod(self.steps, PROBE_INTERVAL)
         if self.probe_widths and step >= PROBE_INTERVAL - PROBE_STEPS:
             return self.probe_widths[probe % len(self.probe_widths)]
@@ -81,56 +81,56 @@ class _Lane:
 
 
 class Scheduler:
-    """Picks the most urgent images, a step at a time.
+    """Picks the most urgent images for each step.
 
-    Who goes first:
+    Order of service:
 
     1. Models take turns, step by step.
-    2. Batch work claims `batch_share` of the row-steps; the rest is for interactive work, and what that leaves is for
-       batch work again. Over any number of steps in which it could fill them, batch work gets at least
-       `batch_share * width` rows a step, less one step's worth and 2 rows.
-    3. Within a priority, clients that have had much more than an equal part let the others go first
-       (`service.engine.client_shares`); otherwise the order is the policy's, which also says who can overtake whom
+    2. Batch work claims `batch_share` of the row-steps. Interactive work gets the rest, and batch work also gets the
+       rows that interactive work leaves. Over any number of steps that it could fill, batch work gets at least
+       `batch_share * width` rows per step, minus one step's share and 2 rows in total.
+    3. Within a priority, clients that received much more than an equal share yield to others
+       (`service.engine.client_shares`). Otherwise the policy determines the order and the limits on overtaking
        (`service.engine.policies`).
-    4. An image with two rows that finds only one left is passed over for that step, and comes before later ones as
-       soon as two are free.
+    4. An image with two rows is skipped for a step if only one row is left, and precedes later images as soon as two
+       are free.
 
-    Pre-emption is not being picked: the image keeps its slot, and nothing is computed again. When an image that should
-    start finds no slot, the least urgent image that is not in the step gives its own up: its state goes to host memory
-    and returns, perhaps to another slot, when its turn comes.
+    A pre-empted image is not picked for a step: it keeps its slot, and nothing is recomputed. If an image that starts
+    finds no free slot, the least urgent image outside the step is evicted: its state moves to host memory and is
+    restored, possibly to another slot, when the image is picked again.
     """
 
     def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
         self._config = config
         self.order = ServiceOrder(config)
-        """Sets images' order after each step. Of images that no admission has accepted, also their arrival."""
+        """Updates images' order after each step; also sets the arrival of images that bypass admission."""
         self._lanes = {model: _Lane(config) for model in models}
         self._turn = deque(self._lanes)
         self._by_request: defaultdict[str, set[Image]] = defaultdict(set)
         self.remaining_row_steps = 0
-        """Work left of everything in flight."""
+        """Remaining work of all images in flight."""
 
     @property
     def num_waiting(self) -> int:
-        """Images that have not started."""
+        """Return the number of images that have not started."""
         return sum([len(queue.line) - len(queue.evicted) for queue in self._queues()])
 
     @property
     def num_evicted(self) -> int:
-        """Images that have started and whose state is in host memory."""
+        """Return the number of started images whose state is in host memory."""
         return sum([len(queue.evicted) for queue in self._queues()])
 
     @property
     def num_running(self) -> int:
-        """Images that hold a slot."""
+        """Return the number of images that hold a slot."""
         return sum([len(queue.running) for queue in self._queues()])
 
     def has_work(self) -> bool:
-        """Say whether any image is in flight."""
+        """Return whether any image is in flight."""
         return bool(self._by_request)
 
     def in_flight(self) -> list[Image]:
-        """Return every image in flight; first those that hold a slot."""
+        """Return every image in flight, those that hold a slot first."""
         return self.running() + [image for queue in self._queues() for image in sorted(queue.line, key=_ORDER)]
 
     def running(self) -> list[Image]:
@@ -142,23 +142,23 @@ class Scheduler:
         return [image for queue in self._queues() for image in (*queue.running, *queue.evicted)]
 
     def steps(self, model: str) -> int:
-        """Return how many steps a model has taken: the clock that images age by."""
+        """Return the number of steps that a model has taken. Image age is measured in these steps."""
         return self._lanes[model].steps
 
     def width(self, model: str) -> int:
-        """Return the most rows of a model's step, but for probes."""
+        """Return the maximum rows of a model's step, excluding probes."""
         return self._lanes[model].width
 
     def set_width(self, model: str, rows: int, probe_widths: Sequence[int] = ()) -> None:
         """Change a model's width from its next step on.
 
         Args:
-            model: which one.
-            rows: of a step, at most, but for probes.
-            probe_widths: what the last `PROBE_STEPS` of every `PROBE_INTERVAL` steps may have instead, in turns.
+            model: id of the model.
+            rows: maximum rows of a step, excluding probes.
+            probe_widths: widths used in turn by the last `PROBE_STEPS` of every `PROBE_INTERVAL` steps.
 
         Raises:
-            ValueError: one of them is not within 2 and the configured `max_rows`.
+            ValueError: a width is less than 2 or greater than the configured `max_rows`.
         """
         for width in (rows, *probe_widths):
             if not 2 <= width <= self._config.max_rows:
@@ -166,7 +166,7 @@ class Scheduler:
         self._lanes[model].width, self._lanes[model].probe_widths = rows, probe_widths
 
     def all_steps(self) -> dict[str, int]:
-        """Return the steps of every model."""
+        """Return the number of steps of every model."""
         return {model: lane.steps for model, lane in self._lanes.items()}
 
     def all_widths(self) -> dict[str, int]:
@@ -174,15 +174,15 @@ class Scheduler:
         return {model: lane.width for model, lane in self._lanes.items()}
 
     def add_model(self, model: str) -> None:
-        """Make room for a model, which takes its turns from now on."""
+        """Add a model to the rotation."""
         self._lanes[model] = _Lane(self._config)
         self._turn.append(model)
 
     def remove_model(self, model: str) -> None:
-        """Forget a model.
+        """Remove a model.
 
         Raises:
-            RuntimeError: some of its images are in flight.
+            RuntimeError: the model has images in flight.
         """
         if len(self._lanes[model]):
             raise RuntimeError(f"model {model} has images in flight")
@@ -190,7 +190,7 @@ class Scheduler:
         self._turn.remove(model)
 
     def add(self, images: Iterable[Image]) -> None:
-        """Let images wait for their first step; their order is set."""
+        """Queue images for their first step. Their order must be set."""
         for image in images:
             queue = self._lanes[image.model].queue(image)
             queue.line.push(image)
@@ -199,17 +199,17 @@ class Scheduler:
             self.remaining_row_steps += image.remaining_row_steps
 
     def abort(self, request_id: str) -> list[Image]:
-        """Take a request's images out, whatever they were doing; their rows are free at the next step."""
+        """Remove a request's images in any state and return them; their rows are free at the next step."""
         aborted = sorted(self._by_request.get(request_id, ()), key=lambda image: image.position)
         for image in aborted:
             self._leave(self._lanes[image.model], image, ImageStatus.ABORTED)
         return aborted
 
     def schedule(self, now: float) -> StepBatch | None:
-        """Pick the next step batch, starting images that it is the first step of; None when nothing is in flight.
+        """Pick the next step batch and start its new images; None if no image is in flight.
 
         Args:
-            now: time.monotonic(), noted on images that start.
+            now: time.monotonic(), stored as the start time of new images.
         """
         for _ in range(len(self._turn)):
             model = self._turn[0]
@@ -220,16 +220,17 @@ class Scheduler:
         return None
 
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
-        """Write a step back: count it, and take out the images that finished and those that failed.
+        """Record a step: count it, and remove the images that finished or failed.
 
-        Who finishes is known before the device has taken the step; of those that fail, `fail` may be told later.
+        The images that finish are known before the device has taken the step. Failures may be reported later, by
+        `fail`.
 
         Args:
-            batch: what `schedule` returned last.
-            ok: of each of its images, whether it took the step and is still finite, or is taken to be.
+            batch: the batch last returned by `schedule`.
+            ok: for each image, whether it took the step and is still finite, or is assumed to be.
 
         Returns:
-            The images that left, in the batch's order; their `slot` is what they held, free from now on.
+            The images that left, in the batch's order. Their `slot` still names the slot they held, which is now free.
         """
         lane = self._lanes[batch.model]
         lane.steps += 1
@@ -251,10 +252,11 @@ class Scheduler:
         return left
 
     def fail(self, image: Image) -> bool:
-        """Take note that an image has failed in a step that was written back as if it had not.
+        """Record that an image failed in a step that was recorded as successful.
 
         Returns:
-            Whether it leaves with that. Else it had left: what was done has failed, what was aborted stays so.
+            Whether the image leaves now. If it had already left, a done image becomes failed and an aborted one stays
+            aborted.
         """
         if image.status in _STARTED:
             self._leave(self._lanes[image.model], image, ImageStatus.FAILED)
@@ -263,10 +265,10 @@ class Scheduler:
             image.status = ImageStatus.FAILED
         return False
 
-    # Picking: who takes part
+    # Picking the images of a step
 
     def _pick(self, lane: _Lane) -> tuple[list[Image], list[Image]]:
-        """Choose the images of the next step, and return those of them that have no slot too; nothing moves yet."""
+        """Choose the images of the next step. Return them and those among them without a slot; move nothing yet."""
         rows, claim = lane.most_rows(), 0
         if len(lane.interactive) and len(lane.batch):
             share = self._config.batch_share * lane.width
@@ -280,16 +282,16 @@ class Scheduler:
             claimed_rows = sum([image.rows for image in claimed])
             picked = [*claimed, *_fitting(chain(interactive, batch[len(claimed) :]), rows - claimed_rows)]
             newcomers = [image for image in picked if image.slot is None]
-            # Where one of those looked at was left, so would be all of its width that come after it
+            # If a candidate was not picked, later images of the same width would not be picked either
             if len(newcomers) < look or look >= rows:
                 lane.batch_credit -= claimed_rows
                 return picked, newcomers
             look = min(4 * look, rows)
 
-    # Placing: who gets which slot
+    # Assigning slots
 
     def _place(self, model: str, lane: _Lane, images: list[Image], newcomers: list[Image], now: float) -> StepBatch:
-        """Give every picked image a slot; there are never fewer slots than rows in a step."""
+        """Assign a slot to every picked image. There are at least as many slots as rows in a step."""
         picked = set(images)
         evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
         restores = []
@@ -358,7 +360,7 @@ class Scheduler:
 
 
 def _most_urgent(images: Iterable[Image], rows: int) -> list[Image]:
-    """Return the images that come first and fit so many rows: rows that are saved up must not go to narrower ones."""
+    """Return the longest prefix of the images that fits `rows`; accumulated rows must not go to narrower images."""
     picked = []
     for image in images:
         rows -= image.rows
@@ -369,7 +371,7 @@ def _most_urgent(images: Iterable[Image], rows: int) -> list[Image]:
 
 
 def _fitting(images: Iterable[Image], rows: int) -> list[Image]:
-    """Return the images that fit so many rows, each unless those before it leave too few."""
+    """Return the images that fit `rows`, skipping each image for which earlier ones leave too few."""
     picked = []
     for image in images:
         if image.rows <= rows:
