@@ -1,4 +1,4 @@
-"""SlotTable: the arrays of a model's images in flight, one slot each, allocated once; their numbers are the host's."""
+"""SlotTable: the device arrays of a model's images in flight, one slot per image, allocated once."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from service.engine.request import ImageParams
 
 @dataclass(frozen=True)
 class SavedSlot:
-    """What a slot held, in host memory."""
+    """The contents of a slot, in host memory."""
 
     x: npt.NDArray[np.float32]
     x0: npt.NDArray[np.float32]
 
 
 class SlotTable(Generic[A]):
-    """Arrays by slot id; which ids are in use is the scheduler's business."""
+    """Arrays indexed by slot id. The scheduler tracks which ids are in use."""
 
     def __init__(
         self, model: ModelConfig, num_slots: int, xp: Any, device: Any, send: Callable[[npt.NDArray[Any]], A]
     ) -> None:
-        """Allocate.
+        """Allocate the arrays.
 
         Args:
-            model: whose images these are.
-            num_slots: for images; there is one more, which is nobody's.
-            xp: makes the arrays.
-            device: where they are.
-            send: copies numbers to where the arrays are.
+            model: configuration of the model; gives the image shape.
+            num_slots: number of slots for images; one spare slot is added.
+            xp: array namespace.
+            device: device of the arrays.
+            send: copies a host array to the device.
         """
         self.spare_slot = num_slots
-        """For places of a batch that no image has; what it holds is finite, and means nothing."""
+        """Slot for padding places of a batch. Its contents are finite and have no meaning."""
         self.send: Callable[[npt.NDArray[Any]], A] = send
         self.image_shape = (model.image_channels, model.image_size, model.image_size)
         self._xp = xp
@@ -50,11 +50,11 @@ class SlotTable(Generic[A]):
         """The previous step's predicted x0, for multistep solvers."""
 
     def integers(self, values: Sequence[int]) -> A:
-        """Bring integers to where the arrays are: int64 [n]."""
+        """Copy integers to the device, as int64 [n]."""
         return self.send(np.array(values, dtype=np.int64))
 
     def start(self, slots: Sequence[int], params: Sequence[ImageParams]) -> None:
-        """Set slots up for images that begin: x_T is a function of seed and image index."""
+        """Initialize slots of new images: x_T is a function of seed and image index."""
         seeds, image_indices = [p.seed for p in params], [p.image_index for p in params]
         check_range("seed", min(seeds), max(seeds), MAX_SEED)
         check_range("image_index", min(image_indices), max(image_indices), MAX_IMAGE_INDEX)
@@ -64,14 +64,14 @@ class SlotTable(Generic[A]):
         self.x0[index] = self._zeros((len(slots), *self.image_shape), self._xp.float32)
 
     def save(self, slots: Sequence[int]) -> list[SavedSlot]:
-        """Copy what slots hold to host memory, bit for bit."""
+        """Copy the contents of slots to host memory, bit for bit."""
         index = self.integers(slots)
         x, x0 = to_numpy(self.x[index]), to_numpy(self.x0[index])
-        # Copies, or one image that stays away would keep the memory of all that left with it
+        # Copies: a view would keep the memory of all images that were saved together
         return [SavedSlot(x[k].copy(), x0[k].copy()) for k in range(len(slots))]
 
     def load(self, slots: Sequence[int], saved: Sequence[SavedSlot]) -> None:
-        """Put what `save` returned into slots, bit for bit; perhaps other ones."""
+        """Restore what `save` returned, bit for bit; the slots may differ from the original ones."""
         index = self.integers(slots)
         self.x[index] = self.send(np.stack([state.x for state in saved]))
         self.x0[index] = self.send(np.stack([state.x0 for state in saved]))

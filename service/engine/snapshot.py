@@ -1,4 +1,4 @@
-"""Snapshot: what the engine's thread publishes of itself for the event loop. Frozen: replaced, never changed."""
+"""Snapshot: the state that the engine thread publishes for the event loop. Immutable: replaced, never modified."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engine.step_costs import Costs
 
 
 class PlacedImage(NamedTuple):
-    """An image with what changes of it, at one moment."""
+    """An image with its order and remaining work at one moment."""
 
     image: Image
     order: Order
@@ -21,24 +21,24 @@ class PlacedImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """An engine between two of its actions.
+    """State of an engine between two of its actions.
 
-    Steps count as taken from their launch: the numbers are ahead of the device by those that are under way, one, or
-    `depth` and one more.
+    A step counts as taken once launched. The numbers are therefore ahead of the device by the steps under way: one, or
+    up to `depth` + 1.
     """
 
     images: Sequence[Image]
-    """Images that have started, with or without a slot, of all models.
+    """Started images of all models, with or without a slot.
 
-    Images that end stay until their results have been delivered, and perhaps a step longer, so that nobody who reads
-    this takes them for images that have not started.
+    Images that end stay until their results have been delivered, and possibly one step longer, so that readers do not
+    mistake them for images that have not started.
     """
     orders: Sequence[Order]
-    """Of each of them, its order."""
+    """The order of each image."""
     steps_done: Sequence[int]
-    """Of each of them, the steps that it has taken."""
+    """The steps taken by each image."""
     steps: Mapping[str, int]
-    """Steps that each model has taken."""
+    """The steps taken by each model."""
     widths: Mapping[str, int]
     costs: Mapping[str, Costs]
 
@@ -50,7 +50,7 @@ class Snapshot:
         widths: Mapping[str, int],
         costs: Mapping[str, Costs],
     ) -> Self:
-        """Return a snapshot of images as they are now, each named once; taken at every step, so it does little."""
+        """Return a snapshot of the images' current state. Images must be unique. Cheap, because it runs every step."""
         kept = tuple(images)
         return cls(
             images=kept,
@@ -63,11 +63,11 @@ class Snapshot:
 
     @property
     def remaining(self) -> list[int]:
-        """Return the row-steps left of each of them."""
+        """Return the remaining row-steps of each image."""
         done = zip(self.images, self.steps_done, strict=True)
         return [image.row_steps - image.rows * steps for image, steps in done]
 
     @cached_property
     def started(self) -> tuple[PlacedImage, ...]:
-        """The images as they were then, put together by whoever reads it: all else of an image never changes."""
+        """Return the images with their state in the snapshot. Computed by the reader, from fields that never change."""
         return tuple(map(PlacedImage, self.images, self.orders, self.remaining))

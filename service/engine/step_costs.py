@@ -1,4 +1,4 @@
-"""StepCosts: how long a step takes, as measured, by the rows in it, and the width that makes the most of it."""
+"""StepCosts: the measured duration of a step by its rows, and the most efficient width."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 SMOOTHING = 0.05
-"""Weight of the newest step in the running mean of how slow the machine is."""
+"""Weight of the newest step in the running mean of the machine's slowness."""
 COMPARING = 0.05
-"""Weight of the newest comparison of two sizes in what they cost relative to each other."""
+"""Weight of the newest comparison of two sizes in their relative costs."""
 DOUBT = 2.0
-"""A comparison counts as at most this factor: one step that was held up says little about its size."""
+"""Limit on the factor of one comparison: a single delayed step is weak evidence about its size."""
 HELD_UP = 4.0
-"""A step counts as at most so many times what it should take: a machine that stood still is not one that is slow."""
+"""Limit on a step's duration relative to the expected one: a machine that was suspended is not slow."""
 ESTABLISHED = 64
-"""Steps after which a size is as well known as any."""
+"""Number of steps after which the weight of a size no longer grows."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds by padded rows, from those of some sizes.
+    """Seconds by padded rows, derived from the measured sizes.
 
-    More rows never take less time: where measurements say so, noise does, and they are pooled. Between two sizes the
-    cost is interpolated; below the least it is the least; beyond the largest it grows by row like the largest.
+    The curve is non-decreasing: measurements in which more rows take less time are treated as noise and pooled. Costs
+    are interpolated between two sizes, constant below the smallest, and proportional to the rows beyond the largest.
     """
 
     sizes: tuple[int, ...] = ()
     """Ascending."""
     costs: tuple[float, ...] = ()
-    """Seconds of each size; non-decreasing."""
+    """Seconds per step of each size; non-decreasing."""
 
     @classmethod
     def through(cls, measured: Mapping[int, float]) -> Curve:
-        """Pool adjacent sizes whose costs fall: the nearest non-decreasing curve in the sense of least squares."""
+        """Return the least-squares non-decreasing curve: pool adjacent sizes whose costs decrease."""
         sizes = sorted(measured)
         pools: list[tuple[float, int]] = []  # mean, sizes in it
         for size in sizes:
@@ -48,7 +48,7 @@ class Curve:
         return cls(tuple(sizes), tuple(mean for mean, count in pools for _ in range(count)))
 
     def seconds(self, rows: float) -> float:
-        """Return what so many rows take; 0 before anything was measured."""
+        """Return the seconds for `rows` rows; 0 before the first measurement."""
         sizes, costs = self.sizes, self.costs
         if not sizes:
             return 0.0
@@ -63,55 +63,57 @@ class Curve:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of an engine step as known at one moment."""
+    """Immutable estimate of the seconds of an engine step."""
 
     network: Curve = Curve()
-    """At a slowness of 1."""
+    """Seconds at a slowness of 1."""
     classifier: Curve = Curve()
     slowness: float = 1.0
-    """Of the machine, as far as it has changed since the first step."""
+    """Slowness of the machine, relative to the first step."""
 
     def seconds(self, rows: float, classified: float = 0) -> float:
-        """Return what a step of so many rows takes; 0 before anything was measured."""
+        """Return the seconds of a step of `rows` rows; 0 before the first measurement."""
         network = self.slowness * self.network.seconds(rows)
         return network + (self.classifier.seconds(classified) if classified else 0.0)
 
     def table(self) -> dict[int, float]:
-        """Return the measured sizes of network calls and their pooled seconds."""
+        """Return the measured sizes of network calls with their pooled seconds."""
         return {rows: self.slowness * cost for rows, cost in zip(self.network.sizes, self.network.costs, strict=True)}
 
 
 class StepCosts:
-    """Seconds of an engine step: c(rows) of the network's call and all else, and g(classified) of the classifier's.
+    """Seconds of an engine step: g(classified) for the classifier call, c(rows) for the network call and the rest.
 
-    A machine changes its speed, by a factor of two within minutes. So a mean per size would tell when the size was last
-    run, and the width would follow the weather. How slow the machine is, which all sizes share, is learnt from every
-    step without a classifier call. What sizes cost relative to each other is learnt where one takes over from another:
-    the second step of the one, as the first may be colder, is compared with the last of the other that was not a first.
-    The size that was run less often is the one to be put right.
+    The speed of a machine can change by a factor of two within minutes. A mean per size would therefore mostly reflect
+    when that size last ran, and the width would follow this drift. Two quantities are estimated instead:
 
-    g is what a step with a classifier call takes beyond one without, which is all that a clock outside the step can
-    tell. Rows count with padding.
+    - The slowness of the machine, common to all sizes, from every step without a classifier call.
+    - The relative costs of sizes, when the batch size changes: the second step of the new size (the first may be less
+      warmed up) is compared with the last step of the other size that was not a first one. The size with fewer steps
+      gets the larger correction.
+
+    g is the additional time of a step with a classifier call; a clock outside the step cannot measure more than that.
+    Rows include padding.
     """
 
     def __init__(self) -> None:
         self.now = Costs()
-        """What is known now."""
+        """The current estimate."""
         self._network: dict[int, float] = {}
         """Measured seconds by rows, at a slowness of 1."""
         self._classifier: dict[int, float] = {}
         self._last_rows: int | None = None
-        """Of the step before."""
+        """Rows of the previous step."""
         self._yardstick: tuple[int, float] | None = None
-        """Rows and seconds of the last step whose predecessor had as many rows."""
+        """Rows and seconds of the last step whose predecessor had the same number of rows."""
         self._steps: Counter[int] = Counter()
-        """Steps seen of each size, up to `ESTABLISHED`."""
+        """Number of observed steps of each size, at most `ESTABLISHED`."""
 
     def observe(self, rows: int, seconds: float, classified: int = 0) -> None:
-        """Take in a step of so many rows, of which the classifier was called on some; 0 s says nothing.
+        """Record a step of `rows` rows with a classifier call on `classified` rows. A duration of 0 s is ignored.
 
         Raises:
-            ValueError: no rows, or time running backwards.
+            ValueError: `rows` is less than 1 or `seconds` is negative.
         """
         if rows < 1 or seconds < 0:
             raise ValueError(f"a step has at least 1 row and takes at least 0 s; got {rows} rows, {seconds} s")
@@ -126,11 +128,11 @@ class StepCosts:
         self.now = replace(self.now, classifier=Curve.through(self._classifier))
 
     def seconds(self, rows: float, classified: float = 0) -> float:
-        """Return what a step of so many rows takes; 0 before anything was measured."""
+        """Return the seconds of a step of `rows` rows; 0 before the first measurement."""
         return self.now.seconds(rows, classified)
 
     def table(self) -> dict[int, float]:
-        """Return the measured sizes of network calls and their pooled seconds."""
+        """Return the measured sizes of network calls with their pooled seconds."""
         return self.now.table()
 
     def _observe_network(self, rows: int, seconds: float) -> None:
@@ -161,15 +163,15 @@ class StepCosts:
 
 
 def knee(costs: StepCosts, max_rows: int, efficiency: float, least: int = 2) -> int:
-    """Return the smallest measured width whose rows per second are within `efficiency` of the best one's.
+    """Return the smallest measured width whose row rate is at least `efficiency` times the best row rate.
 
-    Beyond it a step takes longer for everybody in it and hardly more comes out.
+    Greater widths lengthen the step of every image and hardly raise the throughput.
 
     Args:
-        costs: what steps take; `max_rows` while nothing that wide has been measured.
-        max_rows: the widest allowed.
-        efficiency: part of the best row rate that will do, in (0, 1].
-        least: the narrowest allowed; an image with classifier-free guidance takes 2 rows.
+        costs: measured step costs; the result is `max_rows` until that width has been measured.
+        max_rows: greatest allowed width.
+        efficiency: sufficient part of the best row rate, in (0, 1].
+        least: smallest allowed width; an image with classifier-free guidance takes 2 rows.
     """
     table = costs.table()
     if max(table, default=0) < max_rows:

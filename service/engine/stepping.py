@@ -1,8 +1,9 @@
-"""Taking steps: what was launched is under way until it is settled. Two ways, behind one interface.
+"""Take steps: `launch` starts a step, `settle` completes it. Two implementations of one interface.
 
-On a host a step is over when it has been waited for. Whatever raises, at the launch or later, is dealt with when the
-step is settled, and the step can be taken again. On a device that answers later, steps are launched upon others that
-have not been settled: only a launch can raise what an image is guilty of, and any later error ends the engine.
+`HostStep`: the step is complete when it has been waited for. Errors at launch or later are handled when the step is
+settled, and the step can be repeated. `QueuedStep`, for devices that execute work asynchronously: further steps are
+launched before earlier ones are settled. Only a launch can raise errors caused by an image; any later error is fatal
+to the engine.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from service.engine.scheduler import Scheduler
 
 
 class Shown(NamedTuple):
-    """What is to be shown of a step: copies, asked for before another step is launched upon it."""
+    """Output of a step: copies, requested before another step is launched after it."""
 
     done: Sequence[Image]
     """Images whose pixels were read; some of them may fail later."""
     pixels: Pending[npt.NDArray[np.uint8]] | None
-    """Of each of them, uint8 [n, H, W, C]; None where there are none."""
+    """Pixels of the `done` images, uint8 [n, H, W, C]; None if there are none."""
     seen: Pending[list[Observation]]
-    """Of watched images."""
+    """Observations of watched images."""
 
 
 class StepEnd(NamedTuple):
-    """What became of a step."""
+    """Result of a settled step."""
 
     outcome: Outcome
     left: Sequence[Image]
-    """Images that ended with it, in its order."""
+    """Images that ended with the step, in its order."""
     shown: Shown
 
 
@@ -48,49 +49,49 @@ class LaunchedStep(Protocol):
 
     batch: StepBatch
     begun: float
-    """When it was launched, on the engine's clock."""
+    """Launch time on the engine's clock."""
     number: int
-    """How many steps its model has taken, this one among them."""
+    """Number of steps that its model has taken, including this one."""
     left: Sequence[Image]
-    """Images that end with it, in its order, as far as is known."""
+    """Images known so far to end with the step, in its order."""
 
     def settle(self) -> StepEnd:
-        """Wait for it, and take out those of its images that failed. Called once.
+        """Wait for the step and remove its failed images. Call it once.
 
         Raises:
-            Exception: the device, or the network, is not to be trusted any more.
+            Exception: the device or the network can no longer be trusted.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class StepTaker:
-    """Takes the steps of one model: what both ways have in common."""
+    """Takes the steps of one model: the code that both implementations share."""
 
     runner: Runner
     scheduler: Scheduler
     attempted: Callable[[StepBatch], None]
-    """Called after every launch, also of a part of a batch, and of one that raised."""
+    """Called after every launch, including launches of a part of a batch and launches that raised."""
     expect: Callable[[StepBatch], None]
-    """Called before whatever is taken again."""
+    """Called before a step or a part of it is repeated."""
     failed: Callable[[FailureKind, StepBatch], None]
     """Called with every attempt that raised."""
 
     @property
     def depth(self) -> int:
-        """Steps that may be under way when the next one is launched."""
+        """Return the number of steps that may be under way when the next one is launched."""
         return self.runner.depth
 
     def launch(self, batch: StepBatch, begun: float) -> LaunchedStep:
-        """Begin a step and write it back in the scheduler; `begun` is the time by the engine's clock.
+        """Start a step and record it in the scheduler; `begun` is the launch time on the engine's clock.
 
         Raises:
-            Exception: the device, or the network, is not to be trusted any more.
+            Exception: the device or the network can no longer be trusted.
         """
         return QueuedStep(self, batch, begun) if self.depth else HostStep(self, batch, begun)
 
     def begin(self, part: StepBatch) -> Pending[list[bool]]:
-        """Begin a step of all or some images of a batch, setting those up that it is the first step of."""
+        """Start a step of all or some images of a batch; initialize the images that take their first step."""
         try:
             self.runner.start([step for step in part.steps if step.step == 0])
             return self.runner.launch(part.steps)
@@ -98,27 +99,27 @@ class StepTaker:
             self.attempted(part)
 
     def take(self, batch: StepBatch, attempt: Attempt) -> Outcome:
-        """Take a step, again and in parts where it raises."""
+        """Take a step; repeat it, in parts, if it raises."""
         return take_step(batch.images, attempt, self.runner, lambda kind, images: self.failed(kind, batch.part(images)))
 
     def fail(self, batch: StepBatch, left: Sequence[Image], failed: Iterable[Image]) -> Sequence[Image]:
-        """Tell the scheduler which images have failed; returns those that leave with them and `left`."""
+        """Report failed images to the scheduler. Return the images that leave: `left` and those that failed."""
         leaving = {*left, *(image for image in failed if self.scheduler.fail(image))}
         return [image for image in batch.images if image in leaving]
 
     def show(self, batch: StepBatch, left: Sequence[Image]) -> Shown:
-        """Copy what is to be shown of a step."""
+        """Start copying the output of a step: pixels of done images and observations of watched ones."""
         done = [image for image in left if image.status is ImageStatus.DONE]
         pixels = self.runner.read([image.slot for image in done if image.slot is not None]) if done else None
         return Shown(done, pixels, observe(batch.images, self.runner))
 
 
 class HostStep:
-    """Implements `LaunchedStep`, where a step is over when it has been waited for."""
+    """A `LaunchedStep` that is complete when it has been waited for."""
 
     def __init__(self, taker: StepTaker, batch: StepBatch, begun: float) -> None:
         self._taker = taker
-        self._first: list[Pending[list[bool]]] = []  # emptied: kept, it would keep what was being computed
+        self._first: list[Pending[list[bool]]] = []  # emptied on use, to free intermediate results
         try:
             self._first.append(taker.begin(batch))
         except Exception as error:
@@ -129,7 +130,7 @@ class HostStep:
         self.number = taker.scheduler.steps(batch.model)
 
     def settle(self) -> StepEnd:
-        """Wait for the first attempt; make others where it raises."""
+        """Wait for the first attempt; make further attempts if it raises."""
         taker, batch, left = self._taker, self.batch, self.left
         outcome = taker.take(batch, self._attempt)
         if not all(outcome.ok):
@@ -146,12 +147,12 @@ class HostStep:
 
 
 class QueuedStep:
-    """Implements `LaunchedStep`, where others may be launched upon it before it is settled."""
+    """A `LaunchedStep` that allows further launches before it is settled."""
 
     def __init__(self, taker: StepTaker, batch: StepBatch, begun: float) -> None:
         self._taker = taker
         self._flags: list[tuple[Sequence[Image], Pending[list[bool]]]] = []
-        """Of the images of each launch, whether they are still finite."""
+        """The images of each launch, with flags that tell whether they are still finite."""
         self.batch = batch
         self.begun = begun
         self._outcome = taker.take(batch, self._attempt)
@@ -160,7 +161,7 @@ class QueuedStep:
         self._shown = taker.show(batch, self.left)
 
     def settle(self) -> StepEnd:
-        """Wait for the flags: what a launch raised has been dealt with."""
+        """Wait for the flags. Errors of a launch have already been handled."""
         flags = [zip(images, pending.wait(), strict=True) for images, pending in self._flags]
         failed = [image for part in flags for image, ok in part if not ok]
         left = self._taker.fail(self.batch, self.left, failed) if failed else self.left
