@@ -1,6 +1,6 @@
-"""EngineThread: the thread that an engine runs in. Commands come in through a queue, reports go to the event loop.
+"""EngineThread: run an engine in its own thread. Commands arrive through a queue; reports go to the event loop.
 
-Both are plain dataclasses, carried out and sent in order.
+Both are plain dataclasses and are processed in order.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Enter:
-    """Let accepted images wait for their first step."""
+    """Queue accepted images for their first step."""
 
     images: list[Image]
 
 
 @dataclass(frozen=True)
 class Abort:
-    """Take a request's images out."""
+    """Remove a request's images."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class Load:
-    """Take in a model."""
+    """Load a model."""
 
     model: str
     runner: Runner
@@ -46,7 +46,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Drop:
-    """Forget a model, none of whose images is in flight."""
+    """Unload a model that has no images in flight."""
 
     model: str
 
@@ -61,12 +61,12 @@ Command = Enter | Abort | Load | Drop | Stop
 
 @dataclass(frozen=True)
 class Warm:
-    """The engine has warmed up, and its steps have been timed."""
+    """The engine has warmed up and timed its steps."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The engine has a model."""
+    """The engine has loaded a model."""
 
     model: str
 
@@ -92,14 +92,14 @@ class Died:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The thread ends. The last report."""
+    """The thread ends. This is the last report."""
 
 
 Report = Warm | Loaded | ImagesEnded | Observed | Died | Stopped
 
 
 class EngineThread:
-    """All methods run in the engine's thread, and only they call the engine, once `run` has begun.
+    """Owns the engine once `run` has started: all methods run in the engine thread, and only they call the engine.
 
     Other threads may read the engine's `snapshot` and `under_way`.
     """
@@ -115,11 +115,11 @@ class EngineThread:
         """Prepare to run.
 
         Args:
-            engine: not in use by any other thread.
-            commands: what to do, in order.
-            mailbox: takes what steps show of watched images.
-            loop: calls `on_report`.
-            on_report: is told what happens, in order.
+            engine: an engine that no other thread uses.
+            commands: queue of commands, executed in order.
+            mailbox: receives the observations of watched images.
+            loop: event loop that calls `on_report`.
+            on_report: called with each report, in order.
         """
         self._engine = engine
         self._commands = commands
@@ -128,29 +128,29 @@ class EngineThread:
         self._on_report = on_report
 
     def run(self) -> None:
-        """Warm up, then take steps and carry out commands until `Stop` or an error of the engine."""
+        """Warm up, then take steps and execute commands until `Stop` or an engine error."""
         try:
             self._engine.warm_up()
             self._engine.measure()
             self._tell(Warm())
             while self._carry_out_commands():
                 self._engine.launch()
-                self._report()  # of the step before, while the device takes this one
+                self._report()  # the previous step, while the device runs this one
                 self._engine.settle()
-        except BaseException as error:  # whatever it is, the requests that wait must learn of it
+        except BaseException as error:  # any error must fail the pending requests
             log.exception("the engine stopped with an error")
-            with suppress(Exception):  # the device may be gone, and what was copied from it
-                self._report()  # images that were done before
+            with suppress(Exception):  # the device and pending copies may be lost
+                self._report()  # images that completed before the error
             self._tell(Died(f"the engine stopped with an error ({type(error).__name__})"))
         finally:
             self._tell(Stopped())
 
     def _carry_out_commands(self) -> bool:
-        """Carry out all commands, and wait for some while the engine has no work; False: stop."""
+        """Execute all queued commands; block while the engine has no work. Return False on `Stop`."""
         while True:
             idle = not self._engine.has_work()
             if idle:
-                self._report()  # no step will be launched that this could be done behind
+                self._report()  # there is no next step to overlap this with
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
@@ -163,16 +163,16 @@ class EngineThread:
                 case Load(model, runner, costs):
                     self._engine.load(model, runner, costs)
                     self._tell(Loaded(model))
-                    del command, runner  # while this waits for work, it must not keep weights that have been dropped
+                    del command, runner  # do not keep dropped weights alive while waiting for work
                 case Drop(model):
-                    self._engine.settle_all()  # steps of images that were aborted
+                    self._engine.settle_all()  # steps of aborted images
                     self._report()
                     self._engine.drop(model)
                 case Stop():
                     return False
 
     def _report(self) -> None:
-        """Send what the settled steps did: results, and observations that replace older ones nobody has read."""
+        """Send the results and observations of settled steps; newer observations replace unread ones."""
         self._deliver(self._engine.report())
         observations = self._engine.observations
         if observations and self._mailbox.put(observations):

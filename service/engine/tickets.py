@@ -1,4 +1,4 @@
-"""Tickets: what waits for the images of accepted requests. It resolves their futures and feeds their events."""
+"""Tickets: track accepted requests, resolve the futures of their images and feed their event streams."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Ticket:
     submitted_at: float
     """time.monotonic() at admission."""
     prediction: Prediction
-    """Made at admission; `AsyncEngine.eta` has a newer one."""
+    """Prediction made at admission; `AsyncEngine.eta` returns a newer one."""
     events: EventStream | None
-    """For one reader; None where the request has no `watch`."""
+    """Event stream for one reader; None if the request has no `watch`."""
     ended: asyncio.Future[None]
-    """Done when the engine has let go of every image, later than `images` where they were given up."""
+    """Done when every image has left the engine; later than `images` if these were abandoned."""
     outcomes: list[ImageResult] = field(init=False, default_factory=list)
-    """What the engine said of each image that left it, of failed and aborted ones too."""
+    """Results of all images that left the engine, including failed and aborted ones."""
 
     def resolve(self, position: int, outcome: ImageResult | GenerationFailed) -> None:
-        """Set an image's future and tell the reader of events, unless that has been done."""
+        """Set an image's future and add the event to the stream, unless already done."""
         future = self.images[position]
         if future.done():
             return
@@ -44,11 +44,11 @@ class Ticket:
             future.set_result(outcome)
         else:
             future.set_exception(outcome)
-            future.exception()  # read once: a client that went away leaves nobody to retrieve it
+            future.exception()  # mark as retrieved: the client may have disconnected
 
 
 class Tickets:
-    """The tickets of requests that have not ended. Belongs to the event loop."""
+    """The tickets of requests that have not ended. Runs in the event loop."""
 
     def __init__(self, metrics: Metrics, activity: Activity) -> None:
         self._metrics = metrics
@@ -67,13 +67,13 @@ class Tickets:
         prediction: Prediction,
         predict: Callable[[], Prediction | None],
     ) -> Ticket:
-        """Return the ticket of a request that is accepted.
+        """Create and return the ticket of an accepted request.
 
         Args:
-            request: accepted.
+            request: the accepted request.
             submitted_at: time.monotonic() at admission.
-            prediction: made at admission.
-            predict: makes a newer one; None once all images have ended.
+            prediction: the prediction made at admission.
+            predict: returns a newer prediction, or None once all images have ended.
         """
         loop = asyncio.get_running_loop()
         count = len(request.images)
@@ -91,17 +91,17 @@ class Tickets:
         return ticket
 
     def observe(self, observations: Iterable[Observation]) -> None:
-        """Pass on what steps showed of watched images that go on."""
+        """Forward observations of unfinished images to their event streams."""
         for seen in observations:
             ticket = self._tickets.get(seen.request_id)
             if ticket is not None and ticket.events is not None and not ticket.images[seen.position].done():
                 ticket.events.observe(seen)
 
     def image_ended(self, result: ImageResult) -> None:
-        """Count an image that has left the engine, and give its result to whoever waits; the last one ends its request.
+        """Count an image that has left the engine and resolve its future. The last image ends its request.
 
         Raises:
-            KeyError: its request has ended, or was never accepted.
+            KeyError: the request has ended or was never accepted.
         """
         ticket = self._tickets[result.request_id]
         ticket.outcomes.append(result)
@@ -118,7 +118,7 @@ class Tickets:
             self._end(ticket)
 
     def close_events(self, request_id: str) -> None:
-        """End a request's events here: it is being aborted."""
+        """Close a request's event stream because the request is being aborted."""
         events = self._tickets[request_id].events
         if events is not None:
             events.close()
@@ -137,7 +137,7 @@ class Tickets:
         await self._empty.wait()
 
     def _end(self, ticket: Ticket) -> None:
-        """Forget a request, and note how true its prediction was if it came to all its pictures."""
+        """Remove a request; if all its images completed, record the accuracy of its prediction."""
         ticket.ended.set_result(None)
         del self._tickets[ticket.request.request_id]
         if not self._tickets:
@@ -149,7 +149,7 @@ class Tickets:
 
 
 def image_failure(image_index: int, reason: FailureReason) -> GenerationFailed:
-    """Return the error that says why an image failed."""
+    """Return the error for a failed image."""
     if reason == "not_finite":
         return NotFinite(f"image {image_index}: its numbers overflowed while sampling")
     if reason == "out_of_memory":

@@ -1,4 +1,4 @@
-"""What steps cost, measured before anybody waits for one."""
+"""Measure step costs before the engine accepts requests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from service.engine.step_costs import StepCosts
 _TIMED = ImageParams(
     plan=PlanKey(sampler="ancestral", spec="2"), num_steps=2, seed=0, image_index=0, class_index=None, cfg_scale=1.0
 )
-"""An image that only takes time; every model has a plan of two steps."""
+"""A dummy image for timing. Every model has a plan of two steps."""
 _TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
 
 def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float]) -> StepCosts:
-    """Time steps of every batch size, in turns, each after one that warms it up.
+    """Time steps of every batch size, in rounds, each after a warm-up step of the same size.
 
-    Overwrites slots: only while no image holds one.
+    Overwrites slots: call this only while no image holds one.
     """
     costs = StepCosts()
     widths = range(1, config.max_rows + 1)
@@ -29,13 +29,13 @@ def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float])
     kinds = [*((_TIMED, rows) for rows in network), *((_TIMED_CLASSIFIED, rows) for rows in classifier)]
     rounds = [[_time(runner, config, clock, rows, params) for params, rows in kinds] for _ in range(config.timed_calls)]
     for (params, rows), *seconds in zip(kinds, *rounds, strict=True) if rounds else ():
-        used = _used(rows, config)  # the least of its times: what else the machine did is no cost of a step
+        used = _used(rows, config)  # use the minimum: delays by other load are not part of the cost
         observe_step(costs, runner, used, used * params.classified_rows, min(seconds))
     return costs
 
 
 def observe_step(costs: StepCosts, runner: Runner, rows: int, classified: int, seconds: float) -> None:
-    """Take in what a step of so many rows took, padding not counted."""
+    """Record the duration of a step of `rows` rows, without padding."""
     padded = runner.padded_classified_rows(classified) if classified else 0
     costs.observe(runner.padded_rows(rows), seconds, padded)
 
@@ -51,5 +51,5 @@ def _time(runner: Runner, config: EngineConfig, clock: Callable[[], float], rows
 
 
 def _used(rows: int, config: EngineConfig) -> int:
-    """Return how many images a step of so many padded rows can have."""
+    """Return the number of images that a step of `rows` padded rows can have."""
     return min(rows, config.max_rows, config.num_slots)

@@ -1,4 +1,4 @@
-"""WaitingLine: images without a slot, of one model and priority; the most urgent ones, quickly."""
+"""WaitingLine: images of one model and priority without a slot, with fast access to the most urgent ones."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _LAST: Order = (math.inf, 0)
 
 
 class WaitingLine:
-    """Sorted lists of the images of each client that take equally many rows, and lists of these, sorted by their first.
+    """One sorted image list per client and row count, and indexes of these lists sorted by their first image.
 
-    Looking for something narrow, or for other clients first, skips all images of a list at once; a client that begins
-    or ceases to be ahead moves no image.
+    A search for images of one row, or of other clients first, skips whole lists. No image moves when a client becomes
+    ahead or stops being ahead.
     """
 
     def __init__(self, ahead: Set[str]) -> None:
-        """Watch `ahead`, the clients whose images come last, whatever their order."""
+        """Keep a reference to `ahead`, the clients whose images come last regardless of their order."""
         self._ahead = ahead
         self._images: dict[tuple[str, int], _Images] = {}
-        """By client and rows; no list is empty."""
+        """Image lists by client and rows; no list is empty."""
         self._firsts: dict[tuple[bool, int], list[tuple[Order, _Images]]] = {
             (ahead, rows): [] for ahead in (False, True) for rows in (1, 2)
         }
-        """The same lists, each with the order of its first image; by whether the client is ahead, and rows."""
+        """The same lists with the order of their first image, by (client is ahead, rows)."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class WaitingLine:
         return (image for images in self._images.values() for _, image in images)
 
     def push(self, image: Image) -> None:
-        """Let an image wait; its order must not change until it leaves."""
+        """Add an image. Its order must not change until it is removed."""
         images = self._images.setdefault((image.client, image.rows), [])
         place = bisect_left(images, (image.order,))
         if place == 0 and images:
@@ -48,7 +48,7 @@ class WaitingLine:
             self._note_first(images, image.client, image.rows)
 
     def remove(self, images: Iterable[Image]) -> None:
-        """Take images out, wherever they stand; many at once cost little more than one, if they are the most urgent."""
+        """Remove images from any position. Removing the most urgent ones together costs little more than one."""
         leaving: dict[tuple[str, int], list[Image]] = {}
         for image in images:
             leaving.setdefault((image.client, image.rows), []).append(image)
@@ -67,11 +67,11 @@ class WaitingLine:
                 del self._images[client, rows]
 
     def front(self, count: int) -> list[Image]:
-        """Return images, in any order, among which are of each width the `count` most urgent ones of the line."""
+        """Return images, unordered, that include the `count` most urgent ones of each width."""
         front: list[Image] = []
         for firsts in filter(None, self._firsts.values()):
             lists = firsts[:count]
-            limit = lists[-1][0] if len(lists) == count else _LAST  # as many images are no later than this
+            limit = lists[-1][0] if len(lists) == count else _LAST  # at least `count` images are no later than this
             for place, (_, images) in enumerate(lists):
                 for order, image in images[: count - place]:
                     if order > limit:
@@ -80,7 +80,7 @@ class WaitingLine:
         return front
 
     def moved(self, client: str) -> None:
-        """Take note that a client began or ceased to be ahead."""
+        """Update the index after a client became ahead or stopped being ahead."""
         for rows in (1, 2):
             if (client, rows) in self._images:
                 images = self._images[client, rows]
@@ -94,7 +94,7 @@ class WaitingLine:
 
     def _forget_first(self, images: _Images, rows: int) -> None:
         order, _ = images[0]
-        for ahead in (False, True):  # whether the client was ahead when this was noted is not known any more
+        for ahead in (False, True):  # the client may have been ahead or not when the list was indexed
             firsts = self._firsts[ahead, rows]
             place = bisect_left(firsts, (order,))
             if place < len(firsts) and firsts[place][1] is images:

@@ -1,14 +1,15 @@
-"""Watchdog: says when an engine step hangs. Pure: whoever looks brings the time."""
+"""Watchdog: detect an engine step that hangs. It reads no clock; the caller passes the time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 HANG_FLOOR_S = 10.0
-"""No step younger than this hangs."""
+"""Minimum age in seconds of a step that counts as hung."""
 HANG_FACTOR = 20.0
-"""Nor one that has taken less than so many times what was expected."""
+"""Minimum age of a step that counts as hung, as a multiple of its expected duration."""
 LOOK_EVERY_S = 0.5
+"""Seconds between two checks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,14 +17,14 @@ class StepUnderWay:
     """An engine step, or an attempt at one, that has not ended."""
 
     expected_s: float
-    """What it takes by the costs measured so far; 0 where there are none."""
+    """Expected duration by the costs measured so far; 0 if there are none."""
 
 
 class Watchdog:
-    """Counts how long the same step has been seen.
+    """Measures how long the same step has been under way.
 
-    Time in which nobody looked counts as two looks at most: a process that was stopped, or a machine that was
-    suspended, is not a step that hangs.
+    A gap between two checks counts as at most two check intervals: a stopped process or a suspended machine is not a
+    hung step.
     """
 
     def __init__(self) -> None:
@@ -32,11 +33,11 @@ class Watchdog:
         self._age_s = 0.0
 
     def hangs(self, step: StepUnderWay | None, now: float) -> bool:
-        """Look at the step that is under way, if any, and say whether it hangs.
+        """Return whether the step under way, if any, hangs.
 
         Args:
-            step: the same object as long as it is the same step.
-            now: time.monotonic(), or any other clock that never goes back.
+            step: the current step; the same object for as long as the step lasts.
+            now: time.monotonic(), or the time of another monotonic clock.
         """
         if step is None or step is not self._step:
             self._step, self._age_s = step, 0.0

@@ -1,4 +1,4 @@
-"""What the engine asks of a runner: it owns every array of a model's images, and moves them a step at a time."""
+"""Runner: the interface between the engine and a model. A runner owns the image arrays and advances them by steps."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from service.engine.request import ImageStep
 
 
 class Runner(Protocol):
-    """Holds the slots of one model."""
+    """Holds the slots of one model and takes its steps."""
 
     numerics_id: str
-    """Names all that pixels depend on besides the request: `Denoiser.network_id`, and what the runner adds."""
+    """Identifies everything besides the request that pixels depend on: `Denoiser.network_id` and the runner's part."""
     depth: int
-    """Steps that may be under way when the next one is launched. Where it is 0, a step is over when it has been waited
-    for; else only a launch raises what an image is guilty of, and what is raised later is the device's end."""
+    """Steps that may be under way when the next one is launched. If 0, a step is complete when it has been waited for.
+    Otherwise only a launch raises errors caused by an image, and any later error is fatal to the device."""
 
     def warm_up(self) -> None:
-        """Do whatever the first step would otherwise pay for, and check the promises the runner makes."""
+        """Do the one-time work of the first step, and check the runner's guarantees."""
         ...
 
     def start(self, steps: Sequence[ImageStep]) -> None:
-        """Set the slots of images up that begin: x_T. May be repeated."""
+        """Initialize the slots of new images with x_T. May be repeated."""
         ...
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Begin a step of some images; waited for, it says which are still finite.
+        """Start a step of some images. The pending result tells for each image whether it is still finite.
 
-        Where it raises, here or (with a depth of 0) when it is waited for, nothing has been written: the same step can
-        be taken again, by all or some of these images.
+        If this raises, here or (with a depth of 0) when the result is waited for, nothing has been written. The same
+        step can then be repeated with all or some of these images.
         """
         ...
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Say what an error means that `start` or a step raised."""
+        """Classify an error that `start` or a step raised."""
         ...
 
     def check_network(self) -> None:
-        """Call the network, and its classifier, on a row that is nobody's; raises what they raise. Touches no slot."""
+        """Call the network and its classifier on a dummy row and propagate their errors. Does not access any slot."""
         ...
 
     def evict(self, slots: Sequence[int]) -> list[object]:
@@ -51,25 +51,28 @@ class Runner(Protocol):
         ...
 
     def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
-        """Put states that `evict` returned into these slots, which need not be the ones they came from."""
+        """Restore states that `evict` returned into these slots, which may differ from the original ones."""
         ...
 
     def padded_rows(self, rows: int) -> int:
-        """Say how many rows a network call for that many rows computes."""
+        """Return the number of rows that a network call for `rows` rows computes."""
         ...
 
     def padded_classified_rows(self, rows: int) -> int:
-        """Say how many rows a classifier call for that many computes; 0 where there is no classifier."""
+        """Return the number of rows that a classifier call for `rows` rows computes; 0 without a classifier."""
         ...
 
     def is_uncaptured(self, rows: int) -> bool:
-        """Say whether a step of so many rows has to do without the graph that its device could have."""
+        """Return whether a step of `rows` rows runs without a captured graph on a device that supports graphs."""
         ...
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy the images in these slots, which are free afterwards; waited for, as pixels [n, H, W, C]."""
+        """Start copying the images in these slots. The slots are free afterwards.
+
+        The pending result is pixels, uint8 [n, H, W, C].
+        """
         ...
 
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy what these images were predicted to become at their last step; waited for, as pixels."""
+        """Start copying the predicted results (x0) of these images; the pending result is pixels as for `read`."""
         ...
