@@ -1,4 +1,4 @@
-"""The runner, for numpy arrays and tensors alike: owns a model's slots; how steps are taken is its device's matter."""
+"""ArrayRunner: the runner for numpy arrays and tensors. It owns a model's slots and delegates steps to `Steps`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from service.engine.slots import SavedSlot, SlotTable
 log = logging.getLogger(__name__)
 
 KEPT_PLANS = 512
-"""Sampling plans that a model keeps, of those used last; a plan that was forgotten is made again, in milliseconds."""
+"""Size of a model's LRU cache of sampling plans. Rebuilding an evicted plan takes milliseconds."""
 
 
 class ArrayRunner(Generic[A]):
-    """Implements `Runner` with a `SlotTable` of the kind, and on the device, that its denoiser takes.
+    """Implements `Runner` with a `SlotTable` in the array type and on the device of its denoiser.
 
     Raises:
         ModelError: the denoiser was compiled for batches smaller than the engine's width.
@@ -49,7 +49,7 @@ class ArrayRunner(Generic[A]):
             network=_untested(denoiser, config.max_rows),
             classifier=() if classifier is None else _untested(classifier, config.max_rows),
         )
-        """Rows that calls may have; the self-test finds more than the largest."""
+        """Allowed batch sizes. Initially only the largest; the self-test adds the bit-identical ones."""
         self._denoiser: Denoiser[A] = denoiser
         self._classifier: GuidingClassifier[A] | None = classifier
         self._max_rows = config.max_rows
@@ -77,7 +77,7 @@ class ArrayRunner(Generic[A]):
         self.depth = self._steps.depth
 
     def warm_up(self) -> None:
-        """Find the batch sizes that give a row the same bits as the largest, then take a real step."""
+        """Find the batch sizes that are bit-identical to the largest, capture graphs, and take one full step."""
         sizes = self.sizes
         sizes.network = invariant_batch_sizes(self._denoiser, self._max_rows)
         if self._classifier is not None:
@@ -90,69 +90,73 @@ class ArrayRunner(Generic[A]):
             class_index=0,
             classifier_scale=0.0 if self._classifier is None else 1.0,
         )
-        slots = range(1 if self._queued is None else self._num_slots)  # graphs are tried on the images of many
+        slots = range(1 if self._queued is None else self._num_slots)  # graphs are tested with images in all slots
         steps = [ImageStep(slot=slot, params=params, step=0) for slot in slots]
         self.start(steps)
         if self._queued is not None:
             self._queued.capture(steps)
         self.launch(steps[:1]).wait()
         self.read([0]).wait()
-        log.info("batch sizes that give a row equal bits: %s", ", ".join(map(str, sizes.network)))
+        log.info("bit-identical batch sizes: %s", ", ".join(map(str, sizes.network)))
         if self._classifier is not None:
-            log.info("%s: %s", self._classifier.description, ", ".join(map(str, sizes.classifier)))
+            log.info(
+                "bit-identical batch sizes of %s: %s",
+                self._classifier.description,
+                ", ".join(map(str, sizes.classifier)),
+            )
 
     def start(self, steps: Sequence[ImageStep]) -> None:
-        """Set the slots of images up that begin."""
+        """Initialize the slots of new images."""
         if steps:
             self._slots.start([step.slot for step in steps], [step.params for step in steps])
 
     def evict(self, slots: Sequence[int]) -> list[object]:
-        """Copy slots to host memory; that they are free is known to the scheduler."""
+        """Copy slots to host memory. The scheduler tracks that they are free."""
         return [*self._slots.save(slots)]
 
     def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
-        """Put evicted images back.
+        """Restore evicted images into slots.
 
         Raises:
-            TypeError: a state that `evict` did not return.
+            TypeError: a state was not returned by `evict`.
         """
         states = [state for state in saved if isinstance(state, SavedSlot)]
         if len(states) != len(saved):
-            raise TypeError("only what `evict` returned can be restored")
+            raise TypeError("only states returned by `evict` can be restored")
         self._slots.load(slots, states)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Ask the denoiser."""
+        """Classify an error by means of the denoiser."""
         return self._denoiser.failure_kind(error)
 
     def check_network(self) -> None:
-        """Call the network, and its classifier, on zeros, and wait for what they return."""
+        """Call the network and its classifier on zeros and wait for the results."""
         self._call_on_zeros(self._denoiser, self.padded_rows(1))
         if self._classifier is not None:
             self._call_on_zeros(self._classifier, self.padded_classified_rows(1))
 
     def padded_rows(self, rows: int) -> int:
-        """Round up to the next batch size that may be run."""
+        """Round up to the next allowed batch size."""
         return self.sizes.padded_rows(rows)
 
     def padded_classified_rows(self, rows: int) -> int:
-        """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
+        """Round up to the next allowed batch size of the classifier; 0 without a classifier."""
         return self.sizes.padded_classified_rows(rows)
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Begin a step of some images."""
+        """Start a step of some images."""
         return self._steps.launch(steps)
 
     def is_uncaptured(self, rows: int) -> bool:
-        """Say whether a step of so many rows has to do without the graph that its device could have."""
+        """Return whether a step of `rows` rows runs without a captured graph on a device that supports graphs."""
         return self._queued is not None and not self._queued.has_captured(self.padded_rows(rows))
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy finished images; waited for, as pixels."""
+        """Start copying finished images; the pending result is pixels."""
         return self._steps.pixels(self._slots.x, slots)
 
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy predicted images; waited for, as pixels."""
+        """Start copying predicted images; the pending result is pixels."""
         return self._steps.pixels(self._slots.x0, slots)
 
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
@@ -164,7 +168,7 @@ class ArrayRunner(Generic[A]):
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
-    """Return what finds a model's sampling plans: host arrays, cached and shared."""
+    """Return a function that builds a model's sampling plans: host arrays, cached and shared."""
 
     @lru_cache(maxsize=KEPT_PLANS)
     def plan_of(key: PlanKey) -> SamplingPlan:
@@ -174,12 +178,12 @@ def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
 
 
 def _untested(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
-    """Return the one batch size that needs no self-test."""
+    """Return the largest batch size, the only one that needs no self-test."""
     return (largest_size(network.batch_sizes, max_rows, network.description),)
 
 
 def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
-    """Add what the runner contributes: noise and update, and the width and threads of its self-test."""
+    """Return the hash of the network id and the runner's part: array libraries, self-test width and threads."""
     arrays = {np.__name__: np.__version__, denoiser.xp.__name__: denoiser.xp.__version__}
     depends_on = f"{denoiser.network_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

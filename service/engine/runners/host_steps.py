@@ -1,4 +1,4 @@
-"""Steps where a network call is over when it is waited for: only what is there is computed, and the host does it."""
+"""HostSteps: steps whose network call is complete when waited for. The host computes only the places in use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from service.engine.slots import SlotTable
 
 
 class HostSteps(Generic[A]):
-    """Implements `Steps`. Noise is made by a thread beside, while the network is called."""
+    """Implements `Steps`. A second thread generates noise during the network call."""
 
     depth = 0
 
@@ -56,9 +56,9 @@ class HostSteps(Generic[A]):
         self._beside = ThreadPoolExecutor(1, "noise")
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Gather what the network reads, and begin its call; all else is done when the step is waited for.
+        """Gather the network's inputs and start its call. The rest of the step runs when the result is waited for.
 
-        All is computed before anything is written, so that a step that raised can be taken again.
+        Everything is computed before anything is written, so that a step that raised can be repeated.
         """
         table = self._slots
         rows = rows_of(steps)
@@ -81,7 +81,7 @@ class HostSteps(Generic[A]):
         *,
         guided: bool,
     ) -> list[bool]:
-        """Do what can be done meanwhile, wait for the network, and update."""
+        """Start the noise, wait for the network and update the slots."""
         table, count = self._slots, len(steps)
         update = self._begin_noise(block[:count], numbers, images)
         raw = call.wait()
@@ -94,12 +94,12 @@ class HostSteps(Generic[A]):
         return ok
 
     def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy some slots of an array of images; waited for, as pixels."""
+        """Copy some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
         copied: A = array[self._slots.integers(slots)]
         return Later(lambda: to_uint8(copied))
 
     def _begin_noise(self, block: Block, numbers: StepNumbers[A], images: Images[A]) -> Update[A]:
-        """Return what takes the step with its noise, which is made while the network is called."""
+        """Start generating the noise in parallel with the network call; return the update that uses it."""
         count = len(block)
         shape: tuple[int, int, int] = self._slots.image_shape
         seeds, image_indices, steps = numbers.seed[:count], numbers.image_index[:count], numbers.step[:count]
@@ -117,10 +117,13 @@ class HostSteps(Generic[A]):
         return update
 
     def _gradient(self, steps: Sequence[ImageStep], images: Images[A]) -> A | None:
-        """Call the classifier on the images that ask for it; the others' gradient is zero. None: none asks.
+        """Call the classifier on the images with classifier guidance; the gradient of the others is zero.
+
+        Returns:
+            The scaled gradients by place, or None if no image uses classifier guidance.
 
         Raises:
-            ModelError: an image that asks for a classifier that is not there.
+            ModelError: an image uses classifier guidance, but the model has no classifier.
         """
         asking = asking_places(steps)
         if not asking:
@@ -129,7 +132,7 @@ class HostSteps(Generic[A]):
         if classifier is None or emb_t is None:
             raise no_classifier(self._denoiser.description)
         size = self._sizes.padded_classified_rows(len(asking))
-        spare = (steps[asking[0]].slot, asking[0])  # padding: any image will do
+        spare = (steps[asking[0]].slot, asking[0])  # padding: any valid image
         block = classifier_block(steps, asking, size, self._plan_of, spare=spare)
         numbers = classifier_numbers(self._slots.send(words_of(block)))
         found = gradients(numbers, self._slots.x, emb_t, classifier)

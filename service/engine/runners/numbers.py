@@ -1,8 +1,8 @@
-"""The numbers of a step, which the host knows, as one block that travels to the device with it.
+"""The numbers of a step, packed into one block that is copied from the host to the device.
 
-A block is a structured numpy array on the host and int64 words on the device. A line of it describes both a place of
-the step and a row of the network call, of which there are equally many, the batch size. Images come first, then a
-second row for each image with classifier-free guidance, then padding.
+A block is a structured numpy array on the host and an array of int64 words on the device. Each line describes both a
+place of the step and a row of the network call; both counts equal the batch size. Images come first, then a second row
+for each image with classifier-free guidance, then padding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEP_BLOCK = np.dtype(
         ("step", "i8"),
         ("seed", "i8"),
         ("image_index", "i8"),
-        ("uncond_row", "i8"),  # the row without class of the image; its own where it is not guided
+        ("uncond_row", "i8"),  # the image's row without class; its own row if it is not guided
         # by network row
         ("row_place", "i8"),  # place of the row's image
         ("row_label", "i8"),
@@ -35,7 +35,7 @@ STEP_BLOCK = np.dtype(
         # by place
         ("plan", "f4", (len(PLAN_COLUMNS),)),
         ("cfg_scale", "f4"),
-        ("unused", "f4"),  # whole words
+        ("unused", "f4"),  # padding to whole words
     ]
 )
 CLASSIFIER_BLOCK = np.dtype(
@@ -47,7 +47,7 @@ NOISE_SCALE = PLAN_COLUMNS.index("noise_scale")
 
 
 class StepNumbers(NamedTuple, Generic[A]):
-    """A step's block where the arrays are, int64 [n] unless said otherwise; `STEP_BLOCK` says what is by place."""
+    """Columns of a step's block on the device, int64 [n] unless noted; `STEP_BLOCK` lists which are by place."""
 
     slot: A
     step: A
@@ -64,7 +64,7 @@ class StepNumbers(NamedTuple, Generic[A]):
 
 
 class ClassifierNumbers(NamedTuple, Generic[A]):
-    """A classifier call's block where the arrays are, int64 [n] unless said otherwise."""
+    """Columns of a classifier call's block on the device, int64 [n] unless noted."""
 
     slot: A
     place: A
@@ -80,11 +80,11 @@ def step_block(
     """Return the block of a step, [size].
 
     Args:
-        steps: the images' steps, in order; with a second row for each guided one there are at most `size` rows.
+        steps: the images' steps, in order; at most `size` rows, counting a second row for each guided image.
         size: rows of the network call.
-        plan_of: finds sampling plans.
+        plan_of: returns the sampling plan of a key.
         null_class: label of rows without class.
-        spare_slot: for places without an image.
+        spare_slot: slot of places without an image.
     """
     block = np.zeros(size, dtype=STEP_BLOCK)
     block["slot"] = spare_slot
@@ -109,11 +109,11 @@ def classifier_block(
     """Return the block of a classifier call, [size].
 
     Args:
-        steps: of the step's images.
-        asking: places among them of those that the classifier is called on.
-        size: rows of the call.
-        plan_of: finds sampling plans.
-        spare: slot and place for padding.
+        steps: the steps of all images.
+        asking: places of the images with classifier guidance.
+        size: rows of the classifier call.
+        plan_of: returns the sampling plan of a key.
+        spare: slot and place of padding rows.
     """
     block = np.zeros(size, dtype=CLASSIFIER_BLOCK)
     block["slot"], block["place"] = spare
@@ -125,12 +125,12 @@ def classifier_block(
 
 
 def words_of(block: Block) -> npt.NDArray[np.int64]:
-    """Return a block as whole words, int64 [n, words], which is what is sent."""
+    """Return a block as int64 words [n, words], the form that is copied to the device."""
     return block.view(np.int64).reshape(len(block), -1)
 
 
 def step_numbers(words: A) -> StepNumbers[A]:
-    """Name the columns of a step's block."""
+    """Return the named columns of a step's block."""
     floats = _floats(words, _STEP_WORDS)
     return StepNumbers._make(
         [*(words[:, k] for k in range(_STEP_WORDS)), floats[:, : len(PLAN_COLUMNS)], floats[:, len(PLAN_COLUMNS)]]
@@ -138,7 +138,7 @@ def step_numbers(words: A) -> StepNumbers[A]:
 
 
 def classifier_numbers(words: A) -> ClassifierNumbers[A]:
-    """Name the columns of a classifier call's block."""
+    """Return the named columns of a classifier call's block."""
     scale = _floats(words, _CLASSIFIER_WORDS)[:, 0]
     return ClassifierNumbers._make([*(words[:, k] for k in range(_CLASSIFIER_WORDS)), scale])
 

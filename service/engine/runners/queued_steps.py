@@ -1,8 +1,8 @@
-"""Steps on a device that answers later: each a captured graph, to which the host copies one block of numbers.
+"""QueuedSteps: steps on an asynchronous device. Each step is a captured graph; the host copies in one block of numbers.
 
-All else is the device's work, of one batch size: gather, network, guidance, noise, update, scatter, flags.
-The classifier's gradient depends on x_t, timestep, class and scale only, so it is captured by itself and runs before
-the step, for those steps in which an image asks for it.
+The device does everything else, at one batch size: gather, network, guidance, noise, update, scatter, flags.
+The classifier's gradient depends only on x_t, timestep, class and scale. It is captured separately and runs before the
+step, only if an image in the step uses classifier guidance.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from service.errors import ModelError
 log = logging.getLogger(__name__)
 
 FUSED_TOLERANCE = 1e-5
-"""How far noise and update as one kernel may be from both apart: rounding, and no wrong noise."""
+"""Tolerance between noise and update as one fused kernel and as separate ones: allows rounding, but no wrong noise."""
 
 
 @dataclass(frozen=True)
 class _Fixed(Generic[A]):
-    """Work of one batch size on arrays that stay where they are."""
+    """Work of one batch size on arrays at fixed addresses."""
 
     words: A
-    """int64; what the host writes: a block of numbers."""
+    """Input that the host writes: a block of numbers as int64 words."""
     run: Callable[[], A]
     captured: bool
-    """Whether it is run as a graph."""
+    """Whether `run` replays a graph."""
 
 
 class QueuedSteps(Generic[A]):
@@ -67,16 +67,16 @@ class QueuedSteps(Generic[A]):
         *,
         strict: bool,
     ) -> None:
-        """Allocate; nothing is captured yet.
+        """Allocate the arrays; capture nothing yet.
 
         Args:
-            denoiser: whose network is run, through its queue.
-            queue: of the device.
-            table: of the images.
-            embeddings: of the timesteps.
-            plan_of: finds sampling plans.
-            sizes: that calls may have; `capture` needs all of them, and nothing before it but the largest.
-            strict: whether a batch size that was not captured is an error.
+            denoiser: the denoiser whose network runs through `queue`.
+            queue: queue of the device.
+            table: slots of the images.
+            embeddings: embedded timesteps.
+            plan_of: returns the sampling plan of a key.
+            sizes: allowed batch sizes. `capture` needs all of them; before it, only the largest is needed.
+            strict: whether a batch size without a captured graph is an error.
         """
         model, xp = denoiser.config.model, denoiser.xp
         self.depth = queue.depth
@@ -94,22 +94,22 @@ class QueuedSteps(Generic[A]):
         self._gradients: dict[int, _Fixed[A]] = {}
         self._most = sizes.network[-1]
         self._gradient: A = xp.zeros((self._most + 1, *table.image_shape), dtype=xp.float32, device=denoiser.device)
-        """By place, and one that is nobody's at the end; zero for images that do not ask for it."""
+        """Gradient by place, with a spare place at the end; zero for images without classifier guidance."""
         self._guided_before = False
-        """Whether the gradient may be anything but zero."""
+        """Whether the gradient may be nonzero."""
 
     def capture(self, steps: Sequence[ImageStep]) -> None:
-        """Capture every size, the largest first, and check that graphs do what they were captured from.
+        """Capture a graph for every batch size, the largest first, and compare each graph with the uncaptured work.
 
-        Where there is no memory for a graph, its work will be done without.
+        A batch size whose graph does not fit in memory runs without a graph.
 
         Args:
-            steps: of images to try graphs on, unguided, as many as there are slots; they are moved and put back.
+            steps: steps of unguided test images, one per slot; the slots are modified and restored.
 
         Raises:
-            ModelError: no memory for a graph, in strict mode.
-            RuntimeError: a graph that gives other numbers than what it was captured from, or one kernel of noise and
-                update than both apart.
+            ModelError: a graph does not fit in memory, in strict mode.
+            RuntimeError: a graph's results differ from those of the uncaptured work, or the results of the fused kernel
+                of noise and update differ from those of the separate ones.
         """
         self._compare_fused(steps[: self._sizes.network[-1]])
         for size in sorted(self._sizes.classifier, reverse=True):
@@ -120,11 +120,11 @@ class QueuedSteps(Generic[A]):
             self._steps[size] = self._capture(self._step(size), "a step", size, block)
 
     def has_captured(self, size: int) -> bool:
-        """Say whether steps of a size are graphs."""
+        """Return whether steps of a batch size run as graphs."""
         return size in self._steps and self._steps[size].captured
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Queue a step; the host waits for nothing."""
+        """Queue a step without blocking the host."""
         asking = asking_places(steps)
         size = self._sizes.padded_rows(rows_of(steps))
         step = self._steps.get(size) or self._uncaptured(self._step(size), "a step", size)
@@ -134,14 +134,15 @@ class QueuedSteps(Generic[A]):
         if asking:
             self._guide(steps, asking)
         step.words[:] = self._queue.send(words_of(self._step_block(steps, size)))
-        receive = self._queue.receive((len(steps),), self._denoiser.xp.bool)  # once the step is queued, memory must do
+        # Allocate before the step is queued: it must not run out of memory afterwards
+        receive = self._queue.receive((len(steps),), self._denoiser.xp.bool)
         flags = receive(step.run()[: len(steps)])
         return Later(lambda: [bool(ok) for ok in flags.wait()])
 
     def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy some slots of an array of images; waited for, as pixels."""
+        """Start copying some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
         xp = namespace(array)
-        images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))  # an index would be sent, and waited for
+        images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))  # an index array would block
         return Later(lambda: to_uint8(images.wait()))
 
     def _guide(self, steps: Sequence[ImageStep], asking: Sequence[int]) -> None:
@@ -159,11 +160,11 @@ class QueuedSteps(Generic[A]):
     def _classifier_block(self, steps: Sequence[ImageStep], asking: Sequence[int], size: int) -> Block:
         return classifier_block(steps, asking, size, self._plan_of, spare=(self._slots.spare_slot, self._most))
 
-    # Work on fixed arrays
+    # Work on arrays at fixed addresses
 
     def _step(self, size: int) -> _Fixed[A]:
-        """Return what takes a step of the images that its block names; it returns their flags, bool [size]."""
-        # No closure over `self`, which keeps the work: weights that are dropped must leave memory at once
+        """Return the work of a step of the images in its block; running it returns their flags, bool [size]."""
+        # No closure over `self`, which holds the work: the cycle would delay freeing the weights of a dropped model
         table, network, advance = self._slots, self._queue.network, self._advance
         emb_t, conditional = self._embeddings.network, self._conditional
         words = self._words(self._step_block((), size))
@@ -175,18 +176,21 @@ class QueuedSteps(Generic[A]):
             result = finish(numbers, images, network(inputs), advance, grad, guided=True)
             is_image = xp.reshape(numbers.slot != table.spare_slot, (-1, 1, 1, 1))
             x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, result.x0, 0.0)
-            table.x[numbers.slot], table.x0[numbers.slot] = x, x0  # both, or neither where memory is short
+            table.x[numbers.slot], table.x0[numbers.slot] = (
+                x,
+                x0,
+            )  # after both are computed: out of memory must not leave one written
             ok: A = result.ok
             return ok
 
         return _Fixed(words, step, captured=False)
 
     def _classifier_call(self, size: int) -> _Fixed[A]:
-        """Return what writes the gradients of the images that its block names; it returns all gradients."""
+        """Return the work that writes the gradients of the images in its block; running it returns all gradients."""
         table, written, classifier = self._slots, self._gradient, self._queue.classifier
         emb_t = self._embeddings.classifier
         words = self._words(self._classifier_block((), (), size))
-        assert classifier is not None  # noqa: S101  # or there would be no sizes
+        assert classifier is not None  # noqa: S101  # without a classifier there are no sizes
         assert emb_t is not None  # noqa: S101
 
         def guide() -> A:
@@ -211,23 +215,23 @@ class QueuedSteps(Generic[A]):
         return work
 
     def _capture(self, work: _Fixed[A], what: str, size: int, block: Block) -> _Fixed[A]:
-        """Capture work, and compare what both do; where there is no memory for a graph, return the work itself."""
+        """Capture work as a graph and compare their results. If the graph does not fit in memory, return the work."""
         try:
             graph = _Fixed(work.words, self._queue.capture(work.run), captured=True)
             equal = self._trial(graph, block) == self._trial(work, block)
         except Exception as error:
             if self._denoiser.failure_kind(error) is not FailureKind.OUT_OF_MEMORY:
                 raise
-            log.warning("%s: no memory to capture %s of %d rows", self._denoiser.description, what, size)
+            log.warning("%s: not enough memory to capture %s of %d rows", self._denoiser.description, what, size)
             return self._uncaptured(work, what, size)
         if not equal:
             raise RuntimeError(
-                f"{self._denoiser.description}: {what} of {size} rows gives other numbers as a graph than without"
+                f"{self._denoiser.description}: {what} of {size} rows gives different results with and without a graph"
             )
         return graph
 
     def _compare_fused(self, steps: Sequence[ImageStep]) -> None:
-        """Refuse a fused update whose numbers are not those of the plain one, for some images."""
+        """Raise if the fused update's results differ from those of the plain one on some images."""
         if self._advance is add_noise_and_advance:
             return
         table, count = self._slots, len(steps)
@@ -242,10 +246,10 @@ class QueuedSteps(Generic[A]):
             for update in (self._advance, add_noise_and_advance)
         )
         if not np.allclose(fused, plain, rtol=FUSED_TOLERANCE, atol=FUSED_TOLERANCE):
-            raise RuntimeError(f"{self._denoiser.description}: noise and update give other numbers as one kernel")
+            raise RuntimeError(f"{self._denoiser.description}: noise and update give different results when fused")
 
     def _trial(self, work: _Fixed[A], block: Block) -> list[bytes]:
-        """Do work on a block, return all that came of it, and put everything back."""
+        """Run work on a block, return everything it wrote as bytes, and restore the arrays."""
         moved: tuple[Any, ...] = (self._slots.x, self._slots.x0, self._gradient)
         before = [to_numpy(array).copy() for array in moved]
         count = len(block)

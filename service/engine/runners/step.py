@@ -1,6 +1,6 @@
-"""One step, written once: `gather` makes what the network is called on, `finish` the next images of what it returns.
+"""One sampling step for all devices: `gather` builds the network's inputs, `finish` computes the next images.
 
-Both are pure functions of arrays. On a CPU they are called, on CUDA they are captured.
+Both are pure functions of arrays: called directly on a CPU, captured as a graph on CUDA.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from service.engine.runners.numbers import ClassifierNumbers, StepNumbers
 
 
 class Images(NamedTuple, Generic[A]):
-    """What the images of a step hold as it begins, by place [n, C, H, W]."""
+    """State of a step's images at its start, by place [n, C, H, W]."""
 
     x_t: A
     x0_prev: A
 
 
 Update = Callable[[A, A, A, A, A, tuple[A, A, A], A | None], Step[A]]
-"""Takes the step once the network has answered; `add_noise_and_advance` describes its arguments."""
+"""Computes the next images from the network's output; see `add_noise_and_advance` for the arguments."""
 
 
 def gather(
     numbers: StepNumbers[A], x: A, x0: A, emb_t: A, *, places: int, conditional: bool
 ) -> tuple[NetworkInputs[A], Images[A]]:
-    """Return what the network is called on, and what its images hold.
+    """Return the network's inputs and the state of the step's images.
 
     Args:
-        numbers: of the step.
+        numbers: numbers of the step.
         x: x_t by slot.
         x0: the previous step's x0 by slot.
         emb_t: the embedded timesteps, by training timestep.
-        places: how many of the block's places have an image, or are to be computed with those that have.
+        places: number of the block's places to compute: those with an image, or more.
         conditional: whether the network takes labels.
     """
     slot = numbers.slot[:places]
@@ -49,14 +49,14 @@ def gather(
 def finish(
     numbers: StepNumbers[A], images: Images[A], raw: A, update: Update[A], grad: A | None, *, guided: bool
 ) -> Step[A]:
-    """Return what a step gives, by place.
+    """Return the result of a step, by place.
 
     Args:
-        numbers: of the step.
-        images: as `gather` returned them.
-        raw: what the network returned, by row.
-        update: takes the step.
-        grad: the classifier's scaled gradient by place; None where no image asks for it.
+        numbers: numbers of the step.
+        images: image state returned by `gather`.
+        raw: the network's output, by row.
+        update: computes the next images.
+        grad: the classifier's scaled gradient, by place; None if no image uses classifier guidance.
         guided: whether some images may have classifier-free guidance.
     """
     places, channels = images.x_t.shape[:2]
@@ -69,7 +69,7 @@ def finish(
 
 
 def gradients(numbers: ClassifierNumbers[A], x: A, emb_t: A, classifier: Callable[[NetworkInputs[A]], A]) -> A:
-    """Return a classifier's scaled gradients, by row of its call; x is x_t by slot, emb_t as for `gather`."""
+    """Return a classifier's scaled gradients, by row of its call; `x` is x_t by slot, `emb_t` is as for `gather`."""
     out = classifier(NetworkInputs(x[numbers.slot], emb_t[numbers.timestep], numbers.label))
     return scaled_gradient(out, numbers.scale)
 
@@ -77,16 +77,16 @@ def gradients(numbers: ClassifierNumbers[A], x: A, emb_t: A, classifier: Callabl
 def add_noise_and_advance(
     lines: A, x_t: A, x0_prev: A, out: A, var_values: A, noise_of: tuple[A, A, A], grad: A | None
 ) -> Step[A]:
-    """Make a step's noise and take the step: everything that comes after the network, and nothing but pointwise work.
+    """Generate a step's noise and take the step: all work after the network. Contains only pointwise operations.
 
     Args:
-        lines: of the plan, one per row, float32 [B, 12].
-        x_t: as for `advance`, like x0_prev, out, var_values and grad.
-        x0_prev: see there.
-        out: see there.
-        var_values: see there.
+        lines: lines of the plan, one per row, float32 [B, 12].
+        x_t: as for `advance`.
+        x0_prev: as for `advance`.
+        out: as for `advance`.
+        var_values: as for `advance`.
         noise_of: seed, image index and step of each row, int64 [B].
-        grad: see there.
+        grad: as for `advance`.
     """
     _, channels, height, width = x_t.shape
     z = unchecked_normal(*noise_of, STREAM_STEP, (channels, height, width))

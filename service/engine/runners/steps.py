@@ -1,4 +1,4 @@
-"""What the two ways in which a runner takes steps have in common."""
+"""Steps: the interface of the two ways to take steps (`HostSteps`, `QueuedSteps`), and their common helpers."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from service.errors import ModelError
 
 
 class Embeddings(NamedTuple, Generic[A]):
-    """The embedded timesteps of a model, made once, by training timestep."""
+    """The embedded timesteps of a model, computed once, by training timestep."""
 
     network: A
     """float32 [T, emb_channels]."""
     classifier: A | None
-    """The same, as the classifier embeds them; None where there is none."""
+    """The classifier's embeddings of the same timesteps; None without a classifier."""
 
 
 class Steps(Protocol):
-    """Takes steps of a `SlotTable`."""
+    """Takes steps of the images in a `SlotTable`."""
 
     depth: int
     """Steps that may be under way when the next one is launched."""
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """As `Runner.launch`."""
+        """Start a step of some images; see `Runner.launch`."""
         ...
 
     def pixels(self, array: Any, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy some slots of an array of images; waited for, as pixels."""
+        """Start copying some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
         ...
 
 
 def asking_places(steps: Sequence[ImageStep]) -> list[int]:
-    """Return the places of the images that the classifier is called on."""
+    """Return the places of the images with classifier guidance."""
     return [place for place, step in enumerate(steps) if step.params.classified_rows]
 
 
 def no_classifier(description: str) -> ModelError:
-    """Return what is wrong with a step in which an image asks for a classifier that is not there."""
+    """Return the error for an image with classifier guidance on a model without a classifier."""
     return ModelError(f"{description}: the model has no classifier, and classifier_scale is not 0")

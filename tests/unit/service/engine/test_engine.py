@@ -204,7 +204,7 @@ def test_only_compiled_batch_sizes_are_run_and_one_that_changes_a_row_is_not(cap
     assert runner.sizes.network == (1, 6)
     assert set(exact.calls) == {1, 2, 6}
     assert "batch dependent: a batch of 2 gives a row other bits than one of 6 does, and is not run" in caplog.messages
-    assert "batch sizes that give a row equal bits: 1, 6" in caplog.messages
+    assert "bit-identical batch sizes: 1, 6" in caplog.messages
     assert [runner.padded_rows(rows) for rows in (1, 2, WIDTH)] == [1, 6, 6]
 
 
@@ -441,7 +441,7 @@ def test_images_that_were_evicted_come_back_with_their_pixels(subject: Subject) 
 
 
 def test_only_what_was_evicted_can_be_restored() -> None:
-    with pytest.raises(TypeError, match="only what `evict` returned"):
+    with pytest.raises(TypeError, match="only states returned by `evict`"):
         warm_runner().restore([0], ["nonsense"])
 
 

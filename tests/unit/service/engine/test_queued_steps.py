@@ -200,7 +200,7 @@ def test_a_size_without_memory_for_a_graph_runs_without_one_and_is_counted(
     network.queue.lacks_memory_after = 5
     with caplog.at_level("WARNING"):
         engine = Engine({"m": warm(network)}, CONFIG, metrics)
-    assert caplog.messages == ["exact arithmetic: no memory to capture a step of 1 rows"]
+    assert caplog.messages == ["exact arithmetic: not enough memory to capture a step of 1 rows"]
     image = replace(params(steps=3, seed=4), class_index=1)
     engine.add(generation("r", image), submitted_at=0.0)
     (result,) = finish(engine)
@@ -233,7 +233,7 @@ def test_a_graph_that_gives_other_numbers_is_not_served() -> None:
 
     network.queue.capture = dishonest  # type: ignore[method-assign]
     slots = ArrayRunner(network, CONFIG)
-    with pytest.raises(RuntimeError, match="gives other numbers as a graph than without"):
+    with pytest.raises(RuntimeError, match="gives different results with and without a graph"):
         slots.warm_up()
 
 
@@ -243,7 +243,7 @@ def test_an_update_that_gives_other_numbers_as_one_kernel_is_not_served() -> Non
 
     network = denoiser()
     network.queue.fuse = with_other_noise  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="noise and update give other numbers as one kernel"):
+    with pytest.raises(RuntimeError, match="noise and update give different results when fused"):
         warm(network)
 
 
