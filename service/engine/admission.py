@@ -102,7 +102,7 @@ class Admission:
         in_flight = self.ledger.client(request.client).images
         if in_flight + count > limit:
             raise ClientLimit(
-                f"{in_flight} images of this client are in flight, at most {limit} can be; this request has {count}",
+                f"{in_flight} images of this client are in flight, the limit is {limit}; this request has {count}",
                 self._until_free_s((in_flight + count - limit) * request.rows // count, snapshot),
             )
 
@@ -116,13 +116,13 @@ class Admission:
             )
         if in_flight + rows > limit:
             raise QueueFull(
-                f"{in_flight} rows are in flight, at most {limit} can be; this request has {rows}",
+                f"{in_flight} rows are in flight, the limit is {limit}; this request has {rows}",
                 self._until_free_s(in_flight + rows - limit, snapshot),
             )
         own, part = self.ledger.client(request.client).rows, int(limit * self._config.client_share)
         if request.client and own and own + rows > part:  # never reject a client with nothing in flight
             raise ClientLimit(
-                f"{own} rows of this client are in flight, at most {part} can be; this request has {rows}",
+                f"{own} rows of this client are in flight, the limit is {part}; this request has {rows}",
                 self._until_free_s(own + rows - part, snapshot),
             )
 
@@ -131,7 +131,7 @@ class Admission:
         too_long = prediction.wait_s - self._config.max_wait_s
         if too_long > 0 and request.priority is Priority.INTERACTIVE:
             raise QueueFull(
-                f"the predicted wait is {prediction.wait_s:.3g} s, at most {self._config.max_wait_s:.3g} s can be",
+                f"the predicted wait is {prediction.wait_s:.3g} s, the limit is {self._config.max_wait_s:.3g} s",
                 max(1.0, too_long),
             )
         if request.deadline_s is not None and prediction.finish_s > request.deadline_s:

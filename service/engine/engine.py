@@ -151,7 +151,7 @@ class Engine:
             self._counts.model_gone(model)
 
     def publish(self) -> None:
-        """Replace the snapshot with what is true now."""
+        """Replace the snapshot with the current state."""
         lefts = [*(step.left for step in self._launched), *(step.end.left for step in self._settled)]
         leaving = dict.fromkeys(image for left in lefts for image in left)  # one may fail before it would have ended
         scheduler = self.scheduler
@@ -306,9 +306,8 @@ class Engine:
     def _choose_width(self, model: str) -> None:
         costs, config, most = self.costs[model], self._config, self._memory[model].rows
         width = min(knee(costs, config.max_rows, config.width_efficiency), most)
-        wider = [
-            rows for rows in costs.table() if width < rows <= most
-        ]  # without probes their measured cost would never improve
+        # Probe wider widths: a cost measured too high would otherwise never be corrected
+        wider = [rows for rows in costs.table() if width < rows <= most]
         self.scheduler.set_width(model, width, probe_widths=wider)
         self._counts.width(model, width)
 

@@ -61,7 +61,7 @@ def take_step(
     if len(outcome.failures) == len(images):
         runner.check_network()
     for image, kind in outcome.failures.items():
-        log.error("image %d of request %s fails: %s", image.position, image.request_id, kind.value)
+        log.error("image %d of request %s failed: %s", image.position, image.request_id, kind.value)
     return outcome
 
 

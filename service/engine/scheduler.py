@@ -162,7 +162,7 @@ class Scheduler:
         """
         for width in (rows, *probe_widths):
             if not 2 <= width <= self._config.max_rows:
-                raise ValueError(f"the width must be within 2 and {self._config.max_rows}; got {width}")
+                raise ValueError(f"the width must be between 2 and {self._config.max_rows}; got {width}")
         self._lanes[model].width, self._lanes[model].probe_widths = rows, probe_widths
 
     def all_steps(self) -> dict[str, int]:

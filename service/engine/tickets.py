@@ -153,5 +153,5 @@ def image_failure(image_index: int, reason: FailureReason) -> GenerationFailed:
     if reason == "not_finite":
         return NotFinite(f"image {image_index}: its numbers overflowed while sampling")
     if reason == "out_of_memory":
-        return ImageFailed(f"image {image_index}: it does not fit the memory that is left, not even alone")
-    return ImageFailed(f"image {image_index}: the network failed on it, also alone; the log has the details")
+        return ImageFailed(f"image {image_index}: it does not fit in the available memory, even alone")
+    return ImageFailed(f"image {image_index}: the network failed on it, even alone; see the log for details")

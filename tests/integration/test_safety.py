@@ -118,7 +118,7 @@ def test_a_key_limits_images_in_flight_and_work_and_only_its_own(tmp_path: Path)
             await accepted(service, keys.of("watcher"), 2)
             refused = await generate(service, keys.of("alice"), peer="198.51.100.7")
             assert (refused.status_code, refused.json()["title"]) == (429, "Too many requests")
-            assert "2 images of this client are in flight, at most 2 can be" in refused.json()["detail"]
+            assert "2 images of this client are in flight, the limit is 2; " in refused.json()["detail"]
             assert int(refused.headers["retry-after"]) >= 1
             asked.append(asyncio.create_task(generate(service, keys.of("bob"), n=3)))
             await accepted(service, keys.of("watcher"), 3)

@@ -142,7 +142,8 @@ class QueuedSteps(Generic[A]):
     def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
         xp = namespace(array)
-        images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))  # an index array would block
+        # No index array: copying one to the device would block
+        images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))
         return Later(lambda: to_uint8(images.wait()))
 
     def _guide(self, steps: Sequence[ImageStep], asking: Sequence[int]) -> None:
@@ -175,11 +176,9 @@ class QueuedSteps(Generic[A]):
             inputs, images = gather(numbers, table.x, table.x0, emb_t, places=size, conditional=conditional)
             result = finish(numbers, images, network(inputs), advance, grad, guided=True)
             is_image = xp.reshape(numbers.slot != table.spare_slot, (-1, 1, 1, 1))
+            # Compute both before writing: running out of memory must not leave only one written
             x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, result.x0, 0.0)
-            table.x[numbers.slot], table.x0[numbers.slot] = (
-                x,
-                x0,
-            )  # after both are computed: out of memory must not leave one written
+            table.x[numbers.slot], table.x0[numbers.slot] = x, x0
             ok: A = result.ok
             return ok
 

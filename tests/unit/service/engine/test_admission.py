@@ -65,7 +65,7 @@ def test_room_of_images_that_ended_is_given_again() -> None:
     admission = Admission(CONFIG, ["m"])
     admission.accept(limited(generation("r", params(), params(), client="a"), 2), 0.0, snapshot("m"))
     second = limited(generation("s", params(), client="a"), 2)
-    with pytest.raises(ClientLimit, match="2 images of this client are in flight, at most 2 can be"):
+    with pytest.raises(ClientLimit, match="2 images of this client are in flight, the limit is 2; "):
         admission.accept(second, 0.0, snapshot("m"))
     admission.release("r", 0)
     admission.accept(second, 0.0, snapshot("m"))

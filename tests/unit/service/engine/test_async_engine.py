@@ -201,7 +201,7 @@ async def test_an_image_that_the_network_raises_on_fails_alone_with_a_reason() -
 
     async with started(Raising()) as engine:
         ticket = engine.submit(generation("r", params(), params()))
-        with pytest.raises(ImageFailed, match="image 0: the network failed on it, also alone") as failure:
+        with pytest.raises(ImageFailed, match="image 0: the network failed on it, even alone") as failure:
             await ticket.images[0]
         assert "secret" not in str(failure.value)
         assert (await ticket.images[1]).pixels is not None
@@ -321,7 +321,7 @@ async def test_retry_after_grows_with_accepted_work() -> None:
 async def test_guided_images_count_twice_against_the_limit() -> None:
     async with started(PausedRunner()) as engine:
         engine.submit(generation("a", params(cfg_scale=2.0), params(cfg_scale=2.0)))
-        with pytest.raises(QueueFull, match="4 rows are in flight, at most 5 can be; this request has 2"):
+        with pytest.raises(QueueFull, match="4 rows are in flight, the limit is 5; this request has 2"):
             engine.submit(generation("b", params(cfg_scale=2.0)))
         engine.submit(generation("c", params()))
         with pytest.raises(InvalidRequest, match="n: must be at most 2"):
@@ -332,7 +332,7 @@ async def test_guided_images_count_twice_against_the_limit() -> None:
 async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() -> None:
     async with started(PausedRunner(), CONFIG.replace(client_share=0.5)) as engine:
         engine.submit(generation("a", params(), params(), client="crowd"))
-        with pytest.raises(ClientLimit, match="2 rows of this client are in flight, at most 2 can be") as refusal:
+        with pytest.raises(ClientLimit, match="2 rows of this client are in flight, the limit is 2; ") as refusal:
             engine.submit(generation("b", params(), client="crowd"))
         assert refusal.value.retry_after_s >= 1
         engine.submit(generation("c", params(), params(), params(), client="other"))  # the first of a client may be big
@@ -358,7 +358,7 @@ async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() 
     async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0), step_s=1.0) as engine:
         engine.submit(generation("a", params(steps=500)))  # alone, whatever it takes
         engine.submit(generation("b", params(steps=500)))  # the second row is free
-        with pytest.raises(QueueFull, match="the predicted wait is 500 s, at most 60 s can be") as refusal:
+        with pytest.raises(QueueFull, match="the predicted wait is 500 s, the limit is 60 s") as refusal:
             engine.submit(generation("c", params(steps=9)))
         assert refusal.value.retry_after_s > 1
         engine.submit(generation("d", params(steps=9), priority=Priority.BATCH))

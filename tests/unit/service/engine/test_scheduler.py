@@ -102,7 +102,7 @@ def test_now_and_then_steps_are_wider_where_their_cost_is_to_be_learnt() -> None
 
 @pytest.mark.parametrize("probe_widths", [[5], [3, 1]])
 def test_probes_are_no_wider_than_the_device_and_have_room_for_guidance(probe_widths: list[int]) -> None:
-    with pytest.raises(ValueError, match="the width must be within 2 and 4"):
+    with pytest.raises(ValueError, match="the width must be between 2 and 4"):
         make().set_width("m", 2, probe_widths)
 
 

@@ -351,7 +351,7 @@ def test_aborting_an_evicted_image_makes_room_for_others() -> None:
 def test_the_width_stays_within_its_limits() -> None:
     scheduler = make()
     for width in (1, WIDTH + 1):
-        with pytest.raises(ValueError, match="the width must be within 2 and 4"):
+        with pytest.raises(ValueError, match="the width must be between 2 and 4"):
             scheduler.set_width("m", width)
     scheduler.set_width("m", 2)
     driver = Driver(scheduler)
