@@ -70,7 +70,7 @@ class Observe:
             log.error("unexpected error", exc_info=error)
             if status != CLIENT_CLOSED:
                 status = 500
-                raise  # an answer had begun: all that is left is to break the connection
+                raise  # an answer had begun: the only option is to close the connection
             await problem(500, "Internal error", "something went wrong here; the log has the details")(
                 scope, receive, send_named
             )

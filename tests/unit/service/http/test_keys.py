@@ -334,7 +334,7 @@ def test_a_bad_keys_file_ends_the_service_before_a_model_is_looked_at(tmp_path: 
     for begin in ("keys.json: No such file or directory", "keys.json is empty"):
         with pytest.raises(KeysError) as raised:
             create_app(Settings(models=(tmp_path / "nowhere",), keys_file=path))
-        assert str(raised.value) == f"{tmp_path}/{begin}; iddpm keys add NAME --file {path} puts a key into it"
+        assert str(raised.value) == f"{tmp_path}/{begin}; to add a key: iddpm keys add NAME --file {path}"
         path.touch()
     assert CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(path)]).exit_code == 0
     with pytest.raises(ModelError):
