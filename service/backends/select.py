@@ -114,7 +114,7 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
             f"backend '{name}' needs {error.name}, which is not installed: {install_command(chosen.extra)}"
         ) from error
     except ImportError as error:  # a missing or outdated system library
-        raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
+        raise ModelError(f"backend '{name}': {chosen.requires} is installed but cannot be imported: {error}") from error
     with _files_told_of(folder):
         denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
     return denoiser

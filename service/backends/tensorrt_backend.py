@@ -187,7 +187,7 @@ def refuse_unequal_rows(
         if not bool(out.isfinite().all()):
             raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
         if not bool((out == out[:1]).all()):
-            raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it anew")
+            raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it again")
 
 
 def network_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:

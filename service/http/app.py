@@ -65,7 +65,7 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
         TracingError: the setting `traces` is on, and a package is missing or a variable OTEL_* is not supported.
     """
     if settings.build_engines and build_engines is None:
-        raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
+        raise ModelError("build_engines: this application has no builder of engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     if settings.keys_file is not None:
         require_keys(settings.keys_file)  # before models are loaded, which takes longer
@@ -143,7 +143,7 @@ def assemble(
         version=version("iddpm"),
         summary="Images from diffusion models of the Improved DDPM family",
         lifespan=lifespan,
-        servers=[{"url": ".", "description": "where this document is, whatever prefix a proxy puts before it"}],
+        servers=[{"url": ".", "description": "the location of this document, including any prefix that a proxy adds"}],
         root_path_in_servers=False,
         docs_url=None,  # docs_page.py serves it, as the document
         openapi_url=None,

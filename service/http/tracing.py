@@ -100,7 +100,7 @@ class Tracing:
             _fail(span, str(status))
 
     def follow(self, ticket: Ticket, numerics_id: str) -> None:
-        """Report an accepted request's time in the engine when it ends, in whatever way it ends."""
+        """Report an accepted request's time in the engine when it ends, with or without success."""
         within = get_current()
         ticket.ended.add_done_callback(lambda _: self._tell_phases(ticket, numerics_id, within))
 

@@ -139,7 +139,7 @@ class ModelRegistry:
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
         # Outside of `except`: a chained error would keep the partly loaded model in memory
-        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); the log says why")
+        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); see the log for the reason")
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
         gc.collect()  # free the reference cycles of earlier loads
@@ -151,7 +151,7 @@ class ModelRegistry:
 
     def _refuse_second_change(self) -> None:
         if self._changing is not None:
-            raise LoadConflict("a model is being loaded; try again when it is")
+            raise LoadConflict("a model is being loaded; try again when it is loaded")
 
     def _available(self) -> list[str]:
         return sorted(path.name for path in self._root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))

@@ -86,7 +86,7 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
         spec = body.respacing
     if body.eta is not None and not SAMPLERS[body.sampler].takes_eta:
         having = alternatives(samplers_with_eta())
-        raise InvalidRequest("eta", f"is a choice of sampler {having} only; sampler is {quoted(body.sampler)}")
+        raise InvalidRequest("eta", f"is valid only with sampler {having}; sampler is {quoted(body.sampler)}")
     key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
     try:
         plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
@@ -117,7 +117,7 @@ def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: fl
     asked = body.class_[k] if isinstance(body.class_, list) else body.class_
     if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
         if asked is not None:
-            unless = "" if classes is None else ", and only its classifier knows classes: ask for classifier_scale too"
+            unless = "" if classes is None else ", and only its classifier has classes: also set classifier_scale"
             raise InvalidRequest("class", f"must be absent: model {quoted(model.name)} is unconditional{unless}")
         return None
     if asked is None:

@@ -53,8 +53,8 @@ def bind(host: str, port: int, backlog: int | None = None) -> list[socket.socket
         for listener in bound:
             listener.close()
         if error.errno in NOT_HERE or isinstance(error, socket.gaierror):
-            raise AddressError(f"host: {host!r} is no address of this machine: {error.strerror}") from error
-        raise AddressError(f"port: {port} of {host} cannot be listened on: {error.strerror}") from error
+            raise AddressError(f"host: {host!r} is not an address of this machine: {error.strerror}") from error
+        raise AddressError(f"port: {port} of {host} cannot be bound: {error.strerror}") from error
     return bound
 
 

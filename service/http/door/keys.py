@@ -53,7 +53,7 @@ class _KeysFile(BaseModel):
     def _distinct(self) -> _KeysFile:
         names = [key.name for key in self.keys]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"names must differ; twice here: {', '.join(twice)}")
+            raise ValueError(f"names must differ; duplicates: {', '.join(twice)}")
         return self
 
 

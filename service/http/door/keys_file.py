@@ -35,7 +35,9 @@ def add_key(path: Path, added: ApiKey, show: Callable[[], None]) -> None:
     with _locked(path):
         known = () if is_absent_or_empty(path) else read_keys(path)
         if any(added.name == key.name for key in known):
-            raise KeysError(f"{path} has a key of the name {added.name}: remove it first, or choose another name")
+            raise KeysError(
+                f"{path} already has a key with the name {added.name}: remove it first, or choose another name"
+            )
         write_keys(path, [*known, added], before_replacing=show)
 
 
@@ -49,7 +51,7 @@ def remove_key(path: Path, name: str) -> None:
         known = read_keys(path)
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
-            raise KeysError(f"{path} has no key of the name {name}")
+            raise KeysError(f"{path} has no key with the name {name}")
         write_keys(path, kept)
 
 

@@ -127,7 +127,7 @@ def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, lis
         elements[tensor.name] = _from_bytes(tensor, binary[offset : offset + size])
         offset += size
     if offset != len(binary):
-        raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body are no tensor's")
+        raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body do not belong to any tensor")
     return elements
 
 

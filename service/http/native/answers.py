@@ -57,11 +57,11 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     """
     kind, image_format = _preferred("" if body.stream else accept, body.format)
     if body.preview_every is not None and not body.stream:
-        raise InvalidRequest("preview_every", "is a choice of `stream` only, which is false")
+        raise InvalidRequest("preview_every", "is valid only with `stream`, which is false")
     if body.quality is not None and image_format != "jpeg":
-        raise InvalidRequest("quality", f'is a choice of format "jpeg" only; format is {quoted(image_format)}')
+        raise InvalidRequest("quality", f'is valid only with format "jpeg"; format is {quoted(image_format)}')
     if body.compression is not None and image_format == "jpeg":
-        raise InvalidRequest("compression", 'is no choice of format "jpeg", which has `quality`')
+        raise InvalidRequest("compression", 'is not valid with format "jpeg", which has `quality`')
     if kind == "zip" and image_format == "npz":
         raise InvalidRequest(
             "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz holds all images by itself"

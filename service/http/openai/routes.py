@@ -70,7 +70,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
     if body.size is not None and body.size not in ("auto", image_size(model)):
         raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
     if body.partial_images and not body.stream:
-        raise InvalidRequest("partial_images", "is a choice of `stream` only")
+        raise InvalidRequest("partial_images", "is valid only with `stream`")
     fields: dict[str, Any] = body.model_dump(include=set(SamplingOptions.model_fields), exclude_unset=True)
     fields |= {"model": model.name, "n": body.n, "format": body.output_format or "png"}
     if body.output_compression is not None and fields["format"] == "jpeg":

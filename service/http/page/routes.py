@@ -64,5 +64,5 @@ async def thumbnail(
     model = find_model(state.models, name)
     has_pictures = model.config.model.image_channels in CHANNELS["png"]
     if not has_pictures or class_index not in range(len(model.class_names or ())):
-        raise HTTPException(404, f"model {quoted(name)} has no picture of a class {class_index}")
+        raise HTTPException(404, f"model {quoted(name)} has no thumbnail of class {class_index}")
     return Response(await state.thumbnails.get(model, class_index), media_type="image/png")

@@ -166,7 +166,7 @@ def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) ->
         ),
         ({"no_memory": True}, "cannot prepare the engine for batches of 2"),
         ({"tensors": {"x_t": ([2, 1, 8, 8], "HALF")}}, "batches of 2 is not this model's: it has no tensor emb_t"),
-        ({"unequal": True}, "batches of 2 gives identical rows different outputs; build it anew"),
+        ({"unequal": True}, "batches of 2 gives identical rows different outputs; build it again"),
         ({"nan": True}, "batches of 2 gives numbers that are not finite"),
     ],
 )
