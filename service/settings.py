@@ -1,6 +1,6 @@
-"""Settings: environment variables (`IDDPM_*`) and command-line flags, checked once at start-up.
+"""Settings of the service: environment variables (`IDDPM_*`) and command-line flags, validated once at start-up.
 
-docs/settings.md has the docstring of each; a test compares them.
+docs/settings.md repeats the docstring of each field; a test compares them.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ else:
     BackendName = Literal[("auto", *BACKENDS)]
 PREFIX = "IDDPM_"
 MAY_BE_EMPTY = frozenset({"cache_dir", "host", "models", "allowed_hosts", "trusted_proxies"})
-"""Settings whose empty value has a meaning, or a message of its own."""
+"""Settings for which an empty value is valid or has its own error message."""
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
-"""Variables that the client and the tests read."""
+"""Variables that are not settings: the client and the tests read them."""
 SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-"""Variables that Kubernetes sets in containers if a Service has a name that begins with `iddpm`; see also the next."""
+"""Variables that Kubernetes sets in containers if the name of a Service begins with `iddpm`; see `LINK_ADDRESS`."""
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""Start of the value of its variable IDDPM_..._PORT."""
+"""Start of the value that Kubernetes gives a variable IDDPM_..._PORT."""
 AllowedHost = Annotated[str, AfterValidator(lambda host: host if host == "*" else canonical_host(host))]
 TrustedProxy = Annotated[Network, BeforeValidator(lambda value: network_of(value) if isinstance(value, str) else value)]
 
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Names that a model can be given: no separators and no leading dot, so that a name cannot lead out of a folder."""
+"""Valid model names. Without separators and leading dots, a name cannot refer to a path outside a folder."""
 
 
 def read_model(model: Path) -> tuple[str, Path]:
-    """Return the name and folder of a model given as FOLDER, which gives its own name, or as NAME=FOLDER.
+    """Return the name and folder of a model given as NAME=FOLDER, or as FOLDER, whose last component is then the name.
 
-    A folder that exists is a FOLDER even if its path has an equals sign; so is a path with a separator before the sign.
+    A path that contains an equals sign is a FOLDER if the folder exists or if a separator precedes the sign.
 
     Raises:
-        ValueError: a name that no model may have, or no folder.
+        ValueError: the name is invalid, or the folder is missing.
     """
     name, equals, folder = str(model).partition("=")
     if not equals or "/" in name or model.is_dir():
@@ -69,72 +69,72 @@ def read_model(model: Path) -> tuple[str, Path]:
 
 
 def _of_engine(name: str) -> Any:
-    """Return a field of `EngineConfig` as a setting: its default and its rules."""
+    """Return a copy of a field of `EngineConfig`, with its default and constraints."""
     return copy(EngineConfig.model_fields[name])
 
 
 class Settings(BaseSettings):
-    """Everything an operator may set. Flags of `iddpm serve` win over the environment.
+    """All settings of the service. Flags of `iddpm serve` take precedence over the environment.
 
-    Fields without a docstring belong to `EngineConfig` or `BackendOptions`, which document them.
+    Fields without a docstring are documented in `EngineConfig` or `BackendOptions`.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), validate_default=True)
-    """Model folders (comma list), each FOLDER, served by its own name, or NAME=FOLDER; the first one is the default."""
+    """Model folders (comma list): FOLDER (served under the folder's name) or NAME=FOLDER; the first is the default."""
     backend: BackendName = "auto"
-    """What runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
+    """Backend that runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: Device = BackendOptions.device
     precision: PrecisionChoice = BackendOptions.precision
     cache_dir: str | None = BackendOptions.cache_dir
     build_engines: bool = False
-    """Let the TensorRT backend build the engines that it lacks: minutes at start-up for each batch size."""
+    """Let the TensorRT backend build missing engines; this takes minutes at start-up for each batch size."""
     torch_compile: bool = BackendOptions.torch_compile
     fuse_update: bool = BackendOptions.fuse_update
     strict_graphs: bool = _of_engine("strict_graphs")
     host: Annotated[str, AfterValidator(without_brackets)] = "127.0.0.1"
-    """Address to listen on (`::` takes IPv4 too; empty: all addresses); one that others reach needs `keys_file`, or
-    `allow_keyless`."""
+    """Address to listen on (`::` includes IPv4; empty: all addresses). One that other machines can reach requires
+    `keys_file` or `allow_keyless`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on; 0: any free one."""
+    """Port to listen on; 0: any free port."""
     keys_file: Path | None = None
-    """API keys (`iddpm keys`), read again whenever the file changes; unset: no key is required."""
+    """File of API keys (`iddpm keys`), reloaded whenever it changes; unset: no key is required."""
     allow_keyless: bool = False
-    """Listen on an address that others can reach although no key is needed."""
+    """Allow listening without keys on an address that other machines can reach."""
     admin_root: Path | None = None
-    """Folder whose model folders may be loaded, reloaded and unloaded by name; unset: there are no such routes."""
+    """Folder with model folders that admins may load, reload and unload by name; unset: these routes do not exist."""
     max_loaded: int = Field(default=4, ge=1)
-    """Most models in memory before no more are loaded; one that was replaced counts until its last image is done."""
+    """Number of models in memory at which loads are refused; a replaced one counts until its last image is done."""
     threads: Threads | None = BackendOptions.threads
     allowed_hosts: Annotated[tuple[AllowedHost, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
-    """Host headers answered to: names or addresses without scheme and port (comma list); `*` answers to all."""
+    """Accepted Host headers: names or addresses without scheme and port (comma list); `*` accepts all."""
     trusted_proxies: Annotated[tuple[TrustedProxy, ...], NoDecode] = ()
-    """Addresses or networks (comma list) whose X-Forwarded-For says who the client is; of others it is ignored."""
+    """Addresses or networks (comma list) of proxies whose X-Forwarded-For is trusted; from others it is ignored."""
     max_rows: int = _of_engine("max_rows")
     max_queue: int = _of_engine("max_queue")
     max_wait_s: float = _of_engine("max_wait_s")
     policy: PolicyName = _of_engine("policy")
     client_share: float = _of_engine("client_share")
     max_request_s: float = Field(default=3600.0, gt=0)
-    """Longest time from a request's admission to its images; then its rows are freed, and it gets 504."""
+    """Maximum time from a request's admission to its images; after it, the rows are freed and the answer is 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
-    """Longest request body."""
+    """Maximum size of a request body."""
     keep_answers_s: float = Field(default=600.0, gt=0)
-    """How long an answer is kept for requests with the same Idempotency-Key."""
+    """Time for which an answer is kept for requests with the same Idempotency-Key."""
     max_kept_bytes: int = Field(default=64 << 20, ge=0)
-    """Most memory that such answers take; the oldest go first."""
+    """Maximum memory of the answers kept for Idempotency-Key; the oldest are dropped first."""
     read_timeout_s: float = Field(default=10.0, gt=0)
-    """Longest time from a request's first byte to its last; then it gets 408."""
+    """Maximum time from the first byte of a request to its last; after it, the answer is 408."""
     write_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest time in which a client takes nothing of its answer; then its connection is cut."""
+    """Maximum time in which a client reads nothing of its answer; after it, the connection is closed."""
     keep_alive_s: int = Field(default=130, ge=1)
-    """How long a connection is kept between two requests; longer than a proxy in front keeps it, which would otherwise
-    send a request into a connection that closes."""
+    """Time for which an idle connection is kept open. It must exceed the keep-alive time of a proxy in front, which
+    otherwise may send a request into a closing connection."""
     max_row_steps: int = Field(default=64_000, ge=2)
-    """Most work of one request: images x steps, twice that with classifier-free guidance."""
+    """Maximum work of one request: images x steps, doubled with classifier-free guidance."""
     traces: bool = False
-    """Tell an OpenTelemetry collector of every request (extra `otel`); the standard OTEL_* variables say which."""
+    """Send traces of requests to an OpenTelemetry collector (extra `otel`), set by the standard OTEL_* variables."""
 
     @field_validator("models", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
@@ -167,10 +167,10 @@ class Settings(BaseSettings):
     @classmethod
     def _need_a_host(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("is empty: list the names and addresses that clients use, or write * to answer to all")
+            raise ValueError("is empty: list the names and addresses that clients use, or * to accept all")
         return value
 
-    @field_validator("*", mode="before")  # the last of its mode is the first that runs
+    @field_validator("*", mode="before")  # of the validators of a mode, the last one defined runs first
     @classmethod
     def _strip(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
@@ -184,8 +184,8 @@ class Settings(BaseSettings):
     def _refuse_to_be_open_unasked(self) -> Settings:
         if self.keys_file is None and not self.allow_keyless and not _is_loopback(self.host):
             raise ValueError(
-                f"host: {self.host!r} can be reached by others, who would need no key: name a keys file "
-                "(IDDPM_KEYS_FILE, see iddpm keys), or say that none is wanted (IDDPM_ALLOW_KEYLESS=true)"
+                f"host: {self.host!r} is reachable from other machines, and no key is required: set a keys file "
+                "(IDDPM_KEYS_FILE, see iddpm keys), or allow access without keys (IDDPM_ALLOW_KEYLESS=true)"
             )
         return self
 
@@ -193,8 +193,8 @@ class Settings(BaseSettings):
     def _refuse_admin_without_keys(self) -> Settings:
         if self.admin_root is not None and self.keys_file is None and not _is_loopback(self.host):
             raise ValueError(
-                f"admin_root: {self.host!r} can be reached by others, who could load and unload models: name a keys "
-                "file (IDDPM_KEYS_FILE, see iddpm keys add --admin)"
+                f"admin_root: {self.host!r} is reachable from other machines, which could load and unload models: set "
+                "a keys file (IDDPM_KEYS_FILE, see iddpm keys add --admin)"
             )
         return self
 
@@ -210,11 +210,11 @@ class Settings(BaseSettings):
     def backend_options(self) -> BackendOptions:
         """Return the options of the backends, without `build_engines`."""
         options = self._shared_with(field.name for field in fields(BackendOptions))
-        del options["build_engines"]  # here whether to build, there what builds
+        del options["build_engines"]  # a flag here, a callable there
         return BackendOptions(**options)
 
     def _shared_with(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return the settings that have these names."""
+        """Return the settings with these names; ignore names that are not settings."""
         return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
 
@@ -230,12 +230,12 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def refuse_unknown_variables() -> None:
-    """Refuse environment variables that look like settings and are none, because a misspelt limit would have no effect.
+    """Check for unknown environment variables `IDDPM_*`, because a misspelt limit would have no effect.
 
     Variables that Kubernetes sets are ignored.
 
     Raises:
-        ValueError: naming the variable and those that exist.
+        ValueError: a variable is unknown; the message lists those that exist.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
     ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}

@@ -1,4 +1,4 @@
-"""An artifact folder opened for serving: checked, described, with what every ONNX runtime needs of it."""
+"""Open an artifact folder for serving: check it, and return what the artifact backends read from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ArtifactGraph:
-    """A graph of an artifact, and what it is run with."""
+    """A graph of an artifact with its manifest and time MLP."""
 
     graph: Path
     manifest: Manifest
@@ -48,26 +48,26 @@ class ArtifactGraph:
 
 @dataclass(frozen=True)
 class ArtifactClassifier(ArtifactGraph):
-    """The classifier's gradient that was found in an artifact folder."""
+    """The gradient graph of the classifier in an artifact folder."""
 
     config: ClassifierCheckpointConfig
 
 
 @dataclass(frozen=True)
 class ArtifactModel(ArtifactGraph):
-    """What was found in an artifact folder."""
+    """The model in an artifact folder, with its classifier if it has one."""
 
     config: CheckpointConfig
     classifier: ArtifactClassifier | None
 
     def network_id(self, description: str) -> str:
-        """Hash what pixels depend on: the very graphs, the runtime and how it runs, and the processor."""
+        """Return a hash of what pixels depend on: graphs, runtime and its configuration, and processor."""
         hashes = _hashes(self.manifest) + ([] if self.classifier is None else _hashes(self.classifier.manifest))
         return hashlib.sha256("\n".join([*hashes, description, *vector_instructions()]).encode()).hexdigest()[:16]
 
 
 def _hashes(manifest: Manifest) -> list[str]:
-    # The checkpoint's hash holds its configuration too, but only where the checkpoint is there can it be compared
+    # The checkpoint's hash covers its configuration too, but can be verified only if the checkpoint is present
     config = json.dumps(manifest.checkpoint.model_dump(mode="json", include={"model", "diffusion"}), sort_keys=True)
     return [
         manifest.checkpoint_sha256,
@@ -80,7 +80,7 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
     """Open a model folder's artifact: the folder itself, or `artifact` in a checkpoint folder.
 
     Raises:
-        ModelError: no artifact, one that is damaged or foreign, or one that this service cannot serve.
+        ModelError: there is no artifact, or it is damaged, of an unknown format or not servable.
     """
     found = find_artifact(folder)
     if found is None:
@@ -103,10 +103,10 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
 
 
 def refuse_unfit_parity(opened: ArtifactGraph, runtime: str, precision: Precision) -> None:
-    """Refuse to serve numbers that nobody has compared with PyTorch's, or that are too far from them.
+    """Check that the results were compared with PyTorch's at export and are within the limit.
 
     Raises:
-        ModelError: saying so.
+        ModelError: the manifest has no parity measurement, or its error exceeds the limit.
     """
     measured = opened.manifest.parity_of(runtime, precision, opened.graph.name)
     if measured is None:
@@ -133,15 +133,15 @@ def _classifier(artifact: Path) -> ArtifactClassifier | None:
 
 
 def cpu_threads(wanted: int | None) -> int:
-    """Return how many threads a network call shall take: what was asked for, or one per core that we may use."""
+    """Return the number of threads of a network call: the configured one, or one per usable core."""
     return available_cpus().usable if wanted is None else wanted
 
 
 def refuse_unfit_options(backend: str, device: str, torch_compile: bool) -> None:
-    """Refuse what a runtime on the CPU cannot do.
+    """Check options that runtimes on the CPU do not support.
 
     Raises:
-        ModelError: naming the option.
+        ModelError: the device is not a CPU, or `torch_compile` is set.
     """
     if device not in ("auto", "cpu"):
         raise ModelError(f"backend '{backend}' runs on the CPU; device must be auto or cpu; got '{device}'")

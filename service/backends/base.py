@@ -1,4 +1,7 @@
-"""What a runner asks of a backend: one network call on a batch of rows, and what the numbers depend on."""
+"""The interface between a runner and a backend: options, network calls on batches of rows, and kinds of failure.
+
+`Denoiser` and `GuidingClassifier` are the protocols that every backend implements.
+"""
 
 from __future__ import annotations
 
@@ -21,36 +24,36 @@ from service.backends.pending import Later, Pending
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 Threads = Annotated[int, Field(ge=1, le=1024)]
-"""The rules of these types hold where they are validated: in `service.settings`."""
+"""The constraints of these types are checked only by `service.settings`; this module does not validate them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """How networks are run; each backend reads the options that concern it.
+    """Options for running networks; each backend reads those that concern it.
 
-    Those that `service.settings.Settings` takes over have their defaults and types here.
+    The defaults and types of the options that are also fields of `service.settings.Settings` are defined here.
     """
 
     max_rows: int = 8
-    """Width of the engine: most rows of a network call."""
+    """Width of the engine: the maximum number of rows of a network call."""
     batch_sizes: tuple[int, ...] | None = None
-    """Batch sizes to compile, ascending, where a backend compiles; None: those that an artifact was exported for, else
-    1, 2, 4, ..., of them what is below the width, and the width."""
+    """Batch sizes that a compiling backend compiles, ascending. None: the width, and below it the sizes that the
+    artifact was exported for (without an artifact: 1, 2, 4, ...)."""
     threads: Threads | None = None
-    """Threads of a network call; unset: one per core that affinity and cgroup quota allow."""
+    """Number of threads of a network call; unset: one per core that CPU affinity and cgroup quota allow."""
     device: Device = "auto"
-    """Where the torch and TensorRT backends run: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
+    """Device of the torch and TensorRT backends: auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
     precision: PrecisionChoice = "auto"
-    """Of the network: fp32, bf16 or fp16 (CUDA only); auto: bf16 on a CUDA device, and with openvino where the
-    processor has it and the artifact was measured in it, else fp32."""
+    """Precision of the network: fp32, bf16 or fp16 (CUDA only). auto: bf16 on a CUDA device, and with openvino if the
+    processor supports bf16 and the artifact was measured in it; otherwise fp32."""
     torch_compile: bool = False
-    """Compile the network with torch.compile: minutes at start-up for each batch size."""
+    """Compile the network with torch.compile; this takes minutes at start-up for each batch size."""
     fuse_update: bool = False
-    """On a CUDA device, compile noise and update into one kernel (torch.compile: needs Triton and a C compiler)."""
+    """On a CUDA device, fuse noise and update into one kernel with torch.compile (needs Triton and a C compiler)."""
     build_engines: BuildEngines | None = None
-    """Builds the engines that the TensorRT backend lacks; None: nobody asked for that, and lacking one is an error."""
+    """Builds missing engines for the TensorRT backend; None: do not build, a missing engine is an error."""
     cache_dir: str | None = None
-    """Where openvino keeps compiled graphs for the next start; unset: the user's cache folder; empty: nowhere."""
+    """Folder where openvino caches compiled graphs for the next start; unset: the user's cache folder; empty: none."""
 
     @property
     def sizes_to_compile(self) -> tuple[int, ...]:
@@ -59,88 +62,88 @@ class BackendOptions:
 
 
 class FailureKind(enum.Enum):
-    """What an error raised by a network call means for taking the step again."""
+    """Kind of an error raised by a network call; it decides how the step may be retried."""
 
     ROWS = "error"
-    """Some row may be the reason; the backend is synchronous, so that a call without that row would not have raised."""
+    """One row may be the cause. The backend is synchronous, so a call without that row would have succeeded."""
     OUT_OF_MEMORY = "out_of_memory"
-    """Nothing was computed; a smaller batch may fit."""
+    """The call ran out of memory and computed nothing; a smaller batch may fit."""
     DEVICE = "device"
-    """Nothing on the device can be trusted any more, and the error may be that of an earlier call."""
+    """The state of the device is no longer reliable; the error may belong to an earlier call."""
 
 
 def synchronous_failure_kind(error: Exception) -> FailureKind:
-    """Return the kind of an error of a backend that has no device of its own and returns when it has computed."""
+    """Return the kind of an error raised by a synchronous backend without a separate device."""
     return FailureKind.OUT_OF_MEMORY if isinstance(error, MemoryError) else FailureKind.ROWS
 
 
 class RowNetwork(Protocol[A]):
-    """What is run on batches of rows, and must give each row the same bits in every batch."""
+    """A network that runs on batches of rows; the result of a row must be bit-identical in every batch."""
 
     @property
     def config(self) -> AnyCheckpointConfig:
-        """What it is."""
+        """The configuration of the checkpoint."""
         ...
 
     description: str
-    """Backend, device and precision, for people."""
+    """Human-readable backend, device and precision."""
     batch_sizes: tuple[int, ...] | None
-    """The batch sizes that were compiled, ascending, and the only ones that may be run; None: any size may be."""
+    """The compiled batch sizes, ascending; no other size may be run. None: any size may be run."""
     xp: Any
-    """The module that makes the arrays it takes (`asarray`, `zeros`, `int64`, ...): `numpy` or `torch`."""
+    """The module that creates its input arrays (`asarray`, `zeros`, `int64`, ...): `numpy` or `torch`."""
     device: Any
-    """Where it takes them; "cpu" for numpy."""
+    """The device of its input arrays; "cpu" for numpy."""
 
     def embed_timesteps(self, t_model: A) -> A:
-        """Return emb_t, float32 [n, emb_channels], for what the network is told of n timesteps, float32 [n]; any n."""
+        """Return emb_t, float32 [n, emb_channels], for any number n of the network's own timesteps, float32 [n]."""
         ...
 
     def __call__(self, inputs: NetworkInputs[A]) -> A:
-        """Run it on a batch of n rows; returns float32 [n, ...].
+        """Run the network on a batch of n rows and return float32 [n, ...].
 
-        What it returns is the caller's: a later call does not change it.
+        The caller owns the result: later calls do not overwrite it.
         """
         ...
 
 
 class GuidingClassifier(RowNetwork[A], Protocol[A]):
-    """A noisy classifier's gradient of log p(y | x_t) by x_t, ready to run: called, it returns [n, C, H, W]."""
+    """The gradient of a noisy classifier's log p(y | x_t) with respect to x_t; a call returns [n, C, H, W]."""
 
     config: ClassifierCheckpointConfig
 
 
 class Denoiser(RowNetwork[A], Protocol[A]):
-    """A network, ready to run: returns [n, out_channels, H, W]. Holds weights and nothing about requests."""
+    """A loaded denoising network; a call returns [n, out_channels, H, W]. It holds weights, but no request state."""
 
     config: CheckpointConfig
     network_id: str
-    """Names everything that the outputs of network and classifier depend on besides their inputs: weights, backend,
+    """Identifies everything besides the inputs that determines the outputs of network and classifier: weights, backend,
     precision, versions, machine. Part of a runner's `numerics_id`."""
     threads: int
-    """Threads of the processor that a network call takes; 0 where it does not run on the processor."""
+    """Number of CPU threads that a network call uses; 0 if it does not run on the CPU."""
     classifier: GuidingClassifier[A] | None
-    """Guides the network's images; takes the same arrays, on the same device. None: the model folder has none."""
+    """Classifier that guides the network; takes the same arrays on the same device. None: there is none."""
 
     @property
     def queue(self) -> DeviceQueue[A] | None:
-        """What reaches a device that takes work in order and answers later; None: there is none, `begin` is used."""
+        """The queue of an asynchronous device. None: the backend has no such device, and callers use `begin`."""
         ...
 
     def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
-        """Begin a call, which goes on by itself where the network can do that; one call at a time.
+        """Start a call, in the background if the backend supports that. Only one call may be in progress at a time.
 
         Returns:
-            What `__call__` returns, when it is waited for.
+            The pending call; its `wait` returns the result of `__call__`.
         """
         ...
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Say what an error means that was raised while a step was computed with this network or its classifier."""
+        """Return the kind of an error raised while a step was computed with this network or its classifier."""
         ...
 
 
 class DenoiserDefaults(ABC, Generic[A]):
-    """`queue` and `begin` for a denoiser that has no queue, and whose calls cannot go on by themselves."""
+    """Default `queue` and `begin` of a denoiser without a device queue and without background calls."""
 
     queue: DeviceQueue[A] | None = None
 
@@ -149,5 +152,5 @@ class DenoiserDefaults(ABC, Generic[A]):
         """Run the network, as `Denoiser`."""
 
     def begin(self, inputs: NetworkInputs[A]) -> Pending[A]:
-        """Return a call that is made when it is waited for."""
+        """Return a deferred call, which runs when `wait` is called."""
         return Later(lambda: self(inputs))

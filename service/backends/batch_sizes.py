@@ -1,6 +1,6 @@
-"""Batch sizes: how many rows network calls may have. Which are compiled, which are tried, and what rows are padded to.
+"""Batch sizes of network calls: those that are compiled, those that the self-test tries, and padding to them.
 
-All of them are ascending. The manifest of an artifact calls those that it was exported for `buckets`.
+All sequences are ascending. In the manifest of an artifact, the exported batch sizes are called `buckets`.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from service.errors import ModelError
 
 
 def doubling_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... and the width itself: what a backend compiles where neither operator nor artifact says."""
+    """Return 1, 2, 4, ... and the width: the sizes to compile if neither operator nor artifact specifies any."""
     return up_to_width((1 << k for k in range(max_rows.bit_length())), max_rows)
 
 
 def up_to_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the sizes that are below the width, and the width itself: where any size can be compiled."""
+    """Return the sizes below the width, and the width; for backends that can compile any size."""
     return (*(size for size in sizes if size < max_rows), max_rows)
 
 
 def covering_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
-    """Return the sizes that are below the width, and the next one: where no other can be had, as of built engines."""
+    """Return the sizes below the width, and the next one; for backends that have given sizes only (built engines)."""
     ascending = sorted(sizes)
     return tuple(ascending[: bisect_left(ascending, max_rows) + 1])
 
 
 def sizes_to_try(max_rows: int) -> tuple[int, ...]:
-    """Return what is tried where any size may be run: powers of two below the width, and one and a half times each."""
+    """Return the sizes to test if any size may be run: below the width, powers of two and 1.5 times each."""
     powers = [1 << k for k in range(max_rows.bit_length())]
     return tuple(size for size in sorted({*powers, *(3 * p // 2 for p in powers)}) if size < max_rows)
 
 
 def largest_size(compiled: Sequence[int] | None, max_rows: int, description: str) -> int:
-    """Return the batch size that the others are compared with: the largest that was compiled, or the width.
+    """Return the reference batch size of the self-test: the largest compiled size, or the width.
 
     Args:
         compiled: the sizes that may be run; None: any.
@@ -56,22 +56,22 @@ def largest_size(compiled: Sequence[int] | None, max_rows: int, description: str
 
 
 def padded(rows: int, sizes: Sequence[int]) -> int:
-    """Round a number of rows up to the next size; there must be one."""
+    """Return the smallest size that holds the rows; there must be one."""
     return sizes[bisect_left(sizes, rows)]
 
 
 @dataclass
 class BatchSizes:
-    """The rows that calls may have, which a runner finds as it warms up; shared with what takes its steps."""
+    """The batch sizes that calls may use. The runner sets them in warm-up; the code that runs its steps shares them."""
 
     network: tuple[int, ...]
     classifier: tuple[int, ...]
-    """Empty where there is no classifier."""
+    """Empty without a classifier."""
 
     def padded_rows(self, rows: int) -> int:
-        """Round up to the next batch size that the network may be run at."""
+        """Return the smallest batch size of the network that holds the rows."""
         return padded(rows, self.network)
 
     def padded_classified_rows(self, rows: int) -> int:
-        """Round up to the next batch size that the classifier may be run at; 0 where there is none."""
+        """Return the smallest batch size of the classifier that holds the rows; 0 without a classifier."""
         return padded(rows, self.classifier) if self.classifier else 0

@@ -1,4 +1,4 @@
-"""A CUDA device's stream as a `DeviceQueue`. Never run so far: no GPU was at hand (docs/decisions/0013)."""
+"""Implement `DeviceQueue` on a CUDA stream. Never run so far: no GPU was available (docs/decisions/0013)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from service.backends.cuda_graphs import cuda_capture
 from service.backends.device_queue import Forward
 
 DEPTH = 2
-"""Enough for the host to be as late as a step takes; whatever fails is learnt of so many steps later."""
+"""Tolerates a host delay of one step. An error is detected up to this many steps after the step that caused it."""
 MOST_SHAPES = 64
-"""torch.compile takes more shapes of one function for a mistake."""
+"""Limit of recompilations per function: torch.compile treats more shapes than its limit as an error."""
 
 
 class CudaQueue:
@@ -24,13 +24,13 @@ class CudaQueue:
     def __init__(
         self, device: torch.device, network: Forward[Tensor], classifier: Forward[Tensor] | None, *, fused: bool
     ) -> None:
-        """Describe a stream.
+        """Create a queue on the device's current stream.
 
         Args:
             device: a CUDA device.
-            network: runs on it.
-            classifier: runs on it; None: there is none.
-            fused: whether `fuse` compiles.
+            network: runs on the device.
+            classifier: runs on the device; None: there is none.
+            fused: whether `fuse` compiles functions.
         """
         self.depth = DEPTH
         self.network: Forward[Tensor] = torch.inference_mode()(network)
@@ -40,31 +40,31 @@ class CudaQueue:
         self._capture = cuda_capture(device)
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Capture a CUDA graph; all of a queue share one pool of memory, as they never run side by side."""
+        """Capture a CUDA graph. All graphs of a queue share one memory pool, as they never run concurrently."""
         with torch.inference_mode():
             return self._capture(work)
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile with torch.compile, one kernel per shape."""
+        """Compile with torch.compile, one kernel per shape, if fusing is on."""
         return compiled(work) if self._fused else work
 
     def send(self, values: npt.NDArray[Any]) -> Tensor:
-        """Copy by way of pinned memory, which torch keeps until the copy is done."""
+        """Copy through pinned memory, which torch keeps until the copy is done."""
         return torch.from_numpy(values.copy()).pin_memory().to(self._device, non_blocking=True)
 
     def fetch(self, array: Tensor) -> CudaCopy:
-        """Copy into pinned memory."""
+        """Start a copy into pinned memory."""
         return self.receive(array.shape, array.dtype)(array)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], CudaCopy]:
-        """Take pinned memory, and an event to wait for."""
+        """Allocate pinned memory and an event that marks the end of the copy."""
         host = torch.empty(shape, dtype=dtype, pin_memory=True)
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # missing in its stubs
         return lambda array: CudaCopy(array, host, done)
 
 
 class CudaCopy:
-    """A copy to host memory under way."""
+    """A copy to host memory in progress."""
 
     def __init__(self, array: Tensor, host: Tensor, done: torch.cuda.Event) -> None:
         self._host = host
@@ -73,18 +73,18 @@ class CudaCopy:
         done.record(torch.cuda.current_stream(array.device))
 
     def wait(self) -> npt.NDArray[Any]:
-        """Wait until it is there."""
+        """Wait until the copy is done; return the array."""
         self._done.synchronize()
         return self._host.numpy()
 
 
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of tensors, whole or not at all; each shape anew, as sizes are few and known."""
+    """Compile a function of tensors as one graph, or raise; once per shape, as there are few shapes."""
     return torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
         work,
         fullgraph=True,
         dynamic=False,
         recompile_limit=MOST_SHAPES,
-        # It takes the noise's 64-bit products for 32-bit indices (PyTorch's issues 175966, 183901, 186057)
+        # This pass mistakes 64-bit products of the noise for 32-bit indices (PyTorch issues 175966, 183901, 186057)
         options={"constant_and_index_propagation": False},
     )

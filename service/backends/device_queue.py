@@ -1,4 +1,4 @@
-"""What a runner asks of a device that takes work in order and answers later, so that the host may run ahead of it."""
+"""The interface of an asynchronous device, which executes work in order while the host runs ahead of it."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from diffusion.network_inputs import NetworkInputs
 from service.backends.pending import Pending
 
 Forward = Callable[[NetworkInputs[A]], A]
-"""A network or a classifier as `RowNetwork.__call__`, but for being captured: it neither waits for the device nor reads
-what is there, and what it returns may be written over by the next call."""
+"""A network or classifier that can be captured. Unlike `RowNetwork.__call__`, it must not wait for the device or read
+its memory, and the next call may overwrite its result."""
 
 
 class DeviceQueue(Protocol[A]):
-    """One stream of a device: what is asked of it, and of its arrays, happens in the order in which it was asked."""
+    """One stream of a device; operations on it and on its arrays are executed in the order of submission."""
 
     depth: int
-    """Steps that may be under way when the next one is launched."""
+    """Maximum number of steps in flight when the next one is launched."""
     network: Forward[A]
     classifier: Forward[A] | None
 
     def capture(self, work: Callable[[], A]) -> Callable[[], A]:
-        """Turn work on arrays that stay where they are into something that repeats it, always into the same output.
+        """Capture work on arrays at fixed addresses; return a function that replays it into the same output each time.
 
         Runs the work several times.
         """
         ...
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of arrays as one kernel, or as it is."""
+        """Return the function compiled into one kernel, or the function itself where compiling is off."""
         ...
 
     def send(self, values: npt.NDArray[Any]) -> A:
-        """Copy numbers to the device, without waiting for it; they may be changed afterwards."""
+        """Copy values to the device without waiting for it; the caller may change them afterwards."""
         ...
 
     def fetch(self, array: A) -> Pending[npt.NDArray[Any]]:
-        """Copy an array, as it is when everything asked before has been done, to host memory."""
+        """Start a copy of an array to host memory, which runs after all operations submitted before."""
         ...
 
     def receive(self, shape: tuple[int, ...], dtype: Any) -> Callable[[A], Pending[npt.NDArray[Any]]]:
-        """Take host memory for an array that is still to be made; returns what fetches it, and takes none."""
+        """Allocate host memory for a future array; return a function that fetches the array without allocating."""
         ...
 
 
 def send_at_once(xp: Any, device: Any) -> Callable[[npt.NDArray[Any]], Any]:
-    """Return what copies numbers to a device that has no queue."""
+    """Return a function that copies values to a device without a queue."""
     return lambda values: xp.asarray(np.array(values), device=device)

@@ -1,4 +1,4 @@
-"""The `onnxruntime` backend: an artifact's graphs in float32, any batch size."""
+"""The `onnxruntime` backend: run an artifact's graphs in float32, at any batch size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from service.backends.base import (
 from service.errors import ModelError
 
 OUT_OF_MEMORY = "Failed to allocate memory"
-"""What its arena says; ONNX Runtime has no exception of its own for it."""
+"""Text of an allocation error; ONNX Runtime has no exception type for it."""
 
 
 class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
@@ -67,14 +67,15 @@ class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
         return out
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Tell memory from the rest: the call is over when it returns."""
+        """Distinguish lack of memory from other errors; calls are synchronous."""
         return FailureKind.OUT_OF_MEMORY if OUT_OF_MEMORY in str(error) else synchronous_failure_kind(error)
 
 
 class OnnxRuntimeClassifier:
-    """Implements `GuidingClassifier`, a row at a time.
+    """Implements `GuidingClassifier`, one row per call.
 
-    In a batch, ONNX Runtime's convolutions give a row of a gradient other last bits by its place (docs/decisions/0007).
+    In a batch, the last bits of a row's gradient depend on its place, because of ONNX Runtime's convolutions
+    (docs/decisions/0007).
     """
 
     xp: Any = np
@@ -92,7 +93,7 @@ class OnnxRuntimeClassifier:
         return self._classifier.time_mlp(t_model)
 
     def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
-        """Run the gradient's graph on each row."""
+        """Run the gradient graph on each row."""
         rows = [self._classifier.feed(take_rows(inputs, slice(k, k + 1))) for k in range(len(inputs.x_t))]
         return np.concatenate([self._session.run(None, row)[0] for row in rows])
 
@@ -103,5 +104,5 @@ def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no base class of their own
+    except Exception as error:  # its exceptions have no common base class
         raise ModelError(f"{graph}: ONNX Runtime cannot load it: {error}") from error

@@ -1,7 +1,7 @@
-"""The `openvino` backend: an artifact's graph compiled for a few static batch sizes, in float32 or bfloat16.
+"""The `openvino` backend: run an artifact's graph, compiled for a few static batch sizes, in float32 or bfloat16.
 
-Static shapes are worth a third more speed than one dynamic graph, and agree bit for bit among each other; dynamic and
-static ones do not, so there is no dynamic fall-back. How a graph is run: `service.backends.openvino_graph`.
+Static shapes are a third faster than one dynamic graph, and their results are bit-identical to each other. Dynamic and
+static shapes are not, so there is no dynamic fallback. `service.backends.openvino_graph` compiles and runs the graphs.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
         return self.begin(inputs).wait()
 
     def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
-        """Let the graph that was compiled for this many rows run."""
+        """Start the graph that was compiled for this many rows."""
         return self._network.begin(inputs)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Tell memory from the rest: the call is over when it returns."""
+        """Distinguish lack of memory from other errors; a call ends with its `wait`."""
         return synchronous_failure_kind(error)
 
 
 class OpenVinoClassifier:
-    """Implements `GuidingClassifier`; in float32, which the gradient's graph was exported and measured in."""
+    """Implements `GuidingClassifier` in float32, the precision in which its graph was exported and measured."""
 
     xp: Any = np
     device: Any = "cpu"
@@ -104,15 +104,15 @@ class OpenVinoClassifier:
         return self._classifier.time_mlp(t_model)
 
     def __call__(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> FloatArray:
-        """Run the gradient's graph that was compiled for this many rows."""
+        """Run the gradient graph that was compiled for this many rows."""
         return self._gradient.begin(inputs).wait()
 
 
 def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
-    """Return what to compute in; `auto` is bfloat16 where the processor has it and the artifact vouches for it.
+    """Return the precision to use; `auto` is bfloat16 if the processor has it and the artifact's parity in it passed.
 
     Raises:
-        ModelError: a precision that this backend does not have, or that the artifact's parity report does not cover.
+        ModelError: the backend lacks the precision, or the artifact has no passed parity measurement in it.
     """
     precisions: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16"}
     if wanted == "auto":
@@ -134,7 +134,7 @@ def choose_precision(model: ArtifactModel, wanted: str) -> Precision:
 
 
 def bfloat16_is_fast() -> bool:
-    """Return whether the processor has bfloat16 products, and OpenVINO uses them on it."""
+    """Return whether the processor has instructions for bfloat16 products and OpenVINO uses them."""
     return has_bfloat16(vector_instructions()) and "BF16" in openvino_core().get_property(
         "CPU", "OPTIMIZATION_CAPABILITIES"
     )
@@ -144,10 +144,10 @@ def compile_cache(wanted: str | None) -> Path | None:
     """Return the folder for compiled graphs, which save most of the compile time at the next start.
 
     Args:
-        wanted: a folder; "" for none; None for the user's cache folder, if it can be written to.
+        wanted: a folder; "" for no cache; None for the user's cache folder if it is writable, else no cache.
 
     Raises:
-        ModelError: a folder that was asked for and cannot be written to.
+        ModelError: the configured folder is not writable.
     """
     if wanted == "":
         return None
@@ -156,7 +156,7 @@ def compile_cache(wanted: str | None) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         if wanted:
             raise ModelError(f"cache_dir cannot be used: {error}") from error
         return None

@@ -1,4 +1,4 @@
-"""The one `openvino.Core` of this process."""
+"""The single `openvino.Core` of this process."""
 
 from __future__ import annotations
 

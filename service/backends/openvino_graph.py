@@ -1,7 +1,7 @@
-"""An artifact's graph in OpenVINO: compiled for a few static batch sizes, and run in parts beside its caller.
+"""Compile an artifact's graph with OpenVINO for static batch sizes, and run it asynchronously in parallel parts.
 
-Threads that share a part of the rows wait for each other after every layer, parts only at the end: see
-docs/decisions/0014.
+The rows of a batch are split into parts. Threads that share a part synchronise after every layer, parts only at the
+end of the call: see docs/decisions/0014.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from service.backends.openvino_core import openvino_core
 from service.errors import ModelError
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-"""How OpenVINO calls the precisions it has on a CPU."""
+"""OpenVINO's names of the precisions that it supports on a CPU."""
 
 LEAST_PART = 4
-"""Rows of a part at least. Smaller ones gain as much, but each stream costs 38 MB, whatever its rows."""
+"""Minimum number of rows of a part. Smaller parts are as fast, but each stream costs 38 MB at any number of rows."""
 MOST_PARTS = 4
-"""Of a call, for the same reason: on many cores, several threads share a part."""
+"""Maximum number of parts of a call, for the same reason; on many cores, several threads share a part."""
 
 
 class StaticGraph:
-    """A graph of an artifact, compiled for some batch sizes; compiled graphs are kept in the folder `cache`.
+    """A graph of an artifact, compiled for the given batch sizes; the folder `cache` stores compiled graphs.
 
     Raises:
         ModelError: OpenVINO cannot compile it.
@@ -54,27 +54,26 @@ class StaticGraph:
         _return_freed_memory()
 
     def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
-        """Let the graph that was compiled for this many rows run; the inputs are copied.
+        """Start the graph that was compiled for this many rows; the inputs are copied.
 
         Raises:
-            ValueError: other inputs than the graph reads.
+            ValueError: the inputs are not those that the graph reads.
         """
         feed = self._artifact.feed(inputs)
         bound = self._bound[len(inputs.x_t)]
-        if len(feed) != len(bound.inputs):  # what is not given would be what the call before was given
+        if len(feed) != len(bound.inputs):  # a missing input would keep its value of the previous call
             raise ValueError(f"the graph reads {', '.join(bound.inputs)}; got {', '.join(feed)}")
-        bound.finish()  # a call that was begun and forgotten; one that raised has been told of
+        bound.finish()  # wait for an abandoned call; if `wait` was called, it has raised the errors
         for name, value in feed.items():
             bound.inputs[name][...] = value
         return InferCall(bound)
 
 
 class _BoundGraph:
-    """A compiled graph for so many rows, with tensors of its own, which arrays are copied into and out of.
+    """A graph compiled for one batch size, with its own tensors; inputs are copied in, outputs are copied out.
 
-    Copying costs a few microseconds; handing arrays over with every call costs OpenVINO's Python layer hundreds. The
-    graph was compiled for a part of the rows: each of its streams computes one, and reads and writes that part of the
-    tensors.
+    Copying takes a few microseconds; binding new arrays on every call takes hundreds in OpenVINO's Python layer. The
+    graph is compiled for the rows of one part: each stream computes one part, in its slice of the tensors.
     """
 
     def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
@@ -87,7 +86,7 @@ class _BoundGraph:
         self.output: npt.NDArray[Any] = whole[compiled.outputs[0]]
 
     def finish(self) -> list[RuntimeError]:
-        """Wait until no part is being computed; returns what they raised."""
+        """Wait until all parts have ended; return the errors that they raised."""
         raised = []
         for request in self.requests:
             try:
@@ -98,7 +97,7 @@ class _BoundGraph:
 
 
 class InferCall:
-    """A run of a graph, in OpenVINO's own threads."""
+    """A running call of a graph, in OpenVINO's own threads."""
 
     def __init__(self, bound: _BoundGraph) -> None:
         self._bound = bound
@@ -110,26 +109,26 @@ class InferCall:
             raise
 
     def wait(self) -> FloatArray:
-        """Return a copy of its output, which the next run writes over; where it raises, it is over nevertheless."""
+        """Wait for the call, which ends even if this raises; return a copy, as the next call overwrites the output."""
         if raised := self._bound.finish():
-            raise raised.pop(0)  # kept here, an error would keep itself, and all that was being computed
+            raise raised.pop(0)  # a reference kept here would form a cycle, and keep the memory of the computation
         return self._bound.output.copy()
 
     @property
     def seconds(self) -> float:
-        """What it took until it ended, as OpenVINO measured it, however late somebody came to wait for it."""
+        """Duration of the call as OpenVINO measured it, independent of when `wait` was called."""
         milliseconds: float = max(request.latency for request in self._bound.requests)
         return milliseconds / 1000
 
 
 def equal_parts(rows: int, threads: int) -> int:
-    """Return into how many equal parts a call's rows are cut, which OpenVINO's streams compute beside each other."""
+    """Return the number of equal parts of a call's rows, which OpenVINO's streams compute in parallel."""
     most = min(MOST_PARTS, rows // LEAST_PART)
     return max((parts for parts in range(1, most + 1) if rows % parts == 0 and threads % parts == 0), default=1)
 
 
 def compile_settings(precision: Precision, streams: int, threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """Return the settings for compiling a graph; `threads` is the number for all streams together."""
+    """Return OpenVINO's settings for compiling a graph; `threads` is the total of all streams."""
     return {
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
@@ -146,13 +145,13 @@ def _compile_all(
     network = openvino_core().read_model(graph)
     usable = _usable_threads(threads)
     longest_first = sizes[::-1]
-    with ThreadPoolExecutor(threads) as pool:  # from the cache, each is the work of one thread
+    with ThreadPoolExecutor(threads) as pool:  # reading a graph from the cache uses one thread
         bound = pool.map(lambda size: _compile(network, size, precision, usable, cache), longest_first)
         return dict(zip(longest_first, bound, strict=True))
 
 
 def _compile(network: openvino.Model, size: int, precision: Precision, threads: int, cache: Path | None) -> _BoundGraph:
-    """Compile a network for one batch size; the network itself is left as it is."""
+    """Compile a copy of a network for one batch size."""
     parts = equal_parts(size, threads)
     static = network.clone()
     static.reshape(
@@ -169,7 +168,7 @@ def _compile(network: openvino.Model, size: int, precision: Precision, threads: 
 
 
 def _usable_threads(threads: int) -> int:
-    """Return how many threads OpenVINO takes where so many are asked for: it leaves second threads of a core alone."""
+    """Return how many of the requested threads OpenVINO uses: it skips the second hardware thread of a core."""
     x = openvino.opset13.parameter([1], np.float32)
     model = openvino.Model([openvino.opset13.relu(x)], [x])
     compiled = openvino_core().compile_model(model, "CPU", compile_settings("fp32", 1, threads))
@@ -178,7 +177,7 @@ def _usable_threads(threads: int) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give back what compiling needed, tens of megabytes that it would keep."""
+    """Make glibc return the memory that compiling freed, tens of megabytes, to the system."""
     if sys.platform != "linux":
         return
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
@@ -186,6 +185,6 @@ def _return_freed_memory() -> None:
 
 
 def _memory_for(node: openvino.ConstOutput, parts: int) -> npt.NDArray[Any]:
-    """Return memory for so many times the rows of an input or output."""
+    """Return zeroed memory for an input or output of all parts together."""
     rows, *shape = node.get_shape()
     return np.zeros((rows * parts, *shape), node.get_element_type().to_dtype())

@@ -1,4 +1,4 @@
-"""Work that was begun: it goes on while its caller does something else, until somebody waits for it."""
+"""Work in progress: background, deferred or failed. The caller may do other work before it calls `wait`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """Work under way. It is waited for at most once, and may be forgotten instead."""
+    """Work in progress. `wait` is called at most once; the work may also be abandoned without waiting."""
 
     def wait(self) -> T_co:
-        """Return what came of it, as soon as there is something; raises what it raised."""
+        """Wait until the work is done; return its result or raise its error."""
         ...
 
 
 class Later(Generic[T]):
-    """Work that cannot go on by itself: it is done when it is waited for."""
+    """Deferred work, which runs when `wait` is called."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
 
     def wait(self) -> T:
-        """Do it."""
+        """Do the work and return its result."""
         return self._work()
 
 
 class Raised:
-    """Work that could not be begun: its error is raised when it is waited for."""
+    """Work that failed to start; `wait` raises its error."""
 
     def __init__(self, error: Exception) -> None:
         self._errors = [error]
 
     def wait(self) -> NoReturn:
-        """Raise it."""
-        raise self._errors.pop()  # kept here, it would keep itself, and the memory of all that was being computed
+        """Raise the error."""
+        raise self._errors.pop()  # a reference kept here would form a cycle, and keep the memory of the computation

@@ -1,4 +1,4 @@
-"""What the processor offers to kernels: part of what pixels depend on, without asking torch."""
+"""Read the vector instruction sets of the processor, on which pixels depend, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VECTOR_FLAGS = ("sse", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "fph
 CPUINFO = Path("/proc/cpuinfo")
 
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Variables that limit oneDNN, which is in OpenVINO and in PyTorch; the first that is set counts."""
+"""Variables that limit oneDNN, which OpenVINO and PyTorch contain; the first one that is set takes precedence."""
 LIMITS = (
     *ONEDNN_LIMITS,
     "ATEN_CPU_CAPABILITY",  # PyTorch's own kernels
@@ -19,18 +19,18 @@ LIMITS = (
     "NPY_DISABLE_CPU_FEATURES",
     "OPENBLAS_CORETYPE",  # numpy's matrix products
 )
-"""Environment variables that make a library choose kernels for fewer instructions than the processor has.
+"""Environment variables that restrict a library to kernels for fewer instructions than the processor supports.
 
-ONNX Runtime has no such variable, nor has the copy of its matrix products that is in OpenVINO.
+ONNX Runtime has no such variable, and neither has OpenVINO's copy of ONNX Runtime's matrix products.
 """
 ONEDNN_WITHOUT_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
 """Values of ONEDNN_MAX_CPU_ISA below the first instruction set with bfloat16 products."""
 
 
 def vector_instructions(cpuinfo: Path = CPUINFO, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the machine's architecture, its vector instruction sets, and what limits their use in the environment.
+    """Return the machine's architecture, its vector instruction sets, and the variables that limit their use.
 
-    On systems without /proc/cpuinfo, what the system calls its processor instead of instruction sets.
+    On systems without /proc/cpuinfo, the system's name of its processor replaces the instruction sets.
     """
     limits = tuple(f"{name}={value}" for name, value in instruction_limits(environ).items())
     try:
@@ -47,7 +47,7 @@ def instruction_limits(environ: Mapping[str, str] = os.environ) -> dict[str, str
 
 
 def has_bfloat16(instructions: tuple[str, ...]) -> bool:
-    """Return whether bfloat16 products are instructions, not emulated, and oneDNN may use them."""
+    """Return whether the processor has instructions for bfloat16 products (not emulation) that oneDNN may use."""
     if {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}.isdisjoint(instructions):
         return False
     limits = dict(entry.split("=", 1) for entry in instructions if "=" in entry)

@@ -1,4 +1,4 @@
-"""Backends by name; each is imported when it is chosen, so that nobody needs the packages of the others."""
+"""Select a backend by name. A backend is imported only when chosen, so packages of the others are not required."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NVIDIA_DEVICE = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Where a backend's factory is, which is called with a model folder and `BackendOptions`, and what it needs."""
+    """Location of a backend's factory, which takes a model folder and `BackendOptions`, and its requirements."""
 
     module: str
     factory: str
     requires: str
-    """The package that it cannot do without, by the name it is imported under."""
+    """Import name of the package that it requires."""
     extra: str | None = None
-    """The extra of ours that installs it; None: the base installation."""
+    """The extra of iddpm that installs the package; None: the base installation includes it."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -54,8 +54,8 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
         options: how to run it.
 
     Raises:
-        ModelError: no such folder, one that cannot be served, options that the backend cannot meet, an unknown
-            backend, or one whose package is not installed; the message says what to install.
+        ModelError: the folder does not exist or cannot be served, the backend does not support the options, or the
+            backend is unknown or not installed; the message then gives the command that installs it.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ModelError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
@@ -68,13 +68,13 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
 
 
 def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]]:
-    """Return the backends that can serve a folder, and on which device, fastest first.
+    """Return pairs of backend and device that can serve a folder, fastest first.
 
-    On a CPU that is what benchmarks/RESULTS.md measured.
+    The order on a CPU follows the measurements in benchmarks/RESULTS.md.
 
     Args:
         folder: a model folder.
-        device: what the operator wants: auto, cpu, cuda or cuda:N.
+        device: the configured device: auto, cpu, cuda or cuda:N.
         has_gpu: whether the machine has an NVIDIA device.
     """
     if device.startswith("cuda"):
@@ -86,7 +86,7 @@ def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]
 
 
 def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
-    """Load with the first backend of `preference` that is installed, can do it, and passes its self-test."""
+    """Load the folder with the first backend of `preference` that is installed, accepts it and passes the self-test."""
     passed_over: list[str] = []
     for name, device in preference(folder, options.device, NVIDIA_DEVICE.exists()):
         try:
@@ -113,8 +113,8 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
         raise ModelError(
             f"backend '{name}' needs {error.name}, which is not installed: {install_command(chosen.extra)}"
         ) from error
-    except ImportError as error:  # a system library that is missing or too old
-        raise ModelError(f"backend '{name}': {chosen.requires} is installed and cannot be imported: {error}") from error
+    except ImportError as error:  # a missing or outdated system library
+        raise ModelError(f"backend '{name}': {chosen.requires} is installed but cannot be imported: {error}") from error
     with _files_told_of(folder):
         denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
     return denoiser
@@ -122,7 +122,7 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
 
 @contextmanager
 def _files_told_of(folder: Path) -> Iterator[None]:
-    """Turn what files can be guilty of, that nobody may read them or that they nest without end, into words."""
+    """Convert errors of unreadable or endlessly nested files into `ModelError`."""
     try:
         yield
     except (OSError, RecursionError) as error:

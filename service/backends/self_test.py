@@ -1,7 +1,7 @@
-"""Start-up self-test: which batch sizes give a row the same bits as the largest one does.
+"""Start-up self-test: find the batch sizes whose results are bit-identical to those of the largest one.
 
-The promise that a seed's pixels do not depend on the batch rests on it: only sizes that pass are run, everything
-else is padded up to the next one that does.
+The guarantee that the pixels of a seed do not depend on the batch relies on this test: only sizes that pass are run,
+and other batches are padded to the next size that passed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from service.backends.batch_sizes import largest_size, sizes_to_try
 log = logging.getLogger(__name__)
 
 _found: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
-"""By network and width: what chooses a backend asks first, then what runs it."""
+"""Results by network and width, cached because backend selection and the runner both request them."""
 
 
 def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     """Return batch sizes, ascending, whose rows equal those of the largest one bit for bit.
 
-    The largest is always among them: the full width, or the largest size that the backend has compiled. Where any
-    size may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tried in one network call each, and those that differ are left
-    out. Compiled sizes are tried with their rows in both orders; leaving one out is worth a warning. A network is
-    tried once per width.
+    The largest size is always included: the full width, or the largest size that the backend compiled. If any size
+    may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tested, and those that differ are excluded. Compiled sizes are tested
+    with their rows in both orders, and an excluded one is logged as a warning. Each network is tested once per width.
 
     Raises:
         RuntimeError: a row's result depends on its place in the largest batch.
@@ -56,7 +55,7 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     ]
     for size in sorted(set(compiled[:-1]) - set(passed)):
         log.warning(
-            "%s: a batch of %d gives a row other bits than one of %d does, and is not run",
+            "%s: batch size %d excluded: results are not bit-identical to batch size %d",
             network.description,
             size,
             largest,
@@ -65,7 +64,7 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
 
 
 class _TestRows(Generic[A]):
-    """Rows of noise, at timesteps from all over the chain and each of another class, and what they give together."""
+    """Rows of noise with timesteps across the whole chain and different classes, and their results in one batch."""
 
     def __init__(self, network: RowNetwork[A], count: int) -> None:
         model, xp, device = network.config.model, network.xp, network.device
@@ -82,7 +81,7 @@ class _TestRows(Generic[A]):
         self._together: A = self._run(self._seeds)
 
     def agree(self, size: int, *, backwards: bool = False) -> bool:
-        """Say whether rows give in batches of that size, perhaps in reversed order, what they give all together."""
+        """Return whether batches of this size (optionally reversed) reproduce the results of the single large batch."""
         xp = namespace(self._seeds)
         for first in range(0, len(self._seeds) - size + 1, size):
             rows = self._seeds[first : first + size]

@@ -1,6 +1,6 @@
-"""The `tensorrt` backend: an artifact's engines, one per batch size, each in a CUDA graph.
+"""The `tensorrt` backend: run an artifact's engines, one per batch size, each in a CUDA graph.
 
-Everything but the engines' own calls is checked without a GPU. Those were never made so far (docs/tensorrt.md).
+The calls of real engines have never been run; tests without a GPU cover everything else (docs/tensorrt.md).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
     threads = 0
 
     def __init__(self, folder: Path, options: BackendOptions | None = None) -> None:
-        """Load the engines of an artifact for the GPU at hand, and test each.
+        """Load the engines of an artifact for the GPU of this machine, and test each.
 
         Args:
             folder: an artifact, or a checkpoint folder with one inside.
-            options: `max_rows` says which batch sizes are needed. Missing engines are built only by
-                `options.build_engines`.
+            options: `max_rows` determines the batch sizes. Missing engines are built only if `build_engines` is set.
 
         Raises:
-            ModelError: no TensorRT, no GPU, or an artifact or an engine that cannot be used; says why, and what to do.
+            ModelError: TensorRT or a GPU is missing, or the artifact or an engine is unusable; the message gives the
+                reason and the cure.
         """
         options = options or BackendOptions()
         model = open_artifact(folder, "tensorrt")
@@ -73,7 +73,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         capability, gpu = torch.cuda.get_device_capability(self.device), torch.cuda.get_device_name(self.device)
         target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
         self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
-        """What the engines are."""
+        """The target, precision and graph that the engines must have been built for."""
         sizes = covering_width(manifest.buckets, options.max_rows)
         engines = load_engines(artifact, self.wanted, sizes, options, self.device)
 
@@ -84,7 +84,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
             # not the default stream, which cannot be captured
             graphs = network.capturable(torch.cuda.Stream(self.device).cuda_stream)  # type: ignore[no-untyped-call]
             if not graphs:
-                log.warning("%s: no CUDA graphs can be made of these engines", target.name)
+                log.warning("%s: these engines cannot be captured in CUDA graphs; running without", target.name)
             capture = cuda_capture(self.device) if graphs else call_again
             self._run: EmbNetwork = GraphedNetwork(network, sizes, self._zero_inputs, capture)
 
@@ -106,7 +106,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         return self._run(inputs)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Tell memory from the rest, which is the device's: its errors come late."""
+        """Distinguish lack of memory from other errors; those are asynchronous, hence of kind DEVICE."""
         lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
 
@@ -123,13 +123,14 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
 def load_engines(
     artifact: Path, wanted: Wanted, sizes: tuple[int, ...], options: BackendOptions, device: torch.device
 ) -> dict[int, tuple[EngineRecord, bytes]]:
-    """Read the engines of some batch sizes; build those that cannot be used, where the operator asked for that.
+    """Read the engines of the batch sizes; if `options.build_engines` is set, build those that are unusable first.
 
     Returns:
-        By batch size: what is known of the engine, and its bytes, checked.
+        The record of each engine and its verified bytes, by batch size.
 
     Raises:
-        ModelError: engines that are missing, damaged, stale or foreign, each with its reason, and what builds them.
+        ModelError: engines are missing, damaged, stale or built for another target; the message gives the reason for
+            each and the command that builds them.
     """
     if options.build_engines is not None and (lacking := unusable_engines(artifact, wanted, sizes)):
         try:
@@ -148,7 +149,7 @@ def load_engines(
         raise ModelError("\n".join([*reasons, f"To build engines here, which takes minutes each: {command}"]))
     if unmeasured := [str(size) for size, (record, _) in engines.items() if record.parity is None]:
         log.warning(
-            "%s: the distance from PyTorch was never measured of engines for batches of %s",
+            "%s: no parity with PyTorch was measured for the engines for batches of %s",
             wanted.target.name,
             ", ".join(unmeasured),
         )
@@ -156,7 +157,7 @@ def load_engines(
 
 
 def graph_shapes(model: ModelConfig, size: int) -> Shapes:
-    """Return the tensors that the graph of a model has at a batch size."""
+    """Return shape and type of the graph's tensors at a batch size."""
     image = (size, model.image_channels, model.image_size, model.image_size)
     shapes = {
         "x_t": (image, torch.float32),
@@ -169,12 +170,12 @@ def graph_shapes(model: ModelConfig, size: int) -> Shapes:
 def refuse_unequal_rows(
     run: EmbNetwork, embed_timesteps: Any, config: CheckpointConfig, size: int, device: torch.device
 ) -> None:
-    """Refuse an engine that gives the rows of a batch, all the same, different outputs (NVIDIA/TensorRT, issue 4813).
+    """Check that an engine gives identical rows of a batch identical outputs (NVIDIA/TensorRT, issue 4813).
 
-    Tried at the first, a middle and the last timestep.
+    Tested at the first, a middle and the last timestep.
 
     Raises:
-        ModelError: naming the batch size; also outputs that are not finite.
+        ModelError: the outputs of the rows differ, or are not finite.
     """
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
@@ -186,11 +187,11 @@ def refuse_unequal_rows(
         if not bool(out.isfinite().all()):
             raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
         if not bool((out == out[:1]).all()):
-            raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it anew")
+            raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it again")
 
 
 def network_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
-    """Hash what pixels depend on: two builds of a graph may compute in another order, so the plans count."""
+    """Return a hash of what pixels depend on, plans included: two builds of a graph may compute in different order."""
     properties = torch.cuda.get_device_properties(device)
     facts = {
         "description": description,

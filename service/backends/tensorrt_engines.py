@@ -1,6 +1,6 @@
-"""Engines of TensorRT, loaded: one per batch size, run on torch's tensors and torch's current stream.
+"""Load TensorRT engines, one per batch size, and run them on torch's tensors and current stream.
 
-Never run so far: no GPU that the installed packages serve was at hand (docs/tensorrt.md).
+This code has never been run: no GPU supported by the installed packages was available (docs/tensorrt.md).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class EngineNetwork:
-    """Engines by batch size, called like a network."""
+    """Engines by batch size, callable like a network."""
 
     def __init__(self, trt: Any, device: torch.device) -> None:
         """Start TensorRT's runtime on a device.
 
         Args:
-            trt: the package.
+            trt: the package `tensorrt` or `tensorrt_rtx`.
             device: a CUDA device.
         """
         self._trt = trt
@@ -39,10 +39,10 @@ class EngineNetwork:
         self._outputs: dict[int, tuple[int, ...]] = {}
 
     def load(self, plan: bytes, size: int, shapes: Shapes) -> None:
-        """Deserialise the engine for a batch size. Its plan is code: only what was checked by hash comes here.
+        """Deserialise the engine for a batch size. A plan is executable code: pass only plans with a verified hash.
 
         Raises:
-            ModelError: one that TensorRT refuses, that has other tensors than it should, or that finds no memory.
+            ModelError: TensorRT rejects the plan, its tensors are not as expected, or memory does not suffice.
         """
         self._logger.errors.clear()
         engine = self._runtime.deserialize_cuda_engine(plan)
@@ -57,21 +57,22 @@ class EngineNetwork:
         self._outputs[size] = shapes[OUTPUT][0]
 
     def capturable(self, stream: int) -> bool:
-        """Say whether all engines can be captured in CUDA graphs. TensorRT-RTX can tell; of others it is assumed.
+        """Return whether all engines can be captured in CUDA graphs. Only TensorRT-RTX reports it; else assumed.
 
         Args:
-            stream: handle of the stream that is captured.
+            stream: handle of the stream to capture.
         """
         asked = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
         return all(ask is None or ask(stream) for ask in asked)
 
     def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
-        """Run the engine of the batch's size on the current stream; nothing waits for it.
+        """Start the engine of the batch's size on the current stream, without waiting for it.
 
-        The inputs must be contiguous, of the types of the graph, and stay where they are until it has run.
+        The inputs must be contiguous and have the types of the graph, and their memory must stay valid until the engine
+        has run.
 
         Raises:
-            RuntimeError: TensorRT could not start it.
+            RuntimeError: TensorRT could not start the engine.
         """
         size = len(inputs.x_t)
         context = self._contexts[size]
@@ -101,7 +102,7 @@ def engine_shapes(trt: Any, engine: Any) -> Shapes:
 
 
 def mismatch(found: Shapes, expected: Shapes) -> str | None:
-    """Say how an engine's tensors differ from those expected; None: they do not. TensorRT checks no address."""
+    """Describe how an engine's tensors differ from the expected ones; None if equal. TensorRT checks no addresses."""
     for name in sorted({*found, *expected}):
         if name not in expected:
             return f"it has a tensor {name}"

@@ -1,4 +1,4 @@
-"""The `torch` backend: a checkpoint's UNet in PyTorch, eager on a CPU, in captured steps on a GPU."""
+"""The `torch` backend: run a checkpoint's UNet in PyTorch, eager on a CPU, as captured steps on a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from service.errors import ModelError
 
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""torch has no exception of its own for it."""
+"""Text of an allocation error on the CPU; torch has no exception type for it."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,13 +78,13 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
         if options.torch_compile:
-            # fullgraph: what cannot be compiled is an error instead of running, unnoticed, uncompiled. Each size may be
-            # compiled for tensors made in inference mode and others, by callers in it and others.
+            # fullgraph: raise an error for code that cannot be compiled, instead of silently running it uncompiled.
+            # Each size may be compiled up to 4 times: tensors and callers may or may not be in inference mode.
             self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
                 network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=4 * len(sizes)
             )
         self._run: EmbNetwork = self._forward
-        if on_cuda:  # the runner captures whole steps; calls by themselves are for its tests
+        if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient
             self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update)
@@ -103,7 +103,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         return self._run(inputs)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Tell memory from the rest; on a CUDA device all the rest is the device's, whose errors come late."""
+        """Distinguish lack of memory from other errors; on a CUDA device those are asynchronous: kind DEVICE."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
             return FailureKind.OUT_OF_MEMORY
         return FailureKind.DEVICE if self.device.type == "cuda" else synchronous_failure_kind(error)
@@ -112,7 +112,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if self.device.type == "cuda":
             inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
         low = self._dtype != torch.float32
-        # The cache would keep casts of one graph's memory for the next graph.
+        # Without the cache: it would reuse casts that live in one graph's memory in the next graph.
         with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
             return self._forward_emb(*inputs)
 
@@ -125,10 +125,10 @@ class TorchBackend(DenoiserDefaults[Tensor]):
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` selects on this machine.
 
     Raises:
-        ModelError: a CUDA device that torch does not see.
+        ModelError: torch does not see the CUDA device.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -142,10 +142,10 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(precision: PrecisionChoice, device: torch.device) -> torch.dtype:
-    """Return the type that the network computes in; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
+    """Return the data type of the network; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
 
     Raises:
-        ModelError: float16 on a CPU.
+        ModelError: float16 was requested on a CPU.
     """
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -155,10 +155,10 @@ def choose_dtype(precision: PrecisionChoice, device: torch.device) -> torch.dtyp
 
 
 def lower_weights(network: UNet, dtype: torch.dtype) -> None:
-    """Store the weights of convolutions and linear layers in a shorter type, to be run under autocast.
+    """Convert the weights of convolutions and linear layers to a shorter type, for running under autocast.
 
-    As in OpenAI's released code, normalisations, the class embedding and the time MLP stay in float32; so do
-    softmax's sums, inside the attention kernels.
+    As in OpenAI's released code, normalisations, the class embedding and the time MLP stay in float32; so do the sums
+    of the softmax inside the attention kernels.
     """
     time_mlp = set(network.time_embed.modules())
     for module in network.modules():
@@ -167,7 +167,7 @@ def lower_weights(network: UNet, dtype: torch.dtype) -> None:
 
 
 def choose_kernels_repeatably() -> None:
-    """Let cuDNN and cuBLAS choose by shape, not by stopwatch, and compute float32 in float32; for the whole process."""
+    """Make cuDNN and cuBLAS select kernels by shape instead of timing, and disable TF32, for the whole process."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -185,13 +185,13 @@ def _describe(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
 
 
 def _processor() -> dict[str, object]:
-    """Return what kernels are chosen by: instruction sets, their limits, cache sizes; not names or numbers of cores."""
+    """Return what kernels are selected by: instruction sets, their limits, cache sizes; not core counts or names."""
     chosen_by = {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}
     return chosen_by | instruction_limits()
 
 
 def _gpu(device: torch.device) -> dict[str, object]:
-    """Return what kernels are chosen by: the chip and how much of it there is, and the libraries that choose."""
+    """Return what kernel selection depends on: compute capability, multiprocessor count and library versions."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "capability": torch.cuda.get_device_capability(device),

@@ -1,4 +1,4 @@
-"""The noisy classifier of the `torch` backend: its gradient by autograd, eager on a CPU, in captured steps on a GPU."""
+"""The noisy classifier of the `torch` backend: compute its gradient by autograd, eager or in captured steps (GPU)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from formats.classifier_folder import CLASSIFIER_FOLDER
 
 
 class TorchClassifier:
-    """Implements `GuidingClassifier` on a CPU or a CUDA device; in float32, whatever the network computes in."""
+    """Implements `GuidingClassifier` on a CPU or a CUDA device, in float32 at any precision of the network."""
 
     xp: Any = torch
 
@@ -30,14 +30,14 @@ class TorchClassifier:
         device: torch.device,
         sizes: tuple[int, ...],
     ) -> None:
-        """Put a classifier on a device.
+        """Move a classifier to a device.
 
         Args:
-            config: of its checkpoint.
+            config: configuration of its checkpoint.
             classifier: in eval mode.
-            sha256: of its checkpoint.
+            sha256: hash of its checkpoint.
             device: a CPU or a CUDA device.
-            sizes: batch sizes that may be captured, on a CUDA device.
+            sizes: batch sizes that may be captured on a CUDA device.
         """
         self.config = config
         self.sha256 = sha256
@@ -55,26 +55,26 @@ class TorchClassifier:
         return self._classifier.embed_timesteps(t_model)
 
     def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
-        """Run the classifier forwards and backwards."""
+        """Run the classifier forward and backward."""
         return self.gradient(inputs)
 
     def gradient(self, inputs: NetworkInputs[Tensor]) -> Tensor:
-        """Compute the gradient, as `__call__`; it can be captured."""
+        """Compute the gradient like `__call__`, in a form that can be captured."""
         x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         assert y is not None  # noqa: S101  # a classifier always has classes
         if self.device.type != "cuda":
             return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
-        with sdpa_kernel(SDPBackend.MATH):  # backwards, the memory-efficient kernel adds up in any order
+        with sdpa_kernel(SDPBackend.MATH):  # the memory-efficient kernel's backward pass sums in varying order
             return log_p_gradient(self._classifier.forward_emb, x_t, emb_t, y)
 
 
 def load_torch_classifier(
     folder: Path, model: CheckpointConfig, device: torch.device, sizes: tuple[int, ...]
 ) -> TorchClassifier | None:
-    """Load the classifier that guides a checkpoint's model; None where there is none.
+    """Load the classifier that guides a checkpoint's model; return None if there is none.
 
     Raises:
-        CheckpointError: one that cannot be read, or does not fit the model.
+        CheckpointError: the classifier cannot be read, or does not fit the model.
     """
     found = load_guide(folder, model)
     if found is None:

@@ -1,4 +1,4 @@
-"""create_app(settings): load the models and wire engine, routes and error handling. No globals."""
+"""Create the application: load the models and connect engine, routes and error handling. No global state."""
 
 from __future__ import annotations
 
@@ -52,19 +52,20 @@ log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, build_engines: BuildEngines | None = None) -> FastAPI:
-    """Build the application. Models are loaded here, so that a bad folder ends start-up with its reason.
+    """Build the application. Models are loaded here, so that an unusable folder ends start-up with the reason.
 
     Args:
         settings: the settings.
-        build_engines: builds engines of TensorRT; needed if the settings ask for that, as the service cannot.
+        build_engines: builds TensorRT engines, which the service cannot do; required if the setting `build_engines` is
+            on.
 
     Raises:
-        ModelError: a model folder that cannot be served, or not with these settings.
-        KeysError: a keys file that cannot be read.
-        TracingError: the settings ask for traces, and a package is not installed or a variable OTEL_* contradicts them.
+        ModelError: a model folder cannot be served, or not with these settings.
+        KeysError: the keys file cannot be read.
+        TracingError: the setting `traces` is on, and a package is missing or a variable OTEL_* is not supported.
     """
     if settings.build_engines and build_engines is None:
-        raise ModelError("build_engines: this service was started without what builds engines; use iddpm serve --build")
+        raise ModelError("build_engines: this application has no builder of engines; use iddpm serve --build")
     options = replace(settings.backend_options(), build_engines=build_engines if settings.build_engines else None)
     if settings.keys_file is not None:
         require_keys(settings.keys_file)  # before models are loaded, which takes longer
@@ -84,19 +85,18 @@ def assemble(
 ) -> FastAPI:
     """Wire an application around networks that are already loaded.
 
-    Its lifespan may be entered again after it was left: it then serves the models that it served last. Tracing is
-    closed at the end of the first one.
+    The lifespan may be entered again after it was left; it then serves the models that were served last. Tracing is
+    closed at the end of the first lifespan.
 
     Args:
         settings: the settings.
-        denoisers: by name, the default one first.
+        denoisers: networks by name, the default one first.
         load: loads other models, if the settings allow that.
         tracing: reports requests, and is closed at the end of the lifespan; None: requests are not reported.
 
     Raises:
-        ModelError: a network that was compiled for batches smaller than `max_rows`, or an `admin_root` that cannot be
-            served.
-        KeysError: a keys file that cannot be read.
+        ModelError: a network was compiled for batches smaller than `max_rows`, or `admin_root` is unusable.
+        KeysError: the keys file cannot be read.
     """
     config = settings.engine_config()
     metrics, activity = Metrics(), Activity()
@@ -111,7 +111,7 @@ def assemble(
         if not runners:
             raise RuntimeError("the app has no models: it is running already, or its engine stopped with an error")
         owner = Engine(runners, config, metrics, activity=activity)
-        runners.clear()  # while it runs the engine alone has them, so that it can free those that are unloaded
+        runners.clear()  # while running, only the engine refers to the networks, so that it can free unloaded ones
         engine = AsyncEngine(owner, config, metrics, on_state=_log_state)
         encoding = EncodingPool()
         registry = None
@@ -143,13 +143,13 @@ def assemble(
         version=version("iddpm"),
         summary="Images from diffusion models of the Improved DDPM family",
         lifespan=lifespan,
-        servers=[{"url": ".", "description": "where this document is, whatever prefix a proxy puts before it"}],
+        servers=[{"url": ".", "description": "the location of this document, including any prefix that a proxy adds"}],
         root_path_in_servers=False,
         docs_url=None,  # docs_page.py serves it, as the document
         openapi_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # Location would be a whole URL; behind a proxy its scheme and prefix are not known
-        # FastAPI's would report query strings and messages of exceptions; tracing.py has its own
+        redirect_slashes=False,  # Location would be an absolute URL, whose scheme and prefix are unknown behind a proxy
+        # FastAPI's tracing would report query strings and exception messages; tracing.py replaces it
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.include_router(generate.router)
@@ -162,7 +162,7 @@ def assemble(
     page.install(app)
     problems.install(app)
     keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
-    # From the inside out: a request passes the last one first.
+    # From the inside out: a request passes the last middleware first.
     app.add_middleware(Idempotency, max_bytes=settings.max_kept_bytes, keep_s=settings.keep_answers_s)
     app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)

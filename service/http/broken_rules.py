@@ -18,7 +18,7 @@ _RULES = {
     "bool_type": "must be true or false",
     "string_unicode": "must be a string of Unicode characters",
 }
-"""By pydantic's type of error: instead of its messages, which name Python's types."""
+"""Messages by type of pydantic's error; they replace its own, which name Python types."""
 
 Location = Sequence[str | int]
 
@@ -37,7 +37,7 @@ def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown field; allowed: {', '.join(_allowed(body, _inside(item['loc'])))}"
     if item["type"] == "literal_error":
-        rule = f"must be {context['expected'].replace(chr(39), chr(34))}"  # ours hold no quotation marks
+        rule = f"must be {context['expected'].replace(chr(39), chr(34))}"  # our own messages contain no quotation marks
     else:
         rule = _RULES.get(item["type"], f"{text[:1].lower()}{text[1:]}")
     return f"{rule}; got {quoted(item.get('input'))}"

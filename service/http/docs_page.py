@@ -1,4 +1,4 @@
-"""The OpenAPI document: GET /openapi.json, and /docs for people, the one page that loads from elsewhere: Swagger UI."""
+"""Serve the OpenAPI document: /openapi.json, and Swagger UI at /docs, the only page that loads from other origins."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _POLICY = (
 
 @router.get("/openapi.json", include_in_schema=False)
 def openapi(request: Request) -> Response:
-    """Describe all routes. Not asynchronous: FastAPI calls it in a thread, as the first time takes long."""
+    """Return the OpenAPI document. Synchronous, so that FastAPI runs it in a thread: the first call is slow."""
     return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs", include_in_schema=False)
 async def docs() -> Response:
-    """Show the routes, their fields and their answers."""
+    """Return the page with Swagger UI."""
     page = get_swagger_ui_html(openapi_url="openapi.json", title="iddpm", swagger_favicon_url="data:,")
     page.headers["Content-Security-Policy"] = _POLICY
     return page

@@ -1,4 +1,4 @@
-"""EncodingPool: a fixed number of threads that encode images, so that the event loop does not."""
+"""Encode images in a fixed number of threads, so that encoding does not block the event loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class EncodingPool:
-    """Runs functions in its threads. Each request submits one function at a time, so the queue stays short."""
+    """A pool of encoding threads. Each request submits one function at a time, so the queue stays short."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, available_cpus().usable), thread_name_prefix="encode")

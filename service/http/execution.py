@@ -186,7 +186,7 @@ async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *arg
 
     Args:
         state: the service.
-        images: number of images in what is encoded.
+        images: number of encoded images.
         encode: called in a thread of the pool.
         *args: positional arguments of `encode`.
         **kwargs: keyword arguments of `encode`.

@@ -8,7 +8,7 @@ from service.engine.async_engine import AsyncEngine, EngineState
 from service.http.problems import problem
 
 HEALTH_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""Served for any Host header and without a key, for probes; the answers hold nothing secret."""
+"""Served for any Host header and without a key, for probes; the answers contain no secrets."""
 QUIET_PATHS = HEALTH_PATHS | {"/metrics"}
 """Requested by machines every few seconds: logged at DEBUG only, and answered even above the connection limit."""
 

@@ -1,4 +1,4 @@
-"""The interfaces of the service, and the route classes by which a router says to which of them its routes belong."""
+"""The interfaces of the service, and the route classes by which a router assigns its routes to one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _GENERATES = re.compile(r"/v1/generate|/v1/images/generations|/v2/models/[^/]+(/
 
 
 class Interface(enum.Enum):
-    """What a client expects answers to look like, errors most of all."""
+    """The API whose format of answers a client expects, above all of errors."""
 
     NATIVE = "native"
     OPENAI = "openai"
     KSERVE = "kserve"
     NATIVE_AND_OPENAI = "native and openai"
-    """Clients of both send the same request there; an error has the members of both."""
+    """For routes where clients of both send the same request; an error has the members of both formats."""
 
 
 class NativeRoute(JsonRoute):
-    """Route class of routers of our own interface."""
+    """Route class of routers of the native interface."""
 
     interface = Interface.NATIVE
 
@@ -39,11 +39,11 @@ class KserveRoute(JsonRoute):
 
 
 class SharedRoute(JsonRoute):
-    """Route class of routers whose routes are ours and OpenAI's."""
+    """Route class of routers whose routes belong to the native interface and OpenAI's."""
 
     interface = Interface.NATIVE_AND_OPENAI
 
 
 def generates(method: str, path: str) -> bool:
-    """Return whether a request asks for images."""
+    """Return whether a request generates images."""
     return method == "POST" and _GENERATES.fullmatch(path) is not None

@@ -1,4 +1,4 @@
-"""Measure how late the event loop runs what is due, which shows what blocks it."""
+"""Measure the lag of the event loop, which reveals code that blocks it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOK_EVERY_S = 0.1
 
 
 async def measure_loop_lag(lag_seconds: Histogram) -> None:
-    """Observe ten times a second how late the loop wakes from a sleep, until cancelled."""
+    """Record ten times a second how late the loop wakes from a sleep, until cancelled."""
     while True:
         due = time.monotonic() + LOOK_EVERY_S
         await asyncio.sleep(LOOK_EVERY_S)

@@ -1,4 +1,4 @@
-"""Help with the OpenAPI document, where FastAPI cannot see what a route reads or writes."""
+"""Schemas for the OpenAPI document of routes whose bodies FastAPI cannot infer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a model's JSON schema without references: it may stand anywhere in a document."""
+    """Return a model's JSON schema without references, usable anywhere in a document."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -26,5 +26,5 @@ def inlined(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def one_of(*models: type[BaseModel]) -> dict[str, Any]:
-    """Return the schema of what is one of several models."""
+    """Return the schema of a union of models."""
     return {"anyOf": [inlined(model) for model in models]}

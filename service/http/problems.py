@@ -1,4 +1,4 @@
-"""Turn exceptions into answers by one table of statuses and titles; faults.py writes them in each interface's form."""
+"""Map exceptions to answers by one table of statuses and titles; faults.py formats them for each interface."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from service.http.interfaces import Interface
 from service.http.routes import printable, routes_of
 
 MAX_ERRORS = 10
-"""Most broken rules that are listed, so that an answer is not longer than the request."""
+"""Maximum number of broken rules in an answer, so that it is not longer than the request."""
 BASE_URL = "base_url of OpenAI's clients is the service's address and /v1, once"
 ROUTES_THAT_GENERATE = (
     f"images come from POST /v1/generate, from POST /v1/images/generations ({BASE_URL}), and from POST "
@@ -87,12 +87,12 @@ def problem(
     errors: Sequence[dict[str, str]] | None = None,
     headers: dict[str, str] | None = None,
 ) -> FaultResponse:
-    """Build an error's answer."""
+    """Return the answer to an error."""
     return FaultResponse(Fault(status=status, title=title, detail=detail, instance=instance, errors=errors), headers)
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of an app."""
+    """Register the handlers that answer every error of an app."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

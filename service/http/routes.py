@@ -1,4 +1,4 @@
-"""The routes of an app by path, known before a request is routed: their templates, methods and interfaces."""
+"""Look up the routes of an app by path before a request is routed: templates, methods and interfaces."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from diffusion.quoting import quoted
 from service.http.interfaces import Interface
 
 LONGEST_PATH = 200
-"""Characters of a path that a line of text shows."""
+"""Maximum number of characters of a path in a log line or message."""
 MAX_SEGMENTS = 16
-"""A path with more segments is not searched for a route that may have been meant."""
+"""Maximum number of segments of a path for which a similar route is searched."""
 _BY_FIRST_SEGMENT = {"v1": Interface.OPENAI, "v2": Interface.KSERVE}
-"""The interface of paths without a route: our own clients do not ask for these."""
+"""Interfaces of paths without a route, by first segment; native clients do not request these."""
 ANYBODY = Interface.NATIVE_AND_OPENAI
-"""The interface of other paths without a route: a person may ask, or an OpenAI client whose base_url lacks /v1."""
+"""The interface of other paths without a route, used by people or OpenAI clients whose base_url lacks /v1."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Route:
     """All routes of one template."""
 
     template: str
-    """Such as /v1/models/{model}."""
+    """The path template, such as /v1/models/{model}."""
     pattern: re.Pattern[str]
     methods: frozenset[str]
     interface: Interface
@@ -55,14 +55,14 @@ class RouteTable:
         return iter(self._routes)
 
     def find(self, path: str) -> Route | None:
-        """Return the route of a path, whatever the method; None where there is none."""
+        """Return the route of a path for any method; None if there is none."""
         return next((route for route in self._routes if route.pattern.match(path)), None)
 
     def nearest(self, path: str) -> tuple[str, Route] | None:
-        """Return the path, and its route, that was probably meant by a path without a route; None where none is near.
+        """Return the path and route that a path without a route probably means; None if no route is similar.
 
-        Tried are: without empty segments, without leading segments (a prefix that the proxy should have removed), and
-        with /v1 before it.
+        It tries the path without empty segments, without leading segments (a prefix that the proxy should have
+        removed), and with /v1 in front.
         """
         segments = _segments(path)
         if len(segments) > MAX_SEGMENTS:
@@ -91,7 +91,7 @@ def _segments(path: str) -> list[str]:
 
 
 def routes_of(scope: Scope) -> RouteTable:
-    """Return the routes of the app of a request. They are read once: all are there before the first request."""
+    """Return the routes of the app of a request. They are read once, as all routes exist before the first request."""
     app = scope.get("app")
     if app is None:  # a middleware without an app
         return RouteTable(())
@@ -108,7 +108,7 @@ def interface_of(scope: Scope) -> Interface:
 
 
 def template_of(scope: Scope) -> str | None:
-    """Return the template of a request that has been routed; None where no route took it."""
+    """Return the template of a routed request; None if no route matched."""
     if "endpoint" not in scope or "app" not in scope:
         return None
     route = routes_of(scope).find(scope["path"])
@@ -116,6 +116,6 @@ def template_of(scope: Scope) -> str | None:
 
 
 def printable(path: str) -> str:
-    """Return a path for a line of text, cut to `LONGEST_PATH`: printable ASCII as it is, any other as JSON."""
+    """Return a path for logs and messages, cut to `LONGEST_PATH`; JSON-quoted unless it is printable ASCII."""
     shown = path[:LONGEST_PATH]
     return shown if shown.isascii() and shown.isprintable() else quoted(shown, LONGEST_PATH)

@@ -1,4 +1,4 @@
-"""Run the app under uvicorn, and end it well: a signal drains first, accepted requests finish, exit code 0."""
+"""Run the app under uvicorn with a graceful shutdown: on a signal, finish accepted requests, then exit with code 0."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ from service.http.state import ServiceState
 from service.settings import Settings
 
 STRAGGLER_SECONDS = 30
-"""After the drain, connections that still send or read (half a body, an answer nobody takes) get this long."""
+"""Time limit after the drain for connections with a partial body or with an answer that the client does not read."""
 DEATH_NOTICE_SECONDS = 2.0
-"""A dead engine's process stays this long, so that answers get out and health checks see red."""
+"""Delay between the engine's death and the end of the process, so that answers are sent and health checks fail."""
 
 BACKLOG = 2048
-"""Connections that the kernel keeps until they are accepted."""
+"""Number of connections that the kernel queues until they are accepted."""
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread may keep the interpreter's lock that another one wants, instead of Python's 5 ms: the engine's
-thread wants it while the device has nothing to do (docs/decisions/0012)."""
+"""Interval after which a thread must release the interpreter lock to a waiting one, instead of Python's 5 ms. While the
+engine's thread waits for the lock, the device is idle (docs/decisions/0012)."""
 
 log = logging.getLogger(__name__)
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn closes its socket at once on a signal; this one keeps answering (503, /readyz red) until it is idle."""
+    """A uvicorn server that drains on a signal: it keeps answering (503, also at /readyz) until it is idle.
+
+    Uvicorn itself closes its socket at once.
+    """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
@@ -48,10 +51,10 @@ class DrainingServer(uvicorn.Server):
         self._watch: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, and watch the engine: a process whose engine is dead must end, to be restarted."""
+        """Start as uvicorn does, and watch the engine: if it dies, the process must end so that it is restarted."""
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio has taken the number of connections that it accepts at once for it
+            listener.listen(BACKLOG)  # asyncio has set it to the number of connections that it accepts at once
             log.info("listening on %s", url_of(listener))
         engine = engine_of(self._app)
         if engine is not None:
@@ -62,7 +65,7 @@ class DrainingServer(uvicorn.Server):
         """Handle SIGTERM, SIGINT and SIGHUP: the first drains, a second SIGTERM or SIGINT stops at once."""
         loop = asyncio.get_running_loop()
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
             numbers.append(signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -82,7 +85,7 @@ class DrainingServer(uvicorn.Server):
             end_process(1)
         elif engine is not None and engine.state is EngineState.STARTING:
             log.info("%s during start-up: ending; nothing was accepted yet", number.name)
-            end_process(0)  # warming up cannot be interrupted, and may take minutes
+            end_process(0)  # warm-up cannot be interrupted, and may take minutes
         log.info("%s: finishing accepted requests, refusing new ones", number.name)
         self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
 
@@ -96,17 +99,17 @@ class DrainingServer(uvicorn.Server):
     async def _exit_on_death(self, engine: AsyncEngine) -> None:
         await engine.died.wait()
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
-        self.should_exit = self.force_exit = True  # without waiting for connections, or for a thread that hangs
+        self.should_exit = self.force_exit = True  # without waiting for connections or a hanging thread
 
 
 def end_process(code: int) -> NoReturn:
-    """End at once, whatever other threads are doing; what was logged is written, if it can be."""
+    """End the process at once, without waiting for other threads; flush the log if possible."""
     logging.shutdown()
     os._exit(code)
 
 
 def engine_of(app: FastAPI) -> AsyncEngine | None:
-    """Return the engine of an app that has started."""
+    """Return the engine of an app; None before start-up."""
     service = _service_of(app)
     return None if service is None else service.engine
 
@@ -117,10 +120,10 @@ def _service_of(app: FastAPI) -> ServiceState | None:
 
 
 def serve(app: FastAPI, settings: Settings) -> bool:
-    """Serve until a signal, or the engine's death, ends it; return whether all went well.
+    """Serve until a signal or the death of the engine; return whether the exit was without errors.
 
     Raises:
-        AddressError: the service cannot listen where the settings say.
+        AddressError: the service cannot listen on the configured address.
     """
     sockets = bind(settings.host, settings.port, BACKLOG)
     budget = descriptor_budget()
@@ -130,7 +133,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # uvicorn would believe X-Forwarded-For of anybody on this machine; see api/client.py
+        proxy_headers=False,  # uvicorn would trust X-Forwarded-For of any process on this machine; see door/client.py
         http=limited_protocol(settings.read_timeout_s, settings.write_timeout_s, OpenConnections(budget.connections)),
         ws="none",
         backlog=budget.accepts,
@@ -145,6 +148,6 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         return False
     if service.engine.state is EngineState.DEAD:
         if service.tracing is not None:
-            service.tracing.close()  # the app was not asked to: this exit was forced
-        end_process(1)  # a thread that hangs inside a library could keep the interpreter from ending
+            service.tracing.close()  # a forced exit skips the lifespan, which would close it
+        end_process(1)  # a thread hanging in a library could prevent the interpreter from ending
     return service.engine.state is EngineState.STOPPED

@@ -30,9 +30,9 @@ class ServiceState:
     encoding: EncodingPool
     thumbnails: Thumbnails
     registry: ModelRegistry | None = None
-    """Loads and unloads models; None: the settings do not allow it."""
+    """Loads and unloads models; None if the settings do not allow it."""
     tracing: Tracing | None = None
-    """Reports requests to a collector; None: the settings do not ask for traces."""
+    """Reports requests to a collector; None if the setting `traces` is off."""
 
 
 async def service_state(request: Request) -> ServiceState:

@@ -1,4 +1,4 @@
-"""Tracing: report every request to a collector as OpenTelemetry spans. Imported only if the settings ask for traces.
+"""Tracing: report every request to a collector as OpenTelemetry spans. Imported only if the setting `traces` is on.
 
 The span of a request has the children `queue`, `denoise` and `encode`. The first two are created when the request has
 left the engine, from the times in its results: nothing is traced inside an engine step.
@@ -51,7 +51,7 @@ METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "PO
 
 
 class Tracing:
-    """Owns the tracer and the thread that sends spans. A collector that is down costs spans and never a request."""
+    """Owns the tracer and the thread that sends spans. If the collector is down, spans are lost, but no requests."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         """Report requests to an exporter; the variables OTEL_* configure sampling, batches and the service's name."""
@@ -100,7 +100,7 @@ class Tracing:
             _fail(span, str(status))
 
     def follow(self, ticket: Ticket, numerics_id: str) -> None:
-        """Report an accepted request's time in the engine when it ends, in whatever way it ends."""
+        """Report an accepted request's time in the engine when it ends, with or without success."""
         within = get_current()
         ticket.ended.add_done_callback(lambda _: self._tell_phases(ticket, numerics_id, within))
 
@@ -171,7 +171,7 @@ def tracing_to_collector() -> Tracing:
     """Return tracing to the collector that the standard variables OTEL_* name, by default localhost:4318.
 
     Raises:
-        TracingError: they ask for an exporter or a protocol that is not supported.
+        TracingError: the variables name an exporter or a protocol that is not supported.
     """
     exporter = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
     if exporter != "otlp":

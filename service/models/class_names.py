@@ -1,4 +1,4 @@
-"""Find class indices by name. Differences of spelling are ignored; an ambiguous name is an error."""
+"""Find class indices by name. Differences in spelling are ignored; an ambiguous name is an error."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from diffusion.quoting import quoted
 from service.errors import InvalidRequest
 
 MAX_CLASS_NAME = 200
-"""Characters."""
+"""Maximum length of a class name, in characters."""
 
 NAMES_SHOWN = 20
 NEAREST_SHOWN = 5
 SHORTLIST = 50
-"""Number of names with most pairs of letters in common, among which the nearest ones are searched."""
+"""Number of candidates, by pairs of letters in common, among which the nearest names are searched."""
 
 _Index = dict[str, list[int]]
 
 
 class ClassNames:
-    """The names of a model's classes, and the spellings that are accepted for them.
+    """The names of a model's classes, with a lookup that accepts variant spellings.
 
-    A name is taken as it is written if a class has it; else without regard to case; else without regard to spaces,
-    underscores and hyphens either. In a prompt, which lists names between commas, a name that holds commas itself
-    ("tench, Tinca tinca") may be given whole or by one of its parts, and any class by its index.
+    A name is matched exactly first, then ignoring case, then also ignoring spaces, underscores and hyphens. A prompt is
+    a list of names separated by commas. In a prompt, a name that contains commas ("tench, Tinca tinca") may be given
+    whole or by one of its parts, and any class by its index.
 
-    All tables are built by the constructor, so that no request waits for them.
+    The constructor builds all tables, so that no request waits for them.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -46,10 +46,10 @@ class ClassNames:
         self._pairs = {part: _pairs(part) for part in self._parts}
 
     def find(self, asked: str) -> int:
-        """Return the index of the class of that name.
+        """Return the index of the class with that name.
 
         Raises:
-            InvalidRequest: no class has that name, or several have.
+            InvalidRequest: no class or more than one class matches the name.
         """
         found = self._named(asked)
         if not found and asked.isascii() and asked.isdigit():
@@ -60,16 +60,16 @@ class ClassNames:
         """Return the classes that a prompt lists, in order.
 
         Args:
-            prompt: names, between commas if there are several.
-            most: classes it may list.
+            prompt: one or more names, separated by commas.
+            most: maximum number of classes.
 
         Raises:
-            InvalidRequest: a part is not a name, or the name of several classes; or it lists too many.
+            InvalidRequest: a part is not a name or is ambiguous, or the prompt lists more than `most` classes.
         """
         parts = prompt.split(",")
         if len(parts) > most * self._most_parts:
             raise InvalidRequest("prompt", f"must list at most {most} classes")
-        # By the end of a name: its begin. The longest name comes first, so that a whole name precedes its parts
+        # End of a name -> its begin and classes. Longer names are tried first: a whole name precedes its parts
         ends: dict[int, tuple[int, list[int]]] = {0: (0, [])}
         for begin in range(len(parts)):
             if begin not in ends:
@@ -98,9 +98,9 @@ class ClassNames:
         )
 
     def _meant(self, asked: str) -> list[int]:
-        """Return the classes that a piece of a prompt may mean: a name, a part of one, an index."""
+        """Return the classes that a piece of a prompt matches, as a name, a part of a name or an index."""
         asked = asked.strip()
-        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # comparing spellings is slow, and a prompt may be long
+        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # normalising is slow, and a prompt may be long
             return []
         if found := self._named(asked) or self._parts.get(_squeezed(asked)):
             return found
@@ -118,7 +118,7 @@ class ClassNames:
         return InvalidRequest(field, f"must be one of {self._some(asked)}; got {quoted(asked)}")
 
     def _some(self, asked: str) -> str:
-        """List all names if they are few, the nearest ones otherwise."""
+        """Return a list of all names if there are few, else of the nearest ones."""
         if len(self.names) <= NAMES_SHOWN:
             return ", ".join(self.names)
         near = difflib.get_close_matches(_squeezed(asked), self._shortlist(asked), n=NEAREST_SHOWN, cutoff=0.5)
@@ -127,7 +127,7 @@ class ClassNames:
         return f"{', '.join(listed)}, ... ({len(self.names)} in all, see GET /v1/models)"
 
     def _shortlist(self, asked: str) -> list[str]:
-        """Return the parts most similar by shared pairs of letters (Dice's coefficient): faster than difflib."""
+        """Return the most similar parts by shared pairs of letters (Dice's coefficient), faster than difflib."""
         pairs = _pairs(_squeezed(asked))
         return heapq.nlargest(
             SHORTLIST, self._pairs, lambda part: len(pairs & self._pairs[part]) / (len(pairs) + len(self._pairs[part]))
@@ -152,5 +152,5 @@ def _squeezed(name: str) -> str:
 
 
 def _pairs(squeezed: str) -> frozenset[str]:
-    """Return the pairs of neighbouring letters; the first and the last one have a space for a neighbour."""
+    """Return the pairs of neighbouring letters, with a space added at both ends."""
     return frozenset(map("".join, pairwise(f" {squeezed} ")))

@@ -1,9 +1,8 @@
-"""ModelRegistry: loads, reloads and unloads models by name while the engine works.
+"""Load, reload and unload models by name while the engine runs.
 
-A model that is loaded again is a new model to the engine: images that were accepted for the old weights are finished
-with them, under their numerics_id, and the old weights are freed after the last of these images. The slow parts
-(reading, compiling, self-test, warm-up, timing) run in a thread of their own; the engine adds the result between two
-steps.
+For the engine, a reloaded model is a new model: images accepted for the old weights are finished with the old weights,
+under the old numerics_id, and the old weights are freed after the last of these images. The slow parts (reading,
+compiling, self-test, warm-up, timing) run in a separate thread; the engine adds the new model between two steps.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class _Prepared:
 
 
 class ModelRegistry:
-    """Loads and unloads models, one change at a time. Belongs to the event loop."""
+    """Loads and unloads models, one change at a time. Use it only from the event loop."""
 
     def __init__(
         self,
@@ -59,15 +58,16 @@ class ModelRegistry:
         root: Path,
         max_loaded: int,
     ) -> None:
-        """Begin with the models that are served.
+        """Create a registry of the models that are already served.
 
         Args:
-            models: by name, the default one first; only the registry changes it.
-            engine: runs them.
-            config: of the engine.
-            load: loads a network from a folder; slow, called in a thread.
-            root: the folder whose folders may be loaded, by their names.
-            max_loaded: most models in memory, including the one being loaded and those that finish their last images.
+            models: models by name, the default one first; only the registry modifies this dict.
+            engine: runs the models.
+            config: configuration of the engine.
+            load: loads a network from a folder; slow, hence called in a thread.
+            root: the folder whose subfolders may be loaded, by name.
+            max_loaded: maximum number of models in memory, including the one being loaded and replaced or unloaded ones
+                that still have images to finish.
         """
         self._models = models
         self._engine = engine
@@ -79,16 +79,16 @@ class ModelRegistry:
         self._changing: asyncio.Task[ServedModel] | None = None
 
     async def load(self, name: str) -> ServedModel:
-        """Load a model, or load it again. The model that it replaces is served until then, and further if this fails.
+        """Load or reload a model. A model that it replaces is served until the load succeeds.
 
         Loading continues if the client disconnects.
 
         Raises:
-            UnknownModel: the root has no folder of that name.
-            LoadConflict: another one is being loaded, or `max_loaded` models are in memory.
-            LoadFailed: it cannot be served; the log says why.
+            UnknownModel: the root has no folder with that name.
+            LoadConflict: another model is being loaded, or `max_loaded` models are in memory.
+            LoadFailed: the model cannot be served; the reason is logged.
             Draining: the engine does not accept work.
-            EngineDead: the engine stopped meanwhile.
+            EngineDead: the engine stopped during the load.
         """
         folder = self._root / name
         if not MODEL_NAME.fullmatch(name) or not folder.is_dir():
@@ -103,11 +103,11 @@ class ModelRegistry:
         return await asyncio.shield(self._changing)
 
     def unload(self, name: str) -> None:
-        """Stop serving a model; accepted images finish. If it was the default, the next one becomes that.
+        """Stop serving a model; accepted images are finished. If it was the default, the next one becomes the default.
 
         Raises:
-            UnknownModel: no model of that name is served.
-            LoadConflict: it is the last one, or one is being loaded.
+            UnknownModel: no model with that name is served.
+            LoadConflict: it is the only model, or a model is being loaded.
         """
         if name not in self._models:
             raise UnknownModel(name, list(self._models))
@@ -124,7 +124,7 @@ class ModelRegistry:
             await self._engine.load(served.engine_id, prepared.runner, prepared.costs)
             self._times_loaded[name] += 1
             replaced = self._models.get(name)
-            self._models[name] = served  # in the same position: the default remains the default
+            self._models[name] = served  # keeps its position, so a reloaded default stays the default
             if replaced is not None:
                 self._engine.retire(replaced.engine_id)
             log.info("model %s: loaded, %s, numerics_id %s", name, served.backend, served.numerics_id)
@@ -138,11 +138,11 @@ class ModelRegistry:
         except Exception as error:  # a damaged file may raise any error in a parser
             log.exception("model %s: could not be loaded", name)
             kind = type(error).__name__
-        # Outside of `except`: a chained error would keep what was loaded so far in memory
-        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); the log says why")
+        # Outside of `except`: a chained error would keep the partly loaded model in memory
+        raise LoadFailed(f"model {quoted(name)} could not be loaded ({kind}); see the log for the reason")
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
-        gc.collect()  # free what an earlier load left in reference cycles
+        gc.collect()  # free the reference cycles of earlier loads
         denoiser = self._load(folder)
         runner = ArrayRunner(denoiser, self._config)
         runner.warm_up()
@@ -151,14 +151,14 @@ class ModelRegistry:
 
     def _refuse_second_change(self) -> None:
         if self._changing is not None:
-            raise LoadConflict("a model is being loaded; try again when it is")
+            raise LoadConflict("a model is being loaded; try again when it is loaded")
 
     def _available(self) -> list[str]:
         return sorted(path.name for path in self._root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
 
 
 async def _in_daemon(function: Callable[[], T]) -> T:
-    """Call a function in a daemon thread: threads of the event loop's executor would keep the process from ending."""
+    """Call a function in a daemon thread; a thread of the event loop's executor would block the exit of the process."""
     called: Future[T] = Future()
 
     def call() -> None:
@@ -188,7 +188,7 @@ def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: i
 
 
 def _classes(config: CheckpointConfig, classifier: ClassifierCheckpointConfig | None) -> ClassNames | None:
-    """Return the class names of a model, or of its classifier; if both have names, they are equal."""
+    """Return the class names of a model or its classifier (equal if both have names); None if there are no classes."""
     count = config.model.num_classes
     if count is None and classifier is not None:
         count = classifier.model.num_classes

@@ -1,4 +1,4 @@
-"""A loaded model as the service describes it, without its network."""
+"""Description of a loaded model, without its network."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from service.models.class_names import ClassNames
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model that requests can name."""
+    """A served model: name, configuration, class names and identity of its numerics."""
 
     name: str
     loaded: int = 1
-    """Number of times that a model was loaded under this name, including this one."""
+    """Number of loads under this name so far, including this one."""
     config: CheckpointConfig
     numerics_id: str
     backend: str
     loaded_at: float
     """Seconds since 1970."""
     threads: int = 0
-    """Threads of the processor that a network call takes; 0: it does not run on the processor."""
+    """Number of CPU threads that a network call uses; 0: it does not run on the CPU."""
     classifier: ClassifierCheckpointConfig | None = None
-    """The noisy classifier that guides it."""
+    """Configuration of the noisy classifier that guides the model; None without one."""
     classes: ClassNames | None = None
-    """One name per class; None if neither the model nor its classifier has any."""
+    """One name per class; None if neither the model nor its classifier has classes."""
 
     @property
     def engine_id(self) -> str:
-        """Its id in the engine."""
+        """Id of the model in the engine."""
         return model_id(self.name, self.loaded)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names alone."""
+        """The class names in order; None without classes."""
         return None if self.classes is None else self.classes.names
 
 
 def find_model(models: dict[str, ServedModel], name: str | None) -> ServedModel:
-    """Return the model of that name, the first one for None.
+    """Return the model with that name; for None, the first one.
 
     Raises:
-        UnknownModel: no such model.
+        UnknownModel: there is no such model.
     """
     if name is None:
         return next(iter(models.values()))

@@ -1,4 +1,4 @@
-"""Turn a validated body into a complete request: class names into indices, defaults filled in, limits checked."""
+"""Convert a validated body to a complete request: resolve class names, fill in defaults and check limits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from service.requests.generate_request import DEFAULT_STEPS, GenerateRequest
 def complete(
     body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int, client: str = ""
 ) -> GenerationRequest:
-    """Fill in defaults and check what depends on the model.
+    """Fill in defaults and check the constraints that depend on the model.
 
     Raises:
-        InvalidRequest: naming field, rule and allowed values.
+        InvalidRequest: a constraint is violated; the message names field, rule and allowed values.
     """
     count = _count(body)
     if body.image_index + count - 1 > MAX_IMAGE_INDEX:
@@ -86,7 +86,7 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
         spec = body.respacing
     if body.eta is not None and not SAMPLERS[body.sampler].takes_eta:
         having = alternatives(samplers_with_eta())
-        raise InvalidRequest("eta", f"is a choice of sampler {having} only; sampler is {quoted(body.sampler)}")
+        raise InvalidRequest("eta", f"is valid only with sampler {having}; sampler is {quoted(body.sampler)}")
     key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
     try:
         plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
@@ -102,14 +102,14 @@ def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
         raise InvalidRequest(
             "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
         )
-    return float(np.float32(body.cfg_scale))  # the engine computes in float32: 1 + 1e-9 is 1, and takes one row
+    return float(np.float32(body.cfg_scale))  # rounded as in the engine: 1 + 1e-9 is 1 in float32, and takes one row
 
 
 def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
     scale = body.classifier_scale or 0
     if scale != 0 and model.classifier is None:
         raise InvalidRequest("classifier_scale", f"must be 0: the model has no noisy classifier; got {scale:g}")
-    return float(np.float32(scale))  # the engine computes in float32
+    return float(np.float32(scale))  # rounded as in the engine
 
 
 def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:
@@ -117,7 +117,7 @@ def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: fl
     asked = body.class_[k] if isinstance(body.class_, list) else body.class_
     if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
         if asked is not None:
-            unless = "" if classes is None else ", and only its classifier knows classes: ask for classifier_scale too"
+            unless = "" if classes is None else ", and only its classifier has classes: also set classifier_scale"
             raise InvalidRequest("class", f"must be absent: model {quoted(model.name)} is unconditional{unless}")
         return None
     if asked is None:

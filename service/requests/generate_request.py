@@ -1,4 +1,4 @@
-"""A request for images as clients write it: its fields, their types and their limits."""
+"""The body of a request for images: fields, types and limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _in_code(names: Iterable[str]) -> str:
 
 
 def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Replace the errors of each member of the union by one message that lists what a class may be."""
+    """Replace the errors of the union's members by one message that lists the valid forms of a class."""
     try:
         return check(value)
     except ValidationError:
@@ -57,7 +57,7 @@ def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 class SamplingOptions(RequestBody):
-    """The options that every interface has, under these names."""
+    """Options with the same names in all interfaces."""
 
     model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
@@ -74,32 +74,32 @@ class SamplingOptions(RequestBody):
     )
     cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Classifier-free guidance: 1 = off; default: what the model recommends.",
+        description="Classifier-free guidance scale: 1 = off; default: the value that the model recommends.",
     )
     classifier_scale: (
         Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
     ) = Field(
         default=None,
-        description="Classifier guidance, where the model has a noisy classifier: 0 = off, the default.",
+        description="Classifier guidance scale, if the model has a noisy classifier: 0 = off, the default.",
     )
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="0..2^53-1; absent: random. The same seed gives the same pixels."
     )
     image_index: Annotated[StrictInt, Field(ge=0, le=MAX_IMAGE_INDEX)] = Field(
         default=0,
-        description="Index of the first image: image k of a seed is the same in any request. All are 0..2^32-1.",
+        description="Index of the first image; all are 0..2^32-1. Image k of a seed is the same in every request.",
     )
     priority: PriorityName = Field(
-        default="interactive", description="`batch` work takes what interactive work leaves, and a share."
+        default="interactive", description="`batch` work gets what interactive work leaves, and a guaranteed share."
     )
     deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Seconds within which all images are wanted; refused at once (422) if that is predicted to fail.",
+        description="Deadline for all images, in seconds; rejected at once (422) if predicted to be missed.",
     )
 
 
 class GenerateRequest(SamplingOptions):
-    """A request for images. Those of other interfaces become one."""
+    """A request for images. Requests of the other interfaces are converted to this one."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"class": "Sneaker", "n": 2, "steps": 50, "seed": 7}]},
@@ -118,17 +118,17 @@ class GenerateRequest(SamplingOptions):
     )
     format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy) or `npz`.")
     quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
-        default=None, description=f"Of format `jpeg`, 1..100; default {JPEG_QUALITY}."
+        default=None, description=f"Quality of format `jpeg`, 1..100; default {JPEG_QUALITY}."
     )
     compression: Annotated[StrictInt, Field(ge=0, le=9)] | None = Field(
         default=None,
-        description="Of the other formats, 0 (fast) to 9 (small): the pixels are the same; default: the encoder's.",
+        description="Of the other formats, 0 (fast) to 9 (small); the pixels do not change; default: the encoder's.",
     )
     stream: StrictBool = Field(
         default=False, description="Answer with Server-Sent Events: queued, progress, preview, completed, failed."
     )
     preview_every: Annotated[StrictInt, Field(ge=1, le=MAX_PREVIEW_EVERY)] | None = Field(
         default=None,
-        description="With `stream`: show what an image is going to be every so many of its steps; default: never. "
+        description="With `stream`: number of steps of an image between two of its previews; default: no previews. "
         "Slow readers get fewer.",
     )

@@ -1,4 +1,4 @@
-"""A field of a request body whose values are the names of a registry, read when a body or a schema is made."""
+"""A request field restricted to the names of a registry, which is read for every validation and every schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusion.quoting import in_words
 
 @dataclass(frozen=True, eq=False)
 class NameIn:
-    """Annotation of a string field: it must be one of the names. Errors and schema are those of a `Literal`."""
+    """Annotation of a string field that must be one of the names. Errors and schema equal those of a `Literal`."""
 
     names: Collection[str]
 

@@ -1,4 +1,4 @@
-"""The base of all request bodies: unknown fields are refused, and null means absent."""
+"""The base class of all request bodies: unknown fields are rejected, and null means absent."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_the_classes_of_an_unconditional_model_are_its_classifier_s(tmp_path: Pa
     assert (guided, plain, classes) == (["3", 3], [None, None], ["0", "1", "2", "3"])
     assert drawn[0] in classes
     assert wrong["errors"][0]["field"] == "class"
-    assert "only its classifier knows classes" in wrong["errors"][0]["message"]
+    assert "only its classifier has classes" in wrong["errors"][0]["message"]
 
 
 def test_the_sample_command_guides_too(tmp_path: Path) -> None:

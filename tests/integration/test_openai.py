@@ -196,7 +196,7 @@ def test_an_image_that_fails_ends_the_stream_with_an_error(client: openai.OpenAI
         ({"prompt": "cat", "style": "anime"}, "style", 'must be "vivid" or "natural"; got "anime"'),
         ({"prompt": "cat", "quality": "hd"}, "quality", 'must be "auto" or "standard"; got "hd"'),
         ({"prompt": "cat", "extra_body": {"complexity": "low"}}, "complexity", "unknown field; allowed: model, "),
-        ({"prompt": "cat", "partial_images": 1}, "partial_images", "is a choice of `stream` only"),
+        ({"prompt": "cat", "partial_images": 1}, "partial_images", "is valid only with `stream`"),
         ({"prompt": "cat", "stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
         ({"prompt": "cat", "extra_body": {"steps": 1}}, "steps", "greater than or equal to 2"),
         ({"prompt": "cat", "extra_body": {"steps": 5, "respacing": "5"}}, "respacing", "not both"),

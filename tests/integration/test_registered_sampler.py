@@ -76,4 +76,4 @@ def test_the_document_and_the_messages_name_it(address: str) -> None:
     refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"})
     assert 'must be "ancestral", "ddim" or "toy"; got "euler"' in refused.json()["detail"]
     refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5})
-    assert 'is a choice of sampler "ddim" only; sampler is "toy"' in refused.json()["detail"]
+    assert 'is valid only with sampler "ddim"; sampler is "toy"' in refused.json()["detail"]

@@ -1,4 +1,4 @@
-"""Sockets to listen on: every address of a host, IPv4 and IPv6, on one port."""
+"""Create listening sockets for every address of a host, IPv4 and IPv6, on one port."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from service.errors import AddressError
 
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""Errors of an address that this machine does not have, IPv6 where it is switched off among them."""
+"""Errors of addresses that this machine does not have, including IPv6 addresses if IPv6 is disabled."""
 
 
 def refuse_taken_address(host: str, port: int) -> None:
-    """Try to bind what the service will listen on: asked before models are loaded, which takes long.
+    """Check that the service can listen on the address; called before models are loaded, as that takes long.
 
     Raises:
         AddressError: as `bind` does.
@@ -26,8 +26,8 @@ def bind(host: str, port: int, backlog: int | None = None) -> list[socket.socket
     """Return sockets bound to every address of a host; the caller closes them.
 
     Args:
-        host: an address or a name; `::` takes IPv4 too, `""` is every address of this machine.
-        port: 0 is any free one, the same for all addresses.
+        host: an address or a name; `::` includes IPv4, `""` means every address of this machine.
+        port: a port; 0: any free port, the same for all addresses.
         backlog: connections that the kernel keeps until they are accepted; None: the sockets do not listen.
 
     Raises:
@@ -53,13 +53,13 @@ def bind(host: str, port: int, backlog: int | None = None) -> list[socket.socket
         for listener in bound:
             listener.close()
         if error.errno in NOT_HERE or isinstance(error, socket.gaierror):
-            raise AddressError(f"host: {host!r} is no address of this machine: {error.strerror}") from error
-        raise AddressError(f"port: {port} of {host} cannot be listened on: {error.strerror}") from error
+            raise AddressError(f"host: {host!r} is not an address of this machine: {error.strerror}") from error
+        raise AddressError(f"port: {port} of {host} cannot be bound: {error.strerror}") from error
     return bound
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return where clients reach a socket, for people."""
+    """Return the URL of a socket, for logs."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -67,7 +67,7 @@ def url_of(listener: socket.socket) -> str:
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError as error:  # a label that is empty or too long
+    except UnicodeError as error:  # an empty or too long label
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
@@ -75,13 +75,13 @@ def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
 def _bind(family: socket.AddressFamily, address: tuple[Any, ...], backlog: int | None) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection lingers
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections linger in TIME_WAIT
         if family == socket.AF_INET6:
             both = address[0] == "::" and socket.has_dualstack_ipv6()
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         listener.bind(address)
         if backlog is not None:
-            listener.listen(backlog)  # a port that two processes have bound is refused to the second one here
+            listener.listen(backlog)  # if two processes have bound the port, the second one fails here
     except BaseException:
         listener.close()
         raise

@@ -10,7 +10,7 @@ from service.http.problems import problem
 
 
 class WholeBody:
-    """Passes on requests whose body is complete. One that is too long gets 413, one that breaks off gets no answer."""
+    """Passes on requests whose body is complete. One that is too long gets 413; one that breaks off gets no answer."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -43,7 +43,7 @@ class WholeBody:
 
 
 def once(body: bytes, then: Receive) -> Receive:
-    """Return what receives a body that has been read already, and after that what else is to come."""
+    """Return a `receive` that replays a body already read, then passes on later messages."""
     given = False
 
     async def receive() -> Message:

@@ -1,4 +1,4 @@
-"""Who asks: the key, or the address, that fairness between clients goes by."""
+"""Determine the client of a request, the unit of fairness: the name of its API key, or its address."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from service.hosts import Network
 from service.http.door.keys import Limits
 
 IPV6_PREFIX = 64
-"""What one household or machine gets: its addresses are one client."""
+"""Prefix length assigned to one household or machine; all addresses of a prefix count as one client."""
 WITH_PORT = re.compile(r"\[(?P<ipv6>[^\[\]]*)\](:\d*)?|(?P<ipv4>[\d.]+):\d*")
-"""What some proxies write in X-Forwarded-For instead of an address: one with a port, of IPv6 in brackets."""
+"""Address with a port, or IPv6 address in brackets, as some proxies write into X-Forwarded-For."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks, and what it may."""
+    """The client of a request and its permissions."""
 
     name: str
-    """`key:NAME`, or an address; "" where nothing is known."""
+    """`key:NAME` or an address; "" if unknown."""
     limits: Limits = field(default_factory=Limits)
     admin: bool = False
-    """Whether its key may load and unload models."""
+    """Whether the client may load and unload models."""
 
 
 def client_of(peer: str, forwarded_for: Sequence[str], trusted_proxies: Collection[Network]) -> str:
-    """Return whom a request is from: the peer, or whom a chain of trusted proxies names.
+    """Return the client address of a request: the peer, or the address reported by a chain of trusted proxies.
 
-    Every proxy appends whom it was asked by, so the chain is believed from its end, and only as far as the proxies
-    that say so are trusted: anybody can send the header.
+    Every proxy appends the address of its peer. Since any client can send the header, the chain is read from its end,
+    and only as far as the reporting proxies are trusted.
 
-    Elements may have a port, and brackets around an IPv6 address. What is no address ends the chain: the client is then
-    the proxy that wrote it.
+    Elements may have a port, and brackets around an IPv6 address. An element that is not an address ends the chain; the
+    client is then the proxy that wrote it.
 
     Args:
-        peer: address of the connection's other end; "" where there is none.
+        peer: address of the other end of the connection; "" if there is none.
         forwarded_for: values of the X-Forwarded-For headers, in order.
         trusted_proxies: addresses of proxies.
 
     Returns:
-        An address; of IPv6, its network. What is no address is returned as it is.
+        The address; for IPv6, its network. A peer that is not an address is returned unchanged.
     """
     chain = [name.strip() for value in forwarded_for for name in value.split(",")]
     address = _address(peer)

@@ -25,9 +25,9 @@ class DescriptorBudget:
     """The share of the limit of open files (`ulimit -n`) that is left for connections."""
 
     connections: int
-    """Most open connections."""
+    """Maximum number of open connections."""
     accepts: int
-    """Most connections that are accepted at once, before those beyond `connections` are closed."""
+    """Maximum number of connections accepted at once, before those beyond `connections` are closed."""
 
 
 def descriptor_budget() -> DescriptorBudget:
@@ -50,7 +50,7 @@ class Closable(Protocol):
     """A connection that can be closed."""
 
     def make_room(self) -> None:
-        """Close it at once: another one needs its place."""
+        """Close the connection at once: another one needs its place."""
         ...
 
 

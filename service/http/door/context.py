@@ -1,4 +1,4 @@
-"""What the middlewares know of one HTTP request, in one typed object of the ASGI scope."""
+"""The context of one HTTP request, shared by the middlewares as one typed object in the ASGI scope."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RequestContext:
     request_id: str = ""
     """X-Request-ID of the answer; "" before it is chosen. Set by `Observe`."""
     client: Client | None = None
-    """Who sent it; None if it was refused before that was determined. Set by `Identify`."""
+    """The client; None if the request was refused before it was identified. Set by `Identify`."""
     idempotency_key: str | None = None
     """Its Idempotency-Key, if it has one. Set by `Idempotency`."""
     status: int | None = None
@@ -44,14 +44,14 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 def client_of_request(scope: Scope) -> Client:
-    """Return who sent a request that has passed `Identify`."""
+    """Return the client of a request that has passed `Identify`."""
     client = context_of(scope).client
     assert client is not None  # noqa: S101  # set by Identify
     return client
 
 
 def ended_as(scope: Scope, status: int) -> None:
-    """Note the outcome of an answer that has begun: the HTTP status it would have had if the outcome had been known."""
+    """Note the outcome of an answer that has begun: the HTTP status that matches the outcome."""
     context_of(scope).status = status
 
 

@@ -24,11 +24,11 @@ MAX_HEADER_BYTES = 32768
 
 
 class Guard:
-    """Refuses requests that no handler should get: 503 for too many connections, 421, 431, 415."""
+    """Rejects requests before they reach a handler: 503 (too many connections), 421 (host), 431 (head), 415 (type)."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
         self._app = app
-        self._allowed_hosts = frozenset(allowed_hosts)  # each as `canonical_host` writes it
+        self._allowed_hosts = frozenset(allowed_hosts)  # in the form of `canonical_host`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -73,7 +73,7 @@ def _refusal_of_body(scope: Scope, headers: Headers) -> Response | None:
 
 
 def _has_handler(scope: Scope) -> bool:
-    """Return whether a route takes the request; otherwise it gets 404 or 405, whatever its body is."""
+    """Return whether a route takes the request; otherwise it gets 404 or 405, independent of its body."""
     route = routes_of(scope).find(scope["path"])
     return route is not None and scope["method"] in route.methods
 

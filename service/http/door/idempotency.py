@@ -33,7 +33,7 @@ OVERHEAD_BYTES = 2048
 """Memory of a kept answer beside its body: key, headers, objects."""
 
 Name = tuple[str, str]
-"""A client's name and its key, so that equal keys of two clients are independent."""
+"""Client name and Idempotency-Key, so that equal keys of two clients are independent."""
 
 
 def derived_seed(client: str, key: str) -> int:
@@ -69,7 +69,7 @@ class _Kept:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return len(self.answer.body) + OVERHEAD_BYTES
 
 

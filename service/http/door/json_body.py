@@ -1,4 +1,4 @@
-"""Read JSON bodies, in the same way for all interfaces: UTF-8, with or without a byte order mark."""
+"""Read JSON bodies the same way for all interfaces: UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from service.errors import MalformedJson
 
 
 def read_json(text: bytes) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        MalformedJson: not UTF-8, not JSON, or beyond Python's limits on depth and on digits.
+        MalformedJson: the text is not UTF-8, not JSON, or beyond Python's limits on depth and on digits.
     """
     try:
         decoded = text.decode("utf-8-sig")  # loads(bytes) would take UTF-16 too, which RFC 8259 forbids
     except UnicodeDecodeError as error:
         raise MalformedJson("not UTF-8") from error
-    if decoded.startswith("\ufeff"):  # json would advise a codec of Python
+    if decoded.startswith("\ufeff"):  # the json module would suggest a Python codec
         raise MalformedJson("more than one byte order mark")
     try:
         return json.loads(decoded)
@@ -38,7 +38,7 @@ class JsonRequest(Request):
     """A request whose body FastAPI reads by `read_json`."""
 
     async def json(self) -> Any:
-        """Return what the body holds."""
+        """Return the parsed body."""
         return read_json(await self.body())
 
 

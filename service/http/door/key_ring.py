@@ -1,4 +1,4 @@
-"""The API keys in force while the service runs: it looks at the keys file with every request."""
+"""Hold the API keys in force; every request checks the keys file for changes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from service.errors import KeysError
 from service.http.door.keys import ApiKey, hash_of, read_keys
 
 RETRY_S = 1.0
-"""How soon a file that could not be read is read again, although it has not changed."""
+"""Interval for retrying an unreadable file that has not changed."""
 REMIND_S = 60.0
-"""How often the log repeats that it cannot be read."""
+"""Interval at which the log repeats that the file cannot be read."""
 
 log = logging.getLogger(__name__)
 
 
 class KeyRing:
-    """The keys in force: those of a file as it is now; while it is damaged or gone, those that were last read."""
+    """The keys in force: those in the current file or, while it is damaged or missing, those read last."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file.
@@ -41,7 +41,7 @@ class KeyRing:
         self._warn_of_none()
 
     def find(self, key: str) -> ApiKey | None:
-        """Return what is known of a key; the time it takes does not tell how much of it was right."""
+        """Return the record of a key, in a time that does not depend on how much of the key is correct."""
         self._refresh()
         presented, found = hash_of(key), None
         for known in self._keys:
@@ -87,5 +87,5 @@ class KeyRing:
             found = self._path.stat()
         except OSError:
             return None
-        # The time of the last change of mode and owner, too: they may make it readable again
+        # ctime too: a change of mode or owner may make the file readable again
         return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size

@@ -1,4 +1,4 @@
-"""API keys: a JSON file of names, hashes and limits. A key itself is printed once, and kept nowhere."""
+"""API keys: a JSON file of names, hashes and limits. The key itself is printed once and stored nowhere."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.errors import KeysError
 
 PREFIX = "iddpm_"
-"""So that people, and programs that look for leaked secrets, know what they see."""
+"""Prefix of all keys, by which people and secret scanners recognise a leaked key."""
 
 
 class Limits(BaseModel):
-    """What the holder of a key may do; None: whatever the service allows."""
+    """Limits of a key; None: only the limits of the service apply."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images_in_flight: Annotated[int, Field(ge=0)] | None = None
-    """Images accepted and not yet done; 0: may look (models, metrics), not generate."""
+    """Maximum number of accepted images that are not done; 0: read access only (models, metrics)."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
-    """POST requests, whatever becomes of them; so many may come at once."""
+    """Maximum rate of POST requests, failed ones included; a burst may use a whole minute's requests at once."""
     row_steps_per_request: Annotated[int, Field(ge=1)] | None = None
-    """Images x steps of one request, twice that with classifier-free guidance."""
+    """Maximum of images x steps of one request, doubled with classifier-free guidance."""
 
 
 class ApiKey(BaseModel):
-    """What is kept of a key."""
+    """The stored record of a key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    """Whose it is; stands in the log."""
+    """Name of the holder, as logged."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of 256 random bits, which nobody can guess: no slow hash is needed, and the file is no secret."""
+    """Hash of the key. A key has 256 random bits, so a fast hash is safe and the file is not a secret."""
     limits: Limits = Limits()
     admin: bool = False
-    """Whether it may load and unload models."""
+    """Whether the key may load and unload models."""
 
 
 class _KeysFile(BaseModel):
@@ -53,17 +53,17 @@ class _KeysFile(BaseModel):
     def _distinct(self) -> _KeysFile:
         names = [key.name for key in self.keys]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"names must differ; twice here: {', '.join(twice)}")
+            raise ValueError(f"names must differ; duplicates: {', '.join(twice)}")
         return self
 
 
 def new_key() -> str:
-    """Draw a key."""
+    """Return a new random key."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_of(key: str) -> str:
-    """Return what a keys file holds of a key."""
+    """Return the hash of a key, as a keys file stores it."""
     return sha256(key.encode()).hexdigest()
 
 
@@ -71,7 +71,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Read a keys file.
 
     Raises:
-        KeysError: it cannot be read, or is no keys file; says what is wrong with it.
+        KeysError: the file cannot be read or is not a valid keys file; the message gives the reason.
     """
     try:
         content = path.read_bytes()
@@ -84,40 +84,42 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     try:
         return _KeysFile.model_validate_json(content).keys
     except ValidationError as error:
-        raise KeysError(f"{path}: {_described(error)}") from None  # which quotes the file
+        raise KeysError(f"{path}: {_described(error)}") from None  # the chained error would quote the file
 
 
 def require_keys(path: Path) -> None:
     """Check that a keys file can be read, before a service starts.
 
     Raises:
-        KeysError: see `read_keys`; where there are no keys yet, says how to make one.
+        KeysError: see `read_keys`; if there are no keys yet, the message gives the command that creates one.
     """
     try:
         read_keys(path)
     except KeysError as error:
-        if is_absent_or_empty(path):  # while a service runs, that would replace the keys which it still knows
-            raise KeysError(f"{error}; iddpm keys add NAME --file {path} puts a key into it") from error
+        if is_absent_or_empty(
+            path
+        ):  # not in read_keys: while a service runs, adding a key would replace those in force
+            raise KeysError(f"{error}; to add a key: iddpm keys add NAME --file {path}") from error
         raise
 
 
 def is_absent_or_empty(path: Path) -> bool:
-    """Return whether there are no keys yet; an empty file may have been made for its owner and mode."""
+    """Return whether there are no keys yet. An empty file may have been created to set owner and mode."""
     try:
         return not path.read_bytes().strip()
     except FileNotFoundError:
         return True
     except OSError:
-        return False  # reading it says why
+        return False  # reading the file reports the reason
 
 
 def keys_text(keys: Sequence[ApiKey]) -> str:
-    """Return what a keys file holds."""
+    """Return the content of a keys file."""
     return _KeysFile(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
 def _described(error: ValidationError) -> str:
-    """Say what is wrong, and where, in no words of the file's own: what stands in the wrong place may be a key."""
+    """Describe the errors and their locations without quoting values: a misplaced value may be a key."""
     told = []
     for problem in error.errors(include_url=False, include_input=False):
         where = problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]

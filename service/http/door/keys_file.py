@@ -1,4 +1,4 @@
-"""Change a keys file: one process at a time, whole at every moment, with the mode, owner and links that it had."""
+"""Change a keys file atomically, one process at a time; its mode, owner and links are preserved."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ ACL = "system.posix_acl_access"
 
 
 def add_key(path: Path, added: ApiKey, show: Callable[[], None]) -> None:
-    """Add a key to a file, which is made if there is none.
+    """Add a key to a file, which is created if it does not exist.
 
     Args:
         path: the keys file.
-        added: what is kept of the key.
-        show: shows the key itself, which is kept nowhere; where it raises, the file stays as it is.
+        added: the record of the key.
+        show: shows the key itself, which is stored nowhere; if it raises, the file is not changed.
 
     Raises:
-        KeysError: there is a key of that name, or the file cannot be changed.
+        KeysError: a key with that name exists, or the file cannot be changed.
     """
     with _locked(path):
         known = () if is_absent_or_empty(path) else read_keys(path)
         if any(added.name == key.name for key in known):
-            raise KeysError(f"{path} has a key of the name {added.name}: remove it first, or choose another name")
+            raise KeysError(
+                f"{path} already has a key with the name {added.name}: remove it first, or choose another name"
+            )
         write_keys(path, [*known, added], before_replacing=show)
 
 
@@ -43,28 +45,28 @@ def remove_key(path: Path, name: str) -> None:
     """Remove a key from a file.
 
     Raises:
-        KeysError: there is no key of that name, or the file cannot be changed.
+        KeysError: there is no key with that name, or the file cannot be changed.
     """
     with _locked(path):
         known = read_keys(path)
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
-            raise KeysError(f"{path} has no key of the name {name}")
+            raise KeysError(f"{path} has no key with the name {name}")
         write_keys(path, kept)
 
 
 def write_keys(path: Path, keys: Sequence[ApiKey], before_replacing: Callable[[], None] = lambda: None) -> None:
-    """Write a keys file; a service that reads it meanwhile sees the old one or the new one.
+    """Replace a keys file atomically: concurrent readers see the old or the new file.
 
-    A link stays, and what it leads to is replaced. Mode, owner, group and access control list stay.
+    If the path is a link, its target is replaced. Mode, owner, group and access control list are preserved.
 
     Args:
         path: the keys file.
-        keys: what it shall hold.
-        before_replacing: called when the new file is ready; where it raises, the old file stays as it is.
+        keys: the new content.
+        before_replacing: called when the new file is ready; if it raises, the old file is not changed.
 
     Raises:
-        KeysError: it cannot be written, or not with the owner that it has.
+        KeysError: the file cannot be written, or its owner cannot be preserved.
     """
     target = _target(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -75,13 +77,13 @@ def write_keys(path: Path, keys: Sequence[ApiKey], before_replacing: Callable[[]
         with _as_keys_errors(target):
             temporary.replace(target)
     finally:
-        with suppress(OSError):  # it has its new name, or was never made
+        with suppress(OSError):  # it was renamed, or not created
             temporary.unlink()
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keep other `iddpm keys` from changing the file: locks its folder, since the file itself is replaced."""
+    """Exclude other `iddpm keys` processes. The lock is on the folder, because the file itself is replaced."""
     folder = _target(path).parent
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -109,12 +111,12 @@ def _wait_for_lock(path: Path, descriptor: int) -> None:
 
 
 def _target(path: Path) -> Path:
-    """Return the file that a path leads to through all links; it need not exist."""
+    """Return the path with all links resolved; the file need not exist."""
     return Path(os.path.realpath(path))
 
 
 def _write_beside(temporary: Path, target: Path, text: str) -> None:
-    """Write the new file, as the one of its name is owned and protected."""
+    """Write the new file with the owner and permissions of the old one."""
     with temporary.open("x") as file:
         with suppress(FileNotFoundError):
             _protect_alike(file.fileno(), target, target.stat())
@@ -146,7 +148,7 @@ def _protect_alike(descriptor: int, target: Path, old: os.stat_result) -> None:
 
 
 def _copy_acl(descriptor: int, target: Path) -> None:
-    """Give the new file the access control list of the old one, or none, whatever its folder hands down."""
+    """Copy the access control list of the old file; without one, remove the list inherited from the folder."""
     try:
         os.setxattr(descriptor, ACL, os.getxattr(target, ACL))
     except OSError as error:

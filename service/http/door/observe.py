@@ -30,7 +30,7 @@ REFUSED = frozenset({429, 503})
 
 
 class Observe:
-    """The outermost middleware without tracing: names, logs and counts each answer once, whatever produced it."""
+    """The outermost middleware without tracing: it names, logs and counts each answer once, whatever its source."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -70,7 +70,7 @@ class Observe:
             log.error("unexpected error", exc_info=error)
             if status != CLIENT_CLOSED:
                 status = 500
-                raise  # an answer had begun: all that is left is to break the connection
+                raise  # an answer had begun: the only option is to close the connection
             await problem(500, "Internal error", "something went wrong here; the log has the details")(
                 scope, receive, send_named
             )

@@ -1,4 +1,4 @@
-"""Requests per minute of each client."""
+"""Limit the requests per minute of each client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class _Bucket:
 
 
 class RequestRates:
-    """A token bucket for each client: holds a minute's requests, and fills evenly."""
+    """One token bucket per client, which holds a minute's requests and fills at a constant rate."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -24,8 +24,8 @@ class RequestRates:
         """Count a request.
 
         Args:
-            client: who asks; every name is remembered, so let there be few.
-            per_minute: its limit, which may have changed since it last asked.
+            client: name of the client; all names are kept in memory, so there must be few.
+            per_minute: the client's limit, which may change between requests.
 
         Returns:
             0, or for how many seconds the next request will not be taken; then this one was not counted.

@@ -1,4 +1,4 @@
-"""Request lines in less usual forms, made what the routes expect: absolute-form targets, and HEAD for every GET."""
+"""Convert less usual request lines to what routes expect: absolute-form targets, and HEAD for every GET."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ABSOLUTE_FORM = re.compile(rb"https?://([^/]*)(.*)", re.IGNORECASE)
-"""Scheme, authority and path; servers cut the query off."""
+"""Scheme, authority and path of an absolute-form target; servers have removed the query."""
 
 
 class OriginForm:
-    """Turn `GET http://host/path`, which servers must accept (RFC 9112, 3.2.2), into `GET /path` with `Host: host`."""
+    """Rewrite `GET http://host/path`, which servers must accept (RFC 9112, 3.2.2), as `GET /path` with `Host: host`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -23,12 +23,12 @@ class OriginForm:
         if scope["type"] == "http" and (target := ABSOLUTE_FORM.fullmatch(scope.get("raw_path") or b"")) is not None:
             scope["raw_path"] = target[2] or b"/"
             scope["path"] = unquote(scope["raw_path"].decode("ascii"))  # as uvicorn does
-            MutableHeaders(scope=scope)["host"] = target[1].decode("ascii")  # counts more than the header
+            MutableHeaders(scope=scope)["host"] = target[1].decode("ascii")  # takes precedence over the header
         await self._app(scope, receive, send)
 
 
 class HeadAsGet:
-    """Answer HEAD as GET, without the body, wherever there is a GET."""
+    """Answer HEAD like GET, without the body, on every route with a GET."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,6 +47,6 @@ class HeadAsGet:
                     headers["Allow"] = ", ".join([*allowed, "HEAD"])
             await send(message)
 
-        # The server leaves the body out: it knows what was asked. It reads its own copy of the scope
+        # The server omits the body: it reads the method in its own copy of the scope
         as_get = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         await self._app(as_get, receive, send_allowing_head)

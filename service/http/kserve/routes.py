@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe v2) over HTTP: tensors in, tensors out. Triton's clients use it."""
+"""Routes of the Open Inference Protocol (KServe v2) over HTTP, as used by Triton's clients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from service.models.served_model import ServedModel, find_model
 from service.requests.generate_request import GenerateRequest, SamplingOptions
 
 NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
-"""The options of all interfaces that are no tensors here: the path names the model, the others are parameters."""
+"""Common options that are not tensors here: the path names the model, the others are parameters."""
 INPUTS: dict[str, Datatype] = {
     "class": "BYTES",
     "class_index": "INT64",
@@ -62,7 +62,7 @@ INPUTS: dict[str, Datatype] = {
         if name not in NOT_INPUTS
     },
 }
-"""Fields of a native request, all optional; `class_index` is a `class` that is given as a number."""
+"""Input tensors: fields of a native request, all optional; `class_index` is `class` as a number."""
 ONE_PER_IMAGE = frozenset({"class", "class_index"})
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "schedule_policy", "statistics"]
 TRITON_TYPES: dict[Datatype, str] = {
@@ -119,25 +119,25 @@ of_model = APIRouter(route_class=KserveRoute)
 
 @server.get("")
 async def server_metadata() -> ServerMetadata:
-    """Say what this server is."""
+    """Return the server's name, version and protocol extensions."""
     return ServerMetadata(name="iddpm", version=version_of("iddpm"), extensions=EXTENSIONS)
 
 
 @server.get("/health/live", response_model=Live)
 async def live(state: State) -> Live | Response:
-    """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
+    """Report whether the process is alive; 503 after the engine has stopped with an error: restart the process."""
     return refusal_if_dead(state.engine) or Live(live=True)
 
 
 @server.get("/health/ready", response_model=Ready)
 async def ready(state: State) -> Ready | Response:
-    """Say whether requests are accepted: after warm-up, until shutdown begins."""
+    """Report whether requests are accepted: from the end of warm-up until shutdown begins."""
     return refusal_if_not_ready(state.engine) or Ready(ready=True)
 
 
 @server.get("/models/stats")
 async def all_stats(state: State) -> ModelStatsList:
-    """Say what all models have done since the process began."""
+    """Return statistics of all models since the process started."""
     return ModelStatsList(model_stats=[model_stats(model, state.engine.activity) for model in state.models.values()])
 
 
@@ -158,13 +158,13 @@ async def metadata(model: Model) -> ModelMetadata:
 
 @of_model.get("/ready", response_model=ModelReady)
 async def model_ready(model: Model, state: State) -> ModelReady | Response:
-    """Say whether requests for a model are accepted."""
+    """Report whether requests for a model are accepted."""
     return refusal_if_not_ready(state.engine) or ModelReady(name=model.name, ready=True)
 
 
 @of_model.get("/config", response_model_exclude_none=True)
 async def config(model: Model) -> ModelConfig:
-    """Say of a model what Triton would say of its configuration."""
+    """Return a model's configuration in Triton's format."""
     return ModelConfig(
         name=model.name,
         platform="iddpm",
@@ -188,7 +188,7 @@ async def config(model: Model) -> ModelConfig:
 
 @of_model.get("/stats")
 async def stats(model: Model, state: State) -> ModelStatsList:
-    """Say what a model has done since the process began."""
+    """Return statistics of a model since the process started."""
     return ModelStatsList(model_stats=[model_stats(model, state.engine.activity)])
 
 
@@ -202,8 +202,8 @@ async def stats(model: Model, state: State) -> ModelStatsList:
 async def infer(model: Model, request: Request, state: State) -> Response:
     """Generate images.
 
-    Elements of tensors are in the JSON object, or behind it as bytes; then the header Inference-Header-Content-Length
-    says how long the object is.
+    Elements of tensors are in the JSON object, or behind it as bytes. With bytes, the header
+    Inference-Header-Content-Length must give the length of the object.
     """
     head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
     asked = _read(head)

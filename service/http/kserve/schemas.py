@@ -1,4 +1,4 @@
-"""What goes over the wire in the Open Inference Protocol (KServe v2), with Triton's extensions."""
+"""Request and response schemas of the Open Inference Protocol (KServe v2), with Triton's extensions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class InferParameters(RequestBody):
     """Parameters of a request, as Triton names them."""
 
     binary_data_output: StrictBool = Field(
-        default=False, description="Whether outputs come as bytes behind the JSON object, unless they say otherwise."
+        default=False, description="Whether outputs are bytes behind the JSON object; each output may override it."
     )
     priority: Annotated[StrictInt, Field(ge=0)] = Field(
-        default=0, description="0 and 1: interactive; from 2: batch work, which takes what interactive work leaves."
+        default=0, description="0 and 1: interactive; 2 and above: batch work, which gets what interactive work leaves."
     )
     timeout: Annotated[StrictInt, Field(ge=0)] = Field(
         default=0,
-        description="Microseconds within which all images are wanted; refused at once if that is predicted to fail. "
+        description="Deadline for all images, in microseconds; rejected at once if predicted to be missed. "
         "0: whenever.",
     )
 
@@ -31,11 +31,11 @@ class InferParameters(RequestBody):
 class RequestedOutputParameters(RequestBody):
     """Parameters of a requested output."""
 
-    binary_data: StrictBool | None = Field(default=None, description="Absent: as `binary_data_output` says.")
+    binary_data: StrictBool | None = Field(default=None, description="Absent: the value of `binary_data_output`.")
 
 
 class RequestedOutput(RequestBody):
-    """An output that is wanted."""
+    """A requested output."""
 
     name: OutputName
     parameters: RequestedOutputParameters = RequestedOutputParameters()
@@ -44,7 +44,7 @@ class RequestedOutput(RequestBody):
 class InferRequest(RequestBody):
     """A request for images, as tensors. All inputs are optional; GET /v2/models/{model} lists them."""
 
-    id: Annotated[StrictStr, Field(max_length=200)] | None = Field(default=None, description="Comes back as it is.")
+    id: Annotated[StrictStr, Field(max_length=200)] | None = Field(default=None, description="Returned unchanged.")
     parameters: InferParameters = InferParameters()
     inputs: Annotated[list[InputTensor], Field(max_length=32)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=32)] | None = Field(
@@ -53,12 +53,12 @@ class InferRequest(RequestBody):
 
 
 class InferResponse(BaseModel):
-    """Images and what they were made from, as tensors."""
+    """Images and their parameters, as tensors."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     model_name: str
-    model_version: str = Field(description="The numerics_id: equal ones give equal pixels for equal requests.")
+    model_version: str = Field(description="The numerics_id: equal ids give equal pixels for equal requests.")
     id: str | None = None
     outputs: list[OutputTensor]
 
@@ -68,14 +68,14 @@ class TensorMetadata(BaseModel):
 
     name: str
     datatype: Datatype
-    shape: list[int] = Field(description="-1: any number, the same for all of them: the images of a request.")
+    shape: list[int] = Field(description="-1: the number of images of a request, equal for all such tensors.")
 
 
 class ModelMetadata(BaseModel):
-    """A model as its clients see it."""
+    """Metadata of a model: versions, inputs and outputs."""
 
     name: str
-    versions: list[str] = Field(description="One: the numerics_id. Asking for it by path pins the pixels.")
+    versions: list[str] = Field(description="One version: the numerics_id. Naming it in the path pins the pixels.")
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
@@ -91,18 +91,18 @@ class ConfigTensor(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """What a Triton server would tell of a model's configuration."""
+    """A model's configuration in Triton's format."""
 
     name: str
     platform: str
     backend: str
-    max_batch_size: int = Field(description="0: shapes are what they say, no dimension is added for batches.")
+    max_batch_size: int = Field(description="0: shapes are complete, without an additional batch dimension.")
     input: list[ConfigTensor]
     output: list[ConfigTensor]
 
 
 class ServerMetadata(BaseModel):
-    """The server as its clients see it."""
+    """Metadata of the server."""
 
     name: str
     version: str
@@ -129,14 +129,14 @@ class ModelReady(BaseModel):
 
 
 class Duration(BaseModel):
-    """How often something happened, and how long it took in all."""
+    """Number of events and their total duration."""
 
     count: int
     ns: int
 
 
 class InferenceStats(BaseModel):
-    """What became of images, and where their time went; each image counts as one inference."""
+    """Outcomes and durations of images; each image counts as one inference."""
 
     success: Duration
     fail: Duration
@@ -149,7 +149,7 @@ class InferenceStats(BaseModel):
 
 
 class BatchStats(BaseModel):
-    """Network calls with so many rows, padding included."""
+    """Network calls with `batch_size` rows, padding included."""
 
     batch_size: int
     compute_input: Duration
@@ -158,11 +158,11 @@ class BatchStats(BaseModel):
 
 
 class ModelStats(BaseModel):
-    """Activity of a model since the process began."""
+    """Activity of a model since the process started."""
 
     name: str
     version: str
-    last_inference: int = Field(description="When an image was last done; milliseconds since 1970, 0 for never.")
+    last_inference: int = Field(description="When the last image was done, in milliseconds since 1970; 0: none yet.")
     inference_count: int = Field(description="Images done.")
     execution_count: int = Field(description="Network calls.")
     inference_stats: InferenceStats

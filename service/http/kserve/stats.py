@@ -1,4 +1,4 @@
-"""Triton's statistics of a model."""
+"""Convert a model's activity to Triton's statistics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from service.http.kserve.schemas import BatchStats, Duration, InferenceStats, Mo
 from service.models.served_model import ServedModel
 
 _NOTHING = Duration(count=0, ns=0)
-"""For phases that take no time of their own here, and for the response cache, which the service does not have."""
+"""Value of phases that take no separate time here, and of the response cache, which the service does not have."""
 
 
 def model_stats(model: ServedModel, activity: Activity) -> ModelStats:
-    """Return what a model has done since the process began."""
+    """Return the statistics of a model since the process started."""
     did = activity.of(model.name)
     return ModelStats(
         name=model.name,

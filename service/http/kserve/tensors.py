@@ -23,10 +23,10 @@ from service.requests.request_body import RequestBody
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 MAX_ELEMENTS = MAX_IMAGES
-"""Most elements of an input: one per image."""
+"""Maximum number of elements of an input: one per image."""
 
 PIECE = 16384
-"""Elements that are put into JSON at once: about a millisecond without another thread running."""
+"""Elements converted to JSON at once; this blocks other threads for about a millisecond."""
 
 Datatype = Literal["BYTES", "INT64", "FP32", "UINT8"]
 Element = int | float | str
@@ -53,7 +53,7 @@ class InputParameters(RequestBody):
     """Parameters of an input tensor."""
 
     binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        default=None, description="Bytes behind the JSON object that are this tensor's; absent: it has `data`."
+        default=None, description="Number of bytes of this tensor behind the JSON object; absent: it has `data`."
     )
 
 
@@ -62,7 +62,7 @@ JsonElement = Annotated[Any, WithJsonSchema({"anyOf": [{"type": kind} for kind i
 
 
 class InputTensor(RequestBody):
-    """An input tensor, or what there is to know of one whose elements are behind the JSON object."""
+    """An input tensor; `data` is absent if the elements are behind the JSON object."""
 
     name: Annotated[StrictStr, Field(max_length=200)]
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=1)]
@@ -72,7 +72,7 @@ class InputTensor(RequestBody):
 
 
 class OutputTensor(BaseModel):
-    """An output tensor; its elements are in `data`, or behind the JSON object where `parameters` say so."""
+    """An output tensor; its elements are in `data`, or behind the JSON object if `parameters` specify it."""
 
     name: str
     shape: list[int]
@@ -127,7 +127,7 @@ def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, lis
         elements[tensor.name] = _from_bytes(tensor, binary[offset : offset + size])
         offset += size
     if offset != len(binary):
-        raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body are no tensor's")
+        raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body do not belong to any tensor")
     return elements
 
 

@@ -23,21 +23,21 @@ class MediaRange:
 
     @property
     def specificity(self) -> int:
-        """How exactly it names a type: 0 for */*, 1 for image/*, 2 for image/png."""
+        """Specificity of the range: 0 for */*, 1 for image/*, 2 for image/png."""
         return (self.kind != "*") + (self.subtype != "*")
 
     def covers(self, media_type: str) -> bool:
-        """Return whether it names a media type."""
+        """Return whether the range includes a media type."""
         kind, _, subtype = media_type.partition("/")
         return self.kind in ("*", kind) and self.subtype in ("*", subtype)
 
 
 def read_accept(header: str) -> list[MediaRange]:
-    """Parse the header; elements that are no media range are ignored."""
+    """Parse the header; elements that are not media ranges are ignored."""
     ranges = []
     for element in _ELEMENT.findall(header):
         name, *parameters = [part.strip().lower() for part in _PARAMETER.findall(element)] or [""]
-        named = _RANGE.fullmatch("*/*" if name == "*" else name)  # "*" alone is Java's
+        named = _RANGE.fullmatch("*/*" if name == "*" else name)  # Java sends "*" alone
         weights = [value.strip() for key, _, value in (p.partition("=") for p in parameters) if key.strip() == "q"]
         quality = weights[0] if weights else "1"
         if named is not None and _QUALITY.fullmatch(quality):

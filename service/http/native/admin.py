@@ -26,7 +26,7 @@ async def registry_for_admins(
 
 
 Registry = Annotated[ModelRegistry, Depends(registry_for_admins)]
-Name = Annotated[str, Path(description="Name of its folder in IDDPM_ADMIN_ROOT.")]
+Name = Annotated[str, Path(description="Name of the model's folder in IDDPM_ADMIN_ROOT.")]
 
 _PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -44,12 +44,12 @@ router = APIRouter(prefix="/v1/admin/models", tags=["admin"], responses=_ERRORS)
 
 @router.post("/{name}/load")
 async def load(name: Name, registry: Registry) -> ModelInfo:
-    """Load a model, or load it again from its folder; answers when requests reach it."""
+    """Load or reload a model from its folder; the answer is sent when the model accepts requests."""
     return model_info(await registry.load(name))
 
 
 @router.post("/{name}/unload")
 async def unload(name: Name, registry: Registry) -> Status:
-    """Serve a model no more; accepted images finish."""
+    """Unload a model; accepted images are finished."""
     registry.unload(name)
     return Status(status="unloaded")

@@ -37,7 +37,7 @@ class Form:
     """The form of an answer."""
 
     body: Body
-    """JSON with base64 images; the picture or npz itself; a zip of pictures."""
+    """One of: JSON with base64 images, the picture or npz file itself, a zip of pictures."""
     format: ImageFormat
     quality: int | None
     compression: int | None
@@ -49,19 +49,19 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
     Args:
         body: names the format of the images; with `stream` the answer is always JSON.
         accept: the Accept header; JSON, unless it prefers a file (`service.http.native.accept`).
-        channels: of the model's images.
+        channels: number of channels of the model's images.
 
     Raises:
-        NotAcceptable: a header that allows no available form.
-        InvalidRequest: options that contradict each other, or a format that cannot hold the model's images.
+        NotAcceptable: the header allows no available form.
+        InvalidRequest: options contradict each other, or the format cannot hold the model's images.
     """
     kind, image_format = _preferred("" if body.stream else accept, body.format)
     if body.preview_every is not None and not body.stream:
-        raise InvalidRequest("preview_every", "is a choice of `stream` only, which is false")
+        raise InvalidRequest("preview_every", "is valid only with `stream`, which is false")
     if body.quality is not None and image_format != "jpeg":
-        raise InvalidRequest("quality", f'is a choice of format "jpeg" only; format is {quoted(image_format)}')
+        raise InvalidRequest("quality", f'is valid only with format "jpeg"; format is {quoted(image_format)}')
     if body.compression is not None and image_format == "jpeg":
-        raise InvalidRequest("compression", 'is no choice of format "jpeg", which has `quality`')
+        raise InvalidRequest("compression", 'is not valid with format "jpeg", which has `quality`')
     if kind == "zip" and image_format == "npz":
         raise InvalidRequest(
             "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz holds all images by itself"
@@ -75,7 +75,7 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
 
 
 def answer(form: Form, finished: Finished) -> Response:
-    """Encode the images of a request in the form that was chosen."""
+    """Encode the images of a request in the chosen form."""
     if form.body == "json":
         return Response(answer_json(form, finished), media_type=JSON_MEDIA_TYPE)
     accepted, results = finished.accepted, finished.results
@@ -104,7 +104,7 @@ def answer_json(form: Form, finished: Finished) -> str:
 
 
 def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> GeneratedImage:
-    """Return an image that is done, with its parameters, as the wire model."""
+    """Return a finished image with its parameters, as a member of the response."""
     params = accepted.images[result.position]
     return GeneratedImage(
         b64_json=base64.b64encode(_encode(form, params, result)).decode(),

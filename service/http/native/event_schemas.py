@@ -1,4 +1,4 @@
-"""What the events of `stream: true` hold, as JSON; `completed` is a `GenerateResponse`, `failed` a `Problem`."""
+"""Schemas of the events of `stream: true`; `completed` is a `GenerateResponse`, `failed` a `Problem`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ EventName = Literal["queued", "progress", "preview", "completed", "failed"]
 
 
 class QueuedEvent(BaseModel):
-    """The request was accepted; again about every second until its first image has taken a step."""
+    """The request was accepted; repeated about every second until the first step of its first image."""
 
-    images_ahead: int = Field(description="Images that come before this request's first one.")
+    images_ahead: int = Field(description="Number of images before this request's first one in the queue.")
     predicted_wait_s: float = Field(description="From now to its first network call.")
     eta_s: float = Field(description="From now to its last image; 0 before any step was timed.")
 
 
 class ProgressEvent(BaseModel):
-    """How far an image has come. Not every step is told; the last one is."""
+    """Progress of an image. Not every step is reported, but the last one always is."""
 
-    position: int = Field(description="Which image of the request, from 0.")
+    position: int = Field(description="Position of the image in the request, from 0.")
     step: int = Field(description="Sampling steps taken.")
     steps: int
     eta_s: float = Field(description="From now to the request's last image.")
 
 
 class PreviewEvent(BaseModel):
-    """What an image is going to be, as predicted after some of its steps."""
+    """Preview: the finished image as predicted after some of its steps."""
 
     position: int
     step: int

@@ -38,7 +38,7 @@ _RESPONSES = {
         status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
         for status, text in {
             400: "The body is not JSON",
-            401: "No valid API key, where the service wants one",
+            401: "No valid API key, if the service requires one",
             404: "No such model",
             406: "Accept allows no available form",
             408: "The request did not arrive in time",
@@ -46,10 +46,10 @@ _RESPONSES = {
             415: "The body is not declared as JSON",
             421: "Not a name of this service",
             422: "A field breaks a rule, the deadline cannot be met, or the Idempotency-Key is another request's",
-            429: "This client has too much in flight, or asks too often; Retry-After says when to try again",
+            429: "This client has too many images in flight or requests too often; Retry-After gives the time to wait",
             431: "The headers are too long",
             500: "An image or the engine failed",
-            503: "Queue full or shutting down; Retry-After says when to try again",
+            503: "Queue full or shutting down; Retry-After gives the time to wait",
             504: "It took longer than the service allows",
         }.items()
     },
@@ -60,11 +60,11 @@ _RESPONSES = {
 async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
     """Generate images.
 
-    Answers JSON with base64 images unless Accept prefers a file: with `image/png`, `image/webp` or `image/jpeg` the
-    picture itself (a grid if there are several), with `application/zip` a picture per image, with `application/x-npz`
-    all of them as arrays.
-    With `stream`, answers Server-Sent Events: `queued` at once and while it waits, then `progress` and `preview` of
-    its images, and last `completed`, with what the JSON answer would hold, or `failed`, with a problem.
+    The answer is JSON with base64 images unless Accept prefers a file: `image/png`, `image/webp` or `image/jpeg` for
+    the picture itself (a grid if there are several), `application/zip` for one picture per image, `application/x-npz`
+    for arrays.
+    With `stream`, the answer is Server-Sent Events: `queued` at once and while the request waits, then `progress` and
+    `preview` of its images, and last `completed`, with the content of the JSON answer, or `failed`, with a problem.
     """
     prepared = prepare(body, request, state)
     form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)

@@ -1,4 +1,4 @@
-"""What can be asked without generating anything: models, health, metrics. None of it runs the network."""
+"""Routes that report state and never run the network: models, health, metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RED = {503: {"content": {"application/problem+json": {"schema": Problem.model_j
 
 @shared.get("/v1/models", tags=["models"])
 async def models(state: State) -> ModelList:
-    """List the served models, the default one first: `models` with all we know, `data` for OpenAI's SDK."""
+    """List the served models, the default one first: `models` with all details, `data` for OpenAI's SDK."""
     return ModelList(
         data=[_card(model) for model in state.models.values()],
         models=[model_info(model) for model in state.models.values()],
@@ -33,7 +33,7 @@ async def models(state: State) -> ModelList:
 
 
 def model_info(model: ServedModel) -> ModelInfo:
-    """Return all we tell of a model."""
+    """Return the public details of a model."""
     return ModelInfo(
         name=model.name,
         image_size=model.config.model.image_size,
@@ -49,26 +49,26 @@ def model_info(model: ServedModel) -> ModelInfo:
 
 
 @of_openai.get("/v1/models/{model}", tags=["models"], responses={"4XX": {"model": OpenAIError}})
-async def model_card(model: Annotated[str, Path(description="Its name.")], state: State) -> ModelCard:
-    """Say of one model what OpenAI's SDK reads of models."""
+async def model_card(model: Annotated[str, Path(description="Name of the model.")], state: State) -> ModelCard:
+    """Return one model in the form that OpenAI's SDK reads."""
     return _card(find_model(state.models, model))
 
 
 @router.get("/healthz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def healthz(state: State) -> Status | Response:
-    """Say whether the process is alive; red once the engine has stopped with an error: restart it."""
+    """Report whether the process is alive; 503 after the engine has stopped with an error: restart the process."""
     return refusal_if_dead(state.engine) or Status(status="ok")
 
 
 @router.get("/readyz", tags=["health"], response_model=Status, responses=_RED)  # type: ignore[arg-type]
 async def readyz(state: State) -> Status | Response:
-    """Say whether requests are accepted: after warm-up, until shutdown begins."""
+    """Report whether requests are accepted: from the end of warm-up until shutdown begins."""
     return refusal_if_not_ready(state.engine) or Status(status="ready")
 
 
 @router.get("/metrics", tags=["metrics"], response_class=Response)
 async def metrics(state: State) -> Response:
-    """Answer Prometheus."""
+    """Return the metrics in Prometheus' text format."""
     state.metrics.set_models((model.name, model.numerics_id, model.backend) for model in state.models.values())
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

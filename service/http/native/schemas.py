@@ -1,4 +1,4 @@
-"""Answers of the native interface, as JSON."""
+"""Response schemas of the native interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class GeneratedImage(BaseModel):
-    """One image and what it was made from."""
+    """One image and its parameters."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -23,9 +23,11 @@ class GeneratedImage(BaseModel):
 
 
 class Timing(BaseModel):
-    """What was predicted on admission, and what it came to. Predictions are 0 before any step was timed."""
+    """Predicted (at admission) and actual times. Predictions are 0 before any step was timed."""
 
-    images_ahead: int = Field(description="Images that came before this request's first one, on admission.")
+    images_ahead: int = Field(
+        description="Number of images before this request's first one in the queue, at admission."
+    )
     predicted_wait_s: float = Field(description="From admission to the first network call.")
     wait_s: float
     predicted_finish_s: float = Field(description="From admission to the last image.")
@@ -50,9 +52,9 @@ class ModelInfo(BaseModel):
     image_size: int
     image_channels: int
     classes: list[str] | None = Field(
-        description="Class names in index order; null if unconditional. Of a classifier, where only that has classes."
+        description="Class names in index order; null if unconditional. Those of the classifier if only it has classes."
     )
-    num_timesteps: int = Field(description="T: `steps` may be at most this.")
+    num_timesteps: int = Field(description="T, the maximum of `steps`.")
     guidance: bool = Field(description="Whether cfg_scale other than 1 is possible.")
     default_cfg_scale: float
     classifier_guidance: bool = Field(description="Whether classifier_scale other than 0 is possible.")
@@ -63,14 +65,14 @@ class ModelInfo(BaseModel):
 class ModelCard(BaseModel):
     """A served model as OpenAI's SDK lists it."""
 
-    id: str = Field(description="Its name.")
+    id: str = Field(description="Name of the model.")
     object: Literal["model"] = "model"
-    created: int = Field(description="When it was loaded, in seconds since 1970.")
+    created: int = Field(description="Time when the model was loaded, in seconds since 1970.")
     owned_by: Literal["iddpm"] = "iddpm"
 
 
 class ModelList(BaseModel):
-    """The served models, the default one first: all we know of them, and what OpenAI's SDK reads."""
+    """The served models, the default one first: all details, and the list that OpenAI's SDK reads."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -87,7 +89,7 @@ class Problem(BaseModel):
     instance: str | None = None
     errors: list[dict[str, str]] | None = Field(default=None, description="`field` and `message` of each broken rule.")
     predicted_finish_s: float | None = Field(
-        default=None, description="When the images would be done, where a deadline cannot be met."
+        default=None, description="When the images would be done, if a deadline cannot be met."
     )
 
 

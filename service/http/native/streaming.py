@@ -1,4 +1,4 @@
-"""`stream: true`: the events of a request as Server-Sent Events."""
+"""Write the events of a request with `stream: true` as Server-Sent Events."""
 
 from __future__ import annotations
 

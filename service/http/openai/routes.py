@@ -1,4 +1,4 @@
-"""OpenAI's Images interface: translate their request into a native one, and the answer into their schema."""
+"""Routes of OpenAI's Images interface: convert a request to a native one, and the answer to OpenAI's schema."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
     """Return the native request for a request of OpenAI's.
 
     Raises:
-        InvalidRequest: one of OpenAI's fields breaks a rule; names field, rule and allowed values.
-        RequestValidationError: one of our fields does.
+        InvalidRequest: one of OpenAI's fields breaks a rule; the message names field, rule and allowed values.
+        RequestValidationError: a field of the native interface breaks a rule.
     """
     if body.size is not None and body.size not in ("auto", image_size(model)):
         raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
     if body.partial_images and not body.stream:
-        raise InvalidRequest("partial_images", "is a choice of `stream` only")
+        raise InvalidRequest("partial_images", "is valid only with `stream`")
     fields: dict[str, Any] = body.model_dump(include=set(SamplingOptions.model_fields), exclude_unset=True)
     fields |= {"model": model.name, "n": body.n, "format": body.output_format or "png"}
     if body.output_compression is not None and fields["format"] == "jpeg":

@@ -1,4 +1,4 @@
-"""What goes over the wire in OpenAI's Images interface, as their SDK has it; what it does not know, it hands on."""
+"""Schemas of OpenAI's Images interface, as in its SDK, which passes unknown fields on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 
 
 class ImagesRequest(SamplingOptions):
-    """A request for images; our own fields go into `extra_body` of the SDK."""
+    """A request for images; the SDK sends the fields of the native interface by `extra_body`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -26,36 +26,41 @@ class ImagesRequest(SamplingOptions):
 
     prompt: Annotated[StrictStr, Field(max_length=MAX_PROMPT)] = Field(
         default="",
-        description="A class by name (whatever its case, spaces and underscores) or index, or several between commas. "
+        description="Classes by name (ignoring case, spaces and underscores) or index, separated by commas. "
         "Empty or absent: drawn from the seed.",
     )
     n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
-        default=None, description="Images; where `prompt` lists several classes: that many, or a multiple of it."
+        default=None,
+        description="Number of images; if `prompt` lists several classes, their number or a multiple of it.",
     )
-    size: StrictStr | None = Field(default=None, description="`auto`, or the model's own, such as `32x32`.")
+    size: StrictStr | None = Field(default=None, description="`auto`, or the model's image size, such as `32x32`.")
     response_format: Literal["b64_json"] | None = Field(
-        default=None, description="Pictures come in the answer: none are kept that a url could lead to."
+        default=None, description="Images are part of the answer; the service stores none, so there are no URLs."
     )
     output_format: OutputFormat | None = Field(
         default=None, description="`png`, `webp` (lossless) or `jpeg` (lossy); default `png`."
     )
     output_compression: Annotated[StrictInt, Field(ge=0, le=100)] | None = Field(
-        default=None, description="Quality of `jpeg`; the others lose nothing, whatever this is."
+        default=None, description="Quality of `jpeg`; ignored for the other formats, which are lossless."
     )
     stream: StrictBool | None = Field(default=None, description="Answer with server-sent events.")
     partial_images: Annotated[StrictInt, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = Field(
-        default=None, description="Previews of each image at most, where `stream` is true."
+        default=None, description="Maximum number of previews of each image, if `stream` is true."
     )
-    quality: Literal["auto", "standard"] | None = Field(default=None, description="`steps` is what makes it better.")
-    style: Literal["vivid", "natural"] | None = Field(default=None, description="Not used: pictures have one style.")
-    background: Literal["auto", "opaque"] | None = Field(default=None, description="There is no transparency.")
+    quality: Literal["auto", "standard"] | None = Field(
+        default=None, description="Not used: set `steps` for better images."
+    )
+    style: Literal["vivid", "natural"] | None = Field(default=None, description="Not used: there is only one style.")
+    background: Literal["auto", "opaque"] | None = Field(
+        default=None, description="Not used: there is no transparency."
+    )
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Not used: classes are a fixed list.")
     user: Annotated[StrictStr, Field(max_length=512)] | None = Field(default=None, description="Not used.")
     safety_identifier: Annotated[StrictStr, Field(max_length=512)] | None = Field(default=None, description="Not used.")
 
 
 class ImagesResponse(BaseModel):
-    """The images of a request, in order: OpenAI's members, and what ours were made from."""
+    """The images of a request, in order: OpenAI's members and the parameters of the images."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -70,14 +75,14 @@ class ImagesResponse(BaseModel):
 
 
 class TokenDetails(BaseModel):
-    """Of tokens."""
+    """Details of token counts."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """The SDK's type demands it; there are no tokens here."""
+    """Token counts, required by the SDK's type; there are no tokens here."""
 
     input_tokens: int = 0
     input_tokens_details: TokenDetails = TokenDetails()
@@ -86,10 +91,10 @@ class Usage(BaseModel):
 
 
 class _ImageEvent(BaseModel):
-    """What both events say."""
+    """Common members of both events."""
 
     created_at: int = Field(description="Seconds since 1970.")
-    position: int = Field(description="Which image of the request.")
+    position: int = Field(description="Position of the image in the request.")
     background: Literal["opaque"] = "opaque"
     output_format: OutputFormat
     quality: Literal["auto"] = "auto"
@@ -97,7 +102,7 @@ class _ImageEvent(BaseModel):
 
 
 class PartialImageEvent(_ImageEvent):
-    """What an image is predicted to become."""
+    """Preview: the predicted final image."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     b64_json: str
@@ -108,14 +113,14 @@ class PartialImageEvent(_ImageEvent):
 
 
 class CompletedEvent(_ImageEvent, GeneratedImage):
-    """An image that is done."""
+    """A finished image."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage = Usage()
 
 
 class OpenAIErrorBody(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str

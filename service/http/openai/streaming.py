@@ -1,4 +1,4 @@
-"""`stream: true` in OpenAI's Images interface: previews and images as their SDK reads them."""
+"""Write the streams of OpenAI's Images interface: previews and images as its SDK reads them."""
 
 from __future__ import annotations
 

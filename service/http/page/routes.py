@@ -1,4 +1,4 @@
-"""The page at `/`: the files of static/, with a policy under which they load nothing else."""
+"""Serve the page at `/` from static/, with a Content-Security-Policy that blocks all other origins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""No inline code and no other origins; images may come from answers that the page has read (blob:, data:)."""
+"""No inline code and no other origins; images may also come from answers that the page has read (blob:, data:)."""
 
 State = Annotated[ServiceState, Depends(service_state)]
 
@@ -28,10 +28,10 @@ router = APIRouter(include_in_schema=False)
 
 
 class PageFiles(StaticFiles):
-    """Files that browsers cache and revalidate each time, so that an update never mixes old and new files."""
+    """Static files that browsers cache but revalidate every time, so that an update does not mix old and new files."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Answer one file, or that it has not changed."""
+        """Return one file, or 304 if it has not changed."""
         response = await super().get_response(path, scope)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["Content-Security-Policy"] = POLICY
@@ -54,14 +54,15 @@ def install(app: FastAPI) -> None:
 async def thumbnail(
     name: str, class_index: int, state: State, x_requested_with: Annotated[str | None, Header()] = None
 ) -> Response:
-    """Answer a class's thumbnail.
+    """Return the thumbnail of a class.
 
-    The header is what no page of another origin can send unasked: only ours may make the service work by a GET.
+    The header X-Requested-With is required because pages of other origins cannot send it without a preflight. So only
+    the page of this service can cause work by a GET.
     """
     if x_requested_with is None:
-        raise HTTPException(403, "X-Requested-With: must be given, whatever it says")
+        raise HTTPException(403, "X-Requested-With: the header is required, with any value")
     model = find_model(state.models, name)
     has_pictures = model.config.model.image_channels in CHANNELS["png"]
     if not has_pictures or class_index not in range(len(model.class_names or ())):
-        raise HTTPException(404, f"model {quoted(name)} has no picture of a class {class_index}")
+        raise HTTPException(404, f"model {quoted(name)} has no thumbnail of class {class_index}")
     return Response(await state.thumbnails.get(model, class_index), media_type="image/png")

@@ -22,15 +22,15 @@ LONGEST_SIDE = 64
 STEPS = 50
 SEED = 0
 CLIENT = "thumbnails"
-"""Their client, for fairness between clients."""
+"""Client name of thumbnails, for fairness between clients."""
 AT_ONCE = 4
-"""Most thumbnails in the engine at a time, so that a page of all classes does not fill the queue."""
+"""Maximum number of thumbnails in the engine, so that a page of all classes does not fill the queue."""
 _Key = tuple[str, str, int]
 """Name and numerics_id of a model, and the class."""
 
 
 class Thumbnails:
-    """Owns the thumbnails and the tasks that make them. Belongs to the event loop."""
+    """Owns the thumbnails and the tasks that make them. Use it only from the event loop."""
 
     def __init__(self, engine: AsyncEngine, encoding: EncodingPool) -> None:
         self._engine = engine
@@ -42,11 +42,11 @@ class Thumbnails:
         """Return a class's thumbnail as PNG. The first call makes it; calls that wait share the work.
 
         Raises:
-            ServiceError: it could not be made; the next call tries again.
+            ServiceError: the thumbnail could not be made; the next call tries again.
         """
         key = (model.name, model.numerics_id, class_index)
         if key not in self._tasks:
-            # Drop those of replaced weights, so that memory does not grow with every reload
+            # Drop thumbnails of replaced weights, so that memory does not grow with every reload
             self._tasks = {k: t for k, t in self._tasks.items() if k[0] != model.name or k[1] == model.numerics_id}
             self._tasks[key] = asyncio.create_task(self._make(model, class_index))
             self._tasks[key].add_done_callback(lambda task: self._forget_failure(key, task))

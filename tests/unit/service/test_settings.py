@@ -29,7 +29,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "images.example", ""])  # noqa: S104  # refused
 def test_listening_for_others_needs_keys_or_the_word_that_none_are_wanted(host: str) -> None:
-    with pytest.raises(ValidationError, match="can be reached by others, who would need no key"):
+    with pytest.raises(ValidationError, match="is reachable from other machines, and no key is required"):
         Settings(models=MODELS, host=host)
     assert Settings(models=MODELS, host=host, keys_file=Path("keys.json")).host == host
     assert Settings(models=MODELS, host=host, allow_keyless=True).host == host

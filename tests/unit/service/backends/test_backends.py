@@ -209,7 +209,7 @@ class TestGraphedNetwork:
 
     def test_a_size_that_was_not_captured_is_refused(self) -> None:
         graphed = self.graphed()
-        with pytest.raises(ValueError, match="captured were batches of 1, 2, 4; got 3"):
+        with pytest.raises(ValueError, match="batch size must be one of 1, 2, 4, as captured; got 3"):
             graphed(NetworkInputs(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), torch.zeros(3, dtype=torch.int64)))
 
 

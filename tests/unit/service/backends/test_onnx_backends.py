@@ -491,7 +491,7 @@ class TestAuto:
         monkeypatch.setitem(BACKENDS, "openvino", broken)
         with caplog.at_level(logging.INFO):
             assert isinstance(load_denoiser(artifact, "auto", with_options(max_rows=2)), OnnxRuntimeBackend)
-        assert "broken_runtime is installed and cannot be imported: libbroken.so.1: cannot open" in caplog.text
+        assert "broken_runtime is installed but cannot be imported: libbroken.so.1: cannot open" in caplog.text
 
     def test_it_passes_over_what_fails_its_self_test(
         self, artifact: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

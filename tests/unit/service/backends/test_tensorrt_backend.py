@@ -97,7 +97,7 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
         outputs.append((backend(NetworkInputs(x_t, emb_t, y)), expected))
     for out, expected in outputs:
         np.testing.assert_array_equal(out.numpy(), expected)
-    with pytest.raises(ValueError, match="captured were batches of 1, 2, 4; got 3"):
+    with pytest.raises(ValueError, match="batch size must be one of 1, 2, 4, as captured; got 3"):
         backend(NetworkInputs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64)))
 
 
@@ -166,7 +166,7 @@ def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) ->
         ),
         ({"no_memory": True}, "cannot prepare the engine for batches of 2"),
         ({"tensors": {"x_t": ([2, 1, 8, 8], "HALF")}}, "batches of 2 is not this model's: it has no tensor emb_t"),
-        ({"unequal": True}, "batches of 2 gives identical rows different outputs; build it anew"),
+        ({"unequal": True}, "batches of 2 gives identical rows different outputs; build it again"),
         ({"nan": True}, "batches of 2 gives numbers that are not finite"),
     ],
 )
@@ -190,13 +190,13 @@ def test_engines_that_cannot_be_captured_are_launched_anew(
     write_fake_engine(engines, manifest, 2, capturable=False)
     backend = TensorRTBackend(engines, OPTIONS)
     assert backend.description.endswith("without graphs")
-    assert "no CUDA graphs can be made of these engines" in caplog.text
+    assert "these engines cannot be captured in CUDA graphs; running without" in caplog.text
 
 
 def test_engines_whose_parity_nobody_measured_are_named(engines: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         TensorRTBackend(engines, OPTIONS)
-    assert "never measured of engines for batches of 1, 2, 4" in caplog.text
+    assert "no parity with PyTorch was measured for the engines for batches of 1, 2, 4" in caplog.text
 
 
 def test_a_precision_that_the_graph_has_not_is_refused(engines: Path) -> None:

@@ -26,12 +26,12 @@ def test_a_taken_port_ends_the_command_before_a_model_is_looked_at(taken: int, m
     monkeypatch.setattr("service.logs.configure_logging", lambda: None)  # it would keep the runner's stderr
     ended = CliRunner().invoke(app, ["serve", "--model", "nowhere", "--port", str(taken)])
     assert ended.exit_code == 1
-    assert ended.stderr.strip() == f"error: port: {taken} of 127.0.0.1 cannot be listened on: Address already in use"
+    assert ended.stderr.strip() == f"error: port: {taken} of 127.0.0.1 cannot be bound: Address already in use"
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", ".invalid", "x" * 64 + ".invalid"])
 def test_an_unknown_host_is_refused(host: str) -> None:
-    with pytest.raises(AddressError, match=rf"host: '{re.escape(host)}' is no address of this machine: \w"):
+    with pytest.raises(AddressError, match=rf"host: '{re.escape(host)}' is not an address of this machine: \w"):
         refuse_taken_address(host, 8000)
 
 
@@ -45,7 +45,7 @@ def test_a_port_that_was_closed_is_free_again() -> None:
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(AddressError, match=r"host: '192\.0\.2\.1' is no address of this machine: Cannot assign"):
+    with pytest.raises(AddressError, match=r"host: '192\.0\.2\.1' is not an address of this machine: Cannot assign"):
         bind("192.0.2.1", 0)
 
 
@@ -105,5 +105,5 @@ def test_a_name_of_several_addresses_gets_one_port_and_addresses_that_are_not_he
 def test_a_port_of_ipv6_is_taken_where_another_listens_on_ipv4_if_that_is_meant_too(taken: int) -> None:
     refuse_taken_address("::1", taken)
     for host in ("::", ""):
-        with pytest.raises(AddressError, match=f"port: {taken} of :: cannot be listened on: Address already in use"):
+        with pytest.raises(AddressError, match=f"port: {taken} of :: cannot be bound: Address already in use"):
             refuse_taken_address(host, taken)

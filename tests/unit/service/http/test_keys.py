@@ -57,7 +57,10 @@ def test_a_file_keeps_names_hashes_and_limits_and_no_key(tmp_path: Path) -> None
             '{"keys": [{"name": "a", "sha256": "' + "0" * 64 + '", "limits": {"images": 1}}]}',
             "keys.0.limits: has an unknown field",
         ),
-        ('{"keys": [' + ", ".join(['{"name": "a", "sha256": "' + "0" * 64 + '"}'] * 2) + "]}", "twice here: a"),
+        (
+            '{"keys": [' + ", ".join(['{"name": "a", "sha256": "' + "0" * 64 + '"}'] * 2) + "]}",
+            "names must differ; duplicates: a",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_reason(tmp_path: Path, text: str, message: str) -> None:
@@ -311,7 +314,7 @@ def test_the_command_prints_a_key_once_and_a_service_would_know_it(tmp_path: Pat
 
     again = run.invoke(app, ["keys", "add", "alice"], env={"IDDPM_KEYS_FILE": str(path)})
     assert again.exit_code == 1
-    assert "has a key of the name alice" in again.output
+    assert "already has a key with the name alice" in again.output
     assert run.invoke(app, ["keys", "add", "a b", "--file", str(path)]).exit_code == 2
     listed = run.invoke(app, ["keys", "list", "--file", str(path)])
     assert listed.stdout.split() == ["alice", hash_of(key)[:12], "images_in_flight=8"]
@@ -334,7 +337,7 @@ def test_a_bad_keys_file_ends_the_service_before_a_model_is_looked_at(tmp_path: 
     for begin in ("keys.json: No such file or directory", "keys.json is empty"):
         with pytest.raises(KeysError) as raised:
             create_app(Settings(models=(tmp_path / "nowhere",), keys_file=path))
-        assert str(raised.value) == f"{tmp_path}/{begin}; iddpm keys add NAME --file {path} puts a key into it"
+        assert str(raised.value) == f"{tmp_path}/{begin}; to add a key: iddpm keys add NAME --file {path}"
         path.touch()
     assert CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(path)]).exit_code == 0
     with pytest.raises(ModelError):

@@ -55,7 +55,7 @@ def test_a_header_that_lies_is_refused(header: str) -> None:
     [
         ([tensor(size=16)], b"8 bytes!", "binary_data_size is 16, but only 8 bytes are left"),
         ([tensor(size=2**62)], b"8 bytes!", "only 8 bytes are left"),
-        ([tensor(size=8)], b"9 bytes!!", "inputs: 1 bytes of the body are no tensor's"),
+        ([tensor(size=8)], b"9 bytes!!", "inputs: 1 bytes of the body do not belong to any tensor"),
         ([tensor(size=4)], b"four", r"shape \[1\] of INT64 takes 8 bytes; binary_data_size is 4"),
         ([tensor(shape=64, size=8)], b"8 bytes!", r"shape \[64\] of INT64 takes 512 bytes"),
         ([tensor(shape=2, data=[1])], b"", r"shape \[2\] has 2 elements; got 1"),
