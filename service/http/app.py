@@ -132,7 +132,8 @@ def assemble(
         yield
         await engine.stop()
         if engine.state is EngineState.STOPPED:  # a dead engine's thread may still use them
-            runners.update(owner.runners)
+            names = {model.engine_id for model in served.values()}  # a retired model may not have been dropped yet
+            runners.update({name: runner for name, runner in owner.runners.items() if name in names})
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
         lag.cancel()

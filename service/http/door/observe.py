@@ -30,7 +30,7 @@ REFUSED = frozenset({429, 503})
 
 
 class Observe:
-    """The outermost middleware without tracing: it names, logs and counts each answer once, whatever its source."""
+    """The outermost middleware that sees every answer, but for tracing: it names, logs and counts each one once."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
