@@ -18,7 +18,7 @@ class RequestContext:
     """One request, from its first middleware to the end of its answer. Each field names who sets it."""
 
     has_place: bool = True
-    """Whether its connection is within the limit of open connections. Set by `context_of`, from the connection's mark."""
+    """Whether its connection is within the limit of open ones. Set by `context_of`, from the connection's mark."""
     request_id: str = ""
     """X-Request-ID of the answer; "" before it is chosen. Set by `Observe`."""
     client: Client | None = None
