@@ -31,7 +31,11 @@ async def test_the_page_and_all_it_links_to_are_served_under_a_policy_without_ex
         index = await service.ask("GET", "/")
         assert index.headers["content-type"].startswith("text/html")
         linked = re.findall(r'(?:src|href)="([^"#]+)"', index.text)
-        modules = {name for path in FOLDER.glob("*.js") for name in re.findall(r'from "\./(.+?)"', path.read_text())}
+        modules = {
+            name
+            for path in FOLDER.glob("*.js")
+            for name in re.findall(r'from "\./(.+?)"', path.read_text(encoding="utf-8"))
+        }
         assert {"page/main.js", "page/style.css"} <= set(linked)
         for path in ["", *linked, *(f"page/{name}" for name in modules)]:
             answer = await service.ask("GET", f"/{path}")

@@ -18,18 +18,20 @@ MARKDOWN = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "runs",
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
     metrics = [value for value in vars(Metrics()).values() if isinstance(value, MetricWrapperBase)]
     names = {family.name + ("_total" if family.type == "counter" else "") for m in metrics for family in m.describe()}
-    documented = set(re.findall(r"^\| `(iddpm_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    documented = set(
+        re.findall(r"^\| `(iddpm_\w+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert names == documented
 
 
 def test_every_field_of_a_request_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, field in GenerateRequest.model_fields.items():
         assert f"`{field.alias or name}`" in readme
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_files_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (path.parent / target).exists(), target
