@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -33,7 +33,7 @@ from service.errors import (
 from service.metrics import Metrics
 from tests.counts import count
 from tests.fakes import CountingRunner, generation, params
-from tests.waiting import PATIENCE_S, run_async, runs
+from tests.waiting import PATIENCE_S, eventually, run_async, runs
 
 CONFIG = EngineConfig(max_rows=2, max_queue=3, policy="fifo", timed_calls=0)
 
@@ -61,7 +61,7 @@ async def started(
     in_thread = Engine({"m": runner}, config, metrics)
     engine = AsyncEngine(in_thread, config, metrics)
     engine.start()
-    await until(lambda: engine.state is not EngineState.STARTING)
+    await eventually(lambda: engine.state is not EngineState.STARTING)
     if step_s is not None:  # the thread has nothing to do yet
         in_thread.costs["m"].observe(2, step_s)
         in_thread.publish()
@@ -70,11 +70,6 @@ async def started(
         if isinstance(runner, PausedRunner):
             runner.released.set()
         await engine.stop()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # the state has no event of its own
-        await asyncio.sleep(0.001)
 
 
 async def outcome(future: Awaitable[object]) -> str:
@@ -167,7 +162,7 @@ async def test_images_that_were_done_before_the_engine_died_are_delivered() -> N
     runner, config = DiesWhenItEvicts(), EngineConfig(max_rows=2, slots_per_row=1, timed_calls=0)
     async with started(runner, config) as engine:
         first = engine.submit(generation("first", params(steps=1), params(steps=500)))
-        await until(runner.arrived.is_set)
+        await eventually(runner.arrived.is_set)
         urgent = engine.submit(generation("urgent", params(steps=3), params(steps=3)))
         runner.released.set()
         assert [await outcome(future) for future in (*first.images, *urgent.images)] == [
@@ -219,9 +214,9 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     others = set(threading.enumerate())
     engine.start()
     [thread] = set(threading.enumerate()) - others
-    await until(lambda: engine.state is EngineState.READY)
+    await eventually(lambda: engine.state is EngineState.READY)
     tickets = [engine.submit(generation(str(k), params())) for k in range(3)]
-    await until(runner.arrived.is_set)
+    await eventually(runner.arrived.is_set)
     now = HANG_FLOOR_S - 0.5
     await asyncio.sleep(0.02)
     assert engine.state is EngineState.READY

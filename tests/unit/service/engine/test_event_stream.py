@@ -21,8 +21,8 @@ from service.engine.mailbox import Mailbox
 from service.engine.request import ImagePreview, ImageProgress, ImageResult, ImageStatus, Observation, Watch
 from service.errors import EngineDead, GenerationFailed, NotFinite
 from tests.fakes import CountingRunner, generation, params
-from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, started, until
-from tests.waiting import PATIENCE_S, runs
+from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, outcome, started
+from tests.waiting import PATIENCE_S, eventually, runs
 
 AT_ONCE = pytest.mark.usefixtures("at_once")
 
@@ -267,5 +267,5 @@ async def test_a_request_without_a_watch_has_no_events_and_its_images_are_not_lo
         ticket = engine.submit(generation("r", params()))
         assert ticket.events is None
         runner.released.set()
-        await until(ticket.images[0].done)
+        await eventually(ticket.images[0].done)
         assert ticket.images[0].result().pixels is not None

@@ -15,8 +15,8 @@ from service.engine.policies import PolicyName
 from service.engine.request import Image, Priority
 from tests.counts import count
 from tests.fakes import generation, params
-from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, started, until
-from tests.waiting import runs
+from tests.unit.service.engine.test_async_engine import CONFIG, PausedRunner, started
+from tests.waiting import eventually, runs
 
 MODELS = ("m", "k")
 REQUESTS = st.tuples(
@@ -100,7 +100,7 @@ async def test_the_scheduler_takes_the_images_of_the_ledger_in_the_order_that_ad
     async with started(runner, CONFIG.replace(policy="srw")) as engine:
         engine.submit(generation("long", params(steps=9)))
         engine.submit(generation("short", params(steps=3), params(steps=2)))
-        await until(runner.arrived.is_set)
+        await eventually(runner.arrived.is_set)
         booked = engine.ledger.orders
         running = {placed.image for placed in engine.snapshot.started}
         assert running

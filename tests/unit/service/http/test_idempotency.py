@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import httpx
 import pytest
@@ -14,7 +13,7 @@ from service.http.door.body import WholeBody
 from service.http.door.client import Client
 from service.http.door.context import context_of
 from service.http.door.idempotency import OVERHEAD_BYTES, Idempotency, derived_seed
-from tests.waiting import runs
+from tests.waiting import eventually, runs
 
 
 class App:
@@ -89,18 +88,13 @@ class Door:
         return asyncio.create_task(self(scope, receive, send)), gone
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0)
-
-
 @runs
 async def test_fifty_at_once_with_a_key_are_one_execution_and_get_equal_answers() -> None:
     app = App()
     app.let.clear()
     door = Door(app)
     asked = [asyncio.create_task(door.post("k")) for _ in range(50)]
-    await until(lambda: app.runs == 1)
+    await eventually(lambda: app.runs == 1)
     app.let.set()
     answers = await asyncio.gather(*asked)
     later = await door.post("k")
@@ -128,7 +122,7 @@ async def test_another_body_accept_or_path_with_the_same_key_is_refused() -> Non
         assert (refused.status_code, refused.json()["title"]) == (422, "Idempotency key reused")
     app.let.clear()
     running, _ = door.begin("k2")
-    await until(lambda: app.runs == 2)
+    await eventually(lambda: app.runs == 2)
     assert (await door.post("k2", body="{ }")).status_code == 422
     app.let.set()
     await running
@@ -159,14 +153,14 @@ async def test_an_execution_ends_early_only_when_all_who_wait_have_gone() -> Non
     app.let.clear()
     door = Door(app)
     (first, first_gone), (second, second_gone) = door.begin("k"), door.begin("k")
-    await until(lambda: app.runs == 1)
+    await eventually(lambda: app.runs == 1)
     first_gone.set()
     await first
     assert app.ended_early == 0
     second_gone.set()
     await second
     again = asyncio.create_task(door.post("k"))
-    await until(lambda: app.runs == 2)
+    await eventually(lambda: app.runs == 2)
     app.let.set()
     assert (await again).json()["run"] == 2
     assert app.ended_early == 1
