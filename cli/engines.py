@@ -24,7 +24,7 @@ def build_engines(artifact: Path, target: Target, batch_sizes: tuple[int, ...]) 
     """
     from model_export.tensorrt_build import build_missing
 
-    build_missing(artifact, target, batch_sizes, say=lambda line: typer.echo(line, err=True), progress=show_phase)
+    build_missing(artifact, target, batch_sizes, notify=lambda line: typer.echo(line, err=True), progress=show_phase)
 
 
 def show_phase(phase: str, done: int, of: int) -> None:

@@ -107,7 +107,7 @@ def _export_onnx(checkpoint: Path, out: Path, precision: Precision, buckets: tup
     from model_export.artifact_export import ParityError, export_artifact
 
     try:
-        manifests = export_artifact(checkpoint, out, precision, buckets, say=lambda what: typer.echo(f"{what} ..."))
+        manifests = export_artifact(checkpoint, out, precision, buckets, notify=lambda what: typer.echo(f"{what} ..."))
     except ParityError as error:
         typer.echo(parity_table(error.parity, error.chains))
         raise
@@ -132,7 +132,7 @@ def _export_tensorrt(
     target = find_target(gpu)
     if not _is_current(checkpoint, out, precision, buckets):
         _export_onnx(checkpoint, out, precision, buckets)
-    build_missing(out, target, buckets, say=typer.echo, progress=show_phase)
+    build_missing(out, target, buckets, notify=typer.echo, progress=show_phase)
     if gpu is None and torch.cuda.is_available():
         measured = measure_engines(checkpoint, out)
         typer.echo(parity_table(tuple(measured.values()), ()))

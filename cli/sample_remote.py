@@ -61,7 +61,7 @@ def _generate(client: Client, fields: dict[str, Any], shown: _Shown) -> Generate
         except ConnectionLost:
             if not shown.begun:  # not accepted, in spite of the client's retries
                 raise
-            shown.begin_again()
+            shown.restart()
     return client.generate(**fields, on_event=shown.show)
 
 
@@ -111,9 +111,9 @@ class _Shown:
     def next_request(self) -> None:
         """Add the current request's steps to the total, and begin with the next request."""
         self._before += sum(self._steps.values())
-        self.begin_again()
+        self.restart()
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         """Reset the current request's steps to 0."""
         self._steps = {}
         self.begun = False

@@ -44,7 +44,7 @@ def logger_of(trt: Any) -> Any:
     """Return the process's logger for a package, an `ILogger`: TensorRT keeps the first logger it gets.
 
     Warnings are logged at level INFO, because most are about TensorRT itself. Errors are kept in `errors` until the
-    caller clears them; `said()` formats them for the end of an exception's message.
+    caller clears them; `error_suffix()` formats them for the end of an exception's message.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # a class of an untyped module
@@ -58,7 +58,7 @@ def logger_of(trt: Any) -> Any:
             elif severity == trt.ILogger.WARNING:
                 log.info("%s: %s", trt.__name__, message)
 
-        def said(self) -> str:
+        def error_suffix(self) -> str:
             return ": " + "; ".join(self.errors) if self.errors else ""
 
     return Logger()

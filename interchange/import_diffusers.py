@@ -143,7 +143,7 @@ def import_folder(
     config: CheckpointConfig,
     out: Path,
     allow_failed_check: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
     """Write a diffusers folder as a checkpoint folder, if its network passes the sanity check.
 
@@ -152,7 +152,7 @@ def import_folder(
         config: from `describe_folder`; class names may be added.
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
-        say: called with each note.
+        notify: called with each note.
 
     Returns:
         The result of the sanity check; the folder was written if it passed or `allow_failed_check` is set.
@@ -163,7 +163,7 @@ def import_folder(
     plain, taken = without_wrappers(read_safetensors(folder.weights), ANCHOR)
     if notes := [f"{prefix!r} was removed from the names of weights" for prefix in taken]:
         for note in notes:
-            say(note)
+            notify(note)
         notes = [*config.provenance.get("notes", []), *notes]
         config = config.replace(provenance={**config.provenance, "notes": notes})
     theirs = with_current_names(plain)

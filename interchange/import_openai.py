@@ -95,7 +95,7 @@ def import_checkpoint(
     config: AnyCheckpointConfig,
     out: Path,
     allow_failed_check: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> SanityReport:
     """Write a `.pt` file as a checkpoint folder, if its network passes the sanity check.
 
@@ -107,7 +107,7 @@ def import_checkpoint(
         config: the network and its process (from `PUBLISHED`, or `config_from_flags`).
         out: the checkpoint folder to write.
         allow_failed_check: write the folder even if the sanity check fails.
-        say: called with each note.
+        notify: called with each note.
 
     Returns:
         The result of the sanity check; the folder was written if it passed or `allow_failed_check` is set.
@@ -121,7 +121,7 @@ def import_checkpoint(
         config = config.replace(model={**config.model.model_dump(), "image_channels": channels})
         notes.append(f"image_channels: {channels}, read from the weights")
     for note in notes:
-        say(note)
+        notify(note)
     config = config.replace(provenance={**config.provenance, "notes": [*config.provenance.get("notes", []), *notes]})
     if problems := describe_mismatch(config, shapes_of(weights)):
         lines = "".join(f"\n  {problem}" for problem in problems)

@@ -48,7 +48,7 @@ wrong heads: 0.2.
 NOISY_ABAR = 0.02
 MIDDLE_ABAR = 0.5
 PLAIN_BRIGHTNESS = 0.7
-PROBE_PIXELS = 8192
+CHECKED_PIXELS = 8192
 """Pixels per noise level; small images come in batches of up to 4."""
 
 
@@ -141,7 +141,7 @@ def _timestep_inputs(diffusion: DiffusionConfig) -> list[float]:
 def _noisy_images(config: CheckpointConfig, steps: tuple[int, ...], brightness: float) -> tuple[Tensor, Tensor]:
     """Return noisy plain images x_t at the given timesteps, and their eps; each [len(steps) * n, C, H, W]."""
     size, channels = config.model.image_size, config.model.image_channels
-    count = max(1, min(4, PROBE_PIXELS // size**2))
+    count = max(1, min(4, CHECKED_PIXELS // size**2))
     eps = torch.randn(len(steps) * count, channels, size, size, generator=torch.Generator().manual_seed(0))
     process = respace(config.diffusion)
     abar = torch.from_numpy(process.schedule.alphas_cumprod[list(steps)]).repeat_interleave(count)[:, None, None, None]

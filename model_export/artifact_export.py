@@ -46,7 +46,7 @@ from model_export.runtimes import PrecisionUnavailable, runtimes_for
 MADE_BY = ("torch", "onnx", "onnxscript")
 DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass
@@ -71,7 +71,7 @@ def export_artifact(
     out: Path,
     precision: Precision = "fp32",
     batch_sizes: tuple[int, ...] = DEFAULT_BUCKETS,
-    say: Say = lambda _: None,
+    notify: Notify = lambda _: None,
 ) -> tuple[Manifest, ...]:
     """Write a checkpoint's network as an artifact folder, atomically; replace an existing artifact.
 
@@ -81,7 +81,7 @@ def export_artifact(
         out: the folder to write.
         precision: precision of the graph; a classifier's gradient is always in float32.
         batch_sizes: sizes to compile for, ascending.
-        say: called with a description of each stage.
+        notify: called with a description of each stage.
 
     Returns:
         The content of the written `manifest.json`, and that of the classifier's.
@@ -101,25 +101,27 @@ def export_artifact(
     manifests: list[Manifest] = []
 
     def write(folder: Path) -> None:
-        manifests.append(_write(checkpoint, folder, precision, batch_sizes, say))
+        manifests.append(_write(checkpoint, folder, precision, batch_sizes, notify))
         if guided:
-            say("exporting the classifier")
+            notify("exporting the classifier")
             inside = folder / CLASSIFIER_FOLDER
             inside.mkdir()
-            manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, batch_sizes, say))
+            manifests.append(_write(checkpoint / CLASSIFIER_FOLDER, inside, precision, batch_sizes, notify))
 
     write_folder(out, write)
     return tuple(manifests)
 
 
-def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tuple[int, ...], say: Say) -> Manifest:
+def _write(
+    checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tuple[int, ...], notify: Notify
+) -> Manifest:
     """Write the files of one network's artifact into an empty folder."""
     config, sha256 = read_config(checkpoint), checkpoint_sha256(checkpoint)
     if isinstance(config, CheckpointConfig):
         network: UNet | Classifier = load_unet(checkpoint)[1]
     else:
         network = load_classifier(checkpoint)[1]
-    say("tracing the network")
+    notify("tracing the network")
     time_mlp = TimeMLP({name: network.state_dict()[name].numpy() for name in WEIGHTS})
     time_mlp.write(folder / TIME_MLP_FILE)
     dtype = PRECISIONS[precision]
@@ -128,7 +130,7 @@ def _write(checkpoint: Path, folder: Path, precision: Precision, batch_sizes: tu
     else:
         export_classifier(network, folder / MODEL_FILE, dtype)
         export_classifier_gradient(network, folder / GRADIENT_FILE)
-    measured = measure(folder, network, config, time_mlp, precision, say)
+    measured = measure(folder, network, config, time_mlp, precision, notify)
     parity, chains = tuple(measured.parity), tuple(measured.chains)
     if failures(precision, parity, chains):
         raise ParityError(parity, chains)
@@ -156,7 +158,7 @@ def measure(
     config: AnyCheckpointConfig,
     time_mlp: TimeMLP,
     precision: Precision,
-    say: Say,
+    notify: Notify,
 ) -> Measured:
     """Compare the folder's graphs with PyTorch in every runtime.
 
@@ -164,7 +166,7 @@ def measure(
         ArtifactError: the artifact's precision is not available on this processor.
     """
     measured = Measured()
-    say("computing the reference with PyTorch")
+    notify("computing the reference with PyTorch")
     if isinstance(network, UNet):
         assert isinstance(config, CheckpointConfig)  # noqa: S101  # a UNet's
         reference = unet_reference(network, config, time_mlp)
@@ -176,7 +178,7 @@ def measure(
     for file, expected in calls.items():
         of_file = "fp32" if file == GRADIENT_FILE else precision
         for runtime in runtimes_for(of_file):
-            say(f"comparing {file} with {runtime.backend} {runtime.precision}")
+            notify(f"comparing {file} with {runtime.backend} {runtime.precision}")
             graph = runtime.open(folder / file)
             try:
                 measured.parity.append(network_parity(graph, expected, config, runtime, file))

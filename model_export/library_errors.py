@@ -33,8 +33,8 @@ def library_call(library: str, task: str, *raised: type[Exception]) -> Iterator[
         yield
     except raised as error:
         innermost = _innermost(error)
-        said = textwrap.shorten(str(innermost), LONGEST, placeholder=" ...")
-        raise LibraryError(f"{library} failed to {task}: {type(innermost).__name__}: {said}") from error
+        message = textwrap.shorten(str(innermost), LONGEST, placeholder=" ...")
+        raise LibraryError(f"{library} failed to {task}: {type(innermost).__name__}: {message}") from error
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -42,7 +42,7 @@ WORKSPACE_BYTES = 4 << 30
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase of a build, its finished steps and its number of steps. Phases nest; any thread may call."""
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def build_missing(
@@ -51,7 +51,7 @@ def build_missing(
     batch_sizes: Iterable[int] | None = None,
     *,
     workspace_bytes: int = WORKSPACE_BYTES,
-    say: Say = lambda _: None,
+    notify: Notify = lambda _: None,
     progress: Progress = lambda _phase, _done, _of: None,
 ) -> tuple[int, ...]:
     """Build the missing engines of an artifact, and those that the service would refuse.
@@ -61,7 +61,7 @@ def build_missing(
         target: the GPU to build for; None: this machine's GPU (`find_target` returns others).
         batch_sizes: sizes to build; None: those of the manifest.
         workspace_bytes: limit of a kernel's scratch memory.
-        say: called with a message that describes each build and its reason.
+        notify: called with a message that describes each build and its reason.
         progress: called with the progress of a build.
 
     Returns:
@@ -76,7 +76,7 @@ def build_missing(
     wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
     reasons = unusable_engines(artifact, wanted, manifest.buckets if batch_sizes is None else sorted(set(batch_sizes)))
     for batch_size, reason in reasons.items():
-        say(f"building {target.name}, batches of {batch_size}: {reason}")
+        notify(f"building {target.name}, batches of {batch_size}: {reason}")
         build_engine(artifact, wanted, batch_size, workspace_bytes=workspace_bytes, progress=progress)
     return tuple(reasons)
 
@@ -136,7 +136,7 @@ def build_engine(
         raise monitor.error
     if serialized is None:
         raise EngineError(
-            f"{onnx}, batches of {batch_size} on {wanted.target.name}: TensorRT built nothing{logger.said()}"
+            f"{onnx}, batches of {batch_size} on {wanted.target.name}: TensorRT built nothing{logger.error_suffix()}"
         )
     plan = bytes(serialized)
     record = EngineRecord(
@@ -334,16 +334,16 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self._steps[phase] = steps
-            self._tell(phase, 0)
+            self._report(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            self._tell(phase, step + 1)
+            self._report(phase, step + 1)
             return self.error is None  # False ends the build
 
         def phase_finish(self, phase: str) -> None:
-            self._tell(phase, self._steps.get(phase, 0))
+            self._report(phase, self._steps.get(phase, 0))
 
-        def _tell(self, phase: str, done: int) -> None:
+        def _report(self, phase: str, done: int) -> None:
             if self.error is not None:
                 return
             try:

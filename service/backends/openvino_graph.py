@@ -77,13 +77,13 @@ class _BoundGraph:
     """
 
     def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
-        whole = {node: _memory_for(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
+        buffers = {node: _memory_for(node, parts) for node in (*compiled.inputs, compiled.outputs[0])}
         self.requests = [compiled.create_infer_request() for _ in range(parts)]
-        for node, values in whole.items():
+        for node, values in buffers.items():
             for request, part in zip(self.requests, np.split(values, parts), strict=True):
                 request.set_tensor(node, openvino.Tensor(part, shared_memory=True))
-        self.inputs: dict[str, npt.NDArray[Any]] = {node.get_any_name(): whole[node] for node in compiled.inputs}
-        self.output: npt.NDArray[Any] = whole[compiled.outputs[0]]
+        self.inputs: dict[str, npt.NDArray[Any]] = {node.get_any_name(): buffers[node] for node in compiled.inputs}
+        self.output: npt.NDArray[Any] = buffers[compiled.outputs[0]]
 
     def finish(self) -> list[RuntimeError]:
         """Wait until all parts have ended; return the errors that they raised."""

@@ -59,7 +59,7 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ModelError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
-    with _files_told_of(folder):
+    with _files_named_in_errors(folder):
         if folder.is_file():
             raise ModelError(f"{folder}: a model is a folder, and this is a file; iddpm import makes one of weights")
         if not folder.is_dir():
@@ -115,13 +115,13 @@ def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
         ) from error
     except ImportError as error:  # a missing or outdated system library
         raise ModelError(f"backend '{name}': {chosen.requires} is installed but cannot be imported: {error}") from error
-    with _files_told_of(folder):
+    with _files_named_in_errors(folder):
         denoiser: Denoiser[Any] = getattr(importlib.import_module(chosen.module), chosen.factory)(folder, options)
     return denoiser
 
 
 @contextmanager
-def _files_told_of(folder: Path) -> Iterator[None]:
+def _files_named_in_errors(folder: Path) -> Iterator[None]:
     """Convert errors of unreadable or endlessly nested files into `ModelError`."""
     try:
         yield

@@ -70,8 +70,8 @@ class _TestRows(Generic[A]):
         model, xp, device = network.config.model, network.xp, network.device
         shape = (model.image_channels, model.image_size, model.image_size)
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
-        told = respace(network.config.diffusion).t_model
-        spread = told[np.linspace(0, len(told) - 1, count).astype(np.int64)]
+        t_model = respace(network.config.diffusion).t_model
+        spread = t_model[np.linspace(0, len(t_model) - 1, count).astype(np.int64)]
         self._network: RowNetwork[A] = network
         self._inputs: NetworkInputs[A] = NetworkInputs(
             x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape),

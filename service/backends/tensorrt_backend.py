@@ -180,8 +180,8 @@ def refuse_unequal_rows(
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
     x_t = normal(row, row, row, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
-    told = respace(config.diffusion).t_model
-    for t in told[np.linspace(0, len(told) - 1, 3).astype(np.int64)]:
+    t_model = respace(config.diffusion).t_model
+    for t in t_model[np.linspace(0, len(t_model) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
         out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row))
         if not bool(out.isfinite().all()):

@@ -47,12 +47,12 @@ class EngineNetwork:
         self._logger.errors.clear()
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise ModelError(f"TensorRT cannot load the engine for batches of {size}{self._logger.said()}")
+            raise ModelError(f"TensorRT cannot load the engine for batches of {size}{self._logger.error_suffix()}")
         if problem := mismatch(engine_shapes(self._trt, engine), shapes):
             raise ModelError(f"the engine for batches of {size} is not this model's: {problem}")
         context = engine.create_execution_context()
         if context is None:
-            raise ModelError(f"TensorRT cannot prepare the engine for batches of {size}{self._logger.said()}")
+            raise ModelError(f"TensorRT cannot prepare the engine for batches of {size}{self._logger.error_suffix()}")
         self._contexts[size] = context  # keeps its engine
         self._outputs[size] = shapes[OUTPUT][0]
 
@@ -62,8 +62,8 @@ class EngineNetwork:
         Args:
             stream: handle of the stream to capture.
         """
-        asked = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
-        return all(ask is None or ask(stream) for ask in asked)
+        checks = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
+        return all(check is None or check(stream) for check in checks)
 
     def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Start the engine of the batch's size on the current stream, without waiting for it.
@@ -84,7 +84,7 @@ class EngineNetwork:
         with torch.cuda.device(self._device):
             started = all(placed) and context.execute_async_v3(stream)
         if not started:
-            raise RuntimeError(f"TensorRT did not run the engine for batches of {size}{self._logger.said()}")
+            raise RuntimeError(f"TensorRT did not run the engine for batches of {size}{self._logger.error_suffix()}")
         return out
 
 

@@ -43,7 +43,7 @@ from service.engine.thread import (
     Warm,
 )
 from service.engine.tickets import Ticket, Tickets
-from service.engine.watchdog import LOOK_EVERY_S, Watchdog
+from service.engine.watchdog import CHECK_INTERVAL_S, Watchdog
 from service.errors import Draining, EngineDead
 from service.metrics import Metrics
 
@@ -232,7 +232,7 @@ class AsyncEngine:
                 log.critical("a step of the engine hangs")
                 self._die("a step of the engine hangs")
                 self._stopped.set()  # do not wait for a hung thread
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
     def _die(self, message: str) -> None:
         if self.state is EngineState.DEAD:

@@ -77,10 +77,10 @@ class EngineCounts:
         metrics.remaining_row_steps.set(scheduler.remaining_row_steps)
 
     def width(self, model: str, rows: int) -> None:
-        """Set the gauge of a model's width in rows, excluding probes."""
+        """Set the gauge of a model's width in rows, excluding trial widths."""
         self._metrics.width_rows.labels(name_of(model)).set(rows)
 
-    def model_gone(self, model: str) -> None:
+    def remove_model(self, model: str) -> None:
         """Remove the gauges of a model name that is no longer in use."""
         self._metrics.width_rows.remove(name_of(model))
 

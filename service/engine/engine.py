@@ -148,7 +148,7 @@ class Engine:
         del self._runners[model], self._takers[model], self._memory[model], self.costs[model]
         self.publish()
         if all(name_of(other) != name_of(model) for other in self._runners):
-            self._counts.model_gone(model)
+            self._counts.remove_model(model)
 
     def publish(self) -> None:
         """Replace the snapshot with the current state."""
@@ -306,9 +306,9 @@ class Engine:
     def _choose_width(self, model: str) -> None:
         costs, config, most = self.costs[model], self._config, self._memory[model].rows
         width = min(knee(costs, config.max_rows, config.width_efficiency), most)
-        # Probe wider widths: a cost measured too high would otherwise never be corrected
+        # Try wider widths: a cost measured too high would otherwise never be corrected
         wider = [rows for rows in costs.table() if width < rows <= most]
-        self.scheduler.set_width(model, width, probe_widths=wider)
+        self.scheduler.set_width(model, width, trial_widths=wider)
         self._counts.width(model, width)
 
     def _result(

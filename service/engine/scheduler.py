@@ -14,9 +14,9 @@ from service.engine.order import ServiceOrder
 from service.engine.request import Image, ImageStatus, ImageStep, Move, Priority, StepBatch
 from service.engine.waiting_line import WaitingLine
 
-PROBE_INTERVAL = 32
-PROBE_STEPS = 2
-"""The last `PROBE_STEPS` of every `PROBE_INTERVAL` steps may exceed the width, so that wider steps are measured.
+TRIAL_INTERVAL = 32
+TRIAL_STEPS = 2
+"""The last `TRIAL_STEPS` of every `TRIAL_INTERVAL` steps may exceed the width, so that wider steps are measured.
 The first of them may be less warmed up than those that follow."""
 
 
@@ -58,7 +58,7 @@ class _Lane:
         self.interactive = _Queue(config.client_allowance)
         self.batch = _Queue(config.client_allowance)
         self.width = config.max_rows
-        self.probe_widths: Sequence[int] = ()
+        self.trial_widths: Sequence[int] = ()
         self.free_slots = list(range(config.num_slots))
         self.steps = 0
         self.batch_credit = 0.0
@@ -70,10 +70,10 @@ class _Lane:
         return len(self.interactive) + len(self.batch)
 
     def most_rows(self) -> int:
-        """Return the maximum rows of the next step: the width, or a probe width."""
-        probe, step = divmod(self.steps, PROBE_INTERVAL)
-        if self.probe_widths and step >= PROBE_INTERVAL - PROBE_STEPS:
-            return self.probe_widths[probe % len(self.probe_widths)]
+        """Return the maximum rows of the next step: the width, or a trial width."""
+        trial, step = divmod(self.steps, TRIAL_INTERVAL)
+        if self.trial_widths and step >= TRIAL_INTERVAL - TRIAL_STEPS:
+            return self.trial_widths[trial % len(self.trial_widths)]
         return self.width
 
     def queue(self, image: Image) -> _Queue:
@@ -146,24 +146,24 @@ class Scheduler:
         return self._lanes[model].steps
 
     def width(self, model: str) -> int:
-        """Return the maximum rows of a model's step, excluding probes."""
+        """Return the maximum rows of a model's step, excluding trial widths."""
         return self._lanes[model].width
 
-    def set_width(self, model: str, rows: int, probe_widths: Sequence[int] = ()) -> None:
+    def set_width(self, model: str, rows: int, trial_widths: Sequence[int] = ()) -> None:
         """Change a model's width from its next step on.
 
         Args:
             model: id of the model.
-            rows: maximum rows of a step, excluding probes.
-            probe_widths: widths used in turn by the last `PROBE_STEPS` of every `PROBE_INTERVAL` steps.
+            rows: maximum rows of a step, excluding trial widths.
+            trial_widths: widths used in turn by the last `TRIAL_STEPS` of every `TRIAL_INTERVAL` steps.
 
         Raises:
             ValueError: a width is less than 2 or greater than the configured `max_rows`.
         """
-        for width in (rows, *probe_widths):
+        for width in (rows, *trial_widths):
             if not 2 <= width <= self._config.max_rows:
                 raise ValueError(f"the width must be between 2 and {self._config.max_rows}; got {width}")
-        self._lanes[model].width, self._lanes[model].probe_widths = rows, probe_widths
+        self._lanes[model].width, self._lanes[model].trial_widths = rows, trial_widths
 
     def all_steps(self) -> dict[str, int]:
         """Return the number of steps of every model."""

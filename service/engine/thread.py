@@ -132,7 +132,7 @@ class EngineThread:
         try:
             self._engine.warm_up()
             self._engine.measure()
-            self._tell(Warm())
+            self._send(Warm())
             while self._carry_out_commands():
                 self._engine.launch()
                 self._report()  # the previous step, while the device runs this one
@@ -141,9 +141,9 @@ class EngineThread:
             log.exception("the engine stopped with an error")
             with suppress(Exception):  # the device and pending copies may be lost
                 self._report()  # images that completed before the error
-            self._tell(Died(f"the engine stopped with an error ({type(error).__name__})"))
+            self._send(Died(f"the engine stopped with an error ({type(error).__name__})"))
         finally:
-            self._tell(Stopped())
+            self._send(Stopped())
 
     def _carry_out_commands(self) -> bool:
         """Execute all queued commands; block while the engine has no work. Return False on `Stop`."""
@@ -162,7 +162,7 @@ class EngineThread:
                     self._deliver(self._engine.abort(request_id))
                 case Load(model, runner, costs):
                     self._engine.load(model, runner, costs)
-                    self._tell(Loaded(model))
+                    self._send(Loaded(model))
                     del command, runner  # do not keep dropped weights alive while waiting for work
                 case Drop(model):
                     self._engine.settle_all()  # steps of aborted images
@@ -176,13 +176,13 @@ class EngineThread:
         self._deliver(self._engine.report())
         observations = self._engine.observations
         if observations and self._mailbox.put(observations):
-            self._tell(Observed())
+            self._send(Observed())
 
     def _deliver(self, results: list[ImageResult]) -> None:
         if results:
-            self._tell(ImagesEnded(results))
+            self._send(ImagesEnded(results))
 
-    def _tell(self, report: Report) -> None:
+    def _send(self, report: Report) -> None:
         try:
             self._loop.call_soon_threadsafe(self._on_report, report)
         except RuntimeError:  # the loop is closed

@@ -8,7 +8,7 @@ HANG_FLOOR_S = 10.0
 """Minimum age in seconds of a step that counts as hung."""
 HANG_FACTOR = 20.0
 """Minimum age of a step that counts as hung, as a multiple of its expected duration."""
-LOOK_EVERY_S = 0.5
+CHECK_INTERVAL_S = 0.5
 """Seconds between two checks."""
 
 
@@ -42,6 +42,6 @@ class Watchdog:
         if step is None or step is not self._step:
             self._step, self._age_s = step, 0.0
         else:
-            self._age_s += min(now - self._seen_at, 2 * LOOK_EVERY_S)
+            self._age_s += min(now - self._seen_at, 2 * CHECK_INTERVAL_S)
         self._seen_at = now
         return step is not None and self._age_s > max(HANG_FLOOR_S, HANG_FACTOR * step.expected_s)

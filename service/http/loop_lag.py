@@ -7,12 +7,12 @@ import time
 
 from prometheus_client import Histogram
 
-LOOK_EVERY_S = 0.1
+CHECK_INTERVAL_S = 0.1
 
 
 async def measure_loop_lag(lag_seconds: Histogram) -> None:
     """Record ten times a second how late the loop wakes from a sleep, until cancelled."""
     while True:
-        due = time.monotonic() + LOOK_EVERY_S
-        await asyncio.sleep(LOOK_EVERY_S)
+        due = time.monotonic() + CHECK_INTERVAL_S
+        await asyncio.sleep(CHECK_INTERVAL_S)
         lag_seconds.observe(max(0.0, time.monotonic() - due))

@@ -146,16 +146,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def _detail(request: Request, error: HTTPException) -> str:
     """Return the detail of an error; if no route took the request, name the path and the routes that exist."""
     path = request.scope["path"]
-    asked = f"{request.method} {printable(path)}"
+    call = f"{request.method} {printable(path)}"
     if error.status_code == 405:
-        return f"{asked}: this route takes {(error.headers or {}).get('Allow', 'no such method')}"
+        return f"{call}: this route takes {(error.headers or {}).get('Allow', 'no such method')}"
     if error.status_code != 404 or error.detail != HTTPStatus.NOT_FOUND.phrase:
         return str(error.detail)
     nearest = routes_of(request.scope).nearest(path)
     if nearest is None:
-        return f"there is no {asked} here; {ROUTES_THAT_GENERATE}"
+        return f"there is no {call} here; {ROUTES_THAT_GENERATE}"
     meant, route = nearest
-    there_is = f"there is no {asked} here, but there is {', '.join(sorted(route.methods))} {printable(meant)}"
+    there_is = f"there is no {call} here, but there is {', '.join(sorted(route.methods))} {printable(meant)}"
     of_openai = route.interface in (Interface.OPENAI, Interface.NATIVE_AND_OPENAI)
     return f"{there_is}; {BASE_URL}" if of_openai else there_is
 

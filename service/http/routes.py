@@ -19,7 +19,7 @@ MAX_SEGMENTS = 16
 """Maximum number of segments of a path for which a similar route is searched."""
 _BY_FIRST_SEGMENT = {"v1": Interface.OPENAI, "v2": Interface.KSERVE}
 """Interfaces of paths without a route, by first segment; native clients do not request these."""
-ANYBODY = Interface.NATIVE_AND_OPENAI
+FALLBACK_INTERFACE = Interface.NATIVE_AND_OPENAI
 """The interface of other paths without a route, used by people or OpenAI clients whose base_url lacks /v1."""
 
 
@@ -83,7 +83,7 @@ class RouteTable:
             _, route = nearest
         if route is not None:
             return route.interface
-        return _BY_FIRST_SEGMENT.get(next(iter(_segments(path)), ""), ANYBODY)
+        return _BY_FIRST_SEGMENT.get(next(iter(_segments(path)), ""), FALLBACK_INTERFACE)
 
 
 def _segments(path: str) -> list[str]:

@@ -102,9 +102,9 @@ class Tracing:
     def follow(self, ticket: Ticket, numerics_id: str) -> None:
         """Report an accepted request's time in the engine when it ends, with or without success."""
         within = get_current()
-        ticket.ended.add_done_callback(lambda _: self._tell_phases(ticket, numerics_id, within))
+        ticket.ended.add_done_callback(lambda _: self._report_phases(ticket, numerics_id, within))
 
-    def _tell_phases(self, ticket: Ticket, numerics_id: str, within: Context) -> None:
+    def _report_phases(self, ticket: Ticket, numerics_id: str, within: Context) -> None:
         if not ticket.outcomes:
             return  # the engine has stopped with an error, so there are no times
         started = [outcome.queue_s for outcome in ticket.outcomes if outcome.compute_s > 0]
@@ -113,7 +113,7 @@ class Tracing:
         failure, request = _failure(ticket), ticket.request
         submitted_ns = time.time_ns() - round((time.monotonic() - ticket.submitted_at) * 1e9)
 
-        def tell(name: str, begin_s: float, end_s: float, failure: str | None, **named: AttributeValue) -> None:
+        def record(name: str, begin_s: float, end_s: float, failure: str | None, **named: AttributeValue) -> None:
             attributes = {f"iddpm.{key}": value for key, value in named.items()}
             start_ns, end_ns = (submitted_ns + round(seconds * 1e9) for seconds in (begin_s, end_s))
             span = self._tracer.start_span(name, context=within, start_time=start_ns, attributes=attributes)
@@ -121,9 +121,9 @@ class Tracing:
                 _fail(span, failure)
             span.end(end_ns)
 
-        tell("queue", 0.0, begun, None if started else failure)
+        record("queue", 0.0, begun, None if started else failure)
         if started:
-            tell(
+            record(
                 "denoise",
                 begun,
                 ended,

@@ -45,16 +45,16 @@ class ClassNames:
         self._parts = _index(parts, _squeezed)
         self._pairs = {part: _pairs(part) for part in self._parts}
 
-    def find(self, asked: str) -> int:
+    def find(self, name: str) -> int:
         """Return the index of the class with that name.
 
         Raises:
             InvalidRequest: no class or more than one class matches the name.
         """
-        found = self._named(asked)
-        if not found and asked.isascii() and asked.isdigit():
-            raise InvalidRequest("class", f"no class has the name {quoted(asked)}; an index is a number without quotes")
-        return self._only(found, asked, "class")
+        found = self._named(name)
+        if not found and name.isascii() and name.isdigit():
+            raise InvalidRequest("class", f"no class has the name {quoted(name)}; an index is a number without quotes")
+        return self._only(found, name, "class")
 
     def in_prompt(self, prompt: str, most: int) -> list[int]:
         """Return the classes that a prompt lists, in order.
@@ -90,45 +90,45 @@ class ClassNames:
             raise InvalidRequest("prompt", f"must list at most {most} classes; got {len(classes)}")
         return classes[::-1]
 
-    def _named(self, asked: str) -> list[int]:
+    def _named(self, name: str) -> list[int]:
         return (
-            self._exactly.get(asked)
-            or self._in_any_case.get(_without_case(asked))
-            or self._squeezed.get(_squeezed(asked), [])
+            self._exactly.get(name)
+            or self._in_any_case.get(_without_case(name))
+            or self._squeezed.get(_squeezed(name), [])
         )
 
-    def _meant(self, asked: str) -> list[int]:
+    def _meant(self, name: str) -> list[int]:
         """Return the classes that a piece of a prompt matches, as a name, a part of a name or an index."""
-        asked = asked.strip()
-        if not 1 <= len(asked) <= MAX_CLASS_NAME:  # normalising is slow, and a prompt may be long
+        name = name.strip()
+        if not 1 <= len(name) <= MAX_CLASS_NAME:  # normalising is slow, and a prompt may be long
             return []
-        if found := self._named(asked) or self._parts.get(_squeezed(asked)):
+        if found := self._named(name) or self._parts.get(_squeezed(name)):
             return found
-        is_index = asked.isascii() and asked.isdigit() and len(asked) < 10 and int(asked) < len(self.names)
-        return [int(asked)] if is_index else []
+        is_index = name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(self.names)
+        return [int(name)] if is_index else []
 
-    def _only(self, found: list[int], asked: str, field: str) -> int:
+    def _only(self, found: list[int], name: str, field: str) -> int:
         if not found:
-            raise self._unknown(asked, field)
+            raise self._unknown(name, field)
         if len(found) > 1:
-            raise InvalidRequest(field, f"{quoted(asked)} names the classes {found}: give the index")
+            raise InvalidRequest(field, f"{quoted(name)} names the classes {found}: give the index")
         return found[0]
 
-    def _unknown(self, asked: str, field: str) -> InvalidRequest:
-        return InvalidRequest(field, f"must be one of {self._some(asked)}; got {quoted(asked)}")
+    def _unknown(self, name: str, field: str) -> InvalidRequest:
+        return InvalidRequest(field, f"must be one of {self._some(name)}; got {quoted(name)}")
 
-    def _some(self, asked: str) -> str:
+    def _some(self, name: str) -> str:
         """Return a list of all names if there are few, else of the nearest ones."""
         if len(self.names) <= NAMES_SHOWN:
             return ", ".join(self.names)
-        near = difflib.get_close_matches(_squeezed(asked), self._shortlist(asked), n=NEAREST_SHOWN, cutoff=0.5)
+        near = difflib.get_close_matches(_squeezed(name), self._shortlist(name), n=NEAREST_SHOWN, cutoff=0.5)
         indices = dict.fromkeys(index for part in near for index in self._parts[part])
         listed = [self.names[index] for index in list(indices)[:NEAREST_SHOWN]] or self.names[:NEAREST_SHOWN]
         return f"{', '.join(listed)}, ... ({len(self.names)} in all, see GET /v1/models)"
 
-    def _shortlist(self, asked: str) -> list[str]:
+    def _shortlist(self, name: str) -> list[str]:
         """Return the most similar parts by shared pairs of letters (Dice's coefficient), faster than difflib."""
-        pairs = _pairs(_squeezed(asked))
+        pairs = _pairs(_squeezed(name))
         return heapq.nlargest(
             SHORTLIST, self._pairs, lambda part: len(pairs & self._pairs[part]) / (len(pairs) + len(self._pairs[part]))
         )

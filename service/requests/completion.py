@@ -114,16 +114,16 @@ def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:
 
 def _class_index(body: GenerateRequest, model: ServedModel, classifier_scale: float, seed: int, k: int) -> int | None:
     classes = model.classes
-    asked = body.class_[k] if isinstance(body.class_, list) else body.class_
+    class_spec = body.class_[k] if isinstance(body.class_, list) else body.class_
     if classes is None or (model.config.model.num_classes is None and classifier_scale == 0):
-        if asked is not None:
+        if class_spec is not None:
             unless = "" if classes is None else ", and only its classifier has classes: also set classifier_scale"
             raise InvalidRequest("class", f"must be absent: model {quoted(model.name)} is unconditional{unless}")
         return None
-    if asked is None:
+    if class_spec is None:
         return draw_class(seed, body.image_index + k, len(classes.names))
-    if isinstance(asked, str):
-        return classes.find(asked)
-    if asked >= len(classes.names):
-        raise InvalidRequest("class", f"index must be 0..{len(classes.names) - 1}; got {asked}")
-    return asked
+    if isinstance(class_spec, str):
+        return classes.find(class_spec)
+    if class_spec >= len(classes.names):
+        raise InvalidRequest("class", f"index must be 0..{len(classes.names) - 1}; got {class_spec}")
+    return class_spec

@@ -43,7 +43,7 @@ def _in_code(names: Iterable[str]) -> str:
     return in_words(f"`{name}`" for name in names)
 
 
-def _say_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """Replace the errors of the union's members by one message that lists the valid forms of a class."""
     try:
         return check(value)
@@ -107,7 +107,7 @@ class GenerateRequest(SamplingOptions):
 
     class_: Annotated[
         ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None,
-        WrapValidator(_say_once),
+        WrapValidator(_one_error),
     ] = Field(
         default=None,
         alias="class",

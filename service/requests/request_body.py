@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validato
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-_SAID_OF_ALL = frozenset({"default", "description", "title"})
+_ANNOTATIONS = frozenset({"default", "description", "title"})
 
 
 class RequestBody(BaseModel):
@@ -39,5 +39,5 @@ def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     null = {"type": "null"}
     if null in field.get("anyOf", ()):
         return field
-    value = {key: item for key, item in field.items() if key not in _SAID_OF_ALL}
-    return {"anyOf": [value, null]} | {key: item for key, item in field.items() if key in _SAID_OF_ALL}
+    value = {key: item for key, item in field.items() if key not in _ANNOTATIONS}
+    return {"anyOf": [value, null]} | {key: item for key, item in field.items() if key in _ANNOTATIONS}

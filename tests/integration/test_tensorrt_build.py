@@ -119,16 +119,16 @@ def test_an_engine_is_built_for_each_bucket_in_the_precision_of_the_graph(tmp_pa
 def test_only_what_cannot_be_used_is_built_again(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
-    said: list[str] = []
-    assert build_missing(folder, SM89, [1, 2], say=said.append) == (1, 2)
-    assert build_missing(folder, SM89, [1, 2], say=said.append) == ()
+    notes: list[str] = []
+    assert build_missing(folder, SM89, [1, 2], notify=notes.append) == (1, 2)
+    assert build_missing(folder, SM89, [1, 2], notify=notes.append) == ()
     path = engine_folder(folder, SM89) / "2.plan"
     path.write_bytes(path.read_bytes()[:-100])
-    assert build_missing(folder, SM89, [1, 2], say=said.append) == (2,)
-    assert [line.split(": ", 1)[0] for line in said] == [
+    assert build_missing(folder, SM89, [1, 2], notify=notes.append) == (2,)
+    assert [line.split(": ", 1)[0] for line in notes] == [
         f"building {SM89.name}, batches of {bucket}" for bucket in (1, 2, 2)
     ]
-    assert said[-1].endswith("it is damaged")
+    assert notes[-1].endswith("it is damaged")
     read_engine(folder, wanted, 2)
 
 

@@ -62,10 +62,10 @@ class ArrayRunner(Generic[A]):
             denoiser.device,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
-        told = self._slots.send(respace(denoiser.config.diffusion).t_model)
+        t_model = self._slots.send(respace(denoiser.config.diffusion).t_model)
         embeddings: Embeddings[A] = Embeddings(
-            network=denoiser.embed_timesteps(told),
-            classifier=None if classifier is None else classifier.embed_timesteps(told),
+            network=denoiser.embed_timesteps(t_model),
+            classifier=None if classifier is None else classifier.embed_timesteps(t_model),
         )
         plan_of = _plans_of(denoiser.config.diffusion)
         self._queued: QueuedSteps[A] | None = None

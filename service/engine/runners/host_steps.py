@@ -28,7 +28,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import Images, Update, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, asking_places, no_classifier
+from service.engine.runners.steps import Embeddings, classified_places, no_classifier
 from service.engine.slots import SlotTable
 
 
@@ -125,17 +125,17 @@ class HostSteps(Generic[A]):
         Raises:
             ModelError: an image uses classifier guidance, but the model has no classifier.
         """
-        asking = asking_places(steps)
-        if not asking:
+        classified = classified_places(steps)
+        if not classified:
             return None
         classifier, emb_t = self._denoiser.classifier, self._embeddings.classifier
         if classifier is None or emb_t is None:
             raise no_classifier(self._denoiser.description)
-        size = self._sizes.padded_classified_rows(len(asking))
-        spare = (steps[asking[0]].slot, asking[0])  # padding: any valid image
-        block = classifier_block(steps, asking, size, self._plan_of, spare=spare)
+        size = self._sizes.padded_classified_rows(len(classified))
+        spare = (steps[classified[0]].slot, classified[0])  # padding: any valid image
+        block = classifier_block(steps, classified, size, self._plan_of, spare=spare)
         numbers = classifier_numbers(self._slots.send(words_of(block)))
         found = gradients(numbers, self._slots.x, emb_t, classifier)
         grad: A = self._denoiser.xp.zeros_like(images.x_t)
-        grad[numbers.place[: len(asking)]] = found[: len(asking)]
+        grad[numbers.place[: len(classified)]] = found[: len(classified)]
         return grad

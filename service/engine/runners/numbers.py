@@ -104,20 +104,20 @@ def step_block(
 
 
 def classifier_block(
-    steps: Sequence[ImageStep], asking: Sequence[int], size: int, plan_of: PlanOf, *, spare: tuple[int, int]
+    steps: Sequence[ImageStep], classified: Sequence[int], size: int, plan_of: PlanOf, *, spare: tuple[int, int]
 ) -> Block:
     """Return the block of a classifier call, [size].
 
     Args:
         steps: the steps of all images.
-        asking: places of the images with classifier guidance.
+        classified: places of the images with classifier guidance.
         size: rows of the classifier call.
         plan_of: returns the sampling plan of a key.
         spare: slot and place of padding rows.
     """
     block = np.zeros(size, dtype=CLASSIFIER_BLOCK)
     block["slot"], block["place"] = spare
-    for row, place in enumerate(asking):
+    for row, place in enumerate(classified):
         step = steps[place]
         timestep = plan_of(step.params.plan).timesteps[step.step]
         block[row] = (step.slot, place, step.params.class_index or 0, timestep, step.params.classifier_scale, 0)

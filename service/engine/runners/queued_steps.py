@@ -32,7 +32,7 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import add_noise_and_advance, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, asking_places, no_classifier
+from service.engine.runners.steps import Embeddings, classified_places, no_classifier
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
@@ -125,14 +125,14 @@ class QueuedSteps(Generic[A]):
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
         """Queue a step without blocking the host."""
-        asking = asking_places(steps)
+        classified = classified_places(steps)
         size = self._sizes.padded_rows(rows_of(steps))
         step = self._steps.get(size) or self._uncaptured(self._step(size), "a step", size)
         if self._guided_before:
             self._gradient[:] = 0.0
             self._guided_before = False
-        if asking:
-            self._guide(steps, asking)
+        if classified:
+            self._guide(steps, classified)
         step.words[:] = self._queue.send(words_of(self._step_block(steps, size)))
         # Allocate before the step is queued: it must not run out of memory afterwards
         receive = self._queue.receive((len(steps),), self._denoiser.xp.bool)
@@ -146,20 +146,20 @@ class QueuedSteps(Generic[A]):
         images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))
         return Later(lambda: to_uint8(images.wait()))
 
-    def _guide(self, steps: Sequence[ImageStep], asking: Sequence[int]) -> None:
+    def _guide(self, steps: Sequence[ImageStep], classified: Sequence[int]) -> None:
         if self._queue.classifier is None:
             raise no_classifier(self._denoiser.description)
-        size = self._sizes.padded_classified_rows(len(asking))
+        size = self._sizes.padded_classified_rows(len(classified))
         call = self._gradients.get(size) or self._uncaptured(self._classifier_call(size), "a gradient", size)
-        call.words[:] = self._queue.send(words_of(self._classifier_block(steps, asking, size)))
+        call.words[:] = self._queue.send(words_of(self._classifier_block(steps, classified, size)))
         self._guided_before = True
         call.run()
 
     def _step_block(self, steps: Sequence[ImageStep], size: int) -> Block:
         return step_block(steps, size, self._plan_of, null_class=self._null_class, spare_slot=self._slots.spare_slot)
 
-    def _classifier_block(self, steps: Sequence[ImageStep], asking: Sequence[int], size: int) -> Block:
-        return classifier_block(steps, asking, size, self._plan_of, spare=(self._slots.spare_slot, self._most))
+    def _classifier_block(self, steps: Sequence[ImageStep], classified: Sequence[int], size: int) -> Block:
+        return classifier_block(steps, classified, size, self._plan_of, spare=(self._slots.spare_slot, self._most))
 
     # Work on arrays at fixed addresses
 

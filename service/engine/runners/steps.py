@@ -38,7 +38,7 @@ class Steps(Protocol):
         ...
 
 
-def asking_places(steps: Sequence[ImageStep]) -> list[int]:
+def classified_places(steps: Sequence[ImageStep]) -> list[int]:
     """Return the places of the images with classifier guidance."""
     return [place for place, step in enumerate(steps) if step.params.classified_rows]
 

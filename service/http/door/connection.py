@@ -15,15 +15,15 @@ from service.http.door.connection_limit import OpenConnections
 from service.http.door.context import NO_PLACE, context_of, ended_as
 from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.faults import Fault, answer_of
-from service.http.routes import ANYBODY, interface_of
+from service.http.routes import FALLBACK_INTERFACE, interface_of
 
 INCOMPLETE = (h11.IDLE, h11.SEND_BODY)
 """States of a client whose request has not arrived completely."""
 
 
-LOOK_AFTER_S = 0.1
+FIRST_CHECK_S = 0.1
 """Seconds from a client's half-close to the first check whether it is still connected."""
-LOOK_EVERY_S = 1.0
+CHECK_INTERVAL_S = 1.0
 
 
 class LimitedProtocol(H11Protocol):
@@ -44,7 +44,7 @@ class LimitedProtocol(H11Protocol):
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
     _half_closed = False
-    _looking: asyncio.TimerHandle | None = None
+    _half_closed_check: asyncio.TimerHandle | None = None
     _was_sent_100 = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -69,7 +69,7 @@ class LimitedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.open_connections.leave(self)
-        for timer in (self._reading, self._writing, self._looking):
+        for timer in (self._reading, self._writing, self._half_closed_check):
             if timer is not None:
                 timer.cancel()
 
@@ -94,16 +94,16 @@ class LimitedProtocol(H11Protocol):
     def _go_on_half_closed(self) -> None:
         incomplete = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         if self._in_flight and self.conn.their_state is not h11.SEND_BODY:
-            if self._looking is None:
-                self._looking = self.loop.call_later(LOOK_AFTER_S, self._look_after_half_closed, LOOK_AFTER_S)
+            if self._half_closed_check is None:
+                self._half_closed_check = self.loop.call_later(FIRST_CHECK_S, self._check_half_closed, FIRST_CHECK_S)
         elif incomplete and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._answer(HTTPStatus.BAD_REQUEST, "the connection was closed before the whole request had arrived")
         else:
             self.transport.close()
 
-    def _look_after_half_closed(self, waited: float) -> None:
+    def _check_half_closed(self, waited: float) -> None:
         """Abort the request if the client has closed both sides."""
-        self._looking = None
+        self._half_closed_check = None
         if not self._in_flight:
             return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -114,11 +114,11 @@ class LimitedProtocol(H11Protocol):
                 self._was_sent_100 = True
                 head = h11.InformationalResponse(status_code=HTTPStatus.CONTINUE, reason=b"Continue", headers=[])
                 self.transport.write(self.conn.send(head) or b"")
-            elif waited == LOOK_EVERY_S:  # no "100 Continue" in HTTP/1.0, and only images take so long
+            elif waited == CHECK_INTERVAL_S:  # no "100 Continue" in HTTP/1.0, and only images take so long
                 self.transport.abort()
                 return
-        wait = min(2 * waited, LOOK_EVERY_S)
-        self._looking = self.loop.call_later(wait, self._look_after_half_closed, wait)
+        wait = min(2 * waited, CHECK_INTERVAL_S)
+        self._half_closed_check = self.loop.call_later(wait, self._check_half_closed, wait)
 
     def _time_reading(self) -> None:
         # Between two requests uvicorn has a limit of its own.
@@ -147,9 +147,9 @@ class LimitedProtocol(H11Protocol):
             self._writing = None
 
     def _watch_writing(self, left: int) -> None:
-        self._writing = self.loop.call_later(self.write_seconds, self._look_at_writing, left)
+        self._writing = self.loop.call_later(self.write_seconds, self._check_writing, left)
 
-    def _look_at_writing(self, left_before: int) -> None:
+    def _check_writing(self, left_before: int) -> None:
         left = self.transport.get_write_buffer_size()
         if left < left_before:
             self._watch_writing(left)
@@ -165,7 +165,7 @@ class LimitedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        interface, more = ANYBODY, dict(SECURITY_HEADERS)
+        interface, more = FALLBACK_INTERFACE, dict(SECURITY_HEADERS)
         if self.cycle is not None and not self.cycle.response_complete:  # an app waits for the body of this request
             self.cycle.disconnected = True
             self.cycle.message_event.set()

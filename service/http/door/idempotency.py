@@ -54,7 +54,7 @@ class _Answer:
 
 @dataclass
 class _Execution:
-    asked: bytes
+    digest: bytes
     """Hash of the request."""
     waiting: int = 0
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
@@ -63,7 +63,7 @@ class _Execution:
 
 @dataclass(frozen=True)
 class _Kept:
-    asked: bytes
+    digest: bytes
     answer: _Answer
     until: float
 
@@ -100,22 +100,22 @@ class Idempotency:
 
     async def _once(self, scope: Scope, receive: Receive, send: Send, key: str) -> None:
         name, request = (client_of_request(scope).name, key), await receive()
-        asked = _hash_of(scope, request["body"])
+        digest = _hash_of(scope, request["body"])
         self._forget_old()
         known = self._running.get(name) or self._kept.get(name)
-        if known is not None and known.asked != asked:
+        if known is not None and known.digest != digest:
             detail = "was used for another request; a key belongs to one path, Accept header and body"
             await _refused(422, "Idempotency key reused", detail)(scope, receive, send)
         elif isinstance(known, _Kept):
             await known.answer.send(send, REPLAYED)
         else:
-            execution = known or self._execute(name, asked, scope, request)
+            execution = known or self._execute(name, digest, scope, request)
             answer = await self._wait(execution, name, receive)
             if answer is not None:
                 await answer.send(send, *([REPLAYED] if known else []))
 
-    def _execute(self, name: Name, asked: bytes, scope: Scope, request: Message) -> _Execution:
-        execution = self._running[name] = _Execution(asked)
+    def _execute(self, name: Name, digest: bytes, scope: Scope, request: Message) -> _Execution:
+        execution = self._running[name] = _Execution(digest)
         execution.task = asyncio.create_task(self._run(scope, request, execution))
         execution.task.add_done_callback(lambda _: self._end(name, execution))
         return execution
@@ -157,7 +157,7 @@ class Idempotency:
         if execution.task.cancelled() or execution.task.exception() or execution.abandoned.is_set():
             return
         answer = execution.task.result()
-        kept = _Kept(execution.asked, answer, self._clock() + self._keep_s)
+        kept = _Kept(execution.digest, answer, self._clock() + self._keep_s)
         # An answer above the limit by itself would displace all the others
         if answer.status < 300 and kept.size <= self._max_bytes:
             self._kept[name] = kept

@@ -38,7 +38,7 @@ class KeyRing:
         self._read_again_at = math.inf
         self._trouble = ""
         self._remind_at = math.inf
-        self._warn_of_none()
+        self._warn_if_empty()
 
     def find(self, key: str) -> ApiKey | None:
         """Return the record of a key, in a time that does not depend on how much of the key is correct."""
@@ -63,7 +63,7 @@ class KeyRing:
         self._read_at = datetime.now(UTC)
         self._read_again_at, self._trouble = math.inf, ""
         log.info("keys: read again, %d in force", len(self._keys))
-        self._warn_of_none()
+        self._warn_if_empty()
 
     def _report(self, trouble: str, now: float) -> None:
         if trouble == self._trouble and now < self._remind_at:
@@ -76,7 +76,7 @@ class KeyRing:
             len(self._keys),
         )
 
-    def _warn_of_none(self) -> None:
+    def _warn_if_empty(self) -> None:
         if not self._keys:
             log.warning(
                 "keys: %s holds no key: requests get 401 until iddpm keys add NAME --file %s", self._path, self._path

@@ -120,9 +120,9 @@ def keys_text(keys: Sequence[ApiKey]) -> str:
 
 def _described(error: ValidationError) -> str:
     """Describe the errors and their locations without quoting values: a misplaced value may be a key."""
-    told = []
+    descriptions = []
     for problem in error.errors(include_url=False, include_input=False):
         where = problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]
         message = "has an unknown field" if problem["type"] == "extra_forbidden" else problem["msg"]
-        told.append(": ".join(filter(None, [".".join(map(str, where)), message.removeprefix("Value error, ")])))
-    return "; ".join(told)
+        descriptions.append(": ".join(filter(None, [".".join(map(str, where)), message.removeprefix("Value error, ")])))
+    return "; ".join(descriptions)

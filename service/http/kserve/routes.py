@@ -206,9 +206,9 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     Inference-Header-Content-Length must give the length of the object.
     """
     head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
-    asked = _read(head)
-    prepared = prepare(_generate_request(asked, behind, model), request, state)
-    answered = await answer_when_done(prepared, request, state, partial(_answer, asked))
+    body = _read(head)
+    prepared = prepare(_generate_request(body, behind, model), request, state)
+    answered = await answer_when_done(prepared, request, state, partial(_answer, body))
     return answered.response
 
 
@@ -237,17 +237,17 @@ def _read(head: bytes) -> InferRequest:
         raise InvalidRequest(dotted(first["loc"]), message_of(first, InferRequest)) from error
 
 
-def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
+def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
     """Return the native request for tensors and parameters."""
-    for tensor in asked.inputs:
+    for tensor in body.inputs:
         if tensor.name not in INPUTS:
             raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")
         if tensor.datatype != INPUTS[tensor.name]:
             raise InvalidRequest(tensor.name, f"datatype must be {INPUTS[tensor.name]}; got {quoted(tensor.datatype)}")
     available = [tensor.name for tensor in _outputs(model)]
-    if missing := {output.name for output in asked.outputs or []}.difference(available):
+    if missing := {output.name for output in body.outputs or []}.difference(available):
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
-    elements = read_tensors(asked.inputs, behind)
+    elements = read_tensors(body.inputs, behind)
     fields: dict[str, Element | list[Element]] = {"model": model.name}
     for name, values in elements.items():
         if name not in ONE_PER_IMAGE and len(values) != 1:
@@ -257,16 +257,16 @@ def _generate_request(asked: InferRequest, behind: bytes, model: ServedModel) ->
         if "class" in fields:
             raise InvalidRequest("class_index", "give either `class` or `class_index`, not both")
         fields["class"] = fields.pop("class_index")
-    if asked.parameters.timeout:
-        fields["deadline_s"] = asked.parameters.timeout / 1e6
-    fields["priority"] = "batch" if asked.parameters.priority >= BATCH_PRIORITY else "interactive"
+    if body.parameters.timeout:
+        fields["deadline_s"] = body.parameters.timeout / 1e6
+    fields["priority"] = "batch" if body.parameters.priority >= BATCH_PRIORITY else "interactive"
     try:
         return GenerateRequest.model_validate(fields)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
 
 
-def _answer(asked: InferRequest, finished: Finished) -> Response:
+def _answer(body: InferRequest, finished: Finished) -> Response:
     params, model = finished.accepted.images, finished.accepted.model
     arrays: dict[str, npt.NDArray[Any]] = {
         "images": np.stack([result.pixels for result in finished.results if result.pixels is not None]),
@@ -276,13 +276,13 @@ def _answer(asked: InferRequest, finished: Finished) -> Response:
     if model.classes is not None:
         indices = [NO_CLASS if image.class_index is None else image.class_index for image in params]
         arrays["class_index"] = np.array(indices, np.int64)
-    as_bytes = dict.fromkeys(arrays, asked.parameters.binary_data_output)
-    if asked.outputs:
-        wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
+    as_bytes = dict.fromkeys(arrays, body.parameters.binary_data_output)
+    if body.outputs:
+        wanted = {output.name: output.parameters.binary_data for output in body.outputs}
         arrays = {name: arrays[name] for name in wanted}
         as_bytes = {name: as_bytes[name] if binary is None else binary for name, binary in wanted.items()}
     outputs, behind = write_tensors(arrays, as_bytes)
-    response = InferResponse(model_name=model.name, model_version=model.numerics_id, id=asked.id, outputs=[])
+    response = InferResponse(model_name=model.name, model_version=model.numerics_id, id=body.id, outputs=[])
     head = with_member(response, "outputs", outputs)
     if not any(as_bytes.values()):
         return Response(head, media_type="application/json")

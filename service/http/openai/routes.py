@@ -50,9 +50,9 @@ State = Annotated[ServiceState, Depends(service_state)]
 async def generate_images(body: ImagesRequest, request: Request, state: State) -> Response:
     """Generate images of classes; with `stream`, previews and images come as Server-Sent Events."""
     model = find_model(state.models, body.model)
-    asked = native_request(body, model)
-    prepared = prepare(asked, request, state)
-    form = form_of(asked, "application/json", model.config.model.image_channels)
+    native = native_request(body, model)
+    prepared = prepare(native, request, state)
+    form = form_of(native, "application/json", model.config.model.image_channels)
     if body.stream:
         watch = _watch(body.partial_images, prepared.request.images[0].num_steps)
         return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, form, state))

@@ -57,8 +57,8 @@ class Thumbnails:
         body = {"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"}
         if model.config.model.num_classes is None:  # only its classifier has classes
             body["classifier_scale"] = 1
-        asked = GenerateRequest.model_validate(body)
-        request = complete(asked, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
+        thumbnail = GenerateRequest.model_validate(body)
+        request = complete(thumbnail, model, uuid.uuid4().hex, max_row_steps=2 * steps, client=CLIENT)
         async with self._turns:
             [image] = self._engine.submit(request).images
             result = await image

@@ -247,10 +247,10 @@ def test_the_logger_keeps_errors_and_there_is_one() -> None:
     assert logger_of(trt) is logger
     logger.errors.clear()
     logger.log(trt.ILogger.WARNING, "mind")
-    assert logger.said() == ""
+    assert logger.error_suffix() == ""
     logger.log(trt.ILogger.ERROR, "one")
     logger.log(trt.ILogger.INTERNAL_ERROR, "two")
-    assert logger.said() == ": one; two"
+    assert logger.error_suffix() == ": one; two"
 
 
 def test_a_service_without_a_builder_cannot_be_told_to_build(engines: Path) -> None:

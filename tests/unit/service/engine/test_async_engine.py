@@ -208,7 +208,7 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(async_engine, "LOOK_EVERY_S", 0.002)
+    monkeypatch.setattr(async_engine, "CHECK_INTERVAL_S", 0.002)
     runner = PausedRunner()
     engine = AsyncEngine(Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: now), CONFIG, Metrics())
     others = set(threading.enumerate())

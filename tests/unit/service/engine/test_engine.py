@@ -36,7 +36,7 @@ from service.engine.request import (
     Watch,
 )
 from service.engine.runners.array_runner import ArrayRunner
-from service.engine.scheduler import PROBE_INTERVAL
+from service.engine.scheduler import TRIAL_INTERVAL
 from service.errors import ModelError
 from service.metrics import Metrics
 from tests.counts import count
@@ -553,7 +553,7 @@ def test_the_best_size_is_found_again_though_the_next_one_is_no_better() -> None
     assert engine.scheduler.width("m") == 8
 
 
-def test_probes_are_no_wider_than_memory_allows() -> None:
+def test_trial_widths_are_no_wider_than_memory_allows() -> None:
     class Short(TimedRunner):
         def step(self, slots: Sequence[int]) -> list[bool]:
             tried.append(len(slots))
@@ -569,7 +569,7 @@ def test_probes_are_no_wider_than_memory_allows() -> None:
         engine.costs["m"].observe(rows, 1.0)
     engine.load("m", runner, engine.costs["m"])
     engine.add(generation("r", *[params(steps=100, seed=k) for k in range(8)]), submitted_at=0.0)
-    for _ in range(3 * PROBE_INTERVAL):
+    for _ in range(3 * TRIAL_INTERVAL):
         engine.step()
     assert engine.scheduler.width("m") == 4
     assert [rows for rows in tried if rows > 4] == [8]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from service.engine.config import EngineConfig
 from service.engine.policies import PolicyName
 from service.engine.request import Image, ImageStatus, StepBatch
-from service.engine.scheduler import PROBE_INTERVAL, PROBE_STEPS, Scheduler
+from service.engine.scheduler import TRIAL_INTERVAL, TRIAL_STEPS, Scheduler
 from tests.arriving import ArrivingScheduler
 from tests.counts import count
 from tests.fakes import generation, params
@@ -90,20 +90,20 @@ def test_a_step_names_which_step_of_which_image_it_takes() -> None:
 
 def test_now_and_then_steps_are_wider_where_their_cost_is_to_be_learnt() -> None:
     scheduler = make()
-    scheduler.set_width("m", 2, probe_widths=[3, 4])
+    scheduler.set_width("m", 2, trial_widths=[3, 4])
     scheduler.add([image(name, 200) for name in "abcde"])
-    rows = [len(run_step(scheduler)[0]) for _ in range(4 * PROBE_INTERVAL)]
-    narrow = [2] * (PROBE_INTERVAL - PROBE_STEPS)
-    assert rows == 2 * [*narrow, *[3] * PROBE_STEPS, *narrow, *[4] * PROBE_STEPS]
+    rows = [len(run_step(scheduler)[0]) for _ in range(4 * TRIAL_INTERVAL)]
+    narrow = [2] * (TRIAL_INTERVAL - TRIAL_STEPS)
+    assert rows == 2 * [*narrow, *[3] * TRIAL_STEPS, *narrow, *[4] * TRIAL_STEPS]
     assert scheduler.width("m") == 2
     scheduler.set_width("m", 2)
-    assert {len(run_step(scheduler)[0]) for _ in range(PROBE_INTERVAL)} == {2}
+    assert {len(run_step(scheduler)[0]) for _ in range(TRIAL_INTERVAL)} == {2}
 
 
-@pytest.mark.parametrize("probe_widths", [[5], [3, 1]])
-def test_probes_are_no_wider_than_the_device_and_have_room_for_guidance(probe_widths: list[int]) -> None:
+@pytest.mark.parametrize("trial_widths", [[5], [3, 1]])
+def test_trial_widths_are_no_wider_than_the_device_and_have_room_for_guidance(trial_widths: list[int]) -> None:
     with pytest.raises(ValueError, match="the width must be between 2 and 4"):
-        make().set_width("m", 2, probe_widths)
+        make().set_width("m", 2, trial_widths)
 
 
 def test_models_take_turns() -> None:

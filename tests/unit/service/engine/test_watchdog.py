@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.watchdog import LOOK_EVERY_S, StepUnderWay, Watchdog
+from service.engine.watchdog import CHECK_INTERVAL_S, StepUnderWay, Watchdog
 
 
-def seconds_until_it_hangs(expected_s: float, every_s: float = LOOK_EVERY_S) -> float:
+def seconds_until_it_hangs(expected_s: float, every_s: float = CHECK_INTERVAL_S) -> float:
     """Look at one step, again and again; say how old it is when it is said to hang."""
     watchdog, step, now = Watchdog(), StepUnderWay(expected_s), 100.0
     while not watchdog.hangs(step, now):
@@ -17,7 +17,7 @@ def seconds_until_it_hangs(expected_s: float, every_s: float = LOOK_EVERY_S) -> 
 
 @pytest.mark.parametrize(("expected_s", "limit"), [(0.0, 10.0), (0.1, 10.0), (0.5, 10.0), (2.0, 40.0)])
 def test_a_step_hangs_after_ten_seconds_or_twenty_times_what_was_expected(expected_s: float, limit: float) -> None:
-    assert seconds_until_it_hangs(expected_s) == limit + LOOK_EVERY_S
+    assert seconds_until_it_hangs(expected_s) == limit + CHECK_INTERVAL_S
 
 
 def test_steps_that_follow_each_other_do_not_hang_nor_does_an_idle_engine() -> None:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.http.client_gone import disconnected
 from service.http.door.body import WholeBody
-from service.http.door.connection import LOOK_AFTER_S, limited_protocol
+from service.http.door.connection import FIRST_CHECK_S, limited_protocol
 from service.http.door.connection_limit import OpenConnections, descriptor_budget
 from service.http.door.guard import Guard
 from service.http.door.observe import Observe
@@ -275,7 +275,7 @@ async def test_a_half_closed_client_waits_for_a_late_answer_and_is_asked_whether
         writer.write(SLOW)
         writer.write_eof()
         assert await reader.readexactly(len(CONTINUE)) == CONTINUE
-        await asyncio.sleep(5 * LOOK_AFTER_S)  # in which it is looked after again
+        await asyncio.sleep(5 * FIRST_CHECK_S)  # in which it is looked after again
         app.let.set()
         answer = await reader.read()
         writer.close()
