@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Generic
 
 import numpy as np
@@ -30,9 +29,6 @@ from service.engine.runners.steps import Embeddings, Steps
 from service.engine.slots import SavedSlot, SlotTable
 
 log = logging.getLogger(__name__)
-
-KEPT_PLANS = 512
-"""Size of a model's LRU cache of sampling plans. Rebuilding an evicted plan takes milliseconds."""
 
 
 class ArrayRunner(Generic[A]):
@@ -168,9 +164,8 @@ class ArrayRunner(Generic[A]):
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
-    """Return a function that builds a model's sampling plans: host arrays, cached and shared."""
+    """Return a function that builds a model's sampling plans, which `build_plan` caches."""
 
-    @lru_cache(maxsize=KEPT_PLANS)
     def plan_of(key: PlanKey) -> SamplingPlan:
         return build_plan(diffusion, key.sampler, key.spec, key.eta)
 
