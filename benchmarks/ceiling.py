@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from torch.nn import functional as F
 
 from benchmarks.contenders import Place
 from benchmarks.rounds import Timing
 from formats.precision import Precision
-from service.backends.openvino_core import openvino_core
-from service.backends.openvino_graph import compile_settings, equal_parts
 from service.backends.torch_backend import DTYPES
 
 CHANNELS, SIZE, KERNEL = 256, 32, 3
@@ -49,6 +46,8 @@ def probes(precisions: set[Precision], place: Place) -> list[Probe]:
         if place.device.type == "cuda":
             made.append(_torch_product(precision, place))
         else:
+            from service.backends.openvino_graph import equal_parts
+
             parts = {1, equal_parts(CPU_ROWS, place.threads)}
             made.extend(_openvino_convolution(precision, place, number) for number in sorted(parts))
     return made
@@ -110,6 +109,11 @@ def _torch_product(precision: Precision, place: Place) -> Probe:
 
 
 def _openvino_convolution(precision: Precision, place: Place, parts: int) -> Probe:
+    import openvino  # here: a GPU machine does without it
+
+    from service.backends.openvino_core import openvino_core
+    from service.backends.openvino_graph import compile_settings
+
     ops = openvino.opset13
     generator = np.random.default_rng(0)
     shape = [CPU_ROWS // parts, CHANNELS, SIZE, SIZE]

@@ -30,7 +30,7 @@ from formats.precision import Precision
 from interchange.diffusers_config import DoesNotMap
 from service.backends.base import BackendOptions, Denoiser
 from service.backends.select import BACKENDS, load_denoiser
-from service.backends.torch_backend import choose_dtype, lower_weights
+from service.backends.torch_backend import TorchBackend, choose_dtype, lower_weights
 from service.errors import ModelError
 
 COMPILED = "torch-compile"
@@ -129,6 +129,8 @@ def open_contender(entry: Entry, network: BenchNetwork, rows: Rows, place: Place
             return _eager_call(entry, network, rows, place)
         count = len(rows.x_t)
         denoiser = open_denoiser(entry, network, place, BackendOptions(max_rows=count, batch_sizes=(count,)))
+        if isinstance(denoiser, TorchBackend) and place.device.type == "cuda":
+            denoiser.capture_calls()
         return denoiser_call(denoiser, rows, place)
     except torch.OutOfMemoryError as error:
         raise Absent("out of the device's memory") from error

@@ -22,7 +22,7 @@ from benchmarks.options import WORK
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from diffusion.config import DiffusionConfig
 from diffusion.plans import build_plan
-from service.backends.cuda_graphs import Capture, call_again, cuda_capture
+from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture
 from service.backends.cuda_queue import compiled
 from service.engine.runners.step import add_noise_and_advance
 
@@ -45,8 +45,9 @@ def make_update(rows: int, image_size: int, device: torch.device, *, fused: bool
         x_prev: Tensor = update(lines, x_t, x0_prev, out, var_values, (number, number, number), None).x_prev
         return x_prev
 
-    capture: Capture = cuda_capture(device) if device.type == "cuda" else call_again
+    capture: Capture = CudaCapture(device) if device.type == "cuda" else CallAgain()
     with torch.inference_mode():
+        capture.warm_up(run)
         return capture(run)
 
 

@@ -6,22 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
-import openvino
 
 from formats.precision import Precision
 from model_export.library_errors import LibraryError, library_call
 
+if TYPE_CHECKING:  # imported where they are used: a GPU machine does without them
+    import openvino
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 Graph = Callable[[Arrays], npt.NDArray[np.float32]]
 """Inputs by name, any number of rows -> the graph's only output. Exceptions of the runtime become LibraryError."""
-
-ONNX_RUNTIME = f"onnxruntime {onnxruntime.__version__}"
-OPENVINO = f"openvino {openvino.get_version().split('-')[0]}"
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 """OpenVINO's names of precisions."""
@@ -51,20 +49,36 @@ def runtimes_for(precision: Precision) -> list[Runtime]:
     some values between two float16 operations in float32, so an overflow may occur on a GPU only: engines are measured
     again.
     """
-    onnx_runtime = Runtime(ONNX_RUNTIME, precision, _open_onnxruntime)
-    in_fp32, in_bf16 = (Runtime(OPENVINO, p, _openvino(p)) for p in HINTS)
+    onnx_runtime = Runtime(_onnxruntime_version(), precision, _open_onnxruntime)
+    in_fp32, in_bf16 = (Runtime(_openvino_version(), p, _openvino(p)) for p in HINTS)
     return {"fp32": [onnx_runtime, in_fp32, in_bf16], "bf16": [in_bf16], "fp16": [onnx_runtime]}[precision]
 
 
+@cache
+def _onnxruntime_version() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+@cache
+def _openvino_version() -> str:
+    import openvino
+
+    return f"openvino {openvino.get_version().split('-')[0]}"
+
+
 def _open_onnxruntime(path: Path) -> Graph:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Exception: its exceptions have no common base class
-    with library_call(ONNX_RUNTIME, f"load {path.name}", Exception):
+    with library_call(_onnxruntime_version(), f"load {path.name}", Exception):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Arrays) -> npt.NDArray[np.float32]:
-        with library_call(ONNX_RUNTIME, f"run {path.name}", Exception):
+        with library_call(_onnxruntime_version(), f"run {path.name}", Exception):
             return session.run(None, dict(inputs))[0]
 
     return run
@@ -81,7 +95,7 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
             if rows not in compiled:
                 shapes = {name: list(values.shape) for name, values in inputs.items()}
                 compiled[rows] = _compile(path, shapes, precision)
-            with library_call(OPENVINO, f"run {path.name}", RuntimeError):
+            with library_call(_openvino_version(), f"run {path.name}", RuntimeError):
                 return compiled[rows](dict(inputs))[0].copy()
 
         return run
@@ -92,6 +106,8 @@ def _openvino(precision: Precision) -> Callable[[Path], Graph]:
 @cache
 def _openvino_core() -> openvino.Core:
     """Return this process's core, which is never destroyed (reason in service/backends/openvino_core.py)."""
+    import openvino
+
     return openvino.Core()
 
 
@@ -107,7 +123,7 @@ def _compile(path: Path, shapes: Mapping[str, list[int]], precision: Precision) 
 
     def compiled_in(wanted: Precision) -> openvino.CompiledModel:
         settings = {"INFERENCE_PRECISION_HINT": HINTS[wanted], "PERFORMANCE_HINT": "LATENCY"}
-        with library_call(OPENVINO, f"compile {path.name}", RuntimeError):
+        with library_call(_openvino_version(), f"compile {path.name}", RuntimeError):
             network = _openvino_core().read_model(path)
             network.reshape(shapes)
             return _openvino_core().compile_model(network, "CPU", settings)

@@ -9,13 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from service.backends.cuda_graphs import cuda_capture
+from service.backends.compiling import compile_per_shape
+from service.backends.cuda_graphs import CudaCapture, Work
 from service.backends.device_queue import Forward
 
 DEPTH = 2
 """Tolerates a host delay of one step. An error is detected up to this many steps after the step that caused it."""
 MOST_SHAPES = 64
-"""Limit of recompilations per function: torch.compile treats more shapes than its limit as an error."""
+"""Limit of recompilations of a function."""
 
 
 class CudaQueue:
@@ -37,9 +38,14 @@ class CudaQueue:
         self.classifier: Forward[Tensor] | None = classifier
         self._device = device
         self._fused = fused
-        self._capture = cuda_capture(device)
+        self._capture = CudaCapture(device)
 
-    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def warm_up(self, work: Work) -> None:
+        """Run the work on the stream that captures."""
+        with torch.inference_mode():
+            self._capture.warm_up(work)
+
+    def capture(self, work: Work) -> Work:
         """Capture a CUDA graph. All graphs of a queue share one memory pool, as they never run concurrently."""
         with torch.inference_mode():
             return self._capture(work)
@@ -80,11 +86,5 @@ class CudaCopy:
 
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of tensors as one graph, or raise; once per shape, as there are few shapes."""
-    return torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
-        work,
-        fullgraph=True,
-        dynamic=False,
-        recompile_limit=MOST_SHAPES,
-        # This pass mistakes 64-bit products of the noise for 32-bit indices (PyTorch issues 175966, 183901, 186057)
-        options={"constant_and_index_propagation": False},
-    )
+    # This pass mistakes 64-bit products of the noise for 32-bit indices (PyTorch issues 175966, 183901, 186057)
+    return compile_per_shape(work, MOST_SHAPES, {"constant_and_index_propagation": False})

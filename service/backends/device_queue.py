@@ -25,11 +25,12 @@ class DeviceQueue(Protocol[A]):
     network: Forward[A]
     classifier: Forward[A] | None
 
-    def capture(self, work: Callable[[], A]) -> Callable[[], A]:
-        """Capture work on arrays at fixed addresses; return a function that replays it into the same output each time.
+    def warm_up(self, work: Callable[[], A]) -> None:
+        """Run work for the first time; call this for all work before the first of it is captured (`Capture`)."""
+        ...
 
-        Runs the work several times.
-        """
+    def capture(self, work: Callable[[], A]) -> Callable[[], A]:
+        """Capture work on arrays at fixed addresses; return a function that replays it into the same output."""
         ...
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:

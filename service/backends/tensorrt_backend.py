@@ -34,7 +34,8 @@ from formats.tensorrt_package import EngineError, Flavour, installed_flavour
 from service.backends.artifact_model import ArtifactModel, open_artifact
 from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier
 from service.backends.batch_sizes import covering_width
-from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again, cuda_capture
+from service.backends.cuda_errors import cuda_failure_kind
+from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
 from service.errors import ModelError
@@ -85,7 +86,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
             graphs = network.capturable(torch.cuda.Stream(self.device).cuda_stream)  # type: ignore[no-untyped-call]
             if not graphs:
                 log.warning("%s: these engines cannot be captured in CUDA graphs; running without", target.name)
-            capture = cuda_capture(self.device) if graphs else call_again
+            capture: Capture = CudaCapture(self.device) if graphs else CallAgain()
             self._run: EmbNetwork = GraphedNetwork(network, sizes, self._zero_inputs, capture)
 
         self.batch_sizes: tuple[int, ...] | None = sizes
@@ -106,9 +107,8 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         return self._run(inputs)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Distinguish lack of memory from other errors; those are asynchronous, hence of kind DEVICE."""
-        lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        return FailureKind.OUT_OF_MEMORY if lacks_memory else FailureKind.DEVICE
+        """Return the kind; errors of the device are of kind DEVICE."""
+        return cuda_failure_kind(error)
 
     def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         shapes = graph_shapes(self.config.model, size)

@@ -24,7 +24,9 @@ from service.backends.base import (
     GuidingClassifier,
     synchronous_failure_kind,
 )
-from service.backends.cuda_graphs import EmbNetwork, GraphedNetwork, call_again
+from service.backends.compiling import compile_per_shape
+from service.backends.cuda_errors import cuda_failure_kind
+from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
 from service.backends.cuda_queue import CudaQueue
 from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
@@ -34,6 +36,8 @@ from service.errors import ModelError
 NOT_CHOSEN_BY = frozenset({"cpu_name", "num_sockets", "num_physical_cores", "num_logical_cores"})
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Text of an allocation error on the CPU; torch has no exception type for it."""
+BFLOAT16_CAPABILITY = (8, 0)
+"""Least compute capability with bfloat16 arithmetic."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,11 +82,8 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
         if options.torch_compile:
-            # fullgraph: raise an error for code that cannot be compiled, instead of silently running it uncompiled.
-            # Each size may be compiled up to 4 times: tensors and callers may or may not be in inference mode.
-            self._forward_emb = torch.compile(  # type: ignore[call-overload]  # recompile_limit: missing in its stubs
-                network.forward_emb, fullgraph=True, dynamic=False, recompile_limit=4 * len(sizes)
-            )
+            # Each size may be compiled up to 4 times: tensors and callers may or may not be in inference mode
+            self._forward_emb = compile_per_shape(network.forward_emb, 4 * len(sizes))
         self._run: EmbNetwork = self._forward
         if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
@@ -90,7 +91,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
             self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update)
         elif options.torch_compile:
             self.batch_sizes = sizes
-            self._run = GraphedNetwork(self._forward, sizes, self._zero_inputs, call_again)
+            self._run = self._graphed(CallAgain())
 
     @torch.inference_mode()
     def embed_timesteps(self, t_model: Tensor) -> Tensor:
@@ -102,11 +103,18 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         """Run the UNet."""
         return self._run(inputs)
 
+    def capture_calls(self) -> None:
+        """Run later calls as CUDA graphs of the network alone; for tests and benchmarks, on a CUDA device.
+
+        The service captures entire steps instead.
+        """
+        self._run = self._graphed(CudaCapture(self.device))
+
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Distinguish lack of memory from other errors; on a CUDA device those are asynchronous: kind DEVICE."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
+        """Return the kind; on a CUDA device, errors of the device are of kind DEVICE."""
+        if CPU_OUT_OF_MEMORY in str(error):
             return FailureKind.OUT_OF_MEMORY
-        return FailureKind.DEVICE if self.device.type == "cuda" else synchronous_failure_kind(error)
+        return cuda_failure_kind(error) if self.device.type == "cuda" else synchronous_failure_kind(error)
 
     def _forward(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         if self.device.type == "cuda":
@@ -115,6 +123,9 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         # Without the cache: it would reuse casts that live in one graph's memory in the next graph.
         with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
             return self._forward_emb(*inputs)
+
+    def _graphed(self, capture: Capture) -> GraphedNetwork:
+        return GraphedNetwork(self._forward, self.batch_sizes or (), self._zero_inputs, capture)
 
     def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         model = self.config.model
@@ -142,13 +153,17 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(precision: PrecisionChoice, device: torch.device) -> torch.dtype:
-    """Return the data type of the network; `auto` is float32 on a CPU and bfloat16 on a CUDA device.
+    """Return the data type of the network; `auto` is float32 on a CPU, and on a CUDA device bfloat16 or float16.
+
+    Devices of compute capability below 8.0 have no bfloat16 arithmetic and get float16.
 
     Raises:
         ModelError: float16 was requested on a CPU.
     """
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY else torch.float16
     if precision == "fp16" and device.type != "cuda":
         raise ModelError("precision 'fp16' needs a CUDA device; on a CPU use fp32 or bf16")
     return DTYPES[precision]

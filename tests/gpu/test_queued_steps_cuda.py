@@ -109,4 +109,7 @@ def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
 def test_an_error_of_the_device_is_told_from_memory(tmp_path: Path) -> None:
     backend = TorchBackend(tiny_checkpoint(tmp_path / "tiny"), BackendOptions(device="cuda", max_rows=4))
     assert backend.failure_kind(torch.OutOfMemoryError("x")) is FailureKind.OUT_OF_MEMORY
-    assert backend.failure_kind(RuntimeError("an illegal memory access was encountered")) is FailureKind.DEVICE
+    assert (
+        backend.failure_kind(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+        is FailureKind.DEVICE
+    )

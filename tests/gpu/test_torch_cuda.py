@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backend(folder: Path, precision: PrecisionChoice = "auto") -> TorchBackend:
-    return TorchBackend(folder, BackendOptions(device="cuda", precision=precision, max_rows=CONFIG.max_rows))
+    loaded = TorchBackend(folder, BackendOptions(device="cuda", precision=precision, max_rows=CONFIG.max_rows))
+    loaded.capture_calls()
+    return loaded
 
 
 @PRECISIONS

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -113,11 +113,17 @@ class QueuedSteps(Generic[A]):
         """
         self._compare_fused(steps[: self._sizes.network[-1]])
         for size in sorted(self._sizes.classifier, reverse=True):
-            block = self._classifier_block(steps[:size], range(len(steps[:size])), size)
-            self._gradients[size] = self._capture(self._classifier_call(size), "a classifier's gradient", size, block)
+            self._gradients[size] = self._classifier_call(size)
         for size in sorted(self._sizes.network, reverse=True):
-            block = self._step_block(steps[:size], size)
-            self._steps[size] = self._capture(self._step(size), "a step", size, block)
+            self._steps[size] = self._step(size)
+        for uncaptured in (self._gradients, self._steps):
+            for work in uncaptured.values():
+                self._warm_up(work)
+        for size, work in self._gradients.items():
+            block = self._classifier_block(steps[:size], range(len(steps[:size])), size)
+            self._gradients[size] = self._capture(work, "a classifier's gradient", size, block)
+        for size, work in self._steps.items():
+            self._steps[size] = self._capture(work, "a step", size, self._step_block(steps[:size], size))
 
     def has_captured(self, size: int) -> bool:
         """Return whether steps of a batch size run as graphs."""
@@ -213,6 +219,13 @@ class QueuedSteps(Generic[A]):
             raise ModelError(f"{self._denoiser.description}: {what} of {size} rows was not captured")
         return work
 
+    def _warm_up(self, work: _Fixed[A]) -> None:
+        try:
+            self._queue.warm_up(work.run)
+        except Exception as error:
+            if self._denoiser.failure_kind(error) is not FailureKind.OUT_OF_MEMORY:
+                raise  # work without enough memory is reported when it is captured
+
     def _capture(self, work: _Fixed[A], what: str, size: int, block: Block) -> _Fixed[A]:
         """Capture work as a graph and compare their results. If the graph does not fit in memory, return the work."""
         try:
@@ -248,13 +261,15 @@ class QueuedSteps(Generic[A]):
             raise RuntimeError(f"{self._denoiser.description}: noise and update give different results when fused")
 
     def _trial(self, work: _Fixed[A], block: Block) -> list[bytes]:
-        """Run work on a block, return everything it wrote as bytes, and restore the arrays."""
-        moved: tuple[Any, ...] = (self._slots.x, self._slots.x0, self._gradient)
-        before = [to_numpy(array).copy() for array in moved]
-        count = len(block)
+        """Run work on a block, return what it wrote to the rows it uses as bytes, and restore the arrays."""
+        count = min(len(block), self._slots.spare_slot)
+        used: list[A] = [array[:count] for array in (self._slots.x, self._slots.x0, self._gradient)]
+        before = [to_numpy(rows).copy() for rows in used]
         work.words[:] = self._queue.send(words_of(block))
         out = work.run()
-        found = [to_numpy(array[:count]).tobytes() for array in (out, *moved)]
-        for array, values in zip(moved, before, strict=True):
-            array[:] = self._queue.send(values)
+        written: list[A] = [out[:count]]
+        written += used
+        found = [to_numpy(rows).tobytes() for rows in written]
+        for rows, values in zip(used, before, strict=True):
+            rows[:] = self._queue.send(values)
         return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
@@ -43,6 +45,8 @@ from service.metrics import Metrics
 from tests import bfloat16
 from tests.counts import LONG
 from tests.fakes import CountingRunner, generation, params
+from tests.paths import ROOT
+from tests.waiting import TEST_LIMIT_S
 
 PLACE = Place(device=torch.device("cpu"), threads=1)
 CONFIG = CheckpointConfig(
@@ -366,6 +370,13 @@ def test_a_step_takes_at_least_what_its_device_does() -> None:
     }
     table = thread_or_process.table(runs).splitlines()
     assert table[2] == "| sleeps, 20 ms | 10% |" + " 22.0 (21.0-23.0) |" * 3 + " 0.5 |" * 3
+
+
+def test_benchmarks_start_without_the_cpu_runtimes() -> None:
+    """They are too large to install on some GPU machines."""
+    block = "import sys; sys.modules['openvino'] = sys.modules['onnxruntime'] = None"
+    load = "import benchmarks.denoise_step, benchmarks.sample, benchmarks.update_kernel"
+    subprocess.run([sys.executable, "-c", f"{block}; {load}"], check=True, cwd=ROOT, timeout=TEST_LIMIT_S)
 
 
 # --- HTTP

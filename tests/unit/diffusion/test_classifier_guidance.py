@@ -17,7 +17,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import BackendOptions
-from service.backends.cuda_graphs import GraphedNetwork, call_again
+from service.backends.cuda_graphs import CallAgain, GraphedNetwork
 from service.backends.select import load_denoiser
 from service.backends.torch_backend import TorchBackend
 from service.backends.torch_classifier import load_torch_classifier
@@ -201,7 +201,7 @@ def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path)
         emb_t = classifier.embed_timesteps(torch.zeros(size))
         return NetworkInputs(torch.zeros(size, 1, 8, 8), emb_t, torch.zeros(size, dtype=torch.int64))
 
-    graphed = GraphedNetwork(classifier.gradient, (1, 2), zero_inputs, call_again)
+    graphed = GraphedNetwork(classifier.gradient, (1, 2), zero_inputs, CallAgain())
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     emb_t, y = classifier.embed_timesteps(torch.tensor([3.0, 900.0])), torch.tensor([1, 3])
     inputs = NetworkInputs(x_t, emb_t, y)

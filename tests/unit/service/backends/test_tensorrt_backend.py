@@ -27,7 +27,7 @@ from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, logger_of
 from service.backends import tensorrt_backend
 from service.backends.base import BackendOptions
-from service.backends.cuda_graphs import call_again
+from service.backends.cuda_graphs import CallAgain
 from service.backends.select import load_denoiser
 from service.backends.tensorrt_backend import TensorRTBackend
 from service.backends.tensorrt_engines import mismatch
@@ -48,7 +48,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for a GPU, and the fake for TensorRT."""
     monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
     monkeypatch.setattr(tensorrt_backend, "_cuda_device", lambda wanted: torch.device("cpu"))
-    monkeypatch.setattr(tensorrt_backend, "cuda_capture", lambda device: call_again)
+    monkeypatch.setattr(tensorrt_backend, "CudaCapture", lambda device: CallAgain())
     stream = SimpleNamespace(cuda_stream=7)
     for name, value in {
         "get_device_capability": fakes.CAPABILITY,

@@ -85,6 +85,9 @@ class MetaQueue:
         self.classifier: Forward[Tensor] | None = classifier
         self._watch = watch
 
+    def warm_up(self, work: Callable[[], Tensor]) -> None:
+        raise NotImplementedError
+
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         raise NotImplementedError
 

@@ -1,0 +1,24 @@
+"""Compile functions of tensors with torch.compile: as one graph, once per shape, or raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+
+
+def compile_per_shape(
+    function: Callable[..., Any], variants: int, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a function that is called with few different shapes; it never runs uncompiled.
+
+    Args:
+        function: a function of tensors.
+        variants: how often it may be compiled; one more is an error.
+        options: of the compiler (Inductor).
+    """
+    # The limit is one of the process: torch.compile(recompile_limit=...) needs torch 2.13
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, variants)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=None if options is None else dict(options))
