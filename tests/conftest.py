@@ -22,6 +22,10 @@ settings.load_profile("iddpm")
 _others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [_others, "localhost,127.0.0.1"]))
 
+# Without a GPU, Triton's kernels run in its interpreter. Read when Triton is imported, which other libraries may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
 

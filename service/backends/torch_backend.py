@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from service.backends.base import (
     GuidingClassifier,
     synchronous_failure_kind,
 )
-from service.backends.compiling import compile_per_shape
+from service.backends.compiling import compile_per_shape, repeatable_options
 from service.backends.cuda_errors import cuda_failure_kind
 from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
+from service.backends.cuda_network import CudaUNet, fastest_group_norm, group_norm
 from service.backends.cuda_queue import CudaQueue
 from service.backends.processor import instruction_limits
 from service.backends.torch_classifier import load_torch_classifier
@@ -72,18 +73,20 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self.classifier: GuidingClassifier[Tensor] | None = classifier
         self.network_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
-        if on_cuda:
-            network = network.to(self.device)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
-        if self._dtype != torch.float32:
-            lower_weights(network, self._dtype)
-        self._network = network
-        self._forward_emb: Callable[..., Tensor] = network.forward_emb
-        self.batch_sizes: tuple[int, ...] | None = None
         sizes = options.sizes_to_compile
+        self._network = network.to(self.device)
+        self._forward_emb: Callable[..., Tensor]
+        if on_cuda:
+            normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
+            self._forward_emb = CudaUNet(network, self._dtype, normalise, sizes[-1])
+        else:
+            if self._dtype != torch.float32:
+                lower_weights(network, self._dtype)
+            self._forward_emb = network.forward_emb
+        self.batch_sizes: tuple[int, ...] | None = None
         if options.torch_compile:
             # Each size may be compiled up to 4 times: tensors and callers may or may not be in inference mode
-            self._forward_emb = compile_per_shape(network.forward_emb, 4 * len(sizes))
+            self._forward_emb = compile_per_shape(self._forward_emb, 4 * len(sizes), repeatable_options())
         self._run: EmbNetwork = self._forward
         if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
@@ -117,11 +120,9 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         return cuda_failure_kind(error) if self.device.type == "cuda" else synchronous_failure_kind(error)
 
     def _forward(self, inputs: NetworkInputs[Tensor]) -> Tensor:
-        if self.device.type == "cuda":
-            inputs = inputs._replace(x_t=inputs.x_t.contiguous(memory_format=torch.channels_last))
-        low = self._dtype != torch.float32
-        # Without the cache: it would reuse casts that live in one graph's memory in the next graph.
-        with torch.autocast(self.device.type, self._dtype, cache_enabled=False) if low else nullcontext():
+        if self.device.type == "cuda" or self._dtype == torch.float32:
+            return self._forward_emb(*inputs)
+        with torch.autocast(self.device.type, self._dtype, cache_enabled=False):
             return self._forward_emb(*inputs)
 
     def _graphed(self, capture: Capture) -> GraphedNetwork:
@@ -182,11 +183,18 @@ def lower_weights(network: UNet, dtype: torch.dtype) -> None:
 
 
 def choose_kernels_repeatably() -> None:
-    """Make cuDNN and cuBLAS select kernels by shape instead of timing, and disable TF32, for the whole process."""
+    """Make cuDNN and cuBLAS select kernels by shape instead of timing, for the whole process.
+
+    Without TF32, sums in low precision, and products that divide a sum over several programs (split-K) if few rows
+    would leave the device idle: their rounding depends on the number of rows.
+    """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
 
 
 def _describe(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
@@ -213,4 +221,12 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "libraries": {name: _version(name) for name in ("nvidia-cublas", "nvidia-cublas-cu12", "triton")},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
