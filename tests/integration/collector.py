@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry traces, on a port of this process: it keeps what it is sent over HTTP."""
+"""A collector of OpenTelemetry traces on a port of this process. It keeps what it receives over HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Span
 
 
 class Collector:
-    """What has been sent."""
+    """The traces received so far."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -40,7 +40,7 @@ def collecting() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # http.server's name
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         collector = Collector(f"http://127.0.0.1:{server.server_port}")

@@ -1,4 +1,4 @@
-"""A whole service around an exact network, on a real port of this process, and the pixels that it must give."""
+"""A complete service around an exact network, on a real port of this process, and the pixels that it must return."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def exact_app(denoiser: ExactDenoiser | None = None, name: str = MODEL, **settin
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """Serve an app from a thread until the block ends; gives host and port."""
+    """Serve an app from a thread until the block ends; yield host and port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -80,5 +80,5 @@ def expected(
     sampler: str = "ancestral",
     eta: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
-    """Sample one image [H, W, C] alone, without any service; guidance as the model recommends."""
+    """Sample one image [H, W, C] alone and without a service, with the guidance that the model recommends."""
     return _alone(seed, image_index, class_index, steps, cfg_scale, sampler, eta)

@@ -1,4 +1,4 @@
-"""A whole app in this process, around a network that computes when it is let."""
+"""A complete app in this process, around a network whose calls a test can hold back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH, QUEUE, LATE = 2, 5, 4
 
 
 class PausedDenoiser(ExactDenoiser):
-    """Computes only while it is let; it is, at start-up."""
+    """A network that computes only while it is allowed to; it is at start-up."""
 
     def __init__(self) -> None:
         super().__init__(tiny_config())
@@ -34,7 +34,7 @@ class PausedDenoiser(ExactDenoiser):
         self._steps = threading.Semaphore(0)
 
     def let_steps(self, count: int) -> None:
-        """Let so many calls through while the rest waits."""
+        """Let this number of calls through, and hold back the rest."""
         self._steps.release(count)
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
@@ -47,7 +47,7 @@ class PausedDenoiser(ExactDenoiser):
 
 
 class Overflowing(PausedDenoiser):
-    """A network that makes nonsense of one class."""
+    """A network whose output overflows for one class."""
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         out = super().__call__(inputs)
@@ -77,12 +77,12 @@ class Service:
         return next(sample.value for sample in samples if sample.labels == labels)
 
     async def ready(self) -> None:
-        """Wait until it takes requests."""
+        """Wait until the service accepts requests."""
         while (await self.ask("GET", "/readyz")).status_code != 200:
             await asyncio.sleep(POLL_S)
 
     async def until_accepted(self, requests: int) -> None:
-        """Wait until the engine has accepted so many requests since its start."""
+        """Wait until the engine has accepted this number of requests since its start."""
         await eventually(lambda: self._accepted_at_least(requests))
 
     async def _accepted_at_least(self, requests: int) -> bool:

@@ -1,4 +1,4 @@
-"""A real server process for tests: `iddpm serve` on a free port, with small help to talk to it."""
+"""A real server process for tests: `iddpm serve` on a free port, with helpers to call it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Server:
 def running(
     model: Path, log: Path, *flags: str, iddpm: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """Start `iddpm serve` (ours, or another installation's) and wait until it is ready; kill it in the end."""
+    """Start `iddpm serve` (ours, or another installation's) and wait until it is ready; kill it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

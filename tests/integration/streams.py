@@ -1,4 +1,4 @@
-"""A client of streamed answers without sockets, so that it can be exactly as slow as a test wants it to be."""
+"""A client of streamed answers without sockets, which reads exactly as slowly as a test requires."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNREAD = 1
 
 @dataclass(frozen=True)
 class SentEvent:
-    """One event, or a comment, as it was framed."""
+    """One event or comment, parsed from its frame."""
 
     name: str | None
     data: Any
@@ -26,7 +26,7 @@ class SentEvent:
 
 
 class StreamClient:
-    """Asks for a stream, and takes its events one by one; what is not taken stays with the service."""
+    """A client that requests a stream and takes its events one by one; events not taken stay with the service."""
 
     def __init__(self, app: Any, body: dict[str, Any], path: str = "/v1/generate") -> None:
         self.status = 0
@@ -69,7 +69,7 @@ class StreamClient:
                 return None
 
     async def rest(self) -> list[SentEvent]:
-        """Return what is left, to the end."""
+        """Return all remaining events."""
         events = []
         while (event := await self.take()) is not None:
             events.append(event)
@@ -89,7 +89,7 @@ class StreamClient:
 
 @asynccontextmanager
 async def streaming(app: Any, **body: Any) -> AsyncIterator[StreamClient]:
-    """Ask for a stream; the client is gone in the end."""
+    """Request a stream; disconnect the client at the end."""
     client = StreamClient(app, {"stream": True, **body})
     try:
         yield client

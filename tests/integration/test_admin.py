@@ -1,4 +1,4 @@
-"""Models are loaded, reloaded and unloaded by name while the service answers."""
+"""Models are loaded, reloaded and unloaded by name while the service answers requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NPZ = {"Accept": "application/x-npz"}
 
 
 class Halved(ExactDenoiser):
-    """Other weights."""
+    """A network with other weights."""
 
     def __init__(self, generation: int) -> None:
         super().__init__(tiny_config())
@@ -55,7 +55,7 @@ class Halved(ExactDenoiser):
 
 
 class Shelf:
-    """What there is to load: a network each time, or an error."""
+    """A loader that returns another network each time, or raises an error."""
 
     def __init__(self) -> None:
         self.may_load = threading.Event()
@@ -129,14 +129,14 @@ async def served(service: Service) -> dict[str, str]:
 
 
 async def letting_steps(service: Service, task: asyncio.Task[httpx.Response]) -> httpx.Response:
-    """Let the old weights take steps, one by one, until something is done."""
+    """Let the old weights take steps, one by one, until the task is done."""
     while not task.done():
         service.denoiser.let_steps(1)
         await asyncio.sleep(0.002)
     return task.result()
 
 
-def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) -> None:
+def test_a_reload_changes_new_images_and_none_in_flight(root: Path) -> None:
     @runs
     async def check() -> None:
         async with running(root) as service:
@@ -162,13 +162,13 @@ def test_a_reload_changes_new_pictures_and_no_picture_in_the_making(root: Path) 
             assert answer.headers["x-numerics-id"] == first_id
             np.testing.assert_array_equal(pixels(answer), expected(ExactDenoiser(tiny_config()), 1000, 1))
             del service.denoiser
-            await eventually(lambda: gc.collect() >= 0 and old() is None)  # nobody keeps the old weights
+            await eventually(lambda: gc.collect() >= 0 and old() is None)  # the old weights are not kept in memory
             assert await service.metric("iddpm_network_calls_total", model="m") >= 1003
 
     check()
 
 
-def test_what_cannot_be_loaded_leaves_what_is_served_and_tells_no_path(root: Path) -> None:
+def test_a_failed_load_keeps_the_served_models_and_hides_the_path(root: Path) -> None:
     @runs
     async def check() -> None:
         async with running(root) as service:
@@ -187,7 +187,7 @@ def test_what_cannot_be_loaded_leaves_what_is_served_and_tells_no_path(root: Pat
     check()
 
 
-def test_names_lead_to_folders_of_the_root_and_nowhere_else(root: Path) -> None:
+def test_names_resolve_to_folders_of_the_root_only(root: Path) -> None:
     @runs
     async def check() -> None:
         shelf = Shelf()
@@ -239,7 +239,7 @@ def test_memory_is_bounded_and_one_model_is_loaded_at_a_time(root: Path) -> None
     check()
 
 
-def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) -> None:
+def test_an_unloaded_model_finishes_its_requests_and_can_be_loaded_again(root: Path) -> None:
     @runs
     async def check() -> None:
         async with running(root) as service:
@@ -265,7 +265,7 @@ def test_an_unloaded_model_finishes_what_it_had_and_can_come_back(root: Path) ->
     check()
 
 
-def test_a_model_s_card_says_when_its_weights_were_loaded(root: Path) -> None:
+def test_a_model_card_has_the_time_its_weights_were_loaded(root: Path) -> None:
     @runs
     async def check() -> None:
         async with running(root) as service:
@@ -282,7 +282,7 @@ def test_a_model_s_card_says_when_its_weights_were_loaded(root: Path) -> None:
     check()
 
 
-def test_no_dependency_of_a_route_takes_a_thread_during_which_a_model_could_change(root: Path) -> None:
+def test_route_dependencies_run_on_the_event_loop(root: Path) -> None:
     app = assemble(Settings(models=(Path("m"),), admin_root=root), {"m": PausedDenoiser()}, Shelf())
     open_ended = [route.dependant for route in iter_route_contexts(app.routes) if hasattr(route, "dependant")]
     needed = set()
@@ -295,13 +295,13 @@ def test_no_dependency_of_a_route_takes_a_thread_during_which_a_model_could_chan
 
 
 @runs
-async def test_without_a_root_there_are_no_such_routes() -> None:
+async def test_without_a_root_the_routes_do_not_exist() -> None:
     async with running(None) as service:
         assert (await change(service, "m")).status_code == 404
         assert "/v1/admin" not in (await service.ask("GET", "/openapi.json")).text
 
 
-def test_where_there_are_keys_only_those_of_administrators_may(root: Path, tmp_path: Path) -> None:
+def test_with_keys_only_administrators_may_change_models(root: Path, tmp_path: Path) -> None:
     keys = {name: new_key() for name in ("alice", "root")}
     stored = [ApiKey(name=n, sha256=hash_of(k), limits=Limits(), admin=n == "root") for n, k in keys.items()]
     write_keys(tmp_path / "keys.json", stored)
@@ -318,7 +318,7 @@ def test_where_there_are_keys_only_those_of_administrators_may(root: Path, tmp_p
     check()
 
 
-def test_a_real_artifact_is_loaded_again_and_a_damaged_one_is_not(tmp_path: Path) -> None:
+def test_a_valid_artifact_is_reloaded_and_a_damaged_one_is_not(tmp_path: Path) -> None:
     artifact = tmp_path / "models" / "fashion32"
     shutil.copytree(BUNDLED / "artifact", artifact)
     asked: dict[str, Any] = {"steps": 2, "seed": 5}
@@ -334,7 +334,7 @@ def test_a_real_artifact_is_loaded_again_and_a_damaged_one_is_not(tmp_path: Path
             await service.ready()
             before, first = await served(service), pixels(await picture(service, **asked))
             assert (await change(service, "fashion32")).status_code == 200
-            assert await served(service) == before  # the same files
+            assert await served(service) == before  # unchanged files
             np.testing.assert_array_equal(pixels(await picture(service, **asked)), first)
 
             graph = (artifact / "model.onnx").read_bytes()
@@ -345,7 +345,7 @@ def test_a_real_artifact_is_loaded_again_and_a_damaged_one_is_not(tmp_path: Path
     check()
 
 
-def test_a_model_on_a_gpu_is_not_changed_under_the_engine(root: Path) -> None:
+def test_a_model_on_a_gpu_cannot_be_reloaded(root: Path) -> None:
     denoiser = PausedDenoiser()
     denoiser.threads = 0
     with pytest.raises(ModelError, match="admin_root: on a CUDA device"):

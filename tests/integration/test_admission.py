@@ -1,4 +1,4 @@
-"""What is refused, when and how: a whole app in this process, around a network that computes when it is let."""
+"""Which requests are refused, when and how: a complete app in this process, around a network that a test controls."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_exactly_the_requests_beyond_width_and_queue_are_refused() -> None
 
 
 @runs
-async def test_a_client_that_holds_its_part_gets_429_and_others_get_in() -> None:
+async def test_a_client_at_its_share_gets_429_and_others_are_admitted() -> None:
     async with running(client_share=0.5, trusted_proxies="10.0.0.0/8") as service:
         service.denoiser.let.clear()
         body: dict[str, Any] = {"cfg_scale": 1, "steps": 3}
@@ -69,7 +69,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 
 
 @runs
-async def test_answers_say_what_was_predicted_and_what_came_of_it() -> None:
+async def test_answers_give_predicted_and_actual_times() -> None:
     async with running() as service:
         answer = await service.generate(steps=5, n=2, priority="batch")
         timing = answer.json()["timing"]
@@ -79,7 +79,7 @@ async def test_answers_say_what_was_predicted_and_what_came_of_it() -> None:
 
 
 @runs
-async def test_a_request_that_takes_too_long_gets_504_and_its_rows_are_free() -> None:
+async def test_a_request_that_takes_too_long_gets_504_and_frees_its_rows() -> None:
     async with running(max_request_s=0.5) as service:
         service.denoiser.let.clear()
         late = await service.generate(steps=1000, n=4, cfg_scale=1)
@@ -92,7 +92,7 @@ async def test_a_request_that_takes_too_long_gets_504_and_its_rows_are_free() ->
 
         await service.until(empty)
         assert await service.metric("iddpm_images_running") == 0
-        assert await service.metric("iddpm_wasted_row_steps_total") == WIDTH  # the one step under way
+        assert await service.metric("iddpm_wasted_row_steps_total") == WIDTH  # the step in progress
         assert await service.metric("iddpm_requests_total", outcome="failed") == 1
 
 

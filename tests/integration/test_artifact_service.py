@@ -1,4 +1,6 @@
-"""An artifact served without tensors: the pixels of the one-image sampler, alone and in a crowd."""
+"""An artifact served without torch: it gives the pixels of the one-image sampler, for images alone and in mixed
+batches.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ OPTIONS = BackendOptions(max_rows=WIDTH, threads=1, cache_dir="")
 
 
 def alone(denoiser: Any, image: ImageParams) -> npt.NDArray[np.uint8]:
-    """Sample an image with nobody else."""
+    """Sample an image alone."""
     plan = build_plan(denoiser.config.diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
         seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
@@ -86,7 +88,7 @@ def test_the_service_gives_the_pixels_of_the_one_image_sampler(exports: Exports,
 @pytest.fixture(scope="module")
 def make_engine(exports: Exports) -> Callable[[], tuple[Any, Engine]]:
     folder: Path = exports.checkpoint() / "artifact"
-    # float32: in bfloat16 this tiny network rounds about one row in 300 differently in a batch of its own
+    # float32: in bfloat16, one row of this tiny network in about 300 is rounded differently when it is alone in a batch
     options = BackendOptions(max_rows=WIDTH, threads=1, cache_dir="", precision="fp32")
     denoiser = load_denoiser(folder, "openvino", options)
 
@@ -100,7 +102,7 @@ def make_engine(exports: Exports) -> Callable[[], tuple[Any, Engine]]:
 
 
 @pytest.mark.parametrize("seed", range(count(20, 20)))
-def test_images_that_join_and_leave_are_those_that_were_alone(
+def test_images_that_join_and_leave_equal_images_sampled_alone(
     make_engine: Callable[[], tuple[Any, Engine]], seed: int
 ) -> None:
     denoiser, engine = make_engine()

@@ -1,4 +1,4 @@
-"""The base installation, made from the project's own files: it has no torch, and serves the bundled artifact."""
+"""The base installation, made from the project's own files, has no torch and serves the bundled artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importl
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install what `make serve` installs into an environment of its own; returns its Python."""
+    """Install what `make serve` installs into a separate environment; return its Python."""
     folder = tmp_path_factory.mktemp("base")
     source = folder / "source"
     for package in PACKAGES:
@@ -38,7 +38,7 @@ def output(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
     return subprocess.run([python, *arguments], capture_output=True, text=True, cwd=python.parent, env=environment)
 
 
-def test_it_serves_the_bundled_artifact_without_torch(python: Path, tmp_path: Path) -> None:
+def test_the_bundled_artifact_is_served_without_torch(python: Path, tmp_path: Path) -> None:
     assert "No module named 'torch'" in output(python, "-c", "import torch").stderr
 
     with running(
@@ -57,7 +57,7 @@ def test_it_serves_the_bundled_artifact_without_torch(python: Path, tmp_path: Pa
     assert "openvino" in (tmp_path / "log").read_text()
 
 
-def test_what_needs_torch_says_what_to_install(python: Path, tmp_path: Path) -> None:
+def test_commands_that_need_torch_name_the_extra_to_install(python: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "plain"
     checkpoint.mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -1,4 +1,4 @@
-"""The model that comes with the repository: complete, small, and with equal pixels in any company at any width."""
+"""The bundled model is complete and small, and its pixels do not depend on the batch or the width."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
+def test_it_has_class_names_and_a_source_and_is_small() -> None:
     config, _ = load_unet(MODEL)
     assert config.class_names is not None
     assert config.class_names[:2] == ("T-shirt/top", "Trouser")
@@ -52,7 +52,7 @@ def test_it_names_its_classes_says_where_it_comes_from_and_is_small() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: PrecisionChoice) -> None:
+def test_its_rows_are_bit_identical_at_every_compiled_size(precision: PrecisionChoice) -> None:
     if precision == "bf16":
         bfloat16.need_in_openvino()
     options = BackendOptions(max_rows=16, precision=precision, device="cpu", cache_dir="")
@@ -60,7 +60,7 @@ def test_its_graph_gives_a_row_the_same_bits_at_every_compiled_size(precision: P
     assert invariant_batch_sizes(backend, 16) == backend.batch_sizes == (1, 2, 4, 8, 16)
 
 
-def test_its_pixels_are_the_same_alone_and_in_a_mixture(threads: int) -> None:
+def test_its_pixels_are_the_same_alone_and_in_a_mixed_batch(threads: int) -> None:
     backend, config = TorchBackend(MODEL), EngineConfig()
     runner = ArrayRunner(backend, config)
     runner.warm_up()

@@ -1,4 +1,4 @@
-"""Classifier guidance over HTTP: a model folder with a classifier, as a checkpoint and as artifacts without tensors."""
+"""Classifier guidance over HTTP: a model folder with a classifier, as a checkpoint and as artifacts without torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASKED = {"class": [1, 2], "steps": 4, "seed": 3, "cfg_scale": 1, "classifier_sca
 
 
 def serve(folder: Path, backend: str, ask: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
-    """Start the application around a folder, and talk to it."""
+    """Serve a folder with the application, and call it."""
     settings = Settings.model_validate(
         {"models": (folder,), "backend": backend, "max_rows": WIDTH, "threads": 1, "cache_dir": "", "precision": "fp32"}
     )
@@ -90,7 +90,7 @@ def test_the_service_gives_the_guided_pixels_of_the_one_image_sampler(exports: E
 
 
 @pytest.mark.skipif(not LONG, reason="exports a model and its classifier: IDDPM_TEST_LONG=1")
-def test_an_exported_model_is_guided_as_its_checkpoint_is(exports: Exports) -> None:
+def test_an_exported_model_is_guided_like_its_checkpoint(exports: Exports) -> None:
     folder = exports.proven()
     expected = serve(folder, "torch", ask_for_pictures)[:2]
     for backend, served in (("openvino", folder), ("onnxruntime", folder), ("openvino", folder / "artifact")):
@@ -99,7 +99,7 @@ def test_an_exported_model_is_guided_as_its_checkpoint_is(exports: Exports) -> N
             assert (np.abs(actual.astype(int) - picture) > 2).mean() <= PIXEL_LIMIT, backend
 
 
-def test_what_a_model_cannot_do_is_refused_by_field_and_rule(tmp_path: Path) -> None:
+def test_guidance_that_a_model_lacks_is_refused_with_field_and_rule(tmp_path: Path) -> None:
     async def refusals(client: httpx.AsyncClient) -> list[Any]:
         bodies = [{"classifier_scale": 2.5}, {"classifier_scale": -1}, {"classifier_scale": 0, "steps": 2}]
         answers = [await client.post("/v1/generate", json=body) for body in bodies]
@@ -132,7 +132,7 @@ def test_the_classes_of_an_unconditional_model_are_its_classifier_s(tmp_path: Pa
     assert "only its classifier has classes" in wrong["errors"][0]["message"]
 
 
-def test_the_sample_command_guides_too(tmp_path: Path) -> None:
+def test_the_sample_command_supports_classifier_guidance(tmp_path: Path) -> None:
     folder = tiny_guided_checkpoint(tmp_path / "guided")
     pictures = []
     for scale in ("0", "20"):

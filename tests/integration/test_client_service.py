@@ -69,7 +69,7 @@ def arrays_of(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return arrays["arr_0"], arrays["arr_1"]
 
 
-def test_it_says_which_models_there_are(client: Client) -> None:
+def test_the_client_lists_models(client: Client) -> None:
     (found,) = client.models()
     assert (found.name, found.classes) == ("tiny", list(CLASS_NAMES))
 
@@ -102,11 +102,11 @@ def test_followed_awaited_and_plain_requests_give_equal_pixels(server: Server, c
 
 def test_a_repeated_idempotency_key_is_one_execution(client: Client) -> None:
     once, again = (client.generate(n=1, steps=3, idempotency_key="k") for _ in range(2))
-    assert once == again  # seeds, and the times it took
+    assert once == again  # seeds and measured times
     assert client.generate(n=1, steps=3).images[0].seed != once.images[0].seed
 
 
-def test_what_the_service_says_reaches_who_asked(server: Server, client: Client) -> None:
+def test_errors_of_the_service_reach_the_caller(server: Server, client: Client) -> None:
     with pytest.raises(RequestFailed, match=r'class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'):
         client.generate(class_="Dog")
     with pytest.raises(RequestFailed, match="unknown field"):
@@ -116,7 +116,7 @@ def test_what_the_service_says_reaches_who_asked(server: Server, client: Client)
     assert raised.value.problem.status == 401
 
 
-def test_who_stops_listening_frees_the_rows(server: Server, client: Client) -> None:
+def test_leaving_a_stream_frees_its_rows(server: Server, client: Client) -> None:
     class Enough(Exception):
         pass
 
@@ -130,12 +130,12 @@ def test_who_stops_listening_frees_the_rows(server: Server, client: Client) -> N
     until(lambda: cancelled in httpx.get(f"{server.url}/metrics", headers=authorized, timeout=PATIENCE_S).text)
 
 
-def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
+def test_the_client_waits_for_a_service_that_starts_late(model: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with Client(address, patience_s=0) as hasty, pytest.raises(ConnectionLost):
-            hasty.models()  # bound, and nobody listens
+            hasty.models()  # bound, and not listening
 
         def answer_late() -> None:
             time.sleep(0.2)
@@ -152,10 +152,8 @@ def test_a_service_that_starts_late_is_waited_for(model: Path) -> None:
         late.join()
 
 
-def test_the_command_gives_the_pixels_that_it_gives_without_a_server(
-    server: Server, model: Path, tmp_path: Path
-) -> None:
-    options = ["--class", "1", "-n", "66", "--steps", "3", "--seed", "6"]  # two requests, guided by the model's default
+def test_the_command_gives_equal_pixels_with_and_without_a_server(server: Server, model: Path, tmp_path: Path) -> None:
+    options = ["--class", "1", "-n", "66", "--steps", "3", "--seed", "6"]  # two requests, with the model's guidance
     code, here = sample("--model", str(model), *options, "-o", str(tmp_path / "here.npz"))
     assert code == 0, here
     code, there = sample("--url", server.url, *options, "-o", str(tmp_path / "there.npz"))
@@ -185,7 +183,7 @@ def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> 
         ([], "iddpm_\twrong", "key: must be printable ASCII characters"),
     ],
 )
-def test_mistakes_end_in_one_line(
+def test_invalid_arguments_end_with_one_line(
     server: Server, tmp_path: Path, arguments: list[str], key: str | None, message: str
 ) -> None:
     code, output = sample("--url", server.url, "-o", str(tmp_path / "x.png"), *arguments, key=key or KEY)

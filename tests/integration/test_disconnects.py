@@ -1,4 +1,4 @@
-"""Clients that go away at random moments, behind the whole stack of middlewares; counted in engine steps."""
+"""Clients that disconnect at random moments, behind all middlewares; time is counted in engine steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GONE = 499
 
 
 class GatedDenoiser(ExactDenoiser):
-    """Once it is gated, it says when a network call has come, and waits to be let."""
+    """A network that can be gated: it then signals each call, and waits until the call is allowed."""
 
     def __init__(self) -> None:
         super().__init__(tiny_config())
@@ -47,7 +47,7 @@ class GatedDenoiser(ExactDenoiser):
 
 
 class Client:
-    """A connection with one request, which may be cut."""
+    """A connection with one request, which may be closed early."""
 
     def __init__(self, number: int, draw: random.Random) -> None:
         self.number = number
@@ -59,7 +59,7 @@ class Client:
         self._sent = False
 
     async def ask(self, app: ASGIApp) -> None:
-        """Send the request, as a server does that has read it from a socket."""
+        """Send the request like a server that has read it from a socket."""
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {
             "type": "http",
@@ -89,7 +89,7 @@ class Client:
             self.status = message["status"]
 
 
-def test_rows_of_clients_that_go_away_are_free_at_the_next_step_and_none_leaks() -> None:
+def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks() -> None:
     async def check() -> None:
         denoiser = GatedDenoiser()
         app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH), {"m": denoiser})
@@ -107,7 +107,7 @@ def test_rows_of_clients_that_go_away_are_free_at_the_next_step_and_none_leaks()
 
 
 async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw: random.Random) -> list[Client]:
-    """Keep clients in flight, half of which go away at some step or before the first, until all have ended."""
+    """Keep clients in flight until all have ended; half of them disconnect at some step or before the first."""
     clients = [Client(number, draw) for number in range(REQUESTS)]
     doomed = set(draw.sample(clients, REQUESTS // 2))
     coming = iter(clients)
@@ -124,7 +124,7 @@ async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw
         done, _ = await asyncio.wait({arrival, *asking}, return_when=asyncio.FIRST_COMPLETED)
         for task in [task for task in asking if task.done()]:
             del asking[task]
-        if arrival in done:  # the engine stands still in a network call
+        if arrival in done:  # the engine waits in a network call
             assert not freed & {image.params.seed for image in engine.ledger.orders}
             started = {placed.image.params.seed for placed in engine.snapshot.started if placed.remaining_row_steps}
             assert not freed & started
@@ -168,7 +168,7 @@ def check_metrics(metrics: Metrics, clients: list[Client]) -> None:
     assert value("iddpm_requests_total", outcome="cancelled") == gone
     assert value("iddpm_requests_total", outcome="ok") == REQUESTS - gone
     useful = sum(client.row_steps for client in clients if client.status == 200)
-    # Those of clients that went away after the last step of their images are useful to nobody, and not wasted
+    # Images of clients that disconnected after the last step are delivered to no client, but their steps are not wasted
     assert value("iddpm_row_steps_total") >= useful + value("iddpm_wasted_row_steps_total")
     assert value("iddpm_wasted_row_steps_total") > 0
     for gauge in ("images_waiting", "images_running", "images_evicted", "remaining_row_steps"):

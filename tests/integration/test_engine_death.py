@@ -1,4 +1,4 @@
-"""An engine that stops with an error: everybody is told, and the health routes turn red."""
+"""An engine that stops with an error: every waiting request gets an error, and the health routes fail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.waiting import PATIENCE_S, eventually, run_async, until
 
 
 class Mortal(TorchBackend):
-    """A backend that fails once it is told to."""
+    """A backend that fails once a file exists."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -113,7 +113,9 @@ sys.exit(0 if serve(app, settings) else 1)
 
 
 @pytest.mark.parametrize(("fate", "said"), [("raises", "stopped with an error (RuntimeError)"), ("hangs", "hangs")])
-def test_the_process_ends_with_an_error_after_it_has_told_everybody(tmp_path: Path, fate: str, said: str) -> None:
+def test_the_process_ends_with_an_error_after_it_has_answered_all_requests(
+    tmp_path: Path, fate: str, said: str
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -138,14 +140,14 @@ def test_the_process_ends_with_an_error_after_it_has_told_everybody(tmp_path: Pa
                 until(lambda: "iddpm_predicted_wait_seconds_count 4.0" in client.get(f"{url}/metrics").text)
                 (tmp_path / "doomed").touch()
                 answers = [future.result() for future in waiting]
-            assert _status(f"{url}/healthz") in (503, None)  # None: it has ended already
+            assert _status(f"{url}/healthz") in (503, None)  # None: the process has ended already
             assert process.wait(PATIENCE_S) == 1
         finally:
             process.kill()
             process.wait()
     assert [answer.status_code for answer in answers] == [500] * 4
     assert all(said in answer.json()["detail"] for answer in answers)
-    told = [span for span in collector.spans if span.name == "POST /v1/generate"]  # with its last breath
+    told = [span for span in collector.spans if span.name == "POST /v1/generate"]  # just before the process ends
     assert len(told) == len(answers)
     assert all(span.status.code == Status.STATUS_CODE_ERROR for span in told)
 

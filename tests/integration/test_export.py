@@ -1,4 +1,4 @@
-"""`iddpm export` from a checkpoint to an artifact, and everything that must leave no artifact behind."""
+"""`iddpm export` from a checkpoint to an artifact, and the failures that must leave no artifact."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def traced(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let exporting take the graph that was traced before."""
+    """Make the exporter use the graph that was traced before."""
     graph = exports.checkpoint() / "artifact" / "model.onnx"
 
     def copy(network: UNet, path: Path, dtype: torch.dtype) -> None:
@@ -67,7 +67,7 @@ def traced(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "ROWS", 2)
 
 
-def test_an_exported_checkpoint_is_proven_described_and_read_back(exports: Exports) -> None:
+def test_an_exported_checkpoint_is_compared_described_and_read_back(exports: Exports) -> None:
     folder = exports.checkpoint()
     manifest = read_artifact(folder / "artifact")
     assert sorted(path.name for path in (folder / "artifact").iterdir()) == [
@@ -132,7 +132,7 @@ def test_another_network_s_graph_is_not_written(checkpoint: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("traced")
-def test_bfloat16_outside_tolerance_is_written_down_and_does_not_hinder(
+def test_bfloat16_outside_tolerance_is_recorded_and_does_not_fail_the_export(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bfloat16.need_in_openvino()
@@ -146,7 +146,7 @@ def test_bfloat16_outside_tolerance_is_written_down_and_does_not_hinder(
 
 @pytest.fixture(params=["ignored", "failing"])
 def without_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let OpenVINO take a hint for bfloat16 as a processor without it does, or as under a limit of instruction sets."""
+    """Make OpenVINO ignore a bfloat16 hint, as without hardware for it, or raise, as under an instruction set limit."""
     compile_model = openvino.Core.compile_model
 
     def compile_in_float32(core: Any, model: Any, device: str, settings: dict[str, Any]) -> Any:
@@ -158,7 +158,7 @@ def without_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("traced", "without_bfloat16")
-def test_bfloat16_that_the_processor_does_not_have_is_not_recorded_as_measured(checkpoint: Path) -> None:
+def test_bfloat16_is_not_recorded_as_measured_on_a_processor_without_it(checkpoint: Path) -> None:
     code, output = export(checkpoint, checkpoint / "artifact")
     assert code == 0, output
     manifest = read_artifact(checkpoint / "artifact")
@@ -187,7 +187,7 @@ def test_a_graph_in_bfloat16_is_not_exported_where_it_cannot_be_compared(
 
 
 @pytest.mark.usefixtures("traced")
-def test_an_artifact_is_replaced_whole_or_stays(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_is_replaced_completely_or_not_at_all(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = checkpoint / "artifact"
     assert export(checkpoint, out, "--buckets", "1,2")[0] == 0
     first = read_artifact(out)
@@ -247,7 +247,7 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
 
 
 @pytest.mark.skipif(not LONG, reason="traces a classifier and its gradient: IDDPM_TEST_LONG=1")
-def test_a_classifier_is_proven_with_its_model(exports: Exports) -> None:
+def test_a_classifier_is_compared_with_pytorch_like_its_model(exports: Exports) -> None:
     found = read_classifier_artifact(exports.proven() / "artifact")
     assert found is not None
     measured = [(p.file, p.backend.split(" ")[0], p.precision) for p in found[0].parity if p.passed]
@@ -265,7 +265,7 @@ def test_a_classifier_that_does_not_fit_its_model_is_not_exported(checkpoint: Pa
 
 
 @pytest.mark.parametrize(("changes", "kind"), [(None, "noisy classifier"), ({"low_res_size": 4}, "super-resolution")])
-def test_what_no_engine_runs_is_not_built(tmp_path: Path, changes: dict[str, int] | None, kind: str) -> None:
+def test_models_that_no_engine_supports_are_refused(tmp_path: Path, changes: dict[str, int] | None, kind: str) -> None:
     if changes is None:
         checkpoint = tiny_guided_checkpoint(tmp_path / "tiny") / "classifier"
     else:
@@ -276,7 +276,7 @@ def test_what_no_engine_runs_is_not_built(tmp_path: Path, changes: dict[str, int
     assert not (tmp_path / "out").exists()
 
 
-def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_occupied_folder_is_not_changed(checkpoint: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cat.jpg").write_bytes(b"cat")
@@ -311,41 +311,43 @@ def test_an_occupied_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> N
         ),
     ],
 )
-def test_mistakes_end_in_one_line(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_arguments_end_with_one_line(
+    checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     code, output = export(checkpoint, tmp_path / "out", *arguments)
     assert (code, message in " ".join(output.split())) == (2, True), output
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_checkpoint_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_ends_with_one_line(tmp_path: Path) -> None:
     code, output = export(tmp_path / "nowhere", tmp_path / "out")
     assert (code, "has no config.json" in " ".join(output.split())) == (1, True)
     assert not (tmp_path / "out").exists()
 
 
 class Branching(nn.Module):
-    """What the exporter cannot trace."""
+    """A module that the exporter cannot trace."""
 
     def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
         return x_t if emb_t.sum() > 0 else -x_t
 
 
 class Untranslatable(nn.Module):
-    """What it can trace, and has no ONNX for."""
+    """A module that the exporter can trace but not translate to ONNX."""
 
     def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
         return torch.linalg.eigvals(x_t).real * emb_t[:, :1, None, None]
 
 
 class Doubling(nn.Module):
-    """What it can write."""
+    """A module that the exporter can write."""
 
     def forward(self, x_t: Tensor, emb_t: Tensor) -> Tensor:
         return 2 * x_t
 
 
 def export_module(module: nn.Module) -> Callable[..., None]:
-    """Return an `export_unet` that exports something else."""
+    """Return an `export_unet` that exports another module."""
 
     def export_it(network: UNet, path: Path, dtype: torch.dtype) -> None:
         onnx_export.export_graph(module, onnx_export.image_and_embedding(network.config), "out", path)
@@ -373,7 +375,7 @@ def write_garbage(network: UNet, path: Path, dtype: torch.dtype) -> None:
     ],
     ids=["trace", "translate", "check", "run", "load", "compile"],
 )
-def test_a_library_that_fails_ends_the_export_in_one_line(
+def test_an_error_of_a_library_ends_the_export_with_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     write: Callable[..., None],
@@ -397,7 +399,7 @@ def test_a_library_that_fails_ends_the_export_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_code_keeps_its_traceback(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistaken(network: UNet, path: Path, dtype: torch.dtype) -> None:
         raise ValueError("a bug")
 
@@ -409,7 +411,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(checkpoint: Path, monkeypatch: py
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a script in a process of its own, which it may kill."""
+    """Run a script in a separate process, which may kill itself."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -455,7 +457,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(checkpoint: Path, mo
     assert (left[0] / "manifest.json").exists() == (moment == "manifest")
 
 
-def test_an_export_that_is_told_to_end_leaves_nothing(checkpoint: Path) -> None:
+def test_an_export_that_gets_sigterm_leaves_nothing(checkpoint: Path) -> None:
     script = f"""
         import os, signal
         from cli.main import app
@@ -494,7 +496,7 @@ def test_engines_that_are_too_far_from_pytorch_fail_the_command(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_graph_is_traced_in_the_precision_that_was_asked_for(
+def test_a_graph_is_traced_in_the_requested_precision(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     asked: list[torch.dtype] = []

@@ -28,7 +28,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def interface_of(answer: httpx.Response) -> Interface:
-    """Return the interface whose form an error has."""
+    """Return the interface whose form this error has."""
     body = answer.json()
     if answer.headers["content-type"] == "application/problem+json":
         assert {"type", "title", "status", "detail"} <= set(body)
@@ -48,7 +48,7 @@ def message_of(answer: httpx.Response) -> str:
     return str(found["message"] if isinstance(found, dict) else found)
 
 
-def test_every_route_says_whose_it_is_by_its_router() -> None:
+def test_every_route_gets_its_interface_from_its_router() -> None:
     table = RouteTable(exact_app().routes)
     expected = {
         "/v1/generate": Interface.NATIVE,
@@ -76,7 +76,7 @@ ERRORS = [
     ("GET", "/v1/models/other", 404, Interface.OPENAI, 'model: must be one of m; got "other"'),
     ("POST", "/v1/models", 405, Interface.NATIVE_AND_OPENAI, "POST /v1/models: this route takes GET"),
     ("GET", "/v2/models/other", 404, Interface.KSERVE, 'got "other"'),
-    # no such route: what was asked, and what there is
+    # no such route: the message has the requested path and the routes that exist
     ("POST", "/v1/chat/completions", 404, Interface.OPENAI, "no POST /v1/chat/completions here; images come from POST"),
     ("POST", "/v1/images/edits", 404, Interface.OPENAI, "base_url of OpenAI's clients is the service's address"),
     ("GET", "/v1", 404, Interface.OPENAI, "no GET /v1 here"),
@@ -84,7 +84,7 @@ ERRORS = [
     ("POST", "/v2/models/m/generate", 404, Interface.KSERVE, "no POST /v2/models/m/generate here; images come from"),
     ("POST", "/chat/completions", 404, Interface.NATIVE_AND_OPENAI, "base_url of OpenAI's clients is the service"),
     ("GET", "/page/nothing.js", 404, Interface.NATIVE_AND_OPENAI, "no GET /page/nothing.js here"),
-    # one that there is was meant
+    # an existing route with a similar path was meant
     ("POST", "/images/generations", 404, Interface.OPENAI, "there is POST /v1/images/generations; base_url of OpenAI"),
     ("POST", "/v1/v1/images/generations", 404, Interface.OPENAI, "there is POST /v1/images/generations; base_url"),
     ("GET", "/models", 404, Interface.NATIVE_AND_OPENAI, "there is GET /v1/models; base_url"),
@@ -96,7 +96,7 @@ ERRORS = [
     ("GET", "/v2/models/m/ready/", 404, Interface.KSERVE, "but there is GET /v2/models/m/ready"),
     ("GET", "/docs/", 404, Interface.NATIVE, "but there is GET /docs"),
     ("GET", "/v1//models", 404, Interface.NATIVE_AND_OPENAI, "no GET /v1//models here, but there is GET /v1/models"),
-    # a path does what it likes, and no line breaks
+    # a path may contain anything, and the message has no line breaks
     ("GET", "/%0a%1b[31m%e2%80%ae", 404, Interface.NATIVE_AND_OPENAI, r'no GET "/\n\u001b[31m\u202e" here'),
     ("GET", "/v1/" + "x" * 5000, 404, Interface.OPENAI, "no GET /v1/xxx"),
     ("GET", "/v1" + "/x" * 2000, 404, Interface.OPENAI, "no GET /v1/x/x/x"),
@@ -158,7 +158,7 @@ async def test_all_interfaces_read_the_same_bytes_as_json() -> None:
 
 
 @pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, InferRequest])
-def test_null_is_absent_in_every_optional_field_and_the_document_says_so(body: type[BaseModel]) -> None:
+def test_null_means_absent_in_every_optional_field_and_in_the_document(body: type[BaseModel]) -> None:
     def check(model: type[BaseModel], schema: dict[str, Any]) -> None:
         for name, field in model.model_fields.items():
             said = schema["properties"][field.alias or name]
@@ -181,7 +181,7 @@ def test_null_is_absent_in_every_optional_field_and_the_document_says_so(body: t
 
 
 @runs
-async def test_null_is_absent_over_the_wire_and_nowhere_else() -> None:
+async def test_null_means_absent_in_optional_fields_only() -> None:
     async with running() as service:
         nulls = dict.fromkeys(["format", "stream", "sampler", "priority", "image_index", "quality", "class", "model"])
         native = await service.ask("POST", "/v1/generate", json={"steps": 2, **nulls})
@@ -240,7 +240,7 @@ async def test_messages_show_values_as_json() -> None:
 
 
 @runs
-async def test_accept_lines_are_one_header_and_what_excludes_everything_is_refused() -> None:
+async def test_accept_lines_are_joined_and_an_accept_that_excludes_all_types_is_refused() -> None:
     async with running() as service:
         lines = [("Accept", "image/png;q=0.1"), ("Accept", "application/json"), ("Content-Type", "application/json")]
         answer = await service.ask("POST", "/v1/generate", content=b'{"steps": 2}', headers=lines)
@@ -249,15 +249,15 @@ async def test_accept_lines_are_one_header_and_what_excludes_everything_is_refus
         assert (refused.status_code, refused.json()["title"]) == (406, "Not acceptable")
         assert message_of(refused).startswith("Accept: must allow application/json, image/png, ")
         assert message_of(refused).endswith('; got "text/html"')
-        events = {"steps": 2, "stream": True}  # a stream is asked for in the body
+        events = {"steps": 2, "stream": True}  # a stream is requested in the body
         stream = await service.ask("POST", "/v1/generate", json=events, headers={"Accept": "text/html"})
         assert stream.headers["content-type"].startswith("text/event-stream")
-        for path in ("/v1/images/generations", "/v2/models/m/infer"):  # these have one form
+        for path in ("/v1/images/generations", "/v2/models/m/infer"):  # routes with one media type
             assert (await service.ask("POST", path, json=BODIES[path], headers={"Accept": "image/png"})).json()
 
 
 @runs
-async def test_pages_name_no_address_that_a_proxy_changes() -> None:
+async def test_pages_contain_no_absolute_address() -> None:
     async with running() as service:
         docs = (await service.ask("GET", "/docs")).text
         assert "url: 'openapi.json'" in docs

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, spoken by Triton's own client and by clients that mean harm."""
+"""The Open Inference Protocol, as used by Triton's own client and by malicious clients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tensor(name: str, *values: object, binary: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritonclient_gets_the_pixels_that_were_asked_for(client: Any, binary: bool) -> None:
+def test_tritonclient_gets_the_requested_pixels(client: Any, binary: bool) -> None:
     inputs = [
         tensor("class", "cat", b"T_SHIRT/top", binary=binary),
         tensor("steps", 5, binary=binary),
@@ -71,7 +71,7 @@ def test_a_request_without_inputs_gets_one_image_of_a_class_drawn_from_its_seed(
     assert answer.as_numpy("images")[0].tobytes() == expected(seed, 0, class_index, steps=100).tobytes()
 
 
-def test_outputs_may_be_mixed_and_classes_be_numbers(client: Any) -> None:
+def test_outputs_may_be_mixed_and_classes_may_be_indices(client: Any) -> None:
     outputs = [triton.InferRequestedOutput("images"), triton.InferRequestedOutput("seed", binary_data=False)]
     answer = client.infer(MODEL, [tensor("class_index", 1, 0), tensor("seed", 4), tensor("steps", 3)], outputs=outputs)
     assert answer.get_output("seed")["data"] == [4, 4]
@@ -153,7 +153,7 @@ def test_every_option_of_a_native_request_can_be_given_as_a_tensor_or_a_paramete
         ([tensor("class", b"\xff")], "class: strings must be UTF-8"),
     ],
 )
-def test_what_is_wrong_is_named(client: Any, inputs: list[Any], message: str) -> None:
+def test_errors_name_the_wrong_input(client: Any, inputs: list[Any], message: str) -> None:
     with pytest.raises(InferenceServerException, match=message) as error:
         client.infer(MODEL, inputs)
     assert error.value.status() == "400"
@@ -209,7 +209,7 @@ def described(**tensor: Any) -> dict[str, Any]:
     ],
     ids=range(22),
 )  # fmt: skip
-def test_frames_that_lie_are_refused_before_any_work(address: str, client: Any, sent: dict[str, Any]) -> None:
+def test_frames_with_wrong_lengths_are_refused_before_any_work(address: str, client: Any, sent: dict[str, Any]) -> None:
     (before,) = client.get_inference_statistics(MODEL)["model_stats"]
     refused = httpx.post(f"http://{address}/v2/models/{MODEL}/infer", **sent, timeout=PATIENCE_S)
     assert (refused.status_code, list(refused.json())) == (400, ["error"])
@@ -217,7 +217,7 @@ def test_frames_that_lie_are_refused_before_any_work(address: str, client: Any, 
     assert after["execution_count"] == before["execution_count"]
 
 
-def test_the_same_bytes_divided_elsewhere_are_another_request_for_an_idempotency_key(address: str) -> None:
+def test_equal_bytes_split_differently_are_another_request_for_an_idempotency_key(address: str) -> None:
     url = f"http://{address}/v2/models/{MODEL}/infer"
     first = frame(described(name="steps", data=[2]))
     first["headers"]["Idempotency-Key"] = "k"
@@ -242,7 +242,7 @@ def test_the_same_bytes_divided_elsewhere_are_another_request_for_an_idempotency
     ],
 )
 def test_a_page_of_another_origin_cannot_post(address: str, headers: dict[str, str], status: int) -> None:
-    """A browser sends these without asking first; with another content type it would ask, and nobody answers."""
+    """A browser sends these without a preflight request; any other content type needs one, which is refused."""
     body = json.dumps({"inputs": [{"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}]}).encode()
     url = f"http://{address}/v2/models/{MODEL}/infer"
     assert httpx.post(url, content=body, headers=headers, timeout=PATIENCE_S).status_code == status
@@ -251,7 +251,7 @@ def test_a_page_of_another_origin_cannot_post(address: str, headers: dict[str, s
     assert "access-control-allow-origin" not in asked.headers
 
 
-def test_errors_outside_of_routes_are_in_the_protocols_words_too(address: str) -> None:
+def test_errors_outside_of_routes_have_the_form_of_the_protocol(address: str) -> None:
     for path, status in (("/v2/nowhere", 404), ("/v2/models/other", 404), (f"/v2/models/{MODEL}/infer", 405)):
         answer = httpx.get(f"http://{address}{path}", timeout=PATIENCE_S)
         assert (answer.status_code, list(answer.json())) == (status, ["error"])

@@ -18,7 +18,7 @@ BODY = {"class": 1, "steps": 5, "seed": 7}
 
 
 async def served(app: FastAPI) -> tuple[bytes, int]:
-    """Generate an image within one lifespan of the app; return it, and the images that KServe's statistics count."""
+    """Generate an image within one lifespan of the app; return it and the number of images in KServe's statistics."""
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

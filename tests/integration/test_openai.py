@@ -1,4 +1,4 @@
-"""OpenAI's Images interface, used through their own SDK."""
+"""OpenAI's Images interface, used through OpenAI's own SDK."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.waiting import PATIENCE_S, until
 
 
 class GatedDenoiser(ExactDenoiser):
-    """After start-up: waits before every call while it is gated; its numbers overflow for one class."""
+    """A network that can be gated: it then waits before every call. Its output overflows for one class."""
 
     OVERFLOWS = 3
 
@@ -45,7 +45,7 @@ class GatedDenoiser(ExactDenoiser):
         return out
 
     def close(self) -> None:
-        self.allowed = threading.Semaphore(0)  # without what an earlier test has left
+        self.allowed = threading.Semaphore(0)  # drops permits left by an earlier test
         self.gated = True
 
     def open(self) -> None:
@@ -77,11 +77,11 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 def pixels(b64_json: str | None) -> npt.NDArray[np.uint8]:
     assert b64_json is not None
-    picture = Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("L")  # WebP knows no grey
+    picture = Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("L")  # WebP has no grey mode
     return np.asarray(picture)[..., None]
 
 
-def test_the_sdk_gets_the_pixels_that_were_asked_for(client: openai.OpenAI) -> None:
+def test_the_sdk_gets_the_requested_pixels(client: openai.OpenAI) -> None:
     answer = client.images.generate(
         model=MODEL,
         prompt="CAT, bee",
@@ -135,7 +135,7 @@ def test_the_asynchronous_sdk_does_the_same(address: str) -> None:
         assert pixels(answer.data[0].b64_json).tobytes() == expected(seed, 0, 0, steps=4).tobytes()
 
 
-def test_a_stream_shows_partial_images_and_ends_with_the_whole_ones(
+def test_a_stream_has_partial_images_and_ends_with_the_final_ones(
     client: openai.OpenAI, denoiser: GatedDenoiser
 ) -> None:
     denoiser.close()
@@ -204,7 +204,7 @@ def test_an_image_that_fails_ends_the_stream_with_an_error(client: openai.OpenAI
         ({"prompt": "cat", "extra_body": {"deadline_s": 1e-9}}, None, "predicted to finish in"),
     ],
 )
-def test_what_is_wrong_is_a_bad_request_that_names_its_parameter(
+def test_an_invalid_parameter_is_a_bad_request_that_names_it(
     client: openai.OpenAI, asked: dict[str, Any], param: str | None, message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as error:
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_a_bad_request_that_names_its_parameter(
 @pytest.mark.parametrize(
     "body",
     [
-        {"prompt": None},  # LiteLLM's probe of a model
+        {"prompt": None},  # LiteLLM's test request for a model
         {
             "prompt": "cat",
             "n": 1,
@@ -235,7 +235,7 @@ def test_what_is_wrong_is_a_bad_request_that_names_its_parameter(
     ],
     ids=["litellm", "langchain.js", "open-webui", "librechat-dalle", "librechat-gpt-image", "unused", "null"],
 )
-def test_what_popular_clients_send_is_accepted_when_it_asks_for_nothing_else(
+def test_parameters_of_popular_clients_are_accepted_when_they_change_nothing(
     address: str, body: dict[str, Any]
 ) -> None:
     url = f"http://{address}/v1/images/generations"
@@ -244,14 +244,14 @@ def test_what_popular_clients_send_is_accepted_when_it_asks_for_nothing_else(
     assert len(answer.json()["data"]) == 1
 
 
-def test_an_image_that_fails_is_not_asked_for_again(address: str) -> None:
+def test_the_sdk_does_not_retry_an_image_that_fails(address: str) -> None:
     with sdk(address, max_retries=2) as client, pytest.raises(openai.InternalServerError) as error:
         client.images.generate(prompt="t-shirt/top", extra_body={"steps": 3})
     assert error.value.code == "image_failed"
     assert error.value.response.request.headers["x-stainless-retry-count"] == "0"
 
 
-def test_the_sdk_comes_again_when_the_queue_was_full(address: str, denoiser: GatedDenoiser) -> None:
+def test_the_sdk_retries_when_the_queue_was_full(address: str, denoiser: GatedDenoiser) -> None:
     def refused() -> int:
         metrics = httpx.get(f"http://{address}/metrics", timeout=PATIENCE_S).text
         return int(float(metrics.split('iddpm_requests_total{outcome="rejected"} ')[1].split()[0]))
@@ -280,7 +280,7 @@ def test_models_are_listed_as_the_sdk_expects(client: openai.OpenAI, address: st
         client.images.generate(prompt="cat", model="gpt-image-2")
 
 
-def test_errors_before_any_route_are_in_openais_shape_too(address: str) -> None:
+def test_errors_outside_of_routes_have_the_form_of_openai(address: str) -> None:
     url = f"http://{address}/v1/images/generations"
     for answer, status in (
         (httpx.get(url, timeout=PATIENCE_S), 405),

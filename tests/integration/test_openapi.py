@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete enough to be tested from, with examples that work; and so have the pages of docs/."""
+"""The OpenAPI document is complete enough to generate tests from, and its examples work; so do those of docs/."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "http.md"
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A service that looks like the one that `make serve` starts."""
+    """A service with the settings of `make serve`."""
     config = read_config(BUNDLED)
     assert isinstance(config, CheckpointConfig)
     with serving(exact_app(ExactDenoiser(config), name=BUNDLED.name)) as address:
@@ -35,10 +35,10 @@ def address() -> Iterator[str]:
 
 
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
-    """All its checks: no 5xx, nothing that the document does not say, nothing wrong accepted, nothing right refused."""
-    short = ("--phases", "examples,coverage", "--include-path", "/v1/generate", "--seed", "1")  # a minute for all paths
+    """Run all its checks: no 5xx, no undocumented answer, no invalid input accepted, no valid input refused."""
+    short = ("--phases", "examples,coverage", "--include-path", "/v1/generate", "--seed", "1")  # all paths: a minute
     long = ("--max-examples", "500")
-    with serving(exact_app(max_row_steps=200)) as address:  # little work for any request
+    with serving(exact_app(max_row_steps=200)) as address:  # few rows and steps in any request
         command = [
             str(Path(sys.executable).with_name("schemathesis")),
             *("--config-file", str(ROOT / "schemathesis.toml")),
@@ -64,7 +64,7 @@ def test_the_document_is_valid_for_the_version_that_it_declares(tmp_path: Path) 
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_a_post_where_there_is_none_is_told_so_whatever_its_body_is(address: str) -> None:
+def test_a_post_to_an_unknown_path_is_404_for_every_body(address: str) -> None:
     for path, status in (("/healthz", 405), ("/v1/models", 405), ("/nowhere", 404), ("/v1/generate", 415)):
         assert httpx.post(f"http://{address}{path}", content=b"x", timeout=PATIENCE_S).status_code == status
 
@@ -101,7 +101,7 @@ def examples(language: str) -> list[str]:
 def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code.replace("127.0.0.1:8000", address), PAGE.name, "exec"), names)  # noqa: S102  # our own page
-    names["client"].close()  # which an example need not say
+    names["client"].close()  # the examples need not call it
     assert capsys.readouterr().out
 
 
@@ -113,7 +113,7 @@ def test_curl_examples_of_the_page_work(address: str, code: str) -> None:
 
 
 def _curl(command: str) -> tuple[str, dict[str, str], str]:
-    """Read what a curl command would send."""
+    """Parse the request that a curl command sends."""
     found = re.search(r"curl -s (\S+) -H '(\S+): (\S+)' \\\n +-d '(.*)'", command)
     assert found is not None, command
     url, name, value, body = found.groups()

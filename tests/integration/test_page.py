@@ -1,4 +1,4 @@
-"""What serves the page: its files and their policy, and thumbnails, which are made once, for people who look at it."""
+"""The page's files and their policy, and its thumbnails, which are made once and for visitors of the page only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def thumbnail(service: Service, class_index: object, model: str = "m") -> 
 
 
 @runs
-async def test_the_page_and_all_it_links_to_are_served_under_a_policy_without_exceptions() -> None:
+async def test_the_page_and_its_files_are_served_with_a_strict_policy() -> None:
     async with running() as service:
         index = await service.ask("GET", "/")
         assert index.headers["content-type"].startswith("text/html")
@@ -51,7 +51,7 @@ async def test_the_page_and_all_it_links_to_are_served_under_a_policy_without_ex
 
 
 @runs
-async def test_a_thumbnail_is_made_once_at_batch_priority_for_all_who_ask() -> None:
+async def test_a_thumbnail_is_made_once_at_batch_priority_for_all_readers() -> None:
     async with running() as service:
         answers = await asyncio.gather(*(thumbnail(service, 2) for _ in range(3)))
         assert await service.metric("iddpm_image_queue_seconds_count") == 1
@@ -80,7 +80,7 @@ async def test_a_thumbnail_whose_first_reader_leaves_is_made_for_the_next() -> N
 async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
     async with running() as service:
         service.denoiser.let.clear()
-        filling = asyncio.ensure_future(service.generate(n=3, steps=2))  # six rows of the seven that there is room for
+        filling = asyncio.ensure_future(service.generate(n=3, steps=2))  # six rows; the queue has room for seven
         await service.until_accepted(1)
         refused = await thumbnail(service, 0)
         assert refused.status_code == 503
@@ -90,7 +90,7 @@ async def test_a_thumbnail_that_could_not_be_made_is_tried_again() -> None:
         assert (await thumbnail(service, 0)).status_code == 200
 
 
-def test_who_looks_at_all_classes_does_not_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_of_all_classes_do_not_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thumbnails, "AT_ONCE", 2)
 
     @runs
@@ -110,9 +110,9 @@ def test_who_looks_at_all_classes_does_not_fill_the_queue(monkeypatch: pytest.Mo
 
 
 @runs
-async def test_only_our_page_may_have_thumbnails_made_and_only_of_classes_there_are() -> None:
+async def test_thumbnails_are_made_for_the_own_page_and_existing_classes_only() -> None:
     async with running() as service:
-        foreign = await service.ask("GET", "/v1/models/m/thumbnails/0")  # as <img> of another origin asks
+        foreign = await service.ask("GET", "/v1/models/m/thumbnails/0")  # like an <img> of another origin
         assert foreign.status_code == 403
         assert [(await thumbnail(service, index)).status_code for index in (4, -1)] == [404, 404]
         assert (await thumbnail(service, "x")).status_code == 422

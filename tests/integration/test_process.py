@@ -1,4 +1,4 @@
-"""What the process does with its log, its file descriptors and its signals."""
+"""How the process handles its log, its file descriptors and its signals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(output: Any, host: str = "127.0.0.1", seconds: float = 0, **options: Any) -> Iterator[tuple[Any, str]]:
-    """Serve a network that takes so many seconds, in a process; yield the process and its URL."""
+    """Serve a network whose calls take this number of seconds, in a separate process; yield the process and its URL."""
     port = free_port()
     command = [sys.executable, "-c", SERVING, host, str(port), str(seconds)]
     process = subprocess.Popen(command, stdout=output, stderr=output, **options)
@@ -79,7 +79,7 @@ def wait_for(process: Any, url: str, status: int) -> None:
     until(answers)
 
 
-def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end() -> None:
+def test_an_unread_log_delays_neither_answers_nor_shutdown() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with suppress(BlockingIOError):
@@ -100,7 +100,7 @@ def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end() -> None:
     os.close(writing)
 
 
-def test_more_connections_than_file_descriptors_leave_health_and_the_log_alone_and_sighup_drains(
+def test_health_and_log_work_without_free_file_descriptors_and_sighup_drains(
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "log"
@@ -108,7 +108,7 @@ def test_more_connections_than_file_descriptors_leave_health_and_the_log_alone_a
     def limit_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
 
-    host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104  # how IPv4 is reached is the point
+    host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104  # reachable by IPv4
     with (
         log.open("wb") as output,
         serving(output, host, preexec_fn=limit_descriptors) as (process, url),

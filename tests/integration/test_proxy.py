@@ -1,4 +1,4 @@
-"""HAProxy with deploy's configuration, before a replica that dies."""
+"""HAProxy with the configuration of deploy/, before a replica that dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPLICAS = "server-template api- 32 api:8000 resolvers docker init-addr none"
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Answers everything, and dies of a header."""
+    """A replica that answers every request, and dies when it receives a certain header."""
 
     protocol_version = "HTTP/1.1"
 
@@ -47,7 +47,7 @@ class Replica(BaseHTTPRequestHandler):
 
 
 class Replicas(ThreadingHTTPServer):
-    """Replicas whose health checks may be cut short by the proxy."""
+    """Server of replicas whose health checks the proxy may close early."""
 
     daemon_threads = True
 

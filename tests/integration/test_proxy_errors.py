@@ -1,4 +1,4 @@
-"""The proxy of deploy/: its own errors have the form of the interface that was asked."""
+"""The proxy of deploy/: its own errors have the form of the interface that was called."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GENERATES = {
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Is ready, and goes away while it works; with a query it hangs instead."""
+    """A replica that is ready, and disconnects during a request; with a query string it hangs instead."""
 
     reached = SimpleQueue[str]()
     released = threading.Event()
@@ -59,7 +59,9 @@ class Replica(BaseHTTPRequestHandler):
 
 
 def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
-    """Return ours, listening elsewhere, with one replica for what generates, none for the rest, and a short wait."""
+    """Return our configuration with other ports, one replica for routes that generate, none for the rest, and a short
+    timeout.
+    """
     config = (FOLDER / "haproxy.cfg").read_text()
     config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
     config = re.sub(r"timeout server +\S+", f"timeout server {scaled(5):.0f}s", config)
@@ -96,7 +98,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def form_of(answer: httpx.Response) -> Interface:
-    """Return the interface whose form an error of the proxy has."""
+    """Return the interface whose form this error of the proxy has."""
     body = answer.json()
     is_problem = answer.headers["content-type"] == "application/problem+json"
     if is_problem:
@@ -121,7 +123,7 @@ def ask(method: str, url: str, **options: Any) -> httpx.Response:
         return client.request(method, url, **options)
 
 
-def test_a_path_belongs_to_the_interface_that_the_service_says(proxy: str) -> None:
+def test_proxy_and_service_agree_on_the_interface_of_a_path(proxy: str) -> None:
     table = RouteTable(exact_app(admin_root=FOLDER).routes)
     known = [route.template.replace("{", "").replace("}", "") for route in table]
     unknown = ["/v1", "/v1/chat/completions", "/v1/images/edits", "/v2/", "/v2/nowhere", "/v1/generate/", "/nowhere"]
@@ -136,7 +138,9 @@ def test_a_path_belongs_to_the_interface_that_the_service_says(proxy: str) -> No
 
 
 @pytest.mark.parametrize(("query", "status"), [("", 502), ("?hang", 504)])
-def test_a_replica_that_goes_away_or_hangs_has_the_callers_form(proxy: str, query: str, status: int) -> None:
+def test_errors_for_a_replica_that_disconnects_or_hangs_have_the_callers_form(
+    proxy: str, query: str, status: int
+) -> None:
     with ThreadPoolExecutor() as pool:
         answers = pool.map(lambda path: ask("POST", proxy + path + query, json={}), GENERATES)
     for answer, interface in zip(answers, GENERATES.values(), strict=True):
@@ -144,13 +148,13 @@ def test_a_replica_that_goes_away_or_hangs_has_the_callers_form(proxy: str, quer
         assert "retry-after" not in answer.headers
 
 
-def test_a_foreign_host_is_refused_in_the_callers_form(proxy: str) -> None:
+def test_the_error_for_a_foreign_host_has_the_callers_form(proxy: str) -> None:
     for path, interface in {**GENERATES, "/v1/models": Interface.NATIVE_AND_OPENAI}.items():
         answer = ask("GET", proxy + path, headers={"Host": "evil.example"})
         assert (answer.status_code, form_of(answer)) == (421, interface)
 
 
-def test_a_body_that_is_damaged_has_the_callers_form(proxy: str) -> None:
+def test_the_error_for_a_damaged_body_has_the_callers_form(proxy: str) -> None:
     address = httpx.URL(proxy)
     for path, interface in GENERATES.items():
         with socket.create_connection((address.host, address.port or 0), PATIENCE_S) as client:
@@ -165,7 +169,7 @@ def test_a_body_that_is_damaged_has_the_callers_form(proxy: str) -> None:
         assert (told.status_code, form_of(told)) == (400, interface)
 
 
-def test_the_bodies_say_the_same_in_every_form() -> None:
+def test_error_bodies_have_the_same_content_in_every_form() -> None:
     lines = [line for line in (FOLDER / "errors.map").read_text().splitlines() if line and not line.startswith("#")]
     bodies = {key: json.loads(value) for key, _, value in (line.partition(" ") for line in lines)}
     statuses = {key.partition("/")[0] for key in bodies}

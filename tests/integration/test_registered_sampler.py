@@ -1,4 +1,4 @@
-"""A sampler is a function and a line in the registry: a new one is in every interface without any other change."""
+"""A sampler is a function and a line in the registry: every interface then offers it without any other change."""
 
 from __future__ import annotations
 

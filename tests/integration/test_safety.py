@@ -1,4 +1,4 @@
-"""Who may ask, how much, and what no request can do: keys, limits, hostile bodies, other origins, secrets, logs."""
+"""Who may send requests, how many, and what no request can do: keys, limits, hostile bodies, origins, secrets, logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Keys:
-    """A keys file, and the keys that are in it by hash only."""
+    """A keys file, and the keys that it contains by hash only."""
 
     def __init__(self, folder: Path, **limits: Limits) -> None:
         self.path = folder / "keys.json"
@@ -51,7 +51,7 @@ async def generate(service: Service, headers: dict[str, str], peer: str = "192.0
 
 
 async def accepted(service: Service, headers: dict[str, str], requests: int) -> None:
-    """Wait until so many requests have been accepted since the start; the engine may stand still meanwhile."""
+    """Wait until this number of requests has been accepted since the start; the engine may be paused meanwhile."""
 
     async def counted() -> bool:
         text = (await service.ask("GET", "/metrics", headers=headers)).text
@@ -60,7 +60,7 @@ async def accepted(service: Service, headers: dict[str, str], requests: int) -> 
     await service.until(counted)
 
 
-def test_only_who_has_a_key_gets_in_and_health_is_open(tmp_path: Path) -> None:
+def test_requests_need_a_key_and_health_needs_none(tmp_path: Path) -> None:
     keys = Keys(tmp_path, alice=Limits())
 
     @runs
@@ -102,7 +102,7 @@ def test_keys_are_added_and_taken_back_while_the_service_runs(tmp_path: Path) ->
     check()
 
 
-def test_a_key_limits_images_in_flight_and_work_and_only_its_own(tmp_path: Path) -> None:
+def test_a_key_limits_its_own_images_in_flight_and_work(tmp_path: Path) -> None:
     keys = Keys(
         tmp_path,
         alice=Limits(images_in_flight=2, row_steps_per_request=20),
@@ -140,14 +140,14 @@ def test_a_key_limits_images_in_flight_and_work_and_only_its_own(tmp_path: Path)
     check()
 
 
-def test_a_key_limits_requests_per_minute_and_looking_is_free(tmp_path: Path) -> None:
+def test_a_key_limits_requests_per_minute_and_reading_is_free(tmp_path: Path) -> None:
     keys = Keys(tmp_path, alice=Limits(requests_per_minute=2), bob=Limits())
 
     @runs
     async def check() -> None:
         async with running(keys_file=keys.path) as service:
             assert (await generate(service, keys.of("alice"))).status_code == 200
-            assert (await generate(service, keys.of("alice"), steps=1)).status_code == 422  # counts too
+            assert (await generate(service, keys.of("alice"), steps=1)).status_code == 422  # counts as a request, too
             refused = await generate(service, keys.of("alice"))
             assert refused.status_code == 429
             assert 1 <= int(refused.headers["retry-after"]) <= 30
@@ -183,7 +183,7 @@ def test_fairness_is_by_key_not_by_address(tmp_path: Path) -> None:
 
 
 @runs
-async def test_an_idempotency_key_is_one_execution_and_on_another_replica_the_same_pictures() -> None:
+async def test_an_idempotency_key_is_one_execution_and_gives_equal_images_on_another_replica() -> None:
     key = {"Idempotency-Key": "order-7"}
     async with running() as service:
         calls = len(service.denoiser.calls)
@@ -210,7 +210,7 @@ async def test_an_idempotency_key_is_one_execution_and_on_another_replica_the_sa
 
 
 @runs
-async def test_rows_of_an_idempotent_request_are_free_when_all_who_wait_have_gone() -> None:
+async def test_an_idempotent_request_is_aborted_when_all_its_clients_have_left() -> None:
     async with running() as service:
         service.denoiser.let.clear()
         asked = [asyncio.create_task(generate(service, {"Idempotency-Key": "k"}, steps=1000, n=2)) for _ in range(2)]
@@ -251,7 +251,7 @@ HOSTILE_BODIES: list[tuple[bytes, int, str]] = [
 
 
 @runs
-async def test_hostile_bodies_get_clear_4xx_answers_and_no_work_is_done() -> None:
+async def test_hostile_bodies_get_4xx_answers_and_cause_no_work() -> None:
     async with running() as service:
         calls = len(service.denoiser.calls)
         for content, status, message in HOSTILE_BODIES:
@@ -271,7 +271,7 @@ async def test_hostile_bodies_get_clear_4xx_answers_and_no_work_is_done() -> Non
 
 
 @runs
-async def test_a_page_of_another_origin_cannot_make_the_service_work() -> None:
+async def test_a_page_of_another_origin_cannot_start_work() -> None:
     async with running() as service:
         calls = len(service.denoiser.calls)
         origin = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
@@ -296,7 +296,7 @@ async def test_a_page_of_another_origin_cannot_make_the_service_work() -> None:
 
 
 @runs
-async def test_probes_may_ask_by_any_address_and_see_nothing_but_health() -> None:
+async def test_probes_may_use_any_address_and_reach_health_only() -> None:
     async with running() as service:
         for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
             assert (await service.ask("GET", path, headers={"Host": "10.1.2.3:8000"})).status_code == 200
@@ -305,7 +305,7 @@ async def test_probes_may_ask_by_any_address_and_see_nothing_but_health() -> Non
 
 
 @runs
-async def test_head_is_answered_wherever_get_is() -> None:
+async def test_every_get_route_answers_head() -> None:
     async with running() as service:
         routes = {path for path, operations in service.app.openapi()["paths"].items() if "get" in operations}
         paths = {path.replace("{model}", "m").replace("{version}", "exact") for path in routes}
@@ -325,7 +325,7 @@ async def test_head_is_answered_wherever_get_is() -> None:
 
 
 @runs
-async def test_every_answer_says_how_little_a_browser_may_do_with_it() -> None:
+async def test_every_answer_has_the_security_headers() -> None:
     async with running() as service:
         answers = [
             await service.ask("POST", "/v1/generate", json=SHORT),
@@ -352,7 +352,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Ke
         yield server, keys
 
 
-def test_a_process_ends_slow_requests_and_answers_garbage_without_saying_what_it_is(
+def test_a_process_closes_slow_requests_and_answers_garbage_without_naming_the_server(
     keyed: tuple[Server, Keys],
 ) -> None:
     server, _ = keyed
@@ -360,12 +360,12 @@ def test_a_process_ends_slow_requests_and_answers_garbage_without_saying_what_it
         with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as client:
             client.sendall(sent)
             with client.makefile("rb") as stream:
-                answer = stream.read()  # to the end: it is closed
+                answer = stream.read()  # read to the end: the connection is closed
         assert answer.startswith(f"HTTP/1.1 {status} ".encode())
         assert b"uvicorn" not in answer.lower()
 
 
-def test_secrets_never_appear_in_logs_and_no_request_can_write_lines_of_its_own(keyed: tuple[Server, Keys]) -> None:
+def test_secrets_never_appear_in_logs_and_no_request_can_inject_log_lines(keyed: tuple[Server, Keys]) -> None:
     server, keys = keyed
     key, almost, elsewhere = keys.keys["alice"], keys.keys["alice"][:-1], new_key()
     url = f"{server.url}/v1/generate"

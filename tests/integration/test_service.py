@@ -64,7 +64,7 @@ def problem_of(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-def test_a_request_gets_its_images_and_what_they_were_made_from(server: Server) -> None:
+def test_a_request_gets_its_images_and_their_parameters(server: Server) -> None:
     response = server.generate(**{"class": "cat", "n": 2, "steps": 6, "seed": 11, "cfg_scale": 2.0})
     assert response.status_code == 200
     body = response.json()
@@ -112,7 +112,7 @@ def test_ddim_with_eta_gives_the_reference_pixels(server: Server) -> None:
 
 
 @pytest.mark.parametrize(("accept", "opens_as"), [("image/png", "PNG"), ("image/webp", "WEBP"), ("image/*", "PNG")])
-def test_accept_gives_the_picture_itself(server: Server, accept: str, opens_as: str) -> None:
+def test_accept_selects_a_plain_image(server: Server, accept: str, opens_as: str) -> None:
     body = {"class": 0, "steps": 4, "seed": 9, "cfg_scale": 1}
     response = httpx.post(f"{server.url}/v1/generate", json=body, headers={"Accept": accept}, timeout=PATIENCE_S)
     assert response.headers["x-seed"] == "9"
@@ -142,7 +142,7 @@ def test_npz_holds_images_and_labels_as_the_adm_evaluator_reads_them(server: Ser
         assert arrays["arr_0"].shape == (1, 8, 8, 1)
 
 
-def test_a_zip_holds_a_picture_per_image_under_names_that_are_safe(server: Server) -> None:
+def test_a_zip_has_one_file_per_image_with_safe_names(server: Server) -> None:
     body = {"class": ["T-shirt/top", "T-shirt/top", 0], "steps": 4, "seed": 9, "cfg_scale": 1, "format": "webp"}
     response = httpx.post(
         f"{server.url}/v1/generate", json=body, headers={"Accept": "application/zip"}, timeout=PATIENCE_S
@@ -156,7 +156,7 @@ def test_a_zip_holds_a_picture_per_image_under_names_that_are_safe(server: Serve
     assert second[..., :1].tobytes() == reference(9, 1, 3, 4, 1.0)
 
 
-def test_jpeg_is_made_when_asked_for(server: Server) -> None:
+def test_jpeg_is_returned_on_request(server: Server) -> None:
     body = {"class": 1, "steps": 4, "seed": 9, "cfg_scale": 1}
     response = httpx.post(
         f"{server.url}/v1/generate", json={**body, "quality": 95}, headers={"Accept": "image/jpeg"}, timeout=PATIENCE_S
@@ -168,7 +168,7 @@ def test_jpeg_is_made_when_asked_for(server: Server) -> None:
     assert base64.b64decode(image["b64_json"]) == response.content
 
 
-def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_reader_that_leaves_frees_its_rows(server: Server) -> None:
+def test_a_stream_over_a_socket_ends_with_the_pixels_and_a_disconnect_frees_its_rows(server: Server) -> None:
     body = {"class": 2, "steps": 40, "seed": 11, "cfg_scale": 1, "stream": True, "preview_every": 10}
     before = server.metrics()
     with httpx.stream("POST", f"{server.url}/v1/generate", json=body, timeout=PATIENCE_S) as response:
@@ -231,7 +231,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field", "message"), BAD_FIELDS)
-def test_bad_fields_are_named_with_the_rule(server: Server, fields: dict[str, Any], field: str, message: str) -> None:
+def test_invalid_fields_are_named_with_the_rule(
+    server: Server, fields: dict[str, Any], field: str, message: str
+) -> None:
     response = server.generate(**fields)
     assert response.status_code == 422
     errors = problem_of(response)["errors"]
@@ -245,7 +247,7 @@ def raw(server: Server, content: bytes, **headers: str) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/generate", content=content, headers=given, timeout=PATIENCE_S)
 
 
-def test_requests_that_are_wrong_before_their_fields_are(server: Server) -> None:
+def test_requests_that_fail_before_their_fields_are_read(server: Server) -> None:
     assert problem_of(raw(server, b"{not json"))["title"] == "Malformed JSON"
     assert raw(server, b"{}", Content_Type="text/plain").status_code == 415
     assert raw(server, b" " * 70_000).status_code == 413
@@ -255,7 +257,7 @@ def test_requests_that_are_wrong_before_their_fields_are(server: Server) -> None
     assert problem_of(server.get("/v1/generate"))["status"] == 405
 
 
-def test_a_long_body_without_a_declared_length_is_stopped(server: Server) -> None:
+def test_reading_stops_at_the_limit_for_a_body_without_a_declared_length(server: Server) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(100):
             yield b" " * 10_000
@@ -269,7 +271,7 @@ def test_a_long_body_without_a_declared_length_is_stopped(server: Server) -> Non
     assert response.status_code == 413
 
 
-def test_an_id_comes_back_and_a_bad_one_does_not(server: Server) -> None:
+def test_a_valid_request_id_is_returned_and_an_invalid_one_is_replaced(server: Server) -> None:
     assert raw(server, b"{", X_Request_ID="mine-1").headers["x-request-id"] == "mine-1"
     assert raw(server, b"{", X_Request_ID="a b").headers["x-request-id"] != "a b"
     response = raw(server, b"{")
@@ -287,7 +289,7 @@ def test_models_health_and_docs(server: Server) -> None:
     assert "/v1/generate" in server.get("/openapi.json").json()["paths"]
 
 
-def test_sixteen_clients_with_mixed_requests_get_the_right_pixels_and_the_metrics_add_up(server: Server) -> None:
+def test_sixteen_clients_with_mixed_requests_get_their_pixels_and_the_metrics_agree(server: Server) -> None:
     before = server.metrics()
     rng = np.random.default_rng(0)
     bodies: list[dict[str, Any]] = [
@@ -321,12 +323,12 @@ def test_sixteen_clients_with_mixed_requests_get_the_right_pixels_and_the_metric
     assert counted["iddpm_row_steps_total"] == counted["iddpm_rows_per_network_call_sum"] == row_steps
     steps = sum(n for name, n in counted.items() if name.startswith("iddpm_engine_step_seconds_count"))
     assert counted["iddpm_network_calls_total tiny"] == steps
-    assert counted["iddpm_network_calls_total tiny"] < row_steps / 2  # they did share network calls
+    assert counted["iddpm_network_calls_total tiny"] < row_steps / 2  # the requests did share network calls
     after = server.metrics()
     assert after["iddpm_images_waiting"] == after["iddpm_images_running"] == 0
 
 
-def test_a_client_that_goes_away_frees_its_rows(server: Server) -> None:
+def test_a_client_that_disconnects_frees_its_rows(server: Server) -> None:
     before = server.metrics()
     body = b'{"n": 32, "steps": 1000, "cfg_scale": 1}'
     head = f"POST /v1/generate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
@@ -361,7 +363,7 @@ def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> N
         assert counted["iddpm_requests_total ok"] == 8 - len(refused)
 
 
-def test_a_second_signal_stops_at_once_even_with_work_and_half_a_body_outstanding(model: Path, tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once_with_requests_in_flight(model: Path, tmp_path: Path) -> None:
     head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with running(model, tmp_path / "log") as leaving, socket.create_connection(("127.0.0.1", leaving.port)) as client:
         client.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
@@ -401,7 +403,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(mo
         ([], {"IDDPM_MAX_ROW": "4"}, "unknown environment variable IDDPM_MAX_ROW; settings are IDDPM_ADMIN_ROOT"),
     ],
 )
-def test_bad_flags_end_start_up_with_one_line(
+def test_invalid_flags_end_start_up_with_one_line(
     model: Path, tmp_path: Path, flags: list[str], environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(RuntimeError) as error, running(model, tmp_path / "log", *flags, environment=environment):

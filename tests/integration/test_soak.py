@@ -1,4 +1,6 @@
-"""Thousands of requests against a real process: it keeps its size, loses no row, and counts what its clients count."""
+"""Thousands of requests to a real process: its memory stays bounded, no row leaks, and its metrics agree with its
+clients.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ GROWTH_MB = 30
 
 
 @pytest.mark.skipif(not LONG, reason="fewer requests do not show what grows: IDDPM_TEST_LONG=1")
-def test_memory_stays_rows_return_and_the_metrics_are_what_clients_counted(tmp_path: Path) -> None:
+def test_memory_is_bounded_rows_are_freed_and_metrics_agree_with_clients(tmp_path: Path) -> None:
     draw = random.Random(0)
     bodies = [_body(draw) for _ in range(REQUESTS)]
     warm_up, rest = bodies[: REQUESTS // 10], bodies[REQUESTS // 10 :]
@@ -42,7 +44,7 @@ def test_memory_stays_rows_return_and_the_metrics_are_what_clients_counted(tmp_p
     assert metrics["iddpm_request_duration_seconds_count"] == counted["requests_total ok"]
     for name in ("images_waiting", "images_running", "images_evicted", "remaining_row_steps", "wasted_row_steps_total"):
         assert metrics[f"iddpm_{name}"] == 0
-    print(f"grew by {growth:.1f} MB from {before:.1f} MB")  # noqa: T201  # shown where the test fails, or with -rP
+    print(f"grew by {growth:.1f} MB from {before:.1f} MB")  # noqa: T201  # shown when the test fails, or with -rP
     assert growth <= GROWTH_MB
 
 
@@ -60,7 +62,7 @@ def _body(draw: random.Random) -> dict[str, Any]:
 
 
 async def _ask_all(server: Server, bodies: list[dict[str, Any]]) -> Counter[str]:
-    """Send requests, a number of them at a time; returns what they should have come to, by the answers."""
+    """Send all requests, a number of them concurrently; return the totals expected from the answers."""
     counted: Counter[str] = Counter()
     queue = iter(bodies)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:

@@ -1,4 +1,4 @@
-"""Streams of events over the whole app: what is told, to whom it matters that somebody reads slowly, and who leaves."""
+"""Streams of events over the complete app: their content, readers that are slow, and readers that disconnect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODY: dict[str, Any] = {"class": [1, 3], "steps": 6, "seed": 7, "cfg_scale": 1}
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let rounds of progress follow each other without a pause."""
+    """Send rounds of progress without a pause between them."""
     monkeypatch.setattr(event_stream, "ROUND_EVERY_S", 0.0)
 
 
@@ -47,7 +47,7 @@ async def idle(service: Service) -> bool:
 
 
 @runs
-async def test_a_reader_that_keeps_up_sees_every_step_and_gets_the_pixels_that_others_get() -> None:
+async def test_a_fast_reader_sees_every_step_and_gets_the_usual_pixels() -> None:
     async with running() as service:
         plain = (await service.generate(**BODY)).json()
         service.denoiser.let.clear()
@@ -83,7 +83,7 @@ async def test_a_reader_that_keeps_up_sees_every_step_and_gets_the_pixels_that_o
 
 
 @runs
-async def test_a_slow_reader_gets_fewer_previews_and_delays_nobody() -> None:
+async def test_a_slow_reader_gets_fewer_previews_and_delays_no_other() -> None:
     steps = 200
     async with running() as service:
         slow: dict[str, Any] = {"class": 2, "n": 1, "steps": steps, "seed": 3, "cfg_scale": 1}
@@ -103,7 +103,7 @@ async def test_a_slow_reader_gets_fewer_previews_and_delays_nobody() -> None:
 
 
 @runs
-async def test_a_reader_that_goes_away_frees_its_rows_within_one_step() -> None:
+async def test_a_disconnected_reader_frees_its_rows_within_one_step() -> None:
     async with running() as service:
         service.denoiser.let.clear()
         async with streaming(service.app, n=WIDTH, steps=1000, cfg_scale=1, preview_every=1) as client:
@@ -123,11 +123,11 @@ async def test_a_reader_that_goes_away_frees_its_rows_within_one_step() -> None:
 
 
 @runs
-async def test_a_reader_that_goes_away_while_nothing_is_said_to_him_is_noticed_too() -> None:
+async def test_a_reader_that_disconnects_while_no_event_is_sent_is_noticed() -> None:
     async with running() as service:
         service.denoiser.let.clear()
         async with streaming(service.app, n=WIDTH, steps=1000, cfg_scale=1):
-            first = await service.generate(steps=1001)  # what is refused has a status, whoever else streams
+            first = await service.generate(steps=1001)  # a refused request gets an error status
             assert first.status_code == 422
             async with streaming(service.app, steps=5, cfg_scale=1) as waiting:
                 await take(waiting)
@@ -145,7 +145,7 @@ async def test_a_reader_that_goes_away_while_nothing_is_said_to_him_is_noticed_t
         ({"stream": 1}, "stream"),
     ],
 )
-def test_what_is_wrong_before_acceptance_has_its_status_and_form(body: dict[str, Any], field: str) -> None:
+def test_errors_before_acceptance_have_their_status_and_form(body: dict[str, Any], field: str) -> None:
     @runs
     async def check() -> None:
         async with running() as service:
@@ -201,7 +201,7 @@ def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPat
 
 
 @runs
-async def test_every_event_is_described_in_openapi() -> None:
+async def test_openapi_describes_every_event() -> None:
     async with running() as service:
         document = (await service.ask("GET", "/openapi.json")).json()
         content = document["paths"]["/v1/generate"]["post"]["responses"]["200"]["content"]

@@ -1,4 +1,4 @@
-"""Engines built for real with TensorRT-RTX, which needs no GPU for that. Running them needs one; nothing here does."""
+"""Engines built with the real TensorRT-RTX, which needs no GPU to build. To run them needs one; no test here does."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ SM89 = Target(flavour="tensorrt_rtx", version=trt.__version__, compute_capabilit
 
 @pytest.fixture(autouse=True)
 def prefer_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the other package is installed, too, these tests are still about this one."""
+    """Use this package even where the other one is installed, too."""
     monkeypatch.setattr(tensorrt_build, "installed_flavour", lambda: "tensorrt_rtx")
 
 
 def small_graph(precision: Precision = "fp32", operator: str = "Tanh") -> bytes:
-    """Make a graph with the inputs and output of the tiny UNet's: a convolution, a table and a linear layer."""
+    """Make a graph with the inputs and the output of the tiny UNet: a convolution, a table and a linear layer."""
     rng = np.random.default_rng(0)
     helper, config = onnx.helper, tiny_config().model
     kind = TYPES[precision]
@@ -116,7 +116,7 @@ def test_an_engine_is_built_for_each_bucket_in_the_precision_of_the_graph(tmp_pa
     assert unusable_engines(folder, wanted, (1, 2)) == {}
 
 
-def test_only_what_cannot_be_used_is_built_again(tmp_path: Path) -> None:
+def test_only_unusable_engines_are_rebuilt(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
     notes: list[str] = []
@@ -143,7 +143,7 @@ def test_an_engine_of_another_graph_is_refused_and_replaced(tmp_path: Path) -> N
     read_engine(tmp_path / "new", new, 1)
 
 
-def test_an_engine_of_another_gpu_is_not_taken(tmp_path: Path) -> None:
+def test_an_engine_of_another_gpu_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
     build_engine(folder, wanted, 1)
@@ -152,7 +152,7 @@ def test_an_engine_of_another_gpu_is_not_taken(tmp_path: Path) -> None:
         read_engine(folder, sm120, 1)
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
+def test_progress_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
     told: dict[str, list[tuple[int, int]]] = {}
@@ -174,7 +174,7 @@ def test_the_command_line_shows_what_is_built(tmp_path: Path, capsys: pytest.Cap
     assert any(line.startswith("  Building engine (") for line in lines[1:])
 
 
-def test_an_exception_of_progress_ends_the_build_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_exception_of_the_progress_callback_ends_the_build_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
     calls = []
@@ -200,7 +200,7 @@ def test_an_exception_of_progress_ends_the_build_and_leaves_nothing(tmp_path: Pa
     ],
     ids=["garbage", "unknown operator"],
 )
-def test_a_graph_that_cannot_be_parsed_says_why(tmp_path: Path, graph: bytes, reason: str) -> None:
+def test_the_error_for_a_graph_that_cannot_be_parsed_has_the_reason(tmp_path: Path, graph: bytes, reason: str) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, graph)
     with pytest.raises(EngineError, match=reason):
@@ -208,7 +208,7 @@ def test_a_graph_that_cannot_be_parsed_says_why(tmp_path: Path, graph: bytes, re
     assert not (folder / "tensorrt").exists()
 
 
-def test_what_tensorrt_cannot_build_says_why(tmp_path: Path) -> None:
+def test_the_error_for_an_engine_that_cannot_be_built_has_the_reason(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph("bf16"), "bf16")
     turing = Wanted(SM89.replace(compute_capability="sm75"), "bf16", wanted.onnx_sha256)
@@ -239,7 +239,7 @@ def test_a_gpu_that_the_package_does_not_build_for_is_refused(tmp_path: Path) ->
         build_engine(folder, hopper, 1)
 
 
-def test_a_target_is_named_or_found() -> None:
+def test_a_target_is_named_or_detected() -> None:
     assert find_target("sm89") == SM89
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match=r"name a compute capability \(such as sm89\) to build without a GPU"):
@@ -256,7 +256,7 @@ def test_a_target_of_another_version_is_refused(tmp_path: Path) -> None:
         build_engine(folder, Wanted(other, "fp32", wanted.onnx_sha256), 1)
 
 
-def test_a_batch_that_is_fixed_already_is_refused(tmp_path: Path) -> None:
+def test_a_graph_with_a_fixed_batch_size_is_refused(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_bytes(small_graph())
     network = parsed(tmp_path / MODEL_FILE)
     fix_batch(network, 2, tmp_path / MODEL_FILE)
@@ -266,8 +266,8 @@ def test_a_batch_that_is_fixed_already_is_refused(tmp_path: Path) -> None:
         fix_batch(network, 4, tmp_path / MODEL_FILE)
 
 
-def test_the_data_centre_build_asks_for_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real package under the other's name, as far as that goes: everything up to the GPU."""
+def test_the_data_centre_build_detects_the_local_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the real package under the other's name, up to the point that needs a GPU."""
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
     target = Target(flavour="tensorrt", version=trt.__version__, compute_capability="sm90", gpu="H200")
@@ -279,7 +279,7 @@ def test_the_data_centre_build_asks_for_the_gpu_at_hand(tmp_path: Path, monkeypa
 
 
 def test_a_timing_cache_is_kept(tmp_path: Path) -> None:
-    """TensorRT-RTX still has the calls of the data-centre package, where they do nothing and are deprecated."""
+    """TensorRT-RTX still has these calls of the data-centre package; they have no effect and are deprecated."""
     path = tmp_path / "timing.cache"
     config = trt.Builder(logger_of(trt)).create_builder_config()
     with warnings.catch_warnings():
@@ -301,7 +301,7 @@ def test_a_timing_cache_of_another_gpu_is_replaced(tmp_path: Path, caplog: pytes
             return self.content + b" and what was measured"
 
     class Config:
-        """A fake of the builder's configuration that takes empty caches only."""
+        """A fake of the builder's configuration that accepts empty caches only."""
 
         def create_timing_cache(self, content: bytes) -> Cache:
             return Cache(content)

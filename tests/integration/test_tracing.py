@@ -1,4 +1,4 @@
-"""Traces over the whole app: which spans a request leaves, whatever becomes of it, its client and the collector."""
+"""Traces of the complete app: the spans of a request for every outcome of request, client and collector."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 BODY: dict[str, Any] = {"class": "Bee", "steps": 3, "seed": 7, "cfg_scale": 2.0}
 
 
-class Told:
-    """A tracer, and what it has told by the time that its app has ended."""
+class Exported:
+    """A tracer, and the spans that it has exported when its app ends."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -46,7 +46,7 @@ class Told:
         return [span.name for span in self.exporter.get_finished_spans()]
 
     def by_name(self) -> dict[str, ReadableSpan]:
-        """Return the spans; each name is there once."""
+        """Return the spans by name; each name occurs once."""
         spans = {span.name: span for span in self.exporter.get_finished_spans()}
         assert len(spans) == len(self.names())
         return spans
@@ -63,8 +63,8 @@ def milliseconds(span: ReadableSpan) -> float:
 
 
 @runs
-async def test_a_request_leaves_its_span_with_queue_denoise_and_encode_inside() -> None:
-    told = Told()
+async def test_a_request_has_a_span_that_contains_queue_denoise_and_encode() -> None:
+    told = Exported()
     async with running(tracing=told.tracing) as service:
         answer = await service.ask("POST", "/v1/generate", json=BODY, headers={"X-Request-ID": "mine"})
     image = answer.json()["images"][0]
@@ -98,7 +98,7 @@ async def test_a_request_leaves_its_span_with_queue_denoise_and_encode_inside() 
 
 @runs
 async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line() -> None:
-    told, ids = Told(), []
+    told, ids = Exported(), []
 
     class Ids(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -117,7 +117,7 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
         observe.removeHandler(handler)
         observe.setLevel(logging.NOTSET)
 
-    spans = told.by_name()  # one of each: the second caller does not want to be told of
+    spans = told.by_name()  # one of each: the second caller does not want to be traced
     request, own = spans["POST /v1/generate"], spans["GET /v1/models"]
     assert request.parent is not None
     assert (format_trace_id(request.parent.trace_id), format_span_id(request.parent.span_id)) == (TRACE, CALLER)
@@ -128,7 +128,7 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
 
 @runs
 async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
-    told = Told()
+    told = Exported()
     async with running(tracing=told.tracing) as service:
         async with streaming(service.app, **BODY, preview_every=1) as client:
             await client.take()
@@ -145,7 +145,7 @@ async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool) -> None:
-    told = Told()
+    told = Exported()
 
     @runs
     async def check() -> None:
@@ -168,8 +168,8 @@ def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool)
 
 
 @runs
-async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> None:
-    told = Told()
+async def test_spans_of_disconnected_clients_are_exported_to_their_end() -> None:
+    told = Exported()
     async with running(tracing=told.tracing) as service:
         service.denoiser.let.clear()
         async with streaming(service.app, n=2, steps=1000, cfg_scale=1) as started:
@@ -180,7 +180,7 @@ async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> No
                 await waiting.take()
                 waiting.go_away()
                 await asyncio.wait([waiting.answering])
-        # The other one's answer was cut off by its server, as uvicorn does to those that outlast a drain
+        # The server cut off the other answer, as uvicorn does with answers that outlast a drain
         service.denoiser.let.set()
         await service.app.state.service.engine.wait_idle()
     told.tracing.close()
@@ -197,8 +197,8 @@ async def test_what_clients_that_go_away_have_started_is_told_to_its_end() -> No
 
 
 @runs
-async def test_every_interface_has_names_without_values_and_health_is_not_told() -> None:
-    told = Told()
+async def test_span_names_have_no_values_and_health_is_not_traced() -> None:
+    told = Exported()
     async with running(tracing=told.tracing) as service:
         infer = {"inputs": [{"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}]}
         assert (await service.ask("POST", "/v2/models/m/infer", json=infer)).status_code == 200
@@ -222,7 +222,7 @@ async def test_every_interface_has_names_without_values_and_health_is_not_told()
     )
 
 
-def test_the_collector_that_the_standard_variables_name_gets_spans_and_no_secrets(
+def test_the_collector_of_the_standard_variables_gets_spans_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, key = tmp_path / "keys.json", "iddpm_secret"
@@ -249,7 +249,7 @@ def test_the_collector_that_the_standard_variables_name_gets_spans_and_no_secret
         assert all(secret not in body for body in collector.bodies)
 
 
-def test_a_collector_that_is_down_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_that_is_down_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
@@ -266,7 +266,7 @@ def test_a_collector_that_is_down_costs_no_request(monkeypatch: pytest.MonkeyPat
     check()
 
 
-def test_a_collector_that_takes_nothing_does_not_keep_the_service_from_ending(
+def test_a_stuck_collector_does_not_prevent_shutdown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = threading.Event()
@@ -290,7 +290,7 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_service_from_ending(
     assert "did not take the last traces" in caplog.text
 
 
-def test_a_tracer_of_the_whole_process_is_not_told_what_we_keep_to_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_global_tracer_gets_no_private_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)  # FastAPI looks for one
@@ -304,7 +304,7 @@ def test_a_tracer_of_the_whole_process_is_not_told_what_we_keep_to_ourselves(mon
     assert not exporter.get_finished_spans()
 
 
-def test_traces_without_what_they_need_end_start_up_with_what_to_install(
+def test_tracing_without_its_packages_ends_start_up_with_the_command_to_install_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "service.http.tracing")
@@ -323,7 +323,7 @@ def test_traces_without_what_they_need_end_start_up_with_what_to_install(
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
     ],
 )
-def test_exporters_and_protocols_that_there_are_not_are_refused(
+def test_unknown_exporters_and_protocols_are_refused(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)

@@ -1,4 +1,4 @@
-"""Threads follow the CPU quota of cgroups: trees as containers of several kinds see them."""
+"""The number of threads follows the CPU quota of cgroups, for the file trees of several kinds of containers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_container_with_a_namespace_of_its_own(tmp_path: Path, limits: dict[st
         ("max",) * 3 + (None,),
     ],
 )
-def test_the_least_quota_of_nested_cgroups_counts(
+def test_the_lowest_quota_of_nested_cgroups_applies(
     tmp_path: Path, outer: str, middle: str, inner: str, quota: float | None
 ) -> None:
     files = {
@@ -92,18 +92,20 @@ def test_systems_without_cgroups_have_no_quota(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("affinity", "quota", "usable"), [(64, 1, 1), (64, 0.2, 1), (64, 1.5, 2), (2, 8, 2), (3, None, 3), (64, 4.0, 4)]
 )
-def test_threads_are_as_many_as_can_run(affinity: int, quota: float | None, usable: int) -> None:
+def test_the_number_of_threads_is_limited_by_affinity_and_quota(
+    affinity: int, quota: float | None, usable: int
+) -> None:
     assert Cpus(affinity, quota).usable == usable
 
 
-def test_affinity_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affinity_is_read_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert available_cpus().affinity == 3
     assert str(Cpus(3, None)) == "3 usable (affinity 3, no cgroup quota)"
     assert str(Cpus(64, 1.5)) == "2 usable (affinity 64, a cgroup quota of 1.5)"
 
 
-def test_torch_takes_no_more_threads_than_the_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_uses_no_more_threads_than_the_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         for has, quota, expected in ((8, 1.5, 2), (1, 1.5, 1), (2, None, 2)):

@@ -1,4 +1,4 @@
-"""Hosts and networks as operators write them: read in one spelling, or refused with what to write instead."""
+"""Hosts and networks from settings are normalised, or refused with the value to write instead."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from service.http.door.guard import Guard
         ("[::1]", "[::1]"),
         ("0:0:0:0:0:0:0:1", "[::1]"),
         ("2001:DB8::A", "[2001:db8::a]"),
-        ("fe80::1%eth0", "[fe80::1]"),  # no Host header has the zone
+        ("fe80::1%eth0", "[fe80::1]"),  # a Host header has no zone
     ],
 )
-def test_a_host_has_one_spelling(written: str, host: str) -> None:
+def test_hosts_are_normalised(written: str, host: str) -> None:
     assert canonical_host(written) == host
     assert canonical_host(host) == host
 
@@ -56,7 +56,7 @@ def test_a_host_has_one_spelling(written: str, host: str) -> None:
         ("", "neither a host name nor an IP address"),
     ],
 )
-def test_what_no_host_header_can_be_is_refused_with_a_cure(written: str, cure: str) -> None:
+def test_values_that_no_host_header_can_have_are_refused_with_a_remedy(written: str, cure: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(repr(written))} .*{re.escape(cure)}"):
         canonical_host(written)
 
@@ -70,7 +70,7 @@ def test_what_no_host_header_can_be_is_refused_with_a_cure(written: str, cure: s
         ("[::1]:8000", True),
         ("[0:0::1]", True),
         ("xn--bcher-kva.example", True),
-        ("b\xfccher.example", False),  # not what a client may send
+        ("b\xfccher.example", False),  # not valid in a request
         ("::1", False),
         ("localhost@evil.example", False),
         ("evil.example", False),
@@ -79,7 +79,7 @@ def test_what_no_host_header_can_be_is_refused_with_a_cure(written: str, cure: s
         ("", False),
     ],
 )
-def test_a_host_header_is_compared_in_the_spelling_of_the_settings(header: str, served: bool) -> None:
+def test_a_host_header_is_normalised_like_the_settings(header: str, served: bool) -> None:
     sent: list[Message] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +110,7 @@ def test_a_host_header_is_compared_in_the_spelling_of_the_settings(header: str, 
         ("::/0", "::/0"),
     ],
 )
-def test_a_network_is_read_or_made_of_an_address(written: str, network: str) -> None:
+def test_a_network_or_a_single_address_is_read(written: str, network: str) -> None:
     assert network_of(written) == ip_network(network)
 
 
@@ -130,6 +130,6 @@ def test_a_network_is_read_or_made_of_an_address(written: str, network: str) -> 
         ("", "neither an IP address nor a network"),
     ],
 )
-def test_what_is_no_network_is_refused_with_a_cure(written: str, cure: str) -> None:
+def test_values_that_are_no_network_are_refused_with_a_remedy(written: str, cure: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(repr(written))} .*{re.escape(cure)}"):
         network_of(written)

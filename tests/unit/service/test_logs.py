@@ -1,4 +1,4 @@
-"""What gets into the log, and what becomes of lines that cannot be written."""
+"""The content of the log, and the handling of lines that cannot be written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(logger: str, line: int, message: str, error: Exception | None = None)
     return logging.LogRecord(logger, logging.WARNING, "library/export.py", line, message, (), told)
 
 
-def test_a_library_logs_each_thing_once_a_minute_and_we_are_not_held_back() -> None:
+def test_records_of_libraries_are_limited_to_one_a_minute_and_ours_are_not() -> None:
     now = 0.0
     seldom = Seldom(clock=lambda: now)
     for attempt in range(3):
@@ -52,7 +52,7 @@ def test_a_library_logs_each_thing_once_a_minute_and_we_are_not_held_back() -> N
 
 @pytest.fixture
 def logging_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackgroundHandler]:
-    """Configure logging as the service does, and put everything back."""
+    """Configure logging as the service does, and restore the former state at the end."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", root.handlers)
     level = root.level
@@ -64,7 +64,7 @@ def logging_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackgroundHa
     root.setLevel(level)
 
 
-def test_machines_read_a_request_s_fields_apart_from_its_line(
+def test_json_records_have_the_fields_of_a_request_besides_the_message(
     capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
 ) -> None:
     told = dict(zip(REQUEST_FIELDS, ("GET", "/", 200, 0.001, "alice"), strict=True))
@@ -75,7 +75,7 @@ def test_machines_read_a_request_s_fields_apart_from_its_line(
     assert {name: line.get(name) for name in (*REQUEST_FIELDS, "colour")} == {**told, "colour": None}
 
 
-def test_warnings_are_log_lines(capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler) -> None:
+def test_warnings_are_logged(capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning("old", DeprecationWarning, "file.py", 1)
@@ -83,7 +83,7 @@ def test_warnings_are_log_lines(capfd: pytest.CaptureFixture[str], logging_confi
     assert "DeprecationWarning: old" in json.loads(capfd.readouterr().err)["event"]
 
 
-def test_a_record_that_cannot_be_formatted_is_an_error_in_the_log_and_no_traceback(
+def test_a_record_that_cannot_be_formatted_is_logged_as_an_error_without_traceback(
     capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
 ) -> None:
     unfit = logging.LogRecord("x", logging.INFO, "file.py", 1, "%d images", ("many",), None)
@@ -96,7 +96,7 @@ def test_a_record_that_cannot_be_formatted_is_an_error_in_the_log_and_no_traceba
 
 @pytest.fixture
 def dropped() -> Dropped:
-    """Return how many lines were dropped in this test, by reason."""
+    """Return a function that counts the lines dropped in this test, by reason."""
 
     def count(reason: str) -> float:
         return next(s.value for m in LOG_LINES_DROPPED.collect() for s in m.samples if s.labels == {"reason": reason})
@@ -107,7 +107,7 @@ def dropped() -> Dropped:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Make a pipe, and close what a test has left open of it."""
+    """Make a pipe; close its ends, where the test has not, at the end."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -116,7 +116,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def fill(writing: int) -> int:
-    """Fill a pipe; return the number of bytes."""
+    """Fill a pipe; return the number of bytes written."""
     os.set_blocking(writing, False)
     written = 0
     try:
@@ -127,7 +127,7 @@ def fill(writing: int) -> int:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_pipe_that_nobody_reads_costs_lines_and_the_log_says_how_many(
+def test_lines_for_an_unread_pipe_are_dropped_and_counted_in_the_log(
     pipe: tuple[int, int], dropped: Dropped, blocking: bool
 ) -> None:
     reading, writing = pipe
@@ -135,7 +135,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_the_log_says_how_many(
     os.set_blocking(writing, blocking)
     handler = BackgroundHandler(writing, queued_lines=10)
     for number in range(100):
-        handler.handle(record("x", 1, f"line {number}"))  # returns, although nothing can be written
+        handler.handle(record("x", 1, f"line {number}"))  # returns, although no line can be written
     handler.flush()
     lost = int(dropped("queue_full"))
     assert lost in (89, 90)  # the writing thread may hold one line
@@ -149,7 +149,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_the_log_says_how_many(
     lines = os.read(reading, 1 << 16).decode().splitlines()
     assert lines.pop() == "the last line"
     number, noted = 0, 0
-    for line in lines:  # when the thread takes a line decides which ones find room; the notes fill the gaps
+    for line in lines:  # which lines find room depends on when the thread takes them; the notes fill the gaps
         if (
             note := re.fullmatch(r"log lines dropped here: (\d+); standard error was full or closed", line)
         ) is not None:
@@ -160,7 +160,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_the_log_says_how_many(
     assert (number, noted) == (100, lost)
 
 
-def test_a_closed_pipe_costs_lines_and_nothing_else(pipe: tuple[int, int], dropped: Dropped) -> None:
+def test_lines_for_a_closed_pipe_are_dropped_without_other_effects(pipe: tuple[int, int], dropped: Dropped) -> None:
     reading, writing = pipe
     os.close(reading)
     handler = BackgroundHandler(writing)

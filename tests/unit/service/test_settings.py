@@ -1,4 +1,4 @@
-"""What an operator may set."""
+"""The settings of the service: values, defaults, refusals and documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "images.example", ""])  # noqa: S104  # refused
-def test_listening_for_others_needs_keys_or_the_word_that_none_are_wanted(host: str) -> None:
+def test_listening_to_other_machines_needs_keys_or_an_explicit_setting(host: str) -> None:
     with pytest.raises(ValidationError, match="is reachable from other machines, and no key is required"):
         Settings(models=MODELS, host=host)
     assert Settings(models=MODELS, host=host, keys_file=Path("keys.json")).host == host
@@ -39,7 +39,7 @@ def test_a_host_may_have_the_brackets_of_a_url() -> None:
     assert Settings(models=MODELS, host="[::1]").host == "::1"
 
 
-def test_models_can_be_changed_by_others_only_with_keys() -> None:
+def test_administration_from_other_machines_needs_keys() -> None:
     root = Path("models")
     assert Settings(models=MODELS, admin_root=root).admin_root == root
     assert Settings(models=MODELS, admin_root=root, host="192.0.2.1", keys_file=Path("keys.json")).admin_root == root
@@ -47,7 +47,7 @@ def test_models_can_be_changed_by_others_only_with_keys() -> None:
         Settings(models=MODELS, admin_root=root, host="192.0.2.1", allow_keyless=True)
 
 
-def test_misspelt_variables_are_refused_and_those_of_the_client_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables_are_refused_except_those_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IDDPM_KEY", "iddpm_x")
     refuse_unknown_variables()
     monkeypatch.setenv("IDDPM_KEYS", "iddpm_x")
@@ -67,7 +67,7 @@ SERVICE_LINKS = {
 }
 
 
-def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SERVICE_LINKS.items():
         monkeypatch.setenv(name, value)
     refuse_unknown_variables()
@@ -79,7 +79,7 @@ def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch
         refuse_unknown_variables()
 
 
-def test_without_a_model_it_says_how_to_name_one() -> None:
+def test_the_error_for_a_missing_model_has_the_flag_and_the_variable() -> None:
     with pytest.raises(ValidationError, match=r"name a model folder: --model FOLDER, or IDDPM_MODELS"):
         Settings()
 
@@ -110,7 +110,7 @@ def variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Settings
         ("cache_dir", "", ""),
     ],
 )
-def test_values_are_read_in_one_spelling_without_the_space_around_them(
+def test_values_are_normalised_and_stripped(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, read: object
 ) -> None:
     assert getattr(variable(monkeypatch, name, value), name) == read
@@ -136,7 +136,7 @@ def test_values_are_read_in_one_spelling_without_the_space_around_them(
         ("admin_root", " ", "admin_root: is empty: give a value, or remove the variable IDDPM_ADMIN_ROOT"),
     ],
 )
-def test_values_that_could_never_do_what_they_say_are_refused_in_one_line(
+def test_values_that_cannot_have_an_effect_are_refused_with_one_line(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     with pytest.raises(ValidationError) as raised:
@@ -146,7 +146,7 @@ def test_values_that_could_never_do_what_they_say_are_refused_in_one_line(
     assert "\n" not in described
 
 
-def test_models_are_served_by_the_folder_s_name_or_a_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_named_after_their_folder_or_explicitly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lr=1e-4").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IDDPM_MODELS", "a=runs/a/model, b.2=runs/b=3/model,lr=1e-4,runs/lr=2/model,other")
@@ -182,7 +182,7 @@ def test_names_of_models_are_checked(models: str, message: str, monkeypatch: pyt
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """Say what a setting may be, by its JSON schema."""
+    """Return the allowed values of a setting, from its JSON schema."""
     schema = next((choice for choice in schema.get("anyOf", []) if choice.get("type") != "null"), schema)
     if schema.get("type") == "boolean":
         return "true, false"
@@ -194,7 +194,7 @@ def allowed(schema: dict[str, Any]) -> str:
 
 
 def default(value: object) -> str:
-    """Write a setting's default as its environment variable would be."""
+    """Return a setting's default as its environment variable would be written."""
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     if isinstance(value, bool):
@@ -237,7 +237,7 @@ def test_settings_of_the_engine_and_the_backends_reach_them() -> None:
     assert options == BackendOptions(max_rows=4, cache_dir="c", **run)
 
 
-def test_the_page_on_settings_says_what_they_are() -> None:
+def test_the_documentation_of_settings_matches_them() -> None:
     properties, said = Settings.model_json_schema()["properties"], meanings()
     rows = [
         f"| `IDDPM_{name.upper()}` | {default(field.default)} | {allowed(properties[name])} | {said[name]} |"

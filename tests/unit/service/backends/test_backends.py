@@ -1,4 +1,4 @@
-"""Choosing a backend, and the torch backend's devices, precisions and graphs, as far as a CPU can tell."""
+"""Choice of a backend; devices, precisions and graphs of the torch backend, as far as a CPU can test them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def test_an_unknown_backend_is_refused(folder: Path) -> None:
         load_denoiser(folder, "jax", BackendOptions())
 
 
-def test_a_backend_whose_package_is_missing_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_has_the_command_to_install_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     absent = Backend(module="service.backends.none", factory="None", requires="no_such_runtime", extra="runtime")
     monkeypatch.setitem(BACKENDS, "absent", absent)
     with pytest.raises(ModelError, match=r"needs no_such_runtime, .* pip install .* -e '\.\[runtime\]'"):
         load_denoiser(folder, "absent", BackendOptions())
 
 
-def test_an_error_inside_an_installed_backend_is_not_taken_for_a_missing_package(
+def test_an_import_error_inside_a_backend_is_not_reported_as_a_missing_package(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Backend(module="service.backends.none", factory="None", requires="torch", extra="torch")
@@ -69,7 +71,7 @@ def out_of_memory_on_the_cpu() -> Exception:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_torch_backend_tells_memory_from_rows_and_on_a_cuda_device_from_the_device(
+def test_the_torch_backend_distinguishes_errors_of_memory_rows_and_device(
     folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = TorchBackend(folder, BackendOptions(device="cpu"))
@@ -97,7 +99,7 @@ def test_settings_that_no_backend_knows_are_refused(changes: dict[str, str]) -> 
 
 
 @NO_CUDA
-def test_auto_is_float32_on_a_cpu_where_there_is_no_cuda_device() -> None:
+def test_auto_is_float32_on_a_cpu_without_a_cuda_device() -> None:
     device = choose_device("auto")
     assert (device.type, choose_dtype("auto", device)) == ("cpu", torch.float32)
     for wanted in ("cuda", "cuda:0"):
@@ -119,7 +121,7 @@ def test_float16_on_a_cpu_is_refused(folder: Path) -> None:
         TorchBackend(folder, BackendOptions(device="cpu", precision="fp16"))
 
 
-def test_bfloat16_lowers_convolutions_and_linear_layers_and_stays_near(folder: Path) -> None:
+def test_bfloat16_is_used_for_convolutions_and_linear_layers_and_stays_close(folder: Path) -> None:
     full = TorchBackend(folder, BackendOptions(device="cpu"))
     low = TorchBackend(folder, BackendOptions(device="cpu", precision="bf16"))
     x_t, t, y = inputs(4)
@@ -143,7 +145,7 @@ def test_bfloat16_lowers_convolutions_and_linear_layers_and_stays_near(folder: P
             assert module.weight.dtype == torch.float32
 
 
-def test_an_eager_cpu_runs_any_size_and_names_its_threads(folder: Path) -> None:
+def test_eager_torch_on_a_cpu_runs_any_size_and_reports_its_threads(folder: Path) -> None:
     before = torch.get_num_threads()
     try:
         backend = TorchBackend(folder, BackendOptions(device="cpu", threads=2))
@@ -153,7 +155,7 @@ def test_an_eager_cpu_runs_any_size_and_names_its_threads(folder: Path) -> None:
 
 
 def test_a_compiled_network_is_compiled_once_for_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced by torch.compile but run as it is: making machine code takes minutes. Tracing a size twice is an error.
+    # Traced by torch.compile but run without code generation, which takes minutes. To trace a size twice is an error.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     small = tiny_checkpoint(tmp_path / "small", channel_mult=(1,), attention_resolutions=())
     compiled = TorchBackend(small, BackendOptions(device="cpu", max_rows=2, torch_compile=True))
@@ -196,7 +198,7 @@ class TestGraphedNetwork:
 
         return GraphedNetwork(network, (1, 2, 4), make_inputs, SameOutput())
 
-    def test_each_size_has_its_buffers_and_the_largest_is_captured_first(self) -> None:
+    def test_each_size_has_its_own_buffers_and_the_largest_is_captured_first(self) -> None:
         graphed = self.graphed()
         assert self.captured == [4, 2, 1]
         for size in (1, 2, 4, 2):
@@ -204,7 +206,7 @@ class TestGraphedNetwork:
             out = graphed(NetworkInputs(x_t, torch.full((size, 3), 10.0), torch.full((size,), 100)))
             np.testing.assert_array_equal(out.numpy(), x_t.numpy() + 110)
 
-    def test_what_it_returned_stays_as_it_was(self) -> None:
+    def test_a_later_call_does_not_change_returned_arrays(self) -> None:
         graphed = self.graphed()
         zeros = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
         first = graphed(NetworkInputs(torch.ones(2, 1, 2, 2), *zeros))

@@ -1,4 +1,4 @@
-"""Batch sizes: what is compiled, what is tried, and what rows are padded to."""
+"""Batch sizes: the compiled ones, those that the self-test runs, and the sizes that rows are padded to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_sizes_double_up_to_the_width() -> None:
     assert [doubling_sizes(width) for width in (2, 8, 12)] == [(1, 2), (1, 2, 4, 8), (1, 2, 4, 8, 12)]
 
 
-def test_a_width_between_exported_sizes_is_a_size_of_its_own() -> None:
+def test_a_width_between_exported_sizes_is_added() -> None:
     assert [up_to_width((1, 4, 8), width) for width in (3, 4, 9)] == [(1, 3), (1, 4), (1, 4, 8, 9)]
 
 
@@ -31,7 +31,7 @@ def test_only_built_sizes_that_the_width_uses_are_needed(max_rows: int, expected
     assert covering_width((8, 4, 2, 1), max_rows) == expected
 
 
-def test_powers_of_two_and_half_as_much_again_are_tried() -> None:
+def test_powers_of_two_and_1_5_times_those_are_tested() -> None:
     assert sizes_to_try(16) == (1, 2, 3, 4, 6, 8, 12)
     assert sizes_to_try(5) == (1, 2, 3, 4)
 

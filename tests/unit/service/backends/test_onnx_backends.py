@@ -1,4 +1,4 @@
-"""The backends that run artifacts, against the torch backend; what they refuse; and which of them `auto` takes."""
+"""The backends that run artifacts: compared with the torch backend, their refusals, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def with_options(**changes: Any) -> BackendOptions:
 
 
 class Backends:
-    """Opens each kind once, when a test asks for it; what the processor does not have skips that test."""
+    """Opens each kind once, on request; skips tests of kinds that the processor does not have."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,7 +101,7 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 
 def with_bfloat16(folder: Path, error: float = 1e-2) -> Path:
-    """Let an artifact vouch for OpenVINO in bfloat16, wherever it was exported; returns it."""
+    """Record a parity of OpenVINO in bfloat16 in an artifact, wherever it was exported; return the artifact."""
     in_fp32 = next(p for p in read_artifact(folder).parity if "openvino" in p.backend and p.precision == "fp32")
     bands = tuple(band.replace(prediction=error, variance=error) for band in in_fp32.bands)
     in_bf16 = in_fp32.replace(precision="bf16", limit=LIMITS["bf16"], bands=bands)
@@ -131,20 +131,20 @@ def precision_of(backend: ArtifactBackend) -> str:
     return "bf16" if " bf16 " in backend.description else "fp32"
 
 
-def test_onnxruntime_says_when_memory_is_short(backends: Backends) -> None:
+def test_onnxruntime_reports_lack_of_memory(backends: Backends) -> None:
     said = "BFCArena::AllocateRawInternal ... Failed to allocate memory for requested buffer of size 4096"
     assert backends["onnxruntime fp32"].failure_kind(RuntimeError(said)) is FailureKind.OUT_OF_MEMORY
     assert backends["onnxruntime fp32"].failure_kind(RuntimeError("shape mismatch")) is FailureKind.ROWS
 
 
-def test_it_gives_what_torch_gives_at_every_timestep(backend: ArtifactBackend, reference: TorchBackend) -> None:
+def test_it_agrees_with_torch_at_every_timestep(backend: ArtifactBackend, reference: TorchBackend) -> None:
     limit = LIMITS[precision_of(backend)]
     low, high = (error_of(backend, reference, np.linspace(*band, 4)) for band in ((0, 99.75), (900, 999.75)))
-    least = 1e-4 if "bf16" in backend.description else 0  # or it would not be computed in bfloat16
+    least = 1e-4 if "bf16" in backend.description else 0  # otherwise it would not be computed in bfloat16
     assert least < low < limit
     assert least < high < limit
     if least:
-        assert high < 3 * low  # with a raw t in the graph it grows fivefold
+        assert high < 3 * low  # with a raw t in the graph, it would be five times higher
 
 
 def test_neighbouring_timesteps_give_different_outputs(backend: ArtifactBackend) -> None:
@@ -155,7 +155,7 @@ def test_neighbouring_timesteps_give_different_outputs(backend: ArtifactBackend)
         assert len(np.unique(out.reshape(4, -1), axis=0)) == 4
 
 
-def test_rows_have_the_same_bits_in_every_batch_that_may_be_run(backend: ArtifactBackend) -> None:
+def test_rows_are_bit_identical_at_every_allowed_batch_size(backend: ArtifactBackend) -> None:
     denoiser: Denoiser[Any] = backend
     sizes = invariant_batch_sizes(denoiser, 4)
     compiled = isinstance(backend, OpenVinoBackend)
@@ -169,7 +169,7 @@ def test_rows_have_the_same_bits_in_every_batch_that_may_be_run(backend: Artifac
             np.testing.assert_array_equal(backend(take_rows(rows, part)), together[part])
 
 
-def test_what_it_returned_stays_as_it_was(backend: ArtifactBackend) -> None:
+def test_a_later_call_does_not_change_returned_arrays(backend: ArtifactBackend) -> None:
     rows = rows_at(backend, np.linspace(0, 999.75, 2))
     given = [np.array(array) for array in rows]
     first = backend(rows)
@@ -182,12 +182,12 @@ def test_what_it_returned_stays_as_it_was(backend: ArtifactBackend) -> None:
         np.testing.assert_array_equal(array, before)
 
 
-def test_a_call_reads_its_arguments_when_it_is_begun_and_may_be_forgotten(backends: Backends) -> None:
+def test_a_call_reads_its_arguments_at_its_begin_and_need_not_be_fetched(backends: Backends) -> None:
     backend = backends["openvino fp32"]
     assert isinstance(backend, OpenVinoBackend)
     rows = rows_at(backend, np.linspace(0, 999, 4))
     expected = backend(rows)
-    backend.begin(rows._replace(x_t=np.ones_like(rows.x_t)))  # forgotten, as where something else raises before
+    backend.begin(rows._replace(x_t=np.ones_like(rows.x_t)))  # not fetched, as after an error elsewhere
     call = backend.begin(rows)
     rows.x_t[:] = 0
     np.testing.assert_array_equal(call.wait(), expected)
@@ -201,7 +201,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
     x_t.output(0).set_names({"x_t"})
     emb_t.output(0).set_names({"emb_t"})
     zero = opset13.constant(np.array(0))
-    shape = opset13.convert(opset13.gather(emb_t, zero, zero), "i64")  # those that do not fit x_t raise
+    shape = opset13.convert(opset13.gather(emb_t, zero, zero), "i64")  # rows that do not fit x_t raise an error
     shaped = opset13.reshape(opset13.reshape(x_t, shape, False), opset13.constant(np.array([4, 2])), False)
     openvino.save_model(openvino.Model([shaped], [x_t, emb_t], "m"), tmp_path / "m.xml", compress_to_fp16=False)
     artifact = ArtifactGraph(tmp_path / "m.xml", cast("Any", None), cast("Any", None))
@@ -209,7 +209,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
 
     x, fit = np.arange(16, dtype=np.float32).reshape(8, 2), np.tile(np.array([4, 2], np.float32), (8, 1))
 
-    def unfit(size: int) -> npt.NDArray[np.float32]:  # each time another: a stream that saw one takes it for checked
+    def unfit(size: int) -> npt.NDArray[np.float32]:  # new each time: a stream does not check an array again
         values = fit.copy()
         values[4 * unfit_part] = size
         return values
@@ -218,7 +218,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
         with pytest.raises(RuntimeError):
             graph.begin(NetworkInputs(x, unfit(size), None)).wait()
         np.testing.assert_array_equal(graph.begin(NetworkInputs(x, fit, None)).wait(), x)
-        graph.begin(NetworkInputs(x, unfit(size + 2), None))  # and is forgotten
+        graph.begin(NetworkInputs(x, unfit(size + 2), None))  # and is not fetched
         np.testing.assert_array_equal(graph.begin(NetworkInputs(x, fit, None)).wait(), x)
 
 
@@ -226,12 +226,12 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
     ("threads", "parts"),
     [(1, [1, 1, 1, 1]), (2, [1, 2, 2, 2]), (3, [1, 1, 3, 1]), (4, [1, 2, 2, 4]), (16, [1, 2, 2, 4])],
 )
-def test_rows_are_cut_into_equal_parts_that_threads_share_equally(threads: int, parts: list[int]) -> None:
+def test_rows_are_split_into_equal_parts_for_equal_numbers_of_threads(threads: int, parts: list[int]) -> None:
     assert [equal_parts(rows, threads) for rows in (4, 8, 12, 64)] == parts
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_rows_have_the_same_bits_in_parts(exports: Exports, backends: Backends, precision: str) -> None:
+def test_rows_are_bit_identical_in_parts(exports: Exports, backends: Backends, precision: str) -> None:
     uncut = backends[f"openvino {precision}"]
     options = with_options(max_rows=8, batch_sizes=(2, 8), precision=precision)
     network = OpenVinoBackend(exports.bundled(), options)
@@ -243,7 +243,7 @@ def test_rows_have_the_same_bits_in_parts(exports: Exports, backends: Backends, 
         np.testing.assert_array_equal(together[part], uncut(take_rows(rows, part)))
 
 
-def test_openvino_reads_no_labels_of_a_call_before(backends: Backends) -> None:
+def test_openvino_reads_no_labels_of_an_earlier_call(backends: Backends) -> None:
     backend = backends["openvino fp32"]
     rows = rows_at(backend, np.array([500]))
     backend(rows)
@@ -251,20 +251,22 @@ def test_openvino_reads_no_labels_of_a_call_before(backends: Backends) -> None:
         backend(rows._replace(y=None))
 
 
-def test_it_takes_arrays_that_are_not_contiguous(backend: ArtifactBackend) -> None:
+def test_it_accepts_arrays_that_are_not_contiguous(backend: ArtifactBackend) -> None:
     rows = rows_at(backend, np.linspace(0, 999.75, 4))
     assert rows.y is not None
     turned = NetworkInputs(np.asfortranarray(rows.x_t), np.asfortranarray(rows.emb_t), np.repeat(rows.y, 2)[::2])
     np.testing.assert_array_equal(backend(turned), backend(rows))
 
 
-def test_it_names_everything_that_its_numbers_depend_on(backend: ArtifactBackend, reference: TorchBackend) -> None:
+def test_its_network_id_has_everything_that_its_results_depend_on(
+    backend: ArtifactBackend, reference: TorchBackend
+) -> None:
     kind = f"{type(backend).__name__.removesuffix('Backend').lower()} {precision_of(backend)}"
     assert set(kind.split()) <= set(backend.description.split())
     assert (backend.threads, backend.config) == (2, reference.config)
 
 
-def test_every_backend_and_precision_has_a_network_id_of_its_own(exports: Exports, reference: TorchBackend) -> None:
+def test_every_backend_and_precision_has_its_own_network_id(exports: Exports, reference: TorchBackend) -> None:
     model = open_artifact(exports.bundled(), "any")
     of_kinds = [model.network_id(kind) for kind in KINDS]
     assert len({*of_kinds, reference.network_id}) == len(KINDS) + 1
@@ -289,9 +291,7 @@ def test_the_processor_is_part_of_the_network_id(exports: Exports, monkeypatch: 
         ("onnxruntime", {"torch_compile": True}, "torch_compile is for backend 'torch'"),
     ],
 )
-def test_options_that_it_cannot_meet_are_refused(
-    exports: Exports, name: str, changes: dict[str, Any], rule: str
-) -> None:
+def test_unsupported_options_are_refused(exports: Exports, name: str, changes: dict[str, Any], rule: str) -> None:
     with pytest.raises(ModelError) as refused:
         load_denoiser(exports.bundled(), name, with_options(**changes))
     assert rule in str(refused.value)
@@ -313,7 +313,7 @@ def test_auto_is_float32_where_bfloat16_is_emulated(artifact: Path, monkeypatch:
     assert choose_precision(model, "bf16") == "bf16"
 
 
-def test_bfloat16_that_was_not_measured_is_not_served_and_said(
+def test_bfloat16_without_parity_is_not_served_and_a_warning_is_logged(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: True)
@@ -328,18 +328,16 @@ def test_bfloat16_that_was_not_measured_is_not_served_and_said(
         choose_precision(model, "bf16")
 
 
-def test_bfloat16_that_was_measured_in_float32_counts_as_not_measured(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parity_of_bfloat16_measured_in_float32_is_ignored(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_backend, "bfloat16_is_fast", lambda: True)
-    model = open_artifact(with_bfloat16(artifact, error=1.6e-6), "openvino")  # by an export that did not check
+    model = open_artifact(with_bfloat16(artifact, error=1.6e-6), "openvino")  # from an export that did not check
     assert choose_precision(model, "auto") == "fp32"
     with pytest.raises(ModelError, match="the manifest has no parity of openvino in bf16; export the checkpoint again"):
         choose_precision(model, "bf16")
 
 
 @pytest.mark.parametrize("capabilities", [["FP32", "INT8"], ["FP32", "BF16"]])
-def test_bfloat16_is_fast_where_the_processor_and_openvino_have_it(
+def test_bfloat16_is_fast_if_processor_and_openvino_support_it(
     capabilities: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: capabilities)
@@ -349,7 +347,7 @@ def test_bfloat16_is_fast_where_the_processor_and_openvino_have_it(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_what_was_not_measured_is_not_served(artifact: Path, precision: str) -> None:
+def test_a_precision_without_parity_is_not_served(artifact: Path, precision: str) -> None:
     edit_manifest(artifact, parity=[p for p in read_artifact(artifact).parity if "onnxruntime" in p.backend])
     with pytest.raises(ModelError, match="the manifest has no parity of openvino in fp32; export the checkpoint again"):
         OpenVinoBackend(artifact, with_options(precision=precision))
@@ -363,21 +361,19 @@ def test_onnxruntime_needs_a_float32_graph(artifact: Path) -> None:
     assert choose_precision(open_artifact(artifact, "openvino"), "auto") == "bf16"
 
 
-def test_onnxruntime_serves_no_graph_that_it_was_not_compared_with(artifact: Path) -> None:
+def test_onnxruntime_needs_a_parity_of_its_own(artifact: Path) -> None:
     edit_manifest(artifact, parity=[p for p in read_artifact(artifact).parity if "openvino" in p.backend])
     with pytest.raises(ModelError, match="the manifest has no parity of onnxruntime in fp32"):
         OnnxRuntimeBackend(artifact, PLAIN)
 
 
-def test_a_bfloat16_that_the_processor_does_not_have_is_refused(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_is_refused_on_a_processor_without_it(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_graph, "compile_settings", lambda *_: {"INFERENCE_PRECISION_HINT": "f32"})
     with pytest.raises(ModelError, match="OpenVINO computes in f32 on this processor, and not in bf16"):
         OpenVinoBackend(with_bfloat16(artifact), with_options(precision="bf16"))
 
 
-def test_files_that_cannot_be_read_end_in_words(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_read_are_model_errors(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise PermissionError(13, "Permission denied", "model.onnx")
 
@@ -391,7 +387,7 @@ def test_files_that_cannot_be_read_end_in_words(artifact: Path, monkeypatch: pyt
         load_denoiser(artifact, "auto", PLAIN)
 
 
-def test_numbers_are_named_by_the_configuration_too(artifact: Path) -> None:
+def test_the_network_id_depends_on_the_configuration(artifact: Path) -> None:
     before = OnnxRuntimeBackend(artifact, PLAIN).network_id
     checkpoint = read_artifact(artifact).checkpoint
     edit_manifest(artifact, checkpoint=checkpoint.replace(diffusion=checkpoint.diffusion.replace(num_timesteps=500)))
@@ -399,7 +395,7 @@ def test_numbers_are_named_by_the_configuration_too(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_a_graph_that_is_none_is_refused(artifact: Path, name: str) -> None:
+def test_a_file_that_is_no_graph_is_refused(artifact: Path, name: str) -> None:
     (artifact / MODEL_FILE).write_bytes(b"no graph")
     content = json.loads((artifact / MANIFEST_FILE).read_text())
     content["files"][MODEL_FILE] = file_entry(artifact / MODEL_FILE).model_dump()
@@ -409,13 +405,13 @@ def test_a_graph_that_is_none_is_refused(artifact: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_a_checkpoint_without_an_artifact_says_how_to_make_one(tmp_path: Path, name: str) -> None:
+def test_the_error_for_a_missing_artifact_has_the_command_to_export_it(tmp_path: Path, name: str) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     with pytest.raises(ModelError, match=rf"backend '{name}' serves exported artifacts, .* has none: iddpm export "):
         load_denoiser(folder, name, PLAIN)
 
 
-def test_models_that_make_no_images_are_refused(artifact: Path) -> None:
+def test_super_resolution_models_are_refused(artifact: Path) -> None:
     manifest = read_artifact(artifact)
     assert manifest.checkpoint.kind == "unet"
     larger = manifest.checkpoint.replace(model=manifest.checkpoint.model.replace(low_res_size=4))
@@ -424,14 +420,14 @@ def test_models_that_make_no_images_are_refused(artifact: Path) -> None:
         open_artifact(artifact, "openvino")
 
 
-def test_threads_are_those_asked_for_or_one_per_core_that_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_requested_or_one_per_available_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_threads(3) == 3
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert cpu_threads(None) == 3
 
 
 class TestAuto:
-    """Which backend `auto` takes."""
+    """The backend that `auto` chooses."""
 
     @pytest.mark.parametrize(
         ("has_artifact", "device", "has_gpu", "expected"),
@@ -453,7 +449,7 @@ class TestAuto:
         assert [" ".join(place) for place in found] == expected
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-    def test_a_gpu_that_torch_cannot_use_costs_no_artifact_its_backend(
+    def test_auto_serves_an_artifact_if_torch_cannot_use_the_gpu(
         self, exports: Exports, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(select, "NVIDIA_DEVICE", Path("/dev/null"))
@@ -464,13 +460,13 @@ class TestAuto:
         shutil.rmtree(folder / "artifact")
         assert isinstance(load_denoiser(folder, "auto", options), TorchBackend)
 
-    def test_it_takes_the_fastest_and_says_so(self, artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_it_chooses_the_fastest_and_logs_the_reason(self, artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO):
             denoiser = load_denoiser(artifact, "auto", with_options(max_rows=2))
         assert isinstance(denoiser, OpenVinoBackend)
         assert f"backend auto: {denoiser.description}, the fastest for this machine" in caplog.text
 
-    def test_it_passes_over_what_fails_to_load(
+    def test_it_skips_backends_that_fail_to_load(
         self, artifact: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         absent = Backend(module="service.backends.none", factory="None", requires="no_such_runtime")
@@ -482,7 +478,7 @@ class TestAuto:
             "passed over openvino: backend 'openvino' needs no_such_runtime, which is not installed: pip" in caplog.text
         )
 
-    def test_it_passes_over_what_fails_to_be_imported(
+    def test_it_skips_backends_that_fail_to_be_imported(
         self, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "broken_runtime.py").write_text("raise ImportError('libbroken.so.1: cannot open shared object')")
@@ -493,7 +489,7 @@ class TestAuto:
             assert isinstance(load_denoiser(artifact, "auto", with_options(max_rows=2)), OnnxRuntimeBackend)
         assert "broken_runtime is installed but cannot be imported: libbroken.so.1: cannot open" in caplog.text
 
-    def test_it_passes_over_what_fails_its_self_test(
+    def test_it_skips_backends_that_fail_their_self_test(
         self, artifact: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fails_for_openvino(denoiser: Any, width: int) -> tuple[int, ...]:
@@ -506,7 +502,7 @@ class TestAuto:
             assert isinstance(load_denoiser(artifact, "auto", with_options(max_rows=2)), OnnxRuntimeBackend)
         assert "passed over openvino: a row's result depends on its place" in caplog.text
 
-    def test_it_serves_a_checkpoint_whose_artifact_is_damaged_and_says_why(
+    def test_it_serves_the_checkpoint_of_a_damaged_artifact_and_logs_the_reason(
         self, exports: Exports, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = Path(shutil.copytree(exports.checkpoint(), tmp_path / "model"))
@@ -516,18 +512,18 @@ class TestAuto:
             assert isinstance(load_denoiser(folder, "auto", with_options(max_rows=2)), TorchBackend)
         assert "it is damaged" in caplog.text
 
-    def test_where_nothing_can_serve_every_reason_is_told(self, artifact: Path) -> None:
+    def test_the_error_lists_the_reasons_if_no_backend_can_serve(self, artifact: Path) -> None:
         (artifact / MODEL_FILE).unlink()
         with pytest.raises(ModelError) as refused:
             load_denoiser(artifact, "auto", PLAIN)
         for reason in ("no backend can serve", "openvino: ", "onnxruntime: ", "torch: ", "has no config.json"):
             assert reason in str(refused.value)
 
-    def test_a_checkpoint_alone_is_torch_s(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_without_artifact_is_served_by_torch(self, tmp_path: Path) -> None:
         folder = tiny_checkpoint(tmp_path / "tiny")
         assert isinstance(load_denoiser(folder, "auto", PLAIN), TorchBackend)
 
-    def test_an_artifact_alone_needs_no_torch(self, artifact: Path) -> None:
+    def test_an_artifact_without_checkpoint_needs_no_torch(self, artifact: Path) -> None:
         code = f"""
             from pathlib import Path
             from service.backends.base import BackendOptions, Denoiser, FailureKind
@@ -550,7 +546,7 @@ class TestAuto:
         ]
 
 
-def test_the_self_test_leaves_out_sizes_of_a_compiled_backend_that_differ(exports: Exports) -> None:
+def test_the_self_test_excludes_sizes_of_a_compiled_backend_that_differ(exports: Exports) -> None:
     honest = OpenVinoBackend(exports.bundled(), with_options(precision="fp32", max_rows=4))
     dependent = BatchDependent(honest, {2})
     dependent.batch_sizes = honest.batch_sizes
@@ -558,9 +554,9 @@ def test_the_self_test_leaves_out_sizes_of_a_compiled_backend_that_differ(export
 
 
 class TestCompileCache:
-    """Where compiled graphs are kept."""
+    """The folder of compiled graphs."""
 
-    def test_it_is_the_user_s_or_the_one_that_was_asked_for(
+    def test_it_is_the_user_s_folder_or_the_requested_one(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -572,7 +568,7 @@ class TestCompileCache:
         assert (tmp_path / "deep" / "mine").is_dir()
         assert compile_cache("") is None
 
-    def test_a_folder_that_cannot_be_used_is_an_error_only_if_it_was_asked_for(
+    def test_an_unusable_folder_is_an_error_only_if_it_was_requested(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").write_text("")
@@ -590,7 +586,7 @@ class TestCompileCache:
         assert compile_cache(None) is None
         assert compile_cache(str(tmp_path / "mine")) == tmp_path / "mine"
 
-    def test_a_second_start_gives_the_same_bits_from_it(self, artifact: Path, tmp_path: Path) -> None:
+    def test_a_second_start_from_the_cache_is_bit_identical(self, artifact: Path, tmp_path: Path) -> None:
         options = with_options(max_rows=2, precision="fp32", cache_dir=str(tmp_path / "cache"))
         rng = np.random.default_rng(0)
         first = OpenVinoBackend(artifact, options)
@@ -609,7 +605,7 @@ ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd fphp asimdhp sve 
 
 
 class TestProcessor:
-    """What /proc/cpuinfo says."""
+    """The instructions listed in /proc/cpuinfo."""
 
     @pytest.mark.parametrize(
         ("text", "expected", "low"),
@@ -646,7 +642,9 @@ class TestProcessor:
             ({"HOME": "/"}, True),
         ],
     )
-    def test_limits_of_the_environment_count(self, tmp_path: Path, limits: dict[str, str], low: bool) -> None:
+    def test_instruction_set_limits_of_the_environment_apply(
+        self, tmp_path: Path, limits: dict[str, str], low: bool
+    ) -> None:
         (tmp_path / "cpuinfo").write_text(X86)
         found = vector_instructions(tmp_path / "cpuinfo", limits)
         assert has_bfloat16(found) == low
@@ -654,14 +652,14 @@ class TestProcessor:
         assert found == (*plain, *(f"{name}={value}" for name, value in limits.items() if value and name != "HOME"))
 
 
-def test_no_backend_of_an_artifact_imports_torch() -> None:
-    assert "torch" in sys.modules  # here; there it is hidden
+def test_backends_of_artifacts_do_not_import_torch() -> None:
+    assert "torch" in sys.modules  # in this process; hidden in the other
     code = "import service.backends.openvino_backend, service.backends.onnxruntime_backend; print('imported')"
     assert without_torch(code).strip() == "imported"
 
 
 def test_a_signal_is_handled_after_backends_were_closed_in_any_order(exports: Exports) -> None:
-    """Each openvino.Core takes the place of its thread's signal stack: two of them left a freed one behind."""
+    """Each openvino.Core replaces its thread's signal stack; two of them left a freed one behind."""
     script = (
         "import faulthandler, gc, signal, sys\n"
         "from pathlib import Path\n"

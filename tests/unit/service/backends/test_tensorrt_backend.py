@@ -1,6 +1,6 @@
-"""The TensorRT backend's control flow, with a fake of the package that computes on the CPU.
+"""The control flow of the TensorRT backend, with a fake of the package that computes on the CPU.
 
-What TensorRT itself does is not tested here: see tests/integration/test_tensorrt_build.py and tests/gpu.
+TensorRT itself is not tested here: see tests/integration/test_tensorrt_build.py and tests/gpu.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OPTIONS = BackendOptions(max_rows=4)
 
 @pytest.fixture(autouse=True)
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU pass for a GPU, and the fake for TensorRT."""
+    """Use the CPU in place of a GPU, and the fake in place of TensorRT."""
     monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
     monkeypatch.setattr(tensorrt_backend, "_cuda_device", lambda wanted: torch.device("cpu"))
     monkeypatch.setattr(tensorrt_backend, "CudaCapture", lambda device: CallAgain())
@@ -101,7 +101,7 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
         backend(NetworkInputs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64)))
 
 
-def test_a_runner_passes_its_own_test_with_it(engines: Path) -> None:
+def test_a_runner_with_this_backend_passes_its_self_test(engines: Path) -> None:
     backend = load_denoiser(engines, "tensorrt", OPTIONS)
     runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
     runner.warm_up()
@@ -114,7 +114,7 @@ def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: M
     assert TensorRTBackend(artifact, BackendOptions(max_rows=2)).batch_sizes == (1, 2)
 
 
-def test_pixels_are_named_by_the_plans_too(engines: Path, manifest: Manifest) -> None:
+def test_the_network_id_depends_on_the_engine_files(engines: Path, manifest: Manifest) -> None:
     first, again = TensorRTBackend(engines, OPTIONS), TensorRTBackend(engines, OPTIONS)
     assert first.network_id == again.network_id
     assert first.description == "tensorrt 10.99.0.1 cuda NVIDIA H200 fp32"
@@ -122,7 +122,7 @@ def test_pixels_are_named_by_the_plans_too(engines: Path, manifest: Manifest) ->
     assert TensorRTBackend(engines, OPTIONS).network_id != first.network_id
 
 
-def test_nothing_is_built_unless_asked(artifact: Path, manifest: Manifest) -> None:
+def test_engines_are_not_built_without_a_request(artifact: Path, manifest: Manifest) -> None:
     write_fake_engine(artifact, manifest, 2)
     with pytest.raises(ModelError) as caught:
         TensorRTBackend(artifact, OPTIONS)
@@ -132,7 +132,7 @@ def test_nothing_is_built_unless_asked(artifact: Path, manifest: Manifest) -> No
     assert [path.name for path in (artifact / "tensorrt" / TARGET.name).glob("*.plan")] == ["2.plan"]
 
 
-def test_what_cannot_be_used_is_built_when_asked(artifact: Path, manifest: Manifest) -> None:
+def test_unusable_engines_are_built_on_request(artifact: Path, manifest: Manifest) -> None:
     for bucket in (1, 2):
         write_fake_engine(artifact, manifest, bucket)
     (artifact / "tensorrt" / TARGET.name / "2.plan").write_bytes(b"damaged")
@@ -170,7 +170,7 @@ def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) ->
         ({"nan": True}, "batches of 2 gives numbers that are not finite"),
     ],
 )
-def test_an_engine_that_fails_its_test_is_refused(
+def test_an_engine_that_fails_its_self_test_is_refused(
     engines: Path, manifest: Manifest, changes: dict[str, object], reason: str
 ) -> None:
     write_fake_engine(engines, manifest, 2, **changes)
@@ -184,7 +184,7 @@ def test_an_engine_that_does_not_start_is_an_error(engines: Path, manifest: Mani
         TensorRTBackend(engines, OPTIONS)
 
 
-def test_engines_that_cannot_be_captured_are_launched_anew(
+def test_engines_that_cannot_be_captured_are_launched_without_graphs(
     engines: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_fake_engine(engines, manifest, 2, capturable=False)
@@ -193,18 +193,18 @@ def test_engines_that_cannot_be_captured_are_launched_anew(
     assert "these engines cannot be captured in CUDA graphs; running without" in caplog.text
 
 
-def test_engines_whose_parity_nobody_measured_are_named(engines: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_engines_without_a_measured_parity_are_logged(engines: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         TensorRTBackend(engines, OPTIONS)
     assert "no parity with PyTorch was measured for the engines for batches of 1, 2, 4" in caplog.text
 
 
-def test_a_precision_that_the_graph_has_not_is_refused(engines: Path) -> None:
+def test_a_precision_other_than_the_graph_s_is_refused(engines: Path) -> None:
     with pytest.raises(ModelError, match=r"precision 'bf16': the graph in .* computes in fp32"):
         TensorRTBackend(engines, BackendOptions(max_rows=4, precision="bf16"))
 
 
-def test_a_checkpoint_is_no_artifact(tmp_path: Path) -> None:
+def test_a_checkpoint_without_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'tensorrt' serves exported artifacts, and .* has none: iddpm export"):
         TensorRTBackend(tiny_checkpoint(tmp_path / "tiny"), OPTIONS)
 
@@ -215,7 +215,9 @@ def test_a_damaged_graph_is_refused(engines: Path) -> None:
         TensorRTBackend(engines, OPTIONS)
 
 
-def test_without_the_package_it_says_what_to_install(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_the_package_has_the_command_to_install_it(
+    engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> None:
         raise EngineError("TensorRT is not installed")
 
@@ -224,7 +226,7 @@ def test_without_the_package_it_says_what_to_install(engines: Path, monkeypatch:
         TensorRTBackend(engines, OPTIONS)
 
 
-def test_without_a_gpu_it_says_so(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_a_gpu_has_the_reason(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
     if torch.cuda.is_available():
@@ -233,7 +235,7 @@ def test_without_a_gpu_it_says_so(engines: Path, monkeypatch: pytest.MonkeyPatch
         TensorRTBackend(engines, OPTIONS)
 
 
-def test_a_difference_of_tensors_is_named() -> None:
+def test_differences_of_tensors_are_described() -> None:
     image = ((2, 1, 8, 8), torch.float32)
     assert mismatch({"x_t": image}, {"x_t": image}) is None
     assert mismatch({"x_t": image, "t": image}, {"x_t": image}) == "it has a tensor t"
@@ -241,7 +243,7 @@ def test_a_difference_of_tensors_is_named() -> None:
     assert found == "x_t is [2, 1, 8, 8] float16 instead of [2, 1, 8, 8] float32"
 
 
-def test_the_logger_keeps_errors_and_there_is_one() -> None:
+def test_there_is_one_logger_and_it_keeps_errors() -> None:
     trt: Any = importlib.import_module("tensorrt")
     logger = logger_of(trt)
     assert logger_of(trt) is logger
@@ -253,16 +255,18 @@ def test_the_logger_keeps_errors_and_there_is_one() -> None:
     assert logger.error_suffix() == ": one; two"
 
 
-def test_a_service_without_a_builder_cannot_be_told_to_build(engines: Path) -> None:
+def test_a_service_without_a_builder_refuses_to_build(engines: Path) -> None:
     settings = Settings(models=(engines,), backend="tensorrt", build_engines=True, max_rows=4)
     with pytest.raises(ModelError, match="use iddpm serve --build"):
         create_app(settings)
     asked = []
     create_app(settings, lambda *arguments: asked.append(arguments))
-    assert asked == []  # nothing was missing
+    assert asked == []  # no engine was missing
 
 
-def test_the_builder_reaches_the_backend_only_when_the_settings_say_so(artifact: Path, manifest: Manifest) -> None:
+def test_the_builder_is_passed_to_the_backend_only_if_the_settings_request_it(
+    artifact: Path, manifest: Manifest
+) -> None:
     asked = []
 
     def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
@@ -278,7 +282,7 @@ def test_the_builder_reaches_the_backend_only_when_the_settings_say_so(artifact:
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.MonkeyPatch, flag: bool) -> None:
+def test_the_command_line_flag_controls_building(artifact: Path, monkeypatch: pytest.MonkeyPatch, flag: bool) -> None:
     given = []
 
     def create(settings: Settings, builder: object) -> None:
@@ -293,7 +297,7 @@ def test_the_command_says_whether_to_build(artifact: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_graph_of_any_rows_is_run_in_batches_of_one_size(engines: Path, size: int) -> None:
+def test_any_number_of_rows_is_run_in_batches_of_one_size(engines: Path, size: int) -> None:
     graph = as_graph(TensorRTBackend(engines, OPTIONS), size)
     rng = np.random.default_rng(0)
     x_t, emb_t = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 1, 8, 8), (5, 128)))
@@ -302,7 +306,7 @@ def test_a_graph_of_any_rows_is_run_in_batches_of_one_size(engines: Path, size: 
     np.testing.assert_allclose(out, expected_output(x_t, emb_t, y, 2), rtol=1e-6)
 
 
-def test_an_engine_far_from_pytorch_is_refused_once_it_is_measured(tmp_path: Path) -> None:
+def test_an_engine_with_a_measured_parity_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     artifact = tmp_path / "artifact"
     manifest = write_artifact(artifact, tiny_config())
@@ -316,7 +320,7 @@ def test_an_engine_far_from_pytorch_is_refused_once_it_is_measured(tmp_path: Pat
     for measured in found.values():
         assert measured.backend == "tensorrt 10.99.0.1"
         assert len(measured.bands) == 5
-        assert not measured.passed  # the fake is no UNet
+        assert not measured.passed  # the fake is not a UNet
     with pytest.raises(ModelError, match=r"4\.plan is too far from PyTorch"):
         TensorRTBackend(artifact, OPTIONS)
 

@@ -1,4 +1,4 @@
-"""Admission alone: without a thread, a runner or a loop."""
+"""Admission without a thread, a runner or an event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = EngineConfig(max_rows=2, max_queue=4, max_wait_s=60.0, client_share=0.5
 
 
 def snapshot(*models: str) -> Snapshot:
-    """Return an engine that has done nothing, and whose steps of two rows take a second."""
+    """Return the snapshot of an idle engine whose steps of two rows take a second."""
     costs = StepCosts()
     costs.observe(2, 1.0)
     return Snapshot.of(
@@ -41,7 +41,7 @@ def limited(request: GenerationRequest, images: int) -> GenerationRequest:
         (generation("r", params(steps=5), deadline_s=9.0), QueueFull),
     ],
 )
-def test_a_refused_request_changes_no_account(request_: GenerationRequest, error: type[ServiceError]) -> None:
+def test_a_refused_request_changes_no_counts(request_: GenerationRequest, error: type[ServiceError]) -> None:
     admission = Admission(CONFIG, ["m"])
     admission.accept(generation("before", params(steps=80), params(steps=80), client="a"), 0.0, snapshot("m"))
     before = dict(admission.ledger.orders)
@@ -52,7 +52,7 @@ def test_a_refused_request_changes_no_account(request_: GenerationRequest, error
     assert admission.eta("r", snapshot("m")) is None
 
 
-def test_a_deadline_is_compared_with_the_prediction_that_is_returned() -> None:
+def test_a_deadline_is_compared_with_the_returned_prediction() -> None:
     admission = Admission(CONFIG, ["m"])
     with pytest.raises(DeadlineUnmeetable):
         admission.accept(generation("r", params(steps=5), deadline_s=4.9), 0.0, snapshot("m"))
@@ -61,7 +61,7 @@ def test_a_deadline_is_compared_with_the_prediction_that_is_returned() -> None:
     assert admission.eta("r", snapshot("m")) == prediction
 
 
-def test_room_of_images_that_ended_is_given_again() -> None:
+def test_capacity_of_ended_images_is_reused() -> None:
     admission = Admission(CONFIG, ["m"])
     admission.accept(limited(generation("r", params(), params(), client="a"), 2), 0.0, snapshot("m"))
     second = limited(generation("s", params(), client="a"), 2)
@@ -73,7 +73,7 @@ def test_room_of_images_that_ended_is_given_again() -> None:
     assert admission.ledger.rows == admission.ledger.requests == 0
 
 
-def test_a_retired_model_accepts_nothing_and_is_forgotten_after_its_last_image() -> None:
+def test_a_retired_model_accepts_nothing_and_is_dropped_after_its_last_image() -> None:
     admission = Admission(CONFIG, ["m"])
     admission.accept(generation("r", params(), params()), 0.0, snapshot("m"))
     admission.add_model("m/2")

@@ -1,4 +1,4 @@
-"""The engine behind asyncio: refuses, cancels, drains, and nothing waits for ever."""
+"""The engine behind asyncio: refusal, cancellation and draining; every wait ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = EngineConfig(max_rows=2, max_queue=3, policy="fifo", timed_calls=0)
 
 
 class PausedRunner(CountingRunner):
-    """Takes no step until it is released."""
+    """Waits in its first step until it is released."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class PausedRunner(CountingRunner):
 async def started(
     runner: CountingRunner, config: EngineConfig = CONFIG, metrics: Metrics | None = None, step_s: float | None = None
 ) -> AsyncIterator[AsyncEngine]:
-    """Run an engine; with `step_s`, it has learnt that a step of two rows takes so many seconds."""
+    """Run an engine; `step_s` is the measured time of a step of two rows."""
     metrics = metrics or Metrics()
     in_thread = Engine({"m": runner}, config, metrics)
     engine = AsyncEngine(in_thread, config, metrics)
     engine.start()
     await eventually(lambda: engine.state is not EngineState.STARTING)
-    if step_s is not None:  # the thread has nothing to do yet
+    if step_s is not None:  # the thread is still idle
         in_thread.costs["m"].observe(2, step_s)
         in_thread.publish()
     yield engine
@@ -89,7 +89,7 @@ async def test_an_accepted_request_gets_its_images() -> None:
 
 
 @runs
-async def test_exactly_as_many_are_refused_as_do_not_fit() -> None:
+async def test_exactly_the_requests_that_do_not_fit_are_refused() -> None:
     runner = PausedRunner()
     async with started(runner) as engine:
         accepted = [engine.submit(generation(str(k), params())) for k in range(CONFIG.max_in_flight)]
@@ -110,7 +110,7 @@ async def test_a_request_that_can_never_fit_is_invalid_rather_than_full() -> Non
 
 
 @runs
-async def test_a_cancelled_request_ends_and_makes_room() -> None:
+async def test_a_cancelled_request_ends_and_frees_its_capacity() -> None:
     runner = PausedRunner()
     async with started(runner) as engine:
         ticket = engine.submit(generation("r", *[params(steps=1000)] * CONFIG.max_in_flight))
@@ -172,7 +172,7 @@ async def test_images_that_were_done_before_the_engine_died_are_delivered() -> N
 
 
 @runs
-async def test_an_error_of_the_device_is_tried_once_and_ends_the_engine() -> None:
+async def test_a_device_error_is_not_retried_and_ends_the_engine() -> None:
     class Lost(CountingRunner):
         def failure_kind(self, error: Exception) -> FailureKind:
             return FailureKind.DEVICE
@@ -187,10 +187,10 @@ async def test_an_error_of_the_device_is_tried_once_and_ends_the_engine() -> Non
 
 
 @runs
-async def test_an_image_that_the_network_raises_on_fails_alone_with_a_reason() -> None:
+async def test_an_image_that_makes_the_network_raise_fails_alone_with_a_reason() -> None:
     class Raising(CountingRunner):
         def step(self, slots: Sequence[int]) -> list[bool]:
-            if CONFIG.num_slots - 1 in slots:  # the first slot given out
+            if CONFIG.num_slots - 1 in slots:  # the first slot that is assigned
                 raise ValueError("secret detail")
             return super().step(slots)
 
@@ -204,7 +204,7 @@ async def test_an_image_that_the_network_raises_on_fails_alone_with_a_reason() -
 
 
 @runs
-async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_the_thread(
+async def test_a_step_that_hangs_fails_all_requests_at_once_without_waiting_for_the_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
@@ -220,7 +220,7 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     now = HANG_FLOOR_S - 0.5
     await asyncio.sleep(0.02)
     assert engine.state is EngineState.READY
-    while engine.state is EngineState.READY:  # each look counts a second at most
+    while engine.state is EngineState.READY:  # each check counts a second at most
         now += 0.25
         await asyncio.sleep(0.001)
     assert now > HANG_FLOOR_S
@@ -230,12 +230,12 @@ async def test_a_step_that_hangs_fails_everybody_at_once_and_nobody_waits_for_th
     await engine.stop()
     assert engine.state is EngineState.DEAD
     runner.released.set()
-    await asyncio.to_thread(thread.join)  # it ends by itself, should it ever come back
+    await asyncio.to_thread(thread.join)  # the thread ends by itself if the step ever returns
     assert [future.done() for ticket in tickets for future in ticket.images] == [True] * 3
 
 
 class UnluckyRunner(CountingRunner):
-    """Raises whenever certain slots take part, and with more than a few at all; some rows overflow."""
+    """Raises if certain slots take part, and if there are more slots than fit; some rows overflow."""
 
     def __init__(self, raising: set[int], overflowing: set[int], fits: int) -> None:
         super().__init__(dict.fromkeys(overflowing, 2))
@@ -278,7 +278,7 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
                     await asyncio.sleep(0)
             ends = {await outcome(future) for ticket in tickets for future in ticket.images}
             await engine.wait_idle()
-            await asyncio.sleep(0)  # what futures call when they are done runs after whoever awaited them
+            await asyncio.sleep(0)  # callbacks of futures run after the tasks that awaited them
             assert ends <= {"done", "Aborted", "NotFinite", "ImageFailed"}
             assert [resolved[id(future)] for ticket in tickets for future in ticket.images] == [1] * resolved.total()
             assert resolved.total() == sum(len(ticket.images) for ticket in tickets)
@@ -324,7 +324,7 @@ async def test_guided_images_count_twice_against_the_limit() -> None:
 
 
 @runs
-async def test_a_named_client_cannot_fill_the_queue_and_others_still_get_in() -> None:
+async def test_a_client_cannot_fill_the_queue_and_others_are_admitted() -> None:
     async with started(PausedRunner(), CONFIG.replace(client_share=0.5)) as engine:
         engine.submit(generation("a", params(), params(), client="crowd"))
         with pytest.raises(ClientLimit, match="2 rows of this client are in flight, the limit is 2; ") as refusal:
@@ -349,9 +349,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 
 
 @runs
-async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() -> None:
+async def test_a_request_with_too_long_a_predicted_wait_is_refused_except_for_batch_work() -> None:
     async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0), step_s=1.0) as engine:
-        engine.submit(generation("a", params(steps=500)))  # alone, whatever it takes
+        engine.submit(generation("a", params(steps=500)))  # accepted at any length while it is alone
         engine.submit(generation("b", params(steps=500)))  # the second row is free
         with pytest.raises(QueueFull, match="the predicted wait is 500 s, the limit is 60 s") as refusal:
             engine.submit(generation("c", params(steps=9)))
@@ -360,7 +360,7 @@ async def test_a_wait_that_would_be_too_long_is_refused_except_for_batch_work() 
 
 
 @runs
-async def test_predictions_are_compared_with_what_came_of_them() -> None:
+async def test_predictions_are_compared_with_actual_times() -> None:
     metrics = Metrics()
     async with started(CountingRunner(), metrics=metrics, step_s=1e-9) as engine:
         ticket = engine.submit(generation("r", params(), params(), deadline_s=1e-6))

@@ -1,4 +1,4 @@
-"""The engine: pixels do not depend on company, a bad row leaves alone, metrics count what happened."""
+"""The engine: pixels do not depend on other images, a row that overflows fails alone, metrics are correct."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TorchGradient:
 
 @cache
 def subject_of(subject: Subject) -> tuple[ArrayRunner[Any], ClassNetwork, ClassGradient, Any]:
-    """Return a runner that is warm, the network and the classifier's gradient it runs, and the kind of array."""
+    """Return a warmed-up runner, its network and its classifier's gradient, and its kind of array."""
     if subject == "unet":
         return warm_runner(), tiny_network(tiny_config()), TorchGradient(), torch
     sizes = (1, WIDTH, 2 * WIDTH) if subject in ("numpy, compiled sizes", "queued") else None
@@ -112,7 +112,7 @@ def warm_runner() -> ArrayRunner[Tensor]:
 
 @cache
 def reference(image: ImageParams, subject: Subject = "unet") -> bytes:
-    """Sample one image alone, without any engine."""
+    """Sample one image alone, without an engine."""
     _, network, gradient, xp = subject_of(subject)
     plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
@@ -156,7 +156,9 @@ SCRIPTS = st.lists(
 @SUBJECTS
 @settings(max_examples=count(2000, 40))
 @given(script=SCRIPTS)
-def test_joins_leaves_cancels_and_watchers_change_no_pixel(subject: Subject, script: list[tuple[str, object]]) -> None:
+def test_joining_leaving_cancelled_and_watched_images_change_no_pixel(
+    subject: Subject, script: list[tuple[str, object]]
+) -> None:
     engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
     requests: list[list[ImageParams]] = []
     results: list[ImageResult] = []
@@ -187,7 +189,7 @@ def test_a_batch_of_one_costs_no_padding_where_the_self_test_allows_it() -> None
     assert runner.padded_rows(WIDTH) == WIDTH
 
 
-def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> None:
+def test_batch_sizes_that_change_a_row_are_padded_to_sizes_that_do_not() -> None:
     honest = ArrayRunner(BatchDependent(backend(), set()), CONFIG)
     honest.warm_up()
     runner = ArrayRunner(BatchDependent(backend(), {1, 3}), CONFIG)
@@ -196,7 +198,7 @@ def test_batch_sizes_that_change_a_row_are_padded_up_to_ones_that_do_not() -> No
     assert runner.padded_rows(3) == WIDTH
 
 
-def test_only_compiled_batch_sizes_are_run_and_one_that_changes_a_row_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_compiled_batch_sizes_without_different_rows_are_used(caplog: pytest.LogCaptureFixture) -> None:
     exact = ExactDenoiser(tiny_config(), batch_sizes=(1, 2, 6))
     runner: ArrayRunner[Any] = ArrayRunner(BatchDependent(exact, {2}, exact.batch_sizes), CONFIG)
     with caplog.at_level("INFO"):
@@ -208,20 +210,20 @@ def test_only_compiled_batch_sizes_are_run_and_one_that_changes_a_row_is_not(cap
     assert [runner.padded_rows(rows) for rows in (1, 2, WIDTH)] == [1, 6, 6]
 
 
-def test_a_compiled_size_in_which_a_place_matters_is_not_run_and_the_largest_must_be_free_of_it() -> None:
+def test_a_compiled_size_with_results_that_depend_on_the_place_is_excluded_or_refused() -> None:
     exact = ExactDenoiser(tiny_config(), batch_sizes=(1, 3, 4))
     assert invariant_batch_sizes(PlaceDependent(exact, {3}, exact.batch_sizes), WIDTH) == (1, 4)
     with pytest.raises(RuntimeError, match="depends on its place in the batch"):
         invariant_batch_sizes(PlaceDependent(exact, {4}, exact.batch_sizes), WIDTH)
 
 
-def test_a_denoiser_is_tried_once_however_often_its_batch_sizes_are_asked_for() -> None:
+def test_the_self_test_of_a_denoiser_runs_once_per_width() -> None:
     exact = ExactDenoiser(tiny_config())
     found = invariant_batch_sizes(exact, WIDTH)
     calls = len(exact.calls)
     assert invariant_batch_sizes(exact, WIDTH) == found
     assert len(exact.calls) == calls
-    assert invariant_batch_sizes(exact, WIDTH - 1) != found  # another width is another question
+    assert invariant_batch_sizes(exact, WIDTH - 1) != found  # the result depends on the width
 
 
 def test_a_width_beyond_the_largest_compiled_size_is_refused() -> None:
@@ -229,7 +231,7 @@ def test_a_width_beyond_the_largest_compiled_size_is_refused() -> None:
         ArrayRunner(ExactDenoiser(tiny_config(), batch_sizes=(1, 2)), CONFIG)
 
 
-def test_the_numerics_id_follows_what_a_row_is_compared_with() -> None:
+def test_the_numerics_id_depends_on_the_reference_batch_size() -> None:
     exact, threaded = ExactDenoiser(tiny_config()), ExactDenoiser(tiny_config())
     threaded.threads = 2
     runners: list[ArrayRunner[Any]] = [
@@ -240,7 +242,7 @@ def test_the_numerics_id_follows_what_a_row_is_compared_with() -> None:
     assert len({runner.numerics_id for runner in runners}) == 3
 
 
-def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors() -> None:
+def test_numpy_arrays_and_tensors_give_equal_images() -> None:
     images = [
         replace(params(steps=6, cfg_scale=scale, seed=seed, classifier_scale=2 * scale), class_index=2)
         for seed, scale in [(1, 1), (2, 2.5)]
@@ -256,12 +258,12 @@ def test_the_runner_gives_the_same_pictures_with_numpy_arrays_and_with_tensors()
     for of_numpy, of_torch in zip(*pictures, strict=True):
         assert of_numpy is not None
         assert of_torch is not None
-        assert len(np.unique(of_numpy)) > 10  # a picture, not a clamped plane
+        assert len(np.unique(of_numpy)) > 10  # an image, not a constant
         assert np.abs(of_numpy.astype(int) - of_torch).max() <= 1
 
 
 @SUBJECTS
-def test_what_the_last_step_of_ancestral_sampling_predicts_is_the_image(subject: Subject) -> None:
+def test_the_last_prediction_of_ancestral_sampling_is_the_image(subject: Subject) -> None:
     runner = subject_of(subject)[0]
     image = replace(params(steps=3, cfg_scale=2.0, seed=3), class_index=2)
     steps = [ImageStep(slot=1, params=image, step=step) for step in range(3)]
@@ -274,7 +276,7 @@ def test_what_the_last_step_of_ancestral_sampling_predicts_is_the_image(subject:
     assert len(set(previews)) == 3
 
 
-def test_steps_of_watched_images_are_told_previews_when_due_and_nothing_of_others() -> None:
+def test_only_watched_images_have_reports_with_previews_when_due() -> None:
     engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
     engine.add(generation("seen", params(steps=5), params(steps=2), watch=Watch(preview_every=2)), submitted_at=0.0)
     engine.add(generation("unseen", params(steps=9)), submitted_at=0.0)
@@ -292,7 +294,7 @@ def test_steps_of_watched_images_are_told_previews_when_due_and_nothing_of_other
 
 
 def test_padding_changes_no_pixel() -> None:
-    padded = ArrayRunner(backend(), CONFIG)  # before its self-test it pads everything to the full width
+    padded = ArrayRunner(backend(), CONFIG)  # before its self-test, it pads every batch to the full width
     engine = Engine({"m": padded}, CONFIG, Metrics())
     image = replace(params(steps=4, cfg_scale=2.0, seed=3), class_index=2)
     engine.add(generation("r", image), submitted_at=0.0)
@@ -302,15 +304,15 @@ def test_padding_changes_no_pixel() -> None:
 
 
 @SUBJECTS
-def test_a_row_that_is_not_finite_fails_alone_and_its_slot_serves_again(subject: Subject) -> None:
+def test_a_row_that_is_not_finite_fails_alone_and_its_slot_is_reused(subject: Subject) -> None:
     runner = subject_of(subject)[0]
     engine = Engine({"m": runner}, CONFIG, Metrics())
     good, bad = params(steps=6, seed=1), params(steps=6, seed=2)
     engine.add(generation("r", good, bad), submitted_at=0.0)
     assert engine.step() == []
-    runner._slots.x[CONFIG.num_slots - 2] = torch.nan  # the second slot given out
+    runner._slots.x[CONFIG.num_slots - 2] = torch.nan  # the second slot that is assigned
     left: list[ImageResult] = []
-    while not left:  # a device that answers later is two steps ahead
+    while not left:  # a queued device is two steps ahead
         left += engine.step()
     (failed,) = left
     assert (failed.position, failed.status, failed.pixels) == (1, ImageStatus.FAILED, None)
@@ -337,7 +339,7 @@ def test_metrics_count_calls_rows_and_row_steps() -> None:
     assert value("iddpm_images_running") == value("iddpm_images_waiting") == 0
 
 
-def test_a_step_is_reported_behind_the_launch_of_the_next_one() -> None:
+def test_a_step_is_reported_after_the_launch_of_the_next_one() -> None:
     metrics, runner = Metrics(), CountingRunner()
     engine = Engine({"m": runner}, CONFIG, metrics)
     engine.add(generation("short", params(steps=1)), submitted_at=0.0)
@@ -346,7 +348,7 @@ def test_a_step_is_reported_behind_the_launch_of_the_next_one() -> None:
     assert engine.report() == []
     engine.settle()
     engine.launch()
-    engine.add(generation("later", params(steps=3)), submitted_at=0.0)  # has part in none of what is reported now
+    engine.add(generation("later", params(steps=3)), submitted_at=0.0)  # is not part of the step reported now
     (short,) = engine.report()
     assert (short.request_id, short.pixels is not None and short.pixels.tolist()) == ("short", [[[1]]])
     assert [(seen.request_id, seen.step) for seen in engine.observations] == [("long", 1), ("long", 1)]
@@ -357,7 +359,7 @@ def test_a_step_is_reported_behind_the_launch_of_the_next_one() -> None:
     assert engine.report() == []
 
 
-def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_until_it_has_been_reported() -> None:
+def test_an_image_that_ends_with_an_unreported_step_adds_no_predicted_work() -> None:
     engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
     engine.add(generation("r", params(steps=1)), submitted_at=0.0)
     for act in (engine.launch, engine.settle, engine.report):
@@ -368,7 +370,7 @@ def test_an_image_that_ends_with_a_step_is_no_work_for_predictions_until_it_has_
     assert [(placed.image.request_id, placed.remaining_row_steps) for placed in engine.snapshot.started] == [("s", 1)]
 
 
-def test_a_snapshot_stays_as_it_was_published() -> None:
+def test_a_published_snapshot_does_not_change() -> None:
     engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
     engine.add(generation("r", params(steps=5)), submitted_at=0.0)
     engine.step()
@@ -418,7 +420,7 @@ def test_other_kinds_of_model_run_too(tmp_path: Path, changes: dict[str, object]
 
 
 @SUBJECTS
-def test_images_that_were_evicted_come_back_with_their_pixels(subject: Subject) -> None:
+def test_evicted_images_are_restored_with_their_pixels(subject: Subject) -> None:
     config = CONFIG.replace(slots_per_row=1)
     metrics = Metrics()
     engine = Engine({"m": subject_of(subject)[0]}, config, metrics)
@@ -440,13 +442,13 @@ def test_images_that_were_evicted_come_back_with_their_pixels(subject: Subject) 
         assert result.pixels.tobytes() == reference(expected, subject)
 
 
-def test_only_what_was_evicted_can_be_restored() -> None:
+def test_only_evicted_images_can_be_restored() -> None:
     with pytest.raises(TypeError, match="only states returned by `evict`"):
         warm_runner().restore([0], ["nonsense"])
 
 
 class Clock:
-    """Time that passes only while a runner works."""
+    """A clock that advances only while a runner works."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -470,9 +472,7 @@ class TimedRunner(CountingRunner):
 
 
 @pytest.mark.parametrize(("fixed", "per_row", "width"), [(1.0, 0.0, 8), (0.0, 1.0, 2)])
-def test_what_steps_cost_is_measured_at_start_up_and_chooses_the_width(
-    fixed: float, per_row: float, width: int
-) -> None:
+def test_step_costs_are_measured_at_start_up_and_determine_the_width(fixed: float, per_row: float, width: int) -> None:
     clock, metrics = Clock(), Metrics()
     engine = Engine({"m": TimedRunner(clock, fixed, per_row)}, EngineConfig(max_rows=8), metrics, clock)
     engine.measure()
@@ -484,13 +484,13 @@ def test_what_steps_cost_is_measured_at_start_up_and_chooses_the_width(
         engine.measure()
 
 
-def test_the_width_follows_costs_that_change() -> None:
+def test_the_width_follows_changed_costs() -> None:
     clock = Clock()
     runner = TimedRunner(clock, 0.0, 1.0)
     engine = Engine({"m": runner}, EngineConfig(max_rows=8), Metrics(), clock)
     engine.measure()
     assert engine.scheduler.width("m") == 2
-    for _ in range(200):  # somebody else used the device at start-up
+    for _ in range(200):  # the device was in use by another process at start-up
         for rows in range(1, 9):
             for _ in range(2):
                 engine.costs["m"].observe(rows, 1.0)
@@ -517,11 +517,11 @@ def test_a_slow_call_at_start_up_does_not_narrow_the_width() -> None:
     assert engine.scheduler.width("m") == 8
 
 
-def test_a_size_that_was_found_too_slow_is_measured_again() -> None:
+def test_a_size_measured_as_too_slow_is_measured_again() -> None:
     clock = Clock()
     engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
     for rows in range(1, 9):
-        engine.costs["m"].observe(rows, 1.0 if rows < 8 else 2.0)  # the largest while somebody used the device
+        engine.costs["m"].observe(rows, 1.0 if rows < 8 else 2.0)  # the largest, measured on a busy device
     engine.load("m", engine._runners["m"], engine.costs["m"])
     assert engine.scheduler.width("m") == 7
     engine.add(generation("r", *[params(steps=1000, seed=k) for k in range(16)]), submitted_at=0.0)
@@ -530,7 +530,7 @@ def test_a_size_that_was_found_too_slow_is_measured_again() -> None:
     assert engine.scheduler.width("m") == 8
 
 
-def test_the_best_size_is_found_again_though_the_next_one_is_no_better() -> None:
+def test_the_best_size_is_found_again_if_the_next_size_is_no_better() -> None:
     true = {1: 1.0, 2: 1.95, 4: 3.85, 8: 6.66}
 
     class Stairs(TimedRunner):
@@ -575,7 +575,7 @@ def test_trial_widths_are_no_wider_than_memory_allows() -> None:
     assert [rows for rows in tried if rows > 4] == [8]
 
 
-def test_sizes_are_timed_in_turns_so_that_a_machine_that_gets_slower_does_so_for_all() -> None:
+def test_sizes_are_timed_in_turns_so_that_a_slowdown_affects_all() -> None:
     class Slowing(TimedRunner):
         def step(self, slots: Sequence[int]) -> list[bool]:
             self._fixed *= 1.1
@@ -584,10 +584,12 @@ def test_sizes_are_timed_in_turns_so_that_a_machine_that_gets_slower_does_so_for
     clock = Clock()
     engine = Engine({"m": Slowing(clock, 1.0, 0.0)}, EngineConfig(max_rows=8, timed_calls=3), Metrics(), clock)
     engine.measure()
-    assert engine.costs["m"].seconds(8) / engine.costs["m"].seconds(1) == pytest.approx(1.1**14)  # 1.1**42 by size
+    assert engine.costs["m"].seconds(8) / engine.costs["m"].seconds(1) == pytest.approx(
+        1.1**14
+    )  # one after the other: 1.1**42
 
 
-def test_timing_steps_leaves_no_trace_in_pictures() -> None:
+def test_timing_steps_changes_no_image() -> None:
     runner = warm_runner()
     engine = Engine({"m": runner}, CONFIG, Metrics())
     engine.measure()
@@ -598,7 +600,7 @@ def test_timing_steps_leaves_no_trace_in_pictures() -> None:
     assert results[0].pixels.tobytes() == reference(image)
 
 
-def test_work_done_for_nothing_and_work_left_are_counted() -> None:
+def test_wasted_and_remaining_work_are_counted() -> None:
     metrics = Metrics()
     engine = Engine({"m": CountingRunner(fail_slots_at={CONFIG.num_slots - 1: 2})}, CONFIG, metrics)
     engine.add(generation("fails", params(steps=3)), submitted_at=0.0)
@@ -626,7 +628,7 @@ def test_a_step_that_raised_is_not_counted_as_wasted() -> None:
     assert metrics.registry.get_sample_value("iddpm_wasted_row_steps_total") == 0
 
 
-def test_an_image_says_how_late_it_is() -> None:
+def test_an_image_reports_its_lateness() -> None:
     clock = Clock()
     engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, CONFIG, Metrics(), clock)
     engine.add(generation("late", params(steps=3), deadline_s=2.0), submitted_at=0.0)

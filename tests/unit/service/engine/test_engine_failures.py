@@ -1,4 +1,4 @@
-"""Whatever fails, whoever comes and goes: no pixel differs, no row leaks, every image ends exactly once."""
+"""Under all failures, arrivals and cancellations, no pixel differs, no row leaks, and every image ends exactly once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DeviceLost(Exception):
 
 
 class FaultyDenoiser(ExactDenoiser):
-    """Overflows on some rows, raises on others, runs out of memory, and has passing troubles."""
+    """A network that overflows on some rows, raises on others, runs out of memory, and has temporary errors."""
 
     def __init__(self, batch_sizes: tuple[int, ...] | None, xp: Any = np) -> None:
         super().__init__(tiny_config(), xp, batch_sizes)
@@ -60,7 +60,7 @@ class FaultyDenoiser(ExactDenoiser):
     def _have_trouble(self) -> None:
         if self.next_error is not None:
             error, self.next_error = self.next_error, None
-            raise error.with_traceback(None)  # else it keeps the frames of all scripts
+            raise error.with_traceback(None)  # otherwise it keeps the frames of all scripts
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         if not self.armed:
@@ -77,7 +77,7 @@ class FaultyDenoiser(ExactDenoiser):
 
 
 class AsynchronousFaulty(FaultyDenoiser):
-    """Raises when a call is begun, and when it is waited for, in turns."""
+    """Raises in turns when a call begins and when its result is fetched."""
 
     def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
         try:
@@ -90,7 +90,7 @@ class AsynchronousFaulty(FaultyDenoiser):
 
 
 class QueuedFaulty(FaultyDenoiser):
-    """Raises when a step is launched; that a row has overflowed is learnt of late."""
+    """Raises when a step is launched; that a row has overflowed is known later."""
 
     def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
         super().__init__(batch_sizes, torch)
@@ -99,7 +99,7 @@ class QueuedFaulty(FaultyDenoiser):
 
 @cache
 def faulty(kind: Kind) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
-    """Return a network that fails, and a runner of it that is warm."""
+    """Return a network that fails, and a warmed-up runner of it."""
     kinds = {"asynchronous": AsynchronousFaulty, "queued": QueuedFaulty}
     denoiser = kinds.get(kind, FaultyDenoiser)((1, WIDTH, 2 * WIDTH) if kind in ("compiled sizes", "queued") else None)
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, CONFIG)
@@ -109,7 +109,7 @@ def faulty(kind: Kind) -> tuple[FaultyDenoiser, ArrayRunner[Any]]:
 
 @cache
 def reference(image: ImageParams, xp: Any = np) -> bytes:
-    """Sample one image alone, by a network that does not fail."""
+    """Sample one image alone, with a network that does not fail."""
     plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
     spec = ImageSpec(
         seed=image.seed, image_index=image.image_index, class_index=image.class_index, cfg_scale=image.cfg_scale
@@ -224,7 +224,7 @@ def test_no_pixel_differs_no_row_leaks_and_every_image_ends_once(
 
 
 def test_the_scripts_do_evict_fail_and_retry() -> None:
-    """One script by hand, to show that what the others are made of happens."""
+    """Run one script by hand, to show that evictions, failures and retries happen."""
     denoiser, runner = faulty("any size")
     denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 3, None
     metrics = Metrics()
@@ -241,7 +241,7 @@ def test_the_scripts_do_evict_fail_and_retry() -> None:
     value = metrics.registry.get_sample_value
     assert value("iddpm_evictions_total") == 2  # the width is 2 after running out of memory
     assert value("iddpm_failed_attempts_total", {"kind": "out_of_memory"}) == 1
-    # With its neighbour, alone and alone again
+    # With its neighbour, alone, and alone again
     assert value("iddpm_failed_attempts_total", {"kind": "error"}) == 3
     for result in results:
         if result.pixels is not None:
@@ -254,7 +254,7 @@ def _image(steps: int, class_index: int) -> ImageParams:
     return replace(params(steps=steps, seed=steps), class_index=class_index)
 
 
-def test_out_of_memory_halves_the_width_costs_no_image_and_the_width_comes_back() -> None:
+def test_out_of_memory_halves_the_width_for_a_while_and_fails_no_image() -> None:
     denoiser, runner = faulty("any size")
     denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 3, None
     metrics = Metrics()
@@ -280,14 +280,14 @@ def test_out_of_memory_halves_the_width_costs_no_image_and_the_width_comes_back(
 
 
 @pytest.mark.parametrize("error", [DeviceLost("gone"), KeyboardInterrupt()])
-def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) -> None:
+def test_errors_that_no_image_causes_end_the_engine(error: BaseException) -> None:
     class Lost(CountingRunner):
         def failure_kind(self, error: Exception) -> FailureKind:
             return FailureKind.DEVICE
 
         def step(self, slots: Sequence[int]) -> list[bool]:
             self.calls.append(list(slots))
-            raise error.with_traceback(None)  # else it keeps the frames of all scripts
+            raise error.with_traceback(None)  # otherwise it keeps the frames of all scripts
 
     runner = Lost()
     engine = Engine({"m": runner}, CONFIG, Metrics())
@@ -298,7 +298,7 @@ def test_errors_that_no_image_is_guilty_of_end_the_engine(error: BaseException) 
     assert engine.under_way is None
 
 
-def test_a_network_that_runs_for_nobody_ends_the_engine() -> None:
+def test_a_network_that_fails_for_every_image_ends_the_engine() -> None:
     engine = Engine({"m": CountingRunner(error_at=1)}, CONFIG, Metrics())
     engine.add(generation("r", params(), params()), 0.0)
     engine.step()
@@ -306,7 +306,7 @@ def test_a_network_that_runs_for_nobody_ends_the_engine() -> None:
         engine.step()
 
 
-def test_only_steps_taken_at_once_say_what_a_step_costs() -> None:
+def test_only_steps_taken_in_one_attempt_count_as_step_costs() -> None:
     denoiser, runner = faulty("any size")
     denoiser.armed, denoiser.most_rows, denoiser.next_error = True, 1000, None
     ticks = iter(range(100))

@@ -1,4 +1,4 @@
-"""What a reader of a request's events is told: everything that matters once, of the rest the newest."""
+"""The events that a reader of a request receives: each important one once, and only the newest of the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AT_ONCE = pytest.mark.usefixtures("at_once")
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let rounds of progress follow each other without a pause."""
+    """Send rounds of progress without a pause between them."""
     monkeypatch.setattr(event_stream, "ROUND_EVERY_S", 0.0)
 
 
@@ -64,7 +64,7 @@ def kinds(events: Sequence[Event]) -> list[str]:
 
 @AT_ONCE
 @runs
-async def test_a_slow_reader_gets_the_newest_and_every_end() -> None:
+async def test_a_slow_reader_gets_the_newest_progress_and_every_end() -> None:
     events = stream()
     for step in range(1, 50):
         for position in range(2):
@@ -90,14 +90,14 @@ async def test_a_slow_reader_gets_the_newest_and_every_end() -> None:
 
 
 @runs
-async def test_progress_comes_in_rounds_that_keep_a_distance_however_fast_the_engine_is() -> None:
+async def test_rounds_of_progress_keep_a_minimum_interval() -> None:
     now = 100.0
     events = EventStream(2, prediction(), lambda: prediction(0, 5.0), clock=lambda: now)
     await anext(events)
     events.observe(moved(0, 1))
     events.observe(moved(1, 1))
     assert kinds([await anext(events)]) == ["ImageProgress"]
-    events.observe(moved(0, 2))  # the round under way is not joined
+    events.observe(moved(0, 2))  # does not join the round in progress
     assert kinds([await anext(events)]) == ["ImageProgress"]
     waiting = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0)
@@ -106,12 +106,12 @@ async def test_progress_comes_in_rounds_that_keep_a_distance_however_fast_the_en
     told = await waiting
     assert isinstance(told, ImageProgress)
     assert (told.position, told.step, told.steps) == (0, 2, 50)
-    assert told.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # counted down
+    assert told.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # reduced by the time of a round
 
 
 @AT_ONCE
 @runs
-async def test_an_image_that_failed_is_told_and_then_there_is_no_completion() -> None:
+async def test_a_failed_image_is_reported_and_no_completion_follows() -> None:
     events = stream()
     events.image_ended(1, NotFinite("image 1: overflow"))
     events.image_ended(0, done(0))
@@ -146,7 +146,7 @@ async def test_closing_ends_a_waiting_reader_and_drops_what_was_not_read() -> No
 
 
 @runs
-async def test_whoever_waits_in_the_queue_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_waiting_request_gets_repeated_queue_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "QUEUED_EVERY_S", 0.001)
     events = stream(1)
     told = [await anext(events) for _ in range(3)]
@@ -155,7 +155,7 @@ async def test_whoever_waits_in_the_queue_is_told_again_and_again(monkeypatch: p
     assert kinds([await anext(events)]) == ["ImageProgress"]
 
 
-def test_the_mailbox_keeps_the_newest_of_each_kind_and_says_when_to_look() -> None:
+def test_the_mailbox_keeps_the_newest_of_each_kind_and_notifies_its_reader() -> None:
     mailbox = Mailbox()
     first: list[Observation] = [moved(0, 1), shown(0, 1), moved(1, 1)]
     assert mailbox.put(first)
@@ -167,7 +167,7 @@ def test_the_mailbox_keeps_the_newest_of_each_kind_and_says_when_to_look() -> No
 
 
 class SteppedRunner(CountingRunner):
-    """Takes as many steps as it is allowed."""
+    """Takes the number of steps that it is allowed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class SteppedRunner(CountingRunner):
 
 @AT_ONCE
 @runs
-async def test_a_reader_that_keeps_up_sees_every_step_and_every_preview() -> None:
+async def test_a_fast_reader_sees_every_step_and_every_preview() -> None:
     runner = SteppedRunner()
     async with started(runner) as engine:
         ticket = engine.submit(generation("r", params(steps=6), watch=Watch(preview_every=2)))
@@ -205,7 +205,7 @@ async def test_a_reader_that_keeps_up_sees_every_step_and_every_preview() -> Non
 
 @AT_ONCE
 @runs
-async def test_a_loop_that_is_busy_is_called_once_however_many_steps_are_taken() -> None:
+async def test_a_busy_event_loop_gets_one_callback_for_many_steps() -> None:
     loop, reports = asyncio.get_running_loop(), list[str]()
     call_soon = loop.call_soon_threadsafe
 
@@ -219,7 +219,7 @@ async def test_a_loop_that_is_busy_is_called_once_however_many_steps_are_taken()
         other = engine.submit(generation("s", params(steps=200)))
         assert ticket.events is not None
         while "ImagesEnded" not in reports:
-            pass  # the event loop looks at nothing while the engine works
+            pass  # the event loop is blocked while the engine works
         assert reports.count("Observed") == 1
         told = await rest(ticket.events)
         assert kinds(told) == ["Queued", "ImageDone", "Completed"]
@@ -246,7 +246,7 @@ async def test_events_stop_at_abort_and_its_rows_are_free_at_the_next_step() -> 
 
 
 @runs
-async def test_the_engines_end_reaches_readers_of_events() -> None:
+async def test_readers_of_events_get_the_error_of_a_dead_engine() -> None:
     async with started(CountingRunner(error_at=2)) as engine:
         ticket = engine.submit(generation("r", params(), params(), params(), watch=Watch()))
         assert ticket.events is not None
@@ -257,7 +257,7 @@ async def test_the_engines_end_reaches_readers_of_events() -> None:
 
 @AT_ONCE
 @runs
-async def test_a_request_without_a_watch_has_no_events_and_its_images_are_not_looked_at() -> None:
+async def test_a_request_without_a_watch_has_no_events_and_no_previews() -> None:
     class Blind(PausedRunner):
         def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
             raise AssertionError("nobody watches")

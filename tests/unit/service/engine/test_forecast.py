@@ -1,4 +1,4 @@
-"""Predictions: exact where nothing happens that they leave out, and close in the simulation, where it does."""
+"""Predictions are exact if nothing happens that they do not model, and close in the simulation, where it does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY_POLICY = pytest.mark.parametrize("policy", ["fifo", "srw", "deadline"])
 
 
 class Device4:
-    """A scheduler, its forecast and a step that takes a second, whatever its rows."""
+    """A scheduler, its forecast, and a step that takes a second for any number of rows."""
 
     def __init__(self, policy: PolicyName = "fifo", **changes: float) -> None:
         config = EngineConfig(policy=policy).replace(max_rows=WIDTH, **changes)
@@ -38,7 +38,7 @@ class Device4:
         return Snapshot.of(self.scheduler.started(), {"m": steps}, {"m": width}, {"m": self.costs.now})
 
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
-        """Accept a request; returns its predicted wait and finish, from now."""
+        """Accept a request; return its predicted wait and finish, from now."""
         request = generation(name, *images, priority=priority)
         accepted = self.scheduler.order.images_of(request, self.now, self.scheduler.steps("m"))
         predicted = self.forecast.predict(accepted, self.snapshot())
@@ -62,7 +62,7 @@ class Device4:
 
 
 @EVERY_POLICY
-def test_an_idle_device_takes_what_the_steps_take(policy: PolicyName) -> None:
+def test_on_an_idle_device_a_request_takes_the_time_of_its_steps(policy: PolicyName) -> None:
     assert Device4(policy).add("r", params(50), params(50)) == (0.0, 50.0)
 
 
@@ -99,7 +99,7 @@ def test_short_work_is_predicted_to_go_before_long_work_under_srw_only() -> None
     assert predicted["srw"] == 10
 
 
-def test_progress_counts() -> None:
+def test_completed_steps_reduce_the_prediction() -> None:
     device = Device4()
     device.add("a", *[params(100)] * 4)
     for _ in range(90):
@@ -129,7 +129,7 @@ def test_batch_work_below_its_share_takes_its_own_steps_at_the_shares_rate() -> 
     assert finish > 50
 
 
-def test_what_an_evicted_image_has_done_counts() -> None:
+def test_completed_steps_of_evicted_images_count() -> None:
     device = Device4("srw", ageing=0.01, slots_per_row=1)
     device.add("long", *[params(250)] * 4)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""The ledger counts what a recount of its images would, whatever comes and ends; an image is one object throughout."""
+"""The ledger's counts equal a recount of its images after any arrivals and ends; an image is one object throughout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REQUESTS = st.tuples(
 
 
 def check(ledger: Ledger, images: list[Image]) -> None:
-    """Compare with a recount of the images that should be in it."""
+    """Compare the ledger with a recount of the images that should be in it."""
     assert set(ledger.orders) == set(images)
     assert ledger.rows == sum(image.rows for image in images)
     assert ledger.requests == len({image.request_id for image in images})
@@ -54,7 +54,7 @@ def check(ledger: Ledger, images: list[Image]) -> None:
 
 @settings(max_examples=count(300))
 @given(st.lists(st.one_of(REQUESTS, st.integers(0, 20)), max_size=12), st.sampled_from(["fifo", "srw", "deadline"]))
-def test_counts_equal_a_recount_and_nothing_is_left_in_the_end(
+def test_counts_equal_a_recount_and_nothing_is_left_at_the_end(
     script: list[tuple[str, str, Priority, list[tuple[int, float, float]]] | int], policy: PolicyName
 ) -> None:
     ledger, order, images = Ledger(MODELS), ServiceOrder(EngineConfig(policy=policy)), list[Image]()
@@ -62,7 +62,7 @@ def test_counts_equal_a_recount_and_nothing_is_left_in_the_end(
         if isinstance(action, int):
             if images:
                 ended = images.pop(action % len(images))
-                ended.steps_done += 1  # what happens to it in the engine changes no account
+                ended.steps_done += 1  # its progress in the engine changes no count
                 order.update(ended)
                 assert ledger.remove(ended.request_id, ended.position) is ended
         else:
@@ -95,7 +95,7 @@ def test_an_image_ends_once() -> None:
 
 
 @runs
-async def test_the_scheduler_takes_the_images_of_the_ledger_in_the_order_that_admission_gave_them() -> None:
+async def test_the_scheduler_selects_images_in_the_order_assigned_by_admission() -> None:
     runner = PausedRunner()
     async with started(runner, CONFIG.replace(policy="srw")) as engine:
         engine.submit(generation("long", params(steps=9)))

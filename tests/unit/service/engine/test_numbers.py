@@ -38,7 +38,7 @@ def plan_of(key: PlanKey) -> SamplingPlan:
 
 
 @KINDS
-def test_a_step_s_numbers_say_who_stands_where(send: Send) -> None:
+def test_a_step_s_numbers_have_the_places_of_its_images(send: Send) -> None:
     block = step_block(STEPS, 8, plan_of, null_class=NULL_CLASS, spare_slot=9)
     numbers = step_numbers(send(words_of(block)))
     timesteps = [plan_of(step.params.plan).timesteps[step.step] for step in STEPS]
@@ -51,7 +51,7 @@ def test_a_step_s_numbers_say_who_stands_where(send: Send) -> None:
 
 
 @KINDS
-def test_a_step_s_numbers_are_each_image_s_own(send: Send) -> None:
+def test_a_step_s_numbers_belong_to_their_images(send: Send) -> None:
     numbers = step_numbers(send(words_of(step_block(STEPS, 5, plan_of, null_class=NULL_CLASS))))
     assert numbers.seed.tolist()[:3] == [LAST_SEED, 5, 0]
     assert numbers.image_index.tolist()[:3] == [0, 2**32 - 1, 0]
@@ -62,7 +62,7 @@ def test_a_step_s_numbers_are_each_image_s_own(send: Send) -> None:
 
 
 @KINDS
-def test_a_classifier_s_numbers_are_those_of_the_images_that_ask(send: Send) -> None:
+def test_a_classifier_s_numbers_are_those_of_the_images_with_classifier_guidance(send: Send) -> None:
     block = classifier_block(STEPS, [1], 4, plan_of, spare=(9, 8))
     numbers = classifier_numbers(send(words_of(block)))
     assert numbers.slot.tolist() == [3, 9, 9, 9]
@@ -72,7 +72,7 @@ def test_a_classifier_s_numbers_are_those_of_the_images_that_ask(send: Send) -> 
     assert numbers.label.tolist()[0] == 0
 
 
-def test_what_is_sent_is_the_block_itself() -> None:
+def test_the_block_is_sent_without_a_copy() -> None:
     block = step_block(STEPS, 8, plan_of, null_class=NULL_CLASS)
     words = words_of(block)
     assert words.dtype == np.int64

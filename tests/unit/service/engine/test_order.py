@@ -18,7 +18,7 @@ from tests.fakes import generation, params
         ("deadline", (100.0 + PATIENCE_S, 0), (100.0 + PATIENCE_S, 0)),
     ],
 )
-def test_a_step_changes_the_order_where_the_policy_looks_at_the_work_left(
+def test_a_step_changes_the_order_if_the_policy_uses_the_remaining_work(
     policy: PolicyName, first: tuple[float, int], after_a_step: tuple[float, int]
 ) -> None:
     order = ServiceOrder(EngineConfig(policy=policy, ageing=0.5))
@@ -31,7 +31,7 @@ def test_a_step_changes_the_order_where_the_policy_looks_at_the_work_left(
     assert image.order == after_a_step
 
 
-def test_a_request_that_was_refused_leaves_a_gap_and_changes_no_order() -> None:
+def test_a_refused_request_leaves_a_gap_and_changes_no_order() -> None:
     order = ServiceOrder(EngineConfig(policy="fifo"))
     [before] = order.images_of(generation("before", params()), 0.0, 0)
     order.images_of(generation("refused", params(), params()), 0.0, 0)

@@ -1,4 +1,4 @@
-"""Sums of work by place, against the obvious way to compute them."""
+"""Sums of work by place, compared with a simple implementation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engine.ordered_work import BLOCK, OrderedWork
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4 * BLOCK))
-def test_sums_are_those_of_a_sorted_list(seed: int, operations: int) -> None:
+def test_sums_equal_those_of_a_sorted_list(seed: int, operations: int) -> None:
     draw = random.Random(seed)
     line, entries = OrderedWork(), dict[tuple[float, int], int]()
     for sequence in range(operations):
@@ -30,7 +30,7 @@ def test_sums_are_those_of_a_sorted_list(seed: int, operations: int) -> None:
     assert (len(line), line.work) == (len(entries), sum(entries.values()))
 
 
-def test_what_is_not_there_cannot_be_removed() -> None:
+def test_removing_a_missing_element_raises() -> None:
     line = OrderedWork()
     line.add((1.0, 1), 5)
     for order in ((0.0, 1), (1.0, 2), (2.0, 1)):

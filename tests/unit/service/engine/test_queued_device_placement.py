@@ -1,8 +1,8 @@
-"""A queued step on a device whose numbers cannot be read: nothing comes from the host or waits for it.
+"""A queued step on a device whose values cannot be read: it takes no operand from the host and waits for no value.
 
-A CUDA graph may hold neither a copy from host memory nor anything that waits for the device. torch's `meta` device has
-shapes and no numbers: whatever would read one of them there raises, and what would take an operand from the host is
-found by watching every operation, and every index.
+A CUDA graph may contain neither a copy from host memory nor a wait for the device. Tensors on torch's `meta` device
+have shapes and no values: an operation that reads a value raises. Operands in host memory are found by checking every
+operation and every index.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIG = EngineConfig(max_rows=4, slots_per_row=1, timed_calls=0)
 
 
 class HostOperands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # missing in torch's types
-    """Refuses operations that have an operand or a result in host memory, but for what a queue copies."""
+    """Refuse operations that have an operand or a result in host memory, except the copies of a queue."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ class HostOperands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # missi
 
 
 class HostIndices(TorchFunctionMode):
-    """Refuses indices, and numbers put in their places, that a CUDA tensor would first copy from host memory."""
+    """Refuse indices, and values assigned to them, that a CUDA tensor would first copy from host memory."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -135,16 +135,16 @@ class MetaDenoiser(DenoiserDefaults[Any]):
 
 @pytest.fixture(autouse=True)
 def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time MLP switches autocast off, of which the meta device has none."""
+    """Do not switch autocast off in the time MLP: the meta device has no autocast."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
 def take_a_step(classifier_scales: Sequence[float]) -> None:
-    """Begin, step and read images with and without guidance of either kind, every operation being watched."""
+    """Begin, step and read images with and without guidance of either kind; every operation is checked."""
     watch = HostOperands()
     runner = ArrayRunner(MetaDenoiser(watch), CONFIG)
     slots = range(len(classifier_scales))
-    with HostIndices(), watch, torch.inference_mode():  # as captures are
+    with HostIndices(), watch, torch.inference_mode():  # as during a capture
         images = [
             replace(params(steps=3, seed=slot, cfg_scale=1.0 + slot % 2), classifier_scale=scale)
             for slot, scale in zip(slots, classifier_scales, strict=True)
@@ -158,11 +158,11 @@ def take_a_step(classifier_scales: Sequence[float]) -> None:
 
 
 @pytest.mark.parametrize("classifier_scales", [[0.0], [0.0, 0.0], [2.0, 0.0]])
-def test_a_step_reads_nothing_of_the_device_and_takes_nothing_from_the_host(classifier_scales: list[float]) -> None:
+def test_a_step_reads_no_value_of_the_device_and_no_operand_from_the_host(classifier_scales: list[float]) -> None:
     take_a_step(classifier_scales)
 
 
-def test_a_step_that_takes_a_scalar_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_a_scalar_from_the_host_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_a_scalar(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
         return add_noise_and_advance(lines, torch.where(x_t > 0, torch.tensor(1.0), x_t), *rest)
 
@@ -171,7 +171,7 @@ def test_a_step_that_takes_a_scalar_from_the_host_is_found(monkeypatch: pytest.M
         take_a_step([0.0])
 
 
-def test_a_step_that_asks_for_a_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_reads_a_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_a_question(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
         assert not x_t.isnan().any()
         return add_noise_and_advance(lines, x_t, *rest)

@@ -1,4 +1,4 @@
-"""Steps on a device that answers later: what the host is told late changes no pixel, and costs nobody else an image."""
+"""Steps on a device with a queue: results that arrive late change no pixel, and an error fails no other image."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def finish(engine: Engine) -> list[ImageResult]:
     return results
 
 
-def test_the_host_waits_for_nothing_until_two_more_steps_are_launched() -> None:
+def test_the_host_waits_for_a_step_after_launching_two_more() -> None:
     network = denoiser()
     engine = Engine({"m": warm(network)}, CONFIG, Metrics())
     network.queue.waits = 0
@@ -73,7 +73,7 @@ def test_the_host_waits_for_nothing_until_two_more_steps_are_launched() -> None:
     assert waits == [0, 0, 1, 2, 3, 4, 5, 7]  # the last one also for the pixels
 
 
-def test_an_image_that_ended_before_it_was_known_to_have_failed_fails_and_its_neighbour_does_not() -> None:
+def test_a_failure_known_after_the_last_step_fails_the_image_and_not_its_neighbour() -> None:
     metrics = Metrics()
     runner = warm(denoiser())
     engine = Engine({"m": runner}, CONFIG, metrics)
@@ -82,7 +82,7 @@ def test_an_image_that_ended_before_it_was_known_to_have_failed_fails_and_its_ne
     engine.step()
     runner._slots.x[FIRST_SLOT] = torch.nan
     engine.step()
-    engine.launch()  # the last step, by what is known
+    engine.launch()  # the last step, as far as the host knows
     assert engine.scheduler.in_flight() == []
     failed, done = finish(engine)
     assert (failed.position, failed.status, failed.failure, failed.pixels) == (
@@ -100,14 +100,14 @@ def test_an_image_that_ended_before_it_was_known_to_have_failed_fails_and_its_ne
     assert value("iddpm_remaining_row_steps") == value("iddpm_images_running") == 0
 
 
-def test_an_image_that_failed_while_it_was_moved_to_host_memory_leaves_nothing_there() -> None:
+def test_an_image_that_failed_during_its_eviction_leaves_nothing_in_host_memory() -> None:
     config = CONFIG.replace(slots_per_row=1)
     runner = warm(denoiser(), config)
     engine = Engine({"m": runner}, config, Metrics())
     engine.add(generation("long", *[params(steps=12, seed=k) for k in range(4)]), submitted_at=0.0)
     engine.step()
     runner._slots.x[:] = torch.nan
-    engine.launch()  # NaN, but nobody knows
+    engine.launch()  # NaN, which the host does not know yet
     engine.add(generation("short", *[params(steps=2, seed=9)] * 4), submitted_at=0.0)
     engine.launch()
     assert len(engine._saved) == 4
@@ -116,7 +116,7 @@ def test_an_image_that_failed_while_it_was_moved_to_host_memory_leaves_nothing_t
     assert {r.request_id: r.failure for r in results} == {"long": "not_finite", "short": None}
 
 
-def test_of_steps_that_settle_in_one_go_the_first_says_what_a_step_takes() -> None:
+def test_of_steps_that_settle_together_only_the_first_is_a_step_cost() -> None:
     now = itertools.count()
     engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics(), clock=lambda: float(next(now) ** 2))
     engine.add(generation("r", params(steps=3)), submitted_at=0.0)
@@ -127,7 +127,7 @@ def test_of_steps_that_settle_in_one_go_the_first_says_what_a_step_takes() -> No
     assert engine.costs["m"].table() == {1: 4.0}  # launched at 0, settled at 4; the next at 9
 
 
-def test_what_is_aborted_under_way_ends_once_and_leaves_no_row() -> None:
+def test_images_aborted_during_a_step_end_once_and_leave_no_row() -> None:
     engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
     engine.add(generation("a", params(steps=9), params(steps=2)), submitted_at=0.0)
     engine.add(generation("b", params(steps=4, seed=5)), submitted_at=0.0)
@@ -143,7 +143,7 @@ def test_what_is_aborted_under_way_ends_once_and_leaves_no_row() -> None:
     assert sorted(engine.scheduler._lanes["m"].free_slots) == list(range(CONFIG.num_slots))
 
 
-def test_what_is_raised_when_a_step_settles_is_the_devices_end() -> None:
+def test_an_error_raised_when_a_step_settles_is_a_device_error() -> None:
     network = denoiser()
     engine = Engine({"m": warm(network)}, CONFIG, Metrics())
     engine.add(generation("r", params(), params()), submitted_at=0.0)
@@ -156,7 +156,7 @@ def test_what_is_raised_when_a_step_settles_is_the_devices_end() -> None:
 
 
 @pytest.mark.parametrize("raises_at", ["receive", "where"])
-def test_a_step_that_lacks_memory_has_moved_nobody_and_is_taken_once(
+def test_a_step_that_runs_out_of_memory_has_advanced_no_image_and_is_repeated_once(
     raises_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = denoiser()
@@ -166,7 +166,7 @@ def test_a_step_that_lacks_memory_has_moved_nobody_and_is_taken_once(
     engine.add(generation("r", image), submitted_at=0.0)
     engine.step()
     owner: Any = network.queue if raises_at == "receive" else namespace(torch.zeros(1))
-    for lacking in range(1, 5):  # which of the calls of a step
+    for lacking in range(1, 5):  # the index of the call within a step
         real, calls = getattr(owner, raises_at), itertools.count(1)
 
         def lacks(*arguments: Any, real: Any = real, calls: Any = calls, lacking: int = lacking) -> Any:
@@ -182,10 +182,10 @@ def test_a_step_that_lacks_memory_has_moved_nobody_and_is_taken_once(
     assert result.pixels.tobytes() == reference(image)
 
 
-def test_every_size_is_captured_at_start_up_and_none_is_missed() -> None:
+def test_every_size_is_captured_at_start_up() -> None:
     network, metrics = denoiser(), Metrics()
     engine = Engine({"m": warm(network)}, CONFIG, metrics)
-    assert network.queue.captures == 6  # three sizes of steps, three of the classifier's calls
+    assert network.queue.captures == 6  # three sizes of steps, three of classifier calls
     for k in range(1, 5):
         engine.add(generation(str(k), *[params(classifier_scale=k % 2)] * k), submitted_at=0.0)
         finish(engine)
@@ -193,9 +193,7 @@ def test_every_size_is_captured_at_start_up_and_none_is_missed() -> None:
     assert metrics.registry.get_sample_value("iddpm_uncaptured_steps_total", {"model": "m"}) == 0
 
 
-def test_a_size_without_memory_for_a_graph_runs_without_one_and_is_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_size_without_memory_for_a_graph_runs_without_one_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     network, metrics = denoiser(), Metrics()
     network.queue.lacks_memory_after = 5
     with caplog.at_level("WARNING"):
@@ -216,7 +214,7 @@ def test_a_size_that_was_not_captured_is_an_error_in_strict_mode() -> None:
         warm(network, CONFIG.replace(strict_graphs=True))
 
 
-def test_a_graph_that_gives_other_numbers_is_not_served() -> None:
+def test_a_graph_with_different_results_is_not_served() -> None:
     network = denoiser()
     honest = network.queue.capture
 
@@ -237,7 +235,7 @@ def test_a_graph_that_gives_other_numbers_is_not_served() -> None:
         slots.warm_up()
 
 
-def test_an_update_that_gives_other_numbers_as_one_kernel_is_not_served() -> None:
+def test_a_fused_update_with_different_results_is_not_served() -> None:
     def with_other_noise(work: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *a: work(*a[:5], (a[5][0] + 1, *a[5][1:]), a[6])
 
@@ -247,7 +245,7 @@ def test_an_update_that_gives_other_numbers_as_one_kernel_is_not_served() -> Non
         warm(network)
 
 
-def test_the_classifier_is_called_for_those_who_ask_and_forgotten_by_the_next_step() -> None:
+def test_gradients_are_computed_for_images_with_classifier_guidance_and_cleared_by_the_next_step() -> None:
     network = denoiser()
     runner = warm(network)
     engine = Engine({"m": runner}, CONFIG, Metrics())
@@ -264,7 +262,7 @@ def test_the_classifier_is_called_for_those_who_ask_and_forgotten_by_the_next_st
     assert results[-1].pixels.tobytes() == reference(plain)
 
 
-def test_rows_that_nobody_has_stay_finite_however_long_they_run() -> None:
+def test_unused_rows_stay_finite() -> None:
     runner = warm(denoiser())
     engine = Engine({"m": runner}, CONFIG, Metrics())
     engine.add(generation("r", *[params(steps=50, seed=k) for k in range(3)]), submitted_at=0.0)
@@ -274,7 +272,7 @@ def test_rows_that_nobody_has_stay_finite_however_long_they_run() -> None:
     assert not any(bool(array[spare].any()) for array in (table.x, table.x0))
 
 
-def test_steps_of_watched_images_are_told_as_on_a_host() -> None:
+def test_steps_of_watched_images_are_reported_as_on_the_host() -> None:
     engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
     engine.add(generation("r", params(steps=5), watch=Watch(preview_every=2)), submitted_at=0.0)
     told = []
@@ -285,7 +283,7 @@ def test_steps_of_watched_images_are_told_as_on_a_host() -> None:
     assert [seen.step for seen in told if not isinstance(seen, ImageProgress)] == [2, 4]
 
 
-def test_noise_and_update_can_be_compiled_whole() -> None:
+def test_noise_and_update_can_be_compiled_as_one_graph() -> None:
     plan = build_plan(tiny_config().diffusion, "ancestral", "4")
     lines, rows = torch.from_numpy(plan.table[:3].copy()), torch.arange(3)
     draw = torch.Generator().manual_seed(0)
@@ -295,10 +293,10 @@ def test_noise_and_update_can_be_compiled_whole() -> None:
     plain = add_noise_and_advance(lines, x_t, x0_prev, out, var_values, (rows, rows, rows), grad)
     assert torch.equal(fused.x_prev, plain.x_prev)
     assert torch.equal(fused.ok, plain.ok)
-    assert callable(compiled(add_noise_and_advance))  # what compiles it for a device takes these options
+    assert callable(compiled(add_noise_and_advance))  # it accepts these options
 
 
-def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
+def test_a_lost_device_fails_all_images_and_ends_the_engine() -> None:
     async def run() -> None:
         network, metrics = denoiser(), Metrics()
         engine = AsyncEngine(Engine({"m": ArrayRunner(network, CONFIG)}, CONFIG, metrics), CONFIG, metrics)
@@ -316,7 +314,7 @@ def test_a_device_that_is_lost_fails_everybody_and_ends_the_engine() -> None:
     run_async(run())
 
 
-def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
+def test_a_model_is_released_after_the_steps_of_its_aborted_images() -> None:
     async def run() -> None:
         metrics = Metrics()
         engine = AsyncEngine(Engine({"m": ArrayRunner(denoiser(), CONFIG)}, CONFIG, metrics), CONFIG, metrics)
@@ -333,7 +331,7 @@ def test_a_model_is_let_go_after_the_steps_of_its_aborted_images() -> None:
     run_async(run())
 
 
-def test_a_copy_is_of_what_was_there_when_it_was_asked_for() -> None:
+def test_a_copy_has_the_values_at_the_time_of_its_request() -> None:
     array = torch.zeros(3)
     copy = LateQueue(lambda *a: a, None).fetch(array)
     array += 1
@@ -341,7 +339,7 @@ def test_a_copy_is_of_what_was_there_when_it_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", [ExactDenoiser, QueuedDenoiser])
-def test_what_is_dropped_leaves_memory_without_a_collection(kind: type[ExactDenoiser]) -> None:
+def test_dropped_objects_are_freed_without_garbage_collection(kind: type[ExactDenoiser]) -> None:
     runner: ArrayRunner[Any] = ArrayRunner(kind(tiny_config(), batch_sizes=(1, 2, WIDTH)), CONFIG)
     gc.collect()
     gc.disable()

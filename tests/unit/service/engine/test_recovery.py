@@ -1,4 +1,4 @@
-"""Steps that raise: only the images that make them raise fail, and only while the network runs without them."""
+"""Steps that raise: only the images that cause the error fail, and only if the network runs without them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.fakes import CountingRunner, generation, params
 
 
 class DeviceLost(Exception):
-    """An error that no step can be repeated after."""
+    """An error after which no step can be repeated."""
 
 
 class CheckedRunner(CountingRunner):
-    """Says what errors mean, and whether the network runs at all."""
+    """A runner that classifies errors, and reports whether the network runs at all."""
 
     def __init__(self, runs: bool = True) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def images_of(count: int) -> list[Image]:
 
 
 class Steps:
-    """Attempts that raise with more images than fit, and with certain images among them."""
+    """Attempts that raise if there are more images than fit, or certain images among them."""
 
     def __init__(self, guilty: set[int], fits: int = 1000, error: type[Exception] = ValueError) -> None:
         self.attempts: list[list[int]] = []
@@ -75,7 +75,7 @@ def test_a_step_that_does_not_raise_is_taken_once() -> None:
 
 
 @given(st.integers(1, 12), st.sets(st.integers(0, 11)), st.integers(1, 12))
-def test_exactly_the_guilty_images_fail_whatever_fits_memory(count: int, guilty: set[int], fits: int) -> None:
+def test_exactly_the_images_that_cause_errors_fail_for_any_memory(count: int, guilty: set[int], fits: int) -> None:
     images, steps, runner = images_of(count), Steps(guilty, fits), CheckedRunner()
     outcome = steps.take(images, runner)
     assert outcome.ok == [position not in guilty for position in range(count)]
@@ -87,10 +87,10 @@ def test_exactly_the_guilty_images_fail_whatever_fits_memory(count: int, guilty:
     assert len(steps.failures) == len(steps.attempts) - len(succeeded)
 
 
-def test_one_guilty_image_in_many_costs_a_logarithm_of_attempts() -> None:
+def test_one_failing_image_among_many_takes_a_logarithmic_number_of_attempts() -> None:
     steps = Steps({5})
     steps.take(images_of(32), CheckedRunner())
-    assert len(steps.attempts) == 1 + 2 * 5 + 1  # all; two halves, five times; the guilty one once more
+    assert len(steps.attempts) == 1 + 2 * 5 + 1  # all; two halves, five times; the failing one once more
 
 
 def test_an_image_that_does_not_fit_alone_fails_for_that_reason() -> None:
@@ -99,7 +99,7 @@ def test_an_image_that_does_not_fit_alone_fails_for_that_reason() -> None:
     assert outcome.failures == {image: FailureKind.OUT_OF_MEMORY}
 
 
-def test_a_trouble_that_passes_costs_nobody_an_image() -> None:
+def test_a_temporary_error_fails_no_image() -> None:
     calls = 0
 
     def attempt(images: Sequence[Image]) -> list[bool]:
@@ -113,20 +113,20 @@ def test_a_trouble_that_passes_costs_nobody_an_image() -> None:
     assert (outcome.ok, outcome.failures, outcome.attempts) == ([True], {}, 2)
 
 
-def test_no_image_is_guilty_of_a_network_that_does_not_run() -> None:
+def test_an_error_of_a_network_that_does_not_run_fails_no_image() -> None:
     runner = CheckedRunner(runs=False)
     with pytest.raises(RuntimeError, match="the network does not run"):
         Steps({0, 1, 2}).take(images_of(3), runner)
 
 
-def test_an_error_of_the_device_is_not_tried_again() -> None:
+def test_a_device_error_is_not_retried() -> None:
     steps = Steps({1}, error=DeviceLost)
     with pytest.raises(DeviceLost):
         steps.take(images_of(4), CheckedRunner())
     assert len(steps.attempts) == 1
 
 
-def test_what_was_being_computed_is_let_go_before_the_next_attempt() -> None:
+def test_arrays_of_a_failed_attempt_are_released_before_the_next() -> None:
     class Buffer:
         pass
 
@@ -140,7 +140,7 @@ def test_what_was_being_computed_is_let_go_before_the_next_attempt() -> None:
             raise MemoryError
         return [True]
 
-    gc.disable()  # or it might tidy up after us
+    gc.disable()  # otherwise garbage collection might free it
     try:
         take_step(images_of(2), attempt, CheckedRunner(), lambda *_: None)
     finally:
@@ -148,11 +148,11 @@ def test_what_was_being_computed_is_let_go_before_the_next_attempt() -> None:
     assert len(buffers) == 3
 
 
-def test_the_width_is_halved_by_running_out_of_memory_and_comes_back_by_doubling() -> None:
+def test_running_out_of_memory_halves_the_width_which_recovers_by_doubling() -> None:
     limit = MemoryLimit(16)
     limit.ran_out(12)
     assert limit.rows == 6
-    limit.ran_out(16)  # older news
+    limit.ran_out(16)  # older than the current width
     assert limit.rows == 6
     grown = []
     while limit.rows < 16:

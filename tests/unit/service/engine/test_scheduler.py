@@ -1,4 +1,4 @@
-"""The scheduler decides by arrival, keeps within its width and slots, and loses nothing."""
+"""The scheduler selects by arrival, keeps within its width and slots, and loses no image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names(batch: StepBatch | None) -> list[str]:
 
 
 def run_step(scheduler: Scheduler) -> tuple[list[str], list[str]]:
-    """Take a step; returns who took it and who left."""
+    """Take a step; return the names of images that took it and that left."""
     batch = scheduler.schedule(now=1.0)
     assert batch is not None
     taken = names(batch)
@@ -66,7 +66,7 @@ def test_a_guided_image_takes_two_rows() -> None:
     assert batch.rows == 4
 
 
-def test_an_image_that_does_not_fit_is_passed_over_but_not_overtaken_for_good() -> None:
+def test_an_image_that_does_not_fit_is_passed_over_only_for_a_limited_time() -> None:
     scheduler = make()
     scheduler.add([image("a", 2), image("b", 9), image("c", 9), image("wide", 9, guided=True), image("late", 9)])
     assert run_step(scheduler)[0] == ["a", "b", "c", "late"]
@@ -76,7 +76,7 @@ def test_an_image_that_does_not_fit_is_passed_over_but_not_overtaken_for_good() 
     assert scheduler.num_running == 4
 
 
-def test_a_step_names_which_step_of_which_image_it_takes() -> None:
+def test_a_batch_has_the_step_of_each_image() -> None:
     scheduler = make()
     scheduler.add([image("a", 5), image("b", 6)])
     for taken in range(3):
@@ -88,7 +88,7 @@ def test_a_step_names_which_step_of_which_image_it_takes() -> None:
         scheduler.complete(batch, [True, True])
 
 
-def test_now_and_then_steps_are_wider_where_their_cost_is_to_be_learnt() -> None:
+def test_some_steps_are_wider_to_measure_their_cost() -> None:
     scheduler = make()
     scheduler.set_width("m", 2, trial_widths=[3, 4])
     scheduler.add([image(name, 200) for name in "abcde"])
@@ -113,7 +113,7 @@ def test_models_take_turns() -> None:
     assert taken == [["a", "b"], ["x"], ["a", "b"], ["x"]]
 
 
-def test_aborting_frees_slots_and_takes_waiting_images_out() -> None:
+def test_aborting_frees_slots_and_removes_waiting_images() -> None:
     scheduler = make()
     scheduler.add([image("a", 9), *(image("gone", 9) for _ in range(5)), image("z", 9)])
     run_step(scheduler)
@@ -142,7 +142,7 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=count(1000))
 @given(st.lists(ACTIONS, max_size=40))
-def test_whatever_happens_slots_are_conserved_and_every_image_ends_once(script: list[tuple[str, int, bool]]) -> None:
+def test_slots_are_conserved_and_every_image_ends_once(script: list[tuple[str, int, bool]]) -> None:
     scheduler = make()
     total_slots = WIDTH * 2
     ended: list[str] = []

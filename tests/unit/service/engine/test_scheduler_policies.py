@@ -1,4 +1,4 @@
-"""Policies, priorities, fairness and eviction, by the scheduler alone: no model, no clock, steps are counted."""
+"""Policies, priorities, fairness and eviction of the scheduler alone: no model, no clock; time is counted in steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def image(
 
 
 class Driver:
-    """Takes steps, carries slots out on a runner, and checks what must hold at every one of them."""
+    """Takes steps, carries out slot changes on a runner, and checks the invariants at every step."""
 
     def __init__(self, scheduler: Scheduler, num_slots: int = WIDTH * 2) -> None:
         self.scheduler = scheduler
@@ -54,7 +54,7 @@ class Driver:
         self.served: Counter[str] = Counter()
 
     def step(self, ok: Callable[[Image], bool] = lambda image: True) -> list[str]:
-        """Take a step; returns who took it."""
+        """Take a step; return the names of images that took it."""
         batch = self.scheduler.schedule(now=1.0)
         if batch is None:
             return []
@@ -67,7 +67,7 @@ class Driver:
         self.runner.step(slots)
         for picked in batch.images:
             assert picked.slot is not None
-            assert self.runner.steps[picked.slot] == picked.steps_done + 1  # no step lost or repeated by moving
+            assert self.runner.steps[picked.slot] == picked.steps_done + 1  # no step lost or repeated by an eviction
             self.served[picked.client] += picked.rows
         self.ended += self.scheduler.complete(batch, [ok(picked) for picked in batch.images])
         return [picked.request_id for picked in batch.images]
@@ -105,7 +105,7 @@ SCRIPTS = st.lists(
 
 @settings(max_examples=count(2000))
 @given(SCRIPTS, POLICY_NAMES, st.integers(1, 2))
-def test_whatever_happens_no_row_leaks_and_every_image_ends_once(
+def test_no_row_leaks_and_every_image_ends_once(
     script: list[tuple[str, object]], policy: PolicyName, slots_per_row: int
 ) -> None:
     scheduler = make(policy, slots_per_row=slots_per_row, client_allowance=5)
@@ -139,7 +139,7 @@ def test_whatever_happens_no_row_leaks_and_every_image_ends_once(
 
 
 def may_go_first(policy: PolicyName, later: Image, earlier: Image, work_left: int, ageing: float) -> bool:
-    """Say whether the policy's stated bound lets a later image overtake."""
+    """Return whether the policy's stated bound allows a later image to overtake."""
     if policy == "fifo":
         return False
     if policy == "srw":
@@ -150,7 +150,7 @@ def may_go_first(policy: PolicyName, later: Image, earlier: Image, work_left: in
 
 @settings(max_examples=count(1000))
 @given(st.lists(st.tuples(st.integers(0, 3), IMAGES), min_size=2, max_size=40), POLICY_NAMES)
-def test_nobody_is_overtaken_beyond_the_stated_bound(
+def test_no_image_is_overtaken_beyond_the_stated_bound(
     arrivals: list[tuple[int, tuple[int, bool, str, Priority, float | None]]], policy: PolicyName
 ) -> None:
     scheduler = make(policy, ageing=2.0)
@@ -171,7 +171,7 @@ def test_nobody_is_overtaken_beyond_the_stated_bound(
                 and later.sequence > earlier.sequence
                 and not may_go_first(policy, later, earlier, work_left[earlier], 2.0)
             ]
-            # Only into a last row, where two do not fit
+            # Only into a last row, in which two do not fit
             assert sum(later.rows for later in beyond) <= (0 if earlier.rows == 1 else 1)
 
     for number, (steps, (length, guided, _, priority, deadline)) in enumerate(arrivals):
@@ -193,10 +193,11 @@ STEP_S = 1.0
 def test_a_long_image_in_an_endless_stream_of_short_ones_finishes_within_the_bound(
     policy: PolicyName, priority: Priority, streams: int
 ) -> None:
-    """Closed loop: 2 W short images of its priority are always in flight, and as many of the other one.
+    """Closed loop: 2 W short images of its priority are always in flight, and the same number of the other one.
 
-    All that goes before the long image is what may overtake it, by its policy, and what is in flight when nobody may
-    any more. Both pass at the rate of its priority, which may owe it a step's worth and 2 rows.
+    Before the long image, the scheduler takes the images that may overtake it under the policy, and those in flight
+    when no image may overtake it any more. Both are processed at the rate of their priority, which may owe the image a
+    step's worth and 2 rows.
     """
     scheduler = make(policy, slots_per_row=4)
     driver = Driver(scheduler, WIDTH * 4)
@@ -215,15 +216,15 @@ def test_a_long_image_in_an_endless_stream_of_short_ones_finishes_within_the_bou
             short = sum(i.priority is other for i in scheduler.in_flight() if i is not long)
             for name in itertools.islice(names, 2 * WIDTH - short):
                 now = scheduler.steps("m") * STEP_S
-                new = image(name, 50, priority=other, deadline_s=0.0, submitted_at=now)  # as urgent as one can be
+                new = image(name, 50, priority=other, deadline_s=0.0, submitted_at=now)  # the earliest deadline
                 scheduler.add([new])
         driver.step()
         assert scheduler.steps("m") <= bound
     if policy != "fifo":
-        assert scheduler.steps("m") > 250 / min(1, rate)  # it was overtaken: the bound was put to the test
+        assert scheduler.steps("m") > 250 / min(1, rate)  # it was overtaken: the bound was tested
 
 
-def test_shortest_remaining_work_goes_first_and_waiting_makes_up_for_work() -> None:
+def test_shortest_remaining_work_goes_first_and_waiting_compensates_for_work() -> None:
     scheduler = make(ageing=1.0)
     driver = Driver(scheduler)
     scheduler.add([image("long", 40), *(image(f"medium {k}", 20) for k in range(4))])
@@ -234,7 +235,7 @@ def test_shortest_remaining_work_goes_first_and_waiting_makes_up_for_work() -> N
     assert driver.step()[0] == "long"
 
 
-def test_the_earliest_deadline_goes_first_and_having_none_is_a_late_one() -> None:
+def test_the_earliest_deadline_goes_first_and_no_deadline_counts_as_a_late_one() -> None:
     driver = Driver(make("deadline"))
     driver.scheduler.add([image("none", 9), image("far", 9, deadline_s=PATIENCE_S + 1)])
     driver.scheduler.add([image(f"near {k}", 9, deadline_s=5.0 - k) for k in range(4)])
@@ -247,7 +248,7 @@ def test_the_earliest_deadline_goes_first_and_having_none_is_a_late_one() -> Non
 @EVERY_POLICY
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.5])
-def test_batch_work_gets_its_share_and_what_nobody_else_wants(policy: PolicyName, guided: bool, share: float) -> None:
+def test_batch_work_gets_its_share_and_unused_rows(policy: PolicyName, guided: bool, share: float) -> None:
     scheduler = make(policy, batch_share=share)
     driver = Driver(scheduler)
     steps = 400
@@ -275,7 +276,7 @@ def test_a_client_with_a_thousand_images_does_not_starve_one_with_one(policy: Po
     for _ in range(500):
         driver.step()
     scheduler.add([image("alone", 50, client="alone")])
-    # The crowd may go on until it is `allowance` ahead: it gains half of each step's rows on an equal part
+    # The other client may continue until it is `allowance` ahead: it gains half of each step's rows over an equal part
     for _ in range(2 * allowance // WIDTH + 1 + 50):
         driver.step()
     assert "alone" in [ended.request_id for ended in driver.ended]
@@ -283,10 +284,8 @@ def test_a_client_with_a_thousand_images_does_not_starve_one_with_one(policy: Po
 
 @EVERY_POLICY
 @pytest.mark.parametrize("width", [2, WIDTH])
-def test_clients_with_a_backlog_get_equal_parts_also_when_they_are_more_than_rows(
-    policy: PolicyName, width: int
-) -> None:
-    """Nobody is further ahead than the allowance, so nobody is further behind than all others' allowances."""
+def test_clients_with_a_backlog_get_equal_parts_even_if_they_outnumber_rows(policy: PolicyName, width: int) -> None:
+    """No client is further ahead than the allowance, so none is further behind than the allowances of all others."""
     allowance = 60
     scheduler = make(policy, client_allowance=allowance)
     scheduler.set_width("m", width)
@@ -303,7 +302,7 @@ def test_clients_with_a_backlog_get_equal_parts_also_when_they_are_more_than_row
     assert min(parts) >= fair - (len(clients) - 1) * (allowance + width)
 
 
-def test_rows_that_nobody_else_wants_go_to_whoever_is_ahead() -> None:
+def test_unused_rows_go_to_clients_that_are_ahead() -> None:
     scheduler = make(client_allowance=10)
     driver = Driver(scheduler)
     scheduler.add([image(f"crowd {k}", 50, client="crowd") for k in range(100)])
@@ -313,7 +312,7 @@ def test_rows_that_nobody_else_wants_go_to_whoever_is_ahead() -> None:
     assert driver.served["alone"] >= 90
 
 
-def test_without_a_free_slot_the_least_urgent_image_is_evicted_and_comes_back() -> None:
+def test_without_a_free_slot_the_least_urgent_image_is_evicted_and_restored() -> None:
     scheduler = make(slots_per_row=1)
     driver = Driver(scheduler, WIDTH)
     scheduler.add([image(f"long {k}", 30 + k) for k in range(4)])
@@ -335,7 +334,7 @@ def test_without_a_free_slot_the_least_urgent_image_is_evicted_and_comes_back() 
     assert len(driver.ended) == 5
 
 
-def test_aborting_an_evicted_image_makes_room_for_others() -> None:
+def test_aborting_an_evicted_image_frees_its_capacity() -> None:
     scheduler = make(slots_per_row=1)
     driver = Driver(scheduler, WIDTH)
     scheduler.add([image(f"long {k}", 30) for k in range(4)])

@@ -1,4 +1,4 @@
-"""Costs of steps: running means, never falling with rows; the knee is where more rows stop paying."""
+"""Costs of steps are running means that never fall with rows; beyond the knee, more rows do not pay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_more_rows_never_take_less_time_and_the_mean_is_kept(table: dict[int, fl
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(0, 1.0), (1, -1.0)])
-def test_a_measurement_that_cannot_be_is_refused(rows: int, seconds: float) -> None:
+def test_an_impossible_measurement_is_refused(rows: int, seconds: float) -> None:
     with pytest.raises(ValueError, match="at least 1 row"):
         StepCosts().observe(rows, seconds)
 
@@ -52,23 +52,21 @@ def test_a_measurement_that_cannot_be_is_refused(rows: int, seconds: float) -> N
     ("fixed", "per_row", "width"),
     [(0.95, 0.05, 32), (0.8, 0.2, 24), (0.05, 0.95, 2), (1.0, 0.0, 32)],
 )
-def test_the_knee_is_wide_where_rows_are_cheap_and_narrow_where_they_are_not(
-    fixed: float, per_row: float, width: int
-) -> None:
+def test_the_knee_is_high_if_rows_are_cheap_and_low_if_they_are_not(fixed: float, per_row: float, width: int) -> None:
     costs = measured({n: fixed + per_row * n for n in (1, 2, 4, 8, 12, 16, 24, 32)})
     assert knee(costs, 32, 0.95) == width
 
 
-def test_the_knee_is_the_maximum_until_that_has_been_measured() -> None:
+def test_the_knee_is_the_maximum_until_the_maximum_has_been_measured() -> None:
     assert knee(StepCosts(), 8, 0.95) == 8
     assert knee(measured({1: 1.0, 2: 2.0}), 8, 0.95) == 8
 
 
-def test_a_maximum_that_is_padded_pays_for_its_padding() -> None:
+def test_the_cost_of_a_padded_maximum_includes_its_padding() -> None:
     assert knee(measured({8: 1.0, 16: 2.0}), 9, 0.95) == 8
 
 
-def test_what_a_size_gains_or_loses_while_only_it_is_run_all_sizes_do() -> None:
+def test_a_change_of_speed_of_the_only_size_in_use_applies_to_all_sizes() -> None:
     costs = measured({4: 1.0, 8: 1.8})
     for slower in (2.0, 1.0, 4.0, 1.0, 0.5):
         for _ in range(300):
@@ -78,20 +76,20 @@ def test_what_a_size_gains_or_loses_while_only_it_is_run_all_sizes_do() -> None:
 
 @pytest.mark.parametrize("wrongly", [0.5, 2.0])
 @pytest.mark.parametrize("colder", [1.0, 1.2])
-def test_a_size_that_was_measured_wrongly_is_put_right_by_its_own_steps(wrongly: float, colder: float) -> None:
+def test_a_wrong_measurement_is_corrected_by_steps_of_that_size(wrongly: float, colder: float) -> None:
     costs = measured({4: 1.0, 8: 1.8 * wrongly})
     for _ in range(150):
         for rows, seconds in ((4, colder), (4, 1.0), (4, 1.0), (8, 1.8 * colder * colder), (8, 1.8)):
-            costs.observe(rows, seconds)  # a first step of the larger size is the colder one
+            costs.observe(rows, seconds)  # the first step of the larger size is the slower one
     assert costs.seconds(8) / costs.seconds(4) == pytest.approx(1.8, rel=0.01)
 
 
-def test_how_a_queue_drains_says_nothing_of_sizes() -> None:
+def test_a_draining_queue_does_not_change_relative_costs() -> None:
     true = {1: 1.0, 2: 1.95, 4: 3.6, 8: 6.66}
     costs = measured(true)
     for _ in range(200):
         for rows, seconds in sorted(true.items(), reverse=True):
-            costs.observe(rows, 1.5 * seconds if rows == 8 else seconds)  # cold, after nothing was to be done
+            costs.observe(rows, 1.5 * seconds if rows == 8 else seconds)  # slower, after an idle period
             for _ in range(5):
                 costs.observe(rows, seconds)
     table = costs.table()
@@ -99,7 +97,7 @@ def test_how_a_queue_drains_says_nothing_of_sizes() -> None:
     assert knee(costs, 8, 0.95) == 8
 
 
-def test_one_step_that_was_held_up_says_little() -> None:
+def test_one_delayed_step_has_little_influence() -> None:
     costs = measured({4: 1.0, 8: 1.8})
     for rows, seconds in ((4, 1.0), (4, 1.0), (8, 1.8), (8, 1800.0)):
         costs.observe(rows, seconds)
@@ -115,7 +113,7 @@ def test_sizes_that_take_turns_with_every_step_are_not_compared() -> None:
     assert costs.seconds(8) / costs.seconds(4) == pytest.approx(3.6)
 
 
-def test_a_machine_whose_speed_changes_within_steps_says_nothing_of_sizes() -> None:
+def test_speed_changes_within_steps_do_not_change_relative_costs() -> None:
     rng = np.random.default_rng(0)
     true = {1: 0.3, 2: 0.55, 4: 1.0, 8: 1.6}
     costs = measured(true)
@@ -127,7 +125,7 @@ def test_a_machine_whose_speed_changes_within_steps_says_nothing_of_sizes() -> N
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_sizes_that_are_not_run_do_not_drift_however_long_the_first_steps_of_others_are_slower(noise: float) -> None:
+def test_costs_of_unused_sizes_do_not_drift_if_first_steps_of_others_are_slower(noise: float) -> None:
     rng = np.random.default_rng(0)
     true = {1: 0.0100, 2: 0.0105, 4: 0.0120, 8: 0.0150}
     costs = measured(true)
@@ -140,7 +138,7 @@ def test_sizes_that_are_not_run_do_not_drift_however_long_the_first_steps_of_oth
     assert knee(costs, 8, 0.95) == 8
 
 
-def test_what_the_classifier_takes_stays_bounded_while_steps_seem_to_take_less_than_the_network() -> None:
+def test_the_classifier_s_cost_stays_bounded_if_steps_seem_faster_than_the_network() -> None:
     true = {4: 0.013, 8: 0.025}
     costs = measured(true)
     for rows, seconds in true.items():

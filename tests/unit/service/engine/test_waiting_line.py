@@ -1,4 +1,4 @@
-"""The waiting line, against the obvious way to sort it."""
+"""The waiting line, compared with a simple sort."""
 
 from __future__ import annotations
 

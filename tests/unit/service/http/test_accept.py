@@ -1,4 +1,4 @@
-"""Which form an answer takes: JSON, unless a client asks for a file."""
+"""The media type of an answer: JSON, unless a client requests a file."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ JSON, FILES = "application/json", ["image/png", "image/webp", "image/jpeg", "app
         ("image/png;q=0.5, image/webp;q=0.501", "image/webp"),
         ("image/png, */*;q=0.1", "image/png"),
         ("application/json;q=0, */*", "image/png"),
-        # what is named more exactly decides over what is named less exactly, whatever the order
+        # a more specific range takes precedence over a less specific one, in any order
         ("image/*, image/png;q=0", "image/webp"),
         ("image/png;q=0, image/*", "image/webp"),
         ("*/*, image/*;q=0", JSON),
         ("image/*;q=0, */*", JSON),
         ("image/*, application/json", JSON),
         ("*/*;q=0, image/jpeg;q=0.1", "image/jpeg"),
-        # equal wishes: the first one
+        # equal qualities: the first one
         ("image/png, application/json", "image/png"),
         ("application/json, image/png", JSON),
         ("image/jpeg, image/webp", "image/jpeg"),
-        # what programs send by default is no wish for a picture
+        # default headers of programs do not request an image
         ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", JSON),  # java.net
         ("text/html, image/gif, image/jpeg, */*; q=0.2", JSON),
         ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", JSON),  # browsers
-        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/webp"),  # <img> is one
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/webp"),  # <img> sends this
         ("text/html, image/png", "image/png"),  # JSON is excluded
-        # nothing that there is
+        # no supported type
         ("text/html", None),
         ("image/gif", None),
         ("application/json;q=0", None),
         ("*/*;q=0", None),
         ("application/json;q=0.000, image/*;q=0", None),
-        # what is no media range is not there
+        # an invalid media range is ignored
         ("garbage", JSON),
         ("image/png;q=abc", JSON),
         ("image/png;q=1.5, ,;,/,image/", JSON),
         ('image/png;title="a, image/webp;q=1";q=0.1, application/json;q=0.2', JSON),
     ],
 )
-def test_the_form_that_a_header_asks_for(header: str, wanted: str | None) -> None:
+def test_the_media_type_for_a_header(header: str, wanted: str | None) -> None:
     assert preferred(header, JSON, FILES) == wanted
 
 
@@ -68,4 +68,4 @@ def test_the_form_that_a_header_asks_for(header: str, wanted: str | None) -> Non
     ids=range(5),
 )
 def test_a_long_header_is_read_without_backtracking(header: str, ranges: int) -> None:
-    assert len(read_accept(header)) == ranges  # what backtracks takes hours
+    assert len(read_accept(header)) == ranges  # backtracking would take hours

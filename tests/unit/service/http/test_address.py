@@ -1,4 +1,4 @@
-"""Where `iddpm serve` will listen is looked at before models are loaded."""
+"""The address of `iddpm serve` is checked before models are loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from service.http.door.address import bind, refuse_taken_address, url_of
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """Yield a port that somebody listens on."""
+    """Yield a port that is in use."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-def test_a_taken_port_ends_the_command_before_a_model_is_looked_at(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_ends_the_command_before_a_model_is_loaded(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.logs.configure_logging", lambda: None)  # it would keep the runner's stderr
     ended = CliRunner().invoke(app, ["serve", "--model", "nowhere", "--port", str(taken)])
     assert ended.exit_code == 1
@@ -53,7 +53,7 @@ dual_stack = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="a machi
 
 
 def reached(listener: socket.socket) -> list[str]:
-    """Return which loopback addresses a bound socket is reached by."""
+    """Return the loopback addresses by which a bound socket is reached."""
     found = []
     listener.listen()
     for address in ("127.0.0.1", "::1"):
@@ -68,28 +68,26 @@ def reached(listener: socket.socket) -> list[str]:
     [
         ("::", ["127.0.0.1", "::1"]),
         ("", ["127.0.0.1", "::1"]),
-        ("0.0.0.0", ["127.0.0.1"]),  # noqa: S104  # the address is the point
+        ("0.0.0.0", ["127.0.0.1"]),  # noqa: S104  # the address is the subject of this test
         ("::1", ["::1"]),
         ("127.0.0.1", ["127.0.0.1"]),
     ],
 )
-def test_all_of_ipv6_takes_ipv4_too_and_single_addresses_stay_alone(host: str, addresses: list[str]) -> None:
+def test_all_of_ipv6_includes_ipv4_and_single_addresses_do_not(host: str, addresses: list[str]) -> None:
     (listener,) = bind(host, 0)
     with listener:
         assert reached(listener) == addresses
 
 
-def test_without_ipv6_no_host_is_all_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ipv6_an_empty_host_is_all_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.has_dualstack_ipv6", lambda: False)
     (listener,) = bind("", 0)
     with listener:
-        assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104  # the address is the point
+        assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104  # the address is the subject of this test
         assert "127.0.0.1" in reached(listener)
 
 
-def test_a_name_of_several_addresses_gets_one_port_and_addresses_that_are_not_here_are_passed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_name_with_several_addresses_gets_one_port_on_the_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     inet = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     known = ["192.0.2.1", "127.0.0.1", "127.0.0.1", "127.0.0.2"]
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(*inet, (address, 0)) for address in known])
@@ -102,7 +100,7 @@ def test_a_name_of_several_addresses_gets_one_port_and_addresses_that_are_not_he
 
 
 @dual_stack
-def test_a_port_of_ipv6_is_taken_where_another_listens_on_ipv4_if_that_is_meant_too(taken: int) -> None:
+def test_a_port_used_on_ipv4_is_taken_for_all_of_ipv6(taken: int) -> None:
     refuse_taken_address("::1", taken)
     for host in ("::", ""):
         with pytest.raises(AddressError, match=f"port: {taken} of :: cannot be bound: Address already in use"):

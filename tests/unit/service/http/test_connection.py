@@ -1,4 +1,4 @@
-"""Connections of slow clients end, those of half-closed ones do not; real sockets, a server of a few lines."""
+"""Connections of slow clients are closed, those of half-closed ones are not; real sockets and a small server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class App:
-    """Answers `long` at length and everything else shortly, once the body is there; remembers what it saw."""
+    """Answers `long` with a long body and other paths with a short one, after reading the request; records requests."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -57,7 +57,7 @@ class App:
         self.ended.set()
 
     async def _client_leaves(self, receive: Receive) -> bool:
-        """Wait until the client has gone (True), or until the answer is let."""
+        """Wait until the client has disconnected (True), or until the answer is released."""
         gone, let = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self.let.wait())
         done, waiting = await asyncio.wait((gone, let), return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
@@ -100,10 +100,10 @@ def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
         async with serving(app, read_seconds=SHORT_S) as connect:
             reader, writer = await connect()
             writer.write(sent)
-            answer = await reader.read()  # to the end: the connection is closed
+            answer = await reader.read()  # read to the end: the connection is closed
             writer.close()
         assert app.seen == []
-        assert bool(answer) == bool(sent)  # nothing asked, nothing answered
+        assert bool(answer) == bool(sent)  # no answer without a request
         if sent:
             head, _, body = answer.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 408 ")
@@ -115,7 +115,7 @@ def test_a_request_that_does_not_arrive_is_ended(sent: bytes) -> None:
 
 
 @runs
-async def test_a_request_whose_body_does_not_arrive_is_named_and_counted_as_what_it_was_told() -> None:
+async def test_a_request_without_its_body_is_logged_and_counted_with_its_answer() -> None:
     metrics = Metrics()
     async with serving(App(), read_seconds=SHORT_S, metrics=metrics) as connect:
         for _ in range(2):
@@ -131,7 +131,7 @@ async def test_a_request_whose_body_does_not_arrive_is_named_and_counted_as_what
 
 
 @runs
-async def test_what_follows_an_answer_and_does_not_arrive_is_not_called_by_its_name() -> None:
+async def test_an_incomplete_request_after_an_answer_is_not_logged_under_the_former_path() -> None:
     async with serving(App(), read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         writer.write(POST.replace(b"Host", b"X-Request-ID: mine\r\nHost") + b"12345" + POST[:10])
@@ -142,7 +142,7 @@ async def test_what_follows_an_answer_and_does_not_arrive_is_not_called_by_its_n
 
 
 @runs
-async def test_a_byte_now_and_then_buys_no_time() -> None:
+async def test_single_bytes_do_not_extend_the_limit() -> None:
     app = App()
     async with serving(app, read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
@@ -150,7 +150,7 @@ async def test_a_byte_now_and_then_buys_no_time() -> None:
         while not ended.done():
             writer.write(b"G")
             await asyncio.sleep(POLL_S)
-        with suppress(ConnectionError):  # who still writes when the connection closes may miss the answer
+        with suppress(ConnectionError):  # a client that still writes when the connection closes may miss the answer
             assert ended.result().startswith(b"HTTP/1.1 408 ")
         writer.close()
     assert app.seen == []
@@ -162,7 +162,7 @@ async def test_the_second_request_of_a_connection_has_a_limit_too() -> None:
     async with serving(app, read_seconds=SHORT_S) as connect:
         for second in (POST[:10], POST + b"12"):
             reader, writer = await connect()
-            writer.write(POST + b"12345" + second)  # its beginning comes with the first, before that is answered
+            writer.write(POST + b"12345" + second)  # its first part arrives before the first request is answered
             answers = await reader.read()
             assert answers.startswith(b"HTTP/1.1 200 ")
             assert b"HTTP/1.1 408 " in answers
@@ -183,12 +183,12 @@ async def test_a_connection_between_two_requests_is_not_a_slow_one() -> None:
 
 
 @runs
-async def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
+async def test_the_connection_of_a_client_that_does_not_read_is_closed() -> None:
     app = App()
     async with serving(app, write_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         writer.write(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
-        await app.ended.wait()  # what waited for it to read goes on
+        await app.ended.wait()  # the wait for the client's reading ends
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await reader.readexactly(LONG_ANSWER)
         writer.close()
@@ -218,7 +218,7 @@ async def test_a_client_that_reads_slowly_gets_its_answer() -> None:
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n123456",
     ],
 )
-def test_what_is_no_request_is_answered_with_a_problem_and_closed(sent: bytes) -> None:
+def test_invalid_requests_are_answered_with_a_problem_and_closed(sent: bytes) -> None:
     @runs
     async def check() -> None:
         app = App()
@@ -237,7 +237,7 @@ def test_what_is_no_request_is_answered_with_a_problem_and_closed(sent: bytes) -
 
 
 @runs
-async def test_a_body_that_turns_into_garbage_after_its_answer_ends_the_connection() -> None:
+async def test_an_invalid_body_after_its_answer_closes_the_connection() -> None:
     async with serving(App()) as connect:
         reader, writer = await connect()
         writer.write(
@@ -268,14 +268,14 @@ def test_a_client_that_has_closed_its_sending_side_gets_its_answers(requests: in
 
 
 @runs
-async def test_a_half_closed_client_waits_for_a_late_answer_and_is_asked_whether_it_is_there() -> None:
+async def test_a_half_closed_client_gets_a_late_answer_and_is_probed() -> None:
     app = App()
     async with serving(app) as connect:
         reader, writer = await connect()
         writer.write(SLOW)
         writer.write_eof()
         assert await reader.readexactly(len(CONTINUE)) == CONTINUE
-        await asyncio.sleep(5 * FIRST_CHECK_S)  # in which it is looked after again
+        await asyncio.sleep(5 * FIRST_CHECK_S)  # enough for several checks
         app.let.set()
         answer = await reader.read()
         writer.close()
@@ -284,7 +284,7 @@ async def test_a_half_closed_client_waits_for_a_late_answer_and_is_asked_whether
 
 
 @pytest.mark.parametrize(("sent", "leaves"), [(SLOW, "closes"), (SLOW.replace(b"1.1", b"1.0"), "half-closes")])
-def test_a_client_that_has_gone_altogether_ends_its_request(sent: bytes, leaves: str) -> None:
+def test_the_request_of_a_disconnected_client_ends(sent: bytes, leaves: str) -> None:
     @runs
     async def check() -> None:
         app = App()
@@ -306,7 +306,7 @@ def test_a_client_that_has_gone_altogether_ends_its_request(sent: bytes, leaves:
 
 
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nHo", POST + b"123", POST + b"12345" + POST])
-def test_half_a_request_of_a_half_closed_client_is_answered_at_once(sent: bytes) -> None:
+def test_an_incomplete_request_of_a_half_closed_client_is_answered_at_once(sent: bytes) -> None:
     @runs
     async def check() -> None:
         async with serving(App()) as connect:
@@ -323,7 +323,7 @@ def test_half_a_request_of_a_half_closed_client_is_answered_at_once(sent: bytes)
 
 
 @runs
-async def test_a_client_that_closes_without_a_request_is_told_nothing() -> None:
+async def test_a_client_that_closes_without_a_request_gets_no_answer() -> None:
     async with serving(App()) as connect:
         for sent in (b"", POST + b"12345"):
             reader, writer = await connect()
@@ -335,7 +335,7 @@ async def test_a_client_that_closes_without_a_request_is_told_nothing() -> None:
             writer.close()
 
 
-def test_upgrade_to_http_2_is_passed_over_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_upgrade_to_http_2_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
 
     @runs
@@ -362,7 +362,7 @@ def test_upgrade_to_http_2_is_passed_over_in_silence(caplog: pytest.LogCaptureFi
         (b"/http://elsewhere/", b"x", 200, "/http://elsewhere/"),
     ],
 )
-def test_a_target_with_scheme_and_host_is_its_path_and_its_host_counts(
+def test_a_target_with_scheme_and_host_sets_path_and_host(
     target: bytes, host: bytes, status: int, path: str | None
 ) -> None:
     @runs
@@ -380,7 +380,7 @@ def test_a_target_with_scheme_and_host_is_its_path_and_its_host_counts(
 
 
 @runs
-async def test_a_new_connection_takes_the_place_of_the_one_that_is_idle_longest() -> None:
+async def test_a_new_connection_replaces_the_longest_idle_one() -> None:
     app = App()
     async with serving(app, connections=2) as connect:
         reader, writer = await connect()
@@ -422,7 +422,7 @@ async def test_health_is_answered_while_all_connections_are_busy() -> None:
         for reader, writer in busy:
             assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 ")
             writer.close()
-        while True:  # when they have gone, there is place again
+        while True:  # when they have closed, there is room again
             reader, writer = await connect()
             writer.write(POST + b"12345")
             status_line = await reader.readline()
@@ -432,9 +432,7 @@ async def test_health_is_answered_while_all_connections_are_busy() -> None:
 
 
 @pytest.mark.parametrize(("limit", "spare"), [(40, 10), (1024, 64), (1 << 20, 64)])
-def test_connections_leave_descriptors_for_everything_else(
-    limit: int, spare: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_leave_descriptors_for_other_uses(limit: int, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
     monkeypatch.setattr("service.http.door.connection_limit._open_descriptors", lambda: 15)
     budget = descriptor_budget()

@@ -1,4 +1,4 @@
-"""What a connection answers without the app has the form of the interface that was asked."""
+"""Answers of a connection without the app have the form of the called interface."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SLOW = "Content-Length: 5\r\n\r\n"
     [
         ("/v1/images/generations", Interface.OPENAI),
         ("/v2/models/m/infer", Interface.KSERVE),
-        ("/", Interface.NATIVE_AND_OPENAI),  # no app here that would know it
+        ("/", Interface.NATIVE_AND_OPENAI),  # no app here that would know the interface
     ],
 )
-def test_a_body_that_does_not_arrive_is_answered_in_the_callers_form(
+def test_the_error_for_a_missing_body_has_the_callers_form(
     path: str, interface: Interface, sent: str, status: int
 ) -> None:
     @runs

@@ -1,4 +1,4 @@
-"""What pixels become: formats, file names that are safe whatever a class is called, archives."""
+"""Encoding of pixels: formats, file names that are safe for every class name, and archives."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_lossless_formats_keep_every_pixel_at_every_compression(
     pixels = picture(channels)
     back = decoded(encode(pixels, picture_format, compression=compression)).reshape(16, 16, -1)
     if picture_format == "webp" and channels == 1:
-        back = back[..., :1]  # WebP has no grey
+        back = back[..., :1]  # WebP has no grey mode
     assert np.array_equal(back, pixels)
 
 
-def test_more_compression_and_less_quality_are_smaller() -> None:
+def test_more_compression_and_less_quality_give_smaller_files() -> None:
     pixels = picture(size=128)
     assert len(encode(pixels, "png", compression=9)) < len(encode(pixels, "png", compression=0))
     assert (
@@ -49,14 +49,14 @@ def test_more_compression_and_less_quality_are_smaller() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_comes_close(channels: int) -> None:
+def test_jpeg_is_close_to_the_pixels(channels: int) -> None:
     flat = np.full((16, 16, channels), 90, dtype=np.uint8)
     back = decoded(encode(flat, "jpeg")).reshape(flat.shape).astype(int)
     assert np.abs(back - flat).max() <= 2
 
 
 @pytest.mark.parametrize("compression", [None, 0, 9])
-def test_npz_is_what_the_adm_evaluator_reads(compression: int | None) -> None:
+def test_npz_has_the_layout_of_the_adm_evaluator(compression: int | None) -> None:
     images = np.stack([picture(), picture()[::-1]])
     with np.load(io.BytesIO(encode_npz(images, [3, 1], compression=compression)), allow_pickle=False) as arrays:
         assert arrays["arr_0"].dtype == np.uint8
@@ -70,7 +70,7 @@ def test_npz_is_what_the_adm_evaluator_reads(compression: int | None) -> None:
     st.text()
     | st.sampled_from(["T-shirt/top", "../../etc/passwd", "C:\\con", "", "..", "-rf", "a\0b", "é" * 300, "猫"])
 )
-def test_file_names_are_safe_whatever_the_class_is_called(class_name: str) -> None:
+def test_file_names_are_safe_for_any_class_name(class_name: str) -> None:
     name = file_name(7, class_name, 2**53 - 1, 3, "png")
     assert name.startswith("0007-")
     assert name.endswith("-seed9007199254740991-3.png")
@@ -79,13 +79,13 @@ def test_file_names_are_safe_whatever_the_class_is_called(class_name: str) -> No
     assert len(name) < 100
 
 
-def test_file_names_say_the_class_where_it_can_be_said_and_never_collide() -> None:
+def test_file_names_contain_the_class_if_possible_and_never_collide() -> None:
     assert file_name(0, "T-shirt/top", 3, 0, "png") == "0000-T-shirt-top-seed3-0.png"
     assert file_name(1, None, 3, 1, "webp") == "0001-seed3-1.webp"
     assert len({file_name(k, name, 3, 0, "png") for k in range(3) for name in ("a/b",)}) == 3
 
 
-def test_archives_are_the_same_bytes_every_time_and_their_files_can_be_read() -> None:
+def test_archives_are_reproducible_and_readable() -> None:
     content = encode_zip([("a.png", b"1"), ("b.png", b"22")])
     assert content == encode_zip([("a.png", b"1"), ("b.png", b"22")])
     with ZipFile(io.BytesIO(content)) as archive:

@@ -1,4 +1,4 @@
-"""One execution and equal answers for a client's key; bounded, and nobody else's."""
+"""One execution and equal answers for a client's key; the memory is bounded, and keys of clients are separate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.waiting import eventually, runs
 
 
 class App:
-    """Answers how many times it has been run, once it is let; notices when it should end."""
+    """Answers with the number of its executions once it is allowed to; records cancellation."""
 
     def __init__(self, status: int = 200, size: int = 0) -> None:
         self.status = status
@@ -42,7 +42,7 @@ class App:
 
 
 class Door:
-    """Clients of the middleware; names them as `Identify` does."""
+    """Clients of the middleware, named as `Identify` does."""
 
     def __init__(self, app: App, max_bytes: int = 1 << 20) -> None:
         self.now = 0.0
@@ -63,7 +63,7 @@ class Door:
             return await http.post("/", content=body, headers=headers)
 
     def begin(self, key: str) -> tuple[asyncio.Task[None], asyncio.Event]:
-        """Begin a request; its client goes away when the event is set."""
+        """Begin a request; its client disconnects when the event is set."""
         gone, given = asyncio.Event(), False
 
         async def receive() -> Message:
@@ -89,7 +89,7 @@ class Door:
 
 
 @runs
-async def test_fifty_at_once_with_a_key_are_one_execution_and_get_equal_answers() -> None:
+async def test_fifty_concurrent_requests_with_a_key_are_one_execution_and_get_equal_answers() -> None:
     app = App()
     app.let.clear()
     door = Door(app)
@@ -130,14 +130,14 @@ async def test_another_body_accept_or_path_with_the_same_key_is_refused() -> Non
 
 
 @runs
-async def test_two_clients_with_the_same_key_and_body_do_not_meet() -> None:
+async def test_keys_of_two_clients_are_separate() -> None:
     app = App()
     door = Door(app)
     assert [(await door.post("k", client=client)).json()["run"] for client in ("alice", "bob", "alice")] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("status", [422, 429, 500, 503])
-def test_answers_that_are_errors_are_not_kept(status: int) -> None:
+def test_error_answers_are_not_kept(status: int) -> None:
     @runs
     async def check() -> None:
         app = App(status)
@@ -148,7 +148,7 @@ def test_answers_that_are_errors_are_not_kept(status: int) -> None:
 
 
 @runs
-async def test_an_execution_ends_early_only_when_all_who_wait_have_gone() -> None:
+async def test_an_execution_is_cancelled_only_when_all_its_clients_have_left() -> None:
     app = App()
     app.let.clear()
     door = Door(app)
@@ -164,11 +164,11 @@ async def test_an_execution_ends_early_only_when_all_who_wait_have_gone() -> Non
     app.let.set()
     assert (await again).json()["run"] == 2
     assert app.ended_early == 1
-    assert (await door.post("k")).json()["run"] == 2  # what ended early was not kept
+    assert (await door.post("k")).json()["run"] == 2  # an answer that ended early is not kept
 
 
 @runs
-async def test_an_error_of_the_app_reaches_all_who_wait_and_is_forgotten() -> None:
+async def test_an_error_of_the_app_reaches_all_waiting_clients_and_is_not_kept() -> None:
     app = App()
 
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,7 +180,7 @@ async def test_an_error_of_the_app_reaches_all_who_wait_and_is_forgotten() -> No
     door = Door(app)
     door.idempotency = Idempotency(fail, 1000, keep_s=60)
     asked = [asyncio.create_task(door.post("k")) for _ in range(3)]
-    for _ in range(1000):  # turns of the event loop, in which all three come to wait
+    for _ in range(1000):  # turns of the event loop, in which all three start to wait
         await asyncio.sleep(0)
     app.let.set()
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
@@ -191,7 +191,7 @@ async def test_an_error_of_the_app_reaches_all_who_wait_and_is_forgotten() -> No
 
 
 @runs
-async def test_answers_are_forgotten_by_age_and_the_oldest_first_when_there_are_too_many_bytes() -> None:
+async def test_answers_expire_by_age_and_the_oldest_are_removed_beyond_the_limit_of_bytes() -> None:
     app = App(size=10_000)
     door = Door(app, max_bytes=3 * (10_100 + OVERHEAD_BYTES))
     assert [(await door.post(key)).json()["run"] for key in "abcd"] == [1, 2, 3, 4]
@@ -201,12 +201,12 @@ async def test_answers_are_forgotten_by_age_and_the_oldest_first_when_there_are_
     door.now = 60.1
     assert [(await door.post(key)).json()["run"] for key in "ad"] == [5, 6]
     app.size = 100_000
-    assert [(await door.post("long")).json()["run"] for _ in range(2)] == [7, 8]  # does not fit at all
-    assert [(await door.post(key)).json()["run"] for key in "ad"] == [5, 6]  # and pushes nothing out
+    assert [(await door.post("long")).json()["run"] for _ in range(2)] == [7, 8]  # larger than the cache
+    assert [(await door.post(key)).json()["run"] for key in "ad"] == [5, 6]  # and removes nothing
 
 
 @pytest.mark.parametrize("key", ["", "two words", "x" * 256, "\xe4", "\x01"])
-def test_a_key_that_is_none_is_refused(key: str) -> None:
+def test_an_invalid_key_is_refused(key: str) -> None:
     @runs
     async def check() -> None:
         door = Door(app := App())
@@ -216,9 +216,9 @@ def test_a_key_that_is_none_is_refused(key: str) -> None:
     check()
 
 
-def test_a_derived_seed_depends_on_client_and_key_and_on_nothing_else() -> None:
+def test_a_derived_seed_depends_on_client_and_key_only() -> None:
     assert derived_seed("alice", "k") == derived_seed("alice", "k")
     seeds = {derived_seed(client, key) for client in ("alice", "bob", "alic") for key in ("k", "l", "ek")}
     assert len(seeds) == 9
     assert all(0 <= seed < 2**53 for seed in seeds)
-    assert derived_seed("alice", "k") == 5454976023624564  # never changes: pictures would
+    assert derived_seed("alice", "k") == 5454976023624564  # must never change: images would change

@@ -10,7 +10,7 @@ from service.http.door.json_body import read_json
 BOM = b"\xef\xbb\xbf"
 
 
-def test_one_byte_order_mark_is_passed_over() -> None:
+def test_one_byte_order_mark_is_ignored() -> None:
     assert read_json(BOM + b'{"steps": 2}') == {"steps": 2}
 
 
@@ -22,6 +22,6 @@ def test_one_byte_order_mark_is_passed_over() -> None:
         ("{}".encode("utf-16"), "not UTF-8"),
     ],
 )
-def test_what_is_no_json_is_refused_in_plain_words(text: bytes, message: str) -> None:
+def test_invalid_json_is_refused_with_a_clear_message(text: bytes, message: str) -> None:
     with pytest.raises(MalformedJson, match=message):
         read_json(text)

@@ -1,4 +1,4 @@
-"""Keys files: only hashes are kept, changes are noticed, damage locks nobody out and lets nobody in."""
+"""Keys files: only hashes are stored, changes are noticed, and a damaged file keeps the last keys in force."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def entry(name: str, key: str, limits: Limits | None = None) -> ApiKey:
     return ApiKey(name=name, sha256=hash_of(key), limits=limits or Limits())
 
 
-def test_a_file_keeps_names_hashes_and_limits_and_no_key(tmp_path: Path) -> None:
+def test_a_file_has_names_hashes_and_limits_and_no_key(tmp_path: Path) -> None:
     path, key = tmp_path / "keys.json", new_key()
     written = [entry("alice", key, Limits(images_in_flight=4)), entry("bob", new_key())]
     write_keys(path, written)
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_refused_with_its_reason(tmp_path: Path, text: str, me
         "SECRET",
     ],
 )
-def test_a_key_in_a_damaged_file_is_told_to_nobody(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_in_a_damaged_file_is_never_shown(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path, secret = tmp_path / "keys.json", new_key()
     write_keys(path, [])
     ring = KeyRing(path)
@@ -112,7 +112,7 @@ def test_a_key_ring_follows_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("{"), lambda path: path.unlink()])
-def test_a_file_that_is_damaged_later_leaves_the_last_keys_in_force(
+def test_the_last_keys_stay_in_force_if_the_file_is_damaged_later(
     tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, key = tmp_path / "keys.json", new_key()
@@ -122,12 +122,12 @@ def test_a_file_that_is_damaged_later_leaves_the_last_keys_in_force(
     damage(path)
     with caplog.at_level(logging.ERROR):
         assert [ring.find(key) is None, ring.find(new_key()) is None] == [False, True]
-    assert len(caplog.records) == 1  # said once, not with every request
+    assert len(caplog.records) == 1  # logged once, not with every request
     write_keys(path, [])
     assert ring.find(key) is None
 
 
-def test_a_file_that_cannot_be_read_is_read_again_soon_and_the_log_says_what_is_in_force_meanwhile(
+def test_an_unreadable_file_is_read_again_soon_and_the_log_names_the_keys_in_force(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, key, now = tmp_path / "keys.json", new_key(), 100.0
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_read_again_soon_and_the_log_says_what_is_
     def unreadable(path: Path) -> tuple[ApiKey, ...]:
         raise KeysError(f"{path}: Permission denied")
 
-    write_keys(path, [])  # whoever took the key back believes that it is
+    write_keys(path, [])  # an operator who removed the key expects it to be invalid
     with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
         patch.setattr(key_ring, "read_keys", unreadable)
         for _ in range(3):
@@ -148,12 +148,12 @@ def test_a_file_that_cannot_be_read_is_read_again_soon_and_the_log_says_what_is_
     assert len(caplog.records) == 2  # once, and a reminder
     for record in caplog.records:
         assert "keys.json: Permission denied. Until it can be read, the keys read at 20" in record.getMessage()
-    assert ring.find(key) is not None  # nothing has changed, and the next try is not due
+    assert ring.find(key) is not None  # nothing has changed, and the next attempt is not due
     now += key_ring.RETRY_S
     assert ring.find(key) is None
 
 
-def test_a_change_of_mode_is_a_reason_to_read_the_file_again(
+def test_the_file_is_read_again_after_a_change_of_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys.json"
@@ -175,7 +175,7 @@ def test_a_change_of_mode_is_a_reason_to_read_the_file_again(
     assert read == [path]
 
 
-def test_a_file_without_keys_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_without_keys_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "keys.json"
     write_keys(path, [])
     with caplog.at_level(logging.WARNING):
@@ -184,10 +184,10 @@ def test_a_file_without_keys_is_warned_of(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def nothing() -> None:
-    """Show a key to nobody."""
+    """Show a key nowhere."""
 
 
-def test_keys_that_are_added_and_removed_at_once_are_all_kept_and_all_gone(tmp_path: Path) -> None:
+def test_concurrent_additions_and_removals_of_keys_all_take_effect(tmp_path: Path) -> None:
     path, names = tmp_path / "keys.json", [f"key{number}" for number in range(16)]
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: add_key(path, entry(name, new_key()), nothing), names))
@@ -290,7 +290,7 @@ def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rate_lets_a_minute_s_requests_through_at_once_and_then_evenly() -> None:
+def test_a_rate_allows_a_minute_s_requests_at_once_and_then_evenly_spaced_ones() -> None:
     now = 100.0
     rates = RequestRates(clock=lambda: now)
     assert [rates.take("alice", 3) for _ in range(3)] == [0, 0, 0]
@@ -304,7 +304,7 @@ def test_a_rate_lets_a_minute_s_requests_through_at_once_and_then_evenly() -> No
     assert [rates.take("alice", 3) for _ in range(4)] == [0, 0, 0, pytest.approx(20)]
 
 
-def test_the_command_prints_a_key_once_and_a_service_would_know_it(tmp_path: Path) -> None:
+def test_the_command_prints_a_key_once_and_a_service_accepts_it(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     run = CliRunner()
     added = run.invoke(app, ["keys", "add", "alice", "--file", str(path), "--images-in-flight", "8"])
@@ -324,7 +324,7 @@ def test_the_command_prints_a_key_once_and_a_service_would_know_it(tmp_path: Pat
     assert KeyRing(path).find(key) is None
 
 
-def test_a_file_in_no_folder_ends_the_command_in_one_line(tmp_path: Path) -> None:
+def test_a_file_in_a_missing_folder_ends_the_command_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "nowhere"):
         ended = CliRunner().invoke(app, ["keys", "add", "alice", "--file", str(tmp_path / folder / "keys.json")])
@@ -332,7 +332,7 @@ def test_a_file_in_no_folder_ends_the_command_in_one_line(tmp_path: Path) -> Non
         assert ended.stderr.strip().endswith((f"{folder}: Not a directory", f"{folder}: No such file or directory"))
 
 
-def test_a_bad_keys_file_ends_the_service_before_a_model_is_looked_at(tmp_path: Path) -> None:
+def test_an_invalid_keys_file_ends_the_service_before_a_model_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     for begin in ("keys.json: No such file or directory", "keys.json is empty"):
         with pytest.raises(KeysError) as raised:

@@ -1,4 +1,4 @@
-"""What is counted and logged of an answer that breaks off after it has begun."""
+"""The metrics and log line of an answer that breaks off after it has begun."""
 
 from __future__ import annotations
 

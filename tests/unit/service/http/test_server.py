@@ -1,4 +1,4 @@
-"""What the HTTP server is told of the settings."""
+"""The options that the HTTP server gets from the settings."""
 
 from __future__ import annotations
 

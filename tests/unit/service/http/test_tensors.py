@@ -1,4 +1,4 @@
-"""Tensors on the wire, as they should be and as hostile clients send them."""
+"""Tensors on the wire, valid ones and those of hostile clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strings(*texts: bytes) -> bytes:
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
-def test_tensors_are_read_in_order_from_json_and_from_the_bytes_behind_it() -> None:
+def test_tensors_are_read_in_order_from_json_and_from_the_bytes_after_it() -> None:
     names, seed, scale = strings(b"Cat", "Ältere".encode()), struct.pack("<q", 2**53 - 1), struct.pack("<f", 0.3)
     tensors = [
         tensor("class", "BYTES", 2, size=len(names)),
@@ -40,12 +40,14 @@ def test_tensors_are_read_in_order_from_json_and_from_the_bytes_behind_it() -> N
 
 
 @pytest.mark.parametrize(("body", "header", "parts"), [(b"{}12", "2", (b"{}", b"12")), (b"{}", None, (b"{}", b""))])
-def test_the_header_says_where_json_ends(body: bytes, header: str | None, parts: tuple[bytes, bytes]) -> None:
+def test_the_header_has_the_length_of_the_json_part(
+    body: bytes, header: str | None, parts: tuple[bytes, bytes]
+) -> None:
     assert split_body(body, header) == parts
 
 
 @pytest.mark.parametrize("header", ["", "-1", "3", "+1", "1.0", "٢", "1" * 5000, "0x1", " 1"])
-def test_a_header_that_lies_is_refused(header: str) -> None:
+def test_a_wrong_length_in_the_header_is_refused(header: str) -> None:
     with pytest.raises(InvalidRequest, match="must be the JSON object's part of the body's 2 bytes"):
         split_body(b"{}", header)
 
@@ -76,7 +78,7 @@ def test_a_header_that_lies_is_refused(header: str) -> None:
         ([tensor(datatype="BYTES", size=4000)], bytes(4000), "more than 64 strings"),
     ],
 )
-def test_tensors_that_lie_about_themselves_are_refused(tensors: list[InputTensor], binary: bytes, message: str) -> None:
+def test_tensors_with_wrong_sizes_or_types_are_refused(tensors: list[InputTensor], binary: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         read_tensors(tensors, binary)
 
@@ -94,13 +96,13 @@ def test_tensors_that_lie_about_themselves_are_refused(tensors: list[InputTensor
     ),
     st.binary(max_size=100),
 )
-def test_any_frame_is_read_or_refused(tensors: list[InputTensor], binary: bytes) -> None:
+def test_every_frame_is_read_or_refused(tensors: list[InputTensor], binary: bytes) -> None:
     with contextlib.suppress(InvalidRequest):
         read = read_tensors(tensors, binary)
         assert [len(read[described.name]) for described in tensors] == [described.shape[0] for described in tensors]
 
 
-def test_a_long_output_is_the_same_json_although_it_is_written_in_pieces() -> None:
+def test_a_long_output_written_in_parts_is_the_same_json() -> None:
     pixels = np.arange(2 * PIECE + 3, dtype=np.uint8).reshape(1, -1)
     outputs, behind = write_tensors({"images": pixels, "none": pixels[:0]}, {"images": False, "none": False})
     whole = [

@@ -1,4 +1,4 @@
-"""What a class may be called."""
+"""Class names and how requests may spell them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ MANY = ClassNames((*(f"animal {k}" for k in range(900)), "Ankle boot, bootee", "
 
 
 @pytest.mark.parametrize("asked", ["Ankle boot", "ankle boot", "ANKLE_BOOT", "ankle-boot", " AnkleBoot "])
-def test_case_spaces_underscores_and_hyphens_are_forgiven(asked: str) -> None:
+def test_case_spaces_underscores_and_hyphens_are_ignored(asked: str) -> None:
     assert FASHION.find(asked) == 2
     assert FASHION.in_prompt(asked, 64) == [2]
 
 
-def test_what_a_class_is_called_exactly_comes_before_what_is_like_it() -> None:
+def test_an_exact_name_takes_precedence_over_similar_ones() -> None:
     names = ClassNames(("t_shirt", "T-shirt", "tshirt"))
     assert [names.find(name) for name in names.names] == [0, 1, 2]
     with pytest.raises(InvalidRequest, match=r'"T SHIRT" names the classes \[0, 1, 2\]: give the index'):
@@ -74,7 +74,7 @@ def test_a_prompt_lists_classes_between_commas(prompt: str, classes: list[int]) 
         ("7", [6]),
     ],
 )
-def test_names_that_hold_commas_are_found_whole_or_by_a_part(prompt: str, classes: list[int]) -> None:
+def test_names_with_commas_are_found_completely_or_by_a_part(prompt: str, classes: list[int]) -> None:
     assert IMAGENET.in_prompt(prompt, 64) == classes
 
 
@@ -90,13 +90,13 @@ def test_names_that_hold_commas_are_found_whole_or_by_a_part(prompt: str, classe
         ("," * 12_000, "must list at most 64 classes"),
     ],
 )
-def test_what_is_no_name_or_too_much_is_refused(prompt: str, message: str) -> None:
+def test_unknown_names_and_too_long_lists_are_refused(prompt: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as error:
         IMAGENET.in_prompt(prompt, 64)
     assert error.value.field == "prompt"
 
 
-def test_what_is_longer_than_a_name_may_be_is_none() -> None:
+def test_a_text_longer_than_any_name_matches_no_class() -> None:
     names = ClassNames(("a" * MAX_CLASS_NAME, "b" * (MAX_CLASS_NAME + 1)))
     assert names.in_prompt("a" * MAX_CLASS_NAME, 64) == [0]
     for longer in ("b" * (MAX_CLASS_NAME + 1), "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}" * 12_800):
@@ -105,7 +105,7 @@ def test_what_is_longer_than_a_name_may_be_is_none() -> None:
 
 
 @given(st.sampled_from(CREATURES.names), st.integers(0, 20), st.sampled_from(["drop", "double", "swap", "replace"]))
-def test_of_many_classes_the_one_that_was_misspelt_is_named(name: str, place: int, mistake: str) -> None:
+def test_the_error_for_a_misspelt_name_of_many_has_the_correct_one(name: str, place: int, mistake: str) -> None:
     place %= len(name) - 1
     before, letter, following, after = name[:place], name[place], name[place + 1], name[place + 2 :]
     written = {
@@ -121,7 +121,7 @@ def test_of_many_classes_the_one_that_was_misspelt_is_named(name: str, place: in
     assert name in error.value.message.removeprefix("must be one of ").split(", ")
 
 
-def test_of_many_classes_the_nearest_are_named() -> None:
+def test_the_error_for_an_unknown_name_of_many_has_the_nearest_ones() -> None:
     with pytest.raises(InvalidRequest, match=r"must be one of (Boot|Ankle boot, bootee), .*\(902 in all"):
         MANY.find("ankle bott")
     with pytest.raises(InvalidRequest, match=r"animal 0, .*\(902 in all"):
@@ -129,13 +129,13 @@ def test_of_many_classes_the_nearest_are_named() -> None:
 
 
 @given(st.lists(st.integers(0, len(IMAGENET.names) - 1), min_size=1, max_size=9))
-def test_any_list_of_names_or_indices_is_read_back(classes: list[int]) -> None:
+def test_every_list_of_names_or_indices_is_read_back(classes: list[int]) -> None:
     names = IMAGENET.names
     asked = [names[index] if names.count(names[index]) == 1 else str(index) for index in classes]
     assert IMAGENET.in_prompt(", ".join(asked), 64) == classes
 
 
 @given(st.text(max_size=300))
-def test_any_prompt_is_read_or_refused(prompt: str) -> None:
+def test_every_prompt_is_read_or_refused(prompt: str) -> None:
     with contextlib.suppress(InvalidRequest):
         assert all(0 <= index < len(IMAGENET.names) for index in IMAGENET.in_prompt(prompt, 64))

@@ -1,4 +1,4 @@
-"""Models that come and go while the engine works: nobody's image is lost, nothing is kept, nobody waits for ever."""
+"""Models are loaded and dropped while the engine works: no image is lost, no memory is kept, and every wait ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = EngineConfig(max_rows=2, max_queue=30, policy="fifo", timed_calls=0)
 
 
 class Measured(StepCosts):
-    """Costs that nobody forgets by accident: a second a step."""
+    """Measured costs: one second a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Measured(StepCosts):
 async def started(runner: CountingRunner, metrics: Metrics | None = None) -> AsyncIterator[AsyncEngine]:
     metrics = metrics or Metrics()
     engine = AsyncEngine(Engine({"m": runner}, CONFIG, metrics), CONFIG, metrics)
-    del runner  # or it would be kept here
+    del runner  # otherwise it would be kept here
     engine.start()
     await eventually(lambda: engine.state is not EngineState.STARTING)
     yield engine
@@ -45,12 +45,12 @@ async def started(runner: CountingRunner, metrics: Metrics | None = None) -> Asy
         await engine.stop()
 
 
-def test_ids_differ_and_names_are_the_same() -> None:
+def test_ids_of_generations_differ_and_their_names_are_equal() -> None:
     assert [model_id("fashion.32@x", n) for n in (1, 2, 11)] == ["fashion.32@x", "fashion.32@x/2", "fashion.32@x/11"]
     assert {name_of(model_id("a@b", n)) for n in range(1, 12)} == {"a@b"}
 
 
-def test_steps_alternate_between_what_was_loaded_and_what_replaces_it_and_nothing_is_taken_twice() -> None:
+def test_steps_alternate_between_an_old_model_and_its_replacement_and_none_is_repeated() -> None:
     old, new = CountingRunner(), CountingRunner()
     metrics = Metrics()
     engine = Engine({"m": old}, CONFIG, metrics)
@@ -79,7 +79,7 @@ def test_a_model_with_images_in_flight_is_not_dropped() -> None:
     engine.drop("m")
 
 
-def test_steps_are_timed_before_the_engine_has_the_runner() -> None:
+def test_steps_are_timed_before_the_engine_gets_the_runner() -> None:
     now = 0.0
 
     def clock() -> float:
@@ -92,7 +92,7 @@ def test_steps_are_timed_before_the_engine_has_the_runner() -> None:
 
 
 class Held(CountingRunner):
-    """Waits at every step until it is let."""
+    """Waits in every step until it is released."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Held(CountingRunner):
         return super().step(slots)
 
 
-async def step_under_way(runner: Held) -> None:
+async def step_in_progress(runner: Held) -> None:
     await eventually(runner.arrived.is_set)
 
 
@@ -114,16 +114,16 @@ async def gone(held: weakref.ref[CountingRunner]) -> None:
 
 
 @runs
-async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_memory() -> None:
+async def test_accepted_requests_finish_on_the_old_weights_which_are_then_freed() -> None:
     old: Held | None = Held()
     assert old is not None
     held: weakref.ref[CountingRunner] = weakref.ref(old)
     async with started(old) as engine:
         before = engine.submit(generation("before", params(steps=5)))
-        await step_under_way(old)
+        await step_in_progress(old)
         loading = asyncio.ensure_future(engine.load("m/2", CountingRunner(), Measured()))
         await asyncio.sleep(0)
-        assert not loading.done()  # a step is under way
+        assert not loading.done()  # a step is in progress
         old.let.release()
         await loading
         engine.retire("m")
@@ -147,7 +147,7 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
         engine.retire("m/2")
         del newer
         again = engine.submit(generation("again", params(steps=2), model="m/3"))
-        assert (again.prediction.position, again.prediction.wait_s) == (0, 0)  # nothing is left of the old one
+        assert (again.prediction.position, again.prediction.wait_s) == (0, 0)  # no images of the old model are left
         assert (await again.images[0]).pixels is not None
         await engine.load("m/4", CountingRunner(), Measured())
         engine.retire("m/3")
@@ -155,7 +155,7 @@ async def test_what_was_accepted_finishes_on_the_old_weights_which_then_leave_me
 
 
 @runs
-async def test_cancelled_images_let_the_old_weights_go_too() -> None:
+async def test_old_weights_are_freed_after_cancelled_images_too() -> None:
     old = Held()
     async with started(old) as engine:
         ticket = engine.submit(generation("r", params(steps=1000)))
@@ -170,7 +170,7 @@ async def test_cancelled_images_let_the_old_weights_go_too() -> None:
 
 
 @runs
-async def test_nobody_waits_for_an_engine_that_dies_and_one_that_drains_takes_no_model() -> None:
+async def test_waits_end_when_the_engine_dies_and_a_draining_engine_loads_no_model() -> None:
     class Dying(Held):
         def step(self, slots: Sequence[int]) -> list[bool]:
             super().step(slots)
@@ -182,7 +182,7 @@ async def test_nobody_waits_for_an_engine_that_dies_and_one_that_drains_takes_no
     dying = Dying()
     async with started(dying) as engine:
         ticket = engine.submit(generation("r", params()))
-        await step_under_way(dying)
+        await step_in_progress(dying)
         loading = asyncio.ensure_future(engine.load("m/2", CountingRunner(), StepCosts()))
         await asyncio.sleep(0)
         dying.let.release(10)
