@@ -1,4 +1,4 @@
-"""A scheduler for tests of it alone: without an admission, so images arrive when they are added."""
+"""A scheduler for its own tests, without admission: images arrive when they are added."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from service.engine.scheduler import Scheduler
 
 
 class ArrivingScheduler(Scheduler):
-    """Sets the arrival and the order of images that are added."""
+    """Sets the arrival and the order of added images."""
 
     def add(self, images: Iterable[Image]) -> None:
-        """Let images arrive, and wait for their first step."""
+        """Set the arrival of images, and let them wait for their first step."""
         arrived = list(images)
         for image in arrived:
             self.order.arrive(image, self.steps(image.model))

@@ -14,7 +14,7 @@ from service.backends.openvino_core import openvino_core
 
 @cache
 def why_not_in_openvino() -> str | None:
-    """Return why OpenVINO does not compute in bfloat16 here; None where it does.
+    """Return why OpenVINO does not compute in bfloat16 here, or None if it does.
 
     On x86 it needs AVX-512. A limit of instruction sets (`make test-avx2`) makes compiling fail instead.
     """
@@ -30,6 +30,6 @@ def why_not_in_openvino() -> str | None:
 
 
 def need_in_openvino() -> None:
-    """Skip a test where OpenVINO does not compute in bfloat16."""
+    """Skip a test if OpenVINO does not compute in bfloat16 here."""
     if reason := why_not_in_openvino():
         pytest.skip(reason)

@@ -14,11 +14,11 @@ from tests.waiting import TEST_LIMIT_S
 if TYPE_CHECKING:
     from tests.exports import Exports
 
-# No deadlines: how long an example takes says more about what else the machine is doing.
+# No deadlines: the time of an example depends on what else the machine does.
 settings.register_profile("iddpm", deadline=None)
 settings.load_profile("iddpm")
 
-# Services under test are asked directly, whatever proxy this machine needs for others.
+# Services under test are called directly, whatever proxy this machine needs for other hosts.
 _others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [_others, "localhost,127.0.0.1"]))
 
@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the limit of pytest-timeout, unless it was set by hand."""
+    """Set the limit of pytest-timeout, unless it was set on the command line."""
     if config.option.timeout is None and "PYTEST_TIMEOUT" not in os.environ:
         config.option.timeout = TEST_LIMIT_S
 

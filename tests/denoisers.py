@@ -1,6 +1,6 @@
-"""Denoisers for tests of what runs them: exact arithmetic on either kind of array, and backends that misbehave.
+"""Denoisers for tests: exact arithmetic on either kind of array, and backends that misbehave.
 
-No torch is imported here: tests/unit/test_without_torch.py runs them where there is none.
+No torch is imported here: tests/unit/test_without_torch.py uses them in a process without it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from service.backends.pending import Later, Pending
 
 
 class ExactDenoiser(DenoiserDefaults[Any]):
-    """A network of sums, products and bounds, which are rounded alike everywhere: no batch and no library shows.
+    """A network of sums, products and bounds that are exact in every library and at every batch size.
 
-    It mixes neighbouring pixels and depends on timestep and label, so that a mistaken row shows instead.
+    It mixes neighbouring pixels and depends on timestep and label, so that a wrong row changes the result.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class ExactDenoiser(DenoiserDefaults[Any]):
         x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
-        told = xp.reshape(emb_t[:, 1], (-1, 1, 1, 1))
+        shift = xp.reshape(emb_t[:, 1], (-1, 1, 1, 1))
         if y is not None:
-            told = told + xp.reshape(xp.astype(y, xp.float32), (-1, 1, 1, 1)) / 8
-        mixed = x_t * 0.75 + xp.roll(x_t, 1, axis=3) * 0.5 - xp.roll(x_t, 1, axis=2) * told
+            shift = shift + xp.reshape(xp.astype(y, xp.float32), (-1, 1, 1, 1)) / 8
+        mixed = x_t * 0.75 + xp.roll(x_t, 1, axis=3) * 0.5 - xp.roll(x_t, 1, axis=2) * shift
         out = xp.minimum(xp.maximum(mixed, xp.full_like(mixed, -4)), xp.full_like(mixed, 4))
-        return xp.concat([out, 0.25 * out * told], axis=1)[:, : self.config.model.out_channels]
+        return xp.concat([out, 0.25 * out * shift], axis=1)[:, : self.config.model.out_channels]
 
 
 class AsynchronousDenoiser(ExactDenoiser):
-    """Goes on by itself, as far as a caller can tell: it reads its inputs until it is waited for."""
+    """A network that computes when it is waited for, and reads its inputs until then."""
 
     def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
         given = [None if array is None else array.copy() for array in inputs]
@@ -93,13 +93,13 @@ class ExactClassifier:
         x_t, emb_t, y = inputs.x_t, inputs.emb_t, inputs.y
         self.calls.append(len(x_t))
         xp = namespace(x_t)
-        told = xp.reshape(emb_t[:, 2] + xp.astype(y, xp.float32) / 4, (-1, 1, 1, 1))
-        pulled = xp.roll(x_t, 1, axis=2) * 0.5 - x_t * told
+        shift = xp.reshape(emb_t[:, 2] + xp.astype(y, xp.float32) / 4, (-1, 1, 1, 1))
+        pulled = xp.roll(x_t, 1, axis=2) * 0.5 - x_t * shift
         return xp.minimum(xp.maximum(pulled, xp.full_like(pulled, -2)), xp.full_like(pulled, 2))
 
 
 class BatchDependent(DenoiserDefaults[Any]):
-    """A denoiser whose rows change a little at some batch sizes, as badly chosen kernels make them."""
+    """A denoiser whose rows change a little at some batch sizes, as with badly chosen kernels."""
 
     def __init__(
         self, honest: Denoiser[Any], dependent_sizes: set[int], batch_sizes: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Exported graphs of the golden networks, shared by all tests: tracing one takes 20 seconds of a processor and more."""
+"""Exported graphs of the golden networks, shared by all tests: to trace one takes 20 seconds of CPU time or more."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.paths import BUNDLED
 EXPORTED = "imp_cond_ls"
 """The golden network that goes through `iddpm export`."""
 CLASSIFIER = "clf_attention"
-"""The golden classifier that guides it, and that guides in the golden file `guidance`."""
+"""The golden classifier that guides it, and that of the golden file `guidance`."""
 GRADIENT = Path(__file__).parent / "data" / f"{CLASSIFIER}_gradient.onnx"
 """The graph of its gradient."""
 
@@ -56,11 +56,11 @@ def write_golden_classifier(folder: Path, diffusion: DiffusionConfig | None = No
 
 
 def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
-    """Write the artifact of a golden classifier's checkpoint, its parity made up: tests/parity/test_onnx.py has it."""
+    """Write the artifact of a golden classifier's checkpoint, with a parity that was not measured."""
     config, classifier = load_classifier(checkpoint)
     folder.mkdir()
     shutil.copy(GRADIENT, folder / GRADIENT_FILE)
-    (folder / MODEL_FILE).write_bytes(b"logits that nobody computes")
+    (folder / MODEL_FILE).write_bytes(b"logits that no test computes")
     TimeMLP({name: classifier.state_dict()[name].numpy() for name in WEIGHTS}).write(folder / TIME_MLP_FILE)
     band = BandError(t_min=0, t_max=999, prediction=0.0)
     parity = tuple(
@@ -79,13 +79,13 @@ def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
 
 
 class Exports:
-    """Makes each graph when it is first asked for, and keeps it; processes that test in parallel share a folder."""
+    """Makes each graph at its first use and keeps it; processes of a parallel test run share a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def checkpoint(self) -> Path:
-        """Return the golden checkpoint, its artifact inside, as `iddpm export` wrote it."""
+        """Return the golden checkpoint with its artifact, as `iddpm export` wrote it."""
         return self._exported()[0]
 
     def output(self) -> str:
@@ -110,15 +110,15 @@ class Exports:
         return self._once(f"{name}-gradient.onnx", lambda path: export_classifier_gradient(classifier, path))
 
     def bundled(self) -> Path:
-        """Return the artifact of the bundled model; one is made where the repository has none."""
+        """Return the artifact of the bundled model; make one if the repository has none."""
         if (BUNDLED / "artifact").is_dir():
             return BUNDLED / "artifact"
         return self._once("bundled", lambda path: _export(BUNDLED, path, "1,2,4,8"))
 
     def guided(self) -> Path:
-        """Return the golden checkpoint and artifact again, with a golden classifier in both.
+        """Return a copy of the golden checkpoint and artifact with a golden classifier in both.
 
-        The gradient's graph is read, not traced (tests/data/README.md); nobody opens the graph of its logits.
+        The gradient's graph is copied, not traced (tests/data/README.md); no test opens the graph of its logits.
         """
 
         def add_classifier(folder: Path) -> None:

@@ -54,7 +54,7 @@ def tiny_config(**changes: object) -> CheckpointConfig:
 
 
 def tiny_network(config: CheckpointConfig) -> UNet:
-    """Build the network with random weights throughout: chaotic, so that the smallest difference shows."""
+    """Build the network with random weights, so that the smallest difference in its input changes the output."""
     return _randomised(UNet(config.model))
 
 
@@ -96,7 +96,7 @@ def tiny_classifier(config: ClassifierCheckpointConfig) -> Classifier:
 
 
 def tiny_guided_checkpoint(folder: Path, **changes: object) -> Path:
-    """Write the tiny network as a checkpoint folder, and in it the classifier that guides it."""
+    """Write the tiny network as a checkpoint folder that contains the classifier that guides it."""
     tiny_checkpoint(folder, **changes)
     config = tiny_classifier_config()
     write_checkpoint(folder / CLASSIFIER_FOLDER, config, tiny_classifier(config).state_dict())
@@ -138,7 +138,7 @@ def generation(
 
 
 class CountingRunner:
-    """A runner without a network: checks that it is told sense, and makes images that say how often they moved."""
+    """A runner without a network: it checks its calls, and its images contain the number of their steps."""
 
     numerics_id = "counting"
     depth = 0
@@ -150,7 +150,7 @@ class CountingRunner:
         self._error_at = error_at
 
     def warm_up(self) -> None:
-        """Nothing to warm up."""
+        """Do nothing."""
 
     def start(self, steps: Sequence[ImageStep]) -> None:
         for step in steps:

@@ -1,6 +1,6 @@
-"""The golden files of tests/data/golden: OpenAI's reference outputs, and the networks they were made with.
+"""The golden files of tests/data/golden: OpenAI's reference outputs, and the networks they were computed with.
 
-tests/data/golden/README.md says how they were made and how close a float32 implementation has to come.
+tests/data/golden/README.md describes their origin and the tolerances for a float32 implementation.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from diffusion.unet import UNet
 GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
 
 NETWORK_TOLERANCE = 1e-4
-"""Of networks' outputs, features and logits; absolute. All of these are what tests/data/golden/README.md allows."""
+"""For outputs, features and logits of networks; absolute. tests/data/golden/README.md allows all of these."""
 STEP_TOLERANCE = 1e-4
-"""Of what a step gives, guided or not, relative to the largest number of the array."""
+"""For the results of a step, guided or not; relative to the largest number of the array."""
 STEP_X0_TOLERANCE = 1e-3
-"""Of its predicted x0, which divides the network's error by sqrt(alpha-bar); relative likewise."""
+"""For its predicted x0, which divides the network's error by sqrt(alpha-bar); relative likewise."""
 DDIM_TOLERANCE = 1e-3
-"""Of a DDIM step, whose noise is computed from the predicted x0; relative likewise."""
+"""For a DDIM step, whose noise is computed from the predicted x0; relative likewise."""
 CHAIN_TOLERANCES = {"final": 1e-3, "samples": 3e-3, "pred_xstart": 2e-2}
-"""Of whole chains; absolute."""
+"""For complete chains; absolute."""
 GUIDANCE_TOLERANCE = 1e-4
-"""Of a guided step; relative to the largest number of the array."""
+"""For a guided step; relative to the largest number of the array."""
 GRADIENT_TOLERANCE = 1e-3
-"""Of a classifier's gradient; relative."""
+"""For a classifier's gradient; relative."""
 GUIDED_CHAIN_TOLERANCE = 2e-3
-"""Of guided chains; absolute."""
+"""For guided chains; absolute."""
 
 TIMESTEP_TOLERANCES = {100: 1e-5, 4000: 5e-4}
-"""Of embedded timesteps, up to each of these: angles are products in float32."""
+"""For embedded timesteps up to each of these: angles are products in float32."""
 
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0"}
-"""PREVIOUS_X is missing on purpose: no published model uses it, so this project does not have it."""
+"""PREVIOUS_X is not supported: no published model uses it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Golden:
         return key in self.arrays
 
     def tensor(self, key: str) -> Tensor:
-        """Return an array as a tensor of its own."""
+        """Return an array as a new tensor."""
         return torch.from_numpy(np.array(self.arrays[key]))
 
     def optional(self, key: str) -> Tensor | None:
@@ -83,7 +83,7 @@ def load(name: str) -> Golden:
 
 
 def supported_cases(golden: Golden) -> list[dict[str, Any]]:
-    """Return the cases this project implements: all but PREVIOUS_X and the one with a denoised_fn."""
+    """Return the cases that this project implements: all but PREVIOUS_X and the one with a denoised_fn."""
     return [
         case
         for case in golden.cases
@@ -154,7 +154,7 @@ def _backbone(golden: Golden) -> dict[str, Any]:
         "model_channels": kwargs["model_channels"],
         "channel_mult": kwargs["channel_mult"],
         "num_res_blocks": kwargs["num_res_blocks"],
-        # The reference counts how often the image was halved; we name the size.
+        # The reference counts how often the image was halved; we use the size.
         "attention_resolutions": [size // factor for factor in kwargs["attention_resolutions"]],
         "num_heads": kwargs.get("num_heads", 1),
         "num_head_channels": _positive(kwargs, "num_head_channels"),

@@ -18,13 +18,13 @@ XP: dict[Kind, Any] = {"numpy": np, "torch": torch}
 
 
 def of_kind(kind: Kind, values: Any) -> Any:
-    """Return a copy of some numbers as an array of a kind."""
+    """Return a copy of values as an array of a kind."""
     copy = np.array(to_numpy(values))
     return copy if kind == "numpy" else torch.from_numpy(copy)
 
 
 def on_kind(kind: Kind, network: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Let a function of tensors take and return arrays of a kind."""
+    """Return a function of tensors as a function of arrays of a kind."""
 
     def run(*arguments: Any) -> Any:
         return of_kind(kind, network(*(None if a is None else of_kind("torch", a) for a in arguments)))

@@ -1,4 +1,4 @@
-"""A queue for tests: the CPU does at once what is asked, and the host is told late, as of a device."""
+"""A queue for tests: the CPU computes at once, and the host gets results late, as from a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.denoisers import ExactDenoiser
 
 
 class LateQueue:
-    """Implements `DeviceQueue` on a CPU. What is captured sees the arrays it was captured with, and their addresses."""
+    """Implements `DeviceQueue` on a CPU. A captured function uses the arrays, and addresses, of its capture."""
 
     depth = 2
 
@@ -25,9 +25,9 @@ class LateQueue:
         self.classifier = classifier
         self.captures = 0
         self.lacks_memory_after = 1000
-        """Captures that there is memory for."""
+        """The number of captures that fit into memory."""
         self.error: Exception | None = None
-        """What the device says when the next copy is waited for."""
+        """The error of the device at the next wait for a copy."""
         self.waits = 0
 
     def warm_up(self, work: Callable[[], Tensor]) -> None:

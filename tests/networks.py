@@ -1,4 +1,4 @@
-"""Networks that no golden file has, of random weights."""
+"""Networks with random weights, of kinds that no golden file has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """For the TensorRT backend without a GPU: a small artifact, and a fake of the package that computes on the CPU.
 
-The fake has the names of the real package that the run path uses (a test compares them) and none of its behaviour: what
-it shows is control flow. Its plans are JSON; its engines read and write memory at the addresses they are given.
+The fake has the names of the real package that inference uses (a test compares them) and none of its behaviour: it
+tests control flow. Its plans are JSON; its engines read and write memory at the addresses they get.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def write_artifact(
 
 
 def wanted_of(manifest: Manifest, target: Target = TARGET) -> Wanted:
-    """Return what engines of an artifact must be."""
+    """Return the requirements for engines of an artifact."""
     return Wanted(target, manifest.precision, graph_sha256(manifest.files))
 
 
 def fake_plan(config: CheckpointConfig, bucket: int, **changes: object) -> bytes:
-    """Serialise an engine of the fake: changes say how it misbehaves."""
+    """Serialise an engine of the fake; `changes` describe how it misbehaves."""
     model = config.model
     image = [bucket, model.image_channels, model.image_size, model.image_size]
     tensors = {
@@ -112,7 +112,7 @@ def write_fake_engine(folder: Path, manifest: Manifest, bucket: int, **changes: 
 def expected_output(
     x_t: npt.NDArray[Any], emb_t: npt.NDArray[Any], y: npt.NDArray[Any], channels: int
 ) -> npt.NDArray[np.float32]:
-    """Compute what an engine of the fake does: every row of its own arguments only."""
+    """Compute the output of an engine of the fake: each row depends on its own inputs only."""
     rows = x_t.mean(axis=(1, 2, 3)) + emb_t.mean(axis=1) + y
     shape = (len(x_t), channels, *x_t.shape[2:])
     return np.broadcast_to(rows[:, None, None, None], shape).astype(np.float32)

@@ -1,7 +1,7 @@
-"""How long tests wait: every limit comes from here, and grows with how slow the machine is at the moment.
+"""How long tests wait: every limit comes from here, and scales with the measured slowness of the machine.
 
-A limit only ends a test that would hang; no test is true or false by it. Where something must happen within a limit of
-the code under test, that limit comes from here too (`scaled`).
+A limit only ends a test that would hang; the result of a test does not depend on it. Limits of the code under test come
+from here too (`scaled`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SLOWNESS_VARIABLE = "TEST_SLOWNESS"
-"""Overrides the measurement; processes that a test run starts (those of xdist too) inherit the value."""
+"""Overrides the measurement; processes started by a test run (those of xdist too) inherit the value."""
 REFERENCE_S = 0.2
 """Seconds that `_compute` takes on the reference machine; about twice its time on an idle core of 2025."""
 MOST = 16.0
@@ -37,12 +37,12 @@ def _measure() -> float:
 
 
 SLOWNESS = float(os.environ.get(SLOWNESS_VARIABLE) or _measure())
-"""How many times slower than the reference this machine is, with all else that it runs; at least 1."""
+"""Factor by which this machine, with its other load, is slower than the reference; at least 1."""
 os.environ[SLOWNESS_VARIABLE] = str(SLOWNESS)
 
 
 def scaled(seconds: float) -> float:
-    """Return a time that an idle machine needs as one that this machine needs now."""
+    """Return the time that this machine needs for what takes an idle machine `seconds`."""
     return seconds * SLOWNESS
 
 
@@ -53,10 +53,10 @@ TEST_LIMIT_S = 2 * PATIENCE_S
 
 
 def until(holds: Callable[[], object], poll_s: float = POLL_S) -> None:
-    """Wait until a condition holds, looking again every `poll_s` seconds.
+    """Wait until a condition holds; check it every `poll_s` seconds.
 
     Raises:
-        TimeoutError: it never did.
+        TimeoutError: the condition never held.
     """
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
@@ -77,7 +77,7 @@ async def eventually(holds: Callable[[], object | Awaitable[object]]) -> None:
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, and fail rather than hang."""
+    """Run a coroutine to its end; fail if it hangs."""
     return asyncio.run(asyncio.wait_for(coroutine, PATIENCE_S))
 
 

@@ -1,4 +1,4 @@
-"""The whole app on a port of its own, around a network that computes when it is let, and Chromium that looks at it."""
+"""The complete app on a port of its own, around a network that a test controls, and Chromium that opens the page."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def site() -> Iterator[Site]:
         yield site
 
 
-@pytest.fixture(scope="module")  # no longer: while it lives, this thread can run no event loop of its own
+@pytest.fixture(scope="module")  # no wider: while it exists, this thread can run no other event loop
 def chromium() -> Iterator[Browser]:
     path = tool("chromium")
     expect.set_options(timeout=PATIENCE_S * 1000)
@@ -81,7 +81,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def new_context(chromium: Browser) -> Iterator[Callable[..., BrowserContext]]:
-    """Make windows that remember nothing of each other; whatever goes wrong in their pages fails the test."""
+    """Make windows with separate storage; any error in their pages fails the test."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
 
@@ -106,7 +106,7 @@ def page(new_context: Callable[..., BrowserContext]) -> Page:
 
 
 def is_complaint(message: Any) -> bool:
-    # Chromium notes every answer that is an error; the page's own handling of them is what the tests look at
+    # Chromium logs every error answer; the tests check how the page handles them
     return message.type in ("error", "warning") and "Failed to load resource" not in message.text
 
 

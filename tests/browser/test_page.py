@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser: what people do with it, and what it says when something goes wrong."""
+"""The page at `/` in a real browser: its use, and its messages when something fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NewContext = Callable[..., BrowserContext]
 
 
 def opened(page: Page, site: Site) -> Page:
-    """Open the page, and wait until its gallery is complete, so that the network has nothing left to do."""
+    """Open the page, and wait until its gallery is complete and the network is idle."""
     page.goto(site.url)
     expect(page.locator(".thumb img")).to_have_count(len(CLASS_NAMES))
     return page
@@ -45,7 +45,7 @@ def opened(page: Page, site: Site) -> Page:
 def ask(
     page: Page, *, name: str = "Cat", n: int = 2, steps: int = STEPS, seed: int = 7, guidance: float = 1
 ) -> Locator:
-    """Fill in the form, and press the button; returns the run."""
+    """Fill in the form, and press the button; return the run."""
     page.get_by_role("radio", name=name, exact=True).check()
     page.get_by_label("Images", exact=True).fill(str(n))
     page.get_by_label("Steps", exact=True).fill(str(steps))
@@ -61,13 +61,13 @@ def expect_state(run: Locator, state: str) -> None:
 
 
 def shown(run: Locator) -> list[bytes]:
-    """The pictures of a run, as files."""
+    """Return the images of a run, as files."""
     sources = [image.get_attribute("src") or "" for image in run.locator(".frame img").all()]
     return [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
 
 
 def answered(site: Site, **body: Any) -> list[bytes]:
-    """The pictures that the service gives for a request."""
+    """Return the images that the service gives for a request."""
     answer = httpx.post(site.url + "v1/generate", json=body, timeout=PATIENCE_S).json()
     return [base64.b64decode(image["b64_json"]) for image in answer["images"]]
 
@@ -80,7 +80,7 @@ def test_the_samplers_are_those_of_the_service(page: Page, site: Site) -> None:
     expect(page.get_by_role("radio", name="Ancestral")).to_be_checked()
 
 
-def test_it_shows_the_pictures_that_anybody_gets_for_the_request(page: Page, site: Site) -> None:
+def test_it_shows_the_images_of_the_request(page: Page, site: Site) -> None:
     run = ask(opened(page, site), name="T-shirt/top", guidance=2.5)
     expect_state(run, "done")
     wanted = {"class": "T-shirt/top", "n": 2, "steps": STEPS, "seed": 7, "cfg_scale": 2.5}
@@ -91,7 +91,7 @@ def test_it_shows_the_pictures_that_anybody_gets_for_the_request(page: Page, sit
     expect(run.get_by_text(re.compile(r"^\d+\.\d s in all$"))).to_be_visible()
 
 
-def test_pictures_come_about_before_ones_eyes(page: Page, site: Site) -> None:
+def test_previews_are_shown_during_sampling(page: Page, site: Site) -> None:
     opened(page, site)
     site.denoiser.let.clear()
     run = ask(page)
@@ -127,7 +127,7 @@ def test_a_cancelled_run_frees_its_rows(page: Page, site: Site) -> None:
     expect_state(page.locator(".run"), "done")
 
 
-def test_errors_are_told_in_plain_words(page: Page) -> None:
+def test_errors_are_shown_in_plain_words(page: Page) -> None:
     class AfraidOfBees(PausedDenoiser):
         afraid = False
 
@@ -161,7 +161,7 @@ def _refuse(route: Route, status: int, headers: dict[str, str]) -> None:
     route.fulfill(status=status, headers=headers, content_type="application/problem+json", body=json.dumps(problem))
 
 
-def test_a_reload_keeps_settings_and_pictures_and_ends_what_is_under_way(page: Page, site: Site) -> None:
+def test_a_reload_keeps_settings_and_images_and_ends_runs_in_progress(page: Page, site: Site) -> None:
     run = ask(opened(page, site), name="Bee", guidance=3)
     expect_state(run, "done")
     pictures = shown(run)
@@ -201,7 +201,7 @@ def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, si
         assert shown(run) == answered(site, **{"class": name}, n=2, steps=STEPS, seed=seed, cfg_scale=1)
 
 
-def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContext, site: Site, tmp_path: Path) -> None:
+def test_copied_code_and_downloads_give_equal_images(new_context: NewContext, site: Site, tmp_path: Path) -> None:
     page = opened(new_context(permissions=["clipboard-read", "clipboard-write"]).new_page(), site)
     run = ask(page, name="T-shirt/top")
     expect_state(run, "done")
@@ -221,7 +221,7 @@ def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContex
 
     copy_curl = run.get_by_text(re.compile("^(Copy curl|Copied)$")).first
     copy_curl.click()
-    copy_curl.click()  # while it still says how the first went
+    copy_curl.click()  # while it still shows the result of the first copy
     expect(run.get_by_role("button", name="Copy curl")).to_be_visible()
     words = shlex.split(page.evaluate("navigator.clipboard.readText()"))
     assert words[:3] == ["curl", "-s", f"{site.url}v1/generate"]
@@ -241,7 +241,7 @@ def test_copied_code_and_downloads_give_the_same_pictures(new_context: NewContex
     assert (tmp_path / "T-shirt-top-seed7-1.png").read_bytes() == shown(run)[1]
 
 
-def test_the_keyboard_is_enough(page: Page, site: Site) -> None:
+def test_the_page_can_be_used_with_the_keyboard_only(page: Page, site: Site) -> None:
     opened(page, site)
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the pictures")).to_be_focused()
@@ -265,7 +265,7 @@ def test_the_keyboard_is_enough(page: Page, site: Site) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
-def test_axe_finds_nothing_to_complain_about(new_context: NewContext, site: Site, scheme: str, width: int) -> None:
+def test_axe_finds_no_violations(new_context: NewContext, site: Site, scheme: str, width: int) -> None:
     page = opened(new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page(), site)
     run = ask(page)
     expect_state(run, "done")
@@ -283,12 +283,12 @@ def assert_accessible(page: Page) -> None:
     assert results.violations_count == 0, results.generate_report()
 
 
-def test_a_narrow_screen_has_all_of_it_and_nothing_beside_it(new_context: NewContext, site: Site) -> None:
+def test_a_narrow_screen_shows_everything_without_horizontal_scrolling(new_context: NewContext, site: Site) -> None:
     context = new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = opened(context.new_page(), site)
     run = ask(page, n=3)
     expect_state(run, "done")
-    expect(run.locator(".frame").first).to_be_in_viewport()  # the page went there
+    expect(run.locator(".frame").first).to_be_in_viewport()  # the page scrolled there
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     tops = [page.locator(part).bounding_box() for part in (".controls", ".stage", ".live")]
     assert [box["y"] for box in tops if box] == sorted(box["y"] for box in tops if box)
@@ -307,7 +307,7 @@ def many_classes() -> CheckpointConfig:
 
 
 @LONG_ONLY
-def test_a_thousand_classes_can_be_searched_and_are_drawn_when_they_are_seen(page: Page) -> None:
+def test_a_thousand_classes_can_be_searched_and_are_sampled_when_visible(page: Page) -> None:
     denoiser = PausedDenoiser()
     denoiser.config = many_classes()
     with serving(denoiser) as site:
@@ -342,7 +342,7 @@ def test_an_unconditional_model_has_no_gallery_and_no_guidance(page: Page) -> No
         assert shown(page.locator(".run")) == answered(site, model="m1", n=4, steps=STEPS, seed=seed)
 
 
-def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tmp_path: Path) -> None:
+def test_a_service_with_keys_asks_for_one_and_the_tab_keeps_it(page: Page, tmp_path: Path) -> None:
     key = new_key()
     write_keys(tmp_path / "keys.json", [ApiKey(name="alice", sha256=hash_of(key))])
     with serving(keys_file=tmp_path / "keys.json") as site:
@@ -351,7 +351,7 @@ def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tm
         dialog.get_by_label("API key").fill("wrong")
         dialog.get_by_role("button", name="Use key").click()
         expect(dialog.get_by_text("The key was not accepted.")).to_be_visible()
-        dialog.get_by_label("API key").fill(f"{key}\u200b")  # nothing a header can hold
+        dialog.get_by_label("API key").fill(f"{key}\u200b")  # not valid in a header
         page.keyboard.press("Enter")
         expect(dialog.locator("#key:invalid")).to_be_visible()
         dialog.get_by_label("API key").fill(key)
@@ -368,7 +368,7 @@ def test_a_service_that_wants_a_key_gets_it_and_the_tab_remembers(page: Page, tm
 
 
 @LONG_ONLY
-def test_charts_hold_what_the_metrics_hold(page: Page, site: Site) -> None:
+def test_charts_agree_with_the_metrics(page: Page, site: Site) -> None:
     opened(page, site)
     for seed in range(3):
         answered(site, **{"class": 0}, steps=STEPS, seed=seed, cfg_scale=1)
@@ -384,7 +384,7 @@ def test_charts_hold_what_the_metrics_hold(page: Page, site: Site) -> None:
 
 
 @LONG_ONLY
-def test_the_theme_is_the_systems_until_somebody_chooses(new_context: NewContext, site: Site) -> None:
+def test_the_theme_is_the_system_s_until_one_is_chosen(new_context: NewContext, site: Site) -> None:
     page = new_context(color_scheme="dark").new_page()
     page.goto(site.url)
     ground = "getComputedStyle(document.documentElement).backgroundColor"

@@ -50,7 +50,7 @@ def alone(runner: ArrayRunner[Tensor], image: ImageParams) -> bytes:
     return result.pixels.tobytes()
 
 
-def test_pixels_do_not_depend_on_company_eviction_or_watchers(runner: ArrayRunner[Tensor]) -> None:
+def test_pixels_do_not_depend_on_other_images_eviction_or_watchers(runner: ArrayRunner[Tensor]) -> None:
     metrics = Metrics()
     engine = Engine({"m": runner}, CONFIG, metrics)
     images = [
@@ -82,7 +82,7 @@ def test_a_row_that_is_not_finite_fails_alone(runner: ArrayRunner[Tensor]) -> No
     assert pixels.tobytes() == alone(runner, good)
 
 
-def test_one_kernel_is_near_separate_operations() -> None:
+def test_the_fused_kernel_is_close_to_separate_operations() -> None:
     queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=True)
     draw = torch.Generator().manual_seed(0)
     x_t, x0_prev, out, var_values = (torch.randn(4, 3, 8, 8, generator=draw).cuda() for _ in range(4))
@@ -96,7 +96,7 @@ def test_one_kernel_is_near_separate_operations() -> None:
         assert advance(*arguments).ok.tolist() == [True, False, False, True]
 
 
-def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
+def test_copies_have_the_values_at_the_time_of_their_request() -> None:
     queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=False)
     values = np.arange(1000)
     sent = queue.send(values)
@@ -106,7 +106,7 @@ def test_copies_are_of_what_was_there_and_numbers_arrive_as_they_were() -> None:
     np.testing.assert_array_equal(copy.wait(), np.arange(1000))
 
 
-def test_an_error_of_the_device_is_told_from_memory(tmp_path: Path) -> None:
+def test_a_device_error_is_distinguished_from_lack_of_memory(tmp_path: Path) -> None:
     backend = TorchBackend(tiny_checkpoint(tmp_path / "tiny"), BackendOptions(device="cuda", max_rows=4))
     assert backend.failure_kind(torch.OutOfMemoryError("x")) is FailureKind.OUT_OF_MEMORY
     assert (

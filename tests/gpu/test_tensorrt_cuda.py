@@ -22,12 +22,12 @@ from service.backends.tensorrt_backend import TensorRTBackend
 from service.engine.config import EngineConfig
 from service.errors import ModelError
 from tests.fakes import tiny_config, tiny_network
-from tests.gpu.company import assert_pixels_do_not_depend_on_company
+from tests.gpu.mixed_batches import assert_pixels_do_not_depend_on_other_images
 from tests.tensorrt_fakes import write_artifact
 
 
 def here() -> str | None:
-    """Say why these tests cannot run here."""
+    """Return why these tests cannot run here."""
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     try:
@@ -77,7 +77,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return loaded, limit
 
 
-def test_every_bucket_is_near_pytorch_in_every_band_of_timesteps(served: tuple[TensorRTBackend, float]) -> None:
+def test_every_bucket_is_close_to_pytorch_in_every_band_of_timesteps(served: tuple[TensorRTBackend, float]) -> None:
     backend, limit = served
     network = tiny_network(tiny_config())
     assert backend.batch_sizes == (1, 2, 4)
@@ -99,5 +99,5 @@ def test_an_output_outlives_the_next_call(served: tuple[TensorRTBackend, float])
     assert torch.equal(first, kept)
 
 
-def test_pixels_do_not_depend_on_company(served: tuple[TensorRTBackend, float]) -> None:
-    assert_pixels_do_not_depend_on_company(served[0], CONFIG)
+def test_pixels_do_not_depend_on_other_images(served: tuple[TensorRTBackend, float]) -> None:
+    assert_pixels_do_not_depend_on_other_images(served[0], CONFIG)

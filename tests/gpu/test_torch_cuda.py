@@ -1,4 +1,4 @@
-"""The torch backend on a CUDA device: graphs equal eager calls, pixels do not depend on company."""
+"""The torch backend on a CUDA device: graphs equal eager calls, and pixels do not depend on other images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.errors import ModelError
 from tests.fakes import tiny_checkpoint
-from tests.gpu.company import assert_pixels_do_not_depend_on_company
+from tests.gpu.mixed_batches import assert_pixels_do_not_depend_on_other_images
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,7 +34,7 @@ def backend(folder: Path, precision: PrecisionChoice = "auto") -> TorchBackend:
 
 
 @PRECISIONS
-def test_every_captured_size_is_near_the_cpu(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
+def test_every_captured_size_is_close_to_the_cpu(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
     on_gpu, on_cpu = backend(folder, precision), TorchBackend(folder, BackendOptions(device="cpu"))
     assert on_gpu.batch_sizes == (1, 2, 4)
     for size in on_gpu.batch_sizes:
@@ -46,7 +46,7 @@ def test_every_captured_size_is_near_the_cpu(folder: Path, precision: PrecisionC
         assert float(error) < tolerance
 
 
-def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
+def test_a_replay_is_bit_identical_to_an_eager_call(folder: Path) -> None:
     on_gpu = backend(folder)
     x_t, y = torch.randn(4, 1, 8, 8, device="cuda"), torch.arange(4, device="cuda")
     emb_t = on_gpu.embed_timesteps(torch.linspace(0, 999, 4, device="cuda"))
@@ -56,10 +56,10 @@ def test_a_replay_gives_the_bits_of_an_eager_call(folder: Path) -> None:
 
 
 @PRECISIONS
-def test_pixels_do_not_depend_on_company(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
-    assert_pixels_do_not_depend_on_company(backend(folder, precision), CONFIG)
+def test_pixels_do_not_depend_on_other_images(folder: Path, precision: PrecisionChoice, tolerance: float) -> None:
+    assert_pixels_do_not_depend_on_other_images(backend(folder, precision), CONFIG)
 
 
-def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+def test_a_missing_device_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="must be one of cuda:0"):
         TorchBackend(folder, BackendOptions(device="cuda:99"))

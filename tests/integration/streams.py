@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import Message
 
 UNREAD = 1
-"""Messages that may lie unread before whoever sends has to wait."""
+"""Messages that may be unread before the sender has to wait."""
 
 
 @dataclass(frozen=True)

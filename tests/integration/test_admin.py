@@ -61,7 +61,7 @@ class Shelf:
         self.may_load = threading.Event()
         self.may_load.set()
         self.asked = threading.Event()
-        """Set once a model has been asked for."""
+        """Set when a model has been requested."""
         self.loaded = 0
 
     def __call__(self, folder: Path) -> Denoiser[Any]:
@@ -251,8 +251,8 @@ def test_an_unloaded_model_finishes_its_requests_and_can_be_loaded_again(root: P
             await service.until_accepted(1)
             assert (await change(service, "m", "unload")).json() == {"status": "unloaded"}
             assert list(await served(service)) == ["other"]
-            told = (await service.ask("GET", "/metrics")).text
-            assert re.findall(r'^iddpm_model_info\{.*model="(\w+)".*\} 1\.0$', told, re.MULTILINE) == ["other"]
+            metrics = (await service.ask("GET", "/metrics")).text
+            assert re.findall(r'^iddpm_model_info\{.*model="(\w+)".*\} 1\.0$', metrics, re.MULTILINE) == ["other"]
             assert (await picture(service, model="m")).status_code == 404
             service.denoiser.let.set()
             np.testing.assert_array_equal(pixels(await in_flight), expected(ExactDenoiser(tiny_config()), 4, 3))

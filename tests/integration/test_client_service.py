@@ -76,8 +76,8 @@ def test_the_client_lists_models(client: Client) -> None:
 
 def test_followed_awaited_and_plain_requests_give_equal_pixels(server: Server, client: Client) -> None:
     plain = client.generate(**ASKED)
-    told: list[Event] = []
-    followed = client.generate(**ASKED, preview_every=2, on_event=told.append)
+    events: list[Event] = []
+    followed = client.generate(**ASKED, preview_every=2, on_event=events.append)
 
     async def awaited() -> list[Any]:
         async with AsyncClient(server.url, key=KEY) as asynchronous:
@@ -92,10 +92,10 @@ def test_followed_awaited_and_plain_requests_give_equal_pixels(server: Server, c
     assert [single.images[0].b64_json for single in singles] == pictures
     assert [image.b64_json for image in together.images] == pictures
     assert pixels_of(pictures[0]).shape == (8, 8, 1)
-    assert isinstance(told[0], QueuedEvent)
-    last = {event.position: event.step for event in told if isinstance(event, ProgressEvent)}
+    assert isinstance(events[0], QueuedEvent)
+    last = {event.position: event.step for event in events if isinstance(event, ProgressEvent)}
     assert last == {0: 4, 1: 4, 2: 4}
-    for event in told:
+    for event in events:
         if isinstance(event, PreviewEvent):
             assert pixels_of(event.b64_json).shape == (8, 8, 1)
 

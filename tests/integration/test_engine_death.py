@@ -147,9 +147,9 @@ def test_the_process_ends_with_an_error_after_it_has_answered_all_requests(
             process.wait()
     assert [answer.status_code for answer in answers] == [500] * 4
     assert all(said in answer.json()["detail"] for answer in answers)
-    told = [span for span in collector.spans if span.name == "POST /v1/generate"]  # just before the process ends
-    assert len(told) == len(answers)
-    assert all(span.status.code == Status.STATUS_CODE_ERROR for span in told)
+    spans = [span for span in collector.spans if span.name == "POST /v1/generate"]  # just before the process ends
+    assert len(spans) == len(answers)
+    assert all(span.status.code == Status.STATUS_CODE_ERROR for span in spans)
 
 
 def _status(url: str) -> int | None:

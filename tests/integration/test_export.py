@@ -207,7 +207,7 @@ def test_a_model_is_exported_with_the_classifier_that_guides_it(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_logits(network: Classifier, path: Path, dtype: torch.dtype) -> None:
-        path.write_bytes(b"logits that nobody compares")
+        path.write_bytes(b"logits that no test compares")
 
     measure = artifact_export.measure
 

@@ -165,8 +165,8 @@ def test_the_error_for_a_damaged_body_has_the_callers_form(proxy: str) -> None:
             client.sendall(b"no length\r\n")
             answer = HTTPResponse(client)
             answer.begin()
-            told = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
-        assert (told.status_code, form_of(told)) == (400, interface)
+            response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        assert (response.status_code, form_of(response)) == (400, interface)
 
 
 def test_error_bodies_have_the_same_content_in_every_form() -> None:

@@ -164,10 +164,10 @@ async def test_an_image_that_fails_ends_the_stream_with_a_problem_and_frees_its_
             events = await client.rest()
         assert names(events)[-1] == "failed"
         assert "completed" not in names(events)
-        told = Problem.model_validate(events[-1].data)
-        assert (client.status, told.status, told.title) == (200, 500, "Image failed")
-        assert told.detail == "image 1: its numbers overflowed while sampling"
-        assert told.instance == f"urn:iddpm:request:{client.headers['x-request-id']}"
+        problem = Problem.model_validate(events[-1].data)
+        assert (client.status, problem.status, problem.title) == (200, 500, "Image failed")
+        assert problem.detail == "image 1: its numbers overflowed while sampling"
+        assert problem.instance == f"urn:iddpm:request:{client.headers['x-request-id']}"
         await service.until(lambda: idle(service))
         assert await service.metric("iddpm_requests_total", outcome="failed") == 1
         assert await service.metric("iddpm_row_steps_total") < 2 * 900

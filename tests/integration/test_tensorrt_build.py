@@ -155,10 +155,10 @@ def test_an_engine_of_another_gpu_is_not_used(tmp_path: Path) -> None:
 def test_progress_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
-    told: dict[str, list[tuple[int, int]]] = {}
-    build_engine(folder, wanted, 1, progress=lambda phase, done, of: told.setdefault(phase, []).append((done, of)))
-    assert len(told) > 3
-    whole = told["Building engine"]
+    reported: dict[str, list[tuple[int, int]]] = {}
+    build_engine(folder, wanted, 1, progress=lambda phase, done, of: reported.setdefault(phase, []).append((done, of)))
+    assert len(reported) > 3
+    whole = reported["Building engine"]
     assert whole[0] == (0, whole[0][1])
     assert whole[-1] == (whole[0][1], whole[0][1])
     assert [done for done, _ in whole] == sorted(done for done, _ in whole)

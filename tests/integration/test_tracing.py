@@ -64,12 +64,12 @@ def milliseconds(span: ReadableSpan) -> float:
 
 @runs
 async def test_a_request_has_a_span_that_contains_queue_denoise_and_encode() -> None:
-    told = Exported()
-    async with running(tracing=told.tracing) as service:
+    exported = Exported()
+    async with running(tracing=exported.tracing) as service:
         answer = await service.ask("POST", "/v1/generate", json=BODY, headers={"X-Request-ID": "mine"})
     image = answer.json()["images"][0]
 
-    spans = told.by_name()
+    spans = exported.by_name()
     request = spans.pop("POST /v1/generate")
     assert (request.kind, request.parent, request.status.status_code) == (SpanKind.SERVER, None, StatusCode.UNSET)
     assert attributes(request) == {
@@ -98,7 +98,7 @@ async def test_a_request_has_a_span_that_contains_queue_denoise_and_encode() -> 
 
 @runs
 async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line() -> None:
-    told, ids = Exported(), []
+    exported, ids = Exported(), []
 
     class Ids(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -108,7 +108,7 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
     observe.addHandler(handler)
     observe.setLevel(logging.INFO)
     try:
-        async with running(tracing=told.tracing) as service:
+        async with running(tracing=exported.tracing) as service:
             for sampled in ("01", "00"):
                 headers = {"traceparent": f"00-{TRACE}-{CALLER}-{sampled}"}
                 await service.ask("POST", "/v1/generate", json=BODY, headers=headers)
@@ -117,7 +117,7 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
         observe.removeHandler(handler)
         observe.setLevel(logging.NOTSET)
 
-    spans = told.by_name()  # one of each: the second caller does not want to be traced
+    spans = exported.by_name()  # one of each: the second caller does not want to be traced
     request, own = spans["POST /v1/generate"], spans["GET /v1/models"]
     assert request.parent is not None
     assert (format_trace_id(request.parent.trace_id), format_span_id(request.parent.span_id)) == (TRACE, CALLER)
@@ -128,14 +128,14 @@ async def test_a_request_joins_its_callers_trace_whose_id_is_in_every_log_line()
 
 @runs
 async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
-    told = Exported()
-    async with running(tracing=told.tracing) as service:
+    exported = Exported()
+    async with running(tracing=exported.tracing) as service:
         async with streaming(service.app, **BODY, preview_every=1) as client:
             await client.take()
             streamed_in_part = time.time_ns()
             last = (await client.rest())[-1]
         assert last.name == "completed"
-    spans = told.by_name()
+    spans = exported.by_name()
     assert set(spans) == {"POST /v1/generate", "queue", "denoise", "encode"}
     request = spans.pop("POST /v1/generate")
     assert request.end_time is not None
@@ -145,11 +145,11 @@ async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool) -> None:
-    told = Exported()
+    exported = Exported()
 
     @runs
     async def check() -> None:
-        async with running(Overflowing(), told.tracing) as service:
+        async with running(Overflowing(), exported.tracing) as service:
             failing: dict[str, Any] = {"class": [1, 3], "steps": 900, "cfg_scale": 1}
             if stream:
                 async with streaming(service.app, **failing) as client:
@@ -158,7 +158,7 @@ def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool)
                 assert (await service.generate(**failing)).status_code == 500
 
     check()
-    spans = told.by_name()
+    spans = exported.by_name()
     assert set(spans) == {"POST /v1/generate", "queue", "denoise"}
     assert spans["queue"].status.status_code is StatusCode.UNSET
     for name, error in {"POST /v1/generate": "500", "denoise": "not_finite"}.items():
@@ -169,8 +169,8 @@ def test_an_image_that_fails_marks_its_request_and_where_it_failed(stream: bool)
 
 @runs
 async def test_spans_of_disconnected_clients_are_exported_to_their_end() -> None:
-    told = Exported()
-    async with running(tracing=told.tracing) as service:
+    exported = Exported()
+    async with running(tracing=exported.tracing) as service:
         service.denoiser.let.clear()
         async with streaming(service.app, n=2, steps=1000, cfg_scale=1) as started:
             service.denoiser.let_steps(1)
@@ -183,8 +183,8 @@ async def test_spans_of_disconnected_clients_are_exported_to_their_end() -> None
         # The server cut off the other answer, as uvicorn does with answers that outlast a drain
         service.denoiser.let.set()
         await service.app.state.service.engine.wait_idle()
-    told.tracing.close()
-    spans = told.exporter.get_finished_spans()
+    exported.tracing.close()
+    spans = exported.exporter.get_finished_spans()
     assert sorted(span.name for span in spans) == [*["POST /v1/generate"] * 2, "denoise", "queue", "queue"]
     (denoise,) = (span for span in spans if span.name == "denoise")
     queues = {span.parent == denoise.parent: span for span in spans if span.name == "queue"}
@@ -198,8 +198,8 @@ async def test_spans_of_disconnected_clients_are_exported_to_their_end() -> None
 
 @runs
 async def test_span_names_have_no_values_and_health_is_not_traced() -> None:
-    told = Exported()
-    async with running(tracing=told.tracing) as service:
+    exported = Exported()
+    async with running(tracing=exported.tracing) as service:
         infer = {"inputs": [{"name": "steps", "shape": [1], "datatype": "INT64", "data": [2]}]}
         assert (await service.ask("POST", "/v2/models/m/infer", json=infer)).status_code == 200
         images = {"prompt": "bee", "steps": 2}
@@ -209,7 +209,7 @@ async def test_span_names_have_no_values_and_health_is_not_traced() -> None:
             await service.ask("GET", path)
         await service.ask("BREW", "/v1/models/m")
     phases = ["queue", "denoise", "encode"]
-    assert sorted(told.names()) == sorted(
+    assert sorted(exported.names()) == sorted(
         [
             *["POST /v2/models/{model}/infer", *phases],
             *["POST /v1/images/generations", *phases],
@@ -243,8 +243,8 @@ def test_the_collector_of_the_standard_variables_gets_spans_without_secrets(
         check()
     assert collector.paths == {"/v1/traces"}
     assert sorted(span.name for span in collector.spans) == ["POST", "POST /v1/generate", "denoise", "encode", "queue"]
-    told = {item.key: item.value.string_value for item in collector.resources[0].resource.attributes}
-    assert (told["service.name"], told["deployment.environment.name"]) == ("iddpm", "test")
+    exported = {item.key: item.value.string_value for item in collector.resources[0].resource.attributes}
+    assert (exported["service.name"], exported["deployment.environment.name"]) == ("iddpm", "test")
     for secret in (b"secret", b"wrong", b"hush", b"hidden", b"987654", b"Bee", b"alice"):
         assert all(secret not in body for body in collector.bodies)
 

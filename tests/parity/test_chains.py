@@ -1,4 +1,4 @@
-"""Whole chains against OpenAI's, from the same x_T and with the same noise.
+"""Complete chains compared with OpenAI's, from the same x_T and with the same noise.
 
 Tolerances leave room for another machine's network error, which early steps multiply.
 """

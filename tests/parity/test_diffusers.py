@@ -1,4 +1,4 @@
-"""The diffusers library against our networks and processes, in both directions, by running it."""
+"""Our networks and processes compared with the diffusers library, in both directions, by running it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TOLERANCE = golden.NETWORK_TOLERANCE
 """Largest difference of two outputs over the largest output."""
 
 MAPPABLE = ("imp_uncond", "imp_cond_ls", "adm_new", "adm_legacy")
-"""Of the golden networks; the others have other heads in the decoder, or a low-resolution input."""
+"""The golden networks that map; the others have other heads in the decoder, or a low-resolution input."""
 
 
 def _config(model: ModelConfig, **diffusion: Any) -> CheckpointConfig:
@@ -100,7 +100,7 @@ def _relative_error(theirs: UNet2DModel, ours: UNet) -> float:
 
 
 def _import(path: Path, out: Path, **how: Any) -> CheckpointConfig:
-    """Import without the sanity check, which these untrained networks fail and the tests of the commands make."""
+    """Import without the sanity check, which these untrained networks fail; the tests of the commands run it."""
     folder = open_folder(path, how.pop("scheduler", None))
     with pytest.MonkeyPatch.context() as patch:
         report = SanityReport(None, True, "not made")
@@ -136,7 +136,7 @@ def test_an_exported_network_predicts_the_same_in_diffusers(tmp_path: Path, name
     ],
     ids=str,
 )
-def test_every_kind_of_network_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_every_kind_of_network_survives_a_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     checkpoint = _random_checkpoint(tmp_path, **changes)
     export_diffusers(checkpoint, tmp_path / "out")
 
@@ -164,13 +164,13 @@ def test_an_export_without_our_file_still_imports_and_predicts_the_same(tmp_path
     (tmp_path / "out" / "iddpm.json").unlink()
     config = _import(tmp_path / "out", tmp_path / "back")
 
-    assert config.model.attention_order == "new"  # the layout is not told; q, k and v one after the other is as good
+    assert config.model.attention_order == "new"  # not recorded; q, k and v one after the other is equivalent
     theirs = UNet2DModel.from_pretrained(tmp_path / "out")
     assert _relative_error(theirs, load_unet(tmp_path / "back")[1]) < TOLERANCE
     assert _relative_error(theirs, golden.network("adm_legacy")) < TOLERANCE
 
 
-def test_averaging_becomes_a_convolution_where_our_file_is_missing(tmp_path: Path) -> None:
+def test_averaging_becomes_a_convolution_if_our_file_is_missing(tmp_path: Path) -> None:
     checkpoint = _random_checkpoint(tmp_path, conv_resample=False)
     export_diffusers(checkpoint, tmp_path / "out")
     (tmp_path / "out" / "iddpm.json").unlink()
@@ -250,7 +250,7 @@ def test_the_other_published_networks_do_not_map() -> None:
 
 
 @pytest.mark.parametrize("occupied", ["file", "folder"])
-def test_an_export_leaves_what_is_there_alone(tmp_path: Path, occupied: str) -> None:
+def test_an_export_does_not_change_an_occupied_folder(tmp_path: Path, occupied: str) -> None:
     out = tmp_path / "out"
     if occupied == "file":
         out.write_text("precious")
@@ -384,7 +384,7 @@ def test_attention_weights_of_old_files_are_read(tmp_path: Path) -> None:
     assert _relative_error(unet, load_unet(tmp_path / "ours")[1]) < TOLERANCE
 
 
-def test_what_the_library_s_ema_and_old_versions_add_is_passed_over(tmp_path: Path) -> None:
+def test_extra_fields_of_ema_and_old_versions_are_ignored(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs")
     _edit(tmp_path / "theirs" / "config.json", decay=0.9999, optimization_step=3, power=0.75, from_nowhere=None)
     _edit(tmp_path / "theirs" / "scheduler_config.json", tensor_format="pt", timestep_values=None)
@@ -399,7 +399,7 @@ def test_half_precision_weights_are_widened_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["legacy", "new"])
-def test_weights_there_and_back_are_the_same(order: str) -> None:
+def test_weights_survive_a_round_trip(order: str) -> None:
     model = golden.model_config("adm_legacy").replace(attention_order=order)
     weights = dict(golden.network("adm_legacy").state_dict())
     back = from_diffusers(to_diffusers(weights, model), model, flip_sin_to_cos=True)
@@ -433,7 +433,7 @@ def test_golden_networks_that_do_not_map_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ["imp_multiattn", "adm_avgpool"])
-def test_what_keeps_these_golden_networks_out_is_nothing_but_the_decoder_s_heads(tmp_path: Path, name: str) -> None:
+def test_the_decoder_s_heads_are_the_only_obstacle_of_these_golden_networks(tmp_path: Path, name: str) -> None:
     model = golden.model_config(name).replace(num_heads_upsample=None)
     write_checkpoint(tmp_path / "checkpoint", _config(model), golden.network(name).state_dict())
     export_diffusers(tmp_path / "checkpoint", tmp_path / "out")
@@ -454,7 +454,7 @@ def test_what_keeps_these_golden_networks_out_is_nothing_but_the_decoder_s_heads
         ({}, {"num_timesteps": 500, "rescale_timesteps": True}, "must be a multiple of 1000; got 500"),
     ],
 )
-def test_a_network_or_process_without_words_in_diffusers_is_refused(
+def test_a_network_or_process_that_diffusers_cannot_describe_is_refused(
     model: dict[str, Any], diffusion: dict[str, Any], message: str
 ) -> None:
     fields = {"image_size": 8, "model_channels": 32, "channel_mult": (1,), "attention_resolutions": (), **model}
@@ -496,7 +496,7 @@ def test_a_network_or_process_without_words_in_diffusers_is_refused(
     ],
     ids=str,
 )
-def test_a_unet2dmodel_that_is_none_of_our_networks_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_an_unsupported_unet2dmodel_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DoesNotMap, match=message):
         to_model_config(UNet2DConfig.model_validate({**SMALL, **fields}))
 
@@ -506,8 +506,8 @@ def test_a_null_class_needs_labels() -> None:
         to_model_config(UNet2DConfig.model_validate(SMALL), null_class=True)
 
 
-def test_all_reasons_come_at_once() -> None:
-    """The config.json of google/ddpm-cat-256, whose siblings are like it: three reasons, none of them in weights."""
+def test_all_reasons_are_reported_together() -> None:
+    """The config.json of google/ddpm-cat-256, like that of related models: three reasons, none of them in weights."""
     fields = {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.0.4",
@@ -552,7 +552,7 @@ def test_all_reasons_come_at_once() -> None:
     ],
     ids=str,
 )
-def test_a_scheduler_of_no_process_here_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_an_unsupported_scheduler_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DoesNotMap, match=message):
         to_diffusion_config(SchedulerConfig.model_validate(fields))
 
@@ -577,7 +577,7 @@ def _folder_with(tmp_path: Path, file: str, **changes: Any) -> Path:
         ("scheduler_config.json", {"new_in_2030": 1}, "new_in_2030: Extra inputs are not permitted"),
     ],
 )
-def test_a_folder_with_something_else_is_refused(
+def test_a_folder_with_unsupported_contents_is_refused(
     tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = _folder_with(tmp_path, file, **changes)
@@ -592,7 +592,7 @@ def test_network_and_process_are_refused_together(tmp_path: Path) -> None:
         describe_folder(open_folder(folder))
 
 
-def test_a_ddim_scheduler_gives_a_fixed_variance_and_says_so(tmp_path: Path) -> None:
+def test_a_ddim_scheduler_gives_a_fixed_variance_and_a_note(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs")
     DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "theirs")
     config = _import(tmp_path / "theirs", tmp_path / "ours")
@@ -602,21 +602,21 @@ def test_a_ddim_scheduler_gives_a_fixed_variance_and_says_so(tmp_path: Path) -> 
     assert variance.startswith("a DDIMScheduler specifies no variance; fixed_small")
 
 
-def test_a_ddim_scheduler_does_not_do_for_a_learned_variance(tmp_path: Path) -> None:
+def test_a_ddim_scheduler_is_refused_for_a_learned_variance(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs", {"out_channels": 6})
     DDIMScheduler().save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match=r"variance_type must be learned_range for .* got a DDIMSch"):
         describe_folder(open_folder(tmp_path / "theirs"))
 
 
-def test_pickled_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_with_a_remedy(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs").save_pretrained(tmp_path / "theirs", safe_serialization=False)
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin instead of .* pickles.*save_pretrained"):
         open_folder(tmp_path / "theirs")
 
 
-def test_sharded_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_sharded_weights_are_refused_with_a_remedy(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs").save_pretrained(tmp_path / "theirs", max_shard_size="1MB")
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     with pytest.raises(
@@ -625,7 +625,7 @@ def test_sharded_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
         open_folder(tmp_path / "theirs")
 
 
-def test_weights_that_do_not_fit_are_named_as_the_library_names_them(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_reported_by_the_library_s_names(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs")
     path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -636,7 +636,7 @@ def test_weights_that_do_not_fit_are_named_as_the_library_names_them(tmp_path: P
     assert not (tmp_path / "ours").exists()
 
 
-def test_latents_are_no_pixels(tmp_path: Path) -> None:
+def test_latent_diffusion_models_are_refused(tmp_path: Path) -> None:
     _theirs(tmp_path / "theirs" / "unet")
     index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
     (tmp_path / "theirs" / "model_index.json").write_text(json.dumps(index))
@@ -644,7 +644,7 @@ def test_latents_are_no_pixels(tmp_path: Path) -> None:
         open_folder(tmp_path / "theirs")
 
 
-def test_folders_of_something_else_are_told_apart(tmp_path: Path) -> None:
+def test_other_folders_are_refused_with_a_description(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a diffusers folder: it has no config\.json and no unet/config"):
         open_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is a checkpoint folder of iddpm already"):
@@ -654,9 +654,7 @@ def test_folders_of_something_else_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes"), [("config.json", {"dropout": 0.5}), ("scheduler_config.json", {"prediction_type": "sample"})]
 )
-def test_an_export_that_was_changed_is_not_taken_for_the_old_one(
-    tmp_path: Path, file: str, changes: dict[str, Any]
-) -> None:
+def test_an_export_changed_later_is_detected(tmp_path: Path, file: str, changes: dict[str, Any]) -> None:
     export_diffusers(_checkpoint(tmp_path, "imp_uncond"), tmp_path / "out")
     _edit(tmp_path / "out" / file, **changes)
     with pytest.raises(
@@ -696,7 +694,7 @@ def _their_scheduler(diffusion: DiffusionConfig) -> DDPMScheduler:
 def test_the_schedules_have_the_same_betas(schedule: NoiseSchedule, steps: int) -> None:
     diffusion = DiffusionConfig(num_timesteps=steps, noise_schedule=schedule)
     theirs, ours = _their_scheduler(diffusion), respace(diffusion).schedule
-    # They are stored in float32 there; alphas_cumprod is their product in float32.
+    # The library stores them in float32; alphas_cumprod is their product in float32.
     np.testing.assert_allclose(theirs.betas.numpy(), ours.betas, rtol=2e-7)
     np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), ours.alphas_cumprod, rtol=5e-5)
     assert to_diffusion_config(to_scheduler_config(diffusion)) == diffusion
@@ -707,7 +705,7 @@ def test_rescaled_timesteps_become_every_fourth_step_of_the_process() -> None:
     ours = respace(PROCESSES["rescaled"])
     assert theirs.config.num_train_timesteps == 1000
     np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), ours.schedule.alphas_cumprod[::4], rtol=5e-5)
-    np.testing.assert_array_equal(ours.t_model[::4], np.arange(1000))  # the library tells the network t itself
+    np.testing.assert_array_equal(ours.t_model[::4], np.arange(1000))  # the library passes t itself to the network
 
 
 @pytest.mark.parametrize("num_steps", [50, 100, 250])
@@ -732,7 +730,7 @@ def _start(diffusion: DiffusionConfig, spec: str) -> tuple[DDPMScheduler, Sampli
 
 
 def _their_step(scheduler: DDPMScheduler, z: Tensor, output: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-    """Take a step of the library's with noise of our choice: it draws its own, which no argument changes."""
+    """Take a step of the library's with given noise: it draws its own, which no argument changes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: z)
         return scheduler.step(output, t, x_t).prev_sample
@@ -759,14 +757,14 @@ def test_one_step_has_the_same_mean_and_variance(name: str, spec: str, double: b
         step = advance(rows, x_t, x_t, out, var_values, z, torch.zeros_like(x_t))
 
         assert set(rows.t_model.flatten().tolist()) == {float(t)}
-        # The library takes 1 - alphas_cumprod in float32, and little is left of it at the least noisy steps: at t = 1
+        # The library computes 1 - alphas_cumprod in float32, which loses most digits at the least noisy steps: at t = 1
         # its images are off by 6e-4. With its tables in float64 they are not.
         lost = 0.0 if double else 2**-21 / (1 - float(scheduler.alphas_cumprod[t]))
         torch.testing.assert_close(step.x_prev, theirs, rtol=0, atol=golden.STEP_TOLERANCE + lost)
 
 
-def test_a_guided_chain_of_the_bundled_model_gives_our_picture_in_diffusers(tmp_path: Path) -> None:
-    """The loop of docs/diffusers.md: labels, null class, learned variance, rescaled timesteps, all at once."""
+def test_a_guided_chain_of_the_bundled_model_gives_our_image_in_diffusers(tmp_path: Path) -> None:
+    """The loop of docs/diffusers.md with labels, null class, learned variance and rescaled timesteps together."""
     export_diffusers(BUNDLED, tmp_path / "out")
     unet, scheduler = UNet2DModel.from_pretrained(tmp_path / "out"), DDPMScheduler.from_pretrained(tmp_path / "out")
     config, network = load_unet(BUNDLED)
@@ -843,7 +841,7 @@ def test_a_network_that_predicts_nothing_is_not_imported(tmp_path: Path) -> None
         (["import", __file__, "--null-class", "--out", "OUT"], 1, "are for diffusers folders; "),
     ],
 )
-def test_commands_fail_in_one_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+def test_commands_fail_with_one_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     result = runner.invoke(app, [str(tmp_path / "out") if word == "OUT" else word for word in arguments])
     assert result.exit_code == code
     assert message in result.output

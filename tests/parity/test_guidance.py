@@ -1,4 +1,4 @@
-"""Classifier guidance against OpenAI's, in both of its forms."""
+"""Both forms of classifier guidance compared with OpenAI's."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _guided_step(case: dict[str, Any], plan: SamplingPlan, noise: npt.NDArray[An
 def test_the_gradient_equals_the_reference(case: dict[str, Any]) -> None:
     key = case["key"]
     x_t, t, y = (GOLDEN.tensor(f"{key}.{name}") for name in ("x", "t", "y"))
-    told = torch.from_numpy(respace(golden.diffusion_config(case), case["respacing"]).t_model)[t]
+    t_model = torch.from_numpy(respace(golden.diffusion_config(case), case["respacing"]).t_model)[t]
     gradient = classifier_gradient(
-        golden.classifier(GOLDEN.config["classifier"]), x_t, told, y, case["classifier_scale"]
+        golden.classifier(GOLDEN.config["classifier"]), x_t, t_model, y, case["classifier_scale"]
     )
 
-    assert torch.equal(told, GOLDEN.tensor(f"{key}.classifier_t").float())
+    assert torch.equal(t_model, GOLDEN.tensor(f"{key}.classifier_t").float())
     assert _relative_error(gradient, f"{key}.grad") < golden.GRADIENT_TOLERANCE
 
 
@@ -69,7 +69,7 @@ def test_a_guided_ddim_step_equals_the_reference(case: dict[str, Any], kind: Kin
     step = _guided_step(case, plan, np.zeros_like(GOLDEN[f"{key}.x"]), kind)
 
     assert _relative_error(step.x_prev, f"{key}.ddim.sample") < golden.GUIDANCE_TOLERANCE
-    # The reference reports the shifted x0, which we never form.
+    # The reference reports the shifted x0, which we never compute.
     abar = respace(diffusion, case["respacing"]).schedule.alphas_cumprod[GOLDEN[f"{key}.t"]]
     shift = ((1 - abar) / np.sqrt(abar)).astype(np.float32)[:, None, None, None]
     shifted = to_numpy(step.x0) + shift * GOLDEN[f"{key}.grad"]

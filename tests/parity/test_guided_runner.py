@@ -1,4 +1,4 @@
-"""Classifier guidance as the service computes it, in both kinds of array, against OpenAI's."""
+"""Classifier guidance as the service computes it, for both kinds of array, compared with OpenAI's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = BackendOptions(max_rows=CONFIG.max_rows, threads=1, device="cpu", prec
 
 Subject = Literal["torch", "openvino", "onnxruntime"]
 SUBJECTS = pytest.mark.parametrize("subject", get_args(Subject))
-"""The torch backend; and the gradient's graph in a runtime, beside the network on numpy arrays."""
+"""The torch backend, and the gradient's graph in a runtime with the network on numpy arrays."""
 Make = Callable[[Subject, dict[str, Any]], ArrayRunner[Any]]
 
 
@@ -85,7 +85,7 @@ def make(gradients: dict[Subject, GuidingClassifier[Any]], tmp_path: Path) -> Ma
 def put(
     runner: ArrayRunner[Any], case: dict[str, Any], sampler: str, num_steps: int, x: Any, y: Any, step: Any
 ) -> list[ImageStep]:
-    """Put images into slots; returns the step of each, which need not be its first."""
+    """Put images into slots; return the step of each, which need not be its first."""
     steps = [
         ImageStep(
             slot=slot,
@@ -108,7 +108,7 @@ def put(
 
 
 def draw(monkeypatch: pytest.MonkeyPatch, noise: npt.NDArray[Any]) -> None:
-    """Let the next step draw the reference's noise."""
+    """Make the next step draw the reference's noise."""
 
     def normal(seed: Any, *_: Any) -> Any:
         return of_kind("numpy" if isinstance(seed, np.ndarray) else "torch", noise)

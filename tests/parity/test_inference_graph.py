@@ -1,4 +1,4 @@
-"""Networks rewritten for compilers against the networks themselves: the same function."""
+"""Networks rewritten for compilers are the same function as the original networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.networks import random_classifier
 from tests.parity.test_networks import CLASSIFIERS, UNETS
 
 LOW = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative error allowed, as `model_export.parity.LIMITS`."""
+"""Limits of the relative error, those of `model_export.parity.LIMITS`."""
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -56,7 +56,7 @@ def test_a_rewritten_network_is_the_same_function(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
-def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtype: torch.dtype) -> None:
+def test_in_lower_precision_it_stays_close_and_depends_on_the_timestep(name: str, dtype: torch.dtype) -> None:
     network = plain(name)
     low = rewrite(network, dtype)
     for module in low.modules():
@@ -66,7 +66,7 @@ def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtyp
             assert module.weight.dtype == torch.float32
     for t in ("t", "t_frac"):
         times = golden.load(name).tensor(t)
-        # random weights amplify every error: only networks that were trained meet what an export must
+        # random weights amplify every error: only trained networks meet the limits of an export
         limit = LOW[dtype] if golden.load(name).config["trained_on_toy_images"] else 3 * LOW[dtype]
         assert 1e-6 < relative(run(low, name, times), run(network, name, times)) < limit
 
@@ -78,7 +78,7 @@ def test_in_lower_precision_it_stays_near_and_knows_the_timestep(name: str, dtyp
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_linear_layers_are_given_tokens_that_torch_multiplies_as_one_matrix(name: str) -> None:
-    # else a gradient's graph holds copies of the weights, which OpenVINO computes wrongly (decision 7)
+    # otherwise a gradient's graph contains copies of the weights, which OpenVINO computes wrongly (decision 7)
     tokens: list[Tensor] = []
     rewritten = rewrite(golden.classifier(name))
     for module in rewritten.modules():
@@ -121,7 +121,7 @@ def test_normalisation_is_group_normalisation_of_maps_side_by_side(channels: lis
     expected = 0.5 * (exact * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
     actual = torch.cat(rewritten(maps, scale, shift, factor=0.5), dim=1)
     largest = max(float(values.abs().max()) for values in (x, exact, expected))
-    tolerance = 16 * 2**-24 * largest  # a rounding of float32 in each of some ten operations, on numbers up to this
+    tolerance = 16 * 2**-24 * largest  # a float32 rounding in each of some ten operations, on numbers up to this
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(torch.cat(rewritten(maps), dim=1).double(), exact, rtol=0, atol=tolerance)
 

@@ -1,4 +1,4 @@
-"""Whether the limits that `make test-avx2` sets reach the kernels; without them there is nothing to look at."""
+"""Check that the limits set by `make test-avx2` apply to the kernels; without them, these tests are skipped."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.exports import Exports
 pytestmark = pytest.mark.skipif(os.environ.get("ONEDNN_MAX_CPU_ISA") != "AVX2", reason="make test-avx2 runs it")
 
 UNLIMITED = {"DepthToSpace", "Reduce"}
-"""Operations whose kernels OpenVINO chooses by asking the processor itself."""
+"""Operations whose kernels OpenVINO chooses by its own detection of the processor."""
 
 
 def kernels(graph: Path) -> dict[str, set[str]]:
-    """Compile a graph for a row in OpenVINO; returns its kernels, e.g. jit_avx2_f32, by operation."""
+    """Compile a graph for a row in OpenVINO; return its kernels by operation, e.g. jit_avx2_f32."""
     network = openvino_core().read_model(graph)
     network.reshape({node: [1, *(n.get_length() for n in list(node.partial_shape)[1:])] for node in network.inputs})
     found: dict[str, set[str]] = {}

@@ -54,7 +54,7 @@ def test_preset_has_the_process_of_its_file(model: PublishedModel) -> None:
 
 
 @MODELS
-def test_preset_has_the_flags_that_no_shape_shows(model: PublishedModel) -> None:
+def test_preset_has_the_flags_that_shapes_do_not_determine(model: PublishedModel) -> None:
     effective, config = _manifests()[model.url]["effective"], model.config.model
     assert config.image_size == effective.get("image_size", effective.get("large_size"))
     if isinstance(model.config, CheckpointConfig):
@@ -74,7 +74,7 @@ def test_readme_flags_resolve_to_the_preset(model: PublishedModel) -> None:
     manifest = _manifests()[model.url]
     flags = dict(manifest["flags"])
     if manifest["kind"] == "superres":
-        flags.setdefault("large_size", "256")  # what that script assumes
+        flags.setdefault("large_size", "256")  # the default of that script
     if manifest["kind"] == "classifier":
         flags.setdefault("classifier_depth", "2")
 

@@ -1,4 +1,4 @@
-"""Pixels and time embeddings against OpenAI's."""
+"""Pixels and time embeddings compared with OpenAI's."""
 
 from __future__ import annotations
 

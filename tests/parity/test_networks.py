@@ -1,4 +1,4 @@
-"""The networks against OpenAI's, weight names and numbers."""
+"""The networks compared with OpenAI's: weight names and outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_unet_predicts_what_the_reference_predicts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_unet_takes_fractional_timesteps(name: str) -> None:
+def test_unet_accepts_fractional_timesteps(name: str) -> None:
     assert _max_error(_run(name, "t_frac"), golden.load(name).tensor("out_t_frac")) < TOLERANCE
 
 
@@ -64,7 +64,7 @@ def test_unet_has_the_reference_s_features_inside(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_classifier_answers_what_the_reference_answers(name: str) -> None:
+def test_classifier_predicts_what_the_reference_predicts(name: str) -> None:
     data, network = golden.load(name), golden.classifier(name)
     logits = network(data.tensor("x"), data.tensor("t"))
 
@@ -85,7 +85,7 @@ def test_classifier_has_the_reference_s_log_probability_and_gradient(name: str) 
     torch.testing.assert_close(gradient, data.tensor("grad_logp_x"), rtol=golden.GRADIENT_TOLERANCE, atol=1e-6)
 
 
-def test_a_wrong_attention_layout_is_visible_in_these_numbers() -> None:
+def test_a_wrong_attention_layout_changes_these_numbers() -> None:
     name = "adm_new"
     config = golden.model_config(name)
     legacy = UNet(config.replace(attention_order="legacy")).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Exported graphs against the networks they came from, in the runtimes that serve them."""
+"""Exported graphs compared with their networks, in the runtimes that serve them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FP32_RUNTIMES = pytest.mark.parametrize("runtime", FP32, ids=name_of)
 
 
 def open_here(runtime: Runtime, path: Path) -> Graph:
-    """Open a graph; skip the test where the processor does not have the runtime's precision."""
+    """Open a graph; skip the test if the processor does not have the runtime's precision."""
     if runtime.precision == "bf16":
         bfloat16.need_in_openvino()
     return runtime.open(path)
@@ -64,7 +64,7 @@ def relative(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 def inputs_of(network: UNet | Classifier, rows: int, *, labels: bool = True) -> Inputs:
-    """Make noise at fractional timesteps from all over the chain; emb_t is the network's own."""
+    """Make noise at fractional timesteps from the complete chain; emb_t is the network's own."""
     config = network.config
     rng = np.random.default_rng(rows)
     t = torch.linspace(0.25, 999.75, rows + 1)[:rows]
@@ -89,7 +89,7 @@ def repeat_row(inputs: Inputs, row: int, rows: int) -> Inputs:
 
 
 def check_rows(graph: Graph, make: Callable[[int], Inputs], runtime: Runtime) -> None:
-    """A row repeated gives equal rows, and those that it gives alone."""
+    """Check that a repeated row gives equal rows, and the same as alone."""
     inputs = make(5)
     alone = graph(repeat_row(inputs, 3, 1))
     for rows in (2, 4, 8):
@@ -103,7 +103,7 @@ def check_rows(graph: Graph, make: Callable[[int], Inputs], runtime: Runtime) ->
 def test_a_unet_gives_what_pytorch_gives(exports: Exports, name: str, runtime: Runtime) -> None:
     network, graph = golden.network(name), open_here(runtime, exports.unet(name))
     trained = golden.load(name).config["trained_on_toy_images"]
-    # random weights amplify every error: bfloat16 is bounded where the network was trained
+    # random weights amplify every error: the limit of bfloat16 applies to the trained network
     limit = LIMITS[runtime.precision] * (1 if trained or runtime.precision == "fp32" else 3)
     for rows in SIZES:
         inputs = inputs_of(network, rows)
@@ -161,7 +161,7 @@ def check_gradient(classifier: Classifier, runtime: Runtime, path: Path, sizes: 
         assert relative(graph(inputs), expected.numpy()) < LIMITS["fp32"], (runtime, rows)
     inputs = inputs_of(classifier, 5)
     alone, together = (graph(repeat_row(inputs, 3, rows)) for rows in (1, 4))
-    # ONNX Runtime gives the rows of a gradient other last bits: not a row that knows nothing of the others
+    # ONNX Runtime gives rows of a gradient different last bits; a row still does not depend on the values of others
     same = LIMITS["fp32"] if "onnx" in runtime.backend else 1e-30
     assert relative(together, np.repeat(alone, 4, axis=0)) < same, runtime
 
@@ -207,11 +207,11 @@ def test_names_types_and_opset_are_fixed_and_only_the_batch_is_open(exports: Exp
             assert all(extent.dim_value > 0 for extent in others)
 
 
-def test_a_graph_says_nothing_of_where_it_was_made(exports: Exports) -> None:
+def test_a_graph_contains_no_path_of_its_machine(exports: Exports) -> None:
     for path in graphs(exports):
         content = path.read_bytes()
         for trace in (str(ROOT).encode(), b"site-packages", b".py", b"pkg.", b"torch", str(Path.home()).encode()):
-            # a short word may occur in a megabyte of weights by chance: then it is looked for outside of them
+            # a short word may occur in a megabyte of weights by chance: search it outside of the weights
             assert trace not in content or not _named(path, trace), (path, trace)
         model = onnx.load(path)
         assert (model.producer_name, model.producer_version, model.domain, model.doc_string) == ("", "", "", "")
@@ -226,7 +226,7 @@ def test_a_graph_says_nothing_of_where_it_was_made(exports: Exports) -> None:
 
 
 def _named(path: Path, trace: bytes) -> bool:
-    """Say whether something is written in a graph outside its weights."""
+    """Return whether a text occurs in a graph outside its weights."""
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")
@@ -267,12 +267,12 @@ def test_precisions_are_those_of_artifacts() -> None:
     assert set(PRECISIONS) == set(LIMITS)
 
 
-def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
+def test_weights_beyond_the_limit_of_protobuf_are_in_a_second_file(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_export, "MAX_PROTOBUF", 10_000)
     path = tmp_path / "model.onnx"
-    for _ in range(2):  # a second time over the first: nothing is appended
+    for _ in range(2):  # the second export replaces the first; nothing is appended
         onnx_export.write_model(onnx.load(exports.unet(EXPORTED)), path)
         assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     weights = sum(len(tensor.raw_data) for tensor in onnx.load(exports.unet(EXPORTED)).graph.initializer)
@@ -286,7 +286,7 @@ def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
 
 
 @LONG_ONLY
-def test_two_exports_are_the_same_bytes(exports: Exports, tmp_path: Path) -> None:
+def test_exports_are_reproducible(exports: Exports, tmp_path: Path) -> None:
     export_unet(golden.network("imp_superres"), tmp_path / "unet.onnx")
     assert (tmp_path / "unet.onnx").read_bytes() == exports.unet("imp_superres").read_bytes()
     export_classifier(golden.classifier("clf_attention"), tmp_path / "classifier.onnx")

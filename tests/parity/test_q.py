@@ -1,4 +1,4 @@
-"""The forward process and its posterior against OpenAI's numbers."""
+"""The forward process and its posterior compared with OpenAI's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_posterior_equals_the_reference(case: dict[str, Any]) -> None:
     process = _process(case)
     tables = LossTables.from_process(process)
     x0, t = GOLDEN.tensor(f"{key}.x_start"), GOLDEN.tensor(f"{key}.t")
-    x_t = GOLDEN.tensor(f"{key}.q_sample")  # the recorded posterior is the one of the recorded x_t
+    x_t = GOLDEN.tensor(f"{key}.q_sample")  # the recorded posterior belongs to the recorded x_t
 
     torch.testing.assert_close(
         q_posterior_mean(tables, x0, x_t, t), GOLDEN.tensor(f"{key}.post_mean"), rtol=1e-6, atol=1e-7

@@ -1,4 +1,4 @@
-"""Timestep samplers against OpenAI's weights and draws."""
+"""Timestep samplers compared with OpenAI's weights and draws."""
 
 from __future__ import annotations
 

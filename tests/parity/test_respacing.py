@@ -1,4 +1,4 @@
-"""Respacing against OpenAI's timesteps and tables."""
+"""Respacing compared with OpenAI's timesteps and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLES = [
     (case, noise_schedule)
     for case in GOLDEN.cases
     for noise_schedule in ("linear", "cosine")
-    if f"{case['key']}.{noise_schedule}.betas" in GOLDEN  # none of one step, linear up to 250 steps
+    if f"{case['key']}.{noise_schedule}.betas" in GOLDEN  # not for one step, nor for linear below 250 steps
 ]
 
 
@@ -40,6 +40,6 @@ def test_the_shorter_process_has_the_reference_tables(case: dict[str, Any], nois
 
 
 @pytest.mark.parametrize(("num_timesteps", "spec"), GOLDEN.config["errors_ValueError"])
-def test_what_the_reference_refuses_is_refused(num_timesteps: int, spec: str) -> None:
+def test_specifications_that_the_reference_refuses_are_refused(num_timesteps: int, spec: str) -> None:
     with pytest.raises(ValueError, match="respacing"):
         space_timesteps(num_timesteps, spec)

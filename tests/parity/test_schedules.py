@@ -1,4 +1,4 @@
-"""Schedules against OpenAI's tables."""
+"""Schedules compared with OpenAI's tables."""
 
 from __future__ import annotations
 

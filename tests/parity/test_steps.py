@@ -1,4 +1,4 @@
-"""Single sampling steps against OpenAI's numbers; errors are relative to the largest element."""
+"""Single sampling steps compared with OpenAI's; errors are relative to the largest element."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 def _inputs(case: dict[str, Any], kind: Kind) -> Inputs:
-    """Run the case's network; its batch mixes timesteps, 0 and the last among them."""
+    """Run the case's network on a batch of mixed timesteps, with the first and the last."""
     key = case["key"]
     diffusion = golden.diffusion_config(case)
     x_t, t = of_kind(kind, GOLDEN[f"{key}.x"]), of_kind(kind, GOLDEN[f"{key}.t"])
@@ -53,9 +53,9 @@ def _relative_error(actual: Any, key: str) -> float:
 
 @KINDS
 @CASES
-def test_the_network_is_told_the_same_timestep(case: dict[str, Any], kind: Kind) -> None:
-    told = to_numpy(_inputs(case, kind).t_model)
-    np.testing.assert_array_equal(told, GOLDEN[f"{case['key']}.model_t"].astype(np.float32))
+def test_the_network_gets_the_same_timestep(case: dict[str, Any], kind: Kind) -> None:
+    t_model = to_numpy(_inputs(case, kind).t_model)
+    np.testing.assert_array_equal(t_model, GOLDEN[f"{case['key']}.model_t"].astype(np.float32))
 
 
 @KINDS

@@ -1,4 +1,4 @@
-"""Training losses and their gradients against OpenAI's."""
+"""Training losses and their gradients compared with OpenAI's."""
 
 from __future__ import annotations
 

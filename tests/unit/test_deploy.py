@@ -1,4 +1,4 @@
-"""The files that people start the service with agree with each other and with the tree."""
+"""The files that users start the service with are consistent with each other and with the repository."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def copied_sources(dockerfile: list[str]) -> list[str]:
 
 
 def seconds(text: str) -> float:
-    """Read a time as HAProxy and compose write it: 500ms, 60s, 15m."""
+    """Read a time as written for HAProxy and compose: 500ms, 60s, 15m."""
     match = re.fullmatch(r"(\d+)(ms|s|m)", text)
     assert match is not None, text
     return int(match[1]) * {"ms": 1e-3, "s": 1, "m": 60}[match[2]]
@@ -71,12 +71,12 @@ def test_only_loopback_is_published(compose: dict[str, Any]) -> None:
     assert not any(service.get("network_mode") for service in compose["services"].values())
 
 
-def test_replicas_need_no_keys_only_while_nobody_else_reaches_them(
+def test_replicas_need_no_keys_only_while_they_are_unreachable_from_outside(
     compose: dict[str, Any], dockerfile: list[str]
 ) -> None:
     environment = compose["services"]["api"]["environment"]
     assert environment["IDDPM_ALLOW_KEYLESS"] == "true"
-    assert "IDDPM_KEYS_FILE" in environment  # passed on when set: keys are asked for all the same
+    assert "IDDPM_KEYS_FILE" in environment  # passed on when set: then keys are required all the same
     assert not [line for line in dockerfile if "ALLOW_KEYLESS" in line and not line.startswith("#")]
 
 
@@ -87,7 +87,7 @@ def test_mounted_and_built_paths_exist(compose: dict[str, Any]) -> None:
     assert compose["services"]["api"]["build"] == "."
 
 
-def test_the_image_finds_all_it_copies(dockerfile: list[str]) -> None:
+def test_all_files_copied_into_the_image_exist(dockerfile: list[str]) -> None:
     sources = copied_sources(dockerfile)
     missing = [source for source in sources if not (ROOT / source).exists()]
     assert not missing
@@ -95,7 +95,7 @@ def test_the_image_finds_all_it_copies(dockerfile: list[str]) -> None:
     assert allowed == set(sources)
 
 
-def test_the_image_holds_every_package(dockerfile: list[str]) -> None:
+def test_the_image_contains_every_package(dockerfile: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert packages <= set(copied_sources(dockerfile))
@@ -107,7 +107,7 @@ def test_the_image_needs_no_frontend_from_a_registry(dockerfile: list[str]) -> N
 
 
 @pytest.mark.parametrize("status", [200, 503])
-def test_the_image_is_as_healthy_as_the_service_says(dockerfile: list[str], status: int) -> None:
+def test_the_image_s_health_is_that_of_the_service(dockerfile: list[str], status: int) -> None:
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
@@ -151,7 +151,7 @@ def test_replicas_accept_any_host_only_behind_a_proxy_that_checks_it(compose: di
     assert checked.start() < chosen.start()
 
 
-def test_the_proxy_queues_what_generates_and_nothing_else() -> None:
+def test_the_proxy_queues_generating_routes_only() -> None:
     config = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
     rules = [
         re.findall(r"\{ path_(beg|end) (.*?) \}", rule) for rule in re.findall("use_backend generate if (.*)", config)
@@ -184,7 +184,7 @@ def test_prometheus_accepts_its_configuration() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_prometheus_finds_nothing_wrong_with_the_metrics() -> None:
+def test_prometheus_finds_no_problems_in_the_metrics() -> None:
     config, metrics = EngineConfig(), Metrics()
     engine = Engine({"m": CountingRunner()}, config, metrics)
     engine.warm_up()
@@ -238,7 +238,7 @@ def test_every_direct_dependency_is_pinned_once() -> None:
         *(item for extra in project["optional-dependencies"].values() for item in extra),
     ]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in wanted} - {project["name"]}
-    names -= {"tensorrt"}  # could not be installed where constraints.txt is made
+    names -= {"tensorrt"}  # could not be installed where constraints.txt was made
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pinned = [line.partition("==")[0] for line in lines]
     assert sorted(pinned) == sorted(names)

@@ -1,4 +1,4 @@
-"""What the documentation promises is there, and what is there is documented."""
+"""The documentation and the code are consistent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_field_of_a_request_is_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_between_files_lead_somewhere(path: Path) -> None:
+def test_links_between_files_have_targets(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (path.parent / target).exists(), target

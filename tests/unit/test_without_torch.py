@@ -1,4 +1,4 @@
-"""The base install has no torch: the service and the sampling core must do without it."""
+"""The base install has no torch: the service and the sampling core must work without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sys.modules["torch"] = None  # from now on importing it fails as if it were not 
 
 
 def without_torch(code: str) -> str:
-    """Run code in a Python that has no torch; return what it prints."""
+    """Run code in a Python without torch; return its output."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", HIDE_TORCH + textwrap.dedent(code)],
         capture_output=True,
@@ -36,7 +36,7 @@ def without_torch(code: str) -> str:
     return result.stdout
 
 
-def test_the_service_gives_the_pictures_of_the_one_image_sampler() -> None:
+def test_the_service_gives_the_images_of_the_one_image_sampler() -> None:
     config = tiny_config()
     output = without_torch(f"""
         import asyncio
@@ -96,7 +96,7 @@ def test_a_chain_runs_on_numpy_arrays() -> None:
     assert output.split() == ["float32", "(1,", "4,", "4,", "1)"]
 
 
-def test_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
+def test_a_checkpoint_s_config_can_be_read(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     output = without_torch(f"""
         from pathlib import Path
@@ -108,7 +108,7 @@ def test_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
     assert output.split() == ["8", "64"]
 
 
-def test_serving_a_checkpoint_says_what_to_install(tmp_path: Path) -> None:
+def test_the_error_for_serving_a_checkpoint_has_the_command_to_install_torch(tmp_path: Path) -> None:
     output = without_torch(f"""
         from pathlib import Path
         from service.http.app import create_app

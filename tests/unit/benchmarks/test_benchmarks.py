@@ -1,4 +1,4 @@
-"""The timing benchmarks, with counted calls and fake clocks: nothing here looks at how fast anything is."""
+"""The timing benchmarks, with counted calls and fake clocks: no test here depends on speed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONFIG = CheckpointConfig(
         image_size=8,
         image_channels=1,
         model_channels=32,
-        channel_mult=(1,),  # small: exporting it is what takes time here
+        channel_mult=(1,),  # small: exporting it takes most of the time here
         num_res_blocks=1,
         attention_resolutions=(),
         num_heads=2,
@@ -92,7 +92,7 @@ def turns(pace: Pace, **seconds: float) -> tuple[FakeClock, dict[str, Timing]]:
     return clock, take_turns(calls, pace, clock=lambda: clock.now, sleep=clock.sleep)
 
 
-def test_contenders_take_turns_and_another_one_begins_each_round() -> None:
+def test_contenders_take_turns_and_each_round_begins_with_another_one() -> None:
     clock, timings = turns(Pace(rounds=3, max_seconds=100, warm_up_calls=1), a=1, b=2)
     assert clock.order == [*"ab", *"ab", *"ba", *"ab"]
     assert timings["a"].seconds == pytest.approx((1, 1, 1))
@@ -105,13 +105,13 @@ def test_only_quick_contenders_settle_before_each_timed_call() -> None:
     assert len(timings["quick"].seconds) == 1
 
 
-def test_time_ends_the_rounds_but_not_the_first_three() -> None:
+def test_the_time_limit_ends_the_rounds_after_the_first_three() -> None:
     assert len(turns(Pace(rounds=9, max_seconds=1), a=1)[1]["a"].seconds) == 3
     assert len(turns(Pace(rounds=9, max_seconds=4.5), a=1)[1]["a"].seconds) == 5
     assert len(turns(Pace(rounds=2, max_seconds=0), a=1)[1]["a"].seconds) == 2
 
 
-def test_a_timing_has_a_middle_and_a_spread() -> None:
+def test_a_timing_has_a_median_and_a_spread() -> None:
     timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0))
     assert (timing.best, timing.median, timing.quartiles) == (1, 3, (2, 4))
 
@@ -119,7 +119,7 @@ def test_a_timing_has_a_middle_and_a_spread() -> None:
 # --- networks
 
 
-def test_the_networks_have_the_sizes_they_are_known_for(tmp_path: Path) -> None:
+def test_the_networks_have_their_documented_sizes(tmp_path: Path) -> None:
     model = RANDOM_NETWORKS["c64"]().model
     assert count_flops(model) == 3_255_500_800
     bundled = open_network("fashion32", tmp_path)
@@ -180,7 +180,7 @@ def test_every_contender_computes_the_same_network(network: BenchNetwork, text: 
     assert relative_error(out, reference_output(network, rows)) < tolerance
 
 
-def test_a_row_is_the_same_in_every_batch() -> None:
+def test_a_row_is_equal_in_every_batch() -> None:
     few, many = Rows.make(CONFIG, 2), Rows.make(CONFIG, 5)
     np.testing.assert_array_equal(few.x_t, many.x_t[:2])
     np.testing.assert_array_equal(few.t, many.t[:2])
@@ -188,13 +188,13 @@ def test_a_row_is_the_same_in_every_batch() -> None:
 
 
 @pytest.mark.parametrize("text", ["torch", "keras:fp32", "openvino:int8", "openvino:auto"])
-def test_what_is_no_contender_is_refused(text: str) -> None:
+def test_an_unknown_contender_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a contender is KIND:PRECISION"):
         Entry.parse(text)
 
 
 @pytest.mark.parametrize("text", ["onnxruntime:bf16", "openvino:fp16", "torch:fp16", "eager:fp16", "diffusers:fp16"])
-def test_what_a_cpu_does_not_have_is_absent(network: BenchNetwork, text: str) -> None:
+def test_contenders_that_the_cpu_does_not_support_are_absent(network: BenchNetwork, text: str) -> None:
     with pytest.raises(Absent, match="fp"):
         open_contender(Entry.parse(text), network, Rows.make(CONFIG, 1), PLACE)
 
@@ -206,7 +206,7 @@ def test_a_network_without_a_diffusers_form_is_absent_with_the_reason(tmp_path: 
         open_contender(Entry.parse("diffusers:fp32"), unmapped, Rows.make(CONFIG, 1), PLACE)
 
 
-def test_a_backend_compiles_the_sizes_it_is_told_and_no_others(network: BenchNetwork) -> None:
+def test_a_backend_compiles_only_the_given_sizes(network: BenchNetwork) -> None:
     assert BackendOptions(max_rows=6).sizes_to_compile == (1, 2, 4, 6)
     from service.backends.openvino_backend import OpenVinoBackend
 
@@ -228,7 +228,7 @@ def test_the_ceiling_is_the_best_probe_of_each_precision() -> None:
     assert ceilings(made, timings) == {"fp32": 100, "bf16": 200}
 
 
-def test_all_probes_compute_as_many_convolutions() -> None:
+def test_all_probes_compute_the_same_number_of_convolutions() -> None:
     torch_probe, *openvino_probes = probes({"fp32"}, Place(device=torch.device("cpu"), threads=2))
     assert tuple(torch_probe.call().shape) == (8, 256, 32, 32)
     assert [len(probe.call()) for probe in openvino_probes] == [1, 2]
@@ -253,12 +253,12 @@ def _cell(contender: str, rows: int, seconds: float, row_0: str = "x") -> Cell:
     )
 
 
-def test_the_knee_is_where_more_rows_give_little() -> None:
+def test_the_knee_is_where_more_rows_gain_little() -> None:
     assert denoise_step.knee([_cell("a", 1, 1.0), _cell("a", 2, 1.2), _cell("a", 4, 2.0), _cell("a", 8, 3.9)]) == 4
     assert denoise_step.knee([_cell("a", 1, 1.0), _cell("a", 2, 2.0)]) == 1
 
 
-def test_batches_with_other_bits_are_named() -> None:
+def test_batches_that_are_not_bit_identical_are_listed() -> None:
     assert denoise_step.equal_bits([_cell("a", 1, 1, "y"), _cell("a", 2, 1), _cell("a", 4, 1)]) == "all but 1"
     assert denoise_step.equal_bits([_cell("a", 1, 1), _cell("a", 2, 1)]) == "all"
 
@@ -279,7 +279,7 @@ def test_the_section_has_every_number_and_every_absence(network: BenchNetwork, t
     assert raw["outcomes"][1]["timing"]["seconds"] == [0.5]
 
 
-def test_measuring_gives_a_cell_for_whoever_takes_part(network: BenchNetwork) -> None:
+def test_measuring_gives_a_cell_for_each_participant(network: BenchNetwork) -> None:
     entries = [Entry.parse("torch:fp32"), Entry.parse("torch:fp16")]
     pace = Pace(rounds=1, max_seconds=1, warm_up_calls=0, pause=0)
     (cell, absence), probed = denoise_step.measure(network, 2, entries, PLACE, pace)
@@ -321,7 +321,7 @@ def test_distances_count_levels() -> None:
     assert precision.Distance.between(reference, reference).psnr_db is None
 
 
-def test_precision_needs_a_judge_and_trains_none(tmp_path: Path) -> None:
+def test_precision_needs_an_existing_judge(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist; python -m benchmarks\.conditioning trains one"):
         precision.open_judge(tmp_path / "judge.safetensors", open_network("fashion32", tmp_path))
 
@@ -329,7 +329,7 @@ def test_precision_needs_a_judge_and_trains_none(tmp_path: Path) -> None:
 # --- the engine's own costs
 
 
-def test_bookkeeping_times_every_step_of_every_policy_and_what_is_asked_between_them() -> None:
+def test_bookkeeping_times_the_steps_of_each_policy_and_the_calls_between_them() -> None:
     costs = bookkeeping.measure(waiting=40, width=4, steps=60, repeats=2)
     assert {policy for policy, _ in costs} == {"fifo", "srw", "deadline"}
     for (_, call), repeats in costs.items():
@@ -345,7 +345,7 @@ def test_bookkeeping_times_every_step_of_every_policy_and_what_is_asked_between_
 # --- thread or process
 
 
-def test_the_engine_answers_over_a_pipe_and_ends_when_told() -> None:
+def test_the_engine_answers_over_a_pipe_and_ends_on_request() -> None:
     ours, theirs = Pipe()
     engine = threading.Thread(
         target=run_engine, args=(lambda: Engine({"m": CountingRunner()}, EngineConfig(), Metrics()), theirs)
@@ -359,7 +359,7 @@ def test_the_engine_answers_over_a_pipe_and_ends_when_told() -> None:
     engine.join()
 
 
-def test_a_step_takes_at_least_what_its_device_does() -> None:
+def test_a_step_takes_at_least_the_time_of_its_device() -> None:
     load = thread_or_process.Load("sleeps", step_ms=20, busy=0.1, place="thread")
     run = asyncio.run(thread_or_process.measure(load, rate=1.0, switch_interval=0.001))
     assert run.step_ms >= 20
@@ -382,7 +382,7 @@ def test_benchmarks_start_without_the_cpu_runtimes() -> None:
 # --- HTTP
 
 
-def test_a_server_is_started_asked_and_ended(tmp_path: Path) -> None:
+def test_a_server_is_started_called_and_stopped(tmp_path: Path) -> None:
     (contender,) = (one for one in http.contenders(None) if one.name == "FastAPI alone")
     measured = asyncio.run(http.measure(contender, tmp_path / "log", alone=3, clients=2, seconds=0.1))
     assert len(measured.alone_ms) == 3

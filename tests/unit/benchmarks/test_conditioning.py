@@ -58,7 +58,7 @@ def test_wilson_interval_equals_published_values(successes: int, trials: int, lo
 
 
 @pytest.mark.parametrize("trials", [1, 7, 1000])
-def test_wilson_interval_holds_the_proportion_and_stays_inside_zero_to_one(trials: int) -> None:
+def test_wilson_interval_contains_the_proportion_and_stays_within_0_and_1(trials: int) -> None:
     for successes in range(trials + 1):
         low, high = wilson_interval(successes, trials)
         assert 0 <= low <= successes / trials <= high <= 1
@@ -84,7 +84,7 @@ def test_a_class_never_requested_has_no_rate_and_is_not_among_the_worst() -> Non
     assert agreement.worst(3) == [0]
 
 
-def test_confusions_name_the_worst_classes_first_and_leave_out_the_perfect_ones() -> None:
+def test_confusions_list_the_worst_classes_first_and_omit_perfect_ones() -> None:
     agreement = _agreement()
     assert agreement.worst(3) == [0, 1]
     assert agreement.mistaken_for(0) == [(1, 2), (2, 1)]
@@ -104,14 +104,14 @@ def test_settings_are_unguided_and_recommended_unless_given() -> None:
     assert settings_of(_config(), [50], [3.0]) == [Setting(50, 3.0)]
 
 
-def test_models_that_cannot_be_asked_are_refused() -> None:
+def test_models_without_classes_are_refused() -> None:
     with pytest.raises(ConditioningError, match="unconditional"):
         settings_of(_config(None, False, 1.0), [50], None)
     with pytest.raises(ConditioningError, match="null_class"):
         settings_of(_config(10, False, 1.0), [50], [2.0])
 
 
-def test_the_report_holds_every_setting_and_class() -> None:
+def test_the_report_contains_every_setting_and_class() -> None:
     agreement = _agreement()
     likeness = Likeness(frechet=1.5, precision=0.75, recall=0.5, dark_frames=0.98)
     outcomes = [Outcome(Setting(50, g), agreement, likeness, seconds) for g, seconds in ((1.0, 12.3), (2.0, 24.6))]
@@ -126,7 +126,7 @@ def test_the_report_holds_every_setting_and_class() -> None:
     assert "python -m x" in lines
 
 
-def test_a_frame_is_dark_where_its_mean_is() -> None:
+def test_a_frame_is_dark_if_its_mean_is() -> None:
     images = np.zeros((4, 8, 8, 1), dtype=np.uint8)
     images[:, 2:6, 2:6] = 255
     images[1, :2] = 30  # a third of the frame: 10 in the mean

@@ -7,7 +7,7 @@ from benchmarks.feature_metrics import coverage, frechet_distance, manifold_radi
 from tests.golden import load
 
 
-def test_the_numbers_are_those_of_the_released_evaluator() -> None:
+def test_the_numbers_equal_those_of_the_released_evaluator() -> None:
     golden = load("evaluator")
     reference, samples = golden.arrays["ref"], golden.arrays["sample"]
     assert frechet_distance(reference, samples) == pytest.approx(float(golden.arrays["fid"]), rel=1e-4)
@@ -15,7 +15,7 @@ def test_the_numbers_are_those_of_the_released_evaluator() -> None:
     assert coverage(reference, samples) == (float(golden.arrays["precision"]), float(golden.arrays["recall"]))
 
 
-def test_a_set_is_no_distance_from_itself_and_a_shift_is_its_square() -> None:
+def test_the_distance_of_a_set_to_itself_is_0_and_that_of_a_shift_its_square() -> None:
     features = np.random.default_rng(0).normal(size=(500, 4))
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(features, features + 2.0) == pytest.approx(4 * 2.0**2)

@@ -1,4 +1,4 @@
-"""The serving benchmark: its traffic, its generator, its peers' sampler and its figures; nobody is timed."""
+"""The serving benchmark: its traffic, its generator, its peers' sampler and its results; no test measures a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.counts import LONG
 # --- traffic
 
 
-def test_arrivals_offer_the_work_that_was_asked_for() -> None:
+def test_arrivals_offer_the_requested_work() -> None:
     arrivals = draw_arrivals(1000.0, 5_000.0, seed=3)
     assert sum(a.row_steps for a in arrivals) / 5_000 == pytest.approx(1000, rel=0.03)
     assert {a.steps for a in arrivals} == set(MIX)
@@ -52,7 +52,7 @@ def ask(number: int, arrival: Arrival) -> Ask:
     return Ask("/", {"number": number, "steps": arrival.steps})
 
 
-def test_requests_go_out_although_earlier_ones_are_not_answered() -> None:
+def test_requests_are_sent_before_earlier_ones_are_answered() -> None:
     everybody = asyncio.Event()
     seen: list[int] = []
 
@@ -73,7 +73,7 @@ def test_requests_go_out_although_earlier_ones_are_not_answered() -> None:
     assert all(a.sent >= a.at and a.latency == a.ended - a.at for a in answers)
 
 
-def test_a_lost_connection_is_no_answer() -> None:
+def test_a_lost_connection_does_not_count_as_an_answer() -> None:
     def fail(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("gone")
 
@@ -100,7 +100,7 @@ def test_a_meter_is_read_from_its_file(tmp_path: Path) -> None:
     assert did.busy_s == did.seconds[3] > 0
 
 
-def test_a_metered_call_counts_what_the_device_took_however_late_somebody_waits(tmp_path: Path) -> None:
+def test_a_metered_call_counts_the_time_of_the_device_not_of_the_wait(tmp_path: Path) -> None:
     path = tmp_path / "meter"
     new_meter(path)
     network = metered_network(BUNDLED, BackendOptions(max_rows=4), path, (1.0, 0.5))
@@ -113,7 +113,7 @@ def test_a_metered_call_counts_what_the_device_took_however_late_somebody_waits(
     assert read_meter(path).seconds[0] == 0.0015
 
 
-def test_peers_make_the_pixels_of_the_reference(tmp_path: Path) -> None:
+def test_peers_give_the_pixels_of_the_reference(tmp_path: Path) -> None:
     new_meter(tmp_path / "meter")
     sampler = RequestSampler(BUNDLED, tmp_path / "meter", width=4, threads=1, turns="batch")
     pixels = sampler(4, [7, 7, 8], [0, 1, 0], [3, 3, 5])
@@ -160,7 +160,7 @@ def test_unknown_servers_and_settings_are_refused(text: str) -> None:
     assert Entry.parse("triton,turns=call").settings == {"turns": "call", "delay-ms": "0", "batch": "0"}
 
 
-def test_each_server_is_told_which_network_to_run(tmp_path: Path) -> None:
+def test_each_server_gets_the_network_to_run(tmp_path: Path) -> None:
     network = SimpleNamespace(checkpoint=tmp_path / "ours", diffusers_folder=lambda: tmp_path / "theirs")
     site = Site(
         network=cast("BenchNetwork", network),
@@ -171,24 +171,24 @@ def test_each_server_is_told_which_network_to_run(tmp_path: Path) -> None:
         steps=(50,),
         venvs={},
     )
-    for name, told in (("one-at-a-time", []), ("iddpm", []), ("diffusers", ["--diffusers", str(tmp_path / "theirs")])):
+    for name, extra in (("one-at-a-time", []), ("iddpm", []), ("diffusers", ["--diffusers", str(tmp_path / "theirs")])):
         flags = command(Entry.parse(name), site, 80, tmp_path / "meter")
         assert flags[flags.index("--model") + 1] == str(tmp_path / "ours")
-        assert flags[flags.index("--diffusers") :] == told if told else "--diffusers" not in flags
+        assert flags[flags.index("--diffusers") :] == extra if extra else "--diffusers" not in flags
 
 
 # --- figures
 
 
 def reading(full_calls: float, half_calls: float, row_steps: float) -> Reading:
-    """Calls at 8 rows take 2 s, those at 4 rows 1 s."""
+    """Make readings in which calls at 8 rows take 2 s, and those at 4 rows 1 s."""
     calls = [0.0] * MAX_ROWS
     calls[7], calls[3] = full_calls, half_calls
     return Reading(tuple(calls), tuple(2.0 * n if k == 7 else n for k, n in enumerate(calls)), row_steps)
 
 
 def a_run(load: float = 1.3) -> Run:
-    """16 of 20 s busy after the warm-up, at a capacity of 4 row-steps per second; 20 row-steps are left at the end."""
+    """Make a run: 16 of 20 s busy after the warm-up at 4 row-steps per second; 20 row-steps are left at the end."""
     return Run(
         server="iddpm",
         load=load,
@@ -211,7 +211,7 @@ def a_run(load: float = 1.3) -> Run:
     )
 
 
-def test_goodput_and_busy_time_are_those_after_the_warm_up() -> None:
+def test_goodput_and_busy_time_exclude_the_warm_up() -> None:
     window = Window.of(a_run())
     assert window.goodput == (60 - 8) / 20 / 4
     assert window.busy == (6 * 2 + 4 * 1) / 20
@@ -221,7 +221,7 @@ def test_goodput_and_busy_time_are_those_after_the_warm_up() -> None:
     assert window.offered_then == 0
 
 
-def test_goodput_and_load_are_also_by_what_calls_took_in_the_run_itself() -> None:
+def test_goodput_and_load_are_also_given_by_call_times_of_the_run_itself() -> None:
     first, second, refused = a_run().answers
     answers = [first, replace(second, at=12.0), refused]
     run = replace(a_run(), costs={4: 0.5, 8: 1.0}, answers=answers)  # the machine was faster when it was timed
@@ -231,13 +231,13 @@ def test_goodput_and_load_are_also_by_what_calls_took_in_the_run_itself() -> Non
     assert window.offered_then == 40 / 20 / 4
 
 
-def test_recovery_is_what_the_accepted_work_took_after_the_last_request() -> None:
+def test_recovery_is_the_time_of_accepted_work_after_the_last_request() -> None:
     recovery = Recovery.of(a_run())
     assert recovery.backlog_s == (40 + 40 - 60) / 4
     assert recovery.took_s == 35.0 - 30.0
 
 
-def test_slowdown_is_over_the_networks_time_alone() -> None:
+def test_slowdown_is_relative_to_the_network_s_time_alone() -> None:
     run = a_run()
     assert slowdown(run, run.answers[0]) == 20.0 / (10 * 1.0)
     assert slowdown(run, run.answers[1]) == 33.0 / (5 * 2.0)
@@ -257,7 +257,7 @@ def test_runs_are_read_back_as_they_were_written_and_reported(tmp_path: Path) ->
     assert "sent requests at most 1 ms after they were due" in text
 
 
-def test_nothing_measured_is_said_so(tmp_path: Path) -> None:
+def test_the_report_states_that_nothing_was_measured(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing has been measured yet"):
         read_runs(tmp_path / "serving.jsonl")
     assert serving.parse_arguments(["--report"]).report

@@ -1,4 +1,4 @@
-"""Who a request is from: the peer, or whom trusted proxies name."""
+"""The client of a request: the peer, or the address that trusted proxies report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::1/128"))
     ("peer", "forwarded_for", "client"),
     [
         ("192.0.2.7", [], "192.0.2.7"),
-        ("192.0.2.7", ["198.51.100.1"], "192.0.2.7"),  # anybody can send the header
+        ("192.0.2.7", ["198.51.100.1"], "192.0.2.7"),  # any client can send the header
         ("10.0.0.2", [], "10.0.0.2"),
         ("10.0.0.2", ["198.51.100.1"], "198.51.100.1"),
-        ("10.0.0.2", ["203.0.113.9, 198.51.100.1"], "198.51.100.1"),  # what a client wrote before the proxy did
-        ("10.0.0.2", ["203.0.113.9", "198.51.100.1, 10.0.0.3"], "198.51.100.1"),  # two proxies of ours
+        ("10.0.0.2", ["203.0.113.9, 198.51.100.1"], "198.51.100.1"),  # the client wrote the first one
+        ("10.0.0.2", ["203.0.113.9", "198.51.100.1, 10.0.0.3"], "198.51.100.1"),  # two trusted proxies
         ("10.0.0.2", ["10.0.0.4, 10.0.0.3"], "10.0.0.4"),
         ("10.0.0.2", ["198.51.100.1:5555"], "198.51.100.1"),
         ("10.0.0.2", ["198.51.100.1:"], "198.51.100.1"),
@@ -39,7 +39,5 @@ PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::1/128"))
         ("", [], ""),
     ],
 )
-def test_the_client_is_whoever_the_last_trusted_proxy_was_asked_by(
-    peer: str, forwarded_for: list[str], client: str
-) -> None:
+def test_the_client_is_the_peer_of_the_last_trusted_proxy(peer: str, forwarded_for: list[str], client: str) -> None:
     assert client_of(peer, forwarded_for, PROXIES) == client

@@ -1,4 +1,4 @@
-"""How the client connects: addresses, proxies and certificates, and which of them is wrong when one is."""
+"""How the client connects: addresses, proxies and certificates, and which of them an error names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVICE = "http://images.example"
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide what the machine that runs the tests says of proxies and certificates."""
+    """Hide the proxies and certificates of the machine that runs the tests."""
     for name in os.environ:
         if name.lower().endswith("_proxy") or name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"):
             monkeypatch.delenv(name)
@@ -34,7 +34,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, url: str, **environment: str) -> 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     found = connection(url, None)
-    httpx.Client(**found.options).close()  # whatever it raises would name no variable
+    httpx.Client(**found.options).close()  # its errors would name no variable
     return found
 
 
@@ -59,7 +59,7 @@ def proxy_of(found: connecting.Connection) -> str | None:
         ("http://my_service", "http://my_service"),
     ],
 )
-def test_an_address_may_end_as_those_of_openai_clients_do(url: str, address: str) -> None:
+def test_an_address_may_end_like_those_of_openai_clients(url: str, address: str) -> None:
     asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -80,7 +80,7 @@ def test_an_address_may_end_as_those_of_openai_clients_do(url: str, address: str
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_an_address_that_cannot_be_one_is_refused_at_once(kind: type[Client | AsyncClient], url: str) -> None:
+def test_an_invalid_address_is_refused_at_once(kind: type[Client | AsyncClient], url: str) -> None:
     with pytest.raises(ValueError, match=r"^url: .*; got "):
         kind(url)
 
@@ -95,13 +95,13 @@ def test_an_address_that_cannot_be_one_is_refused_at_once(kind: type[Client | As
         ("http://me:secret@host", "iddpm_x"),
     ],
 )
-def test_a_password_in_an_address_is_told_to_nobody(url: str, key: str | None) -> None:
+def test_a_password_in_an_address_is_never_shown(url: str, key: str | None) -> None:
     with pytest.raises(ValueError, match=r"^url: ") as raised:
         Client(url, key=key)
     assert "sec" not in str(raised.value)
 
 
-def test_a_password_in_an_address_is_sent_and_not_told_with_an_error() -> None:
+def test_a_password_in_an_address_is_sent_and_not_shown_in_errors() -> None:
     def fail(request: httpx.Request) -> httpx.Response:
         assert request.headers["authorization"].startswith("Basic ")
         raise httpx.ReadTimeout("too long")
@@ -113,12 +113,12 @@ def test_a_password_in_an_address_is_sent_and_not_told_with_an_error() -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.8.8.8", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"],  # noqa: S104  # an address to ask
+    ["localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.8.8.8", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"],  # noqa: S104  # not bound
 )
 @pytest.mark.parametrize(
     "environment", [SOCKS, {"ALL_PROXY": "socks://x:1"}, {"http_proxy": "http://p", "NO_PROXY": "[::1]"}], ids=str
 )
-def test_this_machine_is_asked_without_a_proxy(
+def test_this_machine_is_reached_without_a_proxy(
     monkeypatch: pytest.MonkeyPatch, host: str, environment: dict[str, str]
 ) -> None:
     assert proxy_of(connected(monkeypatch, f"http://{host}:8000", **environment)) is None
@@ -130,7 +130,7 @@ def test_this_machine_is_asked_without_a_proxy(
         (SERVICE, {}, None),
         (SERVICE, {"HTTP_PROXY": "http://p:3128"}, "http://p:3128"),
         (SERVICE, {"http_proxy": "p:3128", "HTTP_PROXY": "http://q"}, "http://p:3128"),
-        (SERVICE, {"HTTP_PROXY": "http://p", "ALL_PROXY": "socks://q:1"}, "http://p"),  # what is not used is not read
+        (SERVICE, {"HTTP_PROXY": "http://p", "ALL_PROXY": "socks://q:1"}, "http://p"),  # unused variables are not read
         (SERVICE, {"HTTPS_PROXY": "socks://q:1"}, None),
         ("https://images.example", {"ALL_PROXY": "http://p"}, "http://p"),
         (SERVICE, {"ALL_PROXY": "https://p"}, "https://p"),
@@ -142,7 +142,7 @@ def test_this_machine_is_asked_without_a_proxy(
         ("http://[2001:db8::1]:8000", SOCKS | {"NO_PROXY": "2001:db8::1"}, None),
     ],
 )
-def test_others_are_asked_through_the_proxy_that_the_environment_names(
+def test_other_machines_are_reached_through_the_proxy_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, url: str, environment: dict[str, str], proxy: str | None
 ) -> None:
     assert proxy_of(connected(monkeypatch, url, **environment)) == proxy
@@ -166,7 +166,7 @@ def test_others_are_asked_through_the_proxy_that_the_environment_names(
         (SERVICE, {"HTTP_PROXY": "https://p", "SSL_CERT_FILE": "/missing"}, "SSL_CERT_FILE: "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_environment_names_the_variable(
+def test_errors_in_the_environment_name_the_variable(
     monkeypatch: pytest.MonkeyPatch, url: str, environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=r"^[A-Za-z_]+: ") as raised:
@@ -175,7 +175,9 @@ def test_what_is_wrong_with_the_environment_names_the_variable(
     assert "secret" not in str(raised.value)
 
 
-def test_a_socks_proxy_without_its_package_names_the_variable_and_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_socks_proxy_without_its_package_names_variable_and_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connecting, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^ALL_PROXY: 'socks5://127.0.0.1:1' needs the package socksio: pip install "):
         connected(monkeypatch, SERVICE, **SOCKS)
@@ -185,7 +187,7 @@ def test_variables_that_plain_http_does_not_need_are_not_read(monkeypatch: pytes
     connected(monkeypatch, SERVICE, SSL_CERT_FILE="/missing", SSL_CERT_DIR="/missing", SSLKEYLOGFILE="/missing/log")
 
 
-def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_proxy_that_does_not_answer_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:  # bound and not listening: connections are refused
         unused.bind(("127.0.0.1", 0))
         proxy = f"http://me:secret@127.0.0.1:{unused.getsockname()[1]}"
@@ -198,7 +200,7 @@ def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @contextmanager
 def plain_server() -> Iterator[tuple[int, list[int]]]:
-    """Answer everybody in plain HTTP; yields the port, and what grows by one with each connection."""
+    """Answer every connection in plain HTTP; yield the port, and a list that grows by one with each connection."""
     connections: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -227,7 +229,7 @@ async def ask_async(url: str) -> Any:
 
 
 @pytest.mark.parametrize("ask", [lambda url: Client(url).models(), lambda url: asyncio.run(ask_async(url))])
-def test_a_service_that_does_not_encrypt_is_asked_once(ask: Any) -> None:
+def test_a_service_without_tls_is_called_once(ask: Any) -> None:
     with plain_server() as (port, connections):
         with pytest.raises(ConnectionLost, match=rf"^https://127.0.0.1:{port}: it does not use TLS: write http://"):
             ask(f"https://127.0.0.1:{port}")

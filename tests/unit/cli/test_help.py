@@ -1,4 +1,4 @@
-"""Help texts list what the registries hold."""
+"""Help texts list the contents of the registries."""
 
 from __future__ import annotations
 

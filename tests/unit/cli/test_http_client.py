@@ -1,4 +1,4 @@
-"""The Python client: what it sends, when it sends it again, and what it says when it gives up. Sync and async alike."""
+"""The Python client, synchronous and asynchronous: its requests, its retries, and its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Ask = Callable[..., GenerateResponse]
 
 
 class Pauses(list[float]):
-    """How long a client has waited, which takes no time here."""
+    """The time that a client has waited, without waiting."""
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
 
 
 class Service:
-    """Answers with one outcome after the other, the last one for ever."""
+    """Answers with one outcome after the other, and repeats the last one."""
 
     def __init__(self, *outcomes: Outcome) -> None:
         self._outcomes = list(outcomes)
@@ -71,7 +71,7 @@ class Service:
         outcome = self._outcomes.pop(0) if len(self._outcomes) > 1 else self._outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
-        if isinstance(outcome.stream, httpx.ByteStream):  # a response can be sent once
+        if isinstance(outcome.stream, httpx.ByteStream):  # a response can be sent only once
             return httpx.Response(outcome.status_code, headers=outcome.headers, content=outcome.content)
         return outcome
 
@@ -108,7 +108,7 @@ def refused(status: int, retry_after: str | None = None) -> httpx.Response:
 
 
 class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A body that comes piece by piece, and may break off."""
+    """A body that arrives in parts, and may break off."""
 
     def __init__(self, *pieces: bytes | Exception) -> None:
         self._pieces = pieces
@@ -139,11 +139,11 @@ QUEUED = event("queued", images_ahead=2, predicted_wait_s=1, eta_s=2)
 PROGRESS = event("progress", position=0, step=3, steps=9, eta_s=1)
 
 
-def test_fields_are_those_of_a_request_but_for_stream_which_follows_from_on_event() -> None:
+def test_fields_are_those_of_a_request_except_stream() -> None:
     assert GenerateFields.__annotations__.keys() == GenerateRequest.model_fields.keys() - {"stream"}
 
 
-def test_a_request_carries_its_fields_the_api_key_and_an_idempotency_key_of_its_own(ask: Ask) -> None:
+def test_a_request_has_its_fields_the_api_key_and_its_own_idempotency_key(ask: Ask) -> None:
     service = Service(good())
     for given in ({}, {}, {"idempotency_key": "mine"}):
         assert ask(service, key="iddpm_x", class_=["Bee", 2], steps=5, **given).numerics_id == "0123456789abcdef"
@@ -160,7 +160,7 @@ def test_a_request_carries_its_fields_the_api_key_and_an_idempotency_key_of_its_
 @pytest.mark.parametrize(
     "failing", [refused(503), refused(429), httpx.ConnectError("refused"), httpx.ConnectTimeout("")], ids=repr
 )
-def test_where_nothing_was_done_it_is_sent_again(ask: Ask, pauses: Pauses, failing: Outcome, streamed: bool) -> None:
+def test_a_request_that_was_not_executed_is_retried(ask: Ask, pauses: Pauses, failing: Outcome, streamed: bool) -> None:
     completed = httpx.Response(200, content=event("completed", **ANSWER)) if streamed else good()
     service = Service(failing, failing, completed)
     assert ask(service, n=3, on_event=(lambda _: None) if streamed else None).model == "m"
@@ -170,13 +170,13 @@ def test_where_nothing_was_done_it_is_sent_again(ask: Ask, pauses: Pauses, faili
     assert 0.25 <= pauses[0] <= 0.5 <= pauses[1] <= 1
 
 
-def test_it_never_comes_back_earlier_than_asked(ask: Ask, pauses: Pauses) -> None:
+def test_it_never_retries_before_retry_after(ask: Ask, pauses: Pauses) -> None:
     ask(Service(refused(503, "7"), refused(429, "20"), good()))
     assert 7 < pauses[0] <= 7.5
     assert 20 < pauses[1] <= 21
 
 
-def test_it_gives_up_at_once_where_waiting_would_take_longer_than_its_patience(ask: Ask, pauses: Pauses) -> None:
+def test_it_gives_up_at_once_if_retry_after_exceeds_its_patience(ask: Ask, pauses: Pauses) -> None:
     service = Service(refused(503, "61"))
     with pytest.raises(RequestFailed, match="Refused: because of 503") as raised:
         ask(service)
@@ -185,7 +185,7 @@ def test_it_gives_up_at_once_where_waiting_would_take_longer_than_its_patience(a
 
 
 @pytest.mark.parametrize("retry_after", [None, "0", "Wed, 21 Oct 2026 07:28:00 GMT", "-1"])
-def test_trying_again_ends_whatever_the_service_says(ask: Ask, pauses: Pauses, retry_after: str | None) -> None:
+def test_retries_end_for_any_retry_after(ask: Ask, pauses: Pauses, retry_after: str | None) -> None:
     service = Service(refused(429, retry_after))
     with pytest.raises(RequestFailed):
         ask(service, patience_s=30)
@@ -194,7 +194,7 @@ def test_trying_again_ends_whatever_the_service_says(ask: Ask, pauses: Pauses, r
     assert max(pauses) <= 8
 
 
-def test_without_patience_nothing_is_sent_twice(ask: Ask) -> None:
+def test_without_patience_there_are_no_retries(ask: Ask) -> None:
     service = Service(httpx.ConnectError("refused"))
     with pytest.raises(ConnectionLost, match="http://service: refused"):
         ask(service, patience_s=0)
@@ -206,7 +206,7 @@ def test_without_patience_nothing_is_sent_twice(ask: Ask) -> None:
     [httpx.ReadError("reset"), httpx.RemoteProtocolError("closed"), httpx.Response(502, text="Bad Gateway")],
     ids=repr,
 )
-def test_what_may_have_run_is_sent_again_under_its_key_and_as_a_stream_never(
+def test_a_request_that_may_have_been_executed_is_retried_with_its_key_and_never_as_a_stream(
     ask: Ask, pauses: Pauses, failing: Outcome
 ) -> None:
     service = Service(failing, good())
@@ -224,7 +224,7 @@ def test_what_may_have_run_is_sent_again_under_its_key_and_as_a_stream_never(
     [*(refused(status, "1") for status in (400, 401, 404, 422, 500, 504)), httpx.ReadTimeout("")],
     ids=repr,
 )
-def test_what_would_come_to_the_same_or_is_still_running_is_not_sent_again(
+def test_a_request_that_would_fail_again_or_is_still_running_is_not_retried(
     ask: Ask, pauses: Pauses, failing: Outcome
 ) -> None:
     service = Service(failing)
@@ -234,7 +234,7 @@ def test_what_would_come_to_the_same_or_is_still_running_is_not_sent_again(
 
 
 def tls_error(cause: ssl.SSLError) -> httpx.ConnectError:
-    """Return what httpx raises where a connection cannot be encrypted."""
+    """Return the error of httpx for a connection that cannot be encrypted."""
     error = httpx.ConnectError(str(cause))
     error.__cause__ = OSError("of a layer between")
     error.__cause__.__context__ = cause
@@ -242,7 +242,7 @@ def tls_error(cause: ssl.SSLError) -> httpx.ConnectError:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_certificate_that_is_not_trusted_ends_the_trying_at_once(ask: Ask, pauses: Pauses, streamed: bool) -> None:
+def test_an_untrusted_certificate_is_not_retried(ask: Ask, pauses: Pauses, streamed: bool) -> None:
     cause = ssl.SSLCertVerificationError("certificate verify failed")
     cause.verify_code, cause.verify_message = 18, "self-signed certificate"
     service = Service(tls_error(cause))
@@ -251,7 +251,7 @@ def test_a_certificate_that_is_not_trusted_ends_the_trying_at_once(ask: Ask, pau
     assert (len(service.asked), pauses) == (1, [])
 
 
-def test_https_to_a_service_without_tls_names_the_cure(ask: Ask, pauses: Pauses) -> None:
+def test_the_error_for_https_to_a_service_without_tls_has_the_remedy(ask: Ask, pauses: Pauses) -> None:
     cause = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
     cause.reason = "WRONG_VERSION_NUMBER"
     with pytest.raises(ConnectionLost, match=r"does not use TLS: write http://"):
@@ -259,27 +259,27 @@ def test_https_to_a_service_without_tls_names_the_cure(ask: Ask, pauses: Pauses)
     assert pauses == []
 
 
-def test_a_connection_that_broke_while_it_was_encrypted_is_made_again(ask: Ask, pauses: Pauses) -> None:
+def test_a_connection_that_broke_during_the_tls_handshake_is_retried(ask: Ask, pauses: Pauses) -> None:
     service = Service(tls_error(ssl.SSLEOFError("EOF occurred in violation of protocol")), good())
     assert ask(service).model == "m"
     assert len(pauses) == 1
 
 
-def test_events_are_told_in_order_and_the_answer_is_that_of_a_plain_request(ask: Ask) -> None:
-    told: list[Event] = []
+def test_events_are_reported_in_order_and_the_answer_equals_that_of_a_plain_request(ask: Ask) -> None:
+    events: list[Event] = []
     rest = QUEUED[9:] + b": keep-alive\n\n" + event("new-kind", x=1)
     body = Chunks(QUEUED[:9], rest, PROGRESS, event("completed", **ANSWER))
     service = Service(httpx.Response(200, stream=body))
-    answer = ask(service, seed=4, on_event=told.append)
+    answer = ask(service, seed=4, on_event=events.append)
     assert answer == GenerateResponse.model_validate(ANSWER)
-    assert [type(e).__name__ for e in told] == ["QueuedEvent", "ProgressEvent"]
-    assert told[1] == ProgressEvent(position=0, step=3, steps=9, eta_s=1)
+    assert [type(e).__name__ for e in events] == ["QueuedEvent", "ProgressEvent"]
+    assert events[1] == ProgressEvent(position=0, step=3, steps=9, eta_s=1)
     assert json.loads(service.asked[0].content) == {"seed": 4, "stream": True}
     assert "idempotency-key" not in service.asked[0].headers
     assert body.closed
 
 
-def test_a_stream_that_fails_says_why(ask: Ask) -> None:
+def test_the_error_of_a_failed_stream_has_the_reason(ask: Ask) -> None:
     failed = event("failed", type="urn:iddpm:x", title="Image failed", status=500, detail="image 1: overflowed")
     with pytest.raises(RequestFailed, match="Image failed: image 1: overflowed"):
         ask(Service(httpx.Response(200, content=QUEUED + failed)), on_event=lambda _: None)
@@ -289,7 +289,7 @@ def test_a_stream_that_fails_says_why(ask: Ask) -> None:
     ("end", "said"),
     [((), "before the images"), ((httpx.ReadError("reset"),), "reset"), ((httpx.ReadTimeout(""),), "ReadTimeout")],
 )
-def test_a_stream_that_ends_early_is_no_answer_and_is_not_asked_for_again(
+def test_a_stream_that_ends_early_is_an_error_and_is_not_retried(
     ask: Ask, end: tuple[Exception, ...], said: str
 ) -> None:
     body = Chunks(QUEUED, PROGRESS, *end)
@@ -299,7 +299,7 @@ def test_a_stream_that_ends_early_is_no_answer_and_is_not_asked_for_again(
     assert (len(service.asked), body.closed) == (1, True)
 
 
-def test_whoever_raises_while_being_told_ends_the_request(ask: Ask) -> None:
+def test_an_error_in_on_event_ends_the_request(ask: Ask) -> None:
     body = Chunks(QUEUED, PROGRESS)
 
     def enough(_: Event) -> None:
@@ -310,7 +310,7 @@ def test_whoever_raises_while_being_told_ends_the_request(ask: Ask) -> None:
     assert body.closed
 
 
-def test_what_a_function_for_events_raises_is_its_caller_s_even_if_it_asks_a_service_itself(ask: Ask) -> None:
+def test_an_error_in_on_event_reaches_the_caller_even_if_it_comes_from_another_client(ask: Ask) -> None:
     def ask_elsewhere(_: Event) -> None:
         raise httpx.ReadTimeout("of another service")
 
@@ -321,7 +321,7 @@ def test_what_a_function_for_events_raises_is_its_caller_s_even_if_it_asks_a_ser
 
 
 @pytest.mark.parametrize("key", ["", "a\nb", "clé", "x" * 256])
-def test_an_idempotency_key_that_cannot_be_one_is_refused_before_it_is_sent(ask: Ask, key: str) -> None:
+def test_an_invalid_idempotency_key_is_refused_before_it_is_sent(ask: Ask, key: str) -> None:
     service = Service(good())
     with pytest.raises(ValueError, match=r"^idempotency_key: must be 1 to 255 printable ASCII characters; got '"):
         ask(service, idempotency_key=key)
@@ -361,14 +361,14 @@ def test_a_stream_with_an_idempotency_key_is_refused_before_it_is_sent(ask: Ask)
         (httpx.Response(200, json={"images": 3}), "invalid GenerateResponse in the response"),
     ],
 )
-def test_whoever_is_not_this_service_is_told_apart(ask: Ask, answer: httpx.Response, said: str) -> None:
+def test_answers_of_other_servers_are_recognised(ask: Ask, answer: httpx.Response, said: str) -> None:
     service = Service(answer)
     with pytest.raises(UnexpectedAnswer, match=said):
         ask(service, key="iddpm_secret")
     assert len(service.asked) == 1
 
 
-def test_a_page_instead_of_events_is_not_of_this_service(ask: Ask) -> None:
+def test_a_page_instead_of_events_is_recognised(ask: Ask) -> None:
     body = Chunks(b"<html>sign in</html>")
     service = Service(httpx.Response(200, stream=body, headers={"Content-Type": "text/html; charset=utf-8"}))
     with pytest.raises(UnexpectedAnswer, match=r"^200 with text/html; charset=utf-8 instead of text/event-stream$"):
@@ -376,9 +376,9 @@ def test_a_page_instead_of_events_is_not_of_this_service(ask: Ask) -> None:
     assert body.closed
 
 
-def test_what_a_socks_proxy_does_wrong_is_a_lost_connection(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_socks_proxy_is_a_lost_connection(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     class MalformedReply(Exception):
-        """Stands for the errors of an optional package."""
+        """A stand-in for the errors of an optional package."""
 
     monkeypatch.setattr(client_core, "CONNECTION_ERRORS", (httpx.RequestError, MalformedReply))
     with pytest.raises(ConnectionLost, match=r"^http://service: Malformed reply$"):
@@ -386,7 +386,7 @@ def test_what_a_socks_proxy_does_wrong_is_a_lost_connection(ask: Ask, monkeypatc
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_an_answer_that_cannot_be_unpacked_is_not_of_this_service(ask: Ask, streamed: bool) -> None:
+def test_an_answer_that_cannot_be_decompressed_is_an_error(ask: Ask, streamed: bool) -> None:
     body = Chunks(b"no gzip")
     service = Service(httpx.Response(200, stream=body, headers={"Content-Encoding": "gzip"}))
     with pytest.raises(UnexpectedAnswer, match=r"^http://service: the response cannot be decompressed: "):
@@ -395,7 +395,7 @@ def test_an_answer_that_cannot_be_unpacked_is_not_of_this_service(ask: Ask, stre
 
 
 @pytest.mark.parametrize("key", ["iddpm_secret\n", "iddpm_sécret", ""])
-def test_a_key_that_cannot_be_one_is_refused_and_not_told(key: str) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="key: must be printable ASCII characters") as raised:
         AsyncClient("http://service", key=key)
     assert "cret" not in str(raised.value)

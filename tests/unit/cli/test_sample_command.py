@@ -1,4 +1,4 @@
-"""`iddpm sample` gives the pixels of the service, in the files that were asked for."""
+"""`iddpm sample` gives the pixels of the service, in the requested files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
         (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
     ],
 )
-def test_mistakes_end_in_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_arguments_end_with_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     code, output = sample(model, "--out", str(tmp_path / "x.png"), *arguments)
     assert code == 1
     assert message in output
@@ -128,7 +128,7 @@ def test_a_format_that_cannot_hold_the_images_is_refused(
     refuse_impossible_pictures(Path("x.npz"), channels, size, n)
 
 
-def test_it_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_refused_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     four = config.replace(model=config.model.replace(image_channels=4).model_dump())
     model = tmp_path / "model"
@@ -146,7 +146,7 @@ def test_it_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: p
         ("file", "is a file; name a folder, or a file that ends in .png"),
     ],
 )
-def test_a_place_that_is_taken_is_refused_before_a_model_is_loaded(tmp_path: Path, out: str, message: str) -> None:
+def test_an_occupied_output_path_is_refused_before_a_model_is_loaded(tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     code, output = sample(tmp_path / "nowhere", "--out", str(tmp_path / out))
@@ -173,7 +173,7 @@ def test_it_reads_the_settings_of_the_service(model: Path, tmp_path: Path, monke
         assert code == 0, output
         return output.partition("numerics_id ")[2].split()[0]
 
-    monkeypatch.setenv("IDDPM_HOST", "0.0.0.0")  # noqa: S104  # nobody listens
+    monkeypatch.setenv("IDDPM_HOST", "0.0.0.0")  # noqa: S104  # not listening
     usual = numerics_id()
     monkeypatch.setenv("IDDPM_MAX_ROWS", "4")
     options = BackendOptions(max_rows=4)
@@ -186,10 +186,10 @@ def test_it_reads_the_settings_of_the_service(model: Path, tmp_path: Path, monke
     assert (code, "unknown environment variable IDDPM_MAX_ROW" in output) == (1, True)
 
 
-def test_it_says_that_nobody_answers_while_it_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # nobody's, once it is closed
+        port = server.getsockname()[1]  # not in use, once it is closed
     arguments = ["sample", "--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path / "x.png")]
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 1
@@ -198,7 +198,7 @@ def test_it_says_that_nobody_answers_while_it_tries_again(tmp_path: Path, monkey
 
 
 class Fragile:
-    """A client whose first stream breaks off, as often as it is told."""
+    """A client whose streams break off a given number of times."""
 
     def __init__(self, breaks: int, *, after: int = 1) -> None:
         self.breaks, self.after = breaks, after
@@ -219,27 +219,27 @@ class Fragile:
 
 
 def refuse_nothing(channels: int, size: int) -> None:
-    """Take images of any kind."""
+    """Accept images of any kind."""
 
 
 def ask(client: Fragile, n: int = 3) -> None:
     sample_remote(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing)
 
 
-def test_a_stream_that_breaks_off_is_asked_for_again() -> None:
+def test_a_stream_that_breaks_off_is_retried() -> None:
     client = Fragile(2)
     ask(client)
     assert client.asked == [(0, 2)] * 3 + [(2, 1)]
 
 
-@pytest.mark.parametrize("client", [Fragile(3), Fragile(1, after=0)], ids=["thrice", "nobody took it"])
-def test_what_keeps_breaking_off_ends_the_command(client: Fragile) -> None:
+@pytest.mark.parametrize("client", [Fragile(3), Fragile(1, after=0)], ids=["thrice", "not delivered"])
+def test_a_stream_that_keeps_breaking_off_ends_the_command(client: Fragile) -> None:
     with pytest.raises(ConnectionLost):
         ask(client)
     assert len(client.asked) == (3 if client.after else 1)
 
 
-def test_weights_in_place_of_a_model_are_pointed_to_the_import(tmp_path: Path) -> None:
+def test_the_error_for_weights_in_place_of_a_model_names_the_import_command(tmp_path: Path) -> None:
     weights = tmp_path / "ema.pt"
     weights.write_bytes(b"weights")
     code, output = sample(weights, "--out", str(tmp_path / "x.png"))

@@ -1,4 +1,4 @@
-"""Bytes of a stream become events, however they were cut."""
+"""Bytes of a stream are parsed into events, however they are split."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decoded(*chunks: bytes) -> list[ServerSentEvent]:
     cuts=st.lists(st.integers(0, 400), max_size=5),
     ending=st.sampled_from([b"\n", b"\r\n"]),
 )
-def test_cuts_at_any_byte_and_any_characters_in_json_change_nothing(
+def test_splits_at_any_byte_and_any_characters_in_json_change_nothing(
     sent: list[tuple[str, str]], cuts: list[int], ending: bytes
 ) -> None:
     events = [(name, json.dumps(text + "\u2028é", ensure_ascii=False)) for name, text in sent]
@@ -33,10 +33,10 @@ def test_cuts_at_any_byte_and_any_characters_in_json_change_nothing(
     assert decoded(*chunks) == [ServerSentEvent(name, data) for name, data in events]
 
 
-def test_comments_and_unknown_fields_are_passed_over_and_data_of_several_lines_is_one() -> None:
+def test_comments_and_unknown_fields_are_ignored_and_data_lines_are_joined() -> None:
     stream = b": keep-alive\n\nretry: 3\nevent: a\ndata: 1\ndata:2\n\nevent: forgotten\n\ndata: 3\n\n"
     assert decoded(stream) == [ServerSentEvent("a", "1\n2"), ServerSentEvent("", "3")]
 
 
-def test_an_event_cut_off_by_the_end_is_none() -> None:
+def test_an_incomplete_event_at_the_end_is_ignored() -> None:
     assert decoded(b"event: completed\ndata: {}\n") == []

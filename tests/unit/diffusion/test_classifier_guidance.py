@@ -1,6 +1,6 @@
-"""Classifier guidance in the engine: who asks pays, who fails fails alone, costs and ids tell of it.
+"""Classifier guidance in the engine: rows, failures, costs and ids.
 
-That pixels depend on no company is tests/unit/service/engine/test_engine.py's, whose images ask for it too.
+tests/unit/service/engine/test_engine.py tests that pixels do not depend on other images, with classifier guidance too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(engine: Engine) -> list[ImageResult]:
     return results
 
 
-def test_the_classifier_is_called_on_the_rows_that_ask_and_never_when_none_does() -> None:
+def test_the_classifier_is_called_on_rows_with_classifier_guidance_only() -> None:
     denoiser, classifier = guided()
     metrics = Metrics()
     engine = engine_of(denoiser, metrics)
@@ -98,14 +98,14 @@ def test_an_unconditional_model_is_guided_to_a_class_of_its_classifier() -> None
     assert not np.array_equal(pictures[0], pictures[1])
 
 
-def test_an_image_that_asks_for_a_classifier_that_is_not_there_fails_alone() -> None:
+def test_an_image_that_needs_a_missing_classifier_fails_alone() -> None:
     engine = engine_of(ExactDenoiser(tiny_config()))
     engine.add(generation("r", params(steps=2), params(steps=2, classifier_scale=1.0)), submitted_at=0.0)
     assert sorted((r.position, r.status) for r in run(engine)) == [(0, ImageStatus.DONE), (1, ImageStatus.FAILED)]
 
 
 class FaultyClassifier(ExactClassifier):
-    """Raises on class 1, overflows on class 2; or cannot be run at all."""
+    """Raises on class 1, overflows on class 2; or raises on every call."""
 
     broken = False
 
@@ -117,16 +117,16 @@ class FaultyClassifier(ExactClassifier):
         return out
 
 
-def test_an_image_that_the_classifier_fails_on_fails_alone_and_the_others_keep_their_pixels() -> None:
+def test_an_image_that_makes_the_classifier_fail_fails_alone() -> None:
     denoiser = ExactDenoiser(tiny_config(), classifier=FaultyClassifier(tiny_classifier_config()))
     fine = [replace(params(steps=6, seed=k, classifier_scale=2.0), class_index=3 * k) for k in (0, 1)]
-    company = [
+    others = [
         replace(params(steps=6, classifier_scale=2.0), class_index=1),
         replace(params(steps=6, classifier_scale=2.0), class_index=2),
         replace(params(steps=6), class_index=1),
     ]
     engine = Engine({"m": ArrayRunner(denoiser, CONFIG)}, CONFIG, Metrics())  # the self-test would find the faults
-    engine.add(generation("r", *company, *fine), submitted_at=0.0)
+    engine.add(generation("r", *others, *fine), submitted_at=0.0)
     results = {result.position: result for result in run(engine)}
     assert [(results[k].status, results[k].failure) for k in range(3)] == [
         (ImageStatus.FAILED, "error"),
@@ -139,7 +139,7 @@ def test_an_image_that_the_classifier_fails_on_fails_alone_and_the_others_keep_t
         np.testing.assert_array_equal(results[position].pixels, expected.pixels)
 
 
-def test_a_classifier_that_cannot_be_run_at_all_ends_the_engine() -> None:
+def test_a_classifier_that_fails_for_every_image_ends_the_engine() -> None:
     classifier = FaultyClassifier(tiny_classifier_config())
     engine = Engine({"m": ArrayRunner(ExactDenoiser(tiny_config(), classifier=classifier), CONFIG)}, CONFIG, Metrics())
     classifier.broken = True
@@ -149,7 +149,7 @@ def test_a_classifier_that_cannot_be_run_at_all_ends_the_engine() -> None:
 
 
 class SizeDependent(ExactClassifier):
-    """Gives other bits at some batch sizes."""
+    """Gives different bits at some batch sizes."""
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         out = super().__call__(inputs)
@@ -157,7 +157,7 @@ class SizeDependent(ExactClassifier):
 
 
 class PlaceMatters(ExactClassifier):
-    """Gives the last row other bits."""
+    """Gives the last row different bits."""
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         out = super().__call__(inputs)
@@ -165,7 +165,7 @@ class PlaceMatters(ExactClassifier):
         return out
 
 
-def test_the_classifier_has_a_self_test_of_its_own() -> None:
+def test_the_classifier_has_its_own_self_test() -> None:
     classifier = SizeDependent(tiny_classifier_config())
     runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config(), classifier=classifier), CONFIG)
     runner.warm_up()
@@ -192,7 +192,7 @@ def test_the_numerics_id_depends_on_the_classifier(tmp_path: Path) -> None:
     assert TorchBackend(tiny_guided_checkpoint(tmp_path / "again")).network_id in ids
 
 
-def test_the_gradient_can_be_taken_behind_the_buffers_of_a_graph(tmp_path: Path) -> None:
+def test_the_gradient_can_be_computed_from_the_buffers_of_a_graph(tmp_path: Path) -> None:
     folder = tiny_guided_checkpoint(tmp_path / "guided")
     classifier = load_torch_classifier(folder, tiny_config(), torch.device("cpu"), (1, 2))
     assert classifier is not None
@@ -217,7 +217,7 @@ def test_a_damaged_classifier_is_refused_at_start_up(tmp_path: Path) -> None:
         load_denoiser(folder, "torch", BackendOptions())
 
 
-def test_a_classifier_call_costs_what_the_step_takes_beyond_one_without() -> None:
+def test_the_cost_of_a_classifier_call_is_the_step_s_time_beyond_one_without() -> None:
     costs = StepCosts()
     costs.observe(2, 1.0)
     costs.observe(4, 2.0)
@@ -227,7 +227,7 @@ def test_a_classifier_call_costs_what_the_step_takes_beyond_one_without() -> Non
 
 
 class TimedRunner(CountingRunner):
-    """Takes a second per row, and three per classified row, on a clock of its own."""
+    """Takes a second per row, and three per classified row, on its own clock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class TimedRunner(CountingRunner):
         return super().step(slots)
 
 
-def test_predictions_count_the_classifier_s_time_for_those_who_ask() -> None:
+def test_predictions_include_the_classifier_s_time_for_images_with_classifier_guidance() -> None:
     runner = TimedRunner()
     engine = Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: runner.now)
     engine.measure()

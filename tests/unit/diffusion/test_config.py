@@ -25,7 +25,7 @@ def _model(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({**SMALL, **changes})
 
 
-def test_a_checkpoint_config_survives_json() -> None:
+def test_a_checkpoint_config_survives_a_round_trip_through_json() -> None:
     config = CheckpointConfig(
         model=_model(num_classes=3, null_class=True),
         diffusion=DiffusionConfig(),
@@ -45,7 +45,7 @@ def test_levels_follow_from_the_multipliers() -> None:
     assert config.emb_channels == 256
 
 
-def test_channels_follow_from_what_the_model_does() -> None:
+def test_channels_follow_from_the_kind_of_model() -> None:
     assert _model(image_channels=1).out_channels == 2
     assert _model(image_channels=1, learn_sigma=False).out_channels == 1
     assert _model(low_res_size=8).in_channels == 6

@@ -15,12 +15,12 @@ def _outputs(channels: int) -> tuple[Tensor, Tensor]:
     return uncond, cond
 
 
-def test_scale_one_is_off_to_the_last_bit() -> None:
+def test_scale_one_is_bit_identical_to_no_guidance() -> None:
     uncond, cond = _outputs(6)
     assert torch.equal(classifier_free(uncond, cond, 1.0, 3), cond)
 
 
-def test_scale_zero_forgets_the_class_but_keeps_its_variance() -> None:
+def test_scale_zero_ignores_the_class_but_keeps_its_variance() -> None:
     uncond, cond = _outputs(6)
     guided = classifier_free(uncond, cond, 0.0, 3)
 
@@ -36,7 +36,7 @@ def test_the_prediction_is_extrapolated_and_var_values_are_not() -> None:
     assert torch.equal(guided[:, 3:], cond[:, 3:])
 
 
-def test_a_model_without_var_values_is_guided_whole() -> None:
+def test_all_channels_are_guided_without_var_values() -> None:
     uncond, cond = _outputs(3)
     torch.testing.assert_close(classifier_free(uncond, cond, 2.0, 3), 2 * cond - uncond)
 
@@ -51,7 +51,7 @@ def test_every_row_may_have_its_own_scale() -> None:
         assert torch.equal(together[row], alone[0])
 
 
-def test_numpy_arrays_are_guided_alike() -> None:
+def test_numpy_arrays_are_guided_like_tensors() -> None:
     uncond, cond = _outputs(6)
     scales = torch.tensor([0.0, 1.0, 1.5, 7.0])
     guided = classifier_free(uncond.numpy(), cond.numpy(), scales.numpy(), 3)
@@ -78,7 +78,7 @@ def test_the_gradient_of_a_linear_classifier_is_known() -> None:
     torch.testing.assert_close(gradient.flatten(1), expected)
 
 
-def test_the_gradient_is_found_where_gradients_are_off_and_leaves_no_trace() -> None:
+def test_the_gradient_is_computed_with_gradients_off_and_leaves_no_trace() -> None:
     x = torch.zeros(2, 1, 2, 2)
     with torch.no_grad():
         gradient = classifier_gradient(lambda x_t, _: x_t.flatten(1), x, torch.zeros(2), torch.tensor([0, 3]), 4.0)
@@ -88,7 +88,7 @@ def test_the_gradient_is_found_where_gradients_are_off_and_leaves_no_trace() -> 
     assert not x.requires_grad
 
 
-def test_a_label_the_classifier_does_not_know_is_refused() -> None:
+def test_a_label_unknown_to_the_classifier_is_refused() -> None:
     with pytest.raises(IndexError):
         classifier_gradient(
             lambda x_t, _: x_t.flatten(1), torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.tensor([4]), 1.0

@@ -62,7 +62,7 @@ def test_simple_is_the_mean_squared_error_of_eps() -> None:
 
     torch.testing.assert_close(losses.loss, ((output[:, :3] - _batch().noise) ** 2).mean(dim=(1, 2, 3)))
     assert torch.equal(losses.loss, losses.mse)
-    assert (losses.vb_bpd > 0).all()  # known, though not trained on
+    assert (losses.vb_bpd > 0).all()  # reported, although not trained on
 
 
 def test_x0_prediction_is_compared_with_the_image() -> None:
@@ -122,7 +122,7 @@ def test_an_output_of_the_wrong_width_is_refused(channels: int, variance: str) -
         _losses(_output(channels), "simple", rescale=False, diffusion=diffusion)
 
 
-def test_who_knows_the_noise_and_the_variance_pays_nothing_between_the_ends() -> None:
+def test_exact_noise_and_variance_have_no_loss_between_the_ends() -> None:
     batch = _batch()
     var_values = torch.full_like(batch.noise, -1.0)  # the posterior's own variance
     losses = _losses(torch.cat([batch.noise, var_values], dim=1), "vlb", rescale=False)
@@ -131,7 +131,7 @@ def test_who_knows_the_noise_and_the_variance_pays_nothing_between_the_ends() ->
     assert (losses.vb_bpd[1:].abs() < 1e-4).all()
 
 
-def test_a_row_costs_the_same_whatever_is_beside_it() -> None:
+def test_the_loss_of_a_row_does_not_depend_on_other_rows() -> None:
     batch, output = _batch(), _output()
     together = _losses(output, "hybrid", rescale=True)
     for row in range(4):
@@ -165,7 +165,7 @@ def test_noising_keeps_unit_variance() -> None:
     torch.testing.assert_close(of_x0**2 + of_noise**2, one)
 
 
-def test_the_posterior_leads_back_to_where_the_noise_was_less() -> None:
+def test_the_posterior_leads_to_the_less_noisy_level() -> None:
     t = torch.arange(1, 400)
     x0 = torch.full((399, 1, 1, 1), 0.7)
     zeros = torch.zeros_like(x0)
@@ -181,7 +181,7 @@ def test_learned_range_reaches_both_of_its_ends(raw: float, table: str) -> None:
     torch.testing.assert_close(log_variance, expected)
 
 
-def test_other_variances_are_what_they_are_called() -> None:
+def test_fixed_variances_have_their_values() -> None:
     t, raw = torch.tensor([3]), torch.full((1, 1, 1, 1), -7.5)
     assert p_log_variance(TABLES, HYBRID.replace(variance="learned"), raw, t).item() == -7.5
     small = p_log_variance(TABLES, HYBRID.replace(variance="fixed_small"), raw, t).item()
@@ -194,7 +194,7 @@ moderate = st.floats(-3, 3)
 
 
 @given(moderate, moderate, moderate, moderate)
-def test_normal_kl_is_that_of_torch(mean1: float, log_variance1: float, mean2: float, log_variance2: float) -> None:
+def test_normal_kl_equals_that_of_torch(mean1: float, log_variance1: float, mean2: float, log_variance2: float) -> None:
     numbers = torch.tensor([mean1, log_variance1, mean2, log_variance2], dtype=torch.float64)
     ours = normal_kl(*numbers)
     theirs = kl_divergence(Normal(numbers[0], torch.exp(numbers[1] / 2)), Normal(numbers[2], torch.exp(numbers[3] / 2)))
@@ -209,7 +209,7 @@ def test_the_probabilities_of_all_pixel_levels_sum_to_one(mean: float, log_varia
     assert (log_p <= 0).all()
 
 
-def test_a_pixel_is_as_likely_as_the_gaussian_over_its_bin() -> None:
+def test_the_probability_of_a_pixel_is_that_of_the_gaussian_over_its_bin() -> None:
     x0 = torch.tensor([-1.0, -0.2, 0.5, 1.0], dtype=torch.float64)
     x0 = torch.round((x0 + 1) * 127.5) / 127.5 - 1
     mean, deviation = torch.tensor(0.1, dtype=torch.float64), 0.4
@@ -222,13 +222,13 @@ def test_a_pixel_is_as_likely_as_the_gaussian_over_its_bin() -> None:
     torch.testing.assert_close(log_p.exp(), expected, rtol=5e-3, atol=3e-4)  # the tanh approximation
 
 
-def test_impossible_pixels_cost_a_bounded_amount() -> None:
+def test_impossible_pixels_have_a_bounded_loss() -> None:
     log_p = discretized_gaussian_log_likelihood(torch.ones(1), -torch.ones(1), torch.full((1,), -15.0))
     assert log_p.item() == pytest.approx(math.log(1e-12), rel=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
-def test_min_snr_weighs_the_prediction_and_leaves_the_bound_alone(prediction: Literal["eps", "x0"]) -> None:
+def test_min_snr_weights_the_prediction_and_not_the_bound(prediction: Literal["eps", "x0"]) -> None:
     diffusion = HYBRID.replace(prediction=prediction)
     batch, output = _batch(), _output()
 

@@ -46,7 +46,7 @@ def _normal(seed: int, image_index: int, step: int, stream: int, shape: Shape) -
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
-def test_philox_gives_the_published_answers_on_every_kind_of_word(
+def test_philox_gives_the_published_results_on_every_kind_of_word(
     counter: tuple[int, int, int, int], key: tuple[int, int], result: tuple[int, int, int, int]
 ) -> None:
     assert philox(counter, key) == result
@@ -61,7 +61,7 @@ def test_philox_gives_the_published_answers_on_every_kind_of_word(
 
 
 @given(seeds, words, words, st.sampled_from([0, 1]), st.integers(0, 15))
-@example(47437, 0, 0, 0, 13)  # a word of 357, where half a unit shows
+@example(47437, 0, 0, 0, 13)  # a word of 357, where half a unit is visible
 def test_each_block_of_four_elements_is_one_philox_call(
     seed: int, image_index: int, step: int, stream: int, block: int
 ) -> None:
@@ -76,8 +76,8 @@ def test_each_block_of_four_elements_is_one_philox_call(
     np.testing.assert_allclose(elements, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_numbers_do_not_change_between_versions_of_this_code() -> None:
-    # Whoever changes these four breaks the promise that a seed stays a picture.
+def test_noise_does_not_change_between_versions() -> None:
+    # To change these four values breaks the guarantee that a seed gives the same image in every version.
     values = _normal(2**53 - 1, 3, 17, STREAM_STEP, (3, 8, 8)).ravel()[[0, 1, 100, 191]]
     np.testing.assert_allclose(
         values,
@@ -88,7 +88,7 @@ def test_numbers_do_not_change_between_versions_of_this_code() -> None:
 
 
 @given(st.lists(st.tuples(seeds, words, words), min_size=1, max_size=6), shapes, st.sampled_from([0, 1]))
-def test_numpy_and_torch_give_the_same(rows: list[tuple[int, int, int]], shape: Shape, stream: int) -> None:
+def test_numpy_and_torch_give_equal_noise(rows: list[tuple[int, int, int]], shape: Shape, stream: int) -> None:
     columns = [_array(*column) for column in zip(*rows, strict=True)]
     from_numpy = noise.normal(columns[0], columns[1], columns[2], stream, shape)
     tensors = [torch.from_numpy(column) for column in columns]
@@ -102,7 +102,7 @@ def test_numpy_and_torch_give_the_same(rows: list[tuple[int, int, int]], shape: 
 
 @KINDS
 @given(rows=st.lists(st.tuples(seeds, words, words), min_size=2, max_size=9), shape=shapes)
-def test_a_row_does_not_know_the_other_rows(kind: Kind, rows: list[tuple[int, int, int]], shape: Shape) -> None:
+def test_a_row_does_not_depend_on_other_rows(kind: Kind, rows: list[tuple[int, int, int]], shape: Shape) -> None:
     columns = [of_kind(kind, _array(*column)) for column in zip(*rows, strict=True)]
     together = noise.normal(columns[0], columns[1], columns[2], STREAM_STEP, shape)
     for index in range(len(rows)):
@@ -113,7 +113,7 @@ def test_a_row_does_not_know_the_other_rows(kind: Kind, rows: list[tuple[int, in
 
 @settings(max_examples=20)
 @given(shapes, seeds)
-def test_a_larger_image_begins_like_a_smaller_one(shape: Shape, seed: int) -> None:
+def test_a_larger_image_begins_with_the_noise_of_a_smaller_one(shape: Shape, seed: int) -> None:
     small = _normal(seed, 0, 0, STREAM_X_T, shape).ravel()
     large = _normal(seed, 0, 0, STREAM_X_T, (5, 10, 10)).ravel()
     np.testing.assert_array_equal(large[: small.size], small)
@@ -137,7 +137,7 @@ def test_noise_is_standard_normal() -> None:
 
 def test_elements_of_a_block_are_independent() -> None:
     blocks = _normal(7, 0, 0, STREAM_X_T, (4, 128, 128)).reshape(-1, 4).astype(np.float64)
-    for powers in (blocks, blocks**2 - 1):  # a pair of Box-Muller's shares its radius: look at squares, too
+    for powers in (blocks, blocks**2 - 1):  # a Box-Muller pair shares its radius: test squares, too
         correlation = np.corrcoef(powers.T) - np.eye(4)
         assert np.abs(correlation).max() < 4 / math.sqrt(len(blocks))
 
@@ -148,13 +148,13 @@ def test_seeds_images_steps_and_streams_are_independent(other: tuple[int, int, i
     one = _normal(7, 0, 0, STREAM_STEP, shape).ravel()
     two = _normal(*other, shape).ravel()
 
-    assert np.isin(one, two).sum() < 10  # two float32 normals may meet
+    assert np.isin(one, two).sum() < 10  # two float32 normals may coincide
     for shift in range(-4, 5):
         correlation = float(np.corrcoef(one, np.roll(two, shift))[0, 1])
         assert abs(correlation) < 4.5 / math.sqrt(one.size)
 
 
-def test_all_corners_of_the_counter_differ() -> None:
+def test_all_extremes_of_the_counter_give_different_noise() -> None:
     corners = itertools.product((0, MAX_SEED), (0, MAX_WORD), (0, MAX_WORD), (0, 1))
     firsts = {float(_normal(*corner, (1, 1, 1))[0, 0, 0]) for corner in corners}
     assert len(firsts) == 16
@@ -196,7 +196,7 @@ def test_no_rows_give_no_noise() -> None:
 
 
 @given(seeds, words, st.integers(1, 1000))
-def test_a_class_is_drawn_within_range_and_stays(seed: int, image_index: int, num_classes: int) -> None:
+def test_a_class_is_drawn_within_range_and_is_reproducible(seed: int, image_index: int, num_classes: int) -> None:
     drawn = draw_class(seed, image_index, num_classes)
     assert 0 <= drawn < num_classes
     assert draw_class(seed, image_index, num_classes) == drawn
@@ -209,6 +209,6 @@ def test_classes_are_drawn_evenly() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(-1, 0, 10), (2**53, 0, 10), (0, -1, 10), (0, 2**32, 10), (0, 0, 0)])
-def test_a_class_of_nothing_is_refused(arguments: tuple[int, int, int]) -> None:
+def test_a_draw_from_no_classes_is_refused(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be in"):
         draw_class(*arguments)

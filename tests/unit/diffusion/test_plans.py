@@ -33,7 +33,7 @@ def _wide(plan: SamplingPlan, name: str) -> FloatArray:
 
 
 def _abar(diffusion: DiffusionConfig, spec: str) -> tuple[FloatArray, FloatArray]:
-    """alphas_cumprod and alphas_cumprod_prev, in the order of sampling."""
+    """Return alphas_cumprod and alphas_cumprod_prev, in the order of sampling."""
     schedule = respace(diffusion, spec).schedule
     return schedule.alphas_cumprod[::-1], schedule.alphas_cumprod_prev[::-1]
 
@@ -55,9 +55,9 @@ def test_plans_are_read_only_float32_tables_of_numbers(
 
 @given(diffusions, steps)
 def test_plans_start_at_the_noisiest_step(diffusion: DiffusionConfig, num_steps: int) -> None:
-    told = ancestral_plan(diffusion, str(num_steps)).column("t_model")
-    np.testing.assert_array_equal(told, respace(diffusion, str(num_steps)).t_model[::-1])
-    assert (np.diff(told) < 0).all()
+    timesteps = ancestral_plan(diffusion, str(num_steps)).column("t_model")
+    np.testing.assert_array_equal(timesteps, respace(diffusion, str(num_steps)).t_model[::-1])
+    assert (np.diff(timesteps) < 0).all()
 
 
 @given(diffusions, steps, etas)
@@ -87,15 +87,15 @@ def test_the_prediction_becomes_x0(diffusion: DiffusionConfig, num_steps: int) -
     x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps
     out = eps if diffusion.prediction == "eps" else x0
 
-    # float32 coefficients of up to 1e4 cancel where nearly all is noise: the error is relative to them
+    # float32 coefficients of up to 1e4 cancel at the noisiest steps: the error is relative to them
     tolerance = 1e-6 * (1 + np.abs(_wide(plan, "a_x")))
     assert (np.abs(_wide(plan, "a_x") * x_t + _wide(plan, "a_out") * out - x0) < tolerance).all()
 
 
 @given(diffusions, steps, etas)
 def test_a_step_leads_from_one_noise_level_to_the_next(diffusion: DiffusionConfig, num_steps: int, eta: float) -> None:
-    # With the true x0, x_prev must be distributed as q(x_{t-1} | x_0): the defining property of both samplers
-    # (Song et al. 2021, lemma 1), where the variance is that of the posterior.
+    # With the true x0, x_prev must be distributed as q(x_{t-1} | x_0): the defining property of both samplers (Song et
+    # al. 2021, lemma 1). The variance is that of the posterior.
     abar, abar_prev = _abar(diffusion, str(num_steps))
     posterior = diffusion.replace(variance="fixed_small")
     for plan in (ancestral_plan(posterior, str(num_steps)), ddim_plan(diffusion, str(num_steps), eta)):
@@ -155,7 +155,7 @@ def test_learned_range_lies_between_the_posterior_variance_and_beta(num_steps: i
     np.testing.assert_allclose(plan.column("lv_max")[::-1], np.log(schedule.betas), rtol=1e-6)
 
 
-def test_fixed_variances_leave_the_network_no_choice() -> None:
+def test_fixed_variances_ignore_the_network_s_variance() -> None:
     schedule = respace(COSINE, "50").schedule
     small = ancestral_plan(COSINE.replace(variance="fixed_small"), "50")
     large = ancestral_plan(COSINE.replace(variance="fixed_large"), "50")
@@ -166,13 +166,13 @@ def test_fixed_variances_leave_the_network_no_choice() -> None:
     np.testing.assert_allclose(large.column("lv_min")[::-1], np.log(schedule.fixed_large_variance), rtol=1e-6)
 
 
-def test_a_learned_log_variance_is_taken_as_it_is() -> None:
+def test_a_learned_log_variance_is_used_unchanged() -> None:
     plan = ancestral_plan(COSINE.replace(variance="learned"), "50")
     assert (plan.column("lv_min") == -1).all()
     assert (plan.column("lv_max") == 1).all()
 
 
-def test_guidance_is_scaled_by_the_variance_which_fixed_small_does_not_have_at_the_end() -> None:
+def test_guidance_is_scaled_by_the_variance_which_is_0_at_the_end_of_fixed_small() -> None:
     assert (ancestral_plan(COSINE, "50").column("g_var") == 1).all()
     small = ancestral_plan(COSINE.replace(variance="fixed_small"), "50").column("g_var")
     assert (small[:-1] == 1).all()
@@ -204,7 +204,7 @@ def test_a_plan_is_built_by_the_name_of_its_sampler() -> None:
         np.testing.assert_array_equal(built.table, expected.table)
 
 
-def test_what_cannot_be_built_is_refused() -> None:
+def test_invalid_plans_are_refused() -> None:
     with pytest.raises(ValueError, match="sampler must be one of ancestral, ddim; got 'euler'"):
         build_plan(LINEAR, "euler", "10")
     with pytest.raises(ValueError, match="eta must be 0 for sampler 'ancestral'"):
@@ -215,14 +215,14 @@ def test_what_cannot_be_built_is_refused() -> None:
         build_plan(COSINE, "ddim", "1")
 
 
-def test_a_table_of_another_form_is_no_plan() -> None:
+def test_a_table_of_another_shape_or_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"table must be float32 \[num_steps, 12\]"):
         SamplingPlan(np.zeros((5, 11), dtype=np.float32), np.arange(5))
     with pytest.raises(ValueError, match=r"timesteps must be int64 \[5\]; got int64 \(4,\)"):
         SamplingPlan(np.zeros((5, 12), dtype=np.float32), np.arange(4))
 
 
-def test_a_plan_names_the_training_timestep_of_each_line() -> None:
+def test_a_plan_has_the_training_timestep_of_each_line() -> None:
     plan = build_plan(COSINE, "ancestral", "10,10")
     assert plan.timesteps.tolist() == space_timesteps(COSINE.num_timesteps, "10,10")[::-1].tolist()
     np.testing.assert_array_equal(plan.column("t_model"), respace(COSINE).t_model[plan.timesteps])

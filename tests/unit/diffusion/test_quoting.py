@@ -1,4 +1,4 @@
-"""Values in messages are JSON, short, and do nothing to a terminal."""
+"""Values in messages are JSON, short, and safe for a terminal."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from diffusion.quoting import alternatives, quoted
         ("x" * 61, '"' + "x" * 57 + '..."'),
     ],
 )
-def test_a_value_is_shown_as_its_sender_wrote_it(value: Any, shown: str) -> None:
+def test_a_value_is_shown_as_json(value: Any, shown: str) -> None:
     assert quoted(value) == shown
     assert quoted(value).isprintable()
     quoted(value).encode()
 
 
-def test_what_is_long_is_cut_off() -> None:
+def test_long_values_are_cut_off() -> None:
     assert quoted(list(range(1000))).endswith("...")
     assert all(len(quoted(value)) <= 62 for value in ("x" * 1000, "\n" * 60, [["x"] * 100] * 100, 10**4000))
 
 
-def test_what_fits_can_be_read_back() -> None:
+def test_short_values_can_be_read_back() -> None:
     for value in ("\ud800", "\x9b", "\U0001f600\u200b", "'\"\\"):
         assert json.loads(quoted(value)) == value
 

@@ -11,7 +11,7 @@ from diffusion.schedules import Schedule, named_betas
 
 
 @given(st.integers(2, 4000), st.data())
-def test_a_number_of_steps_is_met_and_keeps_both_ends(num_timesteps: int, data: st.DataObject) -> None:
+def test_a_number_of_steps_is_exact_and_keeps_both_ends(num_timesteps: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, num_timesteps))
     timesteps = space_timesteps(num_timesteps, str(count))
 
@@ -22,7 +22,7 @@ def test_a_number_of_steps_is_met_and_keeps_both_ends(num_timesteps: int, data: 
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6))
-def test_sections_keep_the_numbers_they_are_given(counts: list[int]) -> None:
+def test_sections_keep_their_numbers_of_steps(counts: list[int]) -> None:
     timesteps = space_timesteps(240, ",".join(map(str, counts)))
 
     assert len(timesteps) == sum(counts)
@@ -37,7 +37,7 @@ def test_ddim_spacing_is_one_stride_from_zero_or_refused(num_timesteps: int, cou
     try:
         timesteps = space_timesteps(num_timesteps, f"ddim{count}")
     except ValueError as error:
-        assert "the nearest possible are" in str(error)  # noqa: PT017  # both outcomes are right
+        assert "the nearest possible are" in str(error)  # noqa: PT017  # both outcomes are correct
         return
     assert len(timesteps) == count
     assert timesteps[0] == 0
@@ -49,7 +49,7 @@ def test_no_spec_keeps_every_timestep() -> None:
 
 
 @pytest.mark.parametrize("spec", ["fast", "10,", "-5", "ddim", "10 20", "1.5", "ddim-3", "٣"])
-def test_what_is_no_spec_is_refused(spec: str) -> None:
+def test_an_invalid_specification_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="respacing must be a number of steps"):
         space_timesteps(1000, spec)
 
@@ -74,12 +74,12 @@ def test_the_shorter_process_has_the_same_signal_at_the_timesteps_it_keeps(count
     assert process.num_steps == count
 
 
-def test_the_network_is_told_the_training_timestep() -> None:
+def test_the_network_gets_the_training_timestep() -> None:
     process = respace(DiffusionConfig(num_timesteps=4000), "25")
     np.testing.assert_array_equal(process.t_model, process.timestep_map)
 
 
-def test_rescaled_timesteps_count_to_a_thousand_whatever_the_chain() -> None:
+def test_rescaled_timesteps_are_below_1000_for_every_chain() -> None:
     process = respace(DiffusionConfig(num_timesteps=4000, rescale_timesteps=True), "")
     np.testing.assert_allclose(process.t_model, np.arange(4000) / 4)
     assert process.t_model.dtype == np.float32

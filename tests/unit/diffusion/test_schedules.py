@@ -15,7 +15,7 @@ schedules = st.builds(
 
 
 @given(schedules)
-def test_signal_only_shrinks(schedule: Schedule) -> None:
+def test_the_signal_decreases_monotonically(schedule: Schedule) -> None:
     assert (np.diff(schedule.alphas_cumprod) < 0).all()
     assert schedule.alphas_cumprod[0] < 1
     assert schedule.alphas_cumprod[-1] > 0
@@ -37,7 +37,7 @@ def test_the_posterior_mean_keeps_a_noiseless_image_at_its_level(schedule: Sched
     np.testing.assert_allclose(x_prev, np.sqrt(schedule.alphas_cumprod_prev), rtol=1e-9, atol=1e-12)
 
 
-def test_cosine_betas_stop_where_the_paper_stops_them() -> None:
+def test_cosine_betas_are_limited_as_in_the_paper() -> None:
     betas = named_betas("cosine", 4000)
     assert betas.max() == betas[-1] == MAX_BETA
 
@@ -59,6 +59,6 @@ def test_a_chain_of_one_timestep_is_refused() -> None:
 
 
 @pytest.mark.parametrize("betas", [[0.1], [0.0, 0.1], [0.1, 1.5], [0.1, float("nan")], [[0.1, 0.2]]])
-def test_betas_that_are_no_schedule_are_refused(betas: list[float]) -> None:
+def test_invalid_betas_are_refused(betas: list[float]) -> None:
     with pytest.raises(ValueError, match="betas must"):
         Schedule(np.array(betas))

@@ -1,4 +1,4 @@
-"""The time MLP without the network: the network's numbers, whatever is computed with them."""
+"""The time MLP without the network gives the network's own result, for both kinds of array."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def largest_error(
     """Bound the norm of the difference that two libraries' float32 exp, cos and sin make after an exact MLP.
 
     Each is off by a unit in the last place at most: a frequency f by 2^-23 of itself, so that an angle, a rounded
-    product, is off by t f (2^-23 + 2^-24). Angles off by d change the embedding by |d|, because cos^2 + sin^2 = 1;
-    rounded cosines and sines add 2^-23 each. The layers multiply that by their spectral norms, silu by 1.1 at most.
+    product, is off by t f (2^-23 + 2^-24).
     """
     w0, _, w2, _ = (weights[name].astype(np.float64) for name in WEIGHTS)
     half = w0.shape[1] // 2
@@ -79,7 +78,7 @@ def test_an_odd_width_ends_in_a_column_of_zeros(narrow: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
-def test_a_timestep_has_the_same_bits_in_any_company(size: int) -> None:
+def test_a_timestep_is_bit_identical_in_every_batch(size: int) -> None:
     mlp = TimeMLP(golden_weights("imp_cond_ls"))
     t = np.arange(0, 4000, 8.25, dtype=np.float32)
     together = mlp(t)
@@ -88,7 +87,7 @@ def test_a_timestep_has_the_same_bits_in_any_company(size: int) -> None:
     np.testing.assert_array_equal(mlp(t[::-1])[::-1], together)
 
 
-def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_it_survives_a_round_trip_through_its_file(tmp_path: Path) -> None:
     mlp = TimeMLP(golden_weights("adm_superres"))
     mlp.write(tmp_path / "time_mlp.npz")
     np.testing.assert_array_equal(TimeMLP.read(tmp_path / "time_mlp.npz")(TIMES), mlp(TIMES))
@@ -105,12 +104,12 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     ],
     ids=["empty", "missing", "unknown", "shape", "no columns"],
 )
-def test_weights_that_are_no_time_mlp_are_refused(weights: dict[str, npt.NDArray[np.float32]]) -> None:
+def test_other_weights_are_refused(weights: dict[str, npt.NDArray[np.float32]]) -> None:
     with pytest.raises(ValueError, match="a time MLP must have time_embed"):
         TimeMLP(weights)
 
 
-def test_files_that_hold_no_time_mlp_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "time_mlp.npz"
     TimeMLP(random_weights(32, 128)).write(path)
     whole = path.read_bytes()

@@ -43,7 +43,7 @@ def _line(**columns: float) -> PlanRows[Tensor]:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60)
-def test_a_row_does_not_know_which_samplers_and_steps_are_beside_it(
+def test_a_row_does_not_depend_on_samplers_and_steps_of_other_rows(
     kind: Kind, shape: tuple[int, int, int], picks: list[tuple[int, float]], seed: int
 ) -> None:
     lines = np.stack([PLANS[plan].table[round(at * (PLANS[plan].num_steps - 1))] for plan, at in picks])
@@ -63,9 +63,9 @@ def _advance(kind: Kind, lines: np.ndarray[Any, Any], arguments: list[np.ndarray
 
 
 def _rowwise_network(x_t: Tensor, t_model: Tensor) -> Tensor:
-    """A network whose answer for a row depends on that row only, to the last bit."""
-    told = (t_model / 4000)[:, None, None, None]
-    return torch.cat([x_t * 0.7 + told, x_t * told - 0.5], dim=1)
+    """A network whose output for a row depends on that row only, to the last bit."""
+    level = (t_model / 4000)[:, None, None, None]
+    return torch.cat([x_t * 0.7 + level, x_t * level - 0.5], dim=1)
 
 
 def _noise_for(seed: int, image_index: int, step: int, stream: int) -> Tensor:
@@ -74,7 +74,7 @@ def _noise_for(seed: int, image_index: int, step: int, stream: int) -> Tensor:
 
 
 def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
-    """Play a step-level engine: images of five plans start at different times and share each call."""
+    """Simulate a step-level engine: images of five plans start at different times and share each call."""
     plans = PLANS[:4]
     starts, seeds = [0, 3, 11, 2], [5, 5, 2**53 - 1, 77]
     alone: list[Tensor] = []
@@ -108,14 +108,14 @@ def test_images_of_a_mixed_batch_equal_images_sampled_alone() -> None:
     ("out_value", "var_value"),
     [(np.nan, 0.0), (np.inf, 0.0), (-np.inf, 0.0), (0.0, np.nan), (0.0, np.inf), (0.0, -np.inf)],
 )
-def test_a_row_whose_network_output_overflowed_fails_and_spoils_no_other(
+def test_a_row_whose_network_output_overflowed_fails_alone(
     kind: Kind, line: int, clip: bool, out_value: float, var_value: float
 ) -> None:
     zeros = np.zeros((3, 1, 4, 4), dtype=np.float32)
     out, var_values = zeros.copy(), zeros.copy()
     out[1, 0, 2, 2], var_values[1, 0, 2, 2] = out_value, var_value
     # Clipping makes an infinite x0 finite again, and the last step reads no variance. Warnings are errors here: numpy
-    # must not warn of either.
+    # must not warn in either case.
     lines = np.stack([ancestral_plan(COSINE, "50", clip=clip).table[line]] * 3)
     step = _advance(kind, lines, [zeros + 1, zeros, out, var_values, zeros + 1, zeros])
 
@@ -126,7 +126,7 @@ def test_a_row_whose_network_output_overflowed_fails_and_spoils_no_other(
 
 @KINDS
 @pytest.mark.parametrize("value", [3e38, -3e38])
-def test_a_prediction_that_overflows_on_the_way_to_x0_fails_though_it_is_clipped(kind: Kind, value: float) -> None:
+def test_a_prediction_that_overflows_before_clipping_fails(kind: Kind, value: float) -> None:
     zeros = np.zeros((2, 1, 4, 4), dtype=np.float32)
     out = zeros.copy()
     out[1, 0, 2, 2] = value
@@ -136,7 +136,7 @@ def test_a_prediction_that_overflows_on_the_way_to_x0_fails_though_it_is_clipped
 
 @KINDS
 @pytest.mark.parametrize("fails_at", [0, 20, 49])
-def test_a_row_of_a_chain_that_overflowed_at_any_step_is_not_a_number_at_its_end(kind: Kind, fails_at: int) -> None:
+def test_a_row_that_overflowed_at_any_step_is_nan_at_the_end(kind: Kind, fails_at: int) -> None:
     plan, calls = ancestral_plan(COSINE, "50"), iter(range(50))
 
     def network(x_t: Tensor, t_model: Tensor) -> Tensor:
@@ -162,11 +162,13 @@ def test_a_row_of_a_chain_that_overflowed_at_any_step_is_not_a_number_at_its_end
 
 @KINDS
 @pytest.mark.parametrize(("out_value", "var_value"), [(np.nan, 0.0), (np.inf, 0.0), (0.0, 1e30), (0.0, np.inf)])
-def test_a_row_that_is_not_finite_is_told_and_spoils_no_other(kind: Kind, out_value: float, var_value: float) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_changes_no_other(
+    kind: Kind, out_value: float, var_value: float
+) -> None:
     zeros = np.zeros((3, 1, 4, 4), dtype=np.float32)
     out, var_values = zeros.copy(), zeros.copy()
     out[1, 0, 2, 2], var_values[1, 0, 2, 2] = out_value, var_value
-    # Without clipping, which makes an infinite x0 finite again. Warnings are errors here: numpy must not warn of it.
+    # Without clipping, which makes an infinite x0 finite again. Warnings are errors here: numpy must not warn.
     lines = np.stack([ancestral_plan(COSINE, "50", clip=False).table[3]] * 3)
     step = _advance(kind, lines, [zeros + 1, zeros, out, var_values, zeros + 1, zeros])
 
@@ -196,7 +198,7 @@ def test_noise_is_not_read_where_the_plan_adds_none() -> None:
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(1.0, 1.0), (np.inf, 3.0)])
-def test_x0_is_clamped_only_where_the_plan_says_so(clip: float, expected: float) -> None:
+def test_x0_is_clamped_only_where_the_plan_requires_it(clip: float, expected: float) -> None:
     one = torch.ones(1, 1, 2, 2)
     step = advance(_line(clip=clip, a_out=1.0, c_x0=1.0), one, one, 3 * one, one, one, one)
 
@@ -204,7 +206,7 @@ def test_x0_is_clamped_only_where_the_plan_says_so(clip: float, expected: float)
     torch.testing.assert_close(step.x_prev, expected * one)
 
 
-def test_every_column_does_what_its_name_says() -> None:
+def test_every_column_has_the_effect_of_its_name() -> None:
     one = torch.ones(1, 1, 2, 2)
     columns = {
         "a_x": 0.25, "a_out": 0.5, "clip": 10.0, "c_x0": 2.0, "c_xt": 3.0, "c_prev": 5.0,
@@ -220,7 +222,7 @@ def test_every_column_does_what_its_name_says() -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS[:4])
-def test_who_knows_the_image_samples_the_image(plan: SamplingPlan) -> None:
+def test_an_ideal_denoiser_samples_its_image(plan: SamplingPlan) -> None:
     image = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     lines = {float(line[0]): line for line in plan.table}
 
@@ -245,7 +247,7 @@ def test_noise_may_be_a_tensor_a_list_or_a_function_of_the_step() -> None:
     assert torch.equal(given_tensor, sample_loop(_rowwise_network, plan, x_T, lambda step: noise[step]))
 
 
-def test_noise_is_asked_for_only_where_it_is_added() -> None:
+def test_noise_is_drawn_only_where_it_is_added() -> None:
     asked: list[int] = []
 
     def noise(step: int) -> Tensor:
@@ -258,7 +260,7 @@ def test_noise_is_asked_for_only_where_it_is_added() -> None:
     assert asked == [0, 1, 2, 3]
 
 
-def test_the_loop_hands_each_step_the_x0_of_the_step_before() -> None:
+def test_the_loop_passes_each_step_the_x0_of_the_previous_step() -> None:
     table = np.zeros((3, len(PLAN_COLUMNS)), dtype=np.float32)
     for column, value in (("clip", np.inf), ("a_out", 1.0), ("c_prev", 1.0)):
         table[:, PLAN_COLUMNS.index(column)] = value
@@ -299,7 +301,7 @@ def test_a_gradient_moves_the_image() -> None:
     assert (pushed > plain).all()
 
 
-def test_plan_rows_name_the_columns_in_order() -> None:
+def test_plan_rows_have_the_columns_in_order() -> None:
     rows = PlanRows.from_lines(torch.arange(24, dtype=torch.float32).reshape(2, 12))
     for index, column in enumerate(rows):
         assert column.shape == (2, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The artifact folder: what is damaged, foreign or unproven is refused, with the file and the rule in the message."""
+"""The artifact folder: damaged, foreign or unverified files are refused, with the file and the rule in the message."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def chain(beyond_2: float, limit: float | None = 1e-3) -> ChainParity:
 
 
 def write_fake(folder: Path, checkpoint_hash: str = "0" * 64) -> Path:
-    """Write an artifact of files that no runtime reads, whose manifest vouches for them."""
+    """Write an artifact of files that no runtime reads, with a manifest that matches them."""
     folder.mkdir(parents=True)
     (folder / MODEL_FILE).write_bytes(b"a graph of some length")
     (folder / TIME_MLP_FILE).write_bytes(b"weights")
@@ -82,7 +82,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_a_whole_folder_is_read_as_it_was_written(folder: Path) -> None:
+def test_a_valid_folder_survives_a_round_trip(folder: Path) -> None:
     manifest = read_artifact(folder)
     assert manifest.checkpoint == tiny_config()
     assert (manifest.buckets, manifest.precision, sorted(manifest.files)) == (
@@ -115,9 +115,7 @@ def _link(path: Path) -> None:
     ],
     ids=["flipped", "truncated", "missing", "symlink", "folder"],
 )
-def test_a_file_that_is_not_what_was_written_is_refused(
-    folder: Path, name: str, damage: Callable[[Path], object], rule: str
-) -> None:
+def test_a_changed_file_is_refused(folder: Path, name: str, damage: Callable[[Path], object], rule: str) -> None:
     damage(folder / name)
     with pytest.raises(ArtifactError, match=f"{name} .*{rule}"):
         read_artifact(folder)
@@ -144,7 +142,7 @@ def test_a_file_that_is_not_what_was_written_is_refused(
         (lambda m: m["checkpoint"]["model"].update(colour="red"), r"colour: "),
     ],
 )
-def test_a_manifest_that_is_wrong_names_the_field_and_the_rule(
+def test_the_error_for_an_invalid_manifest_names_the_field_and_the_rule(
     folder: Path, edit: Callable[[dict[str, Any]], object], rule: str
 ) -> None:
     change(folder, edit)
@@ -153,7 +151,7 @@ def test_a_manifest_that_is_wrong_names_the_field_and_the_rule(
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "..\\secret", "a/../b"])
-def test_no_file_lies_outside_the_folder(folder: Path, name: str) -> None:
+def test_names_outside_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder.parent / "secret").write_bytes(b"weights")
     change(folder, lambda m: m["files"].update({name: m["files"][TIME_MLP_FILE]}))
     with pytest.raises(ArtifactError, match="files must be plain names inside the folder; got "):
@@ -161,13 +159,13 @@ def test_no_file_lies_outside_the_folder(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"'])
-def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
+def test_a_manifest_other_than_a_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"manifest\.json( is empty| is not valid JSON| must hold a JSON object)"):
         read_artifact(folder)
 
 
-def test_a_folder_without_a_manifest_is_no_artifact(folder: Path) -> None:
+def test_a_folder_without_a_manifest_is_refused(folder: Path) -> None:
     (folder / MANIFEST_FILE).unlink()
     for place in (folder, folder / "nowhere", folder / MODEL_FILE):
         with pytest.raises(ArtifactError, match=r"is not an artifact folder: it has no manifest\.json"):
@@ -189,7 +187,7 @@ def test_chains_outside_their_limit_are_refused(folder: Path) -> None:
         read_artifact(folder)
 
 
-def test_what_gates_is_the_graph_s_own_precision_and_a_gradient_s_float32() -> None:
+def test_limits_apply_to_the_graph_s_own_precision_and_to_a_gradient_s_float32() -> None:
     good, bad = parity(0.0), parity(1.0)
     low = parity(1.0, precision="bf16")
     gradient = parity(1.0, file=GRADIENT_FILE)
@@ -240,7 +238,7 @@ def test_an_artifact_inside_a_checkpoint_is_that_checkpoint_s(tmp_path: Path, mo
         read_artifact(own)
 
 
-def test_an_artifact_of_another_checkpoint_is_known_through_links_and_beside_the_checkpoint(tmp_path: Path) -> None:
+def test_an_artifact_of_another_checkpoint_is_detected_through_links_and_beside_it(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     elsewhere = write_fake(tmp_path / "export", "1" * 64)
     (checkpoint / "artifact").symlink_to(elsewhere)
@@ -253,7 +251,7 @@ def test_an_artifact_of_another_checkpoint_is_known_through_links_and_beside_the
         read_artifact(checkpoint)
 
 
-def test_a_manifest_describes_the_model_that_its_checkpoint_is(tmp_path: Path) -> None:
+def test_a_manifest_must_describe_the_model_of_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     own = write_fake(checkpoint / "artifact", checkpoint_sha256(checkpoint))
     change(own, lambda m: m["checkpoint"]["diffusion"].update(num_timesteps=500))
@@ -261,7 +259,7 @@ def test_a_manifest_describes_the_model_that_its_checkpoint_is(tmp_path: Path) -
         read_artifact(own)
 
 
-def test_a_graph_that_nobody_measured_in_its_precision_is_refused(folder: Path) -> None:
+def test_a_graph_without_parity_in_its_precision_is_refused(folder: Path) -> None:
     change(folder, lambda m: m.update(parity=m["parity"][1:]))
     with pytest.raises(ArtifactError, match=r"model\.onnx was not compared with PyTorch"):
         read_artifact(folder)

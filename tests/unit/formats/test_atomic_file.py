@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what killed writers leave, and errors of the disk."""
+"""Files that are written completely or not at all, leftovers of killed writers, and errors of the disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @contextmanager
 def longest_file(size: int) -> Iterator[None]:
-    """Let every file that grows beyond a size fail, as on a full disk."""
+    """Make writes that extend a file beyond a size fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -38,7 +38,7 @@ def longest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_file(path, b"old")
     with longest_file(100), pytest.raises(OSError, match="File too large") as caught:
@@ -60,7 +60,7 @@ def save_text(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [save_tensors, save_arrays, save_text])
-def test_a_folder_whose_disk_is_full_names_itself_and_stays_as_it_was(tmp_path: Path, write: object) -> None:
+def test_the_error_of_a_full_disk_names_the_folder_which_does_not_change(tmp_path: Path, write: object) -> None:
     assert callable(write)
     write_folder(tmp_path / "model", lambda at: (at / "old").touch())
     with longest_file(1000), pytest.raises(OSError, match="File too large") as caught:
@@ -85,7 +85,7 @@ def raise_behind(outer: type[Exception]) -> None:
         lambda: (_ for _ in ()).throw(SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No" })')),
     ],
 )
-def test_a_full_disk_is_one_error_whoever_met_it(fail: object) -> None:
+def test_a_full_disk_is_the_same_error_from_every_library(fail: object) -> None:
     assert callable(fail)
     with pytest.raises(OSError, match="No space left on device: 'here'"), disk_errors_name(Path("here")):
         fail()
@@ -98,7 +98,7 @@ def test_other_errors_pass_unchanged() -> None:
         raise ValueError("nothing to do with disks")
 
 
-def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writers_are_removed_and_files_being_written_are_not(tmp_path: Path) -> None:
     dead, live = tmp_path / ".model.new-0000dead", tmp_path / ".model.new-0000beef"
     for folder in (dead, live, tmp_path / ".models.new-00000000"):
         (folder / "half").mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tm
     assert {path.name for path in tmp_path.iterdir()} == {"model", live.name, ".models.new-00000000"}
 
 
-def test_a_lock_that_somebody_else_holds_ends_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_held_by_another_process_ends_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("formats.leftovers.LOCK_SECONDS", 0.05)
     (tmp_path / ".file.new-1").touch()
     holder = os.open(tmp_path, os.O_RDONLY)
@@ -119,7 +119,7 @@ def test_a_lock_that_somebody_else_holds_ends_no_write(tmp_path: Path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.new-1"}
 
 
-def test_a_writer_killed_between_its_renames_gives_the_old_folder_back(tmp_path: Path) -> None:
+def test_the_old_folder_is_restored_after_a_writer_killed_between_its_renames(tmp_path: Path) -> None:
     for name in (".model.old-1", ".model.new-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name[7:10]).touch()
@@ -127,7 +127,7 @@ def test_a_writer_killed_between_its_renames_gives_the_old_folder_back(tmp_path:
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
 
 
-def test_a_killed_process_leaves_nothing_that_the_next_writer_does_not_remove(tmp_path: Path) -> None:
+def test_the_next_writer_removes_all_leftovers_of_a_killed_process(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from formats.atomic_folder import write_folder\n"
         "write_folder(Path(sys.argv[1]), lambda at: os.kill(os.getpid(), 9))"

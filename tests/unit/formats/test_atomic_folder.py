@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all; test_checkpoint.py interrupts the writing in other ways."""
+"""Folders that are written completely or not at all; test_checkpoint.py interrupts the writing in other ways."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_folder_is_written_and_replaced_and_nothing_else_is_left(tmp_path: Pat
     assert [path.name for path in folder.parent.iterdir()] == ["artifact"]
 
 
-def test_it_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+def test_it_does_not_exist_before_it_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
 
     def write(at: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_only_one_of_its_kind_or_nothing_may_be_replaced(tmp_path: Path) -> None:
+def test_only_a_folder_of_the_same_kind_or_an_empty_one_is_replaced(tmp_path: Path) -> None:
     assert may_replace(tmp_path / "nowhere", MARKER, FIELDS)
     assert may_replace(tmp_path, MARKER, FIELDS)
     (tmp_path / "cat.jpg").write_bytes(b"cat")

@@ -84,7 +84,7 @@ def _folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_unet_comes_back_equal_and_ready_to_sample(folder: Path) -> None:
+def test_unet_survives_a_round_trip_and_is_ready_to_sample(folder: Path) -> None:
     config, network = load_unet(folder)
 
     assert config == UNET_CONFIG
@@ -94,7 +94,7 @@ def test_unet_comes_back_equal_and_ready_to_sample(folder: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in _weights().items())
 
 
-def test_classifier_comes_back_equal(tmp_path: Path) -> None:
+def test_classifier_survives_a_round_trip(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "clf", CLASSIFIER_CONFIG, _weights(CLASSIFIER_CONFIG))
     config, network = load_classifier(tmp_path / "clf")
 
@@ -105,23 +105,23 @@ def test_classifier_comes_back_equal(tmp_path: Path) -> None:
         load_unet(tmp_path / "clf")
 
 
-def test_a_unet_is_no_classifier(folder: Path) -> None:
+def test_a_unet_is_refused_as_a_classifier(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="must hold a checkpoint of kind 'classifier'; got 'unet'"):
         load_classifier(folder)
 
 
-def test_weights_are_stored_in_float32_whatever_they_were(tmp_path: Path) -> None:
+def test_weights_of_any_type_are_stored_in_float32(tmp_path: Path) -> None:
     halves = {name: tensor.half() for name, tensor in _weights().items()}
     write_checkpoint(tmp_path / "model", UNET_CONFIG, halves)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model" / WEIGHTS_FILE).values()} == {torch.float32}
 
 
-def test_half_precision_weights_of_others_are_read_as_float32(folder: Path) -> None:
+def test_half_precision_weights_are_read_as_float32(folder: Path) -> None:
     save_file({name: tensor.half() for name, tensor in _weights().items()}, folder / WEIGHTS_FILE)
     assert {tensor.dtype for tensor in read_weights(folder).values()} == {torch.float32}
 
 
-def test_both_files_can_be_read_by_the_same_people(folder: Path) -> None:
+def test_both_files_have_the_same_permissions(folder: Path) -> None:
     assert (folder / WEIGHTS_FILE).stat().st_mode == (folder / CONFIG_FILE).stat().st_mode
 
 
@@ -141,7 +141,7 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "state" / "optimizer.bin").read_bytes() == b"state"
 
 
-def test_a_failure_half_way_keeps_the_old_checkpoint_and_removes_the_new(folder: Path) -> None:
+def test_a_failure_during_writing_keeps_the_old_checkpoint_and_removes_the_new(folder: Path) -> None:
     before = _contents(folder)
 
     def fail(_folder: Path) -> None:
@@ -176,7 +176,7 @@ def _write_and_die(folder: Path) -> None:
     write_checkpoint(folder, UNET_CONFIG, _weights(seed=1), extra=die)
 
 
-def test_a_writer_killed_half_way_leaves_the_old_checkpoint_and_nothing_new_that_loads(folder: Path) -> None:
+def test_a_writer_killed_during_writing_leaves_the_old_checkpoint_only(folder: Path) -> None:
     before = _contents(folder)
     writer = multiprocessing.get_context("spawn").Process(target=_write_and_die, args=(folder,))
     writer.start()
@@ -189,7 +189,7 @@ def test_a_writer_killed_half_way_leaves_the_old_checkpoint_and_nothing_new_that
         load_unet(leftover)
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_other_than_a_checkpoint_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
@@ -235,7 +235,7 @@ def test_weights_of_integers_are_refused(folder: Path) -> None:
         read_weights(folder)
 
 
-def test_weights_of_another_network_are_summarised(folder: Path) -> None:
+def test_the_error_for_weights_of_another_network_is_a_summary(folder: Path) -> None:
     _edit_config(folder, model={**UNET_CONFIG.model.model_dump(), "model_channels": 64})
     with pytest.raises(CheckpointError, match=r"does not fit config\.json: \d+ of another shape") as caught:
         load_unet(folder)
@@ -250,7 +250,7 @@ def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
             read(folder)
 
 
-def test_a_missing_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
         load_unet(tmp_path / "nowhere")
 
@@ -267,7 +267,9 @@ def test_a_missing_folder_is_no_checkpoint(tmp_path: Path) -> None:
         ({"class_names": ["one"]}, "class_names must have one name per class"),
     ],
 )
-def test_a_wrong_config_names_the_field_and_the_rule(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_the_error_for_an_invalid_config_names_the_field_and_the_rule(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     _edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_config(folder)
@@ -279,13 +281,13 @@ def test_a_wrong_config_names_the_field_and_the_rule(folder: Path, changes: dict
     ("content", "message"),
     [(b"{", "is not valid JSON"), (b"\xff\xfe", "is not valid JSON"), (b"[1]", "must hold a JSON object; got list")],
 )
-def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes, message: str) -> None:
+def test_a_config_other_than_a_json_object_is_refused(folder: Path, content: bytes, message: str) -> None:
     (folder / CONFIG_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_config(folder)
 
 
-def test_the_hash_follows_weights_and_network_but_not_names(folder: Path) -> None:
+def test_the_hash_depends_on_weights_and_network_but_not_on_names(folder: Path) -> None:
     original = checkpoint_sha256(folder)
     _edit_config(folder, class_names=["oil", "water"], provenance={})
     assert checkpoint_sha256(folder) == original

@@ -1,4 +1,4 @@
-"""The classifier's folder: what fits, what is refused, in checkpoints and in artifacts."""
+"""The classifier's folder in checkpoints and in artifacts: valid ones and refused ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def guide_of(folder: Path) -> object:
 
 
 def write_artifact(folder: Path, checkpoint: Path, *files: str) -> Path:
-    """Write an artifact of files that no runtime reads, whose manifest vouches for them."""
+    """Write an artifact of files that no runtime reads, with a manifest that matches them."""
     folder.mkdir(parents=True)
     for name in (*files, TIME_MLP_FILE):
         (folder / name).write_bytes(f"{name} of some length".encode())
@@ -68,7 +68,7 @@ def write_artifact(folder: Path, checkpoint: Path, *files: str) -> Path:
 
 @pytest.fixture
 def artifact(model: Path) -> Path:
-    """Return the model's artifact, its classifier's inside."""
+    """Return the model's artifact, with its classifier's artifact inside."""
     folder = write_artifact(model / INSIDE_CHECKPOINT, model, MODEL_FILE)
     write_artifact(folder / CLASSIFIER_FOLDER, model / CLASSIFIER_FOLDER, MODEL_FILE, GRADIENT_FILE)
     return folder
@@ -83,24 +83,24 @@ def artifact(model: Path) -> Path:
         ({}, None),
     ],
 )
-def test_a_classifier_must_take_the_model_s_images_and_classes(changes: dict[str, object], problem: str | None) -> None:
+def test_a_classifier_must_have_the_model_s_images_and_classes(changes: dict[str, object], problem: str | None) -> None:
     assert misfit(tiny_config(), tiny_classifier_config(**changes)) == problem
 
 
-def test_a_classifier_must_be_told_the_timesteps_that_the_network_is_told() -> None:
+def test_a_classifier_must_have_the_network_s_timesteps() -> None:
     model, classifier = tiny_config(), tiny_classifier_config()
     longer = classifier.replace(diffusion=DiffusionConfig(num_timesteps=4000))
     assert misfit(model, longer) == "its range of timesteps is 4000, the model's is 1000"
     rescaled = classifier.replace(diffusion=DiffusionConfig(num_timesteps=4000, rescale_timesteps=True))
     assert misfit(model, rescaled) is None
-    # as OpenAI's published pair of 64x64 has it
+    # as OpenAI's published 64x64 pair has it
     assert (
         misfit(model, classifier.replace(diffusion=DiffusionConfig(num_timesteps=1000, noise_schedule="linear")))
         is None
     )
 
 
-def test_classes_must_have_the_same_names_where_both_have_names() -> None:
+def test_classes_must_have_the_same_names_if_both_have_names() -> None:
     model, classifier = tiny_config(), tiny_classifier_config()
     assert misfit(model, classifier.replace(class_names=CLASS_NAMES)) is None
     assert misfit(model, classifier.replace(class_names=CLASS_NAMES[::-1])) == "its class_names are not the model's"
@@ -116,7 +116,7 @@ def test_a_model_without_the_folder_has_no_classifier(tmp_path: Path) -> None:
     assert guide_of(folder) is None
 
 
-def test_what_cannot_guide_is_refused(model: Path) -> None:
+def test_invalid_classifiers_are_refused(model: Path) -> None:
     classifier = model / CLASSIFIER_FOLDER
     assert guide_of(model) is not None
     (classifier / "model.safetensors").write_bytes(b"half")
@@ -152,7 +152,7 @@ def test_an_artifact_s_classifier_is_read_and_checked(artifact: Path) -> None:
         read_classifier_artifact(artifact)
 
 
-def test_an_artifact_without_the_checkpoint_s_classifier_is_refused_and_so_is_one_with_another(artifact: Path) -> None:
+def test_an_artifact_without_the_checkpoint_s_classifier_or_with_another_is_refused(artifact: Path) -> None:
     model = artifact.parent
     shutil.move(artifact / CLASSIFIER_FOLDER, model.parent / "away")
     with pytest.raises(ArtifactError, match=r"was exported without the classifier in .*; export .* again"):
@@ -169,7 +169,7 @@ def test_an_artifact_without_the_checkpoint_s_classifier_is_refused_and_so_is_on
         read_classifier_artifact(artifact)
 
 
-def test_a_misfit_is_refused_in_an_artifact_too(artifact: Path, tmp_path: Path) -> None:
+def test_a_classifier_that_does_not_fit_is_refused_in_an_artifact_too(artifact: Path, tmp_path: Path) -> None:
     rgb = tiny_checkpoint(tmp_path / "rgb", image_channels=3)
     alone = write_artifact(tmp_path / "alone", rgb, MODEL_FILE)
     shutil.copytree(artifact / CLASSIFIER_FOLDER, alone / CLASSIFIER_FOLDER)

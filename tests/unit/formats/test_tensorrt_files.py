@@ -1,4 +1,4 @@
-"""Engine files: their names, and what is refused with which reason. Nothing here is TensorRT."""
+"""Engine files: their names, and the reasons for refusing them. No test here uses TensorRT."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_engines_of_rtx_are_for_a_compute_capability_and_others_for_a_gpu() -> N
 
 
 @pytest.mark.parametrize("field", [{"version": "../../1"}, {"compute_capability": "89"}, {"flavour": "other"}])
-def test_a_target_cannot_name_a_path_elsewhere(field: dict[str, str]) -> None:
+def test_a_target_cannot_contain_a_path(field: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         RTX.replace(**field)
 
 
-def test_the_hash_of_a_graph_counts_its_weights_file() -> None:
+def test_the_hash_of_a_graph_includes_its_weights_file() -> None:
     graph, data = FileEntry(sha256="a" * 64, size=1), FileEntry(sha256="b" * 64, size=2)
     assert graph_sha256({"model.onnx": graph, "time_mlp.npz": data}) == graph.sha256
     with_data = graph_sha256({"model.onnx": graph, "model.onnx.data": data})
@@ -78,7 +78,7 @@ def test_the_hash_of_a_graph_counts_its_weights_file() -> None:
     assert with_data != graph_sha256({"model.onnx": graph, "model.onnx.data": graph})
 
 
-def test_an_engine_is_read_as_it_was_written(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
+def test_an_engine_survives_a_round_trip(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     record = write_fake_engine(artifact, manifest, 2)
     assert read_engine(artifact, wanted, 2) == (record, plan_path(artifact).read_bytes())
     assert sorted(path.name for path in plan_path(artifact).parent.iterdir()) == ["2.json", "2.plan"]
@@ -91,7 +91,7 @@ def test_a_record_of_another_plan_is_not_written(artifact: Path, manifest: Manif
         write_engine(artifact, b"another", record)
 
 
-def test_a_missing_engine_says_for_what_there_are_some(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
+def test_the_error_for_a_missing_engine_lists_existing_ones(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     with pytest.raises(EngineError, match=r"nvidia-h200-sm90-10.99.0.1 has no engine for batches of 2$"):
         read_engine(artifact, wanted, 2)
     write_fake_engine(artifact, manifest, 2)
@@ -100,7 +100,7 @@ def test_a_missing_engine_says_for_what_there_are_some(artifact: Path, manifest:
         read_engine(artifact, other, 2)
 
 
-def test_a_plan_without_a_record_is_no_engine(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
+def test_a_plan_without_a_record_is_refused(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     write_fake_engine(artifact, manifest, 2)
     plan_path(artifact).with_suffix(".json").unlink()
     with pytest.raises(EngineError, match="has no engine for batches of 2"):
@@ -187,7 +187,7 @@ def test_an_engine_moved_to_the_folder_of_another_gpu_is_refused(
         ({"parity": parity(0.02)}, "is too far from PyTorch: relative error 2.0e-02, limit 1.0e-02"),
     ],
 )
-def test_what_differs_is_the_reason(change: dict[str, object], reason: str | None) -> None:
+def test_the_error_names_the_difference(change: dict[str, object], reason: str | None) -> None:
     wanted = Wanted(TARGET, "fp32", "0" * 64)
     record = EngineRecord(
         target=TARGET, bucket=2, precision="fp32", onnx_sha256="0" * 64, plan=entry_of(b"plan"), workspace_bytes=0
@@ -197,7 +197,7 @@ def test_what_differs_is_the_reason(change: dict[str, object], reason: str | Non
     assert reason is None or (found is not None and found.startswith(reason))
 
 
-def test_measured_parity_is_kept_and_decides(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
+def test_measured_parity_is_stored_and_checked(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     record = write_fake_engine(artifact, manifest, 2)
     record_parity(artifact, wanted, 2, parity(0.001))
     assert read_engine(artifact, wanted, 2)[0] == record.replace(parity=parity(0.001))
@@ -206,7 +206,7 @@ def test_measured_parity_is_kept_and_decides(artifact: Path, manifest: Manifest,
         read_engine(artifact, wanted, 2)
 
 
-def test_a_folder_called_tensorrt_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_tensorrt_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         (tmp_path / name).mkdir()
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -77,7 +77,7 @@ def test_openai_s_pt_file_imports_and_equals_the_same_weights_in_safetensors(tmp
     assert config.provenance["file"] == "imp_superres.pt"
 
 
-def test_weights_come_as_plain_float32_tensors() -> None:
+def test_weights_are_plain_float32_tensors() -> None:
     assert {(type(tensor), tensor.dtype) for tensor in load_state_dict(SUPERRES).values()} == {(Tensor, torch.float32)}
 
 
@@ -90,7 +90,7 @@ class _Malicious:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_file_that_wants_to_run_code_is_refused_without_running_it(tmp_path: Path, new_format: bool) -> None:
+def test_a_file_that_needs_to_run_code_is_refused_without_running_it(tmp_path: Path, new_format: bool) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     torch.save({"w": _Malicious(trace)}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(CheckpointError, match=r"needs to run code to be loaded \(posix\.system\)"):
@@ -98,7 +98,7 @@ def test_a_file_that_wants_to_run_code_is_refused_without_running_it(tmp_path: P
     assert not trace.exists()
 
 
-def test_a_bare_pickle_that_wants_to_run_code_is_refused_without_running_it(tmp_path: Path) -> None:
+def test_a_bare_pickle_that_needs_to_run_code_is_refused_without_running_it(tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     path.write_bytes(pickle.dumps(_Malicious(trace)))
     with pytest.raises(CheckpointError):
@@ -107,7 +107,7 @@ def test_a_bare_pickle_that_wants_to_run_code_is_refused_without_running_it(tmp_
 
 
 @pytest.mark.parametrize("content", [b"hello world" * 100, b"\x80\x02" + bytes(1000)])
-def test_a_damaged_file_is_called_damaged(tmp_path: Path, content: bytes) -> None:
+def test_the_error_for_a_damaged_file_has_the_reason(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is damaged, or not a file of torch\.save"):
@@ -126,7 +126,7 @@ def test_a_damaged_file_is_called_damaged(tmp_path: Path, content: bytes) -> Non
         ({"steps": torch.zeros(1, dtype=torch.int64)}, "steps must be floating point"),
     ],
 )
-def test_a_file_with_something_else_says_what_it_holds(tmp_path: Path, content: Any, message: str) -> None:
+def test_the_error_for_other_contents_describes_them(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):
         load_state_dict(tmp_path / "x.pt")
@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_flags_are_named_one_line_each(tmp_path: Path, flags: dict[str, str], lines: list[str]) -> None:
+def test_each_wrong_flag_is_reported_on_one_line(tmp_path: Path, flags: dict[str, str], lines: list[str]) -> None:
     with pytest.raises(CheckpointError) as caught:
         import_checkpoint(SUPERRES, _superres_config(**flags), tmp_path / "model")
     said = str(caught.value).splitlines()[1:]
@@ -176,13 +176,13 @@ def test_wrong_flags_are_named_one_line_each(tmp_path: Path, flags: dict[str, st
 
 
 @pytest.mark.parametrize("preset", ["imagenet64-cond-270m", "adm-imagenet512", "adm-lsun-cat"])
-def test_the_wrong_preset_takes_a_dozen_lines_at_most(preset: str) -> None:
+def test_the_error_for_a_wrong_preset_has_at_most_a_dozen_lines(preset: str) -> None:
     lines = describe_mismatch(PUBLISHED[preset].config, expected_shapes(PUBLISHED["adm-upsampler-64-256"].config))
     assert 1 <= len(lines) <= 12
     assert all(len(line) < 120 for line in lines)
 
 
-def test_a_classifier_is_told_from_a_unet() -> None:
+def test_a_classifier_is_distinguished_from_a_unet() -> None:
     classifier = expected_shapes(PUBLISHED["adm-classifier-64"].config)
     assert describe_mismatch(PUBLISHED["adm-imagenet64"].config, classifier) == [
         "the file holds a noisy classifier, the configuration describes a UNet"
@@ -190,7 +190,7 @@ def test_a_classifier_is_told_from_a_unet() -> None:
     assert describe_mismatch(PUBLISHED["adm-classifier-128"].config, classifier)[1].startswith("classifier_depth")
 
 
-def test_weights_of_something_else_are_no_network_of_these() -> None:
+def test_weights_of_other_networks_are_recognised() -> None:
     (line,) = describe_mismatch(_superres_config(), {"conv1.weight": (64, 3, 7, 7)})
     assert line.startswith("the file holds no network of these repositories")
 
@@ -261,7 +261,7 @@ def test_classifier_flags_give_a_classifier() -> None:
         ("diffusers", {}, r"repo must be one of \['improved', 'guided'\]; got 'diffusers'"),
     ],
 )
-def test_wrong_flags_are_refused_with_what_is_allowed(repo: Any, flags: dict[str, str], message: str) -> None:
+def test_wrong_flags_are_refused_with_the_allowed_values(repo: Any, flags: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_flags(repo, flags)
 
@@ -297,14 +297,14 @@ def test_trained_networks_pass_with_their_own_flags(name: str, diffusion: dict[s
     assert report.eps_error < 0.05
 
 
-def test_wrong_heads_fail_and_the_right_ones_are_named() -> None:
+def test_wrong_heads_fail_and_the_error_names_the_right_ones() -> None:
     config = _golden_config("imp_uncond", num_timesteps=1000, noise_schedule="linear")
     report = check_predictions(config.replace(model=config.model.replace(num_heads=4)), _weights("imp_uncond"))
     assert not report.passed
     assert "With num_heads=1" in report.advice
 
 
-def test_wrong_decoder_heads_fail_and_the_right_ones_are_named() -> None:
+def test_wrong_decoder_heads_fail_and_the_error_names_the_right_ones() -> None:
     config = _golden_config("imp_uncond", num_timesteps=1000, noise_schedule="linear")
     wrong = config.replace(model=config.model.replace(num_heads_upsample=4))
     report = check_predictions(wrong, _weights("imp_uncond"))
@@ -312,7 +312,7 @@ def test_wrong_decoder_heads_fail_and_the_right_ones_are_named() -> None:
     assert "num_heads_upsample=1" in report.advice
 
 
-def test_a_wrong_attention_order_fails_and_the_right_one_is_named() -> None:
+def test_a_wrong_attention_order_fails_and_the_error_names_the_right_one() -> None:
     config = _superres_config()
     wrong = config.replace(model=config.model.replace(attention_order="new"))
     report = check_predictions(wrong, _weights("imp_superres"))
@@ -326,21 +326,21 @@ def test_a_wrong_attention_order_fails_and_the_right_one_is_named() -> None:
         ({}, None),
         ({"noise_schedule": "linear"}, "With noise_schedule=cosine:"),
         ({"rescale_timesteps": False}, "With rescale_timesteps=True or diffusion_steps=1000:"),
-        ({"num_timesteps": 1000, "rescale_timesteps": False}, None),  # the same to the network: not visible
+        ({"num_timesteps": 1000, "rescale_timesteps": False}, None),  # equivalent for the network: not visible
     ],
 )
-def test_a_network_that_relies_on_its_timesteps_shows_a_wrong_process(
+def test_a_wrong_process_is_detected_by_a_network_that_relies_on_its_timesteps(
     monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], advice: str | None
 ) -> None:
     process = {"num_timesteps": 4000, "noise_schedule": "cosine", "rescale_timesteps": True}
     trained = respace(_golden_config("imp_cond_ls", **process).diffusion)
 
-    def predict_grey_images(_config: object, _weights: object, x_t: Tensor, told: list[float]) -> Tensor:
-        """Know the noise level from the timestep alone; know nothing of timesteps that were never trained."""
-        steps = [int(abs(trained.t_model - t).argmin()) for t in told]
-        known = [float(t <= 1000) for t in told]
+    def predict_grey_images(_config: object, _weights: object, x_t: Tensor, t_model: list[float]) -> Tensor:
+        """Estimate the noise level from the timestep alone, and only for timesteps that were trained."""
+        steps = [int(abs(trained.t_model - t).argmin()) for t in t_model]
+        known = [float(t <= 1000) for t in t_model]
         scale = torch.tensor(known) / (1 - torch.from_numpy(trained.schedule.alphas_cumprod[steps])).sqrt()
-        estimate = x_t * scale.repeat_interleave(len(x_t) // len(told))[:, None, None, None]
+        estimate = x_t * scale.repeat_interleave(len(x_t) // len(t_model))[:, None, None, None]
         return estimate + 0.03 * torch.ones_like(x_t)  # no network is perfect
 
     monkeypatch.setattr("interchange.sanity_check.run_network", predict_grey_images)
@@ -350,7 +350,7 @@ def test_a_network_that_relies_on_its_timesteps_shows_a_wrong_process(
     assert advice is None or advice in report.advice
 
 
-def test_a_wrong_prediction_type_fails_and_the_right_one_is_named() -> None:
+def test_a_wrong_prediction_type_fails_and_the_error_names_the_right_one() -> None:
     config = _golden_config("imp_uncond", num_timesteps=1000, noise_schedule="linear", prediction="x0")
     report = check_predictions(config, _weights("imp_uncond"))
     assert not report.passed
@@ -362,10 +362,10 @@ def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatc
     process = respace(config.diffusion)
 
     def predict_x0(
-        as_config: CheckpointConfig, weights: Any, x_t: Tensor, told: list[float], brightness: float
+        as_config: CheckpointConfig, weights: Any, x_t: Tensor, t_model: list[float], brightness: float
     ) -> Tensor:
-        abar = float(process.schedule.alphas_cumprod[int(abs(process.t_model - told[0]).argmin())])
-        eps = predict(as_config, weights, x_t, told, brightness)
+        abar = float(process.schedule.alphas_cumprod[int(abs(process.t_model - t_model[0]).argmin())])
+        eps = predict(as_config, weights, x_t, t_model, brightness)
         return (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
 
     zeros = {name: torch.zeros_like(tensor) for name, tensor in _weights("imp_superres").items()}
@@ -375,7 +375,7 @@ def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatc
     assert check_predictions(config, _weights("imp_superres")).passed
 
 
-def test_untrained_weights_fail_and_the_flags_in_question_are_listed() -> None:
+def test_untrained_weights_fail_and_the_error_lists_possible_flags() -> None:
     weights = {name: torch.zeros_like(tensor) for name, tensor in _weights("imp_uncond").items()}
     report = check_predictions(_golden_config("imp_uncond", num_timesteps=1000), weights)
     assert not report.passed
@@ -414,7 +414,7 @@ def _invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_command_writes_a_checkpoint_and_says_what_it_took_the_file_for(tmp_path: Path) -> None:
+def test_command_writes_a_checkpoint_and_describes_the_file(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\ncat\ndog\nemu\n")
     result = _invoke(
@@ -473,7 +473,7 @@ def test_command_recognises_the_name_of_a_published_file(tmp_path: Path) -> None
     assert "64x64_diffusion.pt is the published name of --preset adm-imagenet64" in result.output
 
 
-def test_command_does_not_touch_a_folder_that_exists(tmp_path: Path) -> None:
+def test_command_does_not_change_an_existing_folder(tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").touch()
     result = _invoke(SUPERRES, "--out", tmp_path, "--repo", "improved")
     assert result.exit_code == 1
@@ -492,7 +492,7 @@ def test_flags_that_cannot_be_split_are_quoted() -> None:
         ("ant\n".encode("utf-16"), r"names\.txt must hold class names in UTF-8, one per line"),
     ],
 )
-def test_files_of_class_names_that_do_not_fit_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_the_error_for_a_wrong_file_of_class_names_names_it(tmp_path: Path, content: bytes, message: str) -> None:
     names = tmp_path / "names.txt"
     names.write_bytes(content)
     config = config_from_flags("improved", {"class_cond": "True", "num_classes": "3"})
@@ -500,7 +500,7 @@ def test_files_of_class_names_that_do_not_fit_are_named(tmp_path: Path, content:
         _with_class_names(config, names)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_bytes(b"\xef\xbb\xbfant\r\nbee\r\n")
     config = config_from_flags("improved", {"class_cond": "True", "num_classes": "2"})

@@ -1,4 +1,4 @@
-"""Weights as people really have them: with wrappers' names, other channels, or something else in their place."""
+"""Weights as users have them: with names of wrappers, other channels, or another file in their place."""
 
 from __future__ import annotations
 
@@ -75,9 +75,11 @@ def zipped(**files: bytes) -> bytes:
         (WEIGHTS.read_bytes()[:5000], "is truncated or damaged: it has 5000 bytes instead of"),
         (WEIGHTS.read_bytes()[:-1], "is truncated or damaged: it has"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # not the bytes, some of which hold the time
+    ids=lambda value: value if isinstance(value, str) else "",  # not the bytes, some of which contain the time
 )
-def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+def test_the_error_for_another_file_in_place_of_weights_describes_it(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
@@ -85,30 +87,30 @@ def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path, content: byt
     assert str(caught.value).startswith(f"{path} {words}")
 
 
-def test_weights_are_taken_for_nothing_else() -> None:
+def test_weights_are_not_mistaken_for_other_files() -> None:
     assert describe_wrong_content(WEIGHTS) is None
     assert describe_wrong_content(golden.GOLDEN_DIR / "imp_superres.pt") is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_checkpoint_that_was_cloned_without_its_large_files_says_so(tmp_path: Path, name: str) -> None:
+def test_the_error_for_a_checkpoint_cloned_without_large_files_has_the_reason(tmp_path: Path, name: str) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     (folder / name).write_bytes(LFS)
     with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
         load_unet(folder)
 
 
-def test_a_safetensors_file_of_openai_s_names_is_read_too() -> None:
+def test_a_safetensors_file_with_openai_s_names_is_read() -> None:
     assert load_state_dict(WEIGHTS).keys() == load_file(WEIGHTS).keys()
 
 
 @pytest.mark.parametrize("flags", [(), ("--scheduler", "x"), ("--preset", "adm-lsun-cat")])
-def test_nothing_there_is_said_first(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_a_missing_file_is_reported_first(tmp_path: Path, flags: tuple[str, ...]) -> None:
     code, output = invoke(tmp_path / "nowhere.pt", "--out", tmp_path / "out", *flags)
     assert (code, output) == (1, f"error: {tmp_path / 'nowhere.pt'} does not exist")
 
 
-def test_a_file_out_of_a_described_folder_leads_to_the_folder(tmp_path: Path) -> None:
+def test_the_error_for_a_file_of_a_diffusers_folder_names_the_folder(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny")
     code, output = invoke(folder / "model.safetensors", "--out", tmp_path / "out")
     assert (code, f"import the folder, {folder}" in output) == (1, True)
@@ -118,7 +120,7 @@ def test_a_file_out_of_a_described_folder_leads_to_the_folder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "ema.model."])
-def test_what_wrappers_put_before_names_is_left_out(prefix: str) -> None:
+def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
     plain = {name: torch.zeros(1) for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.bias")}
     weights, taken = without_wrappers({prefix + name: tensor for name, tensor in plain.items()}, "time_embed.0.weight")
     assert weights.keys() == plain.keys()
@@ -126,7 +128,7 @@ def test_what_wrappers_put_before_names_is_left_out(prefix: str) -> None:
     assert without_wrappers(plain, "time_embed.0.weight") == (plain, [])
 
 
-def test_wrappers_inside_names_are_left_out_and_clashes_refused() -> None:
+def test_names_of_wrappers_inside_names_are_removed_and_clashes_refused() -> None:
     inside = {"time_embed.0.weight": torch.zeros(1), "input_blocks.1._orig_mod.0.weight": torch.zeros(1)}
     assert list(without_wrappers(inside, "time_embed.0.weight")[0]) == [
         "time_embed.0.weight",
@@ -136,12 +138,12 @@ def test_wrappers_inside_names_are_left_out_and_clashes_refused() -> None:
         without_wrappers({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "time_embed.0.weight")
 
 
-def test_a_prefix_that_only_some_names_have_stays() -> None:
+def test_a_prefix_of_only_some_names_is_kept() -> None:
     mixed = {"ema.time_embed.0.weight": torch.zeros(1), "raw.time_embed.0.weight": torch.zeros(1)}
     assert without_wrappers(mixed, "time_embed.0.weight") == (mixed, [])
 
 
-def test_a_compiled_grey_model_is_imported_without_a_word_about_channels(tmp_path: Path) -> None:
+def test_a_compiled_grey_model_is_imported_without_flags_for_channels(tmp_path: Path) -> None:
     weights = {f"module._orig_mod.{name}": tensor for name, tensor in load_file(WEIGHTS).items()}
     torch.save(weights, tmp_path / "grey.pt")
     flags = (
@@ -170,7 +172,7 @@ def test_a_compiled_grey_model_is_imported_without_a_word_about_channels(tmp_pat
         {"large_size": "16", "small_size": "8", "in_channels": "2"},
     ],
 )
-def test_channels_may_be_said_in_several_ways(flags: dict[str, str]) -> None:
+def test_channels_may_be_given_by_several_flags(flags: dict[str, str]) -> None:
     given = parse_flag_line(SMALL) | flags
     if "large_size" in flags:
         del given["image_size"]
@@ -196,20 +198,20 @@ def test_channels_that_contradict_each_other_are_refused(flags: dict[str, str], 
     [
         (small(image_channels="1"), small(), 1),
         (small(image_channels="5", learn_sigma="True"), small(learn_sigma="True"), 5),
-        (small(image_channels="5", learn_sigma="True"), small(), 5),  # learn_sigma is wrong, and will be named
+        (small(image_channels="5", learn_sigma="True"), small(), 5),  # learn_sigma is wrong, and the error will name it
         (small(), small(), None),
-        (small(image_channels="1"), small(image_channels="4"), None),  # said, and wrong
-        (small(image_channels="6"), small(), None),  # may be an image of 3 and a low-resolution one
+        (small(image_channels="1"), small(image_channels="4"), None),  # given, and wrong
+        (small(image_channels="6"), small(), None),  # may be an image of 3 channels and a low-resolution one
         (small(image_channels="1"), PUBLISHED["cifar10-uncond-50m"].config, None),
     ],
 )
-def test_channels_are_read_from_the_weights_where_nothing_says_them(
+def test_channels_are_read_from_the_weights_if_no_flag_gives_them(
     file: CheckpointConfig, config: CheckpointConfig, inferred: int | None
 ) -> None:
     assert channels_to_infer(config, expected_shapes(file)) == inferred
 
 
-def test_wrong_channels_are_named_in_one_line() -> None:
+def test_wrong_channels_are_reported_on_one_line() -> None:
     lines = describe_mismatch(small(image_channels="3"), expected_shapes(small(image_channels="1")))
     assert lines == ["image_channels: the file has 1 input channels, the configuration says 3 input channels"]
 
@@ -232,7 +234,7 @@ def test_networks_of_others_are_recognised(name: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of diffusers, whose network and scheduler lie in subfolders."""
+    """Return a diffusers folder with network and scheduler in subfolders."""
     root = tmp_path_factory.mktemp("diffusers")
     flat, out = root / "flat", root / "out"
     export_diffusers(tiny_checkpoint(root / "tiny"), flat)
@@ -245,7 +247,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_averaged_weights_are_preferred_and_the_others_can_be_had(exported: Path) -> None:
+def test_averaged_weights_are_preferred_and_the_others_can_be_selected(exported: Path) -> None:
     folder = open_folder(exported)
     assert folder.weights.parent.name == "unet_ema"
     assert folder.notes == ("using unet_ema, the averaged weights; --unet unet selects the others",)
@@ -256,7 +258,7 @@ def test_averaged_weights_are_preferred_and_the_others_can_be_had(exported: Path
         open_folder(exported, network="ema")
 
 
-def test_the_choice_is_said_and_the_advice_speaks_of_the_folder(exported: Path, tmp_path: Path) -> None:
+def test_the_choice_is_reported_and_the_advice_is_about_the_folder(exported: Path, tmp_path: Path) -> None:
     weights = exported / "unet_ema" / "diffusion_pytorch_model.safetensors"
     save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
     code, output = invoke(exported, "--out", tmp_path / "out")
@@ -268,7 +270,7 @@ def test_the_choice_is_said_and_the_advice_speaks_of_the_folder(exported: Path, 
     assert not {"num_heads", "predict_xstart", "use_new_attention_order"} & set(output.replace(",", " ").split())
 
 
-def test_advice_fits_where_weights_came_from() -> None:
+def test_advice_depends_on_the_source_of_the_weights() -> None:
     config = small()
     assert words_for(config).describe({"num_timesteps": 4000, "noise_schedule": "linear"}, config.model) == (
         "diffusion_steps=4000, noise_schedule=linear"
@@ -287,7 +289,7 @@ def test_advice_fits_where_weights_came_from() -> None:
     assert theirs.describe(heads, config.model) == "attention_head_dim=16 (2 heads)"
 
 
-def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
+def test_an_import_to_a_full_disk_ends_with_one_line_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
     with longest_file(10_000):
         code, output = invoke(exported, "--unet", "unet", "--out", tmp_path / "out", "--allow-failed-sanity-check")
     assert code == 1
@@ -305,7 +307,7 @@ def test_weights_whose_checksum_is_wrong_are_refused(tmp_path: Path) -> None:
         load_state_dict(path)
 
 
-def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ema.pt")
     with pytest.raises(CheckpointError, match=r"ema\.pt is not a regular file"):
         load_state_dict(tmp_path / "ema.pt")

@@ -1,4 +1,4 @@
-"""What the parity report says of a graph that is off by a known amount."""
+"""The parity report for graphs with known errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def time_mlp() -> TimeMLP:
 
 
 class Replay:
-    """A graph that answers as the reference did, its halves off by factors of their own from some timestep on."""
+    """A graph that gives the reference's outputs, each half multiplied by its own factor from some timestep on."""
 
     def __init__(self, reference: Reference, prediction: float, variance: float, from_t: float = 0.0) -> None:
         self._calls = iter(reference.calls)
@@ -46,11 +46,11 @@ class Replay:
 
     def __call__(self, inputs: Arrays) -> npt.NDArray[np.float32]:
         call = next(self._calls)
-        np.testing.assert_allclose(inputs["x_t"], call.inputs["x_t"], atol=1e-5)  # numpy's noise, and torch's
+        np.testing.assert_allclose(inputs["x_t"], call.inputs["x_t"], atol=1e-5)  # numpy's noise equals torch's
         return call.expected * (self._factors if call.t >= self._from_t else np.float32(1))
 
 
-def test_errors_are_relative_and_told_by_half_and_by_band(reference: Reference) -> None:
+def test_errors_are_relative_and_reported_by_half_and_band(reference: Reference) -> None:
     graph = Replay(reference, prediction=1e-3, variance=-0.25, from_t=500)
     found = network_parity(graph, reference.calls, CONFIG, runtime(graph), "model.onnx")
     assert [(band.t_min, band.t_max) for band in found.bands] == [(200 * k, 200 * k + 199) for k in range(5)]
@@ -70,7 +70,7 @@ def test_an_exact_graph_passes(reference: Reference, monkeypatch: pytest.MonkeyP
     assert (chain.beyond_1, chain.passed) == (0.0, True)
 
 
-def test_an_overflow_is_an_error_beyond_every_limit_that_json_can_hold(reference: Reference) -> None:
+def test_an_overflow_is_a_finite_error_beyond_every_limit(reference: Reference) -> None:
     graph = Replay(reference, np.nan, 0.0)
     found = network_parity(graph, reference.calls, CONFIG, runtime(graph), "model.onnx")
     assert not found.passed
@@ -78,7 +78,7 @@ def test_an_overflow_is_an_error_beyond_every_limit_that_json_can_hold(reference
     assert NetworkParity.model_validate_json(json.dumps(found.model_dump(mode="json"), allow_nan=False)) == found
 
 
-def test_pixels_are_counted_by_how_far_they_are_off(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_counted_by_their_error(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "STEPS", 6)
     replay = Replay(reference, 0.0, 0.0)
     pixels = parity.sample_chain(CONFIG, lambda x_t, t: replay({"x_t": x_t}), np).astype(int)
@@ -91,7 +91,7 @@ def test_pixels_are_counted_by_how_far_they_are_off(reference: Reference, monkey
     assert chain.passed == (2 / off.size <= parity.PIXEL_LIMIT)
 
 
-def test_the_file_and_the_runtime_are_named(reference: Reference) -> None:
+def test_errors_name_the_file_and_the_runtime(reference: Reference) -> None:
     graph = Replay(reference, 0.0, 0.0)
     found = network_parity(graph, reference.calls, CONFIG, Runtime("x 2", "bf16", lambda _: graph), Path("g").name)
     assert (found.backend, found.precision, found.file, found.limit) == ("x 2", "bf16", "g", parity.LIMITS["bf16"])

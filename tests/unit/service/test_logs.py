@@ -24,8 +24,8 @@ Dropped = Callable[[str], float]
 
 
 def record(logger: str, line: int, message: str, error: Exception | None = None) -> logging.LogRecord:
-    told = None if error is None else (type(error), error, None)
-    return logging.LogRecord(logger, logging.WARNING, "library/export.py", line, message, (), told)
+    exc_info = None if error is None else (type(error), error, None)
+    return logging.LogRecord(logger, logging.WARNING, "library/export.py", line, message, (), exc_info)
 
 
 def test_records_of_libraries_are_limited_to_one_a_minute_and_ours_are_not() -> None:
@@ -67,12 +67,12 @@ def logging_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackgroundHa
 def test_json_records_have_the_fields_of_a_request_besides_the_message(
     capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
 ) -> None:
-    told = dict(zip(REQUEST_FIELDS, ("GET", "/", 200, 0.001, "alice"), strict=True))
-    logging.getLogger("x").info("GET / 200", extra={**told, "colour": "red"})
+    fields = dict(zip(REQUEST_FIELDS, ("GET", "/", 200, 0.001, "alice"), strict=True))
+    logging.getLogger("x").info("GET / 200", extra={**fields, "colour": "red"})
     logging_configured.flush()
     line = json.loads(capfd.readouterr().err)
     assert line["event"] == "GET / 200"
-    assert {name: line.get(name) for name in (*REQUEST_FIELDS, "colour")} == {**told, "colour": None}
+    assert {name: line.get(name) for name in (*REQUEST_FIELDS, "colour")} == {**fields, "colour": None}
 
 
 def test_warnings_are_logged(capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler) -> None:

@@ -248,8 +248,11 @@ def test_lists_may_be_given_without_brackets(npz: Path) -> None:
 def test_a_dry_run_says_what_was_understood_of_the_data(npz: Path, tmp_path: Path) -> None:
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--dry-run")
     counts = dict(zip(*np.unique(np.load(npz)["labels"], return_counts=True), strict=True))
-    told = ", ".join(f"{name} ({counts[index]})" for index, name in enumerate("xyz"))
-    assert (code, f"data: 24 images 6x6; 3 classes: {told}; 24 smaller than the model's 32x32, framed" in output) == (
+    classes = ", ".join(f"{name} ({counts[index]})" for index, name in enumerate("xyz"))
+    assert (
+        code,
+        f"data: 24 images 6x6; 3 classes: {classes}; 24 smaller than the model's 32x32, framed" in output,
+    ) == (
         0,
         True,
     )

@@ -280,16 +280,16 @@ def test_only_watched_images_have_reports_with_previews_when_due() -> None:
     engine = Engine({"m": CountingRunner()}, CONFIG, Metrics())
     engine.add(generation("seen", params(steps=5), params(steps=2), watch=Watch(preview_every=2)), submitted_at=0.0)
     engine.add(generation("unseen", params(steps=9)), submitted_at=0.0)
-    told = []
+    reports = []
     while engine.has_work():
         engine.step()
-        told.append(engine.observations)
-    assert all(seen.request_id == "seen" for step in told for seen in step)
-    steps = [[(type(seen), seen.position, seen.step, seen.steps) for seen in step] for step in told]
+        reports.append(engine.observations)
+    assert all(seen.request_id == "seen" for step in reports for seen in step)
+    steps = [[(type(seen), seen.position, seen.step, seen.steps) for seen in step] for step in reports]
     assert sorted(steps[0], key=itemgetter(1)) == [(ImageProgress, 0, 1, 5), (ImageProgress, 1, 1, 2)]
     assert steps[1] == [(ImageProgress, 0, 2, 5), (ImagePreview, 0, 2, 5)]
-    assert isinstance(told[1][1], ImagePreview)
-    assert told[1][1].pixels.tolist() == [[[102]]]
+    assert isinstance(reports[1][1], ImagePreview)
+    assert reports[1][1].pixels.tolist() == [[[102]]]
     assert [len(step) for step in steps] == [2, 2, 1, 2, 0, 0, 0, 0, 0]
 
 

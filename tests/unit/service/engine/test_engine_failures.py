@@ -33,7 +33,7 @@ from tests.late_queue import LateQueue
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=1)
 FINE, OVERFLOWS, RAISES = 1, 2, 3
-"""Classes of images: what the network does with them in the second half of the chain."""
+"""Classes of images, by the effect on the network in the second half of the chain."""
 Kind = Literal["any size", "compiled sizes", "asynchronous", "queued"]
 
 

@@ -74,14 +74,14 @@ async def test_a_slow_reader_gets_the_newest_progress_and_every_end() -> None:
     assert len(events._steps) == 4
     queued = await anext(events)
     assert queued == Queued(images_ahead=3, wait_s=3.0, eta_s=9.0)
-    told = [await anext(events) for _ in range(4)]
-    assert [(type(e), e.position, e.step) for e in told if isinstance(e, ImageProgress | ImagePreview)] == [
+    received = [await anext(events) for _ in range(4)]
+    assert [(type(e), e.position, e.step) for e in received if isinstance(e, ImageProgress | ImagePreview)] == [
         (ImageProgress, 0, 49),
         (ImageProgress, 1, 49),
         (ImagePreview, 0, 45),
         (ImagePreview, 1, 45),
     ]
-    assert all(0 < event.eta_s <= 5.0 for event in told if isinstance(event, ImageProgress | ImagePreview))
+    assert all(0 < event.eta_s <= 5.0 for event in received if isinstance(event, ImageProgress | ImagePreview))
     events.observe(moved(0, 49))
     events.observe(shown(0, 49))
     events.image_ended(0, done(0))
@@ -103,10 +103,10 @@ async def test_rounds_of_progress_keep_a_minimum_interval() -> None:
     await asyncio.sleep(0)
     assert events._newest_step() is None
     now += event_stream.ROUND_EVERY_S
-    told = await waiting
-    assert isinstance(told, ImageProgress)
-    assert (told.position, told.step, told.steps) == (0, 2, 50)
-    assert told.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # reduced by the time of a round
+    received = await waiting
+    assert isinstance(received, ImageProgress)
+    assert (received.position, received.step, received.steps) == (0, 2, 50)
+    assert received.eta_s == pytest.approx(5.0 - event_stream.ROUND_EVERY_S)  # reduced by the time of a round
 
 
 @AT_ONCE
@@ -115,10 +115,10 @@ async def test_a_failed_image_is_reported_and_no_completion_follows() -> None:
     events = stream()
     events.image_ended(1, NotFinite("image 1: overflow"))
     events.image_ended(0, done(0))
-    told = await rest(events)
-    assert kinds(told) == ["Queued", "ImageFailed", "ImageDone"]
-    assert isinstance(told[1], ImageFailed)
-    assert (told[1].position, str(told[1].error)) == (1, "image 1: overflow")
+    received = await rest(events)
+    assert kinds(received) == ["Queued", "ImageFailed", "ImageDone"]
+    assert isinstance(received[1], ImageFailed)
+    assert (received[1].position, str(received[1].error)) == (1, "image 1: overflow")
 
 
 @runs
@@ -149,8 +149,8 @@ async def test_closing_ends_a_waiting_reader_and_drops_what_was_not_read() -> No
 async def test_a_waiting_request_gets_repeated_queue_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "QUEUED_EVERY_S", 0.001)
     events = stream(1)
-    told = [await anext(events) for _ in range(3)]
-    assert [event.images_ahead for event in told if isinstance(event, Queued)] == [3, 0, 0]
+    received = [await anext(events) for _ in range(3)]
+    assert [event.images_ahead for event in received if isinstance(event, Queued)] == [3, 0, 0]
     events.observe(moved(0, 1))
     assert kinds([await anext(events)]) == ["ImageProgress"]
 
@@ -186,17 +186,17 @@ async def test_a_fast_reader_sees_every_step_and_every_preview() -> None:
         ticket = engine.submit(generation("r", params(steps=6), watch=Watch(preview_every=2)))
         assert ticket.events is not None
         assert isinstance(await anext(ticket.events), Queued)
-        told: list[tuple[str, int]] = []
+        received: list[tuple[str, int]] = []
         for step in range(1, 6):
             runner.allowed.release()
             for _ in range(2 if step % 2 == 0 else 1):
                 event = await anext(ticket.events)
                 assert isinstance(event, ImageProgress | ImagePreview)
-                told.append((type(event).__name__, event.step))
+                received.append((type(event).__name__, event.step))
         runner.allowed.release()
         last = await rest(ticket.events)
-        assert [step for kind, step in told if kind == "ImageProgress"] == [1, 2, 3, 4, 5]
-        assert [step for kind, step in told if kind == "ImagePreview"] == [2, 4]
+        assert [step for kind, step in received if kind == "ImageProgress"] == [1, 2, 3, 4, 5]
+        assert [step for kind, step in received if kind == "ImagePreview"] == [2, 4]
         assert kinds(last) == ["ImageDone", "Completed"]
         assert isinstance(last[0], ImageDone)
         assert last[0].result.pixels is not None
@@ -221,8 +221,8 @@ async def test_a_busy_event_loop_gets_one_callback_for_many_steps() -> None:
         while "ImagesEnded" not in reports:
             pass  # the event loop is blocked while the engine works
         assert reports.count("Observed") == 1
-        told = await rest(ticket.events)
-        assert kinds(told) == ["Queued", "ImageDone", "Completed"]
+        received = await rest(ticket.events)
+        assert kinds(received) == ["Queued", "ImageDone", "Completed"]
         assert other.events is None
         assert (await other.images[0]).pixels is not None
 
@@ -260,7 +260,7 @@ async def test_readers_of_events_get_the_error_of_a_dead_engine() -> None:
 async def test_a_request_without_a_watch_has_no_events_and_no_previews() -> None:
     class Blind(PausedRunner):
         def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-            raise AssertionError("nobody watches")
+            raise AssertionError("no client watches")
 
     runner = Blind()
     async with started(runner) as engine:

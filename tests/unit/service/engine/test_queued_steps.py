@@ -275,12 +275,12 @@ def test_unused_rows_stay_finite() -> None:
 def test_steps_of_watched_images_are_reported_as_on_the_host() -> None:
     engine = Engine({"m": warm(denoiser())}, CONFIG, Metrics())
     engine.add(generation("r", params(steps=5), watch=Watch(preview_every=2)), submitted_at=0.0)
-    told = []
+    reports = []
     while engine.has_work():
         engine.step()
-        told += engine.observations
-    assert [seen.step for seen in told if isinstance(seen, ImageProgress)] == [1, 2, 3, 4]
-    assert [seen.step for seen in told if not isinstance(seen, ImageProgress)] == [2, 4]
+        reports += engine.observations
+    assert [seen.step for seen in reports if isinstance(seen, ImageProgress)] == [1, 2, 3, 4]
+    assert [seen.step for seen in reports if not isinstance(seen, ImageProgress)] == [2, 4]
 
 
 def test_noise_and_update_can_be_compiled_as_one_graph() -> None:

@@ -184,7 +184,7 @@ def test_no_image_is_overtaken_beyond_the_stated_bound(
 
 
 STEP_S = 1.0
-"""What a step takes, for policies that look at times: so long that patience ends while the test lasts."""
+"""The time of a step, for policies that use times: so long that patience ends during the test."""
 
 
 @EVERY_POLICY

@@ -25,9 +25,9 @@ from tests.waiting import POLL_S, runs, scaled
 
 HOUR = 3600.0
 SHORT_S = scaled(0.2)
-"""A limit that what is sent at once keeps."""
+"""A limit that a request sent at once meets."""
 LONG_ANSWER = 64 << 20
-"""Bytes: more than the sockets' buffers of any kernel hold."""
+"""Bytes: more than the socket buffers of any kernel."""
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
 SLOW = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -40,7 +40,7 @@ class App:
         self.seen: list[str] = []
         self.ended = asyncio.Event()
         self.let = asyncio.Event()
-        """Ends the wait of `slow`, which answers 499 to clients that have gone."""
+        """Ends the wait of `slow`, which answers 499 to disconnected clients."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

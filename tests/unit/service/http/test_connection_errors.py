@@ -38,17 +38,17 @@ def test_the_error_for_a_missing_body_has_the_callers_form(
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
         assert head.startswith(f"HTTP/1.1 {status} ".encode())
-        told: dict[str, Any] = json.loads(body)
+        content: dict[str, Any] = json.loads(body)
         assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
         problem = {"type", "title", "status", "detail"}
         match interface:
             case Interface.OPENAI:
-                assert set(told["error"]) == {"message", "type", "param", "code"}
+                assert set(content["error"]) == {"message", "type", "param", "code"}
                 assert f"\r\nX-Should-Retry: {'true' if status == 408 else 'false'}\r\n".encode() in head
             case Interface.KSERVE:
-                assert isinstance(told["error"], str)
+                assert isinstance(content["error"], str)
             case _:
-                assert set(told) == problem | {"error"}
-                assert told["status"] == status
+                assert set(content) == problem | {"error"}
+                assert content["status"] == status
 
     check()

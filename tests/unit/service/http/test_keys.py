@@ -94,9 +94,9 @@ def test_a_key_in_a_damaged_file_is_never_shown(tmp_path: Path, text: str, caplo
     listed = CliRunner().invoke(app, ["keys", "list", "--file", str(path)])
     with pytest.raises(KeysError) as error:
         read_keys(path)
-    for told in (caplog.text, listed.output, "".join(traceback.format_exception(error.value))):
-        assert "keys.json" in told
-        assert secret not in told
+    for shown in (caplog.text, listed.output, "".join(traceback.format_exception(error.value))):
+        assert "keys.json" in shown
+        assert secret not in shown
 
 
 def test_a_key_ring_follows_its_file(tmp_path: Path) -> None:
@@ -252,8 +252,8 @@ def test_a_changed_file_keeps_its_access_control_list(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     write_keys(path, [entry("alice", new_key())])
     owner, user, group, mask, other = 1, 2, 4, 16, 32  # of acl_entry in linux/posix_acl_xattr.h: tag, rights, id
-    nobody = 0xFFFFFFFF
-    rights = [(owner, 6, nobody), (user, 4, 10001), (group, 0, nobody), (mask, 4, nobody), (other, 0, nobody)]
+    no_id = 0xFFFFFFFF
+    rights = [(owner, 6, no_id), (user, 4, 10001), (group, 0, no_id), (mask, 4, no_id), (other, 0, no_id)]
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *right) for right in rights)
     try:
         os.setxattr(path, keys_file.ACL, acl)

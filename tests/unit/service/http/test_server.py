@@ -12,7 +12,8 @@ from service.http.server import DrainingServer, serve
 from service.settings import Settings
 
 LONGEST_PROXY_S = 120
-"""How long Caddy keeps an idle connection to a replica; nginx, HAProxy, Traefik and AWS's balancers: less."""
+"""The time for which Caddy keeps an idle connection to a replica; nginx, HAProxy, Traefik and AWS's balancers keep it
+for less."""
 
 
 @pytest.mark.parametrize("settings", [{}, {"keep_alive_s": 620}])

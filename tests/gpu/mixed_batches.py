@@ -1,4 +1,4 @@
-"""The promise on a device: an image has the same pixels alone and in company."""
+"""The guarantee on a device: an image has the same pixels alone and in a mixed batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from service.metrics import Metrics
 from tests.fakes import generation, params
 
 
-def assert_pixels_do_not_depend_on_company(denoiser: Denoiser[Any], config: EngineConfig) -> None:
-    """Sample five images of other lengths, half of them guided, together and each alone."""
+def assert_pixels_do_not_depend_on_other_images(denoiser: Denoiser[Any], config: EngineConfig) -> None:
+    """Sample five images of different lengths, some of them guided, together and each alone; compare the pixels."""
     runner: ArrayRunner[Any] = ArrayRunner(denoiser, config)
     runner.warm_up()
     images = [params(steps=4 + k, cfg_scale=1.0 + k % 2, seed=k) for k in range(5)]
