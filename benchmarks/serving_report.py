@@ -48,7 +48,7 @@ class Window:
 
     @classmethod
     def of(cls, run: Run) -> Window:
-        """Look at a run."""
+        """Summarise a run."""
         _, begin, end, _ = run.marks
         seconds, did = end.at - begin.at, end.reading.since(begin.reading)
         full = did.calls[run.width - 1]
@@ -76,7 +76,7 @@ class Recovery:
 
     @classmethod
     def of(cls, run: Run) -> Recovery:
-        """Look at a run."""
+        """Summarise a run."""
         start, _, end, _ = run.marks
         left = sum(a.row_steps for a in answered(run)) - end.reading.since(start.reading).row_steps
         return cls(left / run.capacity, max(a.ended for a in answered(run)) - end.at)

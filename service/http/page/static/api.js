@@ -1,8 +1,8 @@
-// How the page talks to the service. Addresses are relative: a proxy may serve all of it under a prefix.
+// Requests of the page to the service. Addresses are relative, because a proxy may serve the page under a prefix.
 
 import { askForKey, authorization } from "./key.js";
 
-/** An answer that is an error; `detail` is the problem's own. */
+/** An error answer; `detail` is that of the problem. */
 export class Refusal extends Error {
   constructor(status, detail, retryAfter) {
     super(detail);
@@ -16,9 +16,9 @@ export class Refusal extends Error {
 /**
  * Fetch, with the key if there is one.
  * @param {string} path
- * @param {RequestInit & {background?: boolean}} options - background: nobody waits, so ask nobody for a key
- * @returns {Promise<Response>} a good answer
- * @throws {Refusal} any other
+ * @param {RequestInit & {background?: boolean}} options - background: do not ask the user for a key
+ * @returns {Promise<Response>} an answer with a status of success
+ * @throws {Refusal} for any other answer
  */
 export async function call(path, { background = false, headers = {}, ...options } = {}) {
   for (;;) {
@@ -30,7 +30,7 @@ export async function call(path, { background = false, headers = {}, ...options 
   }
 }
 
-/** Ask for images whose making is told as events. */
+/** Request images, with events about their progress. */
 export function generate(body, signal) {
   return call("v1/generate", {
     method: "POST",

@@ -1,4 +1,4 @@
-// Bars, one per bucket of a histogram.
+// A bar chart with one bar per bucket of a histogram.
 
 import { svg } from "./dom.js";
 
@@ -8,10 +8,10 @@ const FOOT = 16;
 const GAP = 2;
 
 /**
- * Draw a histogram, from its first bucket to its last; heights are parts of the highest.
+ * Draw a histogram from its first bucket to its last; heights are relative to the highest bar.
  * @param {SVGElement} into
  * @param {{upTo: number, count: number}[]} buckets
- * @param {string} name - what is counted, for those who cannot see it
+ * @param {string} name - what is counted, for screen readers
  */
 export function drawBars(into, buckets, name) {
   const highest = Math.max(1, ...buckets.map(({ count }) => count));

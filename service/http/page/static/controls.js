@@ -1,13 +1,13 @@
-// The form: from its fields to the body of a request. What is set outlives a reload, in this tab.
+// The form: converts its fields to the body of a request. Its values are kept across reloads, per tab.
 
 import { byId, el } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { samplerTitle } from "./words.js";
 
 const SLOT = "iddpm.settings";
-const SEEDS = 1_000_000; // short enough to be remembered
+const SEEDS = 1_000_000; // short enough to remember
 const OFF = { "cfg-scale": "1", "classifier-scale": "0" };
-const MOST_STEPS = 250; // what the paper samples with; more is for curl
+const MOST_STEPS = 250; // the number of steps in the paper; use curl for more
 
 export class Controls {
   #form = byId("controls");
@@ -35,7 +35,7 @@ export class Controls {
     this.#roll();
   }
 
-  /** Offer the samplers that the service has; call it before `show`. */
+  /** Offer the samplers of the service; call it before `show`. */
   offerSamplers({ names, preset }) {
     const choices = names.map((value) =>
       el(
@@ -48,7 +48,7 @@ export class Controls {
     byId("samplers").replaceChildren(...choices);
   }
 
-  /** Offer what a model can do, and take up what was set before. */
+  /** Offer the options of a model, and restore the values set before. */
   show(model, isOnlyModel) {
     this.#model = model;
     this.#isOnlyModel = isOnlyModel;
@@ -64,14 +64,14 @@ export class Controls {
     byId("generate").disabled = false;
   }
 
-  /** Take a seed to generate with, and stay with it. */
+  /** Set the seed, and keep it for the next runs. */
   useSeed(seed) {
     byId("seed").value = seed;
     byId("roll").checked = false;
     this.#changed();
   }
 
-  /** What the fields say, as the body of POST v1/generate. */
+  /** Return the values of the fields as the body of POST v1/generate. */
   request() {
     const [n, steps, guidance, byClassifier] = this.#sliders.map((slider) => Number(slider.value));
     const chosen = this.#gallery.chosen;
@@ -129,12 +129,12 @@ export class Controls {
   }
 }
 
-/** What was set in this tab before; null where nothing was. */
+/** Return the values set in this tab before, or null. */
 export function keptSettings() {
   return JSON.parse(sessionStorage.getItem(SLOT));
 }
 
-/** How to ask for a class: by name, or by index where several are called alike. */
+/** Return how a request names a class: by name, or by index if several classes have this name. */
 export function className(model, index) {
   const name = model.classes[index];
   const alike = model.classes.filter((other) => other.toLowerCase() === name.toLowerCase());

@@ -1,4 +1,4 @@
-// One picture, large, with what it was made from and the code that makes it again.
+// One image, enlarged, with its parameters and the code that generates it again.
 
 import { byId, el } from "./dom.js";
 import { bytesOf, copy, fileName, pictureUrl, save } from "./files.js";
@@ -10,10 +10,10 @@ const LANGUAGES = { curl, python };
 let wanted = null;
 
 /**
- * @param {object} image - of the service's answer
- * @param {object} body - the request that makes it alone
- * @param {object} answer - that it came with
- * @param {(seed: number) => void} onSeed - what to do when its seed is wanted
+ * @param {object} image - an image of the service's answer
+ * @param {object} body - the request that generates this image alone
+ * @param {object} answer - the answer that contains the image
+ * @param {(seed: number) => void} onSeed - called when the user selects its seed
  */
 export function openDetail(image, body, answer, onSeed) {
   const dialog = byId("detail");
@@ -48,14 +48,14 @@ export function openDetail(image, body, answer, onSeed) {
   dialog.showModal();
 }
 
-/** Make the dialog work; once. */
+/** Set up the dialog; call it once. */
 export function installDetail() {
   const dialog = byId("detail");
   byId("detail-close").addEventListener("click", () => dialog.close());
   byId("detail-copy").addEventListener("click", (event) => copy(event.currentTarget, byId("detail-code").textContent));
   dialog.addEventListener("change", showCode);
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // beside its contents
+    if (event.target === dialog) dialog.close(); // outside its contents
   });
 }
 

@@ -1,15 +1,15 @@
-// Small help to build elements.
+// Helpers to build elements.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Return the element of an id; a missing one is a mistake in index.html. */
+/** Return the element with an id; a missing one is an error in index.html. */
 export function byId(id) {
   const found = document.getElementById(id);
   if (!found) throw new Error(`index.html has no #${id}`);
   return found;
 }
 
-/** Build an element; properties are set, those beginning with "on" are listened to, "aria-" and "data-" are attributes. */
+/** Build an element from properties, event listeners ("on..."), and attributes ("aria-...", "data-..."). */
 export function el(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -21,7 +21,7 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Build an element of SVG from its attributes. */
+/** Build an SVG element from its attributes. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -29,7 +29,7 @@ export function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Say something to those who listen to the page instead of looking at it. */
+/** Announce a text to screen readers. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }

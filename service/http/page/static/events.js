@@ -1,6 +1,6 @@
-// Server-Sent Events of an answer to a POST, which EventSource cannot read.
+// Server-Sent Events in the answer to a POST, which EventSource cannot read.
 
-/** Yield `{name, data}` for each event of an answer. Leaving the loop early ends the request. */
+/** Yield `{name, data}` for each event of an answer. Leaving the loop early aborts the request. */
 export async function* readEvents(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   try {
@@ -16,7 +16,7 @@ export async function* readEvents(answer) {
       }
     }
   } finally {
-    await reader.cancel().catch(() => {}); // the connection may be gone already
+    await reader.cancel().catch(() => {}); // the connection may be closed already
   }
 }
 

@@ -1,16 +1,16 @@
-// Pictures as bytes, and how they leave the page.
+// Images as bytes, and their downloads.
 
 /** Decode base64. */
 export function bytesOf(b64) {
   return Uint8Array.from(atob(b64), (character) => character.charCodeAt(0));
 }
 
-/** The address of a picture that came as base64. */
+/** Return the URL of an image that was received as base64. */
 export function pictureUrl(b64, format = "png") {
   return `data:image/${format};base64,${b64}`;
 }
 
-/** A file name of letters, digits and hyphens, whatever the class is called; `image` as the service tells it. */
+/** Return a file name of letters, digits and hyphens for any class name; `image` is that of the service's answer. */
 export function fileName(image) {
   const readable = (image.class ?? "").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 40);
   return `${[readable, `seed${image.seed}`, image.image_index].filter((part) => part !== "").join("-")}.png`;
@@ -26,14 +26,14 @@ export function save(blob, name) {
 }
 
 /**
- * Copy text, and say on the button how it went.
+ * Copy text to the clipboard, and show the result on the button.
  * @param {HTMLButtonElement} button
  * @param {string} text
  */
 export async function copy(button, text) {
-  const label = (button.dataset.label ??= button.textContent); // it may say how the last copy went
+  const label = (button.dataset.label ??= button.textContent); // it may show the result of the last copy
   try {
-    await navigator.clipboard.writeText(text); // undefined where the page came neither by HTTPS nor from this machine
+    await navigator.clipboard.writeText(text); // undefined unless the page was loaded by HTTPS or from this machine
     button.textContent = "Copied";
   } catch {
     button.textContent = "Not allowed here";

@@ -1,4 +1,4 @@
-// The classes of a model: pictures to choose from, and a search field where there are many.
+// The classes of a model: thumbnails to choose from, and a search field if there are many.
 
 import { call } from "./api.js";
 import { byId, el } from "./dom.js";
@@ -12,7 +12,7 @@ export class Gallery {
   #box = byId("classes");
   #search = byId("class-search");
   #model = null;
-  #wanted = new Set(); // labels in view whose thumbnail has not come
+  #wanted = new Set(); // visible labels whose thumbnail has not arrived
   #loading = 0;
   #seen = new IntersectionObserver((entries) => this.#onSeen(entries), { root: this.#box, rootMargin: "80px" });
 
@@ -24,12 +24,12 @@ export class Gallery {
     this.#search.addEventListener("input", () => this.#filter());
     this.#search.addEventListener("keydown", (event) => {
       if (event.key !== "Enter") return;
-      event.preventDefault(); // Enter takes the first class found, rather than generating
+      event.preventDefault(); // Enter chooses the first class found instead of generating
       this.#labels().find((label) => !label.hidden)?.control.click();
     });
   }
 
-  /** Show the classes of another model; the first entry lets the seed decide. */
+  /** Show the classes of another model; with the first entry, the seed determines the class. */
   show(model) {
     this.#model = model;
     this.#seen.disconnect();
@@ -45,13 +45,13 @@ export class Gallery {
     for (const label of this.#labels().slice(1)) this.#seen.observe(label);
   }
 
-  /** The index that is chosen; null: any. */
+  /** The index of the chosen class; null for any class. */
   get chosen() {
     const value = this.#box.querySelector("input:checked")?.value ?? "";
     return value === "" ? null : Number(value);
   }
 
-  /** Choose by index; null, or one that the model has not: any. */
+  /** Choose a class by index; any class for null or an index that the model does not have. */
   choose(index) {
     const inputs = [...this.#box.querySelectorAll("input")];
     const found = inputs.find((input) => input.value === String(index ?? "")) ?? inputs[0];
@@ -109,8 +109,8 @@ export class Gallery {
       picture.addEventListener("load", () => URL.revokeObjectURL(url));
       label.querySelector(".thumb").replaceChildren(picture);
     } catch (error) {
-      const mayComeLater = ![400, 403, 404, 422, 500].includes(error.status); // busy, or gone for a while
-      if (mayComeLater) setTimeout(() => label.isConnected && this.#seen.observe(label), RETRY_MS);
+      const temporary = ![400, 403, 404, 422, 500].includes(error.status); // busy, or unreachable for a while
+      if (temporary) setTimeout(() => label.isConnected && this.#seen.observe(label), RETRY_MS);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Finished runs outlive a reload, in this tab: the newest, as many as the browser has room for.
+// Finished runs are kept across reloads, per tab: the newest ones that fit into the browser's storage.
 
 const SLOT = "iddpm.runs";
 
@@ -7,7 +7,7 @@ export function keptRuns() {
   return JSON.parse(sessionStorage.getItem(SLOT)) ?? [];
 }
 
-/** Keep one more. */
+/** Keep one more run. */
 export function keepRun(run) {
   const runs = [run, ...keptRuns()];
   while (runs.length) {
@@ -22,7 +22,7 @@ export function keepRun(run) {
   forgetRuns();
 }
 
-/** Keep none. */
+/** Remove all kept runs. */
 export function forgetRuns() {
   sessionStorage.removeItem(SLOT);
 }

@@ -1,28 +1,28 @@
-// The API key, where the service asks for one: kept by this tab, forgotten with it.
+// The API key, if the service requires one. It is kept for the lifetime of this tab.
 
 import { byId } from "./dom.js";
 
 const SLOT = "iddpm.key";
 let asking = null;
 
-/** The header that proves who we are; empty while nobody has asked. */
+/** Return the header with the key; empty if no key was entered. */
 export function authorization() {
   const key = sessionStorage.getItem(SLOT);
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-/** Whether requests carry a key. */
+/** Return whether requests have a key. */
 export function hasKey() {
   return sessionStorage.getItem(SLOT) !== null;
 }
 
 /**
- * Ask for a key; all who need one meanwhile wait for the same answer.
- * @param {Record<string, string>} refused - the header that was not enough
- * @returns {Promise<boolean>} whether there is another one to try
+ * Ask the user for a key; concurrent calls share one dialog.
+ * @param {Record<string, string>} refused - the header that the service refused
+ * @returns {Promise<boolean>} whether there is another key to try
  */
 export function askForKey(refused) {
-  if (refused.Authorization !== authorization().Authorization) return Promise.resolve(true); // entered meanwhile
+  if (refused.Authorization !== authorization().Authorization) return Promise.resolve(true); // entered in the meantime
   asking ??= ask(Boolean(refused.Authorization)).finally(() => (asking = null));
   return asking;
 }
@@ -32,9 +32,9 @@ function ask(wasWrong) {
   const field = byId("key");
   byId("key-reason").textContent = wasWrong
     ? "The key was not accepted. Is it complete, and still valid?"
-    : "Whoever runs it can give you one.";
+    : "The operator of the service can give you one.";
   field.value = "";
-  dialog.returnValue = "cancel"; // what Escape means
+  dialog.returnValue = "cancel"; // the value for Escape
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener(

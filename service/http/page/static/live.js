@@ -1,4 +1,4 @@
-// What the service does right now, and has done since it started: from its metrics, for as long as somebody looks.
+// The present and past activity of the service, read from its metrics while the tab is visible.
 
 import { call } from "./api.js";
 import { drawBars } from "./chart.js";
@@ -9,7 +9,7 @@ import { count, duration } from "./words.js";
 const EVERY_MS = 2000;
 const GIVE_UP_MS = 10_000;
 
-/** Begin to look; stops while the tab is hidden. */
+/** Start to update; stops while the tab is hidden. */
 export function watchService() {
   let before = null;
   let looking = false;
@@ -20,8 +20,8 @@ export function watchService() {
       const answer = await call("metrics", { background: true, signal: AbortSignal.timeout(GIVE_UP_MS) });
       const metrics = parseMetrics(await answer.text());
       const now = { at: performance.now(), rowSteps: total(metrics, "iddpm_row_steps_total") };
-      const goesOn = before && now.rowSteps >= before.rowSteps; // else it is another process
-      show(metrics, goesOn ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
+      const sameProcess = before && now.rowSteps >= before.rowSteps; // otherwise it is another process
+      show(metrics, sameProcess ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
       before = now;
     } catch (error) {
       showLoad("away", error.status === 401 ? "A key is needed" : "The service does not answer");

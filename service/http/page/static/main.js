@@ -1,4 +1,4 @@
-// The page: a form, the runs it started, and what the service is doing.
+// The page: a form, the runs started with it, and the activity of the service.
 
 import { call } from "./api.js";
 import { Controls, keptSettings } from "./controls.js";
@@ -40,7 +40,7 @@ async function read(path) {
   return (await call(path)).json();
 }
 
-/** The samplers in the OpenAPI document: their names, and the one that is used if a request names none. */
+/** Return the samplers in the OpenAPI document: their names, and the default. */
 function samplersIn({ components }) {
   const { anyOf, default: preset } = components.schemas.GenerateRequest.properties.sampler;
   return { names: anyOf.find((choice) => choice.enum).enum, preset };
@@ -84,7 +84,7 @@ function add(request, ofModel) {
   return run;
 }
 
-/** Forget what has ended; what is under way stays. */
+/** Remove the runs that have ended; runs in progress stay. */
 function clear() {
   forgetRuns();
   for (const run of [...runs.children]) {

@@ -1,4 +1,4 @@
-// Prometheus text, as far as this service writes it.
+// The subset of the Prometheus text format that this service writes.
 
 const SAMPLE = /^(\w+)(?:\{(.*)\})? (\S+)$/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
@@ -21,14 +21,14 @@ export function parseMetrics(text) {
   return metrics;
 }
 
-/** The sum of a metric over its labels; 0 where there is none. */
+/** Return the sum of a metric over its labels; 0 if it has no samples. */
 export function total(metrics, name) {
   return (metrics.get(name) ?? []).reduce((sum, { value }) => sum + value, 0);
 }
 
 /**
- * A histogram without labels.
- * @returns {{upTo: number, count: number}[]} how many observations each bucket holds by itself
+ * Return a histogram without labels.
+ * @returns {{upTo: number, count: number}[]} observations per bucket, not cumulative
  */
 export function histogram(metrics, name) {
   let below = 0;
@@ -39,7 +39,7 @@ export function histogram(metrics, name) {
   });
 }
 
-/** The upper bound of the bucket in which a part (0..1) of all observations has been; null where there are none. */
+/** Return the upper bound of the bucket that contains a quantile (0..1) of the observations; null if there are none. */
 export function quantileBound(buckets, part) {
   const all = buckets.reduce((sum, { count }) => sum + count, 0);
   let seen = 0;

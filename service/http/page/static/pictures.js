@@ -1,15 +1,15 @@
-// The pictures of one run: noise, then what each is going to be, then what it is.
+// The images of one run: first noise, then previews, then the results.
 
 import { el } from "./dom.js";
 import { pictureUrl } from "./files.js";
 import { drawNoise } from "./noise.js";
 import { duration } from "./words.js";
 
-const WIDTH = 168; // of a picture among others, in CSS pixels
+const WIDTH = 168; // of an image among others, in CSS pixels
 const WIDTH_ALONE = 320;
-const PIXELS_UP_TO = 96; // larger pictures are not enlarged
+const PIXELS_UP_TO = 96; // larger images are not enlarged
 
-/** One picture and its caption. */
+/** One image and its caption. */
 export class Picture {
   #model;
   #frame;
@@ -29,19 +29,19 @@ export class Picture {
     this.element.dataset.state = "waiting";
   }
 
-  /** Show how many steps were taken. */
+  /** Show the number of steps taken. */
   progress(step, steps) {
     this.element.dataset.state = "sampling";
     this.#bar.style.setProperty("--done", step / steps);
     this.#time.textContent = `${step}/${steps}`;
   }
 
-  /** Show what it is going to be. */
+  /** Show a preview. */
   preview(b64, format) {
     this.#show(pictureUrl(b64, format), "");
   }
 
-  /** Show what it is: an image of the service's answer. */
+  /** Show the result: an image of the service's answer. */
   done(image, onOpen) {
     const name = image.class ?? "Picture";
     this.element.dataset.state = "done";
@@ -54,7 +54,7 @@ export class Picture {
     this.#frame.addEventListener("click", onOpen);
   }
 
-  /** Show that it will not be. */
+  /** Show that the image failed. */
   stop() {
     if (this.element.dataset.state !== "done") this.element.dataset.state = "stopped";
   }
@@ -66,7 +66,7 @@ export class Picture {
   }
 }
 
-/** How wide to show pictures: a whole multiple of their pixels, if that is possible. */
+/** Return the width to show images at: an integer multiple of their pixels, if possible. */
 export function pictureWidth(imageSize, pictures) {
   const room = pictures === 1 ? WIDTH_ALONE : WIDTH;
   return imageSize > room ? room : Math.floor(room / imageSize) * imageSize;

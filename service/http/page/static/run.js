@@ -1,4 +1,4 @@
-// A run: one request, from the press of the button to its pictures.
+// A run: one request, from the press of the button to its images.
 
 import { Refusal, generate } from "./api.js";
 import { openDetail } from "./detail.js";
@@ -19,12 +19,12 @@ export class Run {
   #status = el("p", { className: "status" });
   #bar = el("progress", { max: 1, value: 0 });
   #actions = el("div", { className: "actions" });
-  #steps = new Map(); // by picture
+  #steps = new Map(); // by image
   #callbacks;
 
   /**
    * @param {object} request - body of POST v1/generate
-   * @param {object} model - as GET v1/models tells it
+   * @param {object} model - a model of GET v1/models
    * @param {{onDone: (answer: object) => void, onSeed: (seed: number) => void, onAgain: () => void}} callbacks
    */
   constructor(request, model, callbacks) {
@@ -41,7 +41,7 @@ export class Run {
     this.element.dataset.state = "waiting";
   }
 
-  /** Ask for the pictures, and show how they come about; returns when that has ended, however it has. */
+  /** Request the images and show their progress; returns when the run has ended for any reason. */
   async start() {
     this.#status.textContent = "Asking …";
     this.#actions.replaceChildren(el("button", { type: "button", onclick: () => this.cancel() }, "Cancel"));
@@ -71,12 +71,12 @@ export class Run {
     }
   }
 
-  /** Stop it: the service notices that nobody listens, and frees the rows at its next step. */
+  /** Cancel the run: the service detects that the client has disconnected, and frees the rows at its next step. */
   cancel() {
     this.#abort.abort();
   }
 
-  /** Show the pictures of an answer. */
+  /** Show the images of an answer. */
   finish(answer) {
     this.element.dataset.state = "done";
     this.#status.textContent = `${duration(answer.timing.finish_s)} in all`;
@@ -116,7 +116,7 @@ export class Run {
     return [count(n, "image"), `${steps} steps`, samplerName, ...guided, `seed ${seed}`].join(" · ");
   }
 
-  /** The request that makes one image of this run alone. */
+  /** Return the request that generates one image of this run alone. */
   #oneOf(image) {
     const { n, ...request } = this.request;
     const named = image.class_index === null ? {} : { class: request.class ?? image.class_index };

@@ -1,4 +1,4 @@
-// Code that makes the same pictures elsewhere.
+// Code that generates the same images elsewhere.
 
 import { hasKey } from "./key.js";
 
@@ -6,12 +6,12 @@ import { hasKey } from "./key.js";
  * @typedef {{url: string, accept: string, file: string, body: object}} Wanted
  */
 
-/** The address of the service, as this page reached it. */
+/** Return the address of the service, as this page reached it. */
 export function serviceUrl() {
   return new URL("v1/generate", document.baseURI).href;
 }
 
-/** A command for a shell. */
+/** Return a command for a shell. */
 export function curl({ url, accept, file, body }) {
   const lines = [
     `curl -s ${quoted(url)}`,
@@ -24,7 +24,7 @@ export function curl({ url, accept, file, body }) {
   return lines.join(" \\\n     ");
 }
 
-/** A program that needs nothing but Python. Its bodies hold strings and numbers only, which JSON and Python write alike. */
+/** Return a program that needs only Python. Its bodies contain strings and numbers, which JSON and Python write alike. */
 export function python({ url, accept, file, body }) {
   const headers = { "Content-Type": "application/json", Accept: accept };
   const key = hasKey() ? [`        "Authorization": "Bearer " + os.environ["API_KEY"],`] : [];

@@ -1,4 +1,4 @@
-// Dark or light: as the system says, until somebody says otherwise.
+// Dark or light theme: that of the system, until the user chooses one.
 
 import { byId } from "./dom.js";
 
@@ -6,7 +6,7 @@ const SLOT = "iddpm.theme";
 const root = document.documentElement;
 const system = matchMedia("(prefers-color-scheme: dark)");
 
-/** Make the button work, and take up what was chosen before. */
+/** Set up the button, and restore the theme chosen before. */
 export function installTheme() {
   const kept = localStorage.getItem(SLOT);
   if (kept) root.dataset.theme = kept;

@@ -1,6 +1,6 @@
-// Numbers, names and errors in words for people.
+// Numbers, names and errors as text for users.
 
-/** Seconds, as exact as anybody cares. */
+/** Return seconds with a useful number of digits. */
 export function duration(seconds) {
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -8,17 +8,17 @@ export function duration(seconds) {
   return `${(seconds / 3600).toFixed(1)} h`;
 }
 
-/** "1 image", "3 images". */
+/** Return "1 image", "3 images". */
 export function count(number, one, many = `${one}s`) {
   return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 }
 
-/** The name of a sampler for people. */
+/** Return the name of a sampler for users. */
 export function samplerTitle(name) {
   return name === "ddim" ? "DDIM" : name.charAt(0).toUpperCase() + name.slice(1);
 }
 
-/** What went wrong, for somebody who knows nothing of HTTP: a title, and what to do about it. */
+/** Describe an error to a user who does not know HTTP: a title, and what to do. */
 export function explain(error) {
   if (error.name === "TypeError" || error.name === "NetworkError") {
     return { title: "No answer from the service", text: "It may have stopped, or the connection broke. Try again." };
@@ -26,7 +26,7 @@ export function explain(error) {
   const { status, detail = error.message, retryAfter } = error;
   const when = retryAfter ? `Try again in about ${duration(retryAfter)}.` : "Try again in a moment.";
   if (status === 401) return { title: "A key is needed", text: "Try again to enter one." };
-  if (status === 429) return { title: "You have enough under way", text: when };
+  if (status === 429) return { title: "You have too many images in progress", text: when };
   if (status === 503) return { title: "The service is busy", text: when };
   if (status === 504) return { title: "It took too long", text: "Ask for fewer images or steps." };
   if (status === 404 || status === 422) return { title: "This cannot be generated", text: sentence(detail) };

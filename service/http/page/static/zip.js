@@ -1,5 +1,5 @@
-// A zip archive of files that are compressed already (PNG), so that they are stored as they are.
-// The form is that of PKWARE's APPNOTE.TXT, sections 4.3.7, 4.3.12 and 4.3.16.
+// A zip archive of files that are already compressed (PNG) and are therefore stored unchanged.
+// The format is described in PKWARE's APPNOTE.TXT, sections 4.3.7, 4.3.12 and 4.3.16.
 
 const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, index) => {
   let value = index;
