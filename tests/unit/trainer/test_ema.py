@@ -30,7 +30,7 @@ def test_exponents_of_the_power_function_are_those_of_the_paper(sigma_rel: float
     assert power_exponent(sigma_rel) == pytest.approx(gamma, abs=0.005)
 
 
-def test_the_power_average_is_the_weighted_mean_that_its_profile_says() -> None:
+def test_the_power_average_is_the_weighted_mean_of_its_profile() -> None:
     """The weight of update i of n is the integral of t^gamma over its share of the time, to rounding of 1/n."""
     n, gamma = 400, power_exponent(0.1)
     average = EMA(nn.ParameterDict({"p": nn.Parameter(torch.zeros(n))}), power_decay(0.1))
@@ -46,6 +46,6 @@ def test_the_power_average_is_the_weighted_mean_that_its_profile_says() -> None:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, 0.3, -1.0])
-def test_a_width_that_no_power_function_has_is_refused(sigma_rel: float) -> None:
+def test_an_impossible_width_is_refused(sigma_rel: float) -> None:
     with pytest.raises(ValueError, match=r"sigma_rel must be above 0 and below 0\.288"):
         power_exponent(sigma_rel)

@@ -1,4 +1,4 @@
-"""Images of any size become the model's square."""
+"""Images of any size are fitted to the model's square."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def noise(*shape: int) -> Uint8Array:
 
 @pytest.mark.parametrize("case", load("preprocess").cases, ids=lambda case: f"{case['width']}x{case['height']}")
 @pytest.mark.parametrize("small_images", ["frame", "enlarge"])
-def test_scaling_and_cropping_are_openais(case: dict[str, object], small_images: SmallImages) -> None:
+def test_scaling_and_cropping_equal_openai_s(case: dict[str, object], small_images: SmallImages) -> None:
     golden = load("preprocess")
     square = fit_array(golden[f"{case['key']}.input"], 16, small_images)
     expected = golden[f"{case['key']}.output"].transpose(1, 2, 0)
@@ -34,7 +34,7 @@ def test_a_set_of_28x28_keeps_its_frame() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (7, 9), (9, 7), (7, 20), (3, 8)])
-def test_small_images_are_framed_or_enlarged_whatever_their_shape(height: int, width: int) -> None:
+def test_small_images_of_any_shape_are_framed_or_enlarged(height: int, width: int) -> None:
     image = noise(height, width, 3)
     framed = fit_array(image, 8, "frame")
     inside_height, inside_width = min(height, 8), min(width, 8)
@@ -52,7 +52,7 @@ def test_small_images_are_framed_or_enlarged_whatever_their_shape(height: int, w
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 40])
 @pytest.mark.parametrize("small_images", ["frame", "enlarge"])
 def test_bands_are_scaled_independently(channels: int, small_images: SmallImages) -> None:
-    """In particular the last of two or four is no transparency, which would change the others."""
+    """In particular, the last of two or four bands is not transparency, which would change the others."""
     array = noise(20, 23, channels)
     array[..., -1] = 0
     for size in (8, 32):
@@ -65,7 +65,7 @@ def test_bands_are_scaled_independently(channels: int, small_images: SmallImages
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
 @pytest.mark.parametrize("small_images", ["frame", "enlarge"])
-def test_very_long_images_take_little_memory(
+def test_very_long_images_need_little_memory(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], small_images: SmallImages
 ) -> None:
     scaled_to: list[int] = []

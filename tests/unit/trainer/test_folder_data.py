@@ -1,4 +1,4 @@
-"""Folders of images: what belongs to the data set, what is checked, and what is said about it."""
+"""Folders of images: the files that belong to the data set, the checks, and the summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opened(path: Path, channels: int = 1, *, labelled: bool = True, decode_all: 
     return open_dataset(path, 8, channels, labelled=labelled, decode_all=decode_all)
 
 
-def test_hidden_and_system_names_are_no_classes_and_no_images(tmp_path: Path) -> None:
+def test_hidden_and_system_names_are_skipped(tmp_path: Path) -> None:
     for name in ("cat/0.png", "dog/0.png", "dog/.hidden.png", "dog/._0.png", "__MACOSX/cat/0.png"):
         put(tmp_path / name)
     for name in (".ipynb_checkpoints", ".git", "dog/.ipynb_checkpoints", "@eaDir", "$RECYCLE.BIN"):
@@ -36,7 +36,7 @@ def test_hidden_and_system_names_are_no_classes_and_no_images(tmp_path: Path) ->
     assert "2 images 8x8; 2 classes: cat (1), dog (1); skipped: 12 hidden or system files" in data.summary
 
 
-def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     for number in range(12):
         put(tmp_path / str(number) / "0.png", grey=number)
     data = opened(tmp_path)
@@ -49,7 +49,7 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) ->
     assert opened(tmp_path).class_names[:4] == ("1", "10", "11", "12")
 
 
-def test_everything_that_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_skipped_files_are_counted(tmp_path: Path) -> None:
     for name in ("cat/0.png", "cat/1.tif", "cat/2.jfif", "beside.png"):
         put(tmp_path / name) if not name.endswith("jfif") else put(tmp_path / "cat/x.jpg").rename(tmp_path / name)
     for name in ("cat/a.txt", "cat/b.TXT", "cat/c.dcm", "readme"):
@@ -59,7 +59,7 @@ def test_everything_that_is_left_out_is_counted(tmp_path: Path) -> None:
     assert "skipped: 2 .txt, 1 without a suffix, 1 .dcm, 1 outside the class folders" in data.summary
 
 
-def test_images_may_lie_deeper_and_behind_links(tmp_path: Path) -> None:
+def test_images_may_be_in_subfolders_and_behind_links(tmp_path: Path) -> None:
     put(tmp_path / "data" / "cat" / "day" / "0.png")
     put(tmp_path / "elsewhere" / "1.png", grey=7)
     (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
@@ -73,7 +73,7 @@ def test_images_may_lie_deeper_and_behind_links(tmp_path: Path) -> None:
         opened(tmp_path / "data")
 
 
-def test_a_run_that_began_before_keeps_its_listing(tmp_path: Path) -> None:
+def test_the_listing_of_an_existing_run_does_not_change(tmp_path: Path) -> None:
     """The digest and the order of files are those of the paths below the folder, sorted part by part."""
     for name in ("b/1.png", "a/x/2.png", "a/x.png", "a/10.png", "a-b/0.png"):
         put(tmp_path / "data" / name)
@@ -87,7 +87,7 @@ def test_a_run_that_began_before_keeps_its_listing(tmp_path: Path) -> None:
     assert without_labels.description == data.description
 
 
-def test_without_classes_images_may_lie_anywhere(tmp_path: Path) -> None:
+def test_without_classes_images_may_be_anywhere(tmp_path: Path) -> None:
     for name in ("0.png", "a/1.png"):
         put(tmp_path / name)
     data = opened(tmp_path, labelled=False)
@@ -106,7 +106,7 @@ def test_without_classes_images_may_lie_anywhere(tmp_path: Path) -> None:
         ([], "contains no image .*it contains: nothing"),
     ],
 )
-def test_folders_that_hold_no_classes_name_the_cure(tmp_path: Path, names: list[str], reason: str) -> None:
+def test_the_error_for_a_folder_without_classes_has_a_remedy(tmp_path: Path, names: list[str], reason: str) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         put(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_text("x")
@@ -128,20 +128,20 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
         ("a.zip", "is an archive; unpack it"),
     ],
 )
-def test_files_that_are_no_data_set_name_the_cure(tmp_path: Path, name: str, reason: str) -> None:
+def test_the_error_for_a_file_that_is_no_data_set_has_a_remedy(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=reason):
         opened(tmp_path / name)
 
 
-def test_only_one_class_with_subfolders_is_said(tmp_path: Path) -> None:
+def test_a_single_class_with_subfolders_is_reported(tmp_path: Path) -> None:
     for name in ("images/cat/0.png", "images/dog/0.png"):
         put(tmp_path / name)
     assert "subfolders of the only class are not classes: cat, dog; use --data" in opened(tmp_path).summary
 
 
 @pytest.mark.skipif(os.fsencode("\udcff") != b"\xff", reason="file names are not bytes here")
-def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "cat" / "\udcff.png")
     assert len(opened(tmp_path).labels) == 1
     put(tmp_path / "\udcfe" / "0.png")
@@ -149,7 +149,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
+def test_the_summary_reports_changes_of_images(tmp_path: Path) -> None:
     put(tmp_path / "a" / "0.png", size=(4, 4))
     put(tmp_path / "a" / "1.png", size=(8, 30), mode="RGB")
     put(tmp_path / "a" / "2.png", mode="RGBA")
@@ -179,7 +179,7 @@ def test_the_summary_says_what_is_done_to_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("highest", "cure"), [(255, "0,255"), (4000, "0,4095"), (16383, "0,16383"), (16384, None)])
-def test_sixteen_bit_files_of_fewer_bits_are_pointed_out(tmp_path: Path, highest: int, cure: str | None) -> None:
+def test_sixteen_bit_files_with_fewer_bits_are_reported(tmp_path: Path, highest: int, cure: str | None) -> None:
     (tmp_path / "a").mkdir()
     for number in range(40):
         Image.fromarray(np.full((8, 8), highest if number == 0 else 1, np.uint16)).save(tmp_path / f"a/{number:02}.png")
@@ -192,12 +192,12 @@ def test_sixteen_bit_files_of_fewer_bits_are_pointed_out(tmp_path: Path, highest
         assert cured.images(np.array([0])).max() > 127
 
 
-def test_the_summary_is_one_line_whatever_classes_are_called(tmp_path: Path) -> None:
+def test_the_summary_is_one_line_for_any_class_names(tmp_path: Path) -> None:
     put(tmp_path / "a\nb" / "0.png")
     assert r"1 class: 'a\nb' (1)" in opened(tmp_path).summary
 
 
-def test_many_classes_are_counted_in_short(tmp_path: Path) -> None:
+def test_many_classes_are_only_counted(tmp_path: Path) -> None:
     for number in range(30):
         put(tmp_path / f"c{number}" / "0.png")
     put(tmp_path / "c7" / "1.png")
@@ -205,7 +205,7 @@ def test_many_classes_are_counted_in_short(tmp_path: Path) -> None:
 
 
 def damaged(path: Path) -> None:
-    """Write a PNG whose pixels are damaged, and whose header and end are not."""
+    """Write a PNG with damaged pixels and intact header and end."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     data = bytearray(path.read_bytes())
@@ -237,10 +237,10 @@ def test_the_list_of_bad_files_is_bounded(tmp_path: Path) -> None:
     assert lines[-1].strip() == "and 280 more"
 
 
-def test_large_sets_are_decoded_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sets_are_decoded_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a" / "0.png")
     damaged(tmp_path / "a" / "1.png")
-    inspect(tmp_path / "a" / "1.png", "L", DataConfig())  # its header is good
+    inspect(tmp_path / "a" / "1.png", "L", DataConfig())  # its header is valid
     monkeypatch.setattr(checking, "DECODED_FILES", 1)
     data = opened(tmp_path)
     with pytest.raises(DataError, match=r"1\.png: .*; repair it; --decode-all lists all such files"):
@@ -261,7 +261,7 @@ def test_files_are_read_as_one_or_three_channels_only(tmp_path: Path) -> None:
         opened(tmp_path, channels=4)
 
 
-def test_pipes_and_links_without_an_end_are_listed_among_the_bad_files(tmp_path: Path) -> None:
+def test_pipes_and_circular_links_are_listed_as_bad_files(tmp_path: Path) -> None:
     put(tmp_path / "cat" / "0.png")
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "cat" / "self.png").symlink_to("self.png")

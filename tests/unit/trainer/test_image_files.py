@@ -1,4 +1,4 @@
-"""Image files become the pixels that a viewer shows, or are refused by name."""
+"""Image files are read as the pixels that a viewer shows, or refused with their name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def saved(path: Path, image: Image.Image, **options: Any) -> Path:
 
 
 def png(path: Path, width: int, depth: int, colour_type: int, row: bytes, transparent: bytes = b"") -> Path:
-    """Write a PNG of one row, of depths that Pillow does not write."""
+    """Write a PNG of one row, with depths that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -63,7 +63,7 @@ def test_sixteen_bit_grey_of_other_layouts(tmp_path: Path) -> None:
     assert pixels(with_key, background="#808080").tolist() == [[255, 128]]
 
 
-def test_a_value_range_scales_what_has_more_than_eight_bits(tmp_path: Path) -> None:
+def test_a_value_range_scales_images_of_more_than_eight_bits(tmp_path: Path) -> None:
     twelve_bits = saved(tmp_path / "a.png", Image.fromarray(RAMP // 16))
     assert pixels(twelve_bits).max() == 16  # dark, as a viewer shows it
     assert np.array_equal(pixels(twelve_bits, value_range=(0, 4095)), BYTES)
@@ -83,12 +83,14 @@ def test_a_value_range_scales_what_has_more_than_eight_bits(tmp_path: Path) -> N
         ("a.tif", Image.new("LAB", (2, 2)), "colour mode LAB is not supported"),
     ],
 )
-def test_what_no_viewer_shows_is_refused(tmp_path: Path, name: str, image: Image.Image, reason: str) -> None:
+def test_images_without_a_standard_display_are_refused(
+    tmp_path: Path, name: str, image: Image.Image, reason: str
+) -> None:
     with pytest.raises(DataError, match=rf"a\.tif: .*{reason}"):
         inspect(saved(tmp_path / name, image), "L", DataConfig())
 
 
-def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", Image.fromarray(np.full((2, 2), np.nan, np.float32)))
     with pytest.raises(DataError, match=r"a\.tif: it contains values that are not finite"):
         check_whole(path, "L", DataConfig(value_range=(0, 1)))
@@ -96,7 +98,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "palette", "palette of alphas", "colour key"])
 def test_transparent_pixels_show_the_background(tmp_path: Path, kind: str) -> None:
-    """The left pixel is opaque and black, the right one transparent, of a colour that must not show."""
+    """The left pixel is opaque and black; the right one is transparent, with a colour that must not be visible."""
     path = tmp_path / "a.png"
     rgba = Image.fromarray(np.array([[[0, 0, 0, 255], [9, 9, 9, 0]]], np.uint8))
     if kind in ("RGBA", "LA"):
@@ -146,7 +148,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("default")  # Pillow warns
 @pytest.mark.parametrize("exif", [b"Exif\0\0junkjunk", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*"])
-def test_a_corrupt_exif_block_beside_an_intact_image_does_no_harm(tmp_path: Path, exif: bytes) -> None:
+def test_a_corrupt_exif_block_in_an_intact_image_is_ignored(tmp_path: Path, exif: bytes) -> None:
     assert pixels(saved(tmp_path / "a.jpg", Image.new("L", (3, 2), 90), exif=exif)).tolist() == [[90] * 3] * 2
 
 
@@ -186,7 +188,7 @@ def test_a_wrong_suffix_does_not_matter(tmp_path: Path) -> None:
         ),  # would start Ghostscript
     ],
 )
-def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.png: .*{reason}"):
         inspect(tmp_path / "a.png", "L", DataConfig())
@@ -200,20 +202,20 @@ def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
-def test_a_file_that_is_cut_off_is_found_without_decoding_all(tmp_path: Path, name: str) -> None:
+def test_a_truncated_file_is_found_without_decoding(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     whole = saved(tmp_path / name, Image.fromarray(noise)).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.\w+: .*(runcated|broken)"):
         inspect(tmp_path / name, "L", DataConfig())
-    (tmp_path / name).write_bytes(whole + b"\n" * 99)  # viewers do not mind
+    (tmp_path / name).write_bytes(whole + b"\n" * 99)  # viewers ignore this
     inspect(tmp_path / name, "L", DataConfig())
 
 
 @pytest.mark.parametrize(
     "error", [SyntaxError, ValueError, struct.error, IndexError, zlib.error, MemoryError, KeyError]
 )
-def test_whatever_a_decoder_raises_names_the_file(
+def test_every_error_of_a_decoder_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(BYTES))
@@ -234,7 +236,7 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: py
         inspect(path, "L", DataConfig())
 
 
-def test_transparency_is_laid_on_the_background_strip_by_strip(tmp_path: Path) -> None:
+def test_transparency_is_drawn_over_the_background_in_strips(tmp_path: Path) -> None:
     alpha = np.zeros((ROWS_AT_ONCE + 3, 5), np.uint8)
     alpha[::2] = 255
     image = Image.fromarray(np.stack([np.zeros_like(alpha), alpha], axis=-1), "LA")
@@ -257,7 +259,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pyt
         check_whole(path, "L", DataConfig())
 
 
-def test_suffixes_are_those_that_pillow_reads_here() -> None:
+def test_suffixes_are_those_that_pillow_reads() -> None:
     assert {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm"} <= SUFFIXES
     assert not {".eps", ".ps", ".pdf", ".h5", ".txt", ".npy", ".npz"} & SUFFIXES
 
@@ -272,6 +274,6 @@ def test_suffixes_are_those_that_pillow_reads_here() -> None:
         ({"small_images": "stretch"}, "'frame' or 'enlarge'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         DataConfig(**options)

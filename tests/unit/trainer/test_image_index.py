@@ -1,4 +1,4 @@
-"""An image's index has one limit, in every interface: what the noise's counter holds."""
+"""An image's index has the same limit in every interface: that of the noise's counter."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_the_last_image_may_have_the_largest_index() -> None:
     assert draw_class(1, LIMIT, 10) < 10
 
 
-def test_an_index_beyond_it_is_refused_everywhere() -> None:
-    assert "image_index" in INPUTS  # of KServe, becomes the native field
+def test_a_larger_index_is_refused_everywhere() -> None:
+    assert "image_index" in INPUTS  # of KServe; converted to the native field
     assert ImagesRequest.model_validate({"prompt": "cat", "image_index": LIMIT}).image_index == LIMIT
     with pytest.raises(ValidationError, match="less than or equal to 4294967295"):
         ImagesRequest.model_validate({"prompt": "cat", "image_index": LIMIT + 1})

@@ -1,4 +1,4 @@
-"""npz files of images: what is accepted, what is refused with a cure that works, and what is said about them."""
+"""npz files of images: what is accepted, what is refused with a working remedy, and the summary."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_any_number_of_channels_is_read(tmp_path: Path, channels: int) -> None:
     assert np.array_equal(data.images(np.array([2, 0])), array[[2, 0]])
 
 
-def test_small_images_are_framed_as_ever_or_enlarged(tmp_path: Path) -> None:
+def test_small_images_are_framed_or_enlarged(tmp_path: Path) -> None:
     array = images(2, 6, 6)
     path = saved(tmp_path / "a.npz", images=array, labels=[0, 0])
     framed = open_dataset(path, 8, 1)
@@ -51,7 +51,7 @@ def test_small_images_are_framed_as_ever_or_enlarged(tmp_path: Path) -> None:
     [((2, 3, 28, 28), 1), ((2, 3, 28, 28), 3), ((2, 3, 28, 28), 28), ((2, 1, 28, 28), 1), ((2, 3, 28, 40), 1),
      ((2, 6, 28, 28), 6), ((2, 3, 4, 4), 3)],
 )  # fmt: skip
-def test_channels_first_is_told_to_transpose(tmp_path: Path, shape: tuple[int, ...], channels: int) -> None:
+def test_channels_first_is_refused_with_a_transposition(tmp_path: Path, shape: tuple[int, ...], channels: int) -> None:
     array = images(*shape)
     with pytest.raises(DataError, match=r"channels first; .*transpose with images.transpose\(0, 2, 3, 1\)"):
         opened(tmp_path, channels=channels, images=array, labels=[0, 1])
@@ -59,7 +59,7 @@ def test_channels_first_is_told_to_transpose(tmp_path: Path, shape: tuple[int, .
     assert len(opened(tmp_path, channels=shape[1], images=cured, labels=[0, 1]).labels) == 2
 
 
-def test_another_number_of_channels_names_the_field(tmp_path: Path) -> None:
+def test_the_error_for_another_number_of_channels_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 5 channels, .*choose --set model.image_channels=5"):
         opened(tmp_path, images=images(2, 8, 8, 5), labels=[0, 1])
     assert len(opened(tmp_path, channels=5, images=images(2, 8, 8, 5), labels=[0, 1]).labels) == 2
@@ -79,11 +79,11 @@ def test_another_number_of_channels_names_the_field(tmp_path: Path) -> None:
     ],
     ids=lambda array: f"{array.dtype}..{array.max()}",
 )
-def test_other_types_are_refused_with_a_cure_that_works(tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
+def test_other_types_are_refused_with_a_working_remedy(tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
     with pytest.raises(DataError, match=r"images must be uint8 in 0\.\.255; got ") as caught:
         opened(tmp_path, images=array, labels=[0])
     cure = str(caught.value).partition("with ")[2]
-    cured = eval(cure, {"images": array})  # noqa: S307 - the cure is ours
+    cured = eval(cure, {"images": array})  # noqa: S307  # the remedy is our own text
     assert (cured.dtype, cured.max(), cured.min()) == (np.uint8, 255, 0)
     opened(tmp_path, images=cured, labels=[0])
 
@@ -97,10 +97,10 @@ def test_other_types_are_refused_with_a_cure_that_works(tmp_path: Path, array: n
         ([-1, 0, 1], r"got 3 different ones in -1..1"),
     ],
 )
-def test_labels_that_no_image_has_are_refused(tmp_path: Path, labels: list[int], reason: str) -> None:
+def test_labels_without_an_image_are_refused(tmp_path: Path, labels: list[int], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         opened(tmp_path, images=images(3, 8, 8), labels=labels)
-    classes, cured = np.unique(labels, return_inverse=True)  # as the message says
+    classes, cured = np.unique(labels, return_inverse=True)  # as the message advises
     data = opened(tmp_path, images=images(3, 8, 8), labels=cured, classes=classes)
     assert data.class_names == tuple(str(label) for label in sorted(set(labels)))
 
@@ -138,7 +138,7 @@ def test_class_names_may_be_bytes_or_text(tmp_path: Path, classes: np.ndarray[An
         ({"images": np.zeros((2, 8), np.uint8), "labels": [0, 1]}, r"uint8 \[N, H, W, C\]"),
     ],
 )
-def test_what_cannot_be_used_is_refused(tmp_path: Path, arrays: dict[str, Any], reason: str) -> None:
+def test_unusable_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         opened(tmp_path, **{"images": images(2, 8, 8), **arrays})
 
@@ -168,7 +168,7 @@ def test_arrays_of_other_names_are_listed(tmp_path: Path) -> None:
         (bytes(range(256)) * 4, "is damaged, or not an npz file: write one with np.savez"),
     ],
 )
-def test_what_is_no_npz_file_is_called_what_it_is(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_the_error_for_another_file_describes_it(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "data.npz"
     path.write_bytes(content)
     with pytest.raises(DataError, match=reason):

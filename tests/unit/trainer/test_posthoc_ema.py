@@ -31,7 +31,7 @@ def test_an_overlap_is_the_integral_of_the_product() -> None:
     assert a.overlap(b) == pytest.approx((profiles[0] * profiles[1]).sum() / 1000, rel=1e-4)
 
 
-def test_a_width_in_between_is_made_from_snapshots_as_if_it_had_been_kept() -> None:
+def test_an_average_of_another_width_is_approximated_from_snapshots() -> None:
     """Weights that are one-hot in time show the profile itself."""
     n, sigma_rels = 640, (0.05, 0.10)
     kept = {s: EMA(torch.nn.ParameterDict({"p": torch.zeros(n)}), power_decay(s)) for s in (*sigma_rels, 0.075)}
@@ -52,7 +52,7 @@ def test_a_width_in_between_is_made_from_snapshots_as_if_it_had_been_kept() -> N
     assert float(made.sum()) == pytest.approx(1, abs=0.01)
 
 
-def test_a_kept_average_comes_back_as_it_was(npz: Path, tmp_path: Path) -> None:
+def test_a_stored_average_is_reproduced(npz: Path, tmp_path: Path) -> None:
     train(tiny(ema_sigma_rels=(0.05, 0.1)), npz, tmp_path / "run")
     out = tmp_path / "averaged"
     result = CliRunner().invoke(app, ["ema", str(tmp_path / "run"), str(out), "--sigma-rel", "0.1"])
@@ -65,7 +65,7 @@ def test_a_kept_average_comes_back_as_it_was(npz: Path, tmp_path: Path) -> None:
     assert provenance["ema"]["snapshots"] == 4
 
 
-def test_what_cannot_be_averaged_is_refused_in_one_line(npz: Path, tmp_path: Path) -> None:
+def test_impossible_averages_are_refused_with_one_line(npz: Path, tmp_path: Path) -> None:
     train(tiny(ema_sigma_rels=(0.1,), total_images=20), npz, tmp_path / "run")
     for arguments, message in (
         (["--sigma-rel", "0.5"], "sigma_rel must be above 0 and below 0.288"),

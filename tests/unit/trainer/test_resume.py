@@ -1,4 +1,4 @@
-"""Runs that end early, go on, or may not begin: nothing is lost, and every cure that is printed works."""
+"""Runs that end early, continue, or may not start: no work is lost, and every printed remedy works."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 # --- what a resumed run may change
 
 
-def test_a_resumed_run_may_change_how_it_learns_and_records_that(npz: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_change_its_optimisation_and_records_the_change(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=20), npz, tmp_path / "run")
     changes = {"lr": 1e-5, "precision": "bfloat16", "grad_clip": 0.5, "microbatch_size": 2}
     train(tiny(total_images=24, **changes), npz, tmp_path / "run", resume=True)
@@ -78,7 +78,7 @@ def test_a_resumed_run_may_change_how_it_learns_and_records_that(npz: Path, tmp_
     assert provenance["train_config"]["lr"] == 1e-5
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path: Path) -> None:
+def test_a_run_is_neither_overwritten_nor_resumed_with_another_model(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(TrainError, match=r"no checkpoint to resume from; omit --resume"):
         train(tiny(), npz, run, resume=True)
@@ -91,7 +91,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(npz: Path, tmp_path
     assert files_in(run) == before
 
 
-def test_a_run_goes_on_with_its_own_configuration(npz: Path, tmp_path: Path) -> None:
+def test_a_run_continues_with_its_own_configuration(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4), npz, tmp_path / "run", command="iddpm train cifar10 --data toy.npz")
     assert resumed_config(tmp_path / "run", "cifar10") == resolve(tiny(total_images=4), open_dataset(npz, 8, 1))
     with pytest.raises(TrainError, match="was started from the preset cifar10; use that one instead of fashion32"):
@@ -110,7 +110,7 @@ def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None
 # --- data
 
 
-def test_data_may_be_renamed_and_are_changed_only_when_that_is_accepted(npz: Path, tmp_path: Path) -> None:
+def test_data_may_be_renamed_and_changed_only_if_accepted(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(tiny(total_images=4), npz, run)
     npz = npz.rename(tmp_path / "other.npz")
@@ -126,7 +126,7 @@ def test_data_may_be_renamed_and_are_changed_only_when_that_is_accepted(npz: Pat
     train(tiny(total_images=16), npz, run, resume=True)  # these are the run's data from now on
 
 
-def test_a_folder_may_be_renamed_and_a_removed_or_mended_image_be_accepted(tmp_path: Path) -> None:
+def test_a_folder_may_be_renamed_and_removed_or_repaired_images_accepted(tmp_path: Path) -> None:
     folder, run = tmp_path / "data", tmp_path / "run"
     for name in "ab":
         (folder / name).mkdir(parents=True)
@@ -161,7 +161,7 @@ def test_descriptions_of_data_are_compared_without_names_and_across_versions() -
 # --- divergence
 
 
-def test_a_diverged_network_is_never_saved_and_the_printed_cure_works(npz: Path, tmp_path: Path) -> None:
+def test_a_diverged_network_is_never_saved_and_the_printed_remedy_works(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(tiny(total_images=4, checkpoint_every_images=4), npz, run)
     with pytest.raises(TrainError, match=r"diverged after 8 images.*checkpoint after 4 images with --resume") as caught:
@@ -180,7 +180,7 @@ def test_a_run_that_diverges_before_its_first_checkpoint_starts_again(npz: Path,
     train(tiny(total_images=4, lr=1e-4), npz, tmp_path / "run")
 
 
-def test_a_diverged_checkpoint_of_an_older_version_is_named_and_the_one_before_offered(
+def test_a_diverged_checkpoint_of_an_older_version_is_reported_with_the_previous_one(
     two_checkpoints: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
@@ -217,7 +217,7 @@ def spoil(folder: Path) -> None:
 
 
 def forget_hashes(folder: Path) -> None:
-    """Make of a checkpoint what older versions wrote."""
+    """Write a checkpoint as older versions did."""
     path = folder / "state" / "progress.json"
     progress = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in progress.items() if name != "sha256"}))
@@ -241,7 +241,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda folder: shutil.rmtree(folder / "state"), "No such file"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_offered(
+def test_a_damaged_checkpoint_is_reported_with_an_older_intact_one(
     two_checkpoints: Path, tmp_path: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_whole_one_offered(
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(checkpoints(run)[-1]).items())
 
 
-def test_without_a_whole_checkpoint_another_run_is_proposed(two_checkpoints: Path, tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_a_new_run_is_proposed(two_checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     for folder in checkpoints(tmp_path / "run"):
         truncate(folder)
@@ -277,7 +277,7 @@ def test_checkpoints_of_older_versions_are_resumed(two_checkpoints: Path, tmp_pa
 # --- stopping
 
 
-def test_a_run_that_is_stopped_anywhere_goes_on_bit_for_bit(npz: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_anywhere_continues_bit_identically(npz: Path, tmp_path: Path) -> None:
     asked = iter([False, False, True])
     with pytest.raises(Stopped, match="after 8 images"):
         train(tiny(total_images=16), npz, tmp_path / "stopped", stop=lambda: next(asked))
@@ -287,9 +287,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_bit_for_bit(npz: Path, tmp_path:
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
 
 
-def test_an_image_that_cannot_be_read_costs_nothing_that_was_trained(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_image_loses_no_training(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset(npz, 8, 1)
     images, calls = dataset.images, iter(range(9))
 
@@ -323,7 +321,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_a_checkpoint_and_print_how_to_go_on(
+def test_signals_save_a_checkpoint_and_print_the_command_to_continue(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     run, step = tmp_path / "my run", torch.optim.AdamW.step
@@ -359,9 +357,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_torchrun_is_told_that_there_is_no_distributed_training(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_is_refused(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainError, match="not supported yet, and WORLD_SIZE is 2: start iddpm train without torchrun"):
         train(tiny(), npz, tmp_path / "run")
@@ -382,7 +378,7 @@ def test_torchrun_is_told_that_there_is_no_distributed_training(
         ("", "--out must be a folder"),
     ],
 )
-def test_what_no_run_wrote_is_left_alone(npz: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_files_not_written_by_a_run_are_not_changed(npz: Path, tmp_path: Path, name: str, message: str) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{}")
@@ -410,7 +406,7 @@ def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_pa
 # --- a full disk
 
 
-def test_a_checkpoint_on_a_full_disk_is_one_line_and_the_one_before_stays(npz: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_on_a_full_disk_ends_with_one_line_and_keeps_the_previous_one(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(tiny(total_images=4), npz, run)
     before = files_in(run / "checkpoints") | files_in(run / "model")
@@ -433,7 +429,7 @@ def test_a_first_checkpoint_on_a_full_disk_leaves_a_folder_that_can_be_used_agai
     train(tiny(total_images=4), npz, tmp_path / "run")
 
 
-def test_a_run_that_ended_before_its_model_was_written_writes_it(npz: Path, tmp_path: Path) -> None:
+def test_a_run_that_ended_before_writing_its_model_writes_it_on_resume(npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     model = train(tiny(total_images=4), npz, run)
     before = files_in(model)
@@ -442,7 +438,7 @@ def test_a_run_that_ended_before_its_model_was_written_writes_it(npz: Path, tmp_
     assert files_in(model) == before
 
 
-def test_a_log_line_on_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+def test_a_log_line_on_a_full_disk_does_not_change_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     append_line(log, {"images": 4})
     before = log.read_bytes()
@@ -451,7 +447,7 @@ def test_a_log_line_on_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> N
     assert log.read_bytes() == before
 
 
-def test_what_a_run_can_do_without_is_a_warning(
+def test_errors_of_optional_files_are_warnings(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail_without_words(*_: object) -> None:
@@ -510,15 +506,13 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
         (["model.low_res_size=4"], "super-resolution models cannot be trained here yet"),
     ],
 )
-def test_what_is_decided_elsewhere_is_refused_with_what_decides_it(
-    npz: Path, assignments: list[str], message: str
-) -> None:
+def test_derived_fields_are_refused_with_their_source(npz: Path, assignments: list[str], message: str) -> None:
     sets = [part for assignment in assignments for part in ("--set", assignment)]
     code, output = invoke("--data", str(npz), *FLAGS, *sets, "--dry-run")
     assert code == 1
     assert message in output
 
 
-def test_what_is_decided_elsewhere_may_be_repeated(npz: Path) -> None:
+def test_derived_fields_may_be_set_to_their_value(npz: Path) -> None:
     sets = ["--set", "model.num_classes=3", "--set", "model.null_class=true", "--set", "model.learn_sigma=true"]
     assert invoke("--data", str(npz), *FLAGS, *sets, "--dry-run")[0] == 0

@@ -20,7 +20,7 @@ def _warm(sampler: TimestepSampler, num_timesteps: int, seed: int = 0) -> None:
 
 
 @every_sampler
-def test_timesteps_lie_in_the_chain_and_weights_have_mean_one(make: Callable[[int], TimestepSampler]) -> None:
+def test_timesteps_are_in_the_chain_and_weights_have_mean_one(make: Callable[[int], TimestepSampler]) -> None:
     sampler = make(40)
     _warm(sampler, 40)
     t, weights = sampler.sample(np.random.default_rng(0), 20_000)
@@ -44,7 +44,7 @@ def test_weighted_losses_estimate_the_mean_over_the_chain(make: Callable[[int], 
 
 
 @every_sampler
-def test_a_resumed_sampler_draws_what_it_would_have_drawn(make: Callable[[int], TimestepSampler]) -> None:
+def test_a_resumed_sampler_continues_its_draws(make: Callable[[int], TimestepSampler]) -> None:
     def run(sampler: TimestepSampler, rng: np.random.Generator, rounds: int) -> list[list[int]]:
         drawn: list[list[int]] = []
         for _ in range(rounds):
@@ -79,7 +79,7 @@ def test_stratified_batches_cover_the_chain_evenly(num_timesteps: int, batch_siz
     t, weights = StratifiedSampler(num_timesteps).sample(np.random.default_rng(seed), batch_size)
 
     assert (weights == 1).all()
-    # The i-th smallest lies in the i-th of batch_size equal parts, up to the width of one timestep.
+    # The i-th smallest is in the i-th of batch_size equal parts, up to the width of one timestep.
     part = np.arange(batch_size) * num_timesteps / batch_size
     ordered = np.sort(t)
     assert (ordered >= np.floor(part)).all()
@@ -117,7 +117,7 @@ def test_importance_sampling_waits_for_every_timestep() -> None:
     assert sampler.weights()[0] > 0.8
 
 
-def test_importance_sampling_forgets_old_losses_first() -> None:
+def test_importance_sampling_drops_the_oldest_losses_first() -> None:
     sampler = LossSecondMomentSampler(2, history_per_term=2, uniform_prob=0.0)
     sampler.update(np.array([0, 0, 1, 1]), np.array([100.0, 100.0, 4.0, 4.0]))
     sampler.update(np.array([0]), np.array([3.0]))
@@ -126,7 +126,7 @@ def test_importance_sampling_forgets_old_losses_first() -> None:
     np.testing.assert_allclose(sampler.weights(), [3 / 7, 4 / 7])
 
 
-def test_a_loss_that_is_not_finite_is_not_remembered() -> None:
+def test_a_loss_that_is_not_finite_is_ignored() -> None:
     sampler = LossSecondMomentSampler(2, history_per_term=1)
     sampler.update(np.array([0, 1]), np.array([1.0, 2.0]))
     before = sampler.weights()

@@ -1,4 +1,4 @@
-"""Training: repeatable, resumable bit for bit, and clear about what it cannot do."""
+"""Training is repeatable and resumable bit for bit, and unsupported options have clear errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_power_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(n
     sigma_rels = (0.05, 0.1)
     train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "whole")
     train(tiny(ema_sigma_rels=sigma_rels, total_images=20), npz, tmp_path / "halves")
-    notes = tmp_path / "halves" / "ema" / "mine.safetensors"  # a user's own file, which is none of the run's
+    notes = tmp_path / "halves" / "ema" / "mine.safetensors"  # a user's own file, not part of the run
     notes.write_bytes(b"")
     train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "halves", resume=True)
     notes.unlink()
@@ -91,7 +91,7 @@ def test_power_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(n
     assert {name.split("/")[0] for name in load_file(snapshots[0][0])} == {"0.05", "0.1"}
 
 
-def test_a_run_leaves_a_model_a_log_previews_and_its_configuration(npz: Path, tmp_path: Path) -> None:
+def test_a_run_writes_a_model_a_log_previews_and_its_configuration(npz: Path, tmp_path: Path) -> None:
     model = train(tiny(), npz, tmp_path / "run", command="iddpm train toy")
     config, _ = load_unet(model)
     assert config.class_names == ("x", "y", "z")
@@ -108,7 +108,7 @@ def test_a_run_leaves_a_model_a_log_previews_and_its_configuration(npz: Path, tm
     assert not (model / "state").exists()
 
 
-def test_microbatches_average_to_the_whole_batch(npz: Path, tmp_path: Path) -> None:
+def test_microbatches_average_to_the_complete_batch(npz: Path, tmp_path: Path) -> None:
     config = tiny(total_images=4, log_every_batches=1, model=tiny().model.replace(dropout=0.0).model_dump())
     logs = []
     for name, size in (("whole", None), ("parts", 2)):
@@ -125,7 +125,7 @@ def test_an_unconditional_run_ignores_labels(npz: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5, 12])
-def test_channels_that_are_no_picture_are_previewed_side_by_side(tmp_path: Path, channels: int) -> None:
+def test_images_of_other_channels_are_previewed_side_by_side(tmp_path: Path, channels: int) -> None:
     data = tmp_path / "data.npz"
     np.savez(data, images=np.zeros((4, 8, 8, channels), np.uint8), labels=np.zeros(4, np.int64))
     model = tiny().model.replace(image_channels=channels).model_dump()
@@ -194,7 +194,7 @@ def test_presets_have_the_papers_sizes() -> None:
     assert set(PRESETS) == {*expected, "fashion32"}
 
 
-def test_the_scaling_presets_scale_the_rate_as_section_5_says() -> None:
+def test_the_scaling_presets_scale_the_rate_as_in_section_5() -> None:
     assert preset("imagenet64-64").lr == pytest.approx(1e-4 * 2**0.5)
     assert preset("imagenet64-128").lr == 1e-4
 
@@ -207,7 +207,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[5] < 1e-3
 
 
-def test_a_linear_rate_falls_to_zero_and_an_inverse_root_knows_no_end() -> None:
+def test_a_linear_rate_falls_to_zero_and_an_inverse_root_never_does() -> None:
     linear = tiny(total_images=1000, batch_size=10, lr=1.0, lr_warmup_images=100, lr_schedule="linear")
     assert [learning_rate(linear, images) for images in (100, 550, 1000)] == pytest.approx([1.0, 0.5, 0.0])
     root = linear.replace(lr_schedule="inverse_sqrt", lr_decay_images=200)
@@ -219,7 +219,7 @@ def run_cli(*arguments: str) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_the_command_line_names_what_is_allowed(npz: Path) -> None:
+def test_errors_of_the_command_line_list_the_allowed_values(npz: Path) -> None:
     code, output = run_cli("train", "fashion99", "--data", str(npz))
     assert (code, "allowed: cifar10, fashion32" in output) == (1, True)
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--set", "model.dropuot=0.1")
@@ -245,7 +245,7 @@ def test_lists_may_be_given_without_brackets(npz: Path) -> None:
     assert '"attention_resolutions": [ 16 ]' in output
 
 
-def test_a_dry_run_says_what_was_understood_of_the_data(npz: Path, tmp_path: Path) -> None:
+def test_a_dry_run_summarises_the_data(npz: Path, tmp_path: Path) -> None:
     code, output = run_cli("train", "fashion32", "--data", str(npz), "--dry-run")
     counts = dict(zip(*np.unique(np.load(npz)["labels"], return_counts=True), strict=True))
     classes = ", ".join(f"{name} ({counts[index]})" for index, name in enumerate("xyz"))
