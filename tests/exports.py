@@ -32,7 +32,7 @@ from tests import golden
 from tests.paths import BUNDLED
 
 EXPORTED = "imp_cond_ls"
-"""The golden network that goes through `iddpm export`."""
+"""The golden network that `iddpm export` exports."""
 CLASSIFIER = "clf_attention"
 """The golden classifier that guides it, and that of the golden file `guidance`."""
 GRADIENT = Path(__file__).parent / "data" / f"{CLASSIFIER}_gradient.onnx"

@@ -64,7 +64,7 @@ def test_the_document_is_valid_for_the_version_that_it_declares(tmp_path: Path) 
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_a_post_to_an_unknown_path_is_404_for_every_body(address: str) -> None:
+def test_a_post_of_any_body_gets_the_status_of_its_path(address: str) -> None:
     for path, status in (("/healthz", 405), ("/v1/models", 405), ("/nowhere", 404), ("/v1/generate", 415)):
         assert httpx.post(f"http://{address}{path}", content=b"x", timeout=PATIENCE_S).status_code == status
 

@@ -290,7 +290,7 @@ def test_a_stuck_collector_does_not_prevent_shutdown(
     assert "did not take the last traces" in caplog.text
 
 
-def test_a_global_tracer_gets_no_private_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_global_tracer_gets_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)  # FastAPI looks for one

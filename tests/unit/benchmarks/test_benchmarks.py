@@ -290,7 +290,7 @@ def test_measuring_gives_a_cell_for_each_participant(network: BenchNetwork) -> N
     assert set(probed) == {"convolution torch fp32", "convolution openvino fp32"}
 
 
-# --- whole images
+# --- complete images
 
 
 def test_the_engine_sampler_gives_the_pixels_of_the_reference_loop(network: BenchNetwork) -> None:

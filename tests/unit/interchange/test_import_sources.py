@@ -49,7 +49,7 @@ def small(repo: str = "improved", **flags: str) -> CheckpointConfig:
     return config
 
 
-# --- what lies in a file's place
+# --- other files in place of weights
 
 
 def zipped(**files: bytes) -> bytes:

@@ -226,7 +226,7 @@ def test_a_call_that_failed_leaves_its_batch_size_usable(tmp_path: Path, unfit_p
     ("threads", "parts"),
     [(1, [1, 1, 1, 1]), (2, [1, 2, 2, 2]), (3, [1, 1, 3, 1]), (4, [1, 2, 2, 4]), (16, [1, 2, 2, 4])],
 )
-def test_rows_are_split_into_equal_parts_for_equal_numbers_of_threads(threads: int, parts: list[int]) -> None:
+def test_rows_are_split_into_equal_parts_that_share_threads_evenly(threads: int, parts: list[int]) -> None:
     assert [equal_parts(rows, threads) for rows in (4, 8, 12, 64)] == parts
 
 

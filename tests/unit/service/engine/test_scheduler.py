@@ -66,7 +66,7 @@ def test_a_guided_image_takes_two_rows() -> None:
     assert batch.rows == 4
 
 
-def test_an_image_that_does_not_fit_is_passed_over_only_for_a_limited_time() -> None:
+def test_an_image_that_does_not_fit_is_passed_over_until_enough_rows_are_free() -> None:
     scheduler = make()
     scheduler.add([image("a", 2), image("b", 9), image("c", 9), image("wide", 9, guided=True), image("late", 9)])
     assert run_step(scheduler)[0] == ["a", "b", "c", "late"]

@@ -131,7 +131,7 @@ async def test_a_request_without_its_body_is_logged_and_counted_with_its_answer(
 
 
 @runs
-async def test_an_incomplete_request_after_an_answer_is_not_logged_under_the_former_path() -> None:
+async def test_an_incomplete_request_after_an_answer_does_not_get_the_former_request_id() -> None:
     async with serving(App(), read_seconds=SHORT_S) as connect:
         reader, writer = await connect()
         writer.write(POST.replace(b"Host", b"X-Request-ID: mine\r\nHost") + b"12345" + POST[:10])
