@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def train_command(
         from trainer.errors import Stopped, TrainError
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
+        from trainer.ranks import joined
         from trainer.resume import resumed_config
         from trainer.stop_request import StopRequest
 
@@ -64,6 +66,7 @@ def train_command(
     run = out or Path("runs") / preset
     stop = StopRequest()
     command = _Command(preset, tuple(assignments or []), accept_changed_data)
+    main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
             raise ValueError("--accept-changed-data can only be used with --resume")
@@ -76,15 +79,16 @@ def train_command(
             config.model.image_channels,
             config.data,
             labelled=config.class_conditional,
-            decode_all=decode_all,
+            decode_all=decode_all and main,
         )
         resolved = resolve(config, dataset)
         refuse_overruled(decided, resolved, dataset)
-        typer.echo(resolved.model_dump_json(indent=2))
-        typer.echo(dataset.summary, err=True)
+        if main:
+            typer.echo(resolved.model_dump_json(indent=2))
+            typer.echo(dataset.summary, err=True)
         if dry_run:
             return
-        with stop.on_signals():
+        with stop.on_signals(), joined(stop) as ranks:
             model = train(
                 resolved,
                 dataset,
@@ -93,12 +97,14 @@ def train_command(
                 command=command.text("--data", data.name, *(["--resume"] if resume else [])),
                 accept_changed_data=accept_changed_data,
                 stop=stop,
+                ranks=ranks,
             )
     except ValidationError as error:
         fail(describe_validation_error(error))
     except Stopped as stopped:
         again = _resumed(data, run) if stopped.images_seen else _resumed(data, run)[:-1]  # without --resume
-        typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
+        if main:
+            typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
@@ -106,7 +112,8 @@ def train_command(
         fail(error)
     except (ValueError, OSError) as error:
         fail(error)
-    typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
+    if main:
+        typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
+from diffusion.config import ClassifierConfig, DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
 from diffusion.losses import LossType
 from formats.precision import TrainingPrecision
 from trainer.data.options import DataConfig
@@ -30,19 +30,28 @@ The others allow a run to continue after it diverged or ran out of memory.
 """
 
 
+def _kind(model: Any) -> str:
+    """Return which network a configuration, or its fields, describes."""
+    return (
+        "classifier" if isinstance(model, ClassifierConfig) or (isinstance(model, dict) and "pool" in model) else "unet"
+    )
+
+
 class TrainConfig(FrozenConfig):
     """A training run. Durations count *images*, so that changing the batch size does not change their meaning."""
 
-    model: ModelConfig
-    """The network; num_classes and null_class are filled in from the data."""
+    model: Annotated[
+        Annotated[ModelConfig, Tag("unet")] | Annotated[ClassifierConfig, Tag("classifier")], Discriminator(_kind)
+    ]
+    """The network, a UNet or a noisy classifier; num_classes and null_class are filled in from the data."""
     diffusion: DiffusionConfig = DiffusionConfig(rescale_timesteps=True)
     class_conditional: bool = True
     """Whether labels are used."""
     label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of labels replaced by the null class, for classifier-free guidance; 0: none."""
 
-    loss: LossType = "hybrid"
-    """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple."""
+    loss: LossType | Literal["cross_entropy"] = "hybrid"
+    """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple; `cross_entropy` is a classifier's."""
     rescale_vlb: bool = True
     """Scale the bound's terms to the bound of the entire chain: with `hybrid`, lambda = 0.001 on L_vlb."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
@@ -52,8 +61,9 @@ class TrainConfig(FrozenConfig):
     total_images: int = Field(ge=1)
     """Training images after which the run ends, repetitions included."""
     batch_size: int = Field(default=128, ge=1)
+    """Images per step, of all processes together."""
     microbatch_size: int | None = Field(default=None, ge=1)
-    """Images per forward pass; None: the entire batch. Gradients are averaged over the batch."""
+    """Images per forward pass of a process; None: all of its images. Gradients are averaged over the batch."""
     lr: float = Field(default=1e-4, gt=0)
     lr_warmup_images: int = Field(default=0, ge=0)
     """The learning rate rises linearly over this many images."""
@@ -101,6 +111,11 @@ class TrainConfig(FrozenConfig):
     def _check_batches(self) -> Self:
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise ValueError(f"microbatch_size must divide batch_size ({self.batch_size}); got {self.microbatch_size}")
+        if (self.loss == "cross_entropy") != isinstance(self.model, ClassifierConfig):
+            raise ValueError(
+                f"loss 'cross_entropy' is the only one of a classifier, and of no other network; the model is a "
+                f"{type(self.model).__name__}, loss is '{self.loss}'"
+            )
         if self.loss == "hybrid" and not self.diffusion.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance; diffusion.variance is '{self.diffusion.variance}'"
@@ -110,8 +125,8 @@ class TrainConfig(FrozenConfig):
                 "loss 'simple' would leave the learned variance untrained: set loss 'hybrid', or diffusion.variance "
                 "'fixed_large' or 'fixed_small'"
             )
-        if self.model.low_res_size is not None:
-            raise ValueError("model.low_res_size must be null: super-resolution models cannot be trained here yet")
+        if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
+            raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self

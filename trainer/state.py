@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion.config import CheckpointConfig
 from formats.atomic_file import replace_file
 from formats.checkpoint import write_checkpoint
-from formats.checkpoint_config import WEIGHTS_FILE, CheckpointError, read_config
+from formats.checkpoint_config import WEIGHTS_FILE, AnyCheckpointConfig, CheckpointError, read_config
 from formats.json_files import read_object
 from trainer.ema import EMA
 from trainer.timestep_sampler import TimestepSampler
@@ -51,7 +50,7 @@ class TrainState:
             ema.update(weights)
 
 
-def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
+def save(state: TrainState, folder: Path, config: AnyCheckpointConfig) -> None:
     """Write a checkpoint with the EMA weights and the state needed to resume, atomically.
 
     Raises:
@@ -94,7 +93,7 @@ class SavedState:
     """Content of a checkpoint to resume from, read and verified."""
 
     folder: Path
-    config: CheckpointConfig
+    config: AnyCheckpointConfig
     images_seen: int
     ema_updates: int
     averages: Mapping[str, Tensor]
@@ -116,8 +115,6 @@ def read(folder: Path) -> SavedState:
     """
     try:
         config = read_config(folder)
-        if not isinstance(config, CheckpointConfig):
-            raise CheckpointError(f"it holds a {config.kind}")
         progress = read_object(folder / STATE_FOLDER / PROGRESS_FILE)
         for name, digest in progress.get("sha256", {}).items():  # checkpoints of older versions have none
             if _sha256(folder / name) != digest:

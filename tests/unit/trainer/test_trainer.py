@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from cli.main import app
 from cli.train_command import parse_assignments
 from diffusion.config import CheckpointConfig, ModelConfig
-from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import read_config
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import DataError, batch_indices, open_dataset
-from trainer.loop import learning_rate, resolve
+from trainer.loop import resolve
+from trainer.objective import objective_of
+from trainer.optimisation import learning_rate
 from trainer.presets import PRESETS, preset
 from trainer.run_folder import checkpoints
 
@@ -188,7 +189,7 @@ def test_presets_have_the_papers_sizes() -> None:
                 "imagenet64-128": 120e6, "imagenet64-192": 270e6}  # fmt: skip
     for name, millions in expected.items():
         with torch.device("meta"):
-            network = UNet(preset(name).model)
+            network = objective_of(preset(name), "meta").build()
         parameters = sum(p.numel() for p in network.parameters())
         assert abs(parameters / millions - 1) < 0.02, (name, parameters)
     assert set(PRESETS) == {*expected, "fashion32"}
