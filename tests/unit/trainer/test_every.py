@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_an_action_runs_once_per_interval_and_at_the_end(images: int, start: int
     ran: list[int] = []
     seen = [*range(start, 30, 4), 30]
     for before, after in itertools.pairwise(seen):
-        Every(images, lambda after=after: ran.append(after), start=start).run_if_due(before, after, done=after == 30)
+        Every(images, partial(ran.append, after), start=start).run_if_due(before, after, done=after == 30)
     assert ran == expected
 
 
