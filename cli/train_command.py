@@ -15,11 +15,26 @@ import typer
 from cli.errors import fail, needs_extra
 
 
+def _list_presets(wanted: bool) -> None:
+    if wanted:
+        with needs_extra("train"):
+            from trainer.presets import PRESETS, describe
+        width = max(map(len, PRESETS))
+        for name in PRESETS:
+            typer.echo(f"{name:{width}}  {describe(name)}")
+        raise typer.Exit
+
+
 def train_command(
-    preset: Annotated[str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, imagenet64.")],
+    preset: Annotated[
+        str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, guided-256; --list shows all.")
+    ],
     data: Annotated[
         Path, typer.Option(help="npz file with images, labels and classes, or a folder with one subfolder per class.")
     ],
+    _: Annotated[
+        bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/PRESET.")] = None,
     assignments: Annotated[
         list[str] | None,
@@ -42,7 +57,7 @@ def train_command(
         typer.Option("--decode-all", help="Decode every image before the first step, to find damaged files."),
     ] = False,
 ) -> None:
-    """Train a checkpoint with the L_hybrid objective.
+    """Train a checkpoint: a diffusion model, or a noisy classifier that guides one.
 
     The trained checkpoint is RUN/model; serve it with `iddpm serve --model RUN/model`. Ctrl-C and SIGTERM end the run
     after the current batch and write a checkpoint; --resume continues it.
