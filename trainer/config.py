@@ -20,7 +20,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"),
         *("preview_per_class", "preview_steps", "sampling"),
         *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
-        *("precision", "microbatch_size"),
+        *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
+        *("validation_every_images", "stop_after_worse"),
     }
 )
 """Fields that a resumed run may change; its checkpoints record the changes. Any other change is refused.
@@ -92,11 +93,30 @@ class TrainConfig(FrozenConfig):
     horizontal_flip: bool = False
     """Mirror images at random."""
     precision: TrainingPrecision = "auto"
-    """Autocast precision; `auto` is bfloat16 if the machine supports it, else float32."""
+    """Autocast precision; `auto` is bfloat16 if the machine supports it, else float32.
+
+    `float16` scales the loss so that small gradients do not vanish, and skips steps in which a gradient overflows.
+    """
+    channels_last: bool = False
+    """Store feature maps with channels last, which convolutions on GPUs prefer in low precision."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, faster steps on GPUs."""
+    use_checkpoint: bool = False
+    """Keep only the inputs of residual and attention blocks and compute them again in the backward pass: the same
+    gradients with much less memory, for about a third more time."""
     seed: int = Field(default=0, ge=0, lt=2**53)
 
     sampling: SamplingDefaults = SamplingDefaults()
     """Recommended sampling options; stored in the model's config.json."""
+
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G)."""
+    validation_images: int = Field(default=1000, ge=1)
+    """Held-out images that are used at most."""
+    validation_every_images: int = Field(default=1_000_000, ge=1)
+    """The loss of the averaged weights on held-out images is logged after every so many training images."""
+    stop_after_worse: int | None = Field(default=None, ge=1)
+    """Early stopping: the run ends after this many validations in a row that were not better than the best one."""
 
     checkpoint_every_images: int = Field(default=1_000_000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -26,9 +26,11 @@ class Window:
 
     Args:
         by_quartile: losses whose means are also given for each quarter of the timesteps.
+        skips: whether steps with a gradient that is not finite were skipped; its norm then does not count.
     """
 
-    def __init__(self, by_quartile: Sequence[str] = ("mse",)) -> None:
+    def __init__(self, by_quartile: Sequence[str] = ("mse",), *, skips: bool = False) -> None:
+        self._skips = skips
         self._by_quartile = by_quartile
         self._started = time.perf_counter()
         self._rows: list[Tensor] = []
@@ -72,6 +74,8 @@ class Window:
             for q in range(QUARTILES):
                 if (here := quartile == q).any():
                     values[f"{name}_q{q}"] = named[name][here].mean().item()
+        if self._skips and (kept := torch.isfinite(grad_norm)).any():
+            grad_norm = grad_norm[kept]
         values["grad_norm"] = grad_norm.mean().item()
         values["images_per_second"] = len(rows) / (time.perf_counter() - self._started)
         return {name: float(f"{value:.5g}") for name, value in values.items()}

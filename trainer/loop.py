@@ -31,11 +31,13 @@ from trainer.provenance import git_commit
 from trainer.ranks import OneProcess, Ranks
 from trainer.resume import Origin, find_origin, recovery_hint
 from trainer.run_folder import (
+    BEST_FOLDER,
     EMA_FOLDER,
     LOG_FILE,
     MODEL_FOLDER,
     SAMPLES_FOLDER,
     TRAIN_CONFIG_FILE,
+    VALIDATION_FILE,
     checkpoint_folder,
     checkpoints,
     claimed,
@@ -46,6 +48,7 @@ from trainer.run_folder import (
 )
 from trainer.state import SavedState, TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
+from trainer.validation import Validation, held_out, read_losses, worse_in_a_row
 
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
@@ -55,7 +58,7 @@ TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] =
     "loss_second_moment": LossSecondMomentSampler,
 }
 
-GO_ON, STOP, UNREADABLE = range(3)
+GO_ON, FINISHED, STOP, UNREADABLE = range(4)
 """What the processes agree on before each step; the largest of their values counts."""
 
 
@@ -127,15 +130,19 @@ class _Run:
             self._optimisation.optimizer,
             EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup)),
             self._timestep_sampler,
+            self._optimisation.scaler,
             {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels},
         )
+        training, held = held_out(config, dataset)
+        self._validation = None if held is None else Validation(config, held, self._objective, self._optimisation)
+        self._overfitted = False
         self._batches = Batches(
-            config, dataset, self._timestep_sampler, ranks.device, rank=ranks.rank, world=ranks.world
+            config, training, self._timestep_sampler, ranks.device, rank=ranks.rank, world=ranks.world
         )
         self._batch: Batch | None = None
         """The last one that was trained."""
         self._saved_at = 0
-        self._window = Window(self._objective.by_quartile)
+        self._window = self._new_window()
         self._bar: tqdm[Any]
 
     def train(self, resume: bool, accept_changed_data: bool) -> Path:
@@ -154,6 +161,7 @@ class _Run:
         recurring = (
             Every(config.log_every_batches * config.batch_size, self._report, start=first),
             Every(config.checkpoint_every_images, self._checkpoint),
+            Every(config.validation_every_images, self._validate),
         )
         positions = range(first, config.total_images, config.batch_size)
         self._bar = tqdm(
@@ -163,6 +171,8 @@ class _Run:
         with self._bar, looking_ahead(self._batches.images, iter(positions)) as ahead:  # an error starts on a new line
             for before in positions:
                 images = self._next(ahead.take)
+                if images is None:
+                    break
                 self._batch = batch = self._batches.complete(before, images)
                 losses = self._optimisation.gradient(batch)
                 self._learn_timesteps(batch, losses)
@@ -178,10 +188,16 @@ class _Run:
                     every.run_if_due(before, state.images_seen, done=state.images_seen >= config.total_images)
         return self._run / MODEL_FOLDER
 
-    def _next(self, take: Callable[[], Images]) -> Images:
-        """Return the next images, unless a process was asked to stop or cannot read its images: then save and raise."""
+    def _next(self, take: Callable[[], Images]) -> Images | None:
+        """Return the next images; None, after saving, if the run overfits and ends early.
+
+        Raises:
+            Stopped: a process was asked to stop; the progress is saved.
+            TrainError: a process cannot read its images; the progress is saved.
+            DataError: this one cannot, and there is no checkpoint.
+        """
         images, unreadable = None, None
-        status = STOP if self._stop() else GO_ON
+        status = STOP if self._stop() else FINISHED if self._overfitted else GO_ON
         if status == GO_ON:
             try:
                 images = take()
@@ -194,6 +210,8 @@ class _Run:
             self._report()
         if self._state.images_seen > self._saved_at:
             self._save()
+        if status == FINISHED:
+            return None
         if status == STOP:
             raise Stopped(self._state.images_seen)
         if unreadable is None:
@@ -213,14 +231,17 @@ class _Run:
         Raises:
             TrainError: a gradient was not finite.
         """
-        window, self._window = self._window, Window(self._objective.by_quartile)
+        window, self._window = self._window, self._new_window()
         summary = window.summary(self._ranks.gather(window.rows()))
+        if not math.isfinite(summary["grad_norm"]):
+            raise self._diverged("the gradient is not finite")
         if self._ranks.main:
             self._bar.set_postfix({name: summary[name] for name in window.names})
             line = {"images": self._state.images_seen, "lr": self._lr, **summary}
             or_warn("line in the log", partial(append_line, self._run / LOG_FILE, line))
-        if not math.isfinite(summary["grad_norm"]):
-            raise self._diverged("the gradient is not finite")
+
+    def _new_window(self) -> Window:
+        return Window(self._objective.by_quartile, skips=self._optimisation.scaler.is_enabled())
 
     def _checkpoint(self) -> None:
         """Save, and draw what the network can do."""
@@ -236,6 +257,25 @@ class _Run:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
                 show = partial(self._objective.write_preview, picture, described, state.ema.weights, self._stop)
                 or_warn(f"sample grid after {state.images_seen} images", show)
+
+    def _validate(self) -> None:
+        """Log the loss on held-out images, keep the best model, and note if the run should end."""
+        if self._validation is None or not self._ranks.main:
+            return
+        with self._window.clock_stopped():
+            or_warn(
+                f"validation after {self._state.images_seen} images", partial(self._log_validation, self._validation)
+            )
+
+    def _log_validation(self, validation: Validation) -> None:
+        path, state = self._run / VALIDATION_FILE, self._state
+        append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
+        worse = worse_in_a_row(read_losses(path, "loss"))
+        if worse == 0:
+            write_checkpoint(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
+        if self._config.stop_after_worse is not None and worse >= self._config.stop_after_worse:
+            self._overfitted = True
+            say(f"the loss on held-out images was not better in {worse} validations: the run ends")
 
     def _save(self) -> AnyCheckpointConfig | None:
         """Write a checkpoint and `model/`, and return their configuration; None in all processes but the main one.
@@ -362,11 +402,11 @@ def _update_model(run: Path, saved: SavedState) -> None:
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:
     """Write the configuration, and remove what the run wrote after the checkpoint from which it resumes."""
-    log = run / LOG_FILE
-    if images_seen:
-        cut_log(log, images_seen)
-    else:
-        log.unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
+    for log in (run / LOG_FILE, run / VALIDATION_FILE):
+        if images_seen:
+            cut_log(log, images_seen)
+        else:
+            log.unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
     for snapshot in (run / EMA_FOLDER).glob("*.safetensors"):
         if snapshot.stem.isdecimal() and int(snapshot.stem) > images_seen:
             snapshot.unlink()

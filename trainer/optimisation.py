@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion.unet import EmbedSequential
 from trainer.batches import Batch, seed_dropout
 from trainer.config import TrainConfig
 from trainer.objective import Network, Objective
@@ -22,10 +23,20 @@ class Optimisation:
     def __init__(self, config: TrainConfig, objective: Objective, network: nn.Module, ranks: Ranks) -> None:
         self._config = config
         self._objective = objective
-        self._device = ranks.device
+        self.device = ranks.device
         self._ranks = ranks
+        if config.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # keywords only
+        if config.use_checkpoint:
+            for module in network.modules():
+                if isinstance(module, EmbedSequential):
+                    module.recompute = True
         self._wrapped = ranks.wrap(network)
+        if config.compile:
+            self._wrapped.compile()
         self.precision = precision_of(config, ranks.device)
+        self._dtype = torch.float16 if self.precision == "float16" else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "float16")
         self.network = network
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
@@ -37,7 +48,7 @@ class Optimisation:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch's first micro-batch, [B] each, without exchange between processes."""
-        return self._objective.losses(self._autocast(self.network), batch.rows(slice(0, self._micro)))
+        return self._objective.losses(self.autocast(self.network), batch.rows(slice(0, self._micro)))
 
     def gradient(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the gradient of the weighted mean loss over the batches of all processes.
@@ -62,21 +73,29 @@ class Optimisation:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def step(self, lr: float) -> Tensor:
-        """Clip the gradient, take a step, and return the gradient's norm before clipping, on the device."""
+        """Clip the gradient, take a step, and return the gradient's norm before clipping, on the device.
+
+        In float16 a step whose gradient overflows is skipped, and the next one scales the loss less.
+        """
+        self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return grad_norm.detach()
 
     def _backward(self, part: Batch, batch_size: int) -> dict[str, Tensor]:
-        losses = self._objective.losses(self._autocast(self._wrapped), part)
-        ((losses["loss"] * part.weights).sum() / batch_size).backward()  # type: ignore[no-untyped-call]
+        losses = self._objective.losses(self.autocast(self._wrapped), part)
+        mean = (losses["loss"] * part.weights).sum() / batch_size
+        self.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
         return losses
 
-    def _autocast(self, network: nn.Module) -> Network:
+    def autocast(self, network: nn.Module) -> Network:
+        """Return a network that computes in the precision of the run."""
+
         def run(*inputs: Tensor | None, **conditions: Tensor) -> Tensor:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device.type, self._dtype, enabled=self.precision != "float32"):
                 output: Tensor = network(*inputs, **conditions)
             return output
 

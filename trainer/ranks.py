@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -91,9 +92,7 @@ class ManyProcesses:
         return self.rank == 0
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        return DistributedDataParallel(
-            network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-        )
+        return DistributedDataParallel(network, [self.device] if self.device.type == "cuda" else None)
 
     @contextmanager
     def no_sync(self, network: nn.Module) -> Iterator[None]:
@@ -106,6 +105,14 @@ class ManyProcesses:
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine, group=self._control)
         return torch.stack(parts, dim=1).flatten(0, 1)  # row i of rank r is row i * world + r of the batch
+
+    def close(self) -> None:
+        """Leave the processes at the regular end of a run; waits for all of them."""
+        self.highest(0)
+        gc.collect()  # networks in reference cycles hold the connections, whose threads must end before the process
+        dist.destroy_process_group(self._control)
+        del self._control
+        dist.destroy_process_group()
 
     def highest(self, value: int) -> int:
         values = torch.tensor(value)
@@ -147,7 +154,7 @@ def joined(stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
         ) from error
     finally:
         ranks.agreed.set()
-    dist.destroy_process_group()  # only at a regular end: it may wait for other processes
+    ranks.close()
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
