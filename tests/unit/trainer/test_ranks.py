@@ -14,11 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cli.main import app
 from tests.counts import LONG
 from tests.paths import ROOT
 from tests.unit.trainer.test_resume import write_npz
-from tests.unit.trainer.test_trainer import weights
+from tests.unit.trainer.test_trainer import tiny, weights
+from tests.waiting import PATIENCE_S, scaled
+from trainer import loop
+from trainer.data import open_dataset
+from trainer.errors import TrainError
+from trainer.loop import resolve
+from trainer.ranks import OneProcess
 from trainer.run_folder import checkpoints
 
 FIELDS = {
@@ -27,7 +35,6 @@ FIELDS = {
     "lr_warmup_images": "0", "log_every_batches": "1", "timestep_sampler": "loss_second_moment", "loss": "vlb",
     "horizontal_flip": "true", "checkpoint_every_images": "24", "lr": "1e-3",
 }  # fmt: skip
-LIMIT = 120
 
 
 def command(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> list[str]:
@@ -44,7 +51,7 @@ def environment() -> dict[str, str]:
 def train(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> str:
     done = subprocess.run(
         command(data, run, *options, world=world, **changes),
-        env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False,
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -62,8 +69,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("alone") / "run"
-    train(data, run)
+    train_alone(data, run)
     return run
+
+
+def train_alone(data: Path, run: Path, *options: str, **changes: str) -> None:
+    """Train in this process."""
+    module = command(data, run, *options, **changes)
+    result = CliRunner().invoke(app, module[module.index("train") :])
+    assert result.exit_code == 0, result.output
 
 
 def assert_same_training(run: Path, alone: Path) -> None:
@@ -75,21 +89,22 @@ def assert_same_training(run: Path, alone: Path) -> None:
         assert torch.allclose(weights(checkpoints(run)[-1])[name], tensor, rtol=1e-3, atol=2e-5), name
 
 
-def test_two_processes_train_what_one_trains_with_the_whole_batch(data: Path, alone: Path, tmp_path: Path) -> None:
-    """The gradient is averaged in another order, so weights agree to rounding: losses to 1e-4 over these steps."""
-    output = train(data, tmp_path / "run", world=2, microbatch_size="2")
+def test_two_processes_go_on_as_one_would_with_the_whole_batch(data: Path, alone: Path, tmp_path: Path) -> None:
+    """Gradients are averaged in another order, so that losses agree to 1e-4 over these steps, and are not equal."""
+    train_alone(data, tmp_path / "run", total_images="24")
+    output = train(data, tmp_path / "run", "--resume", world=2, microbatch_size="2")
     assert_same_training(tmp_path / "run", alone)
     assert output.count("trained: ") == 1
 
 
-def test_a_run_is_resumed_by_another_number_of_processes(data: Path, alone: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "run", total_images="24")
-    train(data, tmp_path / "run", "--resume", world=2)
+@pytest.mark.skipif(not LONG, reason="starts many processes")
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_trains_what_one_trains(data: Path, alone: Path, tmp_path: Path, world: int) -> None:
+    train(data, tmp_path / "run", world=world)
     assert_same_training(tmp_path / "run", alone)
-    if LONG:
-        shutil.rmtree(checkpoints(tmp_path / "run")[-1])
-        train(data, tmp_path / "run", "--resume", world=4)
-        assert_same_training(tmp_path / "run", alone)
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    train_alone(data, tmp_path / "run", "--resume")
+    assert_same_training(tmp_path / "run", alone)
 
 
 def workers(parent: int) -> dict[int, int]:
@@ -109,7 +124,7 @@ def workers(parent: int) -> dict[int, int]:
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + PATIENCE_S
     while not (path.exists() and text in path.read_text()):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
@@ -127,10 +142,10 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
         victim = workers(process.pid)[1]
         started = time.monotonic()
         os.kill(victim, number)
-        output = process.communicate(timeout=LIMIT)[1]
+        output = process.communicate(timeout=PATIENCE_S)[1]
         took = time.monotonic() - started
     assert process.returncode != 0
-    assert took < 30, output
+    assert took < scaled(30), output
     assert not workers(process.pid)
     if number == signal.SIGKILL:
         assert "rank 0 of 2 lost the connection to another process" in output
@@ -141,13 +156,25 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
         assert f"stopped after {seen} images" in output
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(data, tmp_path / "run", world=2, batch_size="3"),
-        env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "batch_size (3) must be a multiple of the number of processes, 2" in done.stderr
+class TwoOfThese(OneProcess):
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "message"),
+    [
+        (3, None, r"batch_size \(3\) must be a multiple of the number of processes, 2"),
+        (8, 8, "microbatch_size must divide the 4 images per step of each of 2 processes; got 8"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(
+    data: Path, tmp_path: Path, batch_size: int, micro: int | None, message: str
+) -> None:
+    dataset = open_dataset(data, 8, 1)
+    config = resolve(tiny(batch_size=batch_size, microbatch_size=micro), dataset)
+    with pytest.raises(TrainError, match=message):
+        loop.train(config, dataset, tmp_path / "run", ranks=TwoOfThese())
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_gathered_in_the_order_of_the_batch() -> None:
