@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ class Optimisation:
         """Return a network that computes in the precision of the run."""
 
         def run(*inputs: Tensor | None, **conditions: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self._dtype, enabled=self.precision != "float32"):
+            low = self.precision != "float32"
+            with torch.autocast(self.device.type, self._dtype) if low else nullcontext():
                 output: Tensor = network(*inputs, **conditions)
             return output
 

@@ -33,7 +33,7 @@ FIELDS = {
     "model.channel_mult": "[1]", "model.attention_resolutions": "[]", "model.image_size": "8", "batch_size": "8",
     "total_images": "48", "preview_per_class": "0", "diffusion.num_timesteps": "50", "precision": "float32",
     "lr_warmup_images": "0", "log_every_batches": "1", "timestep_sampler": "loss_second_moment", "loss": "vlb",
-    "horizontal_flip": "true", "checkpoint_every_images": "24", "lr": "1e-3",
+    "horizontal_flip": "true", "checkpoint_every_images": "24", "lr": "1e-3", "lr_schedule": "constant",
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_alone(data: Path, run: Path, *options: str, **changes: str) -> None:
     """Train in this process."""
-    module = command(data, run, *options, **changes)
+    module = command(data, run, *options, world=1, **changes)
     result = CliRunner().invoke(app, module[module.index("train") :])
     assert result.exit_code == 0, result.output
 
