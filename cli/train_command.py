@@ -128,7 +128,9 @@ def train_command(
     except (ValueError, OSError) as error:
         fail(error)
     if main:
-        typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
+        classifies = resolved.loss == "cross_entropy"
+        use = f"guide a model with it: cp -r {model} MODEL/classifier" if classifies else f"iddpm serve --model {model}"
+        typer.echo(f"trained: {model}\n{'' if classifies else 'try it: '}{use}")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Objective(Protocol):
     def write_preview(
         self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
     ) -> None:
-        """Draw a picture of what the network can do, if the configuration asks for one."""
+        """Draw a picture of what the network can do, if it can draw one."""
         ...
 
 
@@ -104,7 +104,7 @@ class DiffusionObjective:
     ) -> None:
         assert isinstance(described, CheckpointConfig)  # noqa: S101  # what `checkpoint` returns
         config = self._config
-        if config.preview_per_class:
+        if _model(config).low_res_size is None:  # an upsampler needs images to begin with
             write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop)
 
 

@@ -31,9 +31,9 @@ class Part:
         self.description = whole.description
         self.summary = whole.summary
 
-    def images(self, indices: IntArray, *draws: Any) -> Any:
-        """Return some of the images."""
-        return self._whole.images(self._indices[indices], *draws)
+    def images(self, indices: IntArray, draws: Any = None) -> Any:
+        """Return some of the images; arguments as for `Dataset`."""
+        return self._whole.images(self._indices[indices], *(() if draws is None else (draws,)))
 
 
 def held_out(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Dataset | None]:

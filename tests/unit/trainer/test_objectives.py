@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.classifier import Classifier
-from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig, ClassifierConfig, DiffusionConfig
+from diffusion.config import CheckpointConfig, ClassifierConfig, DiffusionConfig
 from diffusion.unet import UNet
-from formats.checkpoint import build_network, read_weights
+from formats.checkpoint import build_network, load_classifier, read_weights
 from formats.checkpoint_config import read_config
 from formats.classifier_folder import misfit
 from tests.unit.trainer.test_resume import train, write_npz
@@ -103,12 +102,8 @@ def test_a_classifier_learns_and_guides(halves: Path, tmp_path: Path) -> None:
     assert last["acc@1_q0"] == 1.0
     assert np.mean([line["loss"] for line in log(tmp_path / "run")[-8:]]) < 0.65
     assert last["acc@5"] == 1.0
-    config = read_config(folder)
-    assert isinstance(config, ClassifierCheckpointConfig)
+    config, _ = load_classifier(folder)
     assert config.class_names == ("left", "right")
-    classifier = build_network(config)
-    assert isinstance(classifier, Classifier)
-    classifier.load_state_dict(read_weights(folder))
     unet = tiny().model.replace(num_classes=2)
     model = CheckpointConfig(model=unet, diffusion=DiffusionConfig(rescale_timesteps=True))
     assert misfit(model, config) is None
