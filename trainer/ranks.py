@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.errors import TrainError
+from trainer.errors import Stopped, TrainError
 
 WAIT_FOR_OTHERS = timedelta(hours=2)
 """Longest time that processes wait for one that writes a checkpoint; a process that ends is noticed at once."""
@@ -145,6 +145,9 @@ def joined(stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
     threading.Thread(target=_end_if_stuck, args=(ranks, stop), daemon=True).start()
     try:
         yield ranks
+    except Stopped:
+        ranks.close()  # all processes agreed to stop
+        raise
     except RuntimeError as error:  # gloo and NCCL raise it, and subclasses
         if not _is_of_communication(error):
             raise
