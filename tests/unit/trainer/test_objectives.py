@@ -17,7 +17,7 @@ from formats.classifier_folder import misfit
 from tests.unit.trainer.test_resume import train, write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
 from trainer.config import TrainConfig
-from trainer.run_folder import checkpoints
+from trainer.run_folder import LOG_FILE, checkpoints
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def npz(tmp_path: Path) -> Path:
 
 
 def log(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / LOG_FILE).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])

@@ -27,7 +27,7 @@ from trainer.data import open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve
 from trainer.ranks import OneProcess
-from trainer.run_folder import checkpoints
+from trainer.run_folder import LOG_FILE, checkpoints
 
 FIELDS = {
     "model.channel_mult": "[1]", "model.attention_resolutions": "[]", "model.image_size": "8", "batch_size": "8",
@@ -58,7 +58,7 @@ def train(data: Path, run: Path, *options: str, world: int = 1, **changes: str) 
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / LOG_FILE).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
         command(data, run, world=2, total_images="10000000", checkpoint_every_images="80"),
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        wait_for(run / "log.jsonl", '"images": 160', process)
+        wait_for(run / LOG_FILE, '"images": 160', process)
         victim = workers(process.pid)[1]
         started = time.monotonic()
         os.kill(victim, number)

@@ -20,6 +20,7 @@ from trainer.batches import Batch, Batches
 from trainer.config import TrainConfig
 from trainer.data import open_dataset
 from trainer.loop import resolve
+from trainer.run_folder import LOG_FILE
 from trainer.timestep_sampler import StratifiedSampler
 
 STEPS = count(300, 10)
@@ -93,7 +94,7 @@ def test_a_run_equals_openais_update_step_by_step(tmp_path: Path) -> None:
         model={**tiny().model.model_dump(), "dropout": 0.0}, checkpoint_every_images=10**6,
     )  # fmt: skip
     model = train(config, data, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / LOG_FILE).read_text().splitlines()]
     curve, average = restated(config, data)
     assert [line["loss"] for line in lines] == pytest.approx(curve, rel=1e-4)
     trained = read_weights(model)
