@@ -50,3 +50,6 @@ app.command("sample", cls=NamesInHelp)(sample_command)
 app.command("import")(import_command)
 app.command("export")(export_command)
 app.add_typer(keys_app, name="keys")
+
+if __name__ == "__main__":  # torchrun starts a module: torchrun -m cli.main train ...
+    app()

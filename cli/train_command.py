@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,26 @@ import typer
 from cli.errors import fail, needs_extra
 
 
+def _list_presets(wanted: bool) -> None:
+    if wanted:
+        with needs_extra("train"):
+            from trainer.presets import PRESETS, describe
+        width = max(map(len, PRESETS))
+        for name in PRESETS:
+            typer.echo(f"{name:{width}}  {describe(name)}")
+        raise typer.Exit
+
+
 def train_command(
-    preset: Annotated[str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, imagenet64.")],
+    preset: Annotated[
+        str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, guided-256; --list shows all.")
+    ],
     data: Annotated[
         Path, typer.Option(help="npz file with images, labels and classes, or a folder with one subfolder per class.")
     ],
+    _: Annotated[
+        bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/PRESET.")] = None,
     assignments: Annotated[
         list[str] | None,
@@ -41,7 +57,7 @@ def train_command(
         typer.Option("--decode-all", help="Decode every image before the first step, to find damaged files."),
     ] = False,
 ) -> None:
-    """Train a checkpoint with the L_hybrid objective.
+    """Train a checkpoint: a diffusion model, or a noisy classifier that guides one.
 
     The trained checkpoint is RUN/model; serve it with `iddpm serve --model RUN/model`. Ctrl-C and SIGTERM end the run
     after the current batch and write a checkpoint; --resume continues it.
@@ -56,6 +72,7 @@ def train_command(
         from trainer.errors import Stopped, TrainError
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
+        from trainer.ranks import joined
         from trainer.resume import resumed_config
         from trainer.stop_request import StopRequest
 
@@ -64,6 +81,7 @@ def train_command(
     run = out or Path("runs") / preset
     stop = StopRequest()
     command = _Command(preset, tuple(assignments or []), accept_changed_data)
+    main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
             raise ValueError("--accept-changed-data can only be used with --resume")
@@ -76,15 +94,16 @@ def train_command(
             config.model.image_channels,
             config.data,
             labelled=config.class_conditional,
-            decode_all=decode_all,
+            decode_all=decode_all and main,
         )
         resolved = resolve(config, dataset)
         refuse_overruled(decided, resolved, dataset)
-        typer.echo(resolved.model_dump_json(indent=2))
-        typer.echo(dataset.summary, err=True)
+        if main:
+            typer.echo(resolved.model_dump_json(indent=2))
+            typer.echo(dataset.summary, err=True)
         if dry_run:
             return
-        with stop.on_signals():
+        with stop.on_signals(), joined(stop) as ranks:
             model = train(
                 resolved,
                 dataset,
@@ -93,12 +112,14 @@ def train_command(
                 command=command.text("--data", data.name, *(["--resume"] if resume else [])),
                 accept_changed_data=accept_changed_data,
                 stop=stop,
+                ranks=ranks,
             )
     except ValidationError as error:
         fail(describe_validation_error(error))
     except Stopped as stopped:
         again = _resumed(data, run) if stopped.images_seen else _resumed(data, run)[:-1]  # without --resume
-        typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
+        if main:
+            typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
@@ -106,7 +127,10 @@ def train_command(
         fail(error)
     except (ValueError, OSError) as error:
         fail(error)
-    typer.echo(f"trained: {model}\ntry it: iddpm serve --model {model}")
+    if main:
+        classifies = resolved.loss == "cross_entropy"
+        use = f"guide a model with it: cp -r {model} MODEL/classifier" if classifies else f"iddpm serve --model {model}"
+        typer.echo(f"trained: {model}\n{'' if classifies else 'try it: '}{use}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from diffusion.arrays import A, namespace, on_host
 
 STREAM_X_T: Final = 0
@@ -24,6 +27,13 @@ STREAM_STEP: Final = 1
 """The noise that a sampling step adds; the step counts network calls from 0, the noisiest."""
 STREAM_CLASS: Final = 2
 """The class of an image whose request specifies none; the step is 0."""
+
+STREAM_TRAINING: Final = 16
+"""The noise of a training image; image index and step are the low and high word of its position in the data."""
+STREAM_AUGMENTATION: Final = 17
+"""The uniforms that crop and flip a training image and drop its label; words as for `STREAM_TRAINING`."""
+STREAM_VALIDATION: Final = 18
+"""The noise of a held-out image; image index and step are the low and high word of its index."""
 
 MAX_SEED: Final = 2**53 - 1
 """The largest seed: JSON readers that parse numbers as float64 represent integers exactly up to here."""
@@ -79,7 +89,7 @@ def normal(seeds: A, image_indices: A, steps: A, stream: int, shape: tuple[int, 
         seeds: int64 [B], 0..2^53-1.
         image_indices: int64 [B], 0..2^32-1: index of each image within its request.
         steps: int64 [B], 0..2^32-1: see the streams.
-        stream: `STREAM_X_T` or `STREAM_STEP`.
+        stream: one of the streams of normals above.
         shape: (C, H, W). The first elements do not depend on it: a larger image begins like a smaller one.
 
     Returns:
@@ -121,6 +131,19 @@ def unchecked_normal(seeds: A, image_indices: A, steps: A, stream: int, shape: t
     stacked = xp.stack([xp.astype(part, xp.float32) for part in normals], axis=2)  # [B, blocks, 4]
     flat = xp.reshape(stacked, (len(seeds), blocks.shape[1] * ELEMENTS_PER_BLOCK))
     return xp.reshape(flat[:, :elements], (len(seeds), *shape))
+
+
+def uniform(
+    seed: int, image_indices: npt.NDArray[np.int64], steps: npt.NDArray[np.int64], stream: int, count: int
+) -> npt.NDArray[np.float64]:
+    """Return uniform numbers in (0, 1) for a batch of images, float64 [B, count]; arguments as for `normal`.
+
+    Each has 32 random bits, and a row depends on its own arguments only.
+    """
+    blocks = np.arange(-(-count // ELEMENTS_PER_BLOCK), dtype=np.int64)[None]
+    counter = (blocks, steps[:, None], image_indices[:, None], np.int64(stream))
+    words = np.stack(np.broadcast_arrays(*philox(counter, (seed & MAX_WORD, seed >> 32))), axis=2)
+    return (words.reshape(len(image_indices), -1)[:, :count] + 0.5) * 2.0**-32
 
 
 def draw_class(seed: int, image_index: int, num_classes: int) -> int:

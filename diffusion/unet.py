@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffusion.config import AttentionOrder, BackboneConfig, ModelConfig
 from diffusion.network_inputs import NetworkInputs
@@ -169,9 +170,16 @@ class AttentionBlock(nn.Module):
 class EmbedSequential(nn.Sequential):
     """A sequence of layers that passes the embedding to its residual blocks."""
 
+    recompute = False
+    """Whether the backward pass computes residual and attention blocks again, instead of keeping their activations."""
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # takes one more argument
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            inputs = (x, emb) if isinstance(layer, ResBlock) else (x,)
+            if self.recompute and isinstance(layer, ResBlock | AttentionBlock):
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
         return x
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
+from diffusion.config import ClassifierConfig, DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
 from diffusion.losses import LossType
 from formats.precision import TrainingPrecision
 from trainer.data.options import DataConfig
@@ -20,7 +20,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"),
         *("preview_per_class", "preview_steps", "sampling"),
         *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
-        *("precision", "microbatch_size"),
+        *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
+        *("validation_every_images", "stop_after_worse"),
     }
 )
 """Fields that a resumed run may change; its checkpoints record the changes. Any other change is refused.
@@ -30,19 +31,28 @@ The others allow a run to continue after it diverged or ran out of memory.
 """
 
 
+def _kind(model: Any) -> str:
+    """Return which network a configuration, or its fields, describes."""
+    return (
+        "classifier" if isinstance(model, ClassifierConfig) or (isinstance(model, dict) and "pool" in model) else "unet"
+    )
+
+
 class TrainConfig(FrozenConfig):
     """A training run. Durations count *images*, so that changing the batch size does not change their meaning."""
 
-    model: ModelConfig
-    """The network; num_classes and null_class are filled in from the data."""
+    model: Annotated[
+        Annotated[ModelConfig, Tag("unet")] | Annotated[ClassifierConfig, Tag("classifier")], Discriminator(_kind)
+    ]
+    """The network, a UNet or a noisy classifier; num_classes and null_class are filled in from the data."""
     diffusion: DiffusionConfig = DiffusionConfig(rescale_timesteps=True)
     class_conditional: bool = True
     """Whether labels are used."""
     label_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of labels replaced by the null class, for classifier-free guidance; 0: none."""
 
-    loss: LossType = "hybrid"
-    """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple."""
+    loss: LossType | Literal["cross_entropy"] = "hybrid"
+    """`hybrid` is L_hybrid (paper, Equation 16), `vlb` L_vlb, `simple` L_simple; `cross_entropy` is a classifier's."""
     rescale_vlb: bool = True
     """Scale the bound's terms to the bound of the entire chain: with `hybrid`, lambda = 0.001 on L_vlb."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
@@ -52,8 +62,9 @@ class TrainConfig(FrozenConfig):
     total_images: int = Field(ge=1)
     """Training images after which the run ends, repetitions included."""
     batch_size: int = Field(default=128, ge=1)
+    """Images per step, of all processes together."""
     microbatch_size: int | None = Field(default=None, ge=1)
-    """Images per forward pass; None: the entire batch. Gradients are averaged over the batch."""
+    """Images per forward pass of a process; None: all of its images. Gradients are averaged over the batch."""
     lr: float = Field(default=1e-4, gt=0)
     lr_warmup_images: int = Field(default=0, ge=0)
     """The learning rate rises linearly over this many images."""
@@ -82,11 +93,30 @@ class TrainConfig(FrozenConfig):
     horizontal_flip: bool = False
     """Mirror images at random."""
     precision: TrainingPrecision = "auto"
-    """Autocast precision; `auto` is bfloat16 if the machine supports it, else float32."""
+    """Autocast precision; `auto` is bfloat16 if the machine supports it, else float32.
+
+    `float16` scales the loss so that small gradients do not vanish, and skips steps in which a gradient overflows.
+    """
+    channels_last: bool = False
+    """Store feature maps with channels last, which convolutions on GPUs prefer in low precision."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, faster steps on GPUs."""
+    use_checkpoint: bool = False
+    """Keep only the inputs of residual and attention blocks and compute them again in the backward pass: the same
+    gradients with much less memory, for about a third more time."""
     seed: int = Field(default=0, ge=0, lt=2**53)
 
     sampling: SamplingDefaults = SamplingDefaults()
     """Recommended sampling options; stored in the model's config.json."""
+
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G)."""
+    validation_images: int = Field(default=1000, ge=1)
+    """Held-out images that are used at most."""
+    validation_every_images: int = Field(default=1_000_000, ge=1)
+    """The loss of the averaged weights on held-out images is logged after every so many training images."""
+    stop_after_worse: int | None = Field(default=None, ge=1)
+    """Early stopping: the run ends after this many validations in a row that were not better than the best one."""
 
     checkpoint_every_images: int = Field(default=1_000_000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -101,6 +131,11 @@ class TrainConfig(FrozenConfig):
     def _check_batches(self) -> Self:
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise ValueError(f"microbatch_size must divide batch_size ({self.batch_size}); got {self.microbatch_size}")
+        if (self.loss == "cross_entropy") != isinstance(self.model, ClassifierConfig):
+            raise ValueError(
+                f"loss 'cross_entropy' is the only one of a classifier, and of no other network; the model is a "
+                f"{type(self.model).__name__}, loss is '{self.loss}'"
+            )
         if self.loss == "hybrid" and not self.diffusion.learns_variance:
             raise ValueError(
                 f"loss 'hybrid' needs a learned variance; diffusion.variance is '{self.diffusion.variance}'"
@@ -110,8 +145,8 @@ class TrainConfig(FrozenConfig):
                 "loss 'simple' would leave the learned variance untrained: set loss 'hybrid', or diffusion.variance "
                 "'fixed_large' or 'fixed_small'"
             )
-        if self.model.low_res_size is not None:
-            raise ValueError("model.low_res_size must be null: super-resolution models cannot be trained here yet")
+        if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
+            raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion.config import ClassifierConfig
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 
@@ -40,13 +41,15 @@ def refuse_overruled(decided: Mapping[str, Any], resolved: TrainConfig, dataset:
     """
     for name, value in decided.items():
         parent, _, leaf = name.partition(".")
-        actual = getattr(getattr(resolved, parent), leaf)
+        actual = getattr(getattr(resolved, parent), leaf, None)
         if value != actual or isinstance(value, bool) != isinstance(actual, bool):
             reason = _reason(name, resolved, dataset)
             raise ValueError(f"{name} is {json.dumps(actual)} here and cannot be set to {json.dumps(value)}: {reason}")
 
 
 def _reason(name: str, config: TrainConfig, dataset: Dataset) -> str:
+    if isinstance(config.model, ClassifierConfig):
+        return f"the data, which have {len(dataset.class_names)} classes, determine it"
     if name == "model.learn_sigma":
         other = "learned_range" if not config.model.learn_sigma else "fixed_large and loss to simple"
         return f"diffusion.variance, {config.diffusion.variance}, determines it; set that to {other}"

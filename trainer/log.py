@@ -6,16 +6,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.losses import TrainingLosses
 from formats.atomic_file import write_file
 from formats.disk_errors import disk_errors_name
 
@@ -23,21 +20,38 @@ QUARTILES = 4
 
 
 class Window:
-    """Means of the loss terms since the last log line, over all timesteps and per quartile."""
+    """Means of the losses since the last log line, over all timesteps and per quartile.
 
-    def __init__(self) -> None:
+    Losses stay on their device until `rows`, so that adding a batch does not wait for it.
+
+    Args:
+        by_quartile: losses whose means are also given for each quarter of the timesteps.
+        skips: whether steps with a gradient that is not finite were skipped; its norm then does not count.
+    """
+
+    def __init__(self, by_quartile: Sequence[str] = ("mse",), *, skips: bool = False) -> None:
+        self._skips = skips
+        self._by_quartile = by_quartile
         self._started = time.perf_counter()
         self._rows: list[Tensor] = []
-        self._grad_norms: list[float] = []
+        self.names: tuple[str, ...] = ()
+        """Names of the losses."""
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def add(self, batch: TrainingLosses, t: np.ndarray[Any, Any], grad_norm: float, num_steps: int) -> None:
-        """Add the losses of one batch."""
-        quartile = torch.from_numpy(t * QUARTILES // num_steps).float()
-        self._rows.append(torch.stack([*batch, quartile]))
-        self._grad_norms.append(grad_norm)
+    def add(self, losses: Mapping[str, Tensor], t: Tensor, grad_norm: Tensor, num_steps: int) -> None:
+        """Add the losses of one batch, [B] each, at timesteps t, and the norm of its gradient."""
+        self.names = tuple(losses)
+        quartile = (t * QUARTILES // num_steps).float()
+        self._rows.append(torch.stack([*losses.values(), quartile, grad_norm.expand_as(quartile)], dim=1))
+
+    def rows(self) -> Tensor:
+        """Return a row per image: its losses, the quartile of its timestep, its batch's norm; float32 [N, losses + 2].
+
+        They are on the device still.
+        """
+        return torch.cat(self._rows)
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -46,16 +60,24 @@ class Window:
         yield
         self._started += time.perf_counter() - before
 
-    def summary(self) -> dict[str, float]:
-        """Return the rounded means and the speed."""
-        *terms, quartile = torch.cat(self._rows, dim=1)
-        values = {name: term.mean().item() for name, term in zip(TrainingLosses._fields, terms, strict=True)}
-        mse = terms[TrainingLosses._fields.index("mse")]
-        for q in range(QUARTILES):
-            if (here := quartile == q).any():
-                values[f"mse_q{q}"] = mse[here].mean().item()
-        values["grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
-        values["images_per_second"] = quartile.numel() / (time.perf_counter() - self._started)
+    def summary(self, rows: Tensor | None = None) -> dict[str, float]:
+        """Return the rounded means and the speed.
+
+        Args:
+            rows: `rows` of all processes; None: those of this one.
+        """
+        rows = (self.rows() if rows is None else rows).cpu()
+        *terms, quartile, grad_norm = rows.unbind(1)
+        named = dict(zip(self.names, terms, strict=True))
+        values = {name: term.mean().item() for name, term in named.items()}
+        for name in self._by_quartile:
+            for q in range(QUARTILES):
+                if (here := quartile == q).any():
+                    values[f"{name}_q{q}"] = named[name][here].mean().item()
+        if self._skips and (kept := torch.isfinite(grad_norm)).any():
+            grad_norm = grad_norm[kept]
+        values["grad_norm"] = grad_norm.mean().item()
+        values["images_per_second"] = len(rows) / (time.perf_counter() - self._started)
         return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 

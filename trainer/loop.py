@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.config import CheckpointConfig
-from diffusion.losses import LossTables, TrainingLosses, q_sample, training_losses
-from diffusion.respacing import respace
-from diffusion.unet import UNet
-from diffusion.update import from_uint8
+from diffusion.config import ModelConfig
 from formats.atomic_file import write_file
 from formats.checkpoint import write_checkpoint
-from formats.checkpoint_config import CheckpointError, read_config
+from formats.checkpoint_config import AnyCheckpointConfig, CheckpointError, read_config
 from trainer import state as train_state
+from trainer.batches import Batch, Batches, Images
 from trainer.config import TimestepSamplerName, TrainConfig
-from trainer.data import DataError, Dataset, batch_indices
+from trainer.data import DataError, Dataset
 from trainer.ema import EMA, exponential_decay, power_decay
 from trainer.errors import Stopped, TrainError
+from trainer.every import Every, or_warn
 from trainer.log import Window, append_line, cut_log
-from trainer.preview import write_preview
+from trainer.look_ahead import looking_ahead
+from trainer.objective import MAX_LOSS, Objective, objective_of
+from trainer.optimisation import Optimisation, learning_rate
 from trainer.provenance import git_commit
+from trainer.ranks import OneProcess, Ranks
 from trainer.resume import Origin, find_origin, recovery_hint
 from trainer.run_folder import (
+    BEST_FOLDER,
     EMA_FOLDER,
     LOG_FILE,
     MODEL_FOLDER,
     SAMPLES_FOLDER,
     TRAIN_CONFIG_FILE,
+    VALIDATION_FILE,
     checkpoint_folder,
     checkpoints,
     claimed,
@@ -47,9 +48,8 @@ from trainer.run_folder import (
 )
 from trainer.state import SavedState, TrainState
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
+from trainer.validation import Validation, held_out, read_losses, worse_in_a_row
 
-MAX_MSE = 100.0
-"""Mean squared error of the prediction above which a network counts as diverged; predicting zeros gives about 1."""
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
@@ -57,6 +57,9 @@ TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] =
     "stratified": StratifiedSampler,
     "loss_second_moment": LossSecondMomentSampler,
 }
+
+GO_ON, FINISHED, STOP, UNREADABLE = range(4)
+"""What the processes agree on before each step; the largest of their values counts."""
 
 
 def train(
@@ -68,6 +71,7 @@ def train(
     command: str = "",
     accept_changed_data: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Train a model and return the folder of its finished checkpoint (`RUN/model`).
 
@@ -81,201 +85,292 @@ def train(
         resume: continue the run in the folder.
         command: recorded in the provenance.
         accept_changed_data: resume although the data differ from those of the checkpoint.
-        stop: called after each batch; True ends the run with a checkpoint.
+        stop: called before each batch; True ends the run with a checkpoint.
+        ranks: the processes that train together, each of which calls this function; None: this process alone.
 
     Raises:
         TrainError: the folder is in use, or its run cannot be resumed with these arguments; the run diverged; a
             checkpoint cannot be written; an image cannot be read. The progress until then is saved, except in a
             diverged run.
         DataError: an image cannot be read before the first batch was trained.
-        Stopped: `stop` returned True.
+        Stopped: `stop` returned True in one of the processes.
     """
-    _refuse_distributed()
+    ranks = ranks or OneProcess()
+    _check_world(config, ranks.world)
+    if not ranks.main:
+        ranks.highest(0)  # waits until the main process has claimed the folder
+        return _Run(config, dataset, run, ranks, command, stop).train(resume, accept_changed_data)
     with claimed(run, resume=resume):
-        return _train(config, dataset, run, resume, command, accept_changed_data, stop)
+        ranks.highest(0)
+        return _Run(config, dataset, run, ranks, command, stop).train(resume, accept_changed_data)
 
 
-def _train(
-    config: TrainConfig,
-    dataset: Dataset,
-    run: Path,
-    resume: bool,
-    command: str,
-    accept_changed_data: bool,
-    stop: Callable[[], bool],
-) -> Path:
-    saved, origin = None, None
-    if resume:
-        saved, origin = find_origin(run, config, dataset, accept_changed_data=accept_changed_data)
+class _Run:
+    """A run in one of its processes."""
 
-    # Network, optimiser, averages
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bfloat16 = _use_bfloat16(config, device)
-    torch.manual_seed(config.seed)
-    network = UNet(config.model).to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    process = respace(config.diffusion)
-    tables = LossTables.from_process(process, device)
-    t_model = torch.from_numpy(process.t_model).to(device)
-    timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](process.num_steps)
-    ema = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
-    power_emas = {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels}
-    state = TrainState(network, optimizer, ema, timestep_sampler, power_emas)
-    if saved is not None and origin is not None:
-        train_state.restore(state, saved)
-        _update_model(run, saved)
-        say(f"continuing after {state.images_seen} images{origin.description}")
-    del saved  # frees memory of the size of the network and its optimiser
-    _begin_files(run, config, state.images_seen)
-    if config.total_images < config.lr_warmup_images:
-        warn(
-            f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that takes "
-            f"lr_warmup_images, {config.lr_warmup_images}"
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, run: Path, ranks: Ranks, command: str, stop: Callable[[], bool]
+    ) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._run = run
+        self._ranks = ranks
+        self._command = command
+        self._stop = stop
+        self._origin: Origin | None = None
+        self._lr = config.lr
+
+        torch.manual_seed(config.seed)
+        self._objective: Objective = objective_of(config, ranks.device)
+        network = self._objective.build().to(ranks.device).train()
+        self._optimisation = Optimisation(config, self._objective, network, ranks)
+        self._timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](self._objective.num_steps)
+        self._state = TrainState(
+            network,
+            self._optimisation.optimizer,
+            EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup)),
+            self._timestep_sampler,
+            self._optimisation.scaler,
+            {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels},
         )
-
-    def losses_of(batch: Batch, rows: slice) -> TrainingLosses:
-        t, x0, noise = (part[rows].to(device) for part in (batch.t, batch.x0, batch.noise))
-        x_t = q_sample(tables, x0, t, noise)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            output = network(x_t, t_model[t], None if batch.y is None else batch.y[rows].to(device))
-        return training_losses(
-            tables,
-            config.diffusion,
-            output,
-            x0,
-            x_t,
-            noise,
-            t,
-            loss=config.loss,
-            rescale=config.rescale_vlb,
-            min_snr_gamma=config.min_snr_gamma,
+        training, held = held_out(config, dataset)
+        self._validation = None if held is None else Validation(config, held, self._objective, self._optimisation)
+        self._overfitted = False
+        self._batches = Batches(
+            config, training, self._timestep_sampler, ranks.device, rank=ranks.rank, world=ranks.world
         )
+        self._batch: Batch | None = None
+        """The last one that was trained."""
+        self._saved_at = 0
+        self._window = self._new_window()
+        self._bar: tqdm[Any]
 
-    def save(last: Batch) -> CheckpointConfig:
-        with torch.no_grad():
-            mse = float(losses_of(last, slice(0, micro)).mse.mean())
-        if problem := _unusable(state, mse):
-            raise _diverged(problem, config, state.images_seen, run, bfloat16)
-        described = checkpoint_config(config, dataset, state.images_seen, command, bfloat16, origin)
+    def train(self, resume: bool, accept_changed_data: bool) -> Path:
+        """Train to the end, and return the folder of the finished checkpoint."""
+        config, state = self._config, self._state
+        if resume:
+            self._restore(accept_changed_data)
+        if self._ranks.main:
+            _begin_files(self._run, config, state.images_seen)
+        if self._ranks.main and config.total_images < config.lr_warmup_images:
+            warn(
+                f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that "
+                f"takes lr_warmup_images, {config.lr_warmup_images}"
+            )
+        first = self._saved_at = state.images_seen
+        recurring = (
+            Every(config.log_every_batches * config.batch_size, self._report, start=first),
+            Every(config.checkpoint_every_images, self._checkpoint),
+            Every(config.validation_every_images, self._validate),
+        )
+        positions = range(first, config.total_images, config.batch_size)
+        self._bar = tqdm(
+            total=config.total_images, initial=first, unit="img", dynamic_ncols=True, smoothing=0.05,
+            disable=not self._ranks.main,
+        )  # fmt: skip
+        with self._bar, looking_ahead(self._batches.images, iter(positions)) as ahead:  # an error starts on a new line
+            for before in positions:
+                images = self._next(ahead.take)
+                if images is None:
+                    break
+                self._batch = batch = self._batches.complete(before, images)
+                losses = self._optimisation.gradient(batch)
+                self._learn_timesteps(batch, losses)
+                if before == first and self._origin is not None:
+                    self._refuse_diverged_origin(losses)
+                self._lr = learning_rate(config, before)
+                grad_norm = self._optimisation.step(self._lr)
+                state.average_in()
+                state.images_seen = before + config.batch_size
+                self._window.add(losses, batch.t, grad_norm, self._objective.num_steps)
+                self._bar.update(config.batch_size)
+                for every in recurring:
+                    every.run_if_due(before, state.images_seen, done=state.images_seen >= config.total_images)
+        return self._run / MODEL_FOLDER
+
+    def _next(self, take: Callable[[], Images]) -> Images | None:
+        """Return the next images; None, after saving, if the run overfits and ends early.
+
+        Raises:
+            Stopped: a process was asked to stop; the progress is saved.
+            TrainError: a process cannot read its images; the progress is saved.
+            DataError: this one cannot, and there is no checkpoint.
+        """
+        images, unreadable = None, None
+        status = STOP if self._stop() else FINISHED if self._overfitted else GO_ON
+        if status == GO_ON:
+            try:
+                images = take()
+            except DataError as error:
+                unreadable, status = error, UNREADABLE
+        status = self._ranks.highest(status)
+        if images is not None and status == GO_ON:
+            return images
+        if self._window:
+            self._report()
+        if self._state.images_seen > self._saved_at:
+            self._save()
+        if status == FINISHED:
+            return None
+        if status == STOP:
+            raise Stopped(self._state.images_seen)
+        if unreadable is None:
+            raise TrainError("another process could not read an image; its message names the file", resume_with=())
+        if checkpoints(self._run):
+            raise TrainError(str(unreadable), resume_with=()) from unreadable
+        raise unreadable
+
+    def _learn_timesteps(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+        if self._timestep_sampler.uses_losses:
+            t, loss = self._ranks.gather(torch.stack([batch.t.double(), losses["loss"].double()], dim=1)).unbind(1)
+            self._timestep_sampler.update(t.long().numpy(), loss.numpy())
+
+    def _report(self) -> None:
+        """Write a line of the log, and begin the next one; the only wait for the device between two checkpoints.
+
+        Raises:
+            TrainError: a gradient was not finite.
+        """
+        window, self._window = self._window, self._new_window()
+        summary = window.summary(self._ranks.gather(window.rows()))
+        if not math.isfinite(summary["grad_norm"]):
+            raise self._diverged("the gradient is not finite")
+        if self._ranks.main:
+            self._bar.set_postfix({name: summary[name] for name in window.names})
+            line = {"images": self._state.images_seen, "lr": self._lr, **summary}
+            or_warn("line in the log", partial(append_line, self._run / LOG_FILE, line))
+
+    def _new_window(self) -> Window:
+        return Window(self._objective.by_quartile, skips=self._optimisation.scaler.is_enabled())
+
+    def _checkpoint(self) -> None:
+        """Save, and draw what the network can do."""
+        with self._window.clock_stopped():
+            described = self._save()
+            state, config = self._state, self._config
+            if described is None:
+                return
+            if state.power_emas:
+                snapshot = ema_snapshot_file(self._run, state.images_seen)
+                or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
+            if config.preview_per_class:
+                picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
+                show = partial(self._objective.write_preview, picture, described, state.ema.weights, self._stop)
+                or_warn(f"sample grid after {state.images_seen} images", show)
+
+    def _validate(self) -> None:
+        """Log the loss on held-out images, keep the best model, and note if the run should end."""
+        if self._validation is None or not self._ranks.main:
+            return
+        with self._window.clock_stopped():
+            or_warn(
+                f"validation after {self._state.images_seen} images", partial(self._log_validation, self._validation)
+            )
+
+    def _log_validation(self, validation: Validation) -> None:
+        path, state = self._run / VALIDATION_FILE, self._state
+        append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
+        worse = worse_in_a_row(read_losses(path, "loss"))
+        if worse == 0:
+            write_checkpoint(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
+        if self._config.stop_after_worse is not None and worse >= self._config.stop_after_worse:
+            self._overfitted = True
+            say(f"the loss on held-out images was not better in {worse} validations: the run ends")
+
+    def _save(self) -> AnyCheckpointConfig | None:
+        """Write a checkpoint and `model/`, and return their configuration; None in all processes but the main one.
+
+        Raises:
+            TrainError: the run has diverged, or the files cannot be written. Earlier checkpoints are intact.
+        """
+        self._saved_at = self._state.images_seen
+        if not self._ranks.main:
+            return None
+        if problem := self._unusable():
+            raise self._diverged(problem)
+        described = self._describe()
         try:
-            train_state.save(state, checkpoint_folder(run, state.images_seen), described)
-            write_checkpoint(run / MODEL_FOLDER, described, state.ema.weights)
+            train_state.save(self._state, checkpoint_folder(self._run, self._saved_at), described)
+            write_checkpoint(self._run / MODEL_FOLDER, described, self._state.ema.weights)
         except OSError as error:
-            raise _not_written(error, state.images_seen, run) from error
-        delete_old(run, config.keep_checkpoints)
+            raise _not_written(error, self._saved_at, self._run) from error
+        delete_old(self._run, self._config.keep_checkpoints)
         return described
 
-    # Train
-    micro = config.microbatch_size or config.batch_size
-    batch: Batch | None = None
-    batches = 0
-    saved_at = state.images_seen
-    window, lr = Window(), config.lr
-    bar = tqdm(total=config.total_images, initial=saved_at, unit="img", dynamic_ncols=True, smoothing=0.05)
+    def _restore(self, accept_changed_data: bool) -> None:
+        """Continue from the newest checkpoint."""
+        saved, self._origin = find_origin(
+            self._run, self._config, self._dataset, accept_changed_data=accept_changed_data
+        )
+        train_state.restore(self._state, saved)
+        if self._ranks.main:
+            _update_model(self._run, saved)
+            say(f"continuing after {saved.images_seen} images{self._origin.description}")
 
-    def report(lr: float) -> Window:
-        line = {"images": state.images_seen, "lr": lr, **window.summary()}
-        bar.set_postfix(loss=line["loss"], mse=line["mse"], vb_bpd=line["vb_bpd"])
-        _or_warn("line in the log", partial(append_line, run / LOG_FILE, line))
-        return Window()
+    def _describe(self) -> AnyCheckpointConfig:
+        """Return the configuration that a checkpoint stores now, with its provenance."""
+        config, origin = self._config, self._origin
+        return self._objective.checkpoint(
+            self._dataset.class_names if config.class_conditional else None,
+            {
+                "images_seen": self._state.images_seen,
+                "command": self._command,
+                "commit": git_commit(),
+                "data": self._dataset.description,
+                "precision": self._optimisation.precision,
+                "torch": torch.__version__,
+                "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
+                **({"resumed": origin.history} if origin is not None and origin.history else {}),
+            },
+        )
 
-    with bar:  # so that an error starts on a new line
-        while state.images_seen < config.total_images:
-            try:
-                if stop():
-                    raise Stopped(state.images_seen)
-                batch = draw(config, dataset, state.images_seen, timestep_sampler)
-            except (DataError, Stopped) as error:
-                if window:
-                    report(lr)
-                if batch is not None and state.images_seen > saved_at:
-                    save(batch)
-                if isinstance(error, DataError) and checkpoints(run):
-                    raise TrainError(str(error), resume_with=()) from error
-                raise
+    def _judge(self, losses: Mapping[str, Tensor]) -> str | None:
+        """Return why losses show that the network has diverged; None: they do not."""
+        name = self._objective.judged_by
+        value = float(losses[name].mean())
+        return None if value <= MAX_LOSS else f"{name} is {value:.3g}, and an untrained network has at most 10"
 
-            # Accumulate the gradient of the batch's mean loss
-            optimizer.zero_grad(set_to_none=True)
-            parts: list[TrainingLosses] = []
-            for start in range(0, config.batch_size, micro):
-                rows = slice(start, start + micro)
-                part = losses_of(batch, rows)
-                weighted = part.loss * batch.weights[rows].to(device)
-                (weighted.sum() / config.batch_size).backward()  # type: ignore[no-untyped-call]
-                parts.append(TrainingLosses(*(term.detach().cpu() for term in part)))
-            losses = TrainingLosses(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
-            if origin is not None and batches == 0 and not float(losses.mse.mean()) <= MAX_MSE:
-                raise TrainError(f"{origin.folder} contains a network that had already diverged. {recovery_hint(run)}")
-            t = batch.t.numpy()
-            timestep_sampler.update(t, losses.loss.double().numpy())
+    def _unusable(self) -> str | None:
+        """Return why training must not continue from the present state; None: it can continue."""
+        assert self._batch is not None  # noqa: S101  # a step was trained
+        with torch.no_grad():
+            problem = self._judge(self._optimisation.losses(self._batch))
+        if problem:
+            return problem
+        weights = {**self._state.network.state_dict(), **self._state.ema.weights}
+        if name := train_state.first_not_finite(weights):
+            return f"{name} contains NaN or infinity"
+        return None
 
-            # Step
-            grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
-            if not torch.isfinite(grad_norm):
-                raise _diverged("the gradient is not finite", config, state.images_seen, run, bfloat16)
-            lr = learning_rate(config, state.images_seen)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            state.average_in()
-            state.images_seen += config.batch_size
-            batches += 1
-            done = state.images_seen >= config.total_images
+    def _refuse_diverged_origin(self, losses: Mapping[str, Tensor]) -> None:
+        if self._origin is not None and self._judge(losses):
+            raise TrainError(
+                f"{self._origin.folder} contains a network that had already diverged. {recovery_hint(self._run)}"
+            )
 
-            # Report
-            bar.update(config.batch_size)
-            window.add(losses, t, float(grad_norm), process.num_steps)
-            if batches % config.log_every_batches == 0 or done:
-                window = report(lr)
-
-            # Checkpoint
-            if done or state.images_seen // config.checkpoint_every_images > (
-                (state.images_seen - config.batch_size) // config.checkpoint_every_images
-            ):
-                with window.clock_stopped():
-                    described = save(batch)
-                    saved_at = state.images_seen
-                    if state.power_emas:
-                        snapshot = ema_snapshot_file(run, saved_at)
-                        _or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
-                    if config.preview_per_class:
-                        picture = run / SAMPLES_FOLDER / f"{saved_at:012d}.png"
-                        shown = (config.preview_per_class, config.preview_steps)
-                        show = partial(write_preview, picture, described, state.ema.weights, *shown, stop)
-                        _or_warn(f"sample grid after {saved_at} images", show)
-    return run / MODEL_FOLDER
-
-
-class Batch(NamedTuple):
-    """Inputs of one train step: a function of the seed and the position in the run only."""
-
-    x0: Tensor
-    """Images [B, C, H, W] in [-1, 1]."""
-    y: Tensor | None
-    """int64 [B], num_classes where the label is dropped; None: unconditional."""
-    t: Tensor
-    """int64 [B]."""
-    weights: Tensor
-    """Weights of the losses, [B]."""
-    noise: Tensor
-
-
-def draw(config: TrainConfig, dataset: Dataset, images_seen: int, timestep_sampler: TimestepSampler) -> Batch:
-    """Draw the next batch after a number of images; seed torch's generator for it, dropout included."""
-    rng = np.random.default_rng((config.seed, 1, images_seen))
-    torch.manual_seed(int(rng.integers(2**63)))
-    indices = batch_indices(config.seed, images_seen, config.batch_size, len(dataset.labels))
-    x0 = torch.from_numpy(from_uint8(dataset.images(indices)))
-    if config.horizontal_flip:
-        mirrored = torch.from_numpy(rng.random(len(x0)) < 0.5)
-        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-    y = _labels(config, dataset, indices, rng)
-    t, weights = timestep_sampler.sample(rng, config.batch_size)
-    return Batch(x0, y, torch.from_numpy(t), torch.from_numpy(weights), torch.randn(x0.shape))
+    def _diverged(self, problem: str) -> TrainError:
+        """Return the error of a diverged run, with the fields to change."""
+        config = self._config
+        fields = [f"lr={min(config.lr / 10, SAFE_LR):g}"]
+        if config.grad_clip is None or config.grad_clip > 1:
+            fields.append("grad_clip=1")
+        if self._optimisation.precision != "float32":
+            fields.append("precision=float32")
+        options = " ".join(f"--set {field}" for field in fields)
+        if found := checkpoints(self._run):
+            how = f"Continue from the checkpoint after {int(found[-1].name)} images with --resume {options}"
+        else:
+            how = f"There is no checkpoint yet: start again with {options}"
+        return TrainError(
+            f"the run has diverged after {self._state.images_seen} images: {problem}. {how}",
+            resume_with=fields if found else None,
+        )
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """Set the fields that the data determine: the number of classes, and the null class for label dropout."""
+    if not isinstance(config.model, ModelConfig):
+        return config.replace(model=config.model.replace(num_classes=len(dataset.class_names)).model_dump())
     classes = len(dataset.class_names) if config.class_conditional else None
     null_class = classes is not None and config.label_dropout > 0
     model = config.model.replace(num_classes=classes, null_class=null_class)
@@ -284,43 +379,15 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     return config.replace(model=model.model_dump(), sampling=sampling.model_dump())
 
 
-def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Return the learning rate of the next step after a number of images."""
-    warmup = min(1.0, (images_seen + config.batch_size) / max(1, config.lr_warmup_images))
-    progress = (images_seen - config.lr_warmup_images) / max(1, config.total_images - config.lr_warmup_images)
-    progress = min(1.0, max(0.0, progress))
-    match config.lr_schedule:
-        case "constant":
-            decay = 1.0
-        case "linear":
-            decay = 1 - progress
-        case "cosine":
-            decay = 0.5 * (1 + math.cos(math.pi * progress))
-        case "inverse_sqrt":
-            decay = math.sqrt(config.lr_decay_images / max(config.lr_decay_images, images_seen))
-    return config.lr * warmup * decay
-
-
-def checkpoint_config(
-    config: TrainConfig, dataset: Dataset, images_seen: int, command: str, bfloat16: bool, origin: Origin | None
-) -> CheckpointConfig:
-    """Return the configuration that the checkpoint stores, with its provenance."""
-    return CheckpointConfig(
-        model=config.model,
-        diffusion=config.diffusion,
-        class_names=dataset.class_names if config.class_conditional else None,
-        sampling=config.sampling,
-        provenance={
-            "images_seen": images_seen,
-            "command": command,
-            "commit": git_commit(),
-            "data": dataset.description,
-            "precision": "bfloat16" if bfloat16 else "float32",
-            "torch": torch.__version__,
-            "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
-            **({"resumed": origin.history} if origin is not None and origin.history else {}),
-        },
-    )
+def _check_world(config: TrainConfig, world: int) -> None:
+    part, rest = divmod(config.batch_size, world)
+    if rest:
+        raise TrainError(f"batch_size ({config.batch_size}) must be a multiple of the number of processes, {world}")
+    if config.microbatch_size is not None and part % config.microbatch_size:
+        raise TrainError(
+            f"microbatch_size must divide the {part} images per step of each of {world} processes; "
+            f"got {config.microbatch_size}"
+        )
 
 
 def _update_model(run: Path, saved: SavedState) -> None:
@@ -335,51 +402,15 @@ def _update_model(run: Path, saved: SavedState) -> None:
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:
     """Write the configuration, and remove what the run wrote after the checkpoint from which it resumes."""
-    log = run / LOG_FILE
-    if images_seen:
-        cut_log(log, images_seen)
-    else:
-        log.unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
+    for log in (run / LOG_FILE, run / VALIDATION_FILE):
+        if images_seen:
+            cut_log(log, images_seen)
+        else:
+            log.unlink(missing_ok=True)  # left by a run that ended before its first checkpoint
     for snapshot in (run / EMA_FOLDER).glob("*.safetensors"):
         if snapshot.stem.isdecimal() and int(snapshot.stem) > images_seen:
             snapshot.unlink()
     write_file(run / TRAIN_CONFIG_FILE, f"{config.model_dump_json(indent=2)}\n".encode())
-
-
-def _refuse_distributed() -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise TrainError(
-            f"training on several devices is not supported yet, and WORLD_SIZE is {world}: start iddpm train without "
-            "torchrun, as one process"
-        )
-
-
-def _unusable(state: TrainState, mse: float) -> str | None:
-    """Return why training must not continue from a state; None: it can continue."""
-    if not mse <= MAX_MSE:
-        return f"the network's mean squared error is {mse:.3g}, and a network that predicts zeros has 1"
-    weights = {**state.network.state_dict(), **state.ema.weights}
-    if name := train_state.first_not_finite(weights):
-        return f"{name} contains NaN or infinity"
-    return None
-
-
-def _diverged(problem: str, config: TrainConfig, images_seen: int, run: Path, bfloat16: bool) -> TrainError:
-    """Return the error of a diverged run, with the fields to change."""
-    fields = [f"lr={min(config.lr / 10, SAFE_LR):g}"]
-    if config.grad_clip is None or config.grad_clip > 1:
-        fields.append("grad_clip=1")
-    if bfloat16:
-        fields.append("precision=float32")
-    options = " ".join(f"--set {field}" for field in fields)
-    if found := checkpoints(run):
-        how = f"Continue from the checkpoint after {int(found[-1].name)} images with --resume {options}"
-    else:
-        how = f"There is no checkpoint yet: start again with {options}"
-    return TrainError(
-        f"the run has diverged after {images_seen} images: {problem}. {how}", resume_with=fields if found else None
-    )
 
 
 def _not_written(error: OSError, images_seen: int, run: Path) -> TrainError:
@@ -390,32 +421,3 @@ def _not_written(error: OSError, images_seen: int, run: Path) -> TrainError:
         f"the checkpoint after {images_seen} images could not be written, {error.filename}: {error.strerror}; {last}",
         resume_with=() if found else None,
     )
-
-
-def _or_warn(what: str, action: Callable[[], None]) -> None:
-    """Run an optional action; if it fails, print a warning and continue."""
-    try:
-        action()
-    except OSError as error:
-        warn(f"no {what}: {error.filename}: {error.strerror}")
-    except Exception as error:  # e.g. memory, a font: the checkpoint is written, and the run must continue
-        warn(f"no {what}: {str(error) or type(error).__name__}")
-
-
-def _labels(
-    config: TrainConfig, dataset: Dataset, indices: np.ndarray[Any, Any], rng: np.random.Generator
-) -> Tensor | None:
-    if config.model.num_classes is None:
-        return None
-    labels = dataset.labels[indices]
-    if config.model.null_class:
-        labels = np.where(rng.random(len(labels)) < config.label_dropout, config.model.num_classes, labels)
-    return torch.from_numpy(labels)
-
-
-def _use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffusion.config import CheckpointConfig
-from formats.checkpoint_config import CheckpointError, describe_validation_error, read_config
+from formats.checkpoint_config import AnyCheckpointConfig, CheckpointError, describe_validation_error, read_config
 from trainer import state as train_state
 from trainer.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from trainer.data import Dataset
@@ -64,7 +63,6 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
         config = read_config(folder)
     except CheckpointError as error:
         raise TrainError(f"{error}. {recovery_hint(run)}") from error
-    assert isinstance(config, CheckpointConfig)  # noqa: S101  # what the trainer writes
     command = shlex.split(config.provenance.get("command", ""))
     if command[:2] == ["iddpm", "train"] and command[2:3] != [preset]:
         raise TrainError(f"{run} was started from the preset {command[2]}; use that one instead of {preset}")
@@ -133,7 +131,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 
-def _refuse_other_classes(run: Path, config: CheckpointConfig, dataset: Dataset) -> None:
+def _refuse_other_classes(run: Path, config: AnyCheckpointConfig, dataset: Dataset) -> None:
     if config.class_names is not None and config.class_names != dataset.class_names:
         raise TrainError(
             f"{run} was trained with the classes {', '.join(config.class_names)}; the data now have "
@@ -142,7 +140,7 @@ def _refuse_other_classes(run: Path, config: CheckpointConfig, dataset: Dataset)
         )
 
 
-def _trained_with(folder: Path, config: CheckpointConfig) -> TrainConfig:
+def _trained_with(folder: Path, config: AnyCheckpointConfig) -> TrainConfig:
     """Return the configuration that a checkpoint records."""
     recorded = config.provenance.get("train_config")
     if not isinstance(recorded, dict):

@@ -6,6 +6,8 @@
     model/                  the newest checkpoint without `state/`, for the service
     ema/N.safetensors       power-function averages, if the configuration lists some
     samples/N.png           a preview per checkpoint
+    validation.jsonl        a line per validation, if images are held out
+    best/                   the model with the lowest loss on held-out images
     .lock                   held by the process that trains
 
 The training process claims the folder first. It writes only to a folder that is free or that contains a run.
@@ -38,6 +40,8 @@ MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 EMA_FOLDER = "ema"
 SAMPLES_FOLDER = "samples"
+VALIDATION_FILE = "validation.jsonl"
+BEST_FOLDER = "best"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -87,7 +91,7 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
     with (run / LOCK_FILE).open("a+") as lock:
         _lock(lock, run)
         _refuse_unfit(run, resume=resume)  # check again: another run may have started or ended meanwhile
-        for path in (run / MODEL_FOLDER, run / TRAIN_CONFIG_FILE, *checkpoints(run)):
+        for path in (run / MODEL_FOLDER, run / BEST_FOLDER, run / TRAIN_CONFIG_FILE, *checkpoints(run)):
             remove_leftovers(path)
         for folder in (run / CHECKPOINTS_FOLDER, run / EMA_FOLDER, run / SAMPLES_FOLDER):
             _remove_halves(folder)
@@ -97,7 +101,7 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
 def _refuse_unfit(run: Path, *, resume: bool) -> None:
     if run.exists() and not run.is_dir():
         raise TrainError(f"--out must be a folder; {run} is not one")
-    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER):
+    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER, BEST_FOLDER):
         if (run / name).exists() and not (run / name).is_dir():
             raise TrainError(
                 f"{run / name} exists and is not a folder; a run has a folder of that name: use another --out"
@@ -109,14 +113,14 @@ def _refuse_unfit(run: Path, *, resume: bool) -> None:
         return
     if checkpoints(run):
         raise TrainError(f"{run} already contains a run; use another --out, or --resume to continue it")
-    for name in (MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER):
+    for name in (MODEL_FOLDER, EMA_FOLDER, SAMPLES_FOLDER, BEST_FOLDER):
         if (run / name).is_dir() and any(not entry.name.startswith(".") for entry in (run / name).iterdir()):
             raise TrainError(
                 f"{run / name} would be overwritten, and there is no checkpoint to resume from; use another --out, or "
                 "move it"
             )
     if not _began_a_run(run):
-        for name in (LOG_FILE, TRAIN_CONFIG_FILE):
+        for name in (LOG_FILE, VALIDATION_FILE, TRAIN_CONFIG_FILE):
             if (run / name).exists():
                 raise TrainError(f"{run / name} was not written by a run of iddpm and would be lost; use another --out")
 

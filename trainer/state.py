@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion.config import CheckpointConfig
 from formats.atomic_file import replace_file
 from formats.checkpoint import write_checkpoint
-from formats.checkpoint_config import WEIGHTS_FILE, CheckpointError, read_config
+from formats.checkpoint_config import WEIGHTS_FILE, AnyCheckpointConfig, CheckpointError, read_config
 from formats.json_files import read_object
 from trainer.ema import EMA
 from trainer.timestep_sampler import TimestepSampler
@@ -40,6 +39,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     timestep_sampler: TimestepSampler
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     power_emas: dict[float, EMA] = field(default_factory=dict)
     """Power-function averages by relative width; updated as often as `ema`."""
     images_seen: int = 0
@@ -51,7 +51,7 @@ class TrainState:
             ema.update(weights)
 
 
-def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
+def save(state: TrainState, folder: Path, config: AnyCheckpointConfig) -> None:
     """Write a checkpoint with the EMA weights and the state needed to resume, atomically.
 
     Raises:
@@ -71,6 +71,7 @@ def save(state: TrainState, folder: Path, config: CheckpointConfig) -> None:
         progress = {
             "images_seen": state.images_seen,
             "ema_updates": state.ema.num_updates,
+            "scaler": state.scaler.state_dict(),
             "sha256": {name: _sha256(temporary / name) for name in HASHED_FILES},
         }
         (temporary / STATE_FOLDER / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
@@ -94,9 +95,11 @@ class SavedState:
     """Content of a checkpoint to resume from, read and verified."""
 
     folder: Path
-    config: CheckpointConfig
+    config: AnyCheckpointConfig
     images_seen: int
     ema_updates: int
+    scaler: Mapping[str, float]
+    """State of the loss scale; empty if the precision needs none."""
     averages: Mapping[str, Tensor]
     """Weights of the EMA."""
     tensors: Mapping[str, Tensor]
@@ -116,8 +119,6 @@ def read(folder: Path) -> SavedState:
     """
     try:
         config = read_config(folder)
-        if not isinstance(config, CheckpointConfig):
-            raise CheckpointError(f"it holds a {config.kind}")
         progress = read_object(folder / STATE_FOLDER / PROGRESS_FILE)
         for name, digest in progress.get("sha256", {}).items():  # checkpoints of older versions have none
             if _sha256(folder / name) != digest:
@@ -127,6 +128,7 @@ def read(folder: Path) -> SavedState:
             config=config,
             images_seen=int(progress["images_seen"]),
             ema_updates=int(progress["ema_updates"]),
+            scaler=dict(progress.get("scaler", {})),  # older versions wrote none
             averages=load_file(folder / WEIGHTS_FILE),
             tensors=load_file(folder / STATE_FOLDER / TENSORS_FILE),
         )
@@ -161,6 +163,8 @@ def restore(state: TrainState, saved: SavedState) -> None:
                 target.copy_(powers[f"{sigma_rel:g}/{name}"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{saved.folder} does not fit the configuration of its run: {error}") from error
+    if saved.scaler and state.scaler.is_enabled():
+        state.scaler.load_state_dict(dict(saved.scaler))
     for ema in (state.ema, *state.power_emas.values()):
         ema.num_updates = saved.ema_updates
     state.images_seen = saved.images_seen

@@ -19,6 +19,9 @@ Rng = np.random.Generator | np.random.RandomState
 class TimestepSampler(Protocol):
     """Draws timesteps, may adapt to their losses, and can save its state."""
 
+    uses_losses: bool
+    """Whether `update` does anything; if not, the losses need not leave their device."""
+
     def sample(self, rng: np.random.Generator, batch_size: int) -> tuple[IntArray, WeightArray]:
         """Draw timesteps int64 [B], and the weights float32 [B] that make a weighted mean loss unbiased.
 
@@ -45,6 +48,8 @@ class TimestepSampler(Protocol):
 
 class _Stateless:
     """A sampler that does not use losses."""
+
+    uses_losses = False
 
     def update(self, t: IntArray, losses: npt.NDArray[np.floating[Any]]) -> None:
         """Ignore the losses."""
@@ -94,6 +99,8 @@ class LossSecondMomentSampler:
     The expectation is over each timestep's last `history_per_term` losses. Until all timesteps have that many
     losses, sampling is uniform; afterwards a share of `uniform_prob` stays uniform, so that every timestep is drawn.
     """
+
+    uses_losses = True
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         self.num_timesteps = num_timesteps

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.losses import TrainingLosses
 from formats.checkpoint_config import read_config
 from tests.unit.formats.test_atomic_file import longest_file
 from tests.unit.trainer.test_trainer import tiny, weights
@@ -357,15 +356,6 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_torchrun_is_refused(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainError, match="not supported yet, and WORLD_SIZE is 2: start iddpm train without torchrun"):
-        train(tiny(), npz, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    train(tiny(total_images=4), npz, tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -470,7 +460,7 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
     monkeypatch.setattr("trainer.log.time.perf_counter", lambda: next(now))
     window = Window()
     zeros = torch.zeros(4)
-    window.add(TrainingLosses(zeros, zeros, zeros), np.zeros(4, dtype=np.int64), 1.0, 10)
+    window.add({"loss": zeros, "mse": zeros}, torch.zeros(4, dtype=torch.int64), torch.tensor(1.0), 10)
     with window.clock_stopped():
         pass
     assert window.summary()["images_per_second"] == 2.0
@@ -503,7 +493,6 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
             "is 1.0 here and cannot be set to 2: label_dropout=0 determines it",
         ),
         (["loss=simple"], "loss 'simple' would leave the learned variance untrained"),
-        (["model.low_res_size=4"], "super-resolution models cannot be trained here yet"),
     ],
 )
 def test_derived_fields_are_refused_with_their_source(npz: Path, assignments: list[str], message: str) -> None:

@@ -1,0 +1,144 @@
+"""Precision, memory and waiting: what changes how a step is computed, and not what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit.trainer.test_batches import batches
+from tests.unit.trainer.test_resume import train, write_npz
+from tests.unit.trainer.test_trainer import tiny, weights
+from trainer.config import TrainConfig
+from trainer.data import open_dataset
+from trainer.ema import EMA, exponential_decay
+from trainer.log import Window
+from trainer.loop import resolve
+from trainer.objective import objective_of
+from trainer.optimisation import Optimisation
+from trainer.ranks import OneProcess
+from trainer.run_folder import checkpoints
+
+DEEP = {
+    **tiny().model.model_dump(), "channel_mult": (1, 2), "attention_resolutions": (4,), "resblock_updown": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("optimisation") / "toy.npz")
+
+
+def gradient(config: TrainConfig, npz: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    dataset = open_dataset(npz, 8, 1)
+    config = resolve(config, dataset)
+    torch.manual_seed(0)
+    objective = objective_of(config, "cpu")
+    network = objective.build().train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # no layer is zero
+    optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
+    losses = optimisation.gradient(batches(config, dataset).draw(4))
+    grads = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert len(grads) == len(list(network.parameters()))
+    return losses, grads
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(npz: Path) -> None:
+    config = tiny(model=DEEP)  # with dropout
+    plain, recomputed = gradient(config, npz), gradient(config.replace(use_checkpoint=True), npz)
+    for name, tensor in {**plain[0], **plain[1]}.items():
+        assert torch.equal({**recomputed[0], **recomputed[1]}[name], tensor), name
+
+
+def test_channels_last_gives_the_same_gradient_but_for_rounding(npz: Path) -> None:
+    config = tiny(model={**DEEP, "dropout": 0.0})
+    plain, last = gradient(config, npz)[1], gradient(config.replace(channels_last=True), npz)[1]
+    largest = max(float(tensor.abs().max()) for tensor in plain.values())
+    for name, tensor in plain.items():
+        assert torch.allclose(last[name], tensor, rtol=1e-3, atol=1e-5 * largest), name
+
+
+def test_a_float16_run_resumes_with_its_loss_scale(npz: Path, tmp_path: Path) -> None:
+    config = tiny(precision="float16", preview_per_class=0)
+    train(config, npz, tmp_path / "whole")
+    train(config.replace(total_images=20), npz, tmp_path / "halves")
+    saved = json.loads((checkpoints(tmp_path / "halves")[-1] / "state" / "progress.json").read_text())
+    assert saved["scaler"]["scale"] > 0
+    train(config, npz, tmp_path / "halves", resume=True)
+    whole, halves = (weights(checkpoints(tmp_path / name)[-1]) for name in ("whole", "halves"))
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+
+
+def test_a_float16_step_that_overflows_is_skipped(npz: Path) -> None:
+    config = resolve(tiny(precision="float16"), open_dataset(npz, 8, 1))
+    objective = objective_of(config, "cpu")
+    network = objective.build().train()
+    optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimisation.gradient(batches(config, open_dataset(npz, 8, 1)).draw(0))
+    next(network.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+    scale = optimisation.scaler.get_scale()
+    assert not torch.isfinite(optimisation.step(1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert optimisation.scaler.get_scale() == scale / 2
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) in ("aten._local_scalar_dense.default", "aten.nonzero.default")
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_wait_for_the_device_only_when_a_line_of_the_log_is_due(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(npz, 8, 1)
+    config = resolve(tiny(model=DEEP, microbatch_size=2, grad_clip=1.0), dataset)
+    objective = objective_of(config, "cpu")
+    network = objective.build().train()
+    optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
+    monkeypatch.setattr(optimisation.optimizer, "step", lambda: None)  # on a CPU it reads its counts of steps
+    ema, window = EMA(network, exponential_decay(0.9, warmup=True)), Window()
+    source = batches(config, dataset)
+    drawn = [source.draw(first) for first in (0, 4, 8)]
+    with Waits() as waits:
+        for batch in drawn:
+            losses = optimisation.gradient(batch)
+            window.add(losses, batch.t, optimisation.step(1e-3), objective.num_steps)
+            ema.update(network.state_dict())
+        rows = window.rows()
+        assert waits.count == 0
+        window.summary(rows)
+        assert waits.count > 0  # it is counted
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_held_out_images_are_not_trained_on_and_end_an_overfitted_run(
+    npz: Path, tmp_path: Path, precision: str
+) -> None:
+    run = tmp_path / "run"
+    config = tiny(
+        precision=precision, preview_per_class=0, total_images=400, validation_share=0.25, validation_every_images=8,
+        stop_after_worse=2, ema_decay=0.0, lr=0.05, checkpoint_every_images=1000,
+    )  # fmt: skip
+    model = train(config, npz, run)
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 3  # two worse ones in a row
+    assert {"images", "loss", "mse", "vb_bpd", "mse_q0"} <= lines[0].keys()
+    assert json.loads((model / "config.json").read_text())["provenance"]["images_seen"] == lines[-1]["images"]
+    assert json.loads((run / "best" / "config.json").read_text())["provenance"]["images_seen"] == lines[best]["images"]

@@ -1,0 +1,183 @@
+"""Several processes under torchrun: they train what one process trains, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests.counts import LONG
+from tests.paths import ROOT
+from tests.unit.trainer.test_resume import write_npz
+from tests.unit.trainer.test_trainer import tiny, weights
+from tests.waiting import PATIENCE_S, scaled
+from trainer import loop
+from trainer.data import open_dataset
+from trainer.errors import TrainError
+from trainer.loop import resolve
+from trainer.ranks import OneProcess
+from trainer.run_folder import LOG_FILE, checkpoints
+
+FIELDS = {
+    "model.channel_mult": "[1]", "model.attention_resolutions": "[]", "model.image_size": "8", "batch_size": "8",
+    "total_images": "48", "preview_per_class": "0", "diffusion.num_timesteps": "50", "precision": "float32",
+    "lr_warmup_images": "0", "log_every_batches": "1", "timestep_sampler": "loss_second_moment", "loss": "vlb",
+    "horizontal_flip": "true", "checkpoint_every_images": "24", "lr": "1e-3", "lr_schedule": "constant",
+}  # fmt: skip
+
+
+def command(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> list[str]:
+    sets = [part for name, value in {**FIELDS, **changes}.items() for part in ("--set", f"{name}={value}")]
+    arguments = ["-m", "cli.main", "train", "fashion32", "--data", str(data), "--out", str(run), *sets, *options]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    return [sys.executable, *torchrun, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> str:
+    done = subprocess.run(
+        command(data, run, *options, world=world, **changes),
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / LOG_FILE).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("ranks") / "toy.npz")
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train_alone(data, run)
+    return run
+
+
+def train_alone(data: Path, run: Path, *options: str, **changes: str) -> None:
+    """Train in this process."""
+    module = command(data, run, *options, world=1, **changes)
+    result = CliRunner().invoke(app, module[module.index("train") :])
+    assert result.exit_code == 0, result.output
+
+
+def assert_same_training(run: Path, alone: Path) -> None:
+    for mine, theirs in zip(curve(run), curve(alone), strict=True):
+        assert mine["images"] == theirs["images"]
+        for name in ("loss", "mse", "vb_bpd", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (mine["images"], name)
+    for name, tensor in weights(checkpoints(alone)[-1]).items():
+        assert torch.allclose(weights(checkpoints(run)[-1])[name], tensor, rtol=1e-3, atol=2e-5), name
+
+
+def test_two_processes_go_on_as_one_would_with_the_whole_batch(data: Path, alone: Path, tmp_path: Path) -> None:
+    """Gradients are averaged in another order, so that losses agree to 1e-4 over these steps, and are not equal."""
+    train_alone(data, tmp_path / "run", total_images="24")
+    output = train(data, tmp_path / "run", "--resume", world=2, microbatch_size="2")
+    assert_same_training(tmp_path / "run", alone)
+    assert output.count("trained: ") == 1
+
+
+@pytest.mark.skipif(not LONG, reason="starts many processes")
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_trains_what_one_trains(data: Path, alone: Path, tmp_path: Path, world: int) -> None:
+    train(data, tmp_path / "run", world=world)
+    assert_same_training(tmp_path / "run", alone)
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    train_alone(data, tmp_path / "run", "--resume")
+    assert_same_training(tmp_path / "run", alone)
+
+
+def workers(parent: int) -> dict[int, int]:
+    """Return the process of each rank below torchrun."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks = [int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = int(process.name)
+    return found
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command(data, run, world=2, total_images="10000000", checkpoint_every_images="80"),
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        wait_for(run / LOG_FILE, '"images": 160', process)
+        victim = workers(process.pid)[1]
+        started = time.monotonic()
+        os.kill(victim, number)
+        output = process.communicate(timeout=PATIENCE_S)[1]
+        took = time.monotonic() - started
+    assert process.returncode != 0
+    assert took < scaled(30), output
+    assert not workers(process.pid)
+    if number == signal.SIGKILL:
+        assert "rank 0 of 2 lost the connection to another process" in output
+    else:
+        assert "to continue: iddpm train fashion32" in output
+        seen = int(checkpoints(run)[-1].name)
+        assert seen == curve(run)[-1]["images"]
+        assert f"stopped after {seen} images" in output
+
+
+class TwoOfThese(OneProcess):
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "message"),
+    [
+        (3, None, r"batch_size \(3\) must be a multiple of the number of processes, 2"),
+        (8, 8, "microbatch_size must divide the 4 images per step of each of 2 processes; got 8"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(
+    data: Path, tmp_path: Path, batch_size: int, micro: int | None, message: str
+) -> None:
+    dataset = open_dataset(data, 8, 1)
+    config = resolve(tiny(batch_size=batch_size, microbatch_size=micro), dataset)
+    with pytest.raises(TrainError, match=message):
+        loop.train(config, dataset, tmp_path / "run", ranks=TwoOfThese())
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_gathered_in_the_order_of_the_batch() -> None:
+    rows = np.arange(12)
+    parts = [torch.from_numpy(rows[rank::3]) for rank in range(3)]
+    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), torch.from_numpy(rows))

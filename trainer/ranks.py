@@ -1,0 +1,179 @@
+"""Ranks: the processes of a run, and the little that they exchange."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.errors import Stopped, TrainError
+
+WAIT_FOR_OTHERS = timedelta(hours=2)
+"""Longest time that processes wait for one that writes a checkpoint; a process that ends is noticed at once."""
+STOP_WITHIN = 20.0
+"""Seconds from a signal until all processes agree to stop, after which a process ends by itself."""
+
+
+class Ranks(Protocol):
+    """The processes that train one network; each takes a part of every batch."""
+
+    rank: int
+    """0..world-1."""
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and reports."""
+        ...
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return a network whose backward pass averages the gradients of all processes."""
+        ...
+
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which backward passes of a wrapped network exchange nothing."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, [B / world, ...] each, in the order of the global batch, on the CPU."""
+        ...
+
+    def highest(self, value: int) -> int:
+        """Return the largest of the processes' values; waits for all of them."""
+        ...
+
+
+class OneProcess:
+    """A run in one process."""
+
+    rank = 0
+    world = 1
+    main = True
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows.cpu()
+
+    def highest(self, value: int) -> int:
+        return value
+
+
+class ManyProcesses:
+    """One process of several, started by torchrun: gradients by DDP, everything else by gloo from host memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.device = device
+        self.agreed = threading.Event()
+        self._control = dist.new_group(backend="gloo", timeout=WAIT_FOR_OTHERS)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return DistributedDataParallel(network, [self.device] if self.device.type == "cuda" else None)
+
+    @contextmanager
+    def no_sync(self, network: nn.Module) -> Iterator[None]:
+        assert isinstance(network, DistributedDataParallel)  # noqa: S101  # what `wrap` returned
+        with network.no_sync():
+            yield
+
+    def gather(self, rows: Tensor) -> Tensor:
+        mine = rows.cpu().contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine, group=self._control)
+        return torch.stack(parts, dim=1).flatten(0, 1)  # row i of rank r is row i * world + r of the batch
+
+    def close(self) -> None:
+        """Leave the processes at the regular end of a run; waits for all of them."""
+        self.highest(0)
+        gc.collect()  # networks in reference cycles hold the connections, whose threads must end before the process
+        dist.destroy_process_group(self._control)
+        del self._control
+        dist.destroy_process_group()
+
+    def highest(self, value: int) -> int:
+        values = torch.tensor(value)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._control)
+        if agreed := int(values):
+            self.agreed.set()
+        return agreed
+
+
+@contextmanager
+def joined(stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, or yield a run in one process.
+
+    Args:
+        stop: whether this process has received a signal to stop.
+
+    Raises:
+        TrainError: another process has ended. Raised inside the context instead of the error of the communication.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield OneProcess()
+        return
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = ManyProcesses(device)
+    threading.Thread(target=_end_if_stuck, args=(ranks, stop), daemon=True).start()
+    try:
+        yield ranks
+    except Stopped:
+        ranks.close()  # all processes agreed to stop
+        raise
+    except RuntimeError as error:  # gloo and NCCL raise it, and subclasses
+        if not _is_of_communication(error):
+            raise
+        raise TrainError(
+            f"rank {ranks.rank} of {world} lost the connection to another process, which has ended or was killed; "
+            "all processes stop. The newest checkpoint is intact: start the same command again with --resume",
+        ) from error
+    finally:
+        ranks.agreed.set()
+    ranks.close()
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "peer"))
+
+
+def _end_if_stuck(ranks: ManyProcesses, stop: Callable[[], bool]) -> None:
+    """End this process if it got a signal and waits for a process that has ended, so that it cannot stop by itself."""
+    while not stop():
+        if ranks.agreed.wait(0.5):
+            return
+    if not ranks.agreed.wait(STOP_WITHIN):
+        sys.stderr.write(
+            f"rank {ranks.rank}: stopped by a signal while waiting for another process; the newest checkpoint is "
+            "intact: start the same command again with --resume\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,107 @@
+"""Validation: the loss of the averaged weights on held-out images, with fixed timesteps and noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.noise import STREAM_VALIDATION
+from trainer.batches import Batch, conditions_of, noise_at, read_images
+from trainer.config import TrainConfig
+from trainer.data import Dataset, IntArray
+from trainer.log import Window
+from trainer.objective import Objective
+from trainer.optimisation import Optimisation
+
+
+class Part:
+    """Some images of a data set, as a data set; its description is that of the whole."""
+
+    def __init__(self, whole: Dataset, indices: IntArray) -> None:
+        self._whole = whole
+        self._indices = indices
+        self.labels = whole.labels[indices]
+        self.class_names = whole.class_names
+        self.description = whole.description
+        self.summary = whole.summary
+
+    def images(self, indices: IntArray, draws: Any = None) -> Any:
+        """Return some of the images; arguments as for `Dataset`."""
+        return self._whole.images(self._indices[indices], *(() if draws is None else (draws,)))
+
+
+def held_out(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
+    """Split a data set into images for training and held-out images, by the seed and `validation_share`.
+
+    Raises:
+        ValueError: no image would be left for training.
+    """
+    if config.validation_share == 0:
+        return dataset, None
+    count = len(dataset.labels)
+    shuffled = np.random.default_rng((config.seed, 3)).permutation(count)
+    held = max(1, round(config.validation_share * count))
+    if held >= count:
+        raise ValueError(f"validation_share={config.validation_share:g} leaves none of {count} images for training")
+    return Part(dataset, np.sort(shuffled[held:])), Part(dataset, shuffled[: min(held, config.validation_images)])
+
+
+class Validation:
+    """The losses of held-out images: each at one timestep and with one noise, the same ones at every validation."""
+
+    def __init__(self, config: TrainConfig, held: Dataset, objective: Objective, optimisation: Optimisation) -> None:
+        self._config = config
+        self._autocast = optimisation.autocast
+        self._held = held
+        self._objective = objective
+        self._device = optimisation.device
+
+    def losses(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the rounded mean of each loss over the held-out images.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        network = self._objective.build().to(self._device).eval()
+        network.load_state_dict(dict(weights))
+        window = Window(self._objective.by_quartile)
+        size = self._config.microbatch_size or self._config.batch_size
+        with torch.inference_mode():
+            for first in range(0, len(self._held.labels), size):
+                batch = self._batch(np.arange(first, min(first + size, len(self._held.labels)), dtype=np.int64))
+                losses = self._objective.losses(self._autocast(network), batch)
+                window.add(losses, batch.t, torch.zeros((), device=self._device), self._objective.num_steps)
+        summary = window.summary()
+        return {name: value for name, value in summary.items() if name not in ("grad_norm", "images_per_second")}
+
+    def _batch(self, indices: IntArray) -> Batch:
+        x0 = read_images(self._held, indices).to(self._device)
+        t = ((indices + 0.5) * self._objective.num_steps / len(self._held.labels)).astype(np.int64)
+        labelled = self._config.model.num_classes is not None
+        return Batch(
+            positions=indices,
+            x0=x0,
+            y=torch.from_numpy(self._held.labels[indices]).to(self._device) if labelled else None,
+            t=torch.from_numpy(t).to(self._device),
+            weights=torch.ones(len(indices), device=self._device),
+            noise=noise_at(self._config.seed, indices, STREAM_VALIDATION, x0),
+            conditions=conditions_of(self._config, x0),
+        )
+
+
+def read_losses(path: Path, name: str) -> list[float]:
+    """Return one loss of every validation so far, oldest first; empty if there was none."""
+    if not path.exists():
+        return []
+    return [json.loads(line)[name] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def worse_in_a_row(losses: list[float]) -> int:
+    """Return how many of the last losses were not below the best one; 0 if the last is the best."""
+    return len(losses) - 1 - losses.index(min(losses))
