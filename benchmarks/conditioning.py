@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.feature_metrics import coverage, frechet_distance
 from benchmarks.judge import Judge, features_of, load_or_train_judge, open_split, predict
 from benchmarks.reporting import cpu_name, markdown_table
 from diffusion.config import CheckpointConfig
@@ -40,6 +39,7 @@ from diffusion.update import Step
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import checkpoint_sha256
 from trainer.data import IntArray, Uint8Array
+from trainer.evaluation.metrics import coverage, frechet_distance
 from trainer.provenance import git_commit
 
 MIN_JUDGE_ACCURACY = 0.90

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: metrics of samples, plots, reports and studies."""
