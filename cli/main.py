@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.ema_command import ema_command
+from cli.evaluate_command import evaluate_app
 from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
@@ -45,6 +46,7 @@ def main(
 
 app.command("train")(train_command)
 app.command("ema")(ema_command)
+app.add_typer(evaluate_app, name="evaluate")
 app.command("serve", cls=NamesInHelp)(serve_command)
 app.command("sample", cls=NamesInHelp)(sample_command)
 app.command("import")(import_command)

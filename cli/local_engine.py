@@ -1,0 +1,125 @@
+"""The service's engine in this process, so that the pixels equal the service's.
+
+The service's settings are read from the environment, because pixels depend on them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion.config import CheckpointConfig
+    from formats.images import Uint8Array
+    from service.engine.request import ImageParams
+
+MODEL = "model"
+AHEAD = 2
+"""Batches of images that the engine holds, at least, while there are more to come."""
+
+
+class LocalEngine:
+    """A model folder, loaded and run in this process."""
+
+    def __init__(self, model: Path, check: Callable[[CheckpointConfig], None] = lambda _: None) -> None:
+        """Load a model.
+
+        Args:
+            model: the folder, as FOLDER or NAME=FOLDER.
+            check: called with the model's configuration before the network is run; its exceptions are passed on.
+
+        Raises:
+            ValidationError: a setting in the environment breaks a rule.
+            ValueError: an environment variable has the name of an unknown setting; also from `check`.
+            ModelError: the model cannot be run.
+        """
+        from service.backends.select import load_denoiser
+        from service.engine.engine import Engine
+        from service.engine.runners.array_runner import ArrayRunner
+        from service.metrics import Metrics
+        from service.models.registry import served_model
+        from service.settings import Settings, refuse_unknown_variables
+
+        refuse_unknown_variables()
+        settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
+        self._config = settings.engine_config()
+        (folder,) = settings.model_folders.values()
+        backend = load_denoiser(folder, settings.backend, settings.backend_options())
+        self.config: CheckpointConfig = backend.config
+        """Configuration of the model."""
+        check(self.config)
+        self._runner = ArrayRunner(backend, self._config)
+        self.numerics_id = self._runner.numerics_id
+        """Identity of the numerics: equal ids give equal pixels."""
+        self._served = served_model(MODEL, backend, self.numerics_id)
+        self._engine = Engine({MODEL: self._runner}, self._config, Metrics())
+        self._warm = False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; empty without classes."""
+        return self._served.class_names or ()
+
+    def complete(self, fields: dict[str, Any]) -> list[ImageParams]:
+        """Return the images of a request's fields, with the model's defaults.
+
+        Raises:
+            ValidationError, InvalidRequest: a field breaks a rule.
+        """
+        from service.requests.completion import complete
+        from service.requests.generate_request import GenerateRequest
+
+        body = GenerateRequest.model_validate(fields)
+        return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize).images)
+
+    def run(
+        self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Uint8Array]]]:
+        """Generate groups of images, and yield each group when it is complete, with its number.
+
+        The engine holds more images than fit in a batch as long as there are any, across groups.
+
+        Args:
+            groups: read as needed.
+            progress: called with the network rows computed since the last call.
+
+        Raises:
+            GenerationFailed: an image failed.
+        """
+        from service.engine.request import GenerationRequest
+        from service.engine.tickets import image_failure
+
+        if not self._warm:
+            self._engine.warm_up()
+            self._warm = True
+        waiting = enumerate(groups)
+        more = True
+        running: dict[str, Sequence[ImageParams]] = {}
+        pixels: dict[str, dict[int, Uint8Array]] = {}
+        counted = self._engine.activity.row_steps
+        while more or running:
+            while more and sum(map(len, running.values())) < AHEAD * self._config.max_rows:
+                number, images = next(waiting, (None, ()))
+                if number is None:
+                    more = False
+                elif images:
+                    name = str(number)
+                    running[name], pixels[name] = images, {}
+                    request = GenerationRequest(request_id=name, model=MODEL, images=tuple(images))
+                    self._engine.add(request, time.monotonic())
+            if not running:
+                return
+            for result in self._engine.step():
+                if result.failure is not None:
+                    image = running[result.request_id][result.position]
+                    raise image_failure(image.image_index, result.failure)
+                assert result.pixels is not None  # noqa: S101  # no request is cancelled
+                pixels[result.request_id][result.position] = result.pixels
+            progress(self._engine.activity.row_steps - counted)
+            counted = self._engine.activity.row_steps
+            for name in [name for name, found in pixels.items() if len(found) == len(running[name])]:
+                found = pixels.pop(name)
+                yield int(name), [found[position] for position in range(len(running.pop(name)))]
