@@ -1,4 +1,4 @@
-"""Draw curves as a PNG file with matplotlib (extra `bench`), imported on use."""
+"""Draw curves as a PNG file with matplotlib (extra `plots`), imported on use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw_curves(
         import matplotlib as mpl
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
-        print(f"{path.name} was not drawn: {error.name} is missing; {install_command('bench')}", file=sys.stderr)
+        print(f"{path.name} was not drawn: {error.name} is missing; {install_command('plots')}", file=sys.stderr)
         return False
     if not plots:
         return False

@@ -49,6 +49,9 @@ def train_command(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="With --resume: continue even if the data have changed.")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the log and sample grids for TensorBoard.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data, print the resolved configuration and exit.")
     ] = False,
@@ -80,13 +83,14 @@ def train_command(
 
     run = out or Path("runs") / preset
     stop = StopRequest()
-    command = _Command(preset, tuple(assignments or []), accept_changed_data)
+    assignments = [*(assignments or []), *(["tensorboard=true"] if tensorboard else [])]
+    command = _Command(preset, tuple(assignments), accept_changed_data)
     main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
             raise ValueError("--accept-changed-data can only be used with --resume")
         start = named_preset(preset)
-        free, decided = split_decided(parse_assignments(assignments or []))
+        free, decided = split_decided(parse_assignments(assignments))
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
         dataset = open_dataset(
             data,

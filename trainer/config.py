@@ -18,7 +18,7 @@ SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         *("total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"),
-        *("preview_per_class", "preview_steps", "sampling"),
+        *("preview_per_class", "preview_steps", "sampling", "tensorboard"),
         *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
         *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
         *("validation_every_images", "stop_after_worse"),
@@ -126,6 +126,8 @@ class TrainConfig(FrozenConfig):
     """Images per class in the sample grid at each checkpoint (times ten for an unconditional model); 0: no grid."""
     preview_steps: int = Field(default=50, ge=2)
     """Respaced steps of the sample grid."""
+    tensorboard: bool = False
+    """Also write the log lines and sample grids for TensorBoard, into the run's folder `tensorboard/`."""
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

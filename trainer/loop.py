@@ -27,6 +27,7 @@ from trainer.log import Window, append_line, cut_log
 from trainer.look_ahead import looking_ahead
 from trainer.objective import MAX_LOSS, Objective, objective_of
 from trainer.optimisation import Optimisation, learning_rate
+from trainer.progress import bar_entries
 from trainer.provenance import git_commit
 from trainer.ranks import OneProcess, Ranks
 from trainer.resume import Origin, find_origin, recovery_hint
@@ -47,6 +48,7 @@ from trainer.run_folder import (
     warn,
 )
 from trainer.state import SavedState, TrainState
+from trainer.tensorboard import Board, open_board
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
 from trainer.validation import Validation, held_out, read_losses, worse_in_a_row
 
@@ -144,12 +146,14 @@ class _Run:
         self._saved_at = 0
         self._window = self._new_window()
         self._bar: tqdm[Any]
+        self._board: Board
 
     def train(self, resume: bool, accept_changed_data: bool) -> Path:
         """Train to the end, and return the folder of the finished checkpoint."""
         config, state = self._config, self._state
         if resume:
             self._restore(accept_changed_data)
+        self._board = open_board(config.tensorboard and self._ranks.main, self._run, state.images_seen)
         if self._ranks.main:
             _begin_files(self._run, config, state.images_seen)
         if self._ranks.main and config.total_images < config.lr_warmup_images:
@@ -236,9 +240,10 @@ class _Run:
         if not math.isfinite(summary["grad_norm"]):
             raise self._diverged("the gradient is not finite")
         if self._ranks.main:
-            self._bar.set_postfix({name: summary[name] for name in window.names})
             line = {"images": self._state.images_seen, "lr": self._lr, **summary}
+            self._bar.set_postfix(bar_entries(line))
             or_warn("line in the log", partial(append_line, self._run / LOG_FILE, line))
+            or_warn("entry in TensorBoard", partial(self._board.scalars, self._state.images_seen, line))
 
     def _new_window(self) -> Window:
         return Window(self._objective.by_quartile, skips=self._optimisation.scaler.is_enabled())
@@ -257,6 +262,7 @@ class _Run:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
                 show = partial(self._objective.write_preview, picture, described, state.ema.weights, self._stop)
                 or_warn(f"sample grid after {state.images_seen} images", show)
+                or_warn("grid in TensorBoard", partial(self._board.grid, state.images_seen, picture))
 
     def _validate(self) -> None:
         """Log the loss on held-out images, keep the best model, and note if the run should end."""

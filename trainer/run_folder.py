@@ -1,11 +1,12 @@
 """The folder of a training run: its layout, and the lock that allows one writer.
 
     train_config.json       the configuration
-    log.jsonl               a line of means every few batches
+    metrics.jsonl           a line of means every few batches
     checkpoints/N/          a checkpoint after N images, with `state/` to resume from
     model/                  the newest checkpoint without `state/`, for the service
     ema/N.safetensors       power-function averages, if the configuration lists some
     samples/N.png           a preview per checkpoint
+    tensorboard/            event files, if the configuration asks for them
     validation.jsonl        a line per validation, if images are held out
     best/                   the model with the lowest loss on held-out images
     .lock                   held by the process that trains
@@ -34,7 +35,9 @@ from formats.leftovers import remove_leftovers
 from trainer.errors import TrainError
 
 TRAIN_CONFIG_FILE = "train_config.json"
-LOG_FILE = "log.jsonl"
+LOG_FILE = "metrics.jsonl"
+OLD_LOG_FILE = "log.jsonl"
+"""Name of the log in earlier versions; renamed when such a run is resumed."""
 LOCK_FILE = ".lock"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -95,6 +98,8 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
             remove_leftovers(path)
         for folder in (run / CHECKPOINTS_FOLDER, run / EMA_FOLDER, run / SAMPLES_FOLDER):
             _remove_halves(folder)
+        if (resume or _began_a_run(run)) and (run / OLD_LOG_FILE).is_file() and not (run / LOG_FILE).exists():
+            (run / OLD_LOG_FILE).rename(run / LOG_FILE)
         yield
 
 

@@ -99,10 +99,10 @@ def test_a_run_continues_with_its_own_configuration(npz: Path, tmp_path: Path) -
 
 def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=20), npz, tmp_path / "run")
-    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"images": 24, "loss": "from a run that was killed after its checkpoint"}\n{"images": 32, "lo')
     train(tiny(total_images=32), npz, tmp_path / "run", resume=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [8, 16, 20, 28, 32]
 
 
@@ -300,7 +300,7 @@ def test_an_unreadable_image_loses_no_training(npz: Path, tmp_path: Path, monkey
         loop.train(resolve(tiny(), dataset), dataset, tmp_path / "run")
     assert caught.value.resume_with == ()
     assert [int(path.name) for path in checkpoints(tmp_path / "run")] == [8]
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["images"] == 8
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["images"] == 8
 
 
 FLAGS = [
@@ -361,7 +361,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     [
         ("model/cat.jpg", "model would be overwritten"),
         ("model/config.json", "model would be overwritten"),
-        ("log.jsonl", "log.jsonl was not written by a run"),
+        ("metrics.jsonl", "metrics.jsonl was not written by a run"),
         ("train_config.json", "train_config.json was not written by a run"),
         ("checkpoints", "checkpoints exists and is not a folder"),
         ("samples/000000000004.png", "samples would be overwritten"),
@@ -384,11 +384,11 @@ def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_pa
     (tmp_path / "run" / ".model.new-1234").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
     (tmp_path / "run" / "train_config.json").write_text(tiny().model_dump_json())
-    (tmp_path / "run" / "log.jsonl").write_text('{"images": 2}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"images": 2}\n')
     assert train(tiny(total_images=4), npz, tmp_path / "run").is_dir()
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["images"] == 4
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["images"] == 4
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        *(".lock", "checkpoints", "log.jsonl", "model", "notes.txt", "samples", "train_config.json")
+        *(".lock", "checkpoints", "metrics.jsonl", "model", "notes.txt", "samples", "train_config.json")
     ]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000004"]
 
@@ -429,10 +429,10 @@ def test_a_run_that_ended_before_writing_its_model_writes_it_on_resume(npz: Path
 
 
 def test_a_log_line_on_a_full_disk_does_not_change_the_log(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
+    log = tmp_path / "metrics.jsonl"
     append_line(log, {"images": 4})
     before = log.read_bytes()
-    with longest_file(len(before) + 3), pytest.raises(OSError, match=r"File too large: .*log\.jsonl"):
+    with longest_file(len(before) + 3), pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
         append_line(log, {"images": 8})
     assert log.read_bytes() == before
 
@@ -450,7 +450,7 @@ def test_errors_of_optional_files_are_warnings(
     monkeypatch.setattr("trainer.preview.preview", fail_without_words)
     train(tiny(total_images=4, log_every_batches=1), npz, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
-    log = tmp_path / "run" / "log.jsonl"
+    log = tmp_path / "run" / "metrics.jsonl"
     assert f"warning: no line in the log: {log}: No space left on device" in lines
     assert "warning: no sample grid after 4 images: MemoryError" in lines
 
@@ -505,3 +505,13 @@ def test_derived_fields_are_refused_with_their_source(npz: Path, assignments: li
 def test_derived_fields_may_be_set_to_their_value(npz: Path) -> None:
     sets = ["--set", "model.num_classes=3", "--set", "model.null_class=true", "--set", "model.learn_sigma=true"]
     assert invoke("--data", str(npz), *FLAGS, *sets, "--dry-run")[0] == 0
+
+
+def test_a_run_of_an_earlier_version_keeps_its_log_under_the_new_name(npz: Path, tmp_path: Path) -> None:
+    train(tiny(total_images=8), npz, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    before = log.read_text()
+    log.rename(tmp_path / "run" / "log.jsonl")
+    train(tiny(total_images=16), npz, tmp_path / "run", resume=True)
+    assert log.read_text().startswith(before)
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -98,7 +98,7 @@ def test_a_run_writes_a_model_a_log_previews_and_its_configuration(npz: Path, tm
     assert config.provenance["images_seen"] == 40
     assert config.provenance["command"] == "iddpm train toy"
     assert config.provenance["data"]["file"] == "toy.npz"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [8, 16, 24, 32, 40]
     assert {"loss", "mse", "vb_bpd", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
@@ -112,7 +112,7 @@ def test_microbatches_average_to_the_complete_batch(npz: Path, tmp_path: Path) -
     logs = []
     for name, size in (("whole", None), ("parts", 2)):
         train(config.replace(microbatch_size=size), npz, tmp_path / name)
-        logs.append(json.loads((tmp_path / name / "log.jsonl").read_text()))
+        logs.append(json.loads((tmp_path / name / "metrics.jsonl").read_text()))
     for term in ("loss", "mse", "vb_bpd", "grad_norm"):
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-3), term
 

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.evaluate_command.SHARD_SIZE", 4)
+    monkeypatch.setattr("cli.evaluate_samples.SHARD_SIZE", 4)
 
 
 @pytest.fixture

@@ -1,0 +1,194 @@
+"""`iddpm evaluate samples`: generate images, and score them against real ones."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cli.errors import fail, needs_extra
+
+if TYPE_CHECKING:
+    from diffusion.config import CheckpointConfig
+    from trainer.evaluation.sample_files import IntArray
+
+SHARD_SIZE = 64
+"""Images that are written at a time."""
+
+
+def samples_command(
+    model: Annotated[Path, typer.Argument(help="Model folder: a checkpoint or an artifact.")],
+    features: Annotated[
+        Path,
+        typer.Option(
+            help="Network that computes features: .onnx, TorchScript (.pt, .ts: contains code, use only files that you "
+            "trust), or torch-fidelity's Inception weights (.pth)."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for samples.npz, results.json, results.md, grid.png.")
+    ],
+    num: Annotated[int, typer.Option(min=2, help="Number of images.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Real images to compare with: a data set, as for `iddpm train`.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Instead of --data: reference npz of guided-diffusion's evaluator.")
+    ] = None,
+    split_baseline: Annotated[
+        Path | None, typer.Option(help="Other real images (another split); --num of them are scored like samples.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")] = None,
+    respacing: Annotated[str | None, typer.Option(help="Respacing instead of --steps, e.g. 'ddim25'.")] = None,
+    sampler: Annotated[str, typer.Option(help="{samplers}.")] = "ancestral",
+    eta: Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
+    ] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
+    ] = None,
+    classes: Annotated[
+        Literal["balanced", "data"],
+        typer.Option(help="Classes of the images: equally often, or as often as in --data."),
+    ] = "balanced",
+    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed; image k is image k of this seed.")] = 0,
+    features_range: Annotated[
+        str, typer.Option(help="Values of black and white in the input of an ONNX or TorchScript network.")
+    ] = "-1,1",
+    features_channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels of a TorchScript network's input; grey images are repeated.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of features of real images. Default: in the user's cache folder.")
+    ] = None,
+) -> None:
+    """Generate images with this project's engine, and score them against real ones.
+
+    Scores: FID, sFID, Inception score, KID, precision and recall, as far as the network's outputs allow.
+    If the command was interrupted, the same command continues it. The service's settings in the environment apply.
+    """
+    with needs_extra("train"):
+        from pydantic import ValidationError
+
+        from cli.threads import limit_torch_threads
+        from formats.checkpoint_config import describe_validation_error
+        from service.errors import ModelError, ServiceError
+        from trainer.evaluation.errors import EvaluationError
+        from trainer.evaluation.extractors import open_extractor
+        from trainer.evaluation.feature_sets import cache_folder
+
+        limit_torch_threads()
+
+    asked = {
+        "steps": steps,
+        "respacing": respacing,
+        "sampler": sampler,
+        "eta": eta,
+        "cfg_scale": cfg_scale,
+        "classifier_scale": classifier_scale,
+    }
+    sampling = {name: value for name, value in asked.items() if value is not None}
+    try:
+        if (data is None) == (reference is None):
+            raise EvaluationError("give either --data or --reference")
+        if classes == "data" and data is None:
+            raise EvaluationError("--classes data needs --data, whose frequencies it takes")
+        extractor = open_extractor(features, value_range=_range(features_range), channels=features_channels)
+        config, numerics_id = _generate(model, out, num, seed, sampling, classes, data)
+        from trainer.evaluation.samples import evaluate_samples
+
+        evaluate_samples(
+            out,
+            config,
+            extractor,
+            data=data,
+            reference=reference,
+            split_baseline=split_baseline,
+            cache=cache or cache_folder(),
+            facts={
+                "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+                "command": shlex.join(["iddpm", *sys.argv[1:]]),
+                "model": str(model),
+                "numerics_id": numerics_id,
+                "sampling": {**sampling, "seed": seed, "classes": classes},
+            },
+        )
+    except ValidationError as error:
+        fail(describe_validation_error(error))
+    except (ServiceError, ModelError, OSError, ValueError) as error:
+        fail(error)
+    typer.echo((out / "results.md").read_text(encoding="utf-8"))
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--features-range must be BLACK,WHITE, for example 0,255; got {text!r}") from error
+    return low, high
+
+
+def _generate(
+    model: Path, out: Path, num: int, seed: int, sampling: dict[str, Any], classes: str, data: Path | None
+) -> tuple[CheckpointConfig, str]:
+    """Generate the images that are missing in a folder; return the model's configuration and numerics_id."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from cli.local_engine import LocalEngine
+    from service.requests.generate_request import MAX_IMAGES
+    from trainer.evaluation.sample_files import SampleFolder
+
+    engine = LocalEngine(model)
+    labels = _labels(engine.config, num, classes, data)
+    plan = {
+        "numerics_id": engine.numerics_id,
+        "seed": seed,
+        "sampling": sampling,
+        "cfg_scale": sampling.get("cfg_scale", engine.config.sampling.cfg_scale),
+        "classes": classes if labels is not None else None,
+    }
+
+    def images_of(group: range) -> list[Any]:
+        images = []
+        for first in range(group.start, group.stop, MAX_IMAGES):
+            part = range(first, min(first + MAX_IMAGES, group.stop))
+            fields = {**sampling, "seed": seed, "image_index": first, "n": len(part)}
+            if labels is not None:
+                fields["class"] = [int(labels[k]) for k in part]
+            images += engine.complete(fields)
+        return images
+
+    first = images_of(range(1))  # refuses wrong options before the folder is made
+    folder = SampleFolder(out, plan, num, SHARD_SIZE)
+    missing = folder.missing()
+    row_steps = first[0].rows * first[0].num_steps
+    initial = num - sum(map(len, missing))
+    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # an image is counted step by step
+    bar = tqdm(total=num, initial=initial, desc="generating", unit="img", dynamic_ncols=True, bar_format=form)
+
+    def progress(rows: int) -> None:
+        bar.update(rows / row_steps)
+
+    with bar:
+        for number, pixels in engine.run(map(images_of, missing), progress):
+            folder.write_shard(missing[number], np.stack(pixels))
+    folder.finish(labels)
+    return engine.config, engine.numerics_id
+
+
+def _labels(config: CheckpointConfig, num: int, classes: str, data: Path | None) -> IntArray | None:
+    from trainer.evaluation.feature_sets import open_real
+    from trainer.evaluation.sample_files import balanced_labels, labels_by_frequency
+
+    count = config.model.num_classes
+    if count is None:
+        return None
+    if classes == "balanced" or data is None:
+        return balanced_labels(num, count)
+    return labels_by_frequency(num, open_real(data, config, labelled=True).labels, count)
