@@ -12,6 +12,7 @@ from cli.export_command import export_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
 from cli.names_in_help import NamesInHelp
+from cli.plot_command import plot_command
 from cli.process_one import let_sigterm_end_process_1
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
@@ -46,6 +47,7 @@ def main(
 
 app.command("train")(train_command)
 app.command("ema")(ema_command)
+app.command("plot")(plot_command)
 app.add_typer(evaluate_app, name="evaluate")
 app.command("serve", cls=NamesInHelp)(serve_command)
 app.command("sample", cls=NamesInHelp)(sample_command)
