@@ -168,15 +168,20 @@ def _generate(
     folder = SampleFolder(out, plan, num, SHARD_SIZE)
     missing = folder.missing()
     row_steps = first[0].rows * first[0].num_steps
-    initial = num - sum(map(len, missing))
-    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # an image is counted step by step
-    bar = tqdm(total=num, initial=initial, desc="generating", unit="img", dynamic_ncols=True, bar_format=form)
-
-    def progress(rows: int) -> None:
-        bar.update(rows / row_steps)
-
+    # Counted in rows computed, shown in images
+    initial = (num - sum(map(len, missing))) * row_steps
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+    bar = tqdm(
+        total=num * row_steps,
+        initial=initial,
+        unit_scale=1 / row_steps,
+        bar_format=form,
+        desc="generating",
+        unit="img",
+        dynamic_ncols=True,
+    )
     with bar:
-        for number, pixels in engine.run(map(images_of, missing), progress):
+        for number, pixels in engine.run(map(images_of, missing), bar.update):
             folder.write_shard(missing[number], np.stack(pixels))
     folder.finish(labels)
     return engine.config, engine.numerics_id

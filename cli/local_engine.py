@@ -76,7 +76,7 @@ class LocalEngine:
         return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize).images)
 
     def run(
-        self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], None]
+        self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], object]
     ) -> Iterator[tuple[int, list[Uint8Array]]]:
         """Generate groups of images, and yield each group when it is complete, with its number.
 

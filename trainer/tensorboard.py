@@ -50,22 +50,22 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise TrainError(f"--tensorboard needs {error.name}: {install_command('train,tensorboard')}") from error
-        self._writer = SummaryWriter(str(folder), purge_step=images_seen + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=images_seen + 1)
 
     def scalars(self, images: int, values: Mapping[str, float]) -> None:
         """Write values; quartiles of a loss come under one heading."""
         for name, value in values.items():
             if name != "images":
-                self._writer.add_scalar(_tag(name), value, images)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]  # a killed run loses nothing
+                self._writer.add_scalar(_tag(name), value, images)
+        self._writer.flush()  # a killed run loses nothing
 
     def grid(self, images: int, png: Path) -> None:
         """Write a PNG file as an image."""
         if png.exists():
             with Image.open(png) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            self._writer.add_image("samples", pixels, images, dataformats="HWC")  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_image("samples", pixels, images, dataformats="HWC")
+            self._writer.flush()
 
 
 def _tag(name: str) -> str:

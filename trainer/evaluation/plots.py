@@ -14,8 +14,11 @@ from trainer.log import QUARTILES
 
 Theme = Literal["light", "dark"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#999999")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
+COLOURS: Mapping[Theme, tuple[str, ...]] = {
+    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8a7f00", "#777777"),
+    "dark": ("#56B4E9", "#E69F00", "#2fc79a", "#e39ac3", "#4f8fe0", "#ff8a3d", "#F0E442", "#bbbbbb"),
+}
+"""Okabe and Ito's colours, which colour-blind readers can tell apart; lighter on a dark background."""
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
 BACKGROUND: Mapping[Theme, str] = {"light": "#ffffff", "dark": "#16181d"}
@@ -54,7 +57,7 @@ def loss_by_quartile(runs: Mapping[str, Sequence[Line]], theme: Theme = "light")
     figure, axes = _panels(2, 2, theme, width=10, height=7)
     for q, axis in enumerate(axes.flat):
         for index, (name, lines) in enumerate(runs.items()):
-            _curve(axis, lines, f"mse_q{q}", name, index)
+            _curve(axis, lines, f"mse_q{q}", name, index, theme)
         _images_axis(axis)
         _logarithmic_y(axis)
         axis.set_title(QUARTER_NAMES[q])
@@ -81,7 +84,7 @@ def training(runs: Mapping[str, Sequence[Line]], theme: Theme = "light") -> byte
     figure, axes = _panels(rows, columns, theme, width=5 * columns, height=3.5 * rows)
     for axis, (key, (title, label, scale)) in zip(axes.flat, used.items(), strict=False):
         for index, (name, lines) in enumerate(runs.items()):
-            _curve(axis, lines, key, name, index)
+            _curve(axis, lines, key, name, index, theme)
         _images_axis(axis)
         if scale == "log":
             _logarithmic_y(axis)
@@ -102,7 +105,7 @@ def vlb_terms(results: Sequence[Results], theme: Theme = "light") -> bytes:
     for index, model in enumerate(models):
         terms = np.array([math.nan if term is None else term for term in model["vb_bpd"]["mean"]])
         label = f"{model['name']}: {model['total_bpd']['mean']:.3f} bits/dim in sum"
-        axis.plot(np.array(model["timesteps"]) + 1, terms, _style(index), color=_colour(index), label=label)
+        axis.plot(np.array(model["timesteps"]) + 1, terms, _style(index), color=_colour(index, theme), label=label)
     axis.set(xscale="log", yscale="log")
     axis.set_xlabel("diffusion step t, from 1 (least noise)")
     axis.set_ylabel("term of the bound (bits/dim)")
@@ -130,7 +133,7 @@ def noise_scale(results: Sequence[Results], theme: Theme = "light") -> bytes:
         low = np.minimum(error, 0.9 * y)  # the logarithmic axis has no zero
         axis.errorbar(
             x, y, (low, error), linestyle=_style(index), marker=MARKERS[index % len(MARKERS)], capsize=4,
-            color=_colour(index), label=label,
+            color=_colour(index, theme), label=label,
         )  # fmt: skip
     axis.set_yscale("log")
     axis.set_xlabel("training images seen")
@@ -157,10 +160,12 @@ def quality_over_compute(content: Mapping[str, Any], theme: Theme = "light") -> 
             points = [(p["flops"], p[measure]) for p in network["points"] if p.get(measure) is not None]
             if not points:
                 continue
-            x, y = zip(*sorted(points), strict=True)
-            spans += [min(x), max(x)]
+            flops, values = zip(*sorted(points), strict=True)
+            spans += [min(flops), max(flops)]
             label = f"{network['channels']} channels ({network['parameters'] / 1e6:.2g} M parameters)"
-            axis.plot(x, y, "-", marker=MARKERS[index % len(MARKERS)], color=_colour(index), label=label)
+            axis.plot(
+                flops, values, "-", marker=MARKERS[index % len(MARKERS)], color=_colour(index, theme), label=label
+            )
         fit = described.get("fit")
         if fit and spans:
             x = np.geomspace(min(spans), max(spans), 100)
@@ -211,19 +216,19 @@ def _png(figure: Any, theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
-def _curve(axis: Any, lines: Sequence[Line], key: str, name: str, index: int) -> None:
+def _curve(axis: Any, lines: Sequence[Line], key: str, name: str, index: int, theme: Theme) -> None:
     """Draw the values of a log, pale, and their running mean."""
     points = [(line["images"], line[key]) for line in lines if key in line]
     if not points:
         return
     x, y = (np.array(values, np.float64) for values in zip(*points, strict=True))
     if key != "lr":
-        axis.plot(x, y, color=_colour(index), alpha=0.25, linewidth=0.8)
+        axis.plot(x, y, color=_colour(index, theme), alpha=0.25, linewidth=0.8)
         sums = np.cumsum(np.concatenate([[0.0], y]))
         last = np.arange(len(y))
         first = last - last // SMOOTHING
         y = (sums[1:] - sums[first]) / (last - first + 1)
-    axis.plot(x, y, _style(index), color=_colour(index), linewidth=1.8, label=name)
+    axis.plot(x, y, _style(index), color=_colour(index, theme), linewidth=1.8, label=name)
 
 
 def _images_axis(axis: Any) -> None:
@@ -237,8 +242,8 @@ def _legend(axis: Any, count: int) -> None:
         axis.legend(fontsize=10)
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def _colour(index: int, theme: Theme) -> str:
+    return COLOURS[theme][index % len(COLOURS[theme])]
 
 
 def _style(index: int) -> str:
