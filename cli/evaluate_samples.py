@@ -98,8 +98,8 @@ def samples_command(
             raise EvaluationError("give either --data or --reference")
         if classes == "data" and data is None:
             raise EvaluationError("--classes data needs --data, whose frequencies it takes")
-        extractor = open_extractor(features, value_range=_range(features_range), channels=features_channels)
-        config, numerics_id = _generate(model, out, num, seed, sampling, classes, data)
+        extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
+        config, numerics_id = generate(model, out, num, seed, sampling, classes, data)
         from trainer.evaluation.samples import evaluate_samples
 
         evaluate_samples(
@@ -125,7 +125,12 @@ def samples_command(
     typer.echo((out / "results.md").read_text(encoding="utf-8"))
 
 
-def _range(text: str) -> tuple[float, float]:
+def read_range(text: str) -> tuple[float, float]:
+    """Read the option --features-range.
+
+    Raises:
+        ValueError: it is not two numbers.
+    """
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError as error:
@@ -133,7 +138,7 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _generate(
+def generate(
     model: Path, out: Path, num: int, seed: int, sampling: dict[str, Any], classes: str, data: Path | None
 ) -> tuple[CheckpointConfig, str]:
     """Generate the images that are missing in a folder; return the model's configuration and numerics_id."""

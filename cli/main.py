@@ -16,6 +16,7 @@ from cli.plot_command import plot_command
 from cli.process_one import let_sigterm_end_process_1
 from cli.sample_command import sample_command
 from cli.serve_command import serve_command
+from cli.study_command import study_app
 from cli.train_command import train_command
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ def main(
 app.command("train")(train_command)
 app.command("ema")(ema_command)
 app.command("plot")(plot_command)
+app.add_typer(study_app, name="study")
 app.add_typer(evaluate_app, name="evaluate")
 app.command("serve", cls=NamesInHelp)(serve_command)
 app.command("sample", cls=NamesInHelp)(sample_command)

@@ -1,0 +1,145 @@
+"""`iddpm study`: experiments over several training runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.errors import fail, needs_extra
+
+if TYPE_CHECKING:
+    from trainer.evaluation.extractors import Extractor
+
+study_app = typer.Typer(no_args_is_help=True, help="Experiments over several training runs.")
+
+
+@study_app.callback()
+def study() -> None:
+    """Experiments over several training runs."""
+
+
+@study_app.command("scaling")
+def scaling_command(
+    preset: Annotated[
+        str, typer.Argument(help="Configuration whose width and learning rate the others are scaled from.")
+    ],
+    data: Annotated[Path, typer.Option(help="Images to train on, as for `iddpm train`.")],
+    reference: Annotated[Path, typer.Option(help="Real images to compare samples with: another split.")],
+    features: Annotated[Path, typer.Option(help="Network that computes features, as for `iddpm evaluate samples`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study.")],
+    images: Annotated[int, typer.Option(min=1, help="Training images per width.")],
+    widths: Annotated[str, typer.Option(help="Channels of the first level, separated by commas.")] = "16,32,64,96",
+    points: Annotated[
+        int,
+        typer.Option(min=1, max=20, help="Evaluations per width, each after twice as many images as the one before."),
+    ] = 4,
+    num: Annotated[int, typer.Option(min=2, help="Images generated per evaluation.")] = 1000,
+    steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 50,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Set a field of the configuration, NAME=VALUE. Can be repeated.")
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Distance of perfect samples, a constant of the power law. Default: that of --num real images."
+        ),
+    ] = None,
+    features_range: Annotated[str, typer.Option(help="As for `iddpm evaluate samples`.")] = "-1,1",
+    features_channels: Annotated[int | None, typer.Option(min=1, help="As for `iddpm evaluate samples`.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="As for `iddpm evaluate samples`.")] = None,
+) -> None:
+    """Measure quality over training compute for several widths, as figure 10 of Improved DDPM.
+
+    Writes results.json and quality_over_compute.png. An interrupted command is continued by the same command.
+    """
+    with needs_extra("train,plots"):
+        import matplotlib as mpl
+        from pydantic import ValidationError
+
+        from cli.evaluate_samples import generate, read_range
+        from cli.threads import limit_torch_threads
+        from cli.train_command import parse_assignments
+        from formats.atomic_file import write_file
+        from formats.checkpoint_config import describe_validation_error
+        from service.errors import ModelError, ServiceError
+        from trainer.data import open_dataset
+        from trainer.decided import split_decided
+        from trainer.errors import Stopped, TrainError
+        from trainer.evaluation.extractors import open_extractor
+        from trainer.evaluation.feature_sets import cache_folder
+        from trainer.evaluation.plots import quality_over_compute
+        from trainer.evaluation.samples import evaluate_samples
+        from trainer.evaluation.scaling import study as run_study
+        from trainer.presets import preset as named_preset
+        from trainer.stop_request import StopRequest
+
+    mpl.use("Agg")
+    limit_torch_threads()
+    stop = StopRequest()
+    command = shlex.join(["iddpm", *sys.argv[1:]])
+    kept = cache or cache_folder()
+    try:
+        extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
+        free, _ = split_decided(parse_assignments(assignments or []))
+        base = named_preset(preset).with_overrides(free)
+        dataset = open_dataset(
+            data, base.model.image_size, base.model.image_channels, base.data, labelled=base.class_conditional
+        )
+        typer.echo(dataset.summary, err=True)
+        constant = limit if limit is not None else _real_distance(data, reference, base, num, extractor, kept)
+
+        def evaluate(model: Path, folder: Path) -> Mapping[str, float]:
+            config, numerics_id = generate(model, folder, num, 0, {"steps": steps}, "balanced", None)
+            facts: dict[str, Any] = {"date": "", "command": command, "model": str(model), "numerics_id": numerics_id}
+            facts["sampling"] = {"steps": steps, "seed": 0}
+            results = evaluate_samples(
+                folder, config, extractor, data=reference, reference=None, split_baseline=None, cache=kept, facts=facts
+            )
+            names = ("frechet_distance", "precision", "recall")
+            return {name: results["results"][0][name] for name in names}
+
+        with stop.on_signals():
+            results = run_study(
+                base,
+                dataset,
+                out,
+                widths=[int(width) for width in widths.split(",")],
+                images=images,
+                count=points,
+                evaluate=evaluate,
+                limits={"frechet_distance": constant},
+                settings={"num": num, "steps": steps, "features": extractor.description, "reference": reference.name},
+                command=command,
+                stop=stop,
+            )
+        write_file(out / "quality_over_compute.png", quality_over_compute(results))
+    except ValidationError as error:
+        fail(describe_validation_error(error))
+    except Stopped:
+        typer.echo("stopped; the same command continues the study", err=True)
+        raise typer.Exit(128 + (stop.signal or 0)) from None
+    except (TrainError, ServiceError, ModelError, OSError, ValueError) as error:
+        fail(error)
+    typer.echo(f"wrote {out / 'results.json'} and {out / 'quality_over_compute.png'}")
+
+
+def _real_distance(data: Path, reference: Path, base: Any, num: int, extractor: Extractor, cache: Path) -> float:
+    """Return the Fréchet distance of real training images to the reference."""
+    import numpy as np
+
+    from diffusion.config import CheckpointConfig
+    from trainer.evaluation.feature_sets import dataset_features, dataset_reference, open_real
+    from trainer.evaluation.metrics import frechet_distance_of, moments
+
+    config = CheckpointConfig(
+        model=base.model, diffusion=base.diffusion, provenance={"train_config": base.model_dump(mode="json")}
+    )
+    count = len(open_real(data, config).labels)
+    chosen = np.sort(np.random.default_rng(0).permutation(count)[:num])
+    real = dataset_features(data, config, extractor, cache, chosen)
+    return frechet_distance_of(dataset_reference(reference, config, extractor, cache).moments, moments(real.features))

@@ -1,0 +1,42 @@
+"""`iddpm study scaling` trains, generates, scores and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests.unit.trainer.evaluation.test_extractors import onnx_means
+
+
+def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        images = rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(12) % 2, classes=np.array(["a", "b"]))
+    sets = [
+        "model.image_size=8", "model.channel_mult=1", "model.attention_resolutions=[]", "batch_size=4",
+        "diffusion.num_timesteps=20", "preview_per_class=0", "preview_steps=2", "precision=float32",
+        "lr_warmup_images=0",
+    ]  # fmt: skip
+    options = [
+        "--data", tmp_path / "train.npz", "--reference", tmp_path / "test.npz", "--out", tmp_path / "study",
+        "--features", onnx_means(tmp_path / "means.onnx", ("n", 1, "h", "w")), "--cache", tmp_path / "cache",
+        "--widths", "32,64", "--images", 8, "--points", 2, "--num", 4, "--steps", 2,
+        *(part for field in sets for part in ("--set", field)),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, ["study", "scaling", "fashion32", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [network["channels"] for network in content["networks"]] == [32, 64]
+    for network in content["networks"]:
+        assert [point["images"] for point in network["points"]] == [4, 8]
+        assert all(point["frechet_distance"] > 0 for point in network["points"])
+    assert (tmp_path / "study" / "quality_over_compute.png").read_bytes().startswith(b"\x89PNG")
+
+    again = CliRunner().invoke(app, ["study", "scaling", "fashion32", *map(str, options), "--num", "6"])
+    assert again.exit_code == 1
+    assert "other num" in " ".join(again.output.split())

@@ -1,0 +1,257 @@
+"""The scaling study of the paper (section 6, figure 10): quality over training compute, for networks of several widths.
+
+Each width trains once, and is evaluated at several numbers of training images. The folder of a study:
+
+    plan.json               what is studied; a study can only be resumed with an equal plan
+    WIDTH/run/              the training run
+    WIDTH/POINT/            evaluation after POINT training images
+    results.json            measures by width and point, written after each evaluation; read by `iddpm plot`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion.config import ModelConfig
+from diffusion.unet import UNet
+from formats.atomic_file import write_file
+from formats.json_files import read_object
+from trainer.config import TrainConfig
+from trainer.data import Dataset
+from trainer.evaluation.errors import EvaluationError
+from trainer.loop import resolve, train
+from trainer.run_folder import MODEL_FOLDER, checkpoints
+
+PLAN_FILE = "plan.json"
+RESULTS_FILE = "results.json"
+MEASURES = {"frechet_distance": "Fréchet distance", "bits_per_dim": "NLL (bits/dim)"}
+"""Labels of the measures that can be plotted; smaller is better."""
+LIMITS = 400
+"""Values of the limit that are tried when a power law is fitted."""
+
+
+class PowerLaw(NamedTuple):
+    """L(C) = limit + (scale * C)^-exponent, the form of figure 10."""
+
+    limit: float
+    scale: float
+    exponent: float
+
+
+def width_config(base: TrainConfig, channels: int, images: int) -> TrainConfig:
+    """Return the configuration of one width, trained on a number of images.
+
+    The learning rate is scaled by sqrt(base / channels), as in the paper, and constant after its warm-up, so that
+    stopping early equals a shorter run. A checkpoint is written only at the end.
+    """
+    scale = math.sqrt(base.model.model_channels / channels)
+    changes: dict[str, Any] = {
+        "model.model_channels": channels,
+        "lr": base.lr * scale,
+        "lr_schedule": "constant",
+        "total_images": images,
+        "checkpoint_every_images": images,
+    }
+    return base.with_overrides(changes)
+
+
+def points_of(images: int, count: int, batch_size: int) -> list[int]:
+    """Return numbers of training images, each about half of the next one, in whole batches; the last is `images`."""
+    points = [math.ceil(images / 2**k / batch_size) * batch_size for k in reversed(range(count))]
+    return sorted(set(points))
+
+
+def training_flops(model: ModelConfig) -> int:
+    """Return the floating-point operations of training on one image: forward and backward pass.
+
+    Multiplications and additions count as two, as in the paper; only matrix products and convolutions are counted.
+    """
+    with torch.device("meta"):
+        network = UNet(model).train()
+        x = torch.zeros(1, model.image_channels, model.image_size, model.image_size)
+        embedded = torch.zeros(1, model.model_channels)
+        y = None if model.num_classes is None else torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            network.forward_emb(x, network.time_embed(embedded), y).sum().backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Return the number of weights of a network."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(model).parameters())
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (compute, loss) with the lowest loss of all that took at most as much compute."""
+    best: list[tuple[float, float]] = []
+    for compute, loss in sorted(points):
+        if not best or loss < best[-1][1]:
+            best.append((compute, loss))
+    return best
+
+
+def fit_power_law(points: Sequence[tuple[float, float]], limit: float | None = None) -> PowerLaw | None:
+    """Fit a power law to points (compute, loss) by least squares of log(loss - limit).
+
+    Args:
+        points: usually those of the `frontier`.
+        limit: the loss of perfect samples, for example the distance of real images; None: fitted, which takes four
+            points; a given one takes three.
+
+    Returns:
+        None if there are too few points above the limit, or the loss does not fall.
+    """
+    compute, loss = np.array(points, np.float64).reshape(-1, 2).T
+    if limit is not None:
+        found = _fit(compute, loss, limit)
+        return None if found is None else found[0]
+    if len(loss) < 4:
+        return None
+    lowest = float(loss.min())
+    span = float(loss.max()) - lowest
+    candidates = lowest - np.geomspace(1e-3, 1e1, LIMITS) * max(span, 1e-12)
+    fits = [fit for value in candidates if value >= 0 and (fit := _fit(compute, loss, float(value))) is not None]
+    return min(fits, key=lambda fit: fit[1])[0] if fits else None
+
+
+def _fit(compute: Any, loss: Any, limit: float) -> tuple[PowerLaw, float] | None:
+    """Return the law with a given limit, and its sum of squares relative to the loss; None: it does not fall."""
+    above = [(c, value - limit) for c, value in zip(compute, loss, strict=True) if value > limit]
+    if len(above) < 3:
+        return None
+    x, y = (np.log(np.array(values)) for values in zip(*above, strict=True))
+    slope, intercept = np.polyfit(x, y, 1)
+    if not slope < 0:
+        return None
+    law = PowerLaw(limit, float(np.exp(np.clip(intercept / slope, -700, 700))), float(-slope))
+    predicted = limit + np.exp(intercept + slope * np.log(np.array(compute)))
+    return law, float(((np.log(predicted) - np.log(np.array(loss))) ** 2).sum())
+
+
+def study(
+    base: TrainConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    widths: Sequence[int],
+    images: int,
+    count: int,
+    evaluate: Callable[[Path, Path], Mapping[str, float]],
+    limits: Mapping[str, float | None],
+    settings: Mapping[str, Any],
+    command: str = "",
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Train and evaluate networks of several widths; continue an interrupted study.
+
+    Args:
+        base: configuration; its width has its learning rate.
+        dataset: to train on.
+        out: folder of the study.
+        widths: channels of the first level.
+        images: training images per width.
+        count: evaluations per width, each after twice as many images as the one before.
+        evaluate: called with a checkpoint and a folder for its files; returns measures by name.
+        limits: limit of the power law by measure; None: fitted.
+        settings: all else that the measures depend on.
+        command: recorded with the results.
+        stop: as for `train`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        EvaluationError: the folder holds another study, or a width is not possible.
+        TrainError, Stopped: as for `train`; the same command continues the study.
+    """
+    points = points_of(images, count, base.batch_size)
+    try:
+        configs = {width: width_config(base, width, points[-1]) for width in widths}
+        networks = {width: resolve(config, dataset).model for width, config in configs.items()}
+        for model in networks.values():
+            parameter_count(model)
+    except ValueError as error:
+        raise EvaluationError(f"--widths {', '.join(map(str, widths))}: {error}") from error
+    plan = {
+        "config": base.model_dump(mode="json"),
+        "data": dataset.description,
+        "widths": list(widths),
+        "points": points,
+        **settings,
+    }
+    _check_plan(out, plan)
+    done: dict[tuple[int, int], dict[str, float]] = {}
+    if (out / RESULTS_FILE).exists():
+        for network in read_object(out / RESULTS_FILE)["networks"]:
+            done |= {(network["channels"], point["images"]): point for point in network["points"]}
+
+    for width in widths:
+        run = out / str(width) / "run"
+        for point in points:
+            if (width, point) in done:
+                continue
+            if _images_seen(run) < point:
+                config = resolve(width_config(base, width, point), dataset)
+                train(config, dataset, run, resume=bool(checkpoints(run)), command=command, stop=stop)
+            measured = evaluate(run / MODEL_FOLDER, out / str(width) / f"{point:012d}")
+            flops = float(point) * training_flops(networks[width])
+            done[width, point] = {"images": point, "flops": flops, **measured}
+            results = _summary(networks, done, limits, command)
+            write_file(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
+    return _summary(networks, done, limits, command)
+
+
+def _images_seen(run: Path) -> int:
+    found = checkpoints(run)
+    return int(found[-1].name) if found else 0
+
+
+def _check_plan(out: Path, plan: Mapping[str, Any]) -> None:
+    path = out / PLAN_FILE
+    plan = json.loads(json.dumps(plan))
+    if path.exists():
+        earlier = read_object(path)
+        if changed := [name for name in {**earlier, **plan} if earlier.get(name) != plan.get(name)]:
+            raise EvaluationError(f"{out} holds a study with other {', '.join(changed)}: use another --out")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EvaluationError(f"{out} is not empty and holds no study: use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(path, f"{json.dumps(plan, indent=2)}\n".encode())
+
+
+def _summary(
+    networks: Mapping[int, ModelConfig],
+    done: Mapping[tuple[int, int], Mapping[str, float]],
+    limits: Mapping[str, float | None],
+    command: str,
+) -> dict[str, Any]:
+    measures: dict[str, Any] = {}
+    for name, label in MEASURES.items():
+        points = [(point["flops"], point[name]) for point in done.values() if name in point]
+        if points:
+            law = fit_power_law(frontier(points), limits.get(name))
+            measures[name] = {"label": label, "fit": None if law is None else law._asdict()}
+    return {
+        "kind": "scaling",
+        "command": command,
+        "measures": measures,
+        "networks": [
+            {
+                "channels": width,
+                "parameters": parameter_count(model),
+                "flops_per_image": training_flops(model),
+                "points": [dict(point) for (channels, _), point in sorted(done.items()) if channels == width],
+            }
+            for width, model in networks.items()
+        ],
+    }
