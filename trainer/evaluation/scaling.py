@@ -176,7 +176,7 @@ def study(
     points = points_of(images, count, base.batch_size)
     try:
         configs = {width: width_config(base, width, points[-1]) for width in widths}
-        networks = {width: resolve(config, dataset).model for width, config in configs.items()}
+        networks = {width: _network(resolve(config, dataset)) for width, config in configs.items()}
         for model in networks.values():
             parameter_count(model)
     except ValueError as error:
@@ -208,6 +208,13 @@ def study(
             results = _summary(networks, done, limits, command)
             write_file(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
     return _summary(networks, done, limits, command)
+
+
+def _network(config: TrainConfig) -> ModelConfig:
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        raise EvaluationError("a scaling study needs the configuration of a diffusion model")
+    return model
 
 
 def _images_seen(run: Path) -> int:
