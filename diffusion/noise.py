@@ -27,6 +27,10 @@ STREAM_STEP: Final = 1
 """The noise that a sampling step adds; the step counts network calls from 0, the noisiest."""
 STREAM_CLASS: Final = 2
 """The class of an image whose request specifies none; the step is 0."""
+STREAM_KEPT: Final = 3
+"""The noise of pixels that are kept from a given image; steps as for `STREAM_STEP`."""
+STREAM_JUMP: Final = 4
+"""The noise of a jump back to a noisier timestep after a step; steps as for `STREAM_STEP`."""
 
 STREAM_TRAINING: Final = 16
 """The noise of a training image; image index and step are the low and high word of its position in the data."""

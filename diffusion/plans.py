@@ -8,21 +8,23 @@ Every sampler here is linear in the predicted x0, in x_t and in the previous x0.
     x_prev = c_x0 * x0 + c_xt * x_t + c_prev * x0_prev
              + (g_var * exp(logvar) + g_const) * grad
              + noise_scale * exp(logvar / 2) * z
+
+`diffusion.chains` derives the plans of chains that begin with a given image, keep a part of it, or encode it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import DiffusionConfig
-from diffusion.respacing import Process, respace
-from diffusion.schedules import FloatArray
+from diffusion.respacing import Process, respace, respace_by_log_snr
+from diffusion.schedules import FloatArray, Schedule, named_betas
 
 PLAN_COLUMNS: Final = (
     "t_model",  # the network's timestep input
@@ -40,8 +42,19 @@ PLAN_COLUMNS: Final = (
 )
 """The columns of `SamplingPlan.table`, in order."""
 
+AFTER_COLUMNS: Final = (
+    "k_x0",  # x_prev of kept pixels from the given image ...
+    "k_noise",  # ... and from noise
+    "r_x",  # RePaint's jump back to a noisier step, from x_prev ...
+    "r_noise",  # ... and from noise; 0 where there is no jump
+    "gives_log_variance",  # 1: the log variance takes the place of x0
+)
+"""The columns of `SamplingPlan.after`, in order: what may follow a line (`diffusion.update.finish_line`)."""
+
 KEPT_PLANS = 512
-"""Number of recent plans in the process's cache, for all models; a plan of 1000 steps takes 56 KB."""
+"""Number of recent plans in the process's cache, for all models; a plan of 1000 steps takes 80 KB."""
+
+FloatTable = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +65,13 @@ class SamplingPlan:
     """float32 [num_steps, 12] in sampling order: line 0 is the first and noisiest step. Read-only."""
     timesteps: npt.NDArray[np.int64]
     """int64 [num_steps]: the training timestep t of each line, 0..T-1."""
+    fresh: FloatTable | None = None
+    """float32 [num_steps, 12]: the lines to use where the previous line's x0 is missing, because a chain begins or
+    arrives by a jump there. None: they are those of `table`, as for samplers that do not read the previous x0."""
+    after: FloatTable | None = None
+    """float32 [num_steps, 5]: see AFTER_COLUMNS. None: no line is followed by anything."""
+    begin: tuple[float, float] = (0.0, 1.0)
+    """(b_given, b_noise): the chain begins at b_given * given + b_noise * z, where z is the noise of x_T."""
 
     def __post_init__(self) -> None:
         if self.timesteps.dtype != np.int64 or self.timesteps.shape != self.table.shape[:1]:
@@ -62,6 +82,11 @@ class SamplingPlan:
             raise ValueError(
                 f"table must be float32 [num_steps, {len(PLAN_COLUMNS)}]; got {self.table.dtype} {self.table.shape}"
             )
+        for name, columns in (("fresh", PLAN_COLUMNS), ("after", AFTER_COLUMNS)):
+            table: FloatTable | None = getattr(self, name)
+            expected = (len(self.table), len(columns))
+            if table is not None and (table.dtype != np.float32 or table.shape != expected):
+                raise ValueError(f"{name} must be float32 {[*expected]}; got {table.dtype} {table.shape}")
 
     @property
     def num_steps(self) -> int:
@@ -71,6 +96,12 @@ class SamplingPlan:
     def column(self, name: str) -> npt.NDArray[np.float32]:
         """Return one column, float32 [num_steps], by its name in `PLAN_COLUMNS`."""
         return self.table[:, PLAN_COLUMNS.index(name)]
+
+    def after_column(self, name: str) -> FloatTable:
+        """Return one column of `after`, float32 [num_steps], by its name in `AFTER_COLUMNS`; zeros without `after`."""
+        if self.after is None:
+            return np.zeros(self.num_steps, dtype=np.float32)
+        return self.after[:, AFTER_COLUMNS.index(name)]
 
 
 def build_plan(
@@ -100,11 +131,27 @@ def _cached_plan(diffusion: DiffusionConfig, sampler: str, spec: str, eta: float
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
     entry = SAMPLERS[sampler]
-    if entry.takes_eta:
-        return entry.plan(diffusion, spec, eta=eta, clip=clip)
-    if eta != 0.0:
+    if eta != 0.0 and not entry.takes_eta:
         raise ValueError(f"eta must be 0 for sampler {sampler!r}, which does not use it; got {eta}")
-    return entry.plan(diffusion, spec, clip=clip)
+    options = {"eta": eta} if entry.takes_eta else {}
+    plan = entry.plan(diffusion, spec, clip=clip, **options)
+    return replace(plan, after=_levels_after(diffusion, plan))
+
+
+def alphas_cumprod(diffusion: DiffusionConfig) -> FloatArray:
+    """Return abar of the training timesteps, float64 [T]."""
+    return Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps)).alphas_cumprod
+
+
+def _levels_after(diffusion: DiffusionConfig, plan: SamplingPlan) -> FloatTable:
+    """Return the `after` of a sampler's plan: kept pixels are at the noise level at which each line ends."""
+    abar_prev = np.append(alphas_cumprod(diffusion)[plan.timesteps[1:]], 1.0)
+    after = np.zeros((plan.num_steps, len(AFTER_COLUMNS)), dtype=np.float32)
+    after[:, AFTER_COLUMNS.index("k_x0")] = np.sqrt(abar_prev)
+    after[:, AFTER_COLUMNS.index("k_noise")] = np.sqrt(1.0 - abar_prev)
+    after[:, AFTER_COLUMNS.index("r_x")] = 1.0
+    after.setflags(write=False)
+    return after
 
 
 def ancestral_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
@@ -177,6 +224,100 @@ def ddim_plan(diffusion: DiffusionConfig, spec: str, eta: float, clip: bool = Tr
     )
 
 
+def dpm_solver_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True, *, adds_noise: bool) -> SamplingPlan:
+    """Plan DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2), or its SDE form (appendix B there).
+
+    The second order uses the previous x0. The first line is of first order, because it has none, and so is the last,
+    which returns x0. Classifier guidance shifts x0 as for DDIM. The shift is of first order: the previous x0, which is
+    stored without guidance, is taken to have the same one.
+
+    Args:
+        diffusion: the process the network was trained for; its kind of variance is not used.
+        spec: `"20"`: at most 20 timesteps, uniform in log-SNR, see `respace_by_log_snr`; any other respacing of
+            `space_timesteps` as there.
+        clip: whether x0 is clamped to [-1, 1].
+        adds_noise: whether to plan the SDE form.
+
+    Raises:
+        ValueError: a spec that cannot be met.
+    """
+    process = respace_by_log_snr(diffusion, spec)
+    abar, abar_prev = process.schedule.alphas_cumprod, process.schedule.alphas_cumprod_prev
+    half_log_snr = 0.5 * np.log(abar / (1.0 - abar))  # lambda
+    h = np.append(np.inf, -np.diff(half_log_snr))  # lambda grows by h in a step
+    deviation = np.sqrt(1.0 - abar_prev)
+    power = 2.0 if adds_noise else 1.0
+    first_order = np.sqrt(abar_prev) * -np.expm1(-power * h)
+    columns = {
+        "c_xt": deviation / np.sqrt(1.0 - abar) * (np.exp(-h) if adds_noise else 1.0),
+        "noise_scale": deviation * np.sqrt(-np.expm1(-2.0 * h)) if adds_noise else np.zeros_like(h),
+        "g_const": first_order * (1.0 - abar) / np.sqrt(abar),
+    }
+    extrapolated = np.zeros_like(h)  # part of the difference of the last two x0 that is added
+    extrapolated[1:-1] = h[1:-1] / (2.0 * h[2:])
+    fresh = _plan(diffusion, process, clip, c_x0=first_order, **columns)
+    plan = _plan(
+        diffusion,
+        process,
+        clip,
+        c_x0=first_order * (1.0 + extrapolated),
+        c_prev=-first_order * extrapolated,
+        **columns,
+    )
+    return replace(plan, fresh=fresh.table)
+
+
+def ddim_encoding_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> SamplingPlan:
+    """Plan the deterministic encoding of images: DDIM backwards (Song et al. 2021, arXiv:2010.02502, section 4.3).
+
+    As in OpenAI's released code, timesteps go up and the image is taken to be x at the first one; the last line leads
+    to eps itself, where abar is 0. Without that line, `ddim_plan` leads back.
+
+    Args:
+        diffusion: the process the network was trained for.
+        spec: respacing, see `space_timesteps`.
+        clip: whether x0 is clamped to [-1, 1].
+
+    Raises:
+        ValueError: a spec that cannot be met.
+    """
+    process = respace(diffusion, spec)
+    abar = process.schedule.alphas_cumprod
+    abar_next = np.append(abar[1:], 0.0)
+    c_x0 = np.sqrt(abar_next) - np.sqrt(1.0 - abar_next) / np.sqrt(1.0 / abar - 1.0)
+    plan = _plan(
+        diffusion,
+        process,
+        clip,
+        c_x0=c_x0,
+        c_xt=np.sqrt((1.0 - abar_next) / (1.0 - abar)),
+        g_const=c_x0 * (1.0 - abar) / np.sqrt(abar),
+    )
+    return SamplingPlan(plan.table[::-1], plan.timesteps[::-1])
+
+
+def raw_plan(diffusion: DiffusionConfig, timestep: int) -> SamplingPlan:
+    """Plan one network call at a training timestep: x_prev is the network's prediction, x0 its log variance.
+
+    The log variance is that of the chain of all training timesteps.
+    """
+    process = respace(diffusion)
+    lv_min, lv_max = _log_variance_bounds(diffusion, process)
+    line = {
+        "t_model": process.t_model[timestep],
+        "a_out": 1.0,
+        "clip": np.inf,
+        "c_x0": 1.0,
+        "lv_min": lv_min[timestep],
+        "lv_max": lv_max[timestep],
+    }
+    table = np.array([[line.get(name, 0.0) for name in PLAN_COLUMNS]], dtype=np.float32)
+    after = np.array([[float(name in ("r_x", "gives_log_variance")) for name in AFTER_COLUMNS]], dtype=np.float32)
+    for array in (table, after):
+        array.setflags(write=False)
+    return SamplingPlan(table, process.timestep_map[[timestep]], after=after, begin=(1.0, 0.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """A sampler that can be asked for by name."""
@@ -185,11 +326,15 @@ class Sampler:
     """Builds its plan from the process and the spec, and from the keywords clip and, if it takes that, eta."""
     takes_eta: bool = False
     """Whether it has the choice eta."""
+    recommended_steps: tuple[int, int] = (50, 250)
+    """The least and the most steps that make sense."""
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ancestral": Sampler(plan=ancestral_plan),
     "ddim": Sampler(plan=ddim_plan, takes_eta=True),
+    "dpm++": Sampler(plan=partial(dpm_solver_plan, adds_noise=False), recommended_steps=(10, 25)),
+    "sde-dpm++": Sampler(plan=partial(dpm_solver_plan, adds_noise=True), recommended_steps=(15, 50)),
 }
 """By the name in requests. API, command line and page list what is here."""
 

@@ -104,7 +104,29 @@ def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
     Raises:
         ValueError: a spec that `space_timesteps` rejects, or one that keeps fewer than 2 steps.
     """
-    timestep_map = space_timesteps(diffusion.num_timesteps, spec)
+    return _keep(diffusion, space_timesteps(diffusion.num_timesteps, spec), spec)
+
+
+def respace_by_log_snr(diffusion: DiffusionConfig, spec: str) -> Process:
+    """Build the process of a multistep solver: for a number N, timesteps uniform in log(abar / (1 - abar)).
+
+    N values from the noisiest timestep's to the least noisy one's are rounded to the nearest timestep. Where several
+    are the same one, it is kept once, so that there may be fewer than N (Lu et al. 2022, arXiv:2206.00927,
+    section 3.4, for the spacing). Other specs are those of `respace`.
+
+    Raises:
+        ValueError: as `respace`.
+    """
+    kept = space_timesteps(diffusion.num_timesteps, spec)
+    if re.fullmatch(r"[0-9]+", spec):
+        abar = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps)).alphas_cumprod
+        log_snr = np.log(abar / (1.0 - abar))
+        wanted = np.linspace(log_snr[-1], log_snr[0], len(kept))
+        kept = np.unique(np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1)).astype(np.int64)
+    return _keep(diffusion, kept, spec)
+
+
+def _keep(diffusion: DiffusionConfig, timestep_map: IntArray, spec: str) -> Process:
     if len(timestep_map) < MIN_STEPS:
         raise ValueError(f"respacing must keep at least {MIN_STEPS} steps; {quoted(spec)} keeps {len(timestep_map)}")
     base = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps))

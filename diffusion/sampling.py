@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from diffusion.config import ModelConfig
 from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.network_inputs import NetworkInputs
-from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
+from diffusion.noise import STREAM_JUMP, STREAM_KEPT, STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan
 from diffusion.update import Gradient, Network, Step, sample_loop, to_uint8
 
@@ -46,6 +46,10 @@ class ImageSpec:
     """Classifier-free guidance; 1 = off."""
     classifier_scale: float = 0.0
     """Classifier guidance; 0 = off."""
+    given: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """Image or latent [C, H, W] that the plan begins with, or of which `mask` keeps some pixels."""
+    mask: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """1 where pixels are made, 0 where those of `given` are kept, [1 or C, H, W]; None: all are made."""
 
 
 class ClassGradient(Protocol):
@@ -87,6 +91,20 @@ def sample_images(
     Returns:
         uint8 [N, H, W, C]; an image that overflowed is black.
     """
+    return to_uint8(sample_values(network, plan, specs, on_step, gradient=gradient, xp=xp, device=device))
+
+
+def sample_values(
+    network: ClassNetwork,
+    plan: SamplingPlan,
+    specs: list[ImageSpec],
+    on_step: Callable[[int, Step[Any]], None] | None = None,
+    *,
+    gradient: ClassGradient | None = None,
+    xp: Any = torch,
+    device: Any = "cpu",
+) -> Any:
+    """Return what `sample_images` converts to pixels: images, latents or predictions, float32 [N, C, H, W]."""
     count = len(specs)
     if count == 1:
         specs = specs * 2  # a CPU's convolutions may round a batch of one differently
@@ -98,6 +116,10 @@ def sample_images(
     def noise(step: int, stream: int) -> Any:
         return normal(seeds, indices, xp.full_like(seeds, step), stream, shape)
 
+    def stacked(arrays: list[npt.NDArray[np.float32] | None], absent: float) -> Any:
+        rows = [np.broadcast_to(np.float32(absent) if array is None else array, shape) for array in arrays]
+        return xp.asarray(np.stack(rows), device=device)
+
     x = sample_loop(
         guided_network(network, specs, xp, device),
         plan,
@@ -105,8 +127,12 @@ def sample_images(
         lambda step: noise(step, STREAM_STEP),
         gradient=None if gradient is None else _guiding(gradient, specs, xp, device),
         on_step=on_step,
+        given=None if all(spec.given is None for spec in specs) else stacked([spec.given for spec in specs], 0.0),
+        mask=None if all(spec.mask is None for spec in specs) else stacked([spec.mask for spec in specs], 1.0),
+        kept_noise=lambda step: noise(step, STREAM_KEPT),
+        jump_noise=lambda step: noise(step, STREAM_JUMP),
     )
-    return to_uint8(x)[:count]
+    return x[:count]
 
 
 def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: Any) -> Gradient[Any]:

@@ -72,8 +72,8 @@ def test_it_samples_over_kserve(address: str) -> None:
 def test_the_document_and_the_messages_name_it(address: str) -> None:
     document = httpx.get(f"http://{address}/openapi.json").json()
     sampler = document["components"]["schemas"]["GenerateRequest"]["properties"]["sampler"]
-    assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "toy"]
+    assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "dpm++", "sde-dpm++", "toy"]
     refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"})
-    assert 'must be "ancestral", "ddim" or "toy"; got "euler"' in refused.json()["detail"]
+    assert 'must be "ancestral", "ddim", "dpm++", "sde-dpm++" or "toy"; got "euler"' in refused.json()["detail"]
     refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5})
     assert 'is valid only with sampler "ddim"; sampler is "toy"' in refused.json()["detail"]

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.arrays import to_numpy
 from diffusion.config import DiffusionConfig
-from diffusion.plans import SamplingPlan, ancestral_plan, ddim_plan
+from diffusion.plans import SamplingPlan, ancestral_plan, ddim_encoding_plan, ddim_plan
 from diffusion.update import PlanRows, advance, split_output
 from tests import golden
 from tests.kinds import KINDS, Kind, of_kind, on_kind
@@ -99,3 +99,17 @@ def test_a_ddim_step_equals_the_reference(case: dict[str, Any], eta: str, kind: 
     step = advance(rows, inputs.x_t, zeros, inputs.out, inputs.var_values, noise, zeros)
 
     assert _relative_error(step.x_prev, f"{key}.ddim{eta}.sample") < golden.DDIM_TOLERANCE
+
+
+@KINDS
+@CASES
+def test_a_step_of_the_encoding_equals_the_reference(case: dict[str, Any], kind: Kind) -> None:
+    key = case["key"]
+    inputs = _inputs(case, kind)
+    plan = ddim_encoding_plan(inputs.diffusion, case["respacing"], case["clip_denoised"])
+    rows = PlanRows.from_lines(of_kind(kind, plan.table)[inputs.t])  # its lines go up
+    np.testing.assert_array_equal(to_numpy(rows.t_model), to_numpy(inputs.t_model).reshape(-1, 1, 1, 1))
+    zeros = 0 * inputs.x_t
+    step = advance(rows, inputs.x_t, zeros, inputs.out, inputs.var_values, zeros, zeros)
+
+    assert _relative_error(step.x_prev, f"{key}.ddim_reverse.sample") < golden.DDIM_TOLERANCE

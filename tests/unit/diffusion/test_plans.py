@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.config import DiffusionConfig
-from diffusion.plans import PLAN_COLUMNS, SamplingPlan, ancestral_plan, build_plan, ddim_plan
-from diffusion.respacing import respace, space_timesteps
+from diffusion.plans import (
+    PLAN_COLUMNS,
+    SamplingPlan,
+    alphas_cumprod,
+    ancestral_plan,
+    build_plan,
+    ddim_plan,
+    dpm_solver_plan,
+)
+from diffusion.respacing import respace, respace_by_log_snr, space_timesteps
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -147,6 +155,62 @@ def test_samplers_converge_to_the_data_distribution(eta: float | None, mean: flo
     assert errors == sorted(errors, reverse=True) or max(errors) < 1e-3
 
 
+@pytest.mark.parametrize("adds_noise", [False, True])
+@given(diffusions, st.one_of(steps.map(str), st.sampled_from(["ddim25", "5,10", ""])))
+def test_a_dpm_solver_s_step_leads_from_one_noise_level_to_the_next(
+    adds_noise: bool, diffusion: DiffusionConfig, spec: str
+) -> None:
+    # With one x0 throughout, x_prev must be distributed as q(x_{t-1} | x_0), as for the other samplers
+    plan = dpm_solver_plan(diffusion, spec, adds_noise=adds_noise)
+    abar = alphas_cumprod(diffusion)[plan.timesteps]
+    abar_prev = np.append(abar[1:], 1.0)
+    assert plan.fresh is not None
+    for table in (plan.table, plan.fresh):
+        lines = dict(zip(PLAN_COLUMNS, table.T.astype(np.float64), strict=True))
+        scale = 1e-6 * (1 + np.abs(lines["c_prev"]))
+        mean = lines["c_x0"] + lines["c_prev"] + lines["c_xt"] * np.sqrt(abar)
+        assert (np.abs(mean - np.sqrt(abar_prev)) < scale).all()
+        np.testing.assert_allclose(
+            lines["c_xt"] ** 2 * (1 - abar) + lines["noise_scale"] ** 2, 1 - abar_prev, atol=2e-6
+        )
+    first, last = plan.table[0], dict(zip(PLAN_COLUMNS, plan.table[-1].tolist(), strict=True))
+    np.testing.assert_array_equal(first, plan.fresh[0])
+    assert (last["c_x0"], last["c_xt"], last["c_prev"], last["noise_scale"]) == (1, 0, 0, 0)
+    assert (plan.column("noise_scale")[:-1] > 0).all() == adds_noise
+
+
+@given(diffusions, steps)
+def test_a_dpm_solver_s_own_timesteps_are_even_in_log_snr(diffusion: DiffusionConfig, num_steps: int) -> None:
+    kept = respace_by_log_snr(diffusion, str(num_steps)).timestep_map
+    assert len(kept) <= num_steps
+    assert (kept[0], kept[-1]) == (0, diffusion.num_timesteps - 1)
+    assert (np.diff(kept) > 0).all()
+    abar = alphas_cumprod(diffusion)
+    log_snr = np.log(abar / (1 - abar))
+    grid = np.append(np.abs(np.diff(log_snr)), 0)
+    gaps = -np.diff(log_snr[kept])
+    even = (log_snr[0] - log_snr[-1]) / (num_steps - 1)
+    # Each of the two ends was rounded to the grid, by at most half of a neighbouring interval
+    nearby = np.maximum(grid, np.append(0, grid[:-1]))[kept]
+    assert (gaps <= even + (nearby[1:] + nearby[:-1]) / 2 + 1e-9).all()
+
+
+def test_a_dpm_solver_needs_fewer_steps() -> None:
+    def error(plan: SamplingPlan, mean: float = 0.4, deviation: float = 0.3) -> float:
+        """Of the deviation, where the exact denoiser samples N(mean, deviation^2): all lines are linear in x_t, x0."""
+        abar = alphas_cumprod(KNOWS_X0)[plan.timesteps]
+        x, x0 = np.array([0.0, 1.0]), np.zeros(2)  # constant part, and factor of x_T
+        for k in range(plan.num_steps):
+            line = dict(zip(PLAN_COLUMNS, plan.table[k].tolist(), strict=True))
+            gain = deviation**2 * np.sqrt(abar[k]) / (deviation**2 * abar[k] + 1 - abar[k])
+            found = gain * x + [mean - gain * np.sqrt(abar[k]) * mean, 0]
+            x, x0 = line["c_x0"] * found + line["c_xt"] * x + line["c_prev"] * x0, found
+        return abs(float(x[1]) - deviation)
+
+    for steps in ("10", "20"):
+        assert error(build_plan(KNOWS_X0, "dpm++", steps)) < 0.5 * error(build_plan(KNOWS_X0, "ddim", steps))
+
+
 @given(steps)
 def test_learned_range_lies_between_the_posterior_variance_and_beta(num_steps: int) -> None:
     schedule = respace(COSINE, str(num_steps)).schedule
@@ -205,7 +269,7 @@ def test_a_plan_is_built_by_the_name_of_its_sampler() -> None:
 
 
 def test_invalid_plans_are_refused() -> None:
-    with pytest.raises(ValueError, match="sampler must be one of ancestral, ddim; got 'euler'"):
+    with pytest.raises(ValueError, match=r"sampler must be one of ancestral, ddim, dpm\+\+, sde-dpm\+\+; got 'euler'"):
         build_plan(LINEAR, "euler", "10")
     with pytest.raises(ValueError, match="eta must be 0 for sampler 'ancestral'"):
         build_plan(LINEAR, "ancestral", "10", eta=0.5)
