@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,7 @@ CONDITIONAL = MEAN[1] + SLOPE * (KNOWN - MEAN[0]), (COVARIANCE[1, 1] - SLOPE * C
 """Mean and deviation of the second pixel, given the first."""
 
 
+@cache
 def gain(timestep: int) -> npt.NDArray[np.float64]:
     """Return the matrix G of E[x0 | x_t] = mean + G (x_t - sqrt(abar) mean)."""
     abar = ABAR[timestep]
@@ -238,7 +240,7 @@ def exact(x_t: Array, t: Array) -> Array:
 def moments(plan: SamplingPlan) -> tuple[float, float]:
     """Return mean and deviation of the made pixel in closed form: with the exact denoiser, each line is linear."""
     mean, covariance, made = np.zeros(2), np.eye(2), np.diag([0.0, 1.0])
-    for k, timestep in enumerate(plan.timesteps):
+    for k, timestep in enumerate(plan.timesteps.tolist()):
         line = dict(zip(PLAN_COLUMNS, plan.table[k].tolist(), strict=True))
         after = dict(zip(AFTER_COLUMNS, (0, 0, 0, 0) if plan.after is None else plan.after[k].tolist(), strict=True))
         step = line["c_x0"] * gain(timestep) + line["c_xt"] * np.eye(2)
