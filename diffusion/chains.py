@@ -19,6 +19,7 @@ import numpy as np
 from diffusion.config import DiffusionConfig
 from diffusion.plans import (
     AFTER_COLUMNS,
+    KEPT_PLANS,
     PLAN_COLUMNS,
     SamplingPlan,
     alphas_cumprod,
@@ -62,7 +63,7 @@ class Chain:
 
 
 def build_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
-    """Build the plan of a chain. Recent plans are cached and shared; they are read-only.
+    """Build the plan of a chain. The last `KEPT_PLANS` are cached and shared; they are read-only.
 
     Raises:
         ValueError: as `build_plan`; a strength, timestep or jump out of range; fields that exclude each other.
@@ -70,7 +71,7 @@ def build_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
     return _cached_chain(diffusion, chain)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT_PLANS)
 def _cached_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
     _check(diffusion, chain)
     if chain.kind == "denoise":
@@ -128,6 +129,8 @@ def _check(diffusion: DiffusionConfig, chain: Chain) -> None:
 
 def _begun(diffusion: DiffusionConfig, plan: SamplingPlan, chain: Chain) -> SamplingPlan:
     """Return the plan from the line at which the chain begins, with its jumps."""
+    if chain.strength in (None, 1.0) and chain.timestep is None and not chain.from_latent and chain.resample is None:
+        return plan
     first, begin = 0, (0.0, 1.0)
     if chain.from_latent or chain.timestep is not None:
         first = 0 if chain.timestep is None else nearest_line(plan, chain.timestep)
