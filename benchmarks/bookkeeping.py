@@ -92,6 +92,10 @@ class NullRunner:
         """Return pixels of the smallest size."""
         return Later(lambda: np.zeros((len(slots), 1, 1, 1), dtype=np.uint8))
 
+    def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
+        """Return values of the smallest size."""
+        return Later(lambda: np.zeros((len(slots), 2 if both else 1, 1, 1), dtype=np.float32))
+
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Return pixels of the smallest size."""
         return self.read(slots)

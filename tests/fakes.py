@@ -201,6 +201,10 @@ class CountingRunner:
         pixels = np.array([[[[self.steps[slot] % 256]]] for slot in slots], dtype=np.uint8)
         return Later(lambda: pixels)
 
+    def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
+        values = np.array([[[[self.steps[slot]]]] * (2 if both else 1) for slot in slots], dtype=np.float32)
+        return Later(lambda: values)
+
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         pixels = self.read(slots).wait() + np.uint8(100)
         return Later(lambda: pixels)

@@ -18,9 +18,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
@@ -265,10 +264,10 @@ class Engine:
 
     def _report(self, step: SettledStep) -> list[ImageResult]:
         outcome, left, shown = step.end
-        pixels = {} if shown.pixels is None else dict(zip(shown.done, shown.pixels.wait(), strict=True))
+        outputs = {} if shown.outputs is None else dict(zip(shown.done, shown.outputs.wait(), strict=True))
         self._forget(left, outcome.failures)
         self._learn(step)
-        results = [self._result(image, step.ended, pixels.get(image), _reason(image, outcome)) for image in left]
+        results = [self._result(image, step.ended, outputs.get(image), _reason(image, outcome)) for image in left]
         self._counts.failed(results)
         return results
 
@@ -315,15 +314,17 @@ class Engine:
         self,
         image: Image,
         ended: float,
-        pixels: npt.NDArray[np.uint8] | None = None,
+        output: npt.NDArray[Any] | None = None,
         failure: FailureReason | None = None,
     ) -> ImageResult:
         started = image.started_at
+        done = {image.params.output: output} if image.status is ImageStatus.DONE else {}
         return ImageResult(
             request_id=image.request_id,
             position=image.position,
             status=image.status,
-            pixels=pixels if image.status is ImageStatus.DONE else None,
+            pixels=done.get("pixels"),
+            values=done.get("values"),
             failure=failure,
             queue_s=(ended if started is None else started) - image.submitted_at,
             compute_s=0.0 if started is None else ended - started,

@@ -11,20 +11,33 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.chains import Chain
+
 FailureReason = Literal["not_finite", "error", "out_of_memory"]
 """Reason of a failed image: its numbers overflowed, the network raised, or it did not fit in memory even alone."""
 FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanKey:
-    """Key of a sampling plan for a given model; images with equal keys share the plan's lines."""
+PlanKey = Chain
+"""Key of a sampling plan for a given model; images with equal keys share the plan's lines."""
 
-    sampler: str
-    """A name in `diffusion.plans.SAMPLERS`."""
-    spec: str
-    """Respacing, see `diffusion.respacing.space_timesteps`."""
-    eta: float = 0.0
+Output = Literal["pixels", "values"]
+"""What an image becomes: uint8 pixels, or the float32 values of the chain's end (of a raw call: its outputs)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GivenArrays:
+    """Arrays of an image from outside, in host memory; the images of a request share them."""
+
+    image: npt.NDArray[np.float32] = field(repr=False)
+    """Image or latent [C, H, W] that the chain begins with, in the units where data spans [-1, 1]; finite."""
+    mask: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    """1 where pixels are made, 0 where those of `image` are kept, [1, H, W]; None: all are made."""
+
+    @cached_property
+    def keep(self) -> npt.NDArray[np.float32] | None:
+        """How much of each given pixel is kept, [1, H, W]; None without a mask."""
+        return None if self.mask is None else 1 - self.mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,18 @@ class ImageParams:
     """None for an unconditional model, unless a classifier guides it."""
     cfg_scale: float = 1.0
     classifier_scale: float = 0.0
+    given: GivenArrays | None = None
+    output: Output = "pixels"
+
+    @cached_property
+    def has_mask(self) -> bool:
+        """Return whether some pixels may be kept."""
+        return self.given is not None and self.given.mask is not None
+
+    @cached_property
+    def has_finish(self) -> bool:
+        """Return whether lines of its plan are followed by more than the next one: kept pixels, jumps."""
+        return self.has_mask or self.plan.resample is not None
 
     @cached_property
     def rows(self) -> int:
@@ -285,7 +310,10 @@ class ImageResult:
     position: int
     status: ImageStatus
     pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
-    """uint8 [H, W, C] if status is DONE, else None."""
+    """uint8 [H, W, C] if status is DONE and the output is pixels, else None."""
+    values: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    """float32 [C, H, W] if status is DONE and the output is values, else None. Of a raw call: prediction and log
+    variance, [2 * C, H, W]."""
     failure: FailureReason | None = None
     """Set if status is FAILED."""
     queue_s: float = 0.0

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from diffusion.arrays import A, to_numpy
 from diffusion.config import ModelConfig
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, STREAM_X_T, check_range, normal
-from service.engine.request import ImageParams
+from diffusion.update import begun
+from service.engine.request import GivenArrays, ImageParams
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class SavedSlot:
 
     x: npt.NDArray[np.float32]
     x0: npt.NDArray[np.float32]
+    given: GivenArrays | None
+    """The image's own arrays, if it has a mask."""
 
 
 class SlotTable(Generic[A]):
@@ -48,19 +51,39 @@ class SlotTable(Generic[A]):
         """x_t."""
         self.x0: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
         """The previous step's predicted x0, for multistep solvers."""
+        self.given: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
+        """Given images. Those of slots whose image has no mask have no meaning."""
+        self.keep: A = self._zeros((num_slots + 1, 1, *self.image_shape[1:]), xp.float32)
+        """How much of each given pixel is kept; as for `given`."""
+        self._masked: dict[int, GivenArrays] = {}
+        """The arrays in `given` and `keep`, by slot."""
 
     def integers(self, values: Sequence[int]) -> A:
         """Copy integers to the device, as int64 [n]."""
         return self.send(np.array(values, dtype=np.int64))
 
-    def start(self, slots: Sequence[int], params: Sequence[ImageParams]) -> None:
-        """Initialize slots of new images: x_T is a function of seed and image index."""
+    def start(self, slots: Sequence[int], params: Sequence[ImageParams], begins: Sequence[tuple[float, float]]) -> None:
+        """Initialize slots of new images: x_T is a function of seed and image index, and of a given image.
+
+        Args:
+            slots: their slots.
+            params: their parameters.
+            begins: `SamplingPlan.begin` of each.
+
+        Raises:
+            ValueError: a chain begins with a given image, and there is none, or one of another shape.
+        """
         seeds, image_indices = [p.seed for p in params], [p.image_index for p in params]
         check_range("seed", min(seeds), max(seeds), MAX_SEED)
         check_range("image_index", min(image_indices), max(image_indices), MAX_IMAGE_INDEX)
         index = self.integers(slots)
         step = self._zeros((len(slots),), self._xp.int64)
-        self.x[index] = normal(self.integers(seeds), self.integers(image_indices), step, STREAM_X_T, self.image_shape)
+        x = normal(self.integers(seeds), self.integers(image_indices), step, STREAM_X_T, self.image_shape)
+        for k, (p, begin) in enumerate(zip(params, begins, strict=True)):
+            if begin[0] != 0:
+                x[k] = begun(begin, self.send(self._image(p.given)), x[k])
+        self._put_masked(slots, [p.given if p.has_mask else None for p in params])
+        self.x[index] = x
         self.x0[index] = self._zeros((len(slots), *self.image_shape), self._xp.float32)
 
     def save(self, slots: Sequence[int]) -> list[SavedSlot]:
@@ -68,13 +91,29 @@ class SlotTable(Generic[A]):
         index = self.integers(slots)
         x, x0 = to_numpy(self.x[index]), to_numpy(self.x0[index])
         # Copies: a view would keep the memory of all images that were saved together
-        return [SavedSlot(x[k].copy(), x0[k].copy()) for k in range(len(slots))]
+        return [SavedSlot(x[k].copy(), x0[k].copy(), self._masked.get(slot)) for k, slot in enumerate(slots)]
 
     def load(self, slots: Sequence[int], saved: Sequence[SavedSlot]) -> None:
         """Restore what `save` returned, bit for bit; the slots may differ from the original ones."""
         index = self.integers(slots)
         self.x[index] = self.send(np.stack([state.x for state in saved]))
         self.x0[index] = self.send(np.stack([state.x0 for state in saved]))
+        self._put_masked(slots, [state.given for state in saved])
+
+    def _put_masked(self, slots: Sequence[int], arrays: Sequence[GivenArrays | None]) -> None:
+        """Copy the given images and masks of some images into their slots; forget those of the others."""
+        for slot, given in zip(slots, arrays, strict=True):
+            self._masked.pop(slot, None)
+            if given is not None and given.keep is not None:
+                self.given[slot] = self.send(self._image(given))
+                self.keep[slot] = self.send(given.keep)
+                self._masked[slot] = given
+
+    def _image(self, given: GivenArrays | None) -> npt.NDArray[np.float32]:
+        if given is None or given.image.shape != self.image_shape:
+            shape = "none" if given is None else given.image.shape
+            raise ValueError(f"the given image must be {self.image_shape}; got {shape}")
+        return given.image
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> A:
         array: A = self._xp.zeros(shape, dtype=dtype, device=self._device)

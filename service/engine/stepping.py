@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from service.backends.base import FailureKind
-from service.backends.pending import Pending, Raised
+from service.backends.pending import Later, Pending, Raised
 from service.engine.observing import observe
 from service.engine.recovery import Attempt, Outcome, take_step
 from service.engine.request import Image, ImageStatus, Observation, StepBatch
@@ -29,8 +28,8 @@ class Shown(NamedTuple):
 
     done: Sequence[Image]
     """Images whose pixels were read; some of them may fail later."""
-    pixels: Pending[npt.NDArray[np.uint8]] | None
-    """Pixels of the `done` images, uint8 [n, H, W, C]; None if there are none."""
+    outputs: Pending[Iterable[npt.NDArray[Any]]] | None
+    """Pixels [H, W, C] or values [C, H, W] of each of the `done` images; None if there are none."""
     seen: Pending[list[Observation]]
     """Observations of watched images."""
 
@@ -110,8 +109,22 @@ class StepTaker:
     def show(self, batch: StepBatch, left: Sequence[Image]) -> Shown:
         """Start copying the output of a step: pixels of done images and observations of watched ones."""
         done = [image for image in left if image.status is ImageStatus.DONE]
-        pixels = self.runner.read([image.slot for image in done if image.slot is not None]) if done else None
-        return Shown(done, pixels, observe(batch.images, self.runner))
+        return Shown(done, self._read(done) if done else None, observe(batch.images, self.runner))
+
+    def _read(self, done: Sequence[Image]) -> Pending[Iterable[npt.NDArray[Any]]]:
+        """Start copying the outputs of done images."""
+        runner = self.runner
+        slots = [image.slot for image in done if image.slot is not None]
+        if all(image.params.output == "pixels" for image in done):
+            return runner.read(slots)
+        # One copy per image: requests for values are few
+        outputs: list[Pending[npt.NDArray[Any]]] = [
+            runner.read([slot])
+            if image.params.output == "pixels"
+            else runner.read_values([slot], both=image.params.plan.kind == "denoise")
+            for image, slot in zip(done, slots, strict=True)
+        ]
+        return Later(lambda: [output.wait()[0] for output in outputs])
 
 
 class HostStep:

@@ -11,21 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
+from diffusion.chains import build_chain
 from diffusion.config import DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
-from diffusion.plans import SamplingPlan, build_plan
+from diffusion.plans import SamplingPlan
 from diffusion.respacing import respace
+from diffusion.update import to_uint8
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
 from service.backends.batch_sizes import BatchSizes, largest_size
 from service.backends.device_queue import DeviceQueue, send_at_once
-from service.backends.pending import Pending
+from service.backends.pending import Later, Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
 from service.engine.request import ImageParams, ImageStep, PlanKey
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
-from service.engine.runners.steps import Embeddings, Steps
+from service.engine.runners.steps import Embeddings, StepIncomplete, Steps
 from service.engine.slots import SavedSlot, SlotTable
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class ArrayRunner(Generic[A]):
             network=denoiser.embed_timesteps(t_model),
             classifier=None if classifier is None else classifier.embed_timesteps(t_model),
         )
-        plan_of = _plans_of(denoiser.config.diffusion)
+        plan_of = self._plan_of = _plans_of(denoiser.config.diffusion)
         self._queued: QueuedSteps[A] | None = None
         if queue is not None:
             self._queued = QueuedSteps(
@@ -104,7 +106,8 @@ class ArrayRunner(Generic[A]):
     def start(self, steps: Sequence[ImageStep]) -> None:
         """Initialize the slots of new images."""
         if steps:
-            self._slots.start([step.slot for step in steps], [step.params for step in steps])
+            begins = [self._plan_of(step.params.plan).begin for step in steps]
+            self._slots.start([step.slot for step in steps], [step.params for step in steps], begins)
 
     def evict(self, slots: Sequence[int]) -> list[object]:
         """Copy slots to host memory. The scheduler tracks that they are free."""
@@ -123,6 +126,8 @@ class ArrayRunner(Generic[A]):
 
     def failure_kind(self, error: Exception) -> FailureKind:
         """Classify an error by means of the denoiser."""
+        if isinstance(error, StepIncomplete):
+            return FailureKind.DEVICE
         return self._denoiser.failure_kind(error)
 
     def check_network(self) -> None:
@@ -149,11 +154,23 @@ class ArrayRunner(Generic[A]):
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying finished images; the pending result is pixels."""
-        return self._steps.pixels(self._slots.x, slots)
+        return self._pixels(self._slots.x, slots)
 
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying predicted images; the pending result is pixels."""
-        return self._steps.pixels(self._slots.x0, slots)
+        return self._pixels(self._slots.x0, slots)
+
+    def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
+        """Start copying finished images; the pending result is their values."""
+        x = self._steps.copied(self._slots.x, slots)
+        if not both:
+            return x
+        log_variance = self._steps.copied(self._slots.x0, slots)
+        return Later(lambda: np.concatenate([x.wait(), log_variance.wait()], axis=1))
+
+    def _pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
+        copied = self._steps.copied(array, slots)
+        return Later(lambda: to_uint8(copied.wait()))
 
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
         xp, device = network.xp, network.device
@@ -164,10 +181,10 @@ class ArrayRunner(Generic[A]):
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
-    """Return a function that builds a model's sampling plans, which `build_plan` caches."""
+    """Return a function that builds a model's sampling plans, which `build_chain` caches."""
 
     def plan_of(key: PlanKey) -> SamplingPlan:
-        return build_plan(diffusion, key.sampler, key.spec, key.eta)
+        return build_chain(diffusion, key)
 
     return plan_of
 

@@ -73,6 +73,13 @@ class Runner(Protocol):
         """
         ...
 
+    def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
+        """Start copying the values of the images in these slots. The slots are free afterwards.
+
+        The pending result is x, float32 [n, C, H, W]; if `both`, followed by x0, [n, 2 * C, H, W].
+        """
+        ...
+
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying the predicted results (x0) of these images; the pending result is pixels as for `read`."""
         ...

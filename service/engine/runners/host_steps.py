@@ -11,24 +11,28 @@ import numpy.typing as npt
 
 from diffusion.arrays import A, on_host, to_numpy
 from diffusion.noise import STREAM_STEP, normal
-from diffusion.update import PlanRows, Step, advance, to_uint8
+from diffusion.update import PlanRows, Step, advance
 from service.backends.base import Denoiser
 from service.backends.batch_sizes import BatchSizes
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep, rows_of
 from service.engine.runners.numbers import (
+    K_NOISE,
     NOISE_SCALE,
+    R_NOISE,
     Block,
     PlanOf,
     StepNumbers,
     classifier_block,
     classifier_numbers,
+    finish_block,
+    finish_numbers,
     step_block,
     step_numbers,
     words_of,
 )
-from service.engine.runners.step import Images, Update, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, classified_places, no_classifier
+from service.engine.runners.step import Images, Update, finish, finished, gather, gradients, log_variances
+from service.engine.runners.steps import Embeddings, classified_places, finished_places, no_classifier
 from service.engine.slots import SlotTable
 
 
@@ -87,16 +91,30 @@ class HostSteps(Generic[A]):
         raw = call.wait()
         grad = self._gradient(steps, images)
         result = finish(numbers, images, raw, update, grad, guided=guided)
+        if following := finished_places(steps):
+            self._finish_lines(steps, following, result.x_prev)
+        if raw_calls := [place for place, step in enumerate(steps) if step.params.plan.kind == "denoise"]:
+            places = table.integers(raw_calls)
+            result.x0[places] = log_variances(numbers, raw, places, table.image_shape[0])
         slot = numbers.slot[:count]
         table.x[slot] = result.x_prev
         table.x0[slot] = result.x0
         ok: list[bool] = to_numpy(result.ok).tolist()
         return ok
 
-    def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Copy some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
+    def copied(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.float32]]:
+        """Copy some slots of an image array; the pending result is in host memory, [n, C, H, W]."""
         copied: A = array[self._slots.integers(slots)]
-        return Later(lambda: to_uint8(copied))
+        return Later(lambda: to_numpy(copied))
+
+    def _finish_lines(self, steps: Sequence[ImageStep], following: Sequence[int], x_prev: A) -> None:
+        """Change x_prev, by place, of the images with a mask or jumps."""
+        table = self._slots
+        block = finish_block(steps, following, len(following), self._plan_of, spare=(table.spare_slot, 0))
+        numbers = finish_numbers(table.send(words_of(block)))
+        keeps, jumps = (bool((block["after"][:, column] > 0).any()) for column in (K_NOISE, R_NOISE))
+        given, keep = table.given[numbers.slot], table.keep[numbers.slot]
+        x_prev[numbers.place] = finished(numbers, x_prev[numbers.place], given, keep, keeps=keeps, jumps=jumps)
 
     def _begin_noise(self, block: Block, numbers: StepNumbers[A], images: Images[A]) -> Update[A]:
         """Start generating the noise in parallel with the network call; return the update that uses it."""

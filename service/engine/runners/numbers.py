@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, namespace
-from diffusion.plans import PLAN_COLUMNS, SamplingPlan
+from diffusion.plans import AFTER_COLUMNS, PLAN_COLUMNS, SamplingPlan
 from service.engine.request import ImageStep, PlanKey
 
 PlanOf = Callable[[PlanKey], SamplingPlan]
@@ -35,15 +35,28 @@ STEP_BLOCK = np.dtype(
         # by place
         ("plan", "f4", (len(PLAN_COLUMNS),)),
         ("cfg_scale", "f4"),
-        ("unused", "f4"),  # padding to whole words
+        ("gives_log_variance", "f4"),  # 1 for raw calls, else 0
     ]
 )
 CLASSIFIER_BLOCK = np.dtype(
     [("slot", "i8"), ("place", "i8"), ("label", "i8"), ("timestep", "i8"), ("scale", "f4"), ("unused", "f4")]
 )
+FINISH_BLOCK = np.dtype(
+    [
+        ("slot", "i8"),
+        ("place", "i8"),
+        ("step", "i8"),
+        ("seed", "i8"),
+        ("image_index", "i8"),
+        ("after", "f4", (len(AFTER_COLUMNS),)),
+        ("keeps", "f4"),  # 1 if the image has a mask, else 0: its slot may hold another image's
+    ]
+)
 _STEP_WORDS = 8
 _CLASSIFIER_WORDS = 4
+_FINISH_WORDS = 5
 NOISE_SCALE = PLAN_COLUMNS.index("noise_scale")
+K_NOISE, R_NOISE = (AFTER_COLUMNS.index(name) for name in ("k_noise", "r_noise"))
 
 
 class StepNumbers(NamedTuple, Generic[A]):
@@ -61,6 +74,8 @@ class StepNumbers(NamedTuple, Generic[A]):
     """float32 [n, 12]."""
     cfg_scale: A
     """float32 [n]."""
+    gives_log_variance: A
+    """float32 [n]."""
 
 
 class ClassifierNumbers(NamedTuple, Generic[A]):
@@ -71,6 +86,20 @@ class ClassifierNumbers(NamedTuple, Generic[A]):
     label: A
     timestep: A
     scale: A
+    """float32 [n]."""
+
+
+class FinishNumbers(NamedTuple, Generic[A]):
+    """Columns of the block of what follows the lines of some images, on the device, int64 [n] unless noted."""
+
+    slot: A
+    place: A
+    step: A
+    seed: A
+    image_index: A
+    after: A
+    """float32 [n, 5]."""
+    keeps: A
     """float32 [n]."""
 
 
@@ -99,7 +128,8 @@ def step_block(
             block["row_label"][uncond_row] = null_class
             block["row_timestep"][uncond_row] = timestep
         whose = (slot, step, params.seed, params.image_index, uncond_row)
-        block[place] = (*whose, place, params.class_index or 0, timestep, plan.table[step], params.cfg_scale, 0)
+        is_raw = params.plan.kind == "denoise"
+        block[place] = (*whose, place, params.class_index or 0, timestep, plan.table[step], params.cfg_scale, is_raw)
     return block
 
 
@@ -124,6 +154,28 @@ def classifier_block(
     return block
 
 
+def finish_block(
+    steps: Sequence[ImageStep], finished: Sequence[int], size: int, plan_of: PlanOf, *, spare: tuple[int, int]
+) -> Block:
+    """Return the block of what follows the lines of some images, [size].
+
+    Args:
+        steps: the steps of all images.
+        finished: places of the images with a mask or jumps.
+        size: rows of the block.
+        plan_of: returns the sampling plan of a key.
+        spare: slot and place of padding rows, which keep no pixel and do not jump.
+    """
+    block = np.zeros(size, dtype=FINISH_BLOCK)
+    block["slot"], block["place"] = spare
+    for row, place in enumerate(finished):
+        slot, params, step = steps[place]
+        after = plan_of(params.plan).after
+        assert after is not None  # noqa: S101  # every plan that can have a mask or jumps has it
+        block[row] = (slot, place, step, params.seed, params.image_index, after[step], params.has_mask)
+    return block
+
+
 def words_of(block: Block) -> npt.NDArray[np.int64]:
     """Return a block as int64 words [n, words], the form that is copied to the device."""
     return block.view(np.int64).reshape(len(block), -1)
@@ -133,7 +185,12 @@ def step_numbers(words: A) -> StepNumbers[A]:
     """Return the named columns of a step's block."""
     floats = _floats(words, _STEP_WORDS)
     return StepNumbers._make(
-        [*(words[:, k] for k in range(_STEP_WORDS)), floats[:, : len(PLAN_COLUMNS)], floats[:, len(PLAN_COLUMNS)]]
+        [
+            *(words[:, k] for k in range(_STEP_WORDS)),
+            floats[:, : len(PLAN_COLUMNS)],
+            floats[:, len(PLAN_COLUMNS)],
+            floats[:, len(PLAN_COLUMNS) + 1],
+        ]
     )
 
 
@@ -141,6 +198,13 @@ def classifier_numbers(words: A) -> ClassifierNumbers[A]:
     """Return the named columns of a classifier call's block."""
     scale = _floats(words, _CLASSIFIER_WORDS)[:, 0]
     return ClassifierNumbers._make([*(words[:, k] for k in range(_CLASSIFIER_WORDS)), scale])
+
+
+def finish_numbers(words: A) -> FinishNumbers[A]:
+    """Return the named columns of the block of what follows lines."""
+    floats = _floats(words, _FINISH_WORDS)
+    after, keeps = floats[:, : len(AFTER_COLUMNS)], floats[:, len(AFTER_COLUMNS)]
+    return FinishNumbers._make([*(words[:, k] for k in range(_FINISH_WORDS)), after, keeps])
 
 
 def _floats(words: Any, start: int) -> Any:

@@ -1,6 +1,9 @@
 """QueuedSteps: steps on an asynchronous device. Each step is a captured graph; the host copies in one block of numbers.
 
 The device does everything else, at one batch size: gather, network, guidance, noise, update, scatter, flags.
+What follows the lines of images with a mask or with jumps is captured separately, too, and runs after the step, only if
+the step has such images.
+
 The classifier's gradient depends only on x_t, timestep, class and scale. It is captured separately and runs before the
 step, only if an image in the step uses classifier guidance.
 """
@@ -16,23 +19,38 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.arrays import A, namespace, to_numpy
-from diffusion.update import to_uint8
 from service.backends.base import Denoiser, FailureKind
 from service.backends.batch_sizes import BatchSizes
 from service.backends.device_queue import DeviceQueue
 from service.backends.pending import Later, Pending
 from service.engine.request import ImageStep, rows_of
 from service.engine.runners.numbers import (
+    R_NOISE,
     Block,
     PlanOf,
     classifier_block,
     classifier_numbers,
+    finish_block,
+    finish_numbers,
     step_block,
     step_numbers,
     words_of,
 )
-from service.engine.runners.step import add_noise_and_advance, finish, gather, gradients
-from service.engine.runners.steps import Embeddings, classified_places, no_classifier
+from service.engine.runners.step import (
+    add_noise_and_advance,
+    finish,
+    finished,
+    gather,
+    gradients,
+    log_variances,
+)
+from service.engine.runners.steps import (
+    Embeddings,
+    StepIncomplete,
+    classified_places,
+    finished_places,
+    no_classifier,
+)
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
@@ -92,6 +110,7 @@ class QueuedSteps(Generic[A]):
         self._advance = queue.fuse(add_noise_and_advance)
         self._steps: dict[int, _Fixed[A]] = {}
         self._gradients: dict[int, _Fixed[A]] = {}
+        self._finishes: dict[int, _Fixed[A]] = {}
         self._most = sizes.network[-1]
         self._gradient: A = xp.zeros((self._most + 1, *table.image_shape), dtype=xp.float32, device=denoiser.device)
         """Gradient by place, with a spare place at the end; zero for images without classifier guidance."""
@@ -116,7 +135,8 @@ class QueuedSteps(Generic[A]):
             self._gradients[size] = self._classifier_call(size)
         for size in sorted(self._sizes.network, reverse=True):
             self._steps[size] = self._step(size)
-        for uncaptured in (self._gradients, self._steps):
+            self._finishes[size] = self._finish(size)
+        for uncaptured in (self._gradients, self._steps, self._finishes):
             for work in uncaptured.values():
                 self._warm_up(work)
         for size, work in self._gradients.items():
@@ -124,6 +144,10 @@ class QueuedSteps(Generic[A]):
             self._gradients[size] = self._capture(work, "a classifier's gradient", size, block)
         for size, work in self._steps.items():
             self._steps[size] = self._capture(work, "a step", size, self._step_block(steps[:size], size))
+        for size, work in self._finishes.items():
+            block = self._finish_block(steps[:size], range(len(steps[:size])), size)
+            block["keeps"], block["after"][:, R_NOISE] = 1.0, 0.5
+            self._finishes[size] = self._capture(work, "the end of a step", size, block)
 
     def has_captured(self, size: int) -> bool:
         """Return whether steps of a batch size run as graphs."""
@@ -140,17 +164,32 @@ class QueuedSteps(Generic[A]):
         if classified:
             self._guide(steps, classified)
         step.words[:] = self._queue.send(words_of(self._step_block(steps, size)))
+        ending = self._prepared_finish(steps)
         # Allocate before the step is queued: it must not run out of memory afterwards
         receive = self._queue.receive((len(steps),), self._denoiser.xp.bool)
         flags = receive(step.run()[: len(steps)])
+        if ending is not None:
+            try:
+                ending.run()
+            except Exception as error:
+                raise StepIncomplete("the step was queued, but what follows it was not") from error
         return Later(lambda: [bool(ok) for ok in flags.wait()])
 
-    def pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Start copying some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
+    def copied(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.float32]]:
+        """Start copying some slots of an image array; the pending result is in host memory, [n, C, H, W]."""
         xp = namespace(array)
         # No index array: copying one to the device would block
-        images = self._queue.fetch(xp.stack([array[slot] for slot in slots]))
-        return Later(lambda: to_uint8(images.wait()))
+        return self._queue.fetch(xp.stack([array[slot] for slot in slots]))
+
+    def _prepared_finish(self, steps: Sequence[ImageStep]) -> _Fixed[A] | None:
+        """Return the work that follows a step, with its numbers sent; None if nothing follows."""
+        following = finished_places(steps)
+        if not following:
+            return None
+        size = self._sizes.padded_rows(len(following))
+        work = self._finishes.get(size) or self._uncaptured(self._finish(size), "the end of a step", size)
+        work.words[:] = self._queue.send(words_of(self._finish_block(steps, following, size)))
+        return work
 
     def _guide(self, steps: Sequence[ImageStep], classified: Sequence[int]) -> None:
         if self._queue.classifier is None:
@@ -167,6 +206,9 @@ class QueuedSteps(Generic[A]):
     def _classifier_block(self, steps: Sequence[ImageStep], classified: Sequence[int], size: int) -> Block:
         return classifier_block(steps, classified, size, self._plan_of, spare=(self._slots.spare_slot, self._most))
 
+    def _finish_block(self, steps: Sequence[ImageStep], following: Sequence[int], size: int) -> Block:
+        return finish_block(steps, following, size, self._plan_of, spare=(self._slots.spare_slot, 0))
+
     # Work on arrays at fixed addresses
 
     def _step(self, size: int) -> _Fixed[A]:
@@ -180,15 +222,31 @@ class QueuedSteps(Generic[A]):
         def step() -> A:
             xp, numbers = namespace(table.x), step_numbers(words)
             inputs, images = gather(numbers, table.x, table.x0, emb_t, places=size, conditional=conditional)
-            result = finish(numbers, images, network(inputs), advance, grad, guided=True)
+            raw = network(inputs)
+            result = finish(numbers, images, raw, advance, grad, guided=True)
+            is_raw = xp.reshape(numbers.gives_log_variance > 0, (-1, 1, 1, 1))
+            x0 = xp.where(is_raw, log_variances(numbers, raw, slice(size), table.image_shape[0]), result.x0)
             is_image = xp.reshape(numbers.slot != table.spare_slot, (-1, 1, 1, 1))
             # Compute both before writing: running out of memory must not leave only one written
-            x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, result.x0, 0.0)
+            x, x0 = xp.where(is_image, result.x_prev, 0.0), xp.where(is_image, x0, 0.0)
             table.x[numbers.slot], table.x0[numbers.slot] = x, x0
             ok: A = result.ok
             return ok
 
         return _Fixed(words, step, captured=False)
+
+    def _finish(self, size: int) -> _Fixed[A]:
+        """Return the work that follows the step of the images in its block; running it returns their x_prev."""
+        table, words = self._slots, self._words(self._finish_block((), (), size))
+
+        def follow() -> A:
+            numbers = finish_numbers(words)
+            slot = numbers.slot
+            x: A = finished(numbers, table.x[slot], table.given[slot], table.keep[slot])
+            table.x[slot] = x
+            return x
+
+        return _Fixed(words, follow, captured=False)
 
     def _classifier_call(self, size: int) -> _Fixed[A]:
         """Return the work that writes the gradients of the images in its block; running it returns all gradients."""

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, NamedTuple
 
-from diffusion.arrays import A
+from diffusion.arrays import A, namespace
 from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.network_inputs import NetworkInputs
-from diffusion.noise import STREAM_STEP, unchecked_normal
-from diffusion.update import PlanRows, Step, split_output, traceable_advance
-from service.engine.runners.numbers import ClassifierNumbers, StepNumbers
+from diffusion.noise import STREAM_JUMP, STREAM_KEPT, STREAM_STEP, unchecked_normal
+from diffusion.update import (
+    AfterRows,
+    PlanRows,
+    Step,
+    finish_line,
+    interpolated_log_variance,
+    split_output,
+    traceable_advance,
+)
+from service.engine.runners.numbers import ClassifierNumbers, FinishNumbers, StepNumbers
 
 
 class Images(NamedTuple, Generic[A]):
@@ -72,6 +80,48 @@ def gradients(numbers: ClassifierNumbers[A], x: A, emb_t: A, classifier: Callabl
     """Return a classifier's scaled gradients, by row of its call; `x` is x_t by slot, `emb_t` is as for `gather`."""
     out = classifier(NetworkInputs(x[numbers.slot], emb_t[numbers.timestep], numbers.label))
     return scaled_gradient(out, numbers.scale)
+
+
+def log_variances(numbers: StepNumbers[A], raw: A, places: A | slice, channels: int) -> A:
+    """Return the log variance of the images at some places: the second result of a raw call.
+
+    Args:
+        numbers: numbers of the step.
+        raw: the network's output, by row; an image's own row is that of its place.
+        places: places of images.
+        channels: C, channels of the images.
+    """
+    _, var_values = split_output(raw[places], channels)
+    return interpolated_log_variance(PlanRows.from_lines(numbers.plan[places]), var_values)
+
+
+def finished(numbers: FinishNumbers[A], x_prev: A, given: A, keep: A, *, keeps: bool = True, jumps: bool = True) -> A:
+    """Return x_prev of some images after what follows their lines; contains only pointwise operations.
+
+    Args:
+        numbers: numbers of these images.
+        x_prev: results of their step [n, C, H, W].
+        given: the given images of their slots, shaped like x_prev.
+        keep: how much of each given pixel their slots keep [n, 1, H, W].
+        keeps: whether some may keep pixels.
+        jumps: whether some may jump.
+    """
+    xp = namespace(x_prev)
+    _, channels, height, width = x_prev.shape
+
+    def noise(stream: int) -> A:
+        whose = (numbers.seed, numbers.image_index, numbers.step)
+        return unchecked_normal(*whose, stream, (channels, height, width))
+
+    zeros = xp.zeros_like(x_prev)
+    return finish_line(
+        AfterRows.from_lines(numbers.after),
+        x_prev,
+        given,
+        keep * xp.reshape(numbers.keeps, (-1, 1, 1, 1)),
+        noise(STREAM_KEPT) if keeps else zeros,
+        noise(STREAM_JUMP) if jumps else zeros,
+    )
 
 
 def add_noise_and_advance(

@@ -33,14 +33,23 @@ class Steps(Protocol):
         """Start a step of some images; see `Runner.launch`."""
         ...
 
-    def pixels(self, array: Any, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        """Start copying some slots of an image array; the pending result is pixels, uint8 [n, H, W, C]."""
+    def copied(self, array: Any, slots: Sequence[int]) -> Pending[npt.NDArray[np.float32]]:
+        """Start copying some slots of an image array; the pending result is in host memory, [n, C, H, W]."""
         ...
 
 
 def classified_places(steps: Sequence[ImageStep]) -> list[int]:
     """Return the places of the images with classifier guidance."""
     return [place for place, step in enumerate(steps) if step.params.classified_rows]
+
+
+def finished_places(steps: Sequence[ImageStep]) -> list[int]:
+    """Return the places of the images with a mask or jumps."""
+    return [place for place, step in enumerate(steps) if step.params.has_finish]
+
+
+class StepIncomplete(Exception):
+    """A part of a step's results has been written, so that it cannot be repeated."""
 
 
 def no_classifier(description: str) -> ModelError:

@@ -17,15 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusion.chains import Chain, Resample, build_chain
 from diffusion.classifier import log_p_gradient
 from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
+from diffusion.update import to_uint8
 from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import WIDTH_INTERVAL, Engine
 from service.engine.request import (
+    GivenArrays,
     ImageParams,
     ImagePreview,
     ImageProgress,
@@ -60,6 +63,7 @@ from tests.fakes import (
     tiny_guided_checkpoint,
     tiny_network,
 )
+from tests.given_images import CHAINS, DIFFUSION, MASKED, output_of, sampled_alone, with_any_chain, with_chain
 from tests.late_queue import QueuedDenoiser
 
 WIDTH = 4
@@ -114,16 +118,7 @@ def warm_runner() -> ArrayRunner[Tensor]:
 def reference(image: ImageParams, subject: Subject = "unet") -> bytes:
     """Sample one image alone, without an engine."""
     _, network, gradient, xp = subject_of(subject)
-    plan = build_plan(tiny_config().diffusion, image.plan.sampler, image.plan.spec, image.plan.eta)
-    spec = ImageSpec(
-        seed=image.seed,
-        image_index=image.image_index,
-        class_index=image.class_index,
-        cfg_scale=image.cfg_scale,
-        classifier_scale=image.classifier_scale,
-    )
-    asked = gradient if spec.classifier_scale else None
-    return sample_images(network, plan, [spec], gradient=asked, xp=xp)[0].tobytes()
+    return sampled_alone(image, network, gradient, xp=xp)
 
 
 @st.composite
@@ -144,7 +139,9 @@ def image_params(draw: st.DrawFn) -> ImageParams:
 
 SCRIPTS = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["add", "add watched"]), st.lists(image_params(), min_size=1, max_size=3)),
+        st.tuples(
+            st.sampled_from(["add", "add watched"]), st.lists(with_any_chain(image_params()), min_size=1, max_size=3)
+        ),
         st.tuples(st.just("abort"), st.integers(0, 8)),
         st.tuples(st.just("step"), st.integers(1, 3)),
     ),
@@ -179,8 +176,7 @@ def test_joining_leaving_cancelled_and_watched_images_change_no_pixel(
     assert sorted(ends) == sorted((str(r), k) for r, images in enumerate(requests) for k in range(len(images)))
     for result in results:
         if result.status is ImageStatus.DONE:
-            assert result.pixels is not None
-            assert result.pixels.tobytes() == reference(requests[int(result.request_id)][result.position], subject)
+            assert output_of(result) == reference(requests[int(result.request_id)][result.position], subject)
 
 
 def test_a_batch_of_one_costs_no_padding_where_the_self_test_allows_it() -> None:
@@ -440,6 +436,84 @@ def test_evicted_images_are_restored_with_their_pixels(subject: Subject) -> None
         expected = short[result.position] if result.request_id == "short" else long[result.position % 2]
         assert result.pixels is not None
         assert result.pixels.tobytes() == reference(expected, subject)
+
+
+@SUBJECTS
+def test_images_with_given_arrays_come_back_from_eviction_into_slots_that_had_others(subject: Subject) -> None:
+    config = CONFIG.replace(slots_per_row=1)
+    metrics = Metrics()
+    engine = Engine({"m": subject_of(subject)[0]}, config, metrics)
+    plans = [
+        Chain(spec="9"),
+        Chain(sampler="dpm++", spec="9"),
+        *[Chain(sampler="ddim", spec="7", resample=Resample(2, 2))] * 2,
+    ]
+    long = [
+        replace(
+            params(steps=build_chain(DIFFUSION, plan).num_steps, seed=seed),
+            plan=plan,
+            given=MASKED[seed % 2],
+            output="values" if seed == 0 else "pixels",
+        )
+        for seed, plan in enumerate(plans)
+    ]
+    short = [with_chain(params(seed=seed), 5 + seed % 2, as_values=seed == 1) for seed in range(4)]
+    engine.add(generation("long", *long), submitted_at=0.0)
+    results = engine.step()
+    engine.add(generation("short", *short), submitted_at=0.0)
+    while engine.has_work():
+        results += engine.step()
+    assert (metrics.registry.get_sample_value("iddpm_evictions_total") or 0) >= 2
+    assert len(results) == 8
+    for result in results:
+        images = short if result.request_id == "short" else long
+        assert output_of(result) == reference(images[result.position], subject)
+
+
+def test_all_kinds_of_chains_share_a_network_call() -> None:
+    network = ExactDenoiser(tiny_config())
+    config = EngineConfig(max_rows=len(CHAINS))
+    runner: ArrayRunner[Any] = ArrayRunner(network, config)
+    runner.warm_up()
+    engine = Engine({"m": runner}, config, Metrics())
+    images = [with_chain(params(seed=seed), seed) for seed in range(len(CHAINS))]
+    engine.add(generation("r", *images), submitted_at=0.0)
+    network.calls.clear()
+    engine.step()
+    assert network.calls == [len(CHAINS)]
+    assert len({image.num_steps for image in images}) > 3
+
+
+@SUBJECTS
+def test_kept_pixels_are_the_given_ones(subject: Subject) -> None:
+    engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
+    images = [with_chain(params(seed=3), 8), with_chain(params(seed=4), 8, 1, as_values=True)]
+    engine.add(generation("r", *images), submitted_at=0.0)
+    results: list[ImageResult] = []
+    while engine.has_work():
+        results += engine.step()
+    for result, image in zip(sorted(results, key=lambda result: result.position), images, strict=True):
+        assert image.given is not None
+        assert image.given.mask is not None
+        kept = image.given.mask[0] == 0
+        if result.values is not None:
+            np.testing.assert_array_equal(result.values[:, kept], image.given.image[:, kept])
+        else:
+            assert result.pixels is not None
+            np.testing.assert_array_equal(result.pixels[kept], to_uint8(image.given.image[None])[0][kept])
+
+
+def test_a_given_image_of_another_shape_fails_its_image_only() -> None:
+    engine = Engine({"m": subject_of("numpy")[0]}, CONFIG, Metrics())
+    wrong = GivenArrays(image=np.zeros((3, 8, 8), dtype=np.float32))
+    good = params(steps=2, seed=1)
+    engine.add(generation("wrong", replace(with_chain(params(), 2), given=wrong)), submitted_at=0.0)
+    engine.add(generation("good", good), submitted_at=0.0)
+    results: list[ImageResult] = []
+    while engine.has_work():
+        results += engine.step()
+    assert {result.request_id: result.failure for result in results} == {"wrong": "error", "good": None}
+    assert output_of(next(result for result in results if result.failure is None)) == reference(good, "numpy")
 
 
 def test_only_evicted_images_can_be_restored() -> None:

@@ -9,16 +9,20 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from diffusion.chains import Resample, build_chain
 from diffusion.config import DiffusionConfig
-from diffusion.plans import SamplingPlan, build_plan
-from service.engine.request import ImageStep, PlanKey
+from diffusion.plans import SamplingPlan
+from service.engine.request import GivenArrays, ImageStep, PlanKey
 from service.engine.runners.numbers import (
     classifier_block,
     classifier_numbers,
+    finish_block,
+    finish_numbers,
     step_block,
     step_numbers,
     words_of,
 )
+from service.engine.runners.steps import finished_places
 from tests.fakes import params
 
 DIFFUSION = DiffusionConfig(num_timesteps=1000)
@@ -34,7 +38,7 @@ Send = Callable[[npt.NDArray[np.int64]], Any]
 
 
 def plan_of(key: PlanKey) -> SamplingPlan:
-    return build_plan(DIFFUSION, key.sampler, key.spec, key.eta)
+    return build_chain(DIFFUSION, key)
 
 
 @KINDS
@@ -70,6 +74,41 @@ def test_a_classifier_s_numbers_are_those_of_the_images_with_classifier_guidance
     assert numbers.scale.tolist() == [1.5, 0, 0, 0]
     assert numbers.timestep.tolist()[0] == plan_of(STEPS[1].params.plan).timesteps[49] == 0
     assert numbers.label.tolist()[0] == 0
+
+
+@KINDS
+def test_the_numbers_of_what_follows_are_those_of_the_images_with_masks_or_jumps(send: Send) -> None:
+    resampled = PlanKey(spec="20", resample=Resample(2, 3))
+    mask = GivenArrays(image=np.zeros((1, 8, 8), dtype=np.float32), mask=np.ones((1, 8, 8), dtype=np.float32))
+    steps = [
+        STEPS[0],
+        ImageStep(slot=4, params=replace(params(20, seed=LAST_SEED), plan=resampled), step=5),
+        ImageStep(slot=6, params=replace(params(20, seed=3), image_index=9, given=mask), step=19),
+    ]
+    assert finished_places(steps) == [1, 2]
+    block = finish_block(steps, [1, 2], 4, plan_of, spare=(9, 0))
+    assert words_of(block).nbytes == block.nbytes
+    numbers = finish_numbers(send(words_of(block)))
+    assert numbers.slot.tolist() == [4, 6, 9, 9]
+    assert numbers.place.tolist() == [1, 2, 0, 0]
+    assert numbers.step.tolist() == [5, 19, 0, 0]
+    assert numbers.seed.tolist() == [LAST_SEED, 3, 0, 0]
+    assert numbers.image_index.tolist() == [0, 9, 0, 0]
+    assert numbers.keeps.tolist() == [0, 1, 0, 0]
+    for line, step in zip(numbers.after, steps[1:], strict=False):
+        after = plan_of(step.params.plan).after
+        assert after is not None
+        np.testing.assert_array_equal(np.asarray(line), after[step.step])
+    assert np.asarray(numbers.after)[2:].any() == 0
+
+
+@KINDS
+def test_raw_calls_are_marked(send: Send) -> None:
+    raw = replace(params(1), plan=PlanKey(kind="denoise", timestep=7))
+    steps = [STEPS[0], ImageStep(slot=2, params=raw, step=0)]
+    numbers = step_numbers(send(words_of(step_block(steps, 4, plan_of, null_class=NULL_CLASS))))
+    assert numbers.gives_log_variance.tolist() == [0, 1, 0, 0]
+    assert numbers.row_timestep.tolist()[1] == 7
 
 
 def test_the_block_is_sent_without_a_copy() -> None:

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -25,10 +25,12 @@ from service.engine.engine import Engine
 from service.engine.request import ImageParams, ImageProgress, ImageResult, ImageStatus, Watch
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.runners.step import add_noise_and_advance
+from service.engine.runners.steps import StepIncomplete
 from service.errors import EngineDead, ModelError
 from service.metrics import Metrics
 from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import generation, params, tiny_classifier_config, tiny_config
+from tests.given_images import output_of, sampled_alone, with_chain
 from tests.late_queue import LateQueue, QueuedDenoiser
 from tests.waiting import eventually, run_async
 
@@ -185,11 +187,11 @@ def test_a_step_that_runs_out_of_memory_has_advanced_no_image_and_is_repeated_on
 def test_every_size_is_captured_at_start_up() -> None:
     network, metrics = denoiser(), Metrics()
     engine = Engine({"m": warm(network)}, CONFIG, metrics)
-    assert network.queue.captures == 6  # three sizes of steps, three of classifier calls
+    assert network.queue.captures == 9  # three sizes each of steps, of their ends and of classifier calls
     for k in range(1, 5):
         engine.add(generation(str(k), *[params(classifier_scale=k % 2)] * k), submitted_at=0.0)
         finish(engine)
-    assert network.queue.captures == 6
+    assert network.queue.captures == 9
     assert metrics.registry.get_sample_value("iddpm_uncaptured_steps_total", {"model": "m"}) == 0
 
 
@@ -198,13 +200,44 @@ def test_a_size_without_memory_for_a_graph_runs_without_one_and_is_counted(caplo
     network.queue.lacks_memory_after = 5
     with caplog.at_level("WARNING"):
         engine = Engine({"m": warm(network)}, CONFIG, metrics)
-    assert caplog.messages == ["exact arithmetic: not enough memory to capture a step of 1 rows"]
+    assert caplog.messages == [
+        f"exact arithmetic: not enough memory to capture {what} rows"
+        for what in ("a step of 1", "the end of a step of 4", "the end of a step of 2", "the end of a step of 1")
+    ]
     image = replace(params(steps=3, seed=4), class_index=1)
     engine.add(generation("r", image), submitted_at=0.0)
     (result,) = finish(engine)
     assert result.pixels is not None
     assert result.pixels.tobytes() == reference(image)
     assert metrics.registry.get_sample_value("iddpm_uncaptured_steps_total", {"model": "m"}) == 3
+
+
+def test_the_end_of_a_step_without_memory_for_a_graph_runs_without_one() -> None:
+    network = denoiser()
+    network.queue.lacks_memory_after = 5
+    engine = Engine({"m": warm(network)}, CONFIG, Metrics())
+    images = [with_chain(params(seed=seed), 8, seed) for seed in range(2)]
+    engine.add(generation("r", *images), submitted_at=0.0)
+    for result in finish(engine):
+        assert output_of(result) == sampled_alone(images[result.position], AsNetwork(denoiser()), xp=torch)
+
+
+def test_a_step_whose_end_is_not_queued_ends_the_engine_because_it_cannot_be_repeated() -> None:
+    network = denoiser()
+    runner = warm(network)
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+
+    def fail() -> NoReturn:
+        raise MemoryError
+
+    assert runner._queued is not None
+    for size, work in runner._queued._finishes.items():
+        runner._queued._finishes[size] = replace(work, run=fail)
+    engine.add(generation("plain", params(steps=2)), submitted_at=0.0)
+    assert finish(engine)[0].status is ImageStatus.DONE
+    engine.add(generation("masked", with_chain(params(), 8)), submitted_at=0.0)
+    with pytest.raises(StepIncomplete):
+        finish(engine)
 
 
 def test_a_size_that_was_not_captured_is_an_error_in_strict_mode() -> None:
