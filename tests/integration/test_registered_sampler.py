@@ -54,6 +54,15 @@ def test_it_samples_over_json(address: str, path: str, body: dict[str, object]) 
         assert np.array_equal(np.asarray(png), toy_pixels(index)[:, :, 0])
 
 
+@pytest.mark.parametrize("sampler", ["dpm++", "sde-dpm++"])
+def test_a_multistep_sampler_samples_over_json(address: str, sampler: str) -> None:
+    body = {"class": 1, "steps": 5, "seed": 7, "sampler": sampler}
+    answer = httpx.post(f"http://{address}/v1/generate", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    png = Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]["b64_json"])))
+    assert np.array_equal(np.asarray(png), expected(7, 0, 1, steps=5, sampler=sampler)[:, :, 0])
+
+
 def test_it_samples_over_kserve(address: str) -> None:
     def tensor(name: str, datatype: str, value: object, kind: type) -> triton.InferInput:
         return triton.InferInput(name, [1], datatype).set_data_from_numpy(np.array([value], dtype=kind))

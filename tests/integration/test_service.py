@@ -211,7 +211,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"respacing": "600,600"}, "respacing", "section 1 of 2, which has only 500"),
     ({"respacing": "x"}, "respacing", "number of steps"),
     ({"respacing": "1"}, "respacing", "at least 2"),
-    ({"sampler": "euler"}, "sampler", 'must be "ancestral" or "ddim"; got "euler"'),
+    ({"sampler": "euler"}, "sampler", 'must be "ancestral", "ddim", "dpm++" or "sde-dpm++"; got "euler"'),
     ({"eta": 0.5}, "eta", 'only with sampler "ddim"; sampler is "ancestral"'),
     ({"sampler": "ddim", "eta": 1.5}, "eta", "less than or equal to 1"),
     ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),

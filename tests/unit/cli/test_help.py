@@ -21,10 +21,10 @@ def help_of(command: str) -> str:
 
 
 def test_help_lists_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "ancestral or ddim." in help_of("sample")
+    assert "ancestral, ddim, dpm++ or sde-dpm++." in help_of("sample")
     assert "With ddim: share of noise, 0..1. Default: 0." in help_of("sample")
     monkeypatch.setitem(SAMPLERS, "toy", Sampler(plan=ancestral_plan))
-    assert "ancestral, ddim or toy." in help_of("sample")
+    assert "ancestral, ddim, dpm++, sde-dpm++ or toy." in help_of("sample")
 
 
 def test_help_lists_the_backends() -> None:

@@ -80,7 +80,7 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
     [
         (["--class", "Dog"], 'error: class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'),
         (["--steps", "1001"], "error: steps: must be 2..1000"),
-        (["--sampler", "euler"], "error: sampler: Input should be 'ancestral' or 'ddim'"),
+        (["--sampler", "euler"], "error: sampler: Input should be 'ancestral', 'ddim', 'dpm++' or 'sde-dpm++'"),
         (["--seed", "-1"], "error: seed:"),
         (["--model", "/nonexistent"], "error: /nonexistent: there is no such folder"),
         (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
