@@ -38,7 +38,7 @@ from diffusion.unet import UNet
 from diffusion.update import Step
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import checkpoint_sha256
-from trainer.data import IntArray, Uint8Array
+from trainer.data import IntArray, Uint8Array, eight_bit_images
 from trainer.evaluation.metrics import coverage, frechet_distance
 from trainer.provenance import git_commit
 
@@ -353,7 +353,7 @@ def run(args: argparse.Namespace) -> str:
 
     judge = Judge(config.model.image_size, config.model.image_channels, num_classes)
     load_or_train_judge(args.judge, judge, args.train, config, args.judge_epochs)
-    seen = predict(judge, test.images(np.arange(len(test.labels))))
+    seen = predict(judge, eight_bit_images(test, np.arange(len(test.labels))))
     real = Agreement.from_predictions(test.labels, seen, num_classes)
     print(f"judge: {percent(real)} of {real.total} real test images right", file=sys.stderr)
     if real.rate < MIN_JUDGE_ACCURACY:
@@ -362,10 +362,10 @@ def run(args: argparse.Namespace) -> str:
             f"got {100 * real.rate:.1f} %: delete {args.judge} and give more --judge-epochs"
         )
 
-    reference = features_of(judge, test.images(np.arange(len(test.labels))))
+    reference = features_of(judge, eight_bit_images(test, np.arange(len(test.labels))))
     train = open_split(args.train, config)
     chosen = np.random.default_rng(0).permutation(len(train.labels))[: args.images]
-    real_likeness = Likeness.measure(judge, train.images(chosen), reference)
+    real_likeness = Likeness.measure(judge, eight_bit_images(train, chosen), reference)
 
     outcomes: list[Outcome] = []
     for setting in settings:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffusion.config import CheckpointConfig
 from diffusion.update import from_uint8
 from formats.atomic_file import replace_file
-from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, open_dataset
+from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, network_input, open_dataset
 
 JUDGE_BATCH = 500
 JUDGE_TRAIN_BATCH = 128
@@ -58,7 +58,7 @@ def train_judge(judge: Judge, data: Dataset, epochs: int, seed: int = 0) -> None
     judge.train()
     for batch in tqdm(range(batches), desc="training the judge", unit="batch", mininterval=2):
         indices = batch_indices(seed, batch * JUDGE_TRAIN_BATCH, JUDGE_TRAIN_BATCH, len(labels))
-        x0 = torch.from_numpy(from_uint8(data.images(indices)))
+        x0 = torch.from_numpy(network_input(data.images(indices)))
         loss = F.cross_entropy(judge(x0), labels[torch.from_numpy(indices)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

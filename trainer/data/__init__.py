@@ -1,8 +1,27 @@
 """Training images: listed, checked, decoded as an image viewer shows them, and scaled to the model's size."""
 
-from trainer.data.dataset import DataError, Dataset, IntArray, Uint8Array
+from trainer.data.dataset import (
+    DataError,
+    Dataset,
+    Float32Array,
+    IntArray,
+    Uint8Array,
+    eight_bit_images,
+    network_input,
+)
 from trainer.data.opening import open_dataset
 from trainer.data.options import DataConfig
 from trainer.data.order import batch_indices
 
-__all__ = ["DataConfig", "DataError", "Dataset", "IntArray", "Uint8Array", "batch_indices", "open_dataset"]
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "Dataset",
+    "Float32Array",
+    "IntArray",
+    "Uint8Array",
+    "batch_indices",
+    "eight_bit_images",
+    "network_input",
+    "open_dataset",
+]

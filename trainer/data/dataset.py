@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.update import from_uint8
+
 Uint8Array = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 
 class DataError(ValueError):
     """The data cannot be used for training; the message names the file and the problem."""
+
+
+def network_input(images: Uint8Array | Float32Array) -> Float32Array:
+    """Return images of a data set [B, H, W, C] as the network takes them: float32 [B, C, H, W] in [-1, 1]."""
+    if images.dtype == np.uint8:
+        return from_uint8(cast("Uint8Array", images))
+    return np.ascontiguousarray(cast("Float32Array", images).transpose(0, 3, 1, 2))
+
+
+def eight_bit_images(dataset: Dataset, indices: IntArray) -> Uint8Array:
+    """Return images of a data set whose images have 8 bits.
+
+    Raises:
+        DataError: they are floating-point numbers.
+    """
+    images = dataset.images(indices)
+    if images.dtype != np.uint8:
+        raise DataError(f"images of 8 bits are needed; the data set has {images.dtype}")
+    return cast("Uint8Array", images)
 
 
 class Dataset(Protocol):
@@ -27,6 +49,15 @@ class Dataset(Protocol):
     summary: str
     """One line: the data found and how they are processed."""
 
-    def images(self, indices: IntArray) -> Uint8Array:
-        """Return the images [len(indices), size, size, channels]."""
+    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array | Float32Array:
+        """Return the images [len(indices), size, size, channels]: uint8, or float32 in [-1, 1].
+
+        Args:
+            indices: of the images.
+            draws: [len(indices), 3], uniform in [0, 1): determine the random crop of each image. Ignored unless
+                `data.random_crop` is set; without them, the centre is cropped.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         ...

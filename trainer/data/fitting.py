@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
 import numpy as np
 from PIL import Image
 
-from trainer.data.dataset import Uint8Array
+from trainer.data.dataset import Float32Array, Uint8Array
 from trainer.data.options import SmallImages
 
 LONGEST_ASPECT = 16
 """Only the middle of an image with a larger aspect ratio is scaled: the rest would be cropped, and scaling it
 takes memory in proportion to the length."""
+LEAST_CROPPED = 0.8
+"""A random crop shows at least this fraction of the shorter side."""
+Pixels = TypeVar("Pixels", Uint8Array, Float32Array)
 
 
-def fit_image(image: Image.Image, size: int, small_images: SmallImages) -> Uint8Array:
-    """Return the middle of an image as a square [size, size, channels].
+def fit_image(
+    image: Image.Image, size: int, small_images: SmallImages, draws: Sequence[float] | None = None
+) -> Uint8Array:
+    """Return the middle of an image as a square [size, size, channels], or a random crop.
 
     Scaling is that of OpenAI's `ImageDataset` (halve by averaging while twice too large, then bicubic until the
-    shorter side fits, then crop the centre), with bit-identical results.
+    shorter side fits, then crop the centre), with bit-identical results. The random crop is that of guided-diffusion's
+    `random_crop_arr`: the shorter side becomes up to 1 / 0.8 times as long before a square is cropped at random.
 
     Args:
-        image: grey or RGB, 8 bits.
+        image: grey or RGB, 8 bits; or one band of floating-point values, the result is then float32.
         size: height and width of the result.
         small_images: how an image is handled whose shorter side is below `size`.
+        draws: three uniform numbers in [0, 1) that determine scale, top and left of a random crop; None: the centre.
     """
     if min(image.size) < size and small_images == "frame":
         return _frame(np.asarray(_crop(image, min(image.width, size), min(image.height, size))), size)
     longest = LONGEST_ASPECT * min(image.size)
     image = _crop(image, min(image.width, longest), min(image.height, longest))
-    while min(image.size) >= 2 * size:
+    shorter = size if draws is None else size + _pick(draws[0], math.ceil(size / LEAST_CROPPED) - size + 1)
+    while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = shorter / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    return _with_channels(np.asarray(_crop(image, size, size)))
+    if draws is None:
+        return _with_channels(np.asarray(_crop(image, size, size)))
+    top, left = _pick(draws[1], image.height - size + 1), _pick(draws[2], image.width - size + 1)
+    return _with_channels(np.asarray(image.crop((left, top, left + size, top + size))))
 
 
-def fit_array(array: Uint8Array, size: int, small_images: SmallImages) -> Uint8Array:
-    """Return the middle of an array [H, W, C] as [size, size, C]; channels are independent; none is transparency."""
-    if array.shape[:2] == (size, size):
+def fit_array(array: Pixels, size: int, small_images: SmallImages, draws: Sequence[float] | None = None) -> Pixels:
+    """Return the middle of an array [H, W, C] as [size, size, C]; channels are independent; none is transparency.
+
+    Args:
+        array: uint8, or float32 in [-1, 1]; what scaling makes exceed the range is clipped to it, as in 8 bits.
+        size: height and width of the result.
+        small_images: how an image is handled whose shorter side is below `size`.
+        draws: three uniform numbers in [0, 1) that determine a random crop; None: the centre.
+    """
+    if array.shape[:2] == (size, size) and draws is None:
         return array
-    if array.shape[-1] == 3:  # Pillow also scales the three bands of RGB separately
-        return fit_image(Image.fromarray(array), size, small_images)
-    bands = [fit_image(Image.fromarray(array[..., band]), size, small_images) for band in range(array.shape[-1])]
-    return np.concatenate(bands, axis=-1)
+    if array.shape[-1] == 3 and array.dtype == np.uint8:  # Pillow also scales the three bands of RGB separately
+        return cast("Pixels", fit_image(Image.fromarray(array), size, small_images, draws))
+    bands = [fit_image(Image.fromarray(array[..., band]), size, small_images, draws) for band in range(array.shape[-1])]
+    fitted = cast("Pixels", np.concatenate(bands, axis=-1))
+    return fitted if fitted.dtype == np.uint8 else fitted.clip(-1, 1)
+
+
+def _pick(draw: float, count: int) -> int:
+    """Return an integer in 0..count-1 for a uniform number in [0, 1)."""
+    return math.floor(draw * count)
 
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -56,7 +84,7 @@ def _frame(array: Uint8Array, size: int) -> Uint8Array:
     array = _with_channels(array)
     height, width, channels = array.shape
     top, left = (size - height) // 2, (size - width) // 2
-    square = np.zeros((size, size, channels), np.uint8)
+    square = np.full((size, size, channels), 0 if array.dtype == np.uint8 else -1, array.dtype)
     square[top : top + height, left : left + width] = array
     return square
 

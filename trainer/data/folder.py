@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from trainer.data.checking import check_files
@@ -63,13 +64,14 @@ class FolderDataset:
             "images": len(self._files),
         }
 
-    def images(self, indices: IntArray) -> Uint8Array:
-        """Decode the images at these indices."""
-        return np.stack(list(self._threads.map(self._image, indices.tolist())))
+    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
+        """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
+        crops = [None] * len(indices) if draws is None or not self._options.random_crop else draws.tolist()
+        return np.stack(list(self._threads.map(self._image, indices.tolist(), crops)))
 
-    def _image(self, index: int) -> Uint8Array:
+    def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
         def fit(image: Image.Image) -> Uint8Array:
-            return fit_image(image, self._image_size, self._options.small_images)
+            return fit_image(image, self._image_size, self._options.small_images, draws)
 
         try:
             return decode(self._folder / self._files[index], self._mode, self._options, fit)

@@ -30,7 +30,7 @@ class NpzDataset:
         arrays = _read(path, {"images", "labels"} if labelled else {"images"})
         self._images = _check_images(path, arrays["images"], channels)
         self._image_size = image_size
-        self._small_images = options.small_images
+        self._options = options
         self.labels: IntArray = np.zeros(len(self._images), np.int64)
         self.class_names: tuple[str, ...] = ()
         if labelled:
@@ -46,9 +46,15 @@ class NpzDataset:
             summary.count_classes(self.class_names, self.labels)
         self.summary = summary.line()
 
-    def images(self, indices: IntArray) -> Uint8Array:
-        """Return the images at these indices."""
-        return np.stack([fit_array(self._images[i], self._image_size, self._small_images) for i in indices])
+    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
+        """Return the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
+        crops = [None] * len(indices) if draws is None or not self._options.random_crop else draws.tolist()
+        return np.stack(
+            [
+                fit_array(self._images[index], self._image_size, self._options.small_images, crop)
+                for index, crop in zip(indices, crops, strict=True)
+            ]
+        )
 
 
 def _read(path: Path, needed: set[str]) -> dict[str, Array]:

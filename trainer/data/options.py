@@ -18,6 +18,9 @@ class DataConfig(FrozenConfig):
     small_images: SmallImages = "frame"
     """How an image is handled whose shorter side is smaller than the model: `frame` puts it in the middle of a
     black square without enlarging it; `enlarge` scales it up until the shorter side fits, as OpenAI's code does."""
+    random_crop: bool = False
+    """Scale and crop at random, as guided-diffusion's `random_crop_arr` does: a square of at least 0.8 times the
+    shorter side. False: crop the centre."""
     background: str = "white"
     """Colour behind transparent pixels: a name or #rrggbb. Most viewers and every browser show white."""
     value_range: tuple[FiniteFloat, FiniteFloat] | None = None
