@@ -2,98 +2,208 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
-from trainer.data.dataset import DataError
-from trainer.data.image_file import Header, Mode, check_whole, highest_grey, inspect
+from trainer.data.dataset import DataError, IntArray
+from trainer.data.image_file import Header, Mode, Source, check_whole, highest_grey, inspect
+from trainer.data.index import Index, index_name
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
+from trainer.run_folder import warn
 
 THREADS = 8
-FILES_PER_TASK = 16
+FILES_PER_TASK = 64
 BAR_DELAY_SECONDS = 2
 BAD_FILES_SHOWN = 20
 DECODED_FILES, DECODED_PIXELS = 10_000, 200_000_000
 """A data set within both limits is decoded completely, which takes seconds."""
+INDEXED_FILES = 10_000
+"""What is known about the files of a folder with at least this number of them is kept in an index file."""
 DEEP_FILES_LOOKED_AT = 16
 """Minimum number of files to sample; fewer than twice as many are sampled."""
 DARK_BITS = 2
 """Images that leave this number of a file's bits unused are nowhere brighter than a quarter of white."""
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Checked(NamedTuple):
+    """The files that can be used."""
+
+    kept: IntArray
+    """Their numbers, ascending."""
+    sizes: list[int]
+    """Their sizes in bytes."""
+    content_sha256: str
+    """Digest of the content of all."""
+
+
 def check_files(
-    folder: Path, files: Sequence[str], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
-) -> None:
+    folder: Path,
+    files: Sequence[str],
+    mode: Mode,
+    options: DataConfig,
+    summary: Summary,
+    *,
+    decode_all: bool,
+    cache: Path,
+) -> Checked:
     """Read the header of every file, decode the files if requested or if that is quick, and count their traits.
 
     Args:
         folder: where the files are.
         files: paths below it.
         mode: mode of the decoded images.
-        options: how files are read.
+        options: how files are read, and whether unreadable ones are skipped.
         summary: counts are added to it.
         decode_all: decode all files, regardless of their number.
+        cache: folder of index files.
 
     Raises:
         DataError: lists the files that cannot be read.
     """
-    bad: dict[str, DataError] = {}
-    deep: list[Path] = []
-    pixels = 0
+    index = Index.of_files(folder, files)
+    path = cache / index_name(folder, mode, options)
+    indexed = len(files) >= INDEXED_FILES
+    if indexed:
+        index.recall(path)
+    bad: dict[int, DataError] = {}
+    before = int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))
 
-    def read_header(file: str) -> Header:
-        return inspect(folder / file, mode, options)
+    def read_header(number: int) -> Header:
+        return inspect(folder / files[number], mode, options)
 
-    def read_whole(file: str) -> None:
-        check_whole(folder / file, mode, options)
+    def read_whole(number: int) -> None:
+        check_whole(folder / files[number], mode, options)
 
-    for file, header in _each(files, read_header, "checking images"):
+    title = "building the index of images" if indexed else "checking images"
+    for number, header in each(np.flatnonzero(index.widths == 0).tolist(), read_header, title):
         if isinstance(header, DataError):
-            bad[file] = header
-            continue
-        summary.add(*header)
-        pixels += header.width * header.height
-        if "deep" in header.traits:
-            deep.append(folder / file)
+            bad[number] = header
+        else:
+            index.set_header(number, header)
+    pixels = int((index.widths.astype(np.int64) * index.heights).sum())
     if decode_all or (len(files) <= DECODED_FILES and pixels <= DECODED_PIXELS):
-        bad |= {file: error for file, error in _each(files, read_whole, "decoding images") if error is not None}
-    if bad:
-        raise DataError(_describe_bad(list(bad.values()), len(files)))
+        undecoded = np.flatnonzero((index.widths > 0) & ~index.decoded).tolist()
+        for number, error in each(undecoded, read_whole, "decoding images"):
+            if error is None:
+                index.decoded[number] = True
+            else:
+                bad[number] = error
+    if indexed and (int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))) != before:
+        _save(index, path)
+    if indexed and path.exists():
+        summary.remarks.append(f"index of the files: {path}")
+    kept = _without(bad, len(files), options, summary)
+    for kind in index.kinds(kept):
+        summary.add(*kind)
+    if options.value_range is None:
+        deep = index.having("deep")
+        summary.remarks += _remarks_on_range([folder / files[number] for number in deep if number not in bad])
+    digest = hashlib.sha256(index.digests[kept].astype("<u8").tobytes()).hexdigest()
+    return Checked(kept, index.sizes[kept].tolist(), digest)
+
+
+def check_sources(
+    count: int, source: Callable[[int], Source], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
+) -> IntArray:
+    """Do the same for images that are part of a larger file.
+
+    Args:
+        count: number of images.
+        source: returns the encoded image of a number.
+        mode: mode of the decoded images.
+        options: how images are read, and whether unreadable ones are skipped.
+        summary: counts are added to it.
+        decode_all: decode all images, regardless of their number.
+
+    Returns:
+        The numbers of the images that can be used, ascending.
+
+    Raises:
+        DataError: lists the images that cannot be read.
+    """
+    bad: dict[int, DataError] = {}
+    deep: list[Source] = []
+    pixels = 0
+    headers: list[tuple[int, Header]] = []
+    for number, header in each(range(count), lambda number: inspect(source(number), mode, options), "checking images"):
+        if isinstance(header, DataError):
+            bad[number] = header
+        else:
+            headers.append((number, header))
+            pixels += header.width * header.height
+    if decode_all or (count <= DECODED_FILES and pixels <= DECODED_PIXELS):
+        good = [number for number, _ in headers]
+        decoded = each(good, lambda number: check_whole(source(number), mode, options), "decoding images")
+        bad |= {number: error for number, error in decoded if error is not None}
+    kept = _without(bad, count, options, summary)
+    for number, header in headers:
+        if number not in bad:
+            summary.add(header.width, header.height, header.traits)
+            if "deep" in header.traits:
+                deep.append(source(number))
     if options.value_range is None:
         summary.remarks += _remarks_on_range(deep)
+    return kept
 
 
-def _each(files: Sequence[str], work: Callable[[str], Result], title: str) -> Iterator[tuple[str, Result | DataError]]:
-    """Call a function on each file in threads; yield the results in the order of the files."""
+def each(
+    items: Sequence[Item], work: Callable[[Item], Result], title: str
+) -> Iterator[tuple[Item, Result | DataError]]:
+    """Call a function on each item in threads; yield the results, or errors, in the order of the items."""
 
-    def several(task: Sequence[str]) -> list[Result | DataError]:
+    def several(task: Sequence[Item]) -> list[Result | DataError]:
         results: list[Result | DataError] = []
-        for file in task:
+        for item in task:
             try:
-                results.append(work(file))
+                results.append(work(item))
             except DataError as error:
                 results.append(DataError(str(error)))  # without the traceback, which references the image
         return results
 
-    tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
+    tasks = [items[start : start + FILES_PER_TASK] for start in range(0, len(items), FILES_PER_TASK)]
     with (
         ThreadPoolExecutor(THREADS, thread_name_prefix="check") as threads,
-        tqdm(total=len(files), desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False) as bar,
+        tqdm(total=len(items), desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False) as bar,
     ):
         for task, results in zip(tasks, threads.map(several, tasks), strict=True):
             yield from zip(task, results, strict=True)
             bar.update(len(task))
 
 
-def _remarks_on_range(deep: Sequence[Path]) -> list[str]:
+def _without(bad: dict[int, DataError], count: int, options: DataConfig, summary: Summary) -> IntArray:
+    """Return the numbers of the readable images; report the others.
+
+    Raises:
+        DataError: images cannot be read, and are not to be skipped, or all cannot be read.
+    """
+    errors = list(bad.values())
+    if bad and (options.unreadable == "fail" or len(bad) == count):
+        raise DataError(_describe_bad(errors, count))
+    if bad:
+        summary.left_out["unreadable"] = len(bad)
+        warn(_list_of_bad(f"{len(bad):,} of {count:,} images cannot be read and are skipped:", errors))
+    return np.setdiff1d(np.arange(count), np.array(sorted(bad), np.int64))
+
+
+def _save(index: Index, path: Path) -> None:
+    try:
+        index.save(path)
+    except OSError as error:
+        warn(f"the index of the files cannot be kept for the next start, {error.filename}: {error.strerror}")
+
+
+def _remarks_on_range(deep: Sequence[Source]) -> list[str]:
     """Return a remark if images of more than 8 bits use a small part of their range: 12-bit data look nearly black."""
-    looked_at = [highest_grey(path) for path in deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)]]
+    looked_at = [highest_grey(source) for source in deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)]]
     if not looked_at:
         return []
     highest, white = (max(values) for values in zip(*looked_at, strict=True))
@@ -106,10 +216,15 @@ def _remarks_on_range(deep: Sequence[Path]) -> list[str]:
     ]
 
 
-def _describe_bad(errors: Sequence[DataError], files: int) -> str:
+def _describe_bad(errors: Sequence[DataError], count: int) -> str:
+    skip = "" if len(errors) == count else ", or leave out such files with --set data.unreadable=skip"
     if len(errors) == 1:
-        return f"{errors[0]}; repair or remove it (the other files, {files - 1:,}, can be read)"
+        return f"{errors[0]}; repair or remove it (the other files, {count - 1:,}, can be read){skip}"
+    return _list_of_bad(f"{len(errors):,} of {count:,} images cannot be read; repair or remove them{skip}:", errors)
+
+
+def _list_of_bad(title: str, errors: Sequence[DataError]) -> str:
     lines = [str(error) for error in errors[:BAD_FILES_SHOWN]]
     if len(errors) > BAD_FILES_SHOWN:
         lines.append(f"and {len(errors) - BAD_FILES_SHOWN} more")
-    return "\n  ".join([f"{len(errors):,} of {files:,} image files cannot be read; repair or remove them:", *lines])
+    return "\n  ".join([title, *lines])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -62,9 +62,9 @@ def fit_array(array: Pixels, size: int, small_images: SmallImages, draws: Sequen
     if array.shape[:2] == (size, size) and draws is None:
         return array
     if array.shape[-1] == 3 and array.dtype == np.uint8:  # Pillow also scales the three bands of RGB separately
-        return cast("Pixels", fit_image(Image.fromarray(array), size, small_images, draws))
+        return cast("Any", fit_image(Image.fromarray(array), size, small_images, draws))
     bands = [fit_image(Image.fromarray(array[..., band]), size, small_images, draws) for band in range(array.shape[-1])]
-    fitted = cast("Pixels", np.concatenate(bands, axis=-1))
+    fitted: Any = np.concatenate(bands, axis=-1)
     return fitted if fitted.dtype == np.uint8 else fitted.clip(-1, 1)
 
 

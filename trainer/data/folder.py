@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from trainer.data.checking import check_files
 from trainer.data.dataset import DataError, IntArray, Uint8Array
-from trainer.data.fitting import fit_image
-from trainer.data.image_file import Mode, decode
+from trainer.data.decoder import Decoder
+from trainer.data.image_file import Mode
 from trainer.data.listing import Listing, list_images, shorten
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
-
-LOADER_THREADS = 8
 
 
 class FolderDataset:
@@ -36,55 +32,46 @@ class FolderDataset:
         *,
         labelled: bool,
         decode_all: bool,
+        cache: Path,
     ) -> None:
         if channels not in (1, 3):
             raise DataError(
                 f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
                 "choose --set model.image_channels=3, or use an npz of arrays with that number of channels"
             )
-        listing = list_images(path, labelled=labelled)
-        self._folder = path
-        self._files = listing.files
-        self._image_size = image_size
-        self._options = options
-        self._mode: Mode = "L" if channels == 1 else "RGB"
-        self._threads = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="decode")
-        self.labels: IntArray = np.array(listing.labels, dtype=np.int64)
-        self.class_names = listing.class_names
+        listing = list_images(path, labelled=labelled, class_from=options.class_from)
+        mode: Mode = "L" if channels == 1 else "RGB"
         summary = Summary(image_size, options, left_out=listing.left_out)
+        summary.remarks += _remarks_on_classes(path, listing, options)
+        checked = check_files(path, listing.files, mode, options, summary, decode_all=decode_all, cache=cache)
+        files = [listing.files[number] for number in checked.kept.tolist()]
+        self.labels: IntArray = np.array(listing.labels, dtype=np.int64)[checked.kept]
+        self.class_names = listing.class_names
         if labelled:
             summary.count_classes(self.class_names, self.labels)
-        summary.remarks += _remarks_on_levels(path, listing)
-        check_files(path, self._files, self._mode, options, summary, decode_all=decode_all)
         self.summary = summary.line()
         self.description: dict[str, str | int] = {
             "folder": path.name,
-            "listing_sha256": _sha256_of_lines(self._files),
-            "sizes_sha256": _sha256_of_lines(str((path / file).stat().st_size) for file in self._files),
-            "images": len(self._files),
+            "listing_sha256": _sha256_of_lines(files),
+            "sizes_sha256": _sha256_of_lines(map(str, checked.sizes)),
+            "content_sha256": checked.content_sha256,
+            "images": len(files),
         }
+        self._decoder = Decoder(lambda index: path / files[index], self.labels, image_size, mode, options)
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
-        crops = [None] * len(indices) if draws is None or not self._options.random_crop else draws.tolist()
-        return np.stack(list(self._threads.map(self._image, indices.tolist(), crops)))
-
-    def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
-        def fit(image: Image.Image) -> Uint8Array:
-            return fit_image(image, self._image_size, self._options.small_images, draws)
-
-        try:
-            return decode(self._folder / self._files[index], self._mode, self._options, fit)
-        except DataError as error:
-            raise DataError(f"{error}; repair it; --decode-all lists all such files before the first step") from error
+        return self._decoder.images(indices, draws)
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
-def _remarks_on_levels(path: Path, listing: Listing) -> list[str]:
-    """Return a remark if the only class has subfolders that may be meant as classes."""
+def _remarks_on_classes(path: Path, listing: Listing, options: DataConfig) -> list[str]:
+    """Return a remark if classes are file names, or if the only class has subfolders that may be meant as classes."""
+    if options.class_from == "name":
+        return ["classes are the names before the first underscore (data.class_from)"] if listing.class_names else []
     if len(listing.class_names) != 1:
         return []
     below = Counter(parts[1] if len(parts := Path(file).parts) > 2 else "" for file in listing.files)

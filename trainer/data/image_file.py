@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, TypeVar
 
@@ -35,6 +39,11 @@ LARGE_PIXELS = 16 << 20
 """Larger images are decoded one at a time."""
 ROWS_AT_ONCE = 256
 """Operations that need more memory than the image before and after them are done in strips."""
+READ_AT_ONCE_BYTES = 1 << 20
+"""Files up to this size are read with one call."""
+DIGESTED_WHOLE_BYTES = 64 << 10
+DIGESTED_PARTS, DIGESTED_PART_BYTES = 16, 4 << 10
+"""Of larger files, this number of parts of this size is digested."""
 TAIL_BYTES = 64
 TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
 """Content of the last bytes of a complete file."""
@@ -50,49 +59,77 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class Encoded(NamedTuple):
+    """The content of an image file that is part of a larger file."""
+
+    name: str
+    """Shown in errors."""
+    content: bytes
+
+
+Source = Path | Encoded
+
+
 class Header(NamedTuple):
     """Properties of a file that are known without decoding it."""
 
     width: int
     height: int
     traits: tuple[Trait, ...]
+    digest: int
+    """`content_digest` of the file."""
 
 
-def inspect(path: Path, mode: Mode, options: DataConfig) -> Header:
+def inspect(source: Source, mode: Mode, options: DataConfig) -> Header:
     """Read a file's header; decode the file too if it looks truncated.
 
     Raises:
         DataError: the file cannot be read, or not as an image viewer shows it.
     """
-    with _opened(path) as (file, image):
+    with _opened(source) as (file, image):
         _check(image, options)
         if 0 in image.size:
             raise ValueError("it has no pixels")
-        header = Header(*image.size, tuple(_traits(image, mode)))
+        traits = tuple(_traits(image, mode))
         file.seek(-min(TAIL_BYTES, file.seek(0, 2)), 2)
         whole = TAILS.get(image.format or "", b"") in file.read()
+        header = Header(*image.size, traits, content_digest(file))
     if not whole:
-        check_whole(path, mode, options)
+        check_whole(source, mode, options)
     return header
 
 
-def check_whole(path: Path, mode: Mode, options: DataConfig) -> None:
+def content_digest(file: IO[bytes]) -> int:
+    """Return a 64-bit digest of a file's size and content; of a large file, only evenly spread parts are read."""
+    size = file.seek(0, 2)
+    digest = blake2b(str(size).encode(), digest_size=8)
+    if size <= DIGESTED_WHOLE_BYTES:
+        file.seek(0)
+        digest.update(file.read())
+    else:
+        for part in range(DIGESTED_PARTS):
+            file.seek((size - DIGESTED_PART_BYTES) * part // (DIGESTED_PARTS - 1))
+            digest.update(file.read(DIGESTED_PART_BYTES))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def check_whole(source: Source, mode: Mode, options: DataConfig) -> None:
     """Check that a file can be decoded.
 
     Raises:
         DataError: it cannot.
     """
-    decode(path, mode, options, lambda image: None)
+    decode(source, mode, options, lambda image: None)
 
 
-def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
+def decode(source: Source, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
     """Decode an image as an image viewer shows it, to 8-bit grey or RGB, and return the result of `then`.
 
     EXIF orientation is applied; transparent pixels show the background; 16-bit grey is scaled to 8 bits; of several
     frames or pages the first is used.
 
     Args:
-        path: of the file.
+        source: path of the file, or its content.
         mode: `L` for grey, `RGB`.
         options: how it is read.
         then: computes the result from the decoded image, which takes much memory and is not kept.
@@ -100,20 +137,20 @@ def decode(path: Path, mode: Mode, options: DataConfig, then: Callable[[Image.Im
     Raises:
         DataError: the file cannot be read, or not as an image viewer shows it.
     """
-    with _opened(path) as (_, image):
+    with _opened(source) as (_, image):
         _check(image, options)
         if image.width * image.height > LARGE_PIXELS:
             return _large_images.submit(lambda: then(_as_shown(image, mode, options))).result()
         return then(_as_shown(image, mode, options))
 
 
-def highest_grey(path: Path) -> tuple[int, int]:
+def highest_grey(source: Source) -> tuple[int, int]:
     """Return the highest value in a grey image of more than 8 bits, and the highest possible value in its file.
 
     Raises:
         DataError: the file cannot be read, or its values have no limit.
     """
-    with _opened(path) as (_, image):
+    with _opened(source) as (_, image):
         limits = _container_range(image)
         if limits is None:
             raise ValueError(f"values of mode {image.mode} have no limit")
@@ -121,12 +158,10 @@ def highest_grey(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
+def _opened(source: Source) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Open an image; convert exceptions until it is closed to an error that names the file."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")  # opening a named pipe would wait for a writer
-        with path.open("rb") as file:
+        with io.BytesIO(source.content) if isinstance(source, Encoded) else _opened_file(source) as file:
             try:
                 image = Image.open(file, formats=FORMATS)
             except UnidentifiedImageError:
@@ -136,10 +171,27 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 yield file, image
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise DataError(f"{printable(path)}: it has more than {most:,} pixels; shrink it") from error
+        raise DataError(f"{_name(source)}: it has more than {most:,} pixels; shrink it") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, zlib.error and more
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{printable(path)}: {' '.join(reason.split()) or type(error).__name__}") from error
+        raise DataError(f"{_name(source)}: {' '.join(reason.split()) or type(error).__name__}") from error
+
+
+def _name(source: Source) -> str:
+    return printable(source.name if isinstance(source, Encoded) else source)
+
+
+def _opened_file(path: Path) -> IO[bytes]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")
+    file = os.fdopen(descriptor, "rb")
+    if status.st_size > READ_AT_ONCE_BYTES:
+        return file
+    with file:
+        return io.BytesIO(file.read())
 
 
 def _what_it_is(head: bytes) -> str:

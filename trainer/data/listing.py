@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusion.quoting import printable
 from trainer.data.dataset import DataError
 from trainer.data.image_file import SUFFIXES
+from trainer.data.options import ClassFrom
 
 SYSTEM_NAMES = frozenset(
     {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
@@ -38,12 +40,14 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def list_images(folder: Path, *, labelled: bool) -> Listing:
+def list_images(folder: Path, *, labelled: bool, class_from: ClassFrom = "folder") -> Listing:
     """List the images below a folder.
 
     Args:
         folder: holds one subfolder per class, which may have subfolders of its own.
-        labelled: whether the subfolders are classes; if not, images may be anywhere below the folder.
+        labelled: whether images have classes; if not, they may be anywhere below the folder.
+        class_from: `folder`: the subfolders are classes; `name`: images may be anywhere below the folder, and the
+            class of `cat_17.png` is `cat`.
 
     Raises:
         DataError: there are no images, a class has no images, or the folder does not contain classes.
@@ -62,10 +66,12 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
             f"{folder} contains no image ({', '.join(sorted(SUFFIXES))}); it contains: {describe_counts(left_out)}"
         )
     _refuse_splits(folder, by_class)
-    if not labelled:
+    if not labelled or class_from == "name":
         files = [*beside.images, *(path for found in by_class.values() for path in found.images)]
         files.sort(key=lambda path: path.split(os.sep))  # noqa: PTH206 - as below
-        return Listing(files, [0] * len(files), (), left_out)
+        if not labelled:
+            return Listing(files, [0] * len(files), (), left_out)
+        return _by_name(folder, files, left_out)
 
     _refuse_what_is_no_class(folder, beside, by_class)
     if beside.images:
@@ -74,6 +80,26 @@ def list_images(folder: Path, *, labelled: bool) -> Listing:
     files = [path for name in names for path in by_class[name].images]
     labels = [label for label, name in enumerate(names) for _ in by_class[name].images]
     return Listing(files, labels, names, left_out)
+
+
+def _by_name(folder: Path, files: list[str], left_out: Counter[str]) -> Listing:
+    """Return a listing whose classes are the file names up to the first underscore."""
+    if unfit := [path for path in files if not _class_of(path)]:
+        raise DataError(
+            f"{folder}: data.class_from=name needs names such as cat_17.png; {len(unfit):,} of {len(files):,} have no "
+            f"class before an underscore: {shorten(map(printable, unfit))}"
+        )
+    of_files = [_class_of(path) for path in files]
+    names = _sorted_class_names(set(of_files))
+    _refuse_undecodable(folder, names)
+    label = {name: number for number, name in enumerate(names)}
+    return Listing(files, [label[name] for name in of_files], names, left_out)
+
+
+def _class_of(path: str) -> str:
+    """Return the part of a file's name before the first underscore; empty if there is none."""
+    class_name, underscore, _ = path.rpartition(os.sep)[2].partition("_")
+    return class_name if underscore else ""
 
 
 def describe_counts(counts: Counter[str]) -> str:
@@ -140,7 +166,7 @@ def _refuse_what_is_no_class(folder: Path, beside: _Found, by_class: dict[str, _
     if not by_class:
         raise DataError(
             f"{folder} contains images and no class subfolders; put the images of each class into a "
-            "subfolder, or train without classes: --set class_conditional=false"
+            f"subfolder, or train without classes: --set class_conditional=false{_hint_at_names(beside)}"
         )
     empty = [f"{name!r} ({describe_counts(found.left_out)})" for name, found in by_class.items() if not found.images]
     if empty:
@@ -148,11 +174,27 @@ def _refuse_what_is_no_class(folder: Path, beside: _Found, by_class: dict[str, _
             f"{folder}: every subfolder is a class, and these contain no image: {shorten(empty)}; "
             "move them elsewhere, or add images to them"
         )
-    for name in by_class:
+    _refuse_undecodable(folder, by_class)
+
+
+def _refuse_undecodable(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{folder}: the name of the class folder {name!a} is not UTF-8; rename it") from error
+
+
+def _hint_at_names(beside: _Found) -> str:
+    """Return a hint if all images that lie beside each other are named as OpenAI's: `<class>_<number>.png`."""
+    names = {_class_of(path) for path in beside.images}
+    if "" in names:
+        return ""
+    count = "class is" if len(names) == 1 else "classes are"
+    return (
+        f"; if the {len(names):,} {count} the names before the first underscore ({shorten(sorted(names))}): "
+        "--set data.class_from=name"
+    )
 
 
 def _sorted_class_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainer.data.cache import default_cache
 from trainer.data.dataset import DataError, Dataset
 from trainer.data.folder import FolderDataset
 from trainer.data.image_file import SUFFIXES
@@ -21,6 +22,7 @@ def open_dataset(
     *,
     labelled: bool = True,
     decode_all: bool = False,
+    cache: Path | None = None,
 ) -> Dataset:
     """Open an npz file or a folder of images and check its content; docs/training.md describes what is accepted.
 
@@ -31,13 +33,15 @@ def open_dataset(
         options: how images are read; None: the defaults.
         labelled: whether labels are used; a folder then holds one subfolder per class, an npz an array `labels`.
         decode_all: decode every file now; otherwise only in small data sets.
+        cache: folder of indexes and unpacked arrays; None: the user's cache folder.
 
     Raises:
         DataError: the path does not exist or cannot be used for training; unreadable files are named.
     """
     options = options or DataConfig()
+    cache = cache or default_cache()
     if path.is_dir():
-        return FolderDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all)
+        return FolderDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all, cache=cache)
     if not path.is_file():
         raise DataError(f"data must be an npz file or a folder of images; {path} does not exist")
     suffix = path.suffix.lower()

@@ -5,16 +5,31 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from PIL import ImageColor
-from pydantic import FiniteFloat, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from diffusion.config import FrozenConfig
 
 SmallImages = Literal["frame", "enlarge"]
+ClassFrom = Literal["folder", "name"]
+Unreadable = Literal["fail", "skip"]
+OutsideRange = Literal["fail", "clip"]
 
 
 class DataConfig(FrozenConfig):
     """How images are read; docs/training.md describes each choice."""
 
+    class_from: ClassFrom = "folder"
+    """What a file's class is: the subfolder it is in, or the part of its name before the first underscore, as in
+    OpenAI's `<class>_<number>.png`."""
+    unreadable: Unreadable = "fail"
+    """What happens to an image that cannot be read: `fail` ends the run; `skip` reports and leaves out those that are
+    found before the first step, and later ones are replaced by another image of their class."""
+    workers: int | None = Field(default=None, ge=1, le=256)
+    """Threads that decode images; None: one per processor, at most 8. Does not affect the images."""
+    image_column: str | None = None
+    """Column of images of a Hugging Face data set; None: the only column of that kind."""
+    label_column: str | None = None
+    """Column of labels of a Hugging Face data set; None: the only column of classes, or `label`."""
     small_images: SmallImages = "frame"
     """How an image is handled whose shorter side is smaller than the model: `frame` puts it in the middle of a
     black square without enlarging it; `enlarge` scales it up until the shorter side fits, as OpenAI's code does."""
@@ -24,8 +39,14 @@ class DataConfig(FrozenConfig):
     background: str = "white"
     """Colour behind transparent pixels: a name or #rrggbb. Most viewers and every browser show white."""
     value_range: tuple[FiniteFloat, FiniteFloat] | None = None
-    """Values that become black and white in grey images of more than 8 bits; None: the full range of a 16-bit file,
-    0..65535. Files of 32 bits and of floating-point numbers have no default range and need this option."""
+    """Values that become black and white, -1 and 1 for the network.
+
+    Applies to arrays, and to grey image files of more than 8 bits. None: 0..255 for arrays of 8 bits; the full range of
+    a 16-bit file, 0..65535. Arrays of other types, and files of 32 bits and of floating-point numbers, have no default
+    range and need this option."""
+    outside_range: OutsideRange = "fail"
+    """What happens to values of arrays outside value_range: `fail` counts and refuses them, `clip` moves them to the
+    nearest end of the range. In image files the range is a window: values outside are black or white."""
 
     @field_validator("background")
     @classmethod

@@ -78,7 +78,9 @@ def test_the_listing_of_an_existing_run_does_not_change(tmp_path: Path) -> None:
     for name in ("b/1.png", "a/x/2.png", "a/x.png", "a/10.png", "a-b/0.png"):
         put(tmp_path / "data" / name)
     data = opened(tmp_path / "data")
-    assert {name: value for name, value in data.description.items() if name != "sizes_sha256"} == {
+    assert {
+        name: value for name, value in data.description.items() if name in ("folder", "listing_sha256", "images")
+    } == {
         "folder": "data",
         "listing_sha256": "fa430996c463e975963351f0be963c8775e6d3c9aa8a54fda85df609fdca5753",
         "images": 5,
@@ -222,7 +224,9 @@ def test_all_bad_files_are_listed_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         opened(tmp_path)
     first, *lines = str(caught.value).splitlines()
-    assert first == "3 of 8 image files cannot be read; repair or remove them:"
+    assert first == (
+        "3 of 8 images cannot be read; repair or remove them, or leave out such files with --set data.unreadable=skip:"
+    )
     assert [Path(line.split(": ")[0]).name for line in lines] == ["empty.png", "junk.jpg", "damaged.png"]
 
 
@@ -230,7 +234,7 @@ def test_the_list_of_bad_files_is_bounded(tmp_path: Path) -> None:
     put(tmp_path / "a" / "0.png")
     for number in range(300):
         (tmp_path / "a" / f"bad{number:03}.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="300 of 301 image files cannot be read") as caught:
+    with pytest.raises(DataError, match="300 of 301 images cannot be read") as caught:
         opened(tmp_path)
     lines = str(caught.value).splitlines()
     assert len(lines) == checking.BAD_FILES_SHOWN + 2
@@ -266,7 +270,7 @@ def test_pipes_and_circular_links_are_listed_as_bad_files(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "cat" / "self.png").symlink_to("self.png")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(DataError, match="2 of 3 image files cannot be read") as caught:
+    with pytest.raises(DataError, match="2 of 3 images cannot be read") as caught:
         opened(tmp_path)
     assert "pipe.png: it is not a regular file" in str(caught.value)
     assert "self.png: Too many levels of symbolic links" in str(caught.value)
@@ -279,3 +283,29 @@ def test_names_of_bad_files_do_not_break_lines(tmp_path: Path) -> None:
         opened(tmp_path)
     assert r"new\nline.png': the file is empty" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_classes_may_be_the_beginnings_of_names_as_in_openais_sets(tmp_path: Path) -> None:
+    for name in ("10_0.png", "2_0.png", "deeper/2_1_a.png", "deeper/10_x.png"):
+        put(tmp_path / name, grey=int(Path(name).name.partition("_")[0]))
+    data = open_dataset(tmp_path, 8, 1, DataConfig(class_from="name"))
+    assert data.class_names == ("2", "10")
+    assert [int(data.class_names[label]) for label in data.labels] == data.images(np.arange(4))[:, 0, 0, 0].tolist()
+    assert "2 classes: 2 (2), 10 (2)" in data.summary
+    assert "classes are the names before the first underscore (data.class_from)" in data.summary
+    assert open_dataset(tmp_path, 8, 1, DataConfig(class_from="name"), labelled=False).class_names == ()
+    put(tmp_path / "_7.png")
+    put(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"2 of 6 have no class before an underscore: _7\.png, x\.png"):
+        open_dataset(tmp_path, 8, 1, DataConfig(class_from="name"))
+
+
+def test_a_folder_of_openais_names_is_pointed_out(tmp_path: Path) -> None:
+    for name in ("cat_0.png", "cat_1.png", "dog_0.png"):
+        put(tmp_path / name)
+    with pytest.raises(DataError, match=r"if the 2 classes are .* \(cat, dog\): --set data.class_from=name"):
+        opened(tmp_path)
+    put(tmp_path / "other.png")
+    with pytest.raises(DataError, match="contains images and no class subfolders") as caught:
+        opened(tmp_path)
+    assert "class_from" not in str(caught.value)

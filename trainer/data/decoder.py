@@ -1,0 +1,91 @@
+"""Decode the images of a batch in a bounded pool of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from diffusion.quoting import printable
+from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.fitting import fit_image
+from trainer.data.image_file import Encoded, Mode, Source, decode
+from trainer.data.options import DataConfig
+from trainer.run_folder import warn
+
+MOST_THREADS = 8
+
+
+class Decoder:
+    """Decodes encoded images by index.
+
+    An image that turns out to be unreadable is replaced, if `data.unreadable` allows it, by the next readable one of
+    its class: a function of the data only, so that a resumed run trains on the same images.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[int], Source],
+        labels: IntArray,
+        image_size: int,
+        mode: Mode,
+        options: DataConfig,
+    ) -> None:
+        self._source = source
+        self._labels = labels
+        self._size = image_size
+        self._mode: Mode = mode
+        self._options = options
+        self._workers = options.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="decode") if self._workers > 1 else None
+        self._unreadable: set[int] = set()
+
+    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None) -> Uint8Array:
+        """Return the images [N, size, size, channels]; crop with `draws` [N, 3] if random crops are enabled."""
+        count = len(indices)
+        pixels = np.empty((count, self._size, self._size, 1 if self._mode == "L" else 3), np.uint8)
+        crops = [None] * count if draws is None or not self._options.random_crop else draws.tolist()
+
+        def decode_some(start: int) -> None:
+            for position in range(start, count, self._workers):
+                pixels[position] = self._image(int(indices[position]), crops[position])
+
+        for _ in (map if self._threads is None else self._threads.map)(decode_some, range(self._workers)):
+            pass
+        return pixels
+
+    def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
+        try:
+            return self._decoded(index, draws)
+        except DataError as error:
+            if self._options.unreadable == "fail":
+                raise DataError(
+                    f"{error}; repair it; --decode-all lists all such files before the first step"
+                ) from error
+            return self._replacement(index, draws, error)
+
+    def _replacement(self, index: int, draws: Sequence[float] | None, error: DataError) -> Uint8Array:
+        alike = np.flatnonzero(self._labels == self._labels[index])
+        at = int(np.searchsorted(alike, index))
+        for other in np.roll(alike, -at)[1:].tolist():
+            try:
+                pixels = self._decoded(other, draws)
+            except DataError:
+                continue
+            if index not in self._unreadable:
+                self._unreadable.add(index)
+                source = self._source(other)
+                name = printable(source.name if isinstance(source, Encoded) else source)
+                warn(f"{error}; {name} takes its place; unreadable images found so far: {len(self._unreadable)}")
+            return pixels
+        raise DataError(f"{error}; no image of its class can be read") from error
+
+    def _decoded(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
+        def fit(image: Image.Image) -> Uint8Array:
+            return fit_image(image, self._size, self._options.small_images, draws)
+
+        return decode(self._source(index), self._mode, self._options, fit)
