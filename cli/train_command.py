@@ -30,7 +30,11 @@ def train_command(
         str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, guided-256; --list shows all.")
     ],
     data: Annotated[
-        Path, typer.Option(help="npz file with images, labels and classes, or a folder with one subfolder per class.")
+        Path,
+        typer.Option(
+            help="Folder with one subfolder per class, npz file with images, labels and classes, npy file of images, "
+            "or Hugging Face data set saved to disk."
+        ),
     ],
     _: Annotated[
         bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
@@ -59,6 +63,10 @@ def train_command(
         bool,
         typer.Option("--decode-all", help="Decode every image before the first step, to find damaged files."),
     ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for indexes of large folders and unpacked arrays. Default: the user's cache folder."),
+    ] = None,
 ) -> None:
     """Train a checkpoint: a diffusion model, or a noisy classifier that guides one.
 
@@ -98,7 +106,9 @@ def train_command(
             config.model.image_channels,
             config.data,
             labelled=config.class_conditional,
-            decode_all=decode_all and main,
+            # All processes must find the same readable images; only the main one needs to report the others.
+            decode_all=decode_all and (main or config.data.unreadable == "skip"),
+            cache=cache,
         )
         resolved = resolve(config, dataset)
         refuse_overruled(decided, resolved, dataset)

@@ -21,7 +21,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("preview_per_class", "preview_steps", "sampling", "tensorboard"),
         *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
         *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
-        *("validation_every_images", "stop_after_worse"),
+        *("validation_every_images", "stop_after_worse", "data.workers"),
     }
 )
 """Fields that a resumed run may change; its checkpoints record the changes. Any other change is refused.

@@ -18,7 +18,7 @@ from trainer.errors import TrainError
 from trainer.run_folder import checkpoints, newest_checkpoint
 from trainer.state import SavedState
 
-NAMES_OF_DATA = ("file", "folder")
+NAMES_OF_DATA = ("file", "folder", "dataset")
 """Entries of a data set's description that name it and do not describe its content."""
 
 
@@ -92,7 +92,9 @@ def find_origin(
         raise TrainError(f"{error}. {recovery_hint(run)}") from error
     _refuse_other_classes(run, saved.config, dataset)
     changed = config.differences(_trained_with(saved.folder, saved.config))
-    if refused := {name: values for name, values in changed.items() if name.split(".")[0] not in MAY_CHANGE_ON_RESUME}:
+    if refused := {
+        name: values for name, values in changed.items() if not MAY_CHANGE_ON_RESUME & {name, name.split(".")[0]}
+    }:
         values = "; ".join(f"{name} was {old}, would be {new}" for name, (old, new) in refused.items())
         raise TrainError(
             f"{run} was started with other values: {values}. A resumed run may change "

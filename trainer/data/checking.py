@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from trainer.data.dataset import DataError, IntArray
@@ -107,13 +108,12 @@ def check_files(
     if options.value_range is None:
         deep = index.having("deep")
         summary.remarks += _remarks_on_range([folder / files[number] for number in deep if number not in bad])
-    digest = hashlib.sha256(index.digests[kept].astype("<u8").tobytes()).hexdigest()
-    return Checked(kept, index.sizes[kept].tolist(), digest)
+    return Checked(kept, index.sizes[kept].tolist(), _sha256(index.digests[kept]))
 
 
 def check_sources(
     count: int, source: Callable[[int], Source], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
-) -> IntArray:
+) -> tuple[IntArray, str]:
     """Do the same for images that are part of a larger file.
 
     Args:
@@ -125,7 +125,7 @@ def check_sources(
         decode_all: decode all images, regardless of their number.
 
     Returns:
-        The numbers of the images that can be used, ascending.
+        The numbers of the images that can be used, ascending, and the digest of their content.
 
     Raises:
         DataError: lists the images that cannot be read.
@@ -145,14 +145,16 @@ def check_sources(
         decoded = each(good, lambda number: check_whole(source(number), mode, options), "decoding images")
         bad |= {number: error for number, error in decoded if error is not None}
     kept = _without(bad, count, options, summary)
+    digests = []
     for number, header in headers:
         if number not in bad:
+            digests.append(header.digest)
             summary.add(header.width, header.height, header.traits)
             if "deep" in header.traits:
                 deep.append(source(number))
     if options.value_range is None:
         summary.remarks += _remarks_on_range(deep)
-    return kept
+    return kept, _sha256(np.array(digests, np.uint64))
 
 
 def each(
@@ -192,6 +194,10 @@ def _without(bad: dict[int, DataError], count: int, options: DataConfig, summary
         summary.left_out["unreadable"] = len(bad)
         warn(_list_of_bad(f"{len(bad):,} of {count:,} images cannot be read and are skipped:", errors))
     return np.setdiff1d(np.arange(count), np.array(sorted(bad), np.int64))
+
+
+def _sha256(digests: npt.NDArray[np.uint64]) -> str:
+    return hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest()
 
 
 def _save(index: Index, path: Path) -> None:

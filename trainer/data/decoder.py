@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +13,8 @@ from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.fitting import fit_image
 from trainer.data.image_file import Encoded, Mode, Source, decode
 from trainer.data.options import DataConfig
+from trainer.data.workers import Workers
 from trainer.run_folder import warn
-
-MOST_THREADS = 8
 
 
 class Decoder:
@@ -40,8 +37,7 @@ class Decoder:
         self._size = image_size
         self._mode: Mode = mode
         self._options = options
-        self._workers = options.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
-        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="decode") if self._workers > 1 else None
+        self._workers = Workers(options.workers)
         self._unreadable: set[int] = set()
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None) -> Uint8Array:
@@ -50,12 +46,10 @@ class Decoder:
         pixels = np.empty((count, self._size, self._size, 1 if self._mode == "L" else 3), np.uint8)
         crops = [None] * count if draws is None or not self._options.random_crop else draws.tolist()
 
-        def decode_some(start: int) -> None:
-            for position in range(start, count, self._workers):
-                pixels[position] = self._image(int(indices[position]), crops[position])
+        def decode_one(position: int) -> None:
+            pixels[position] = self._image(int(indices[position]), crops[position])
 
-        for _ in (map if self._threads is None else self._threads.map)(decode_some, range(self._workers)):
-            pass
+        self._workers.each(count, decode_one)
         return pixels
 
     def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.checking import check_files
-from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.dataset import IntArray, Uint8Array
 from trainer.data.decoder import Decoder
-from trainer.data.image_file import Mode
+from trainer.data.image_file import mode_of
 from trainer.data.listing import Listing, list_images, shorten
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
@@ -34,13 +34,8 @@ class FolderDataset:
         decode_all: bool,
         cache: Path,
     ) -> None:
-        if channels not in (1, 3):
-            raise DataError(
-                f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
-                "choose --set model.image_channels=3, or use an npz of arrays with that number of channels"
-            )
+        mode = mode_of(channels)
         listing = list_images(path, labelled=labelled, class_from=options.class_from)
-        mode: Mode = "L" if channels == 1 else "RGB"
         summary = Summary(image_size, options, left_out=listing.left_out)
         summary.remarks += _remarks_on_classes(path, listing, options)
         checked = check_files(path, listing.files, mode, options, summary, decode_all=decode_all, cache=cache)

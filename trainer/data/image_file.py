@@ -80,6 +80,20 @@ class Header(NamedTuple):
     """`content_digest` of the file."""
 
 
+def mode_of(channels: int) -> Mode:
+    """Return the mode for a number of channels.
+
+    Raises:
+        DataError: image files cannot be read with that number.
+    """
+    if channels not in (1, 3):
+        raise DataError(
+            f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
+            "choose --set model.image_channels=3, or use an npz of arrays with that number of channels"
+        )
+    return "L" if channels == 1 else "RGB"
+
+
 def inspect(source: Source, mode: Mode, options: DataConfig) -> Header:
     """Read a file's header; decode the file too if it looks truncated.
 

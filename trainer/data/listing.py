@@ -76,7 +76,7 @@ def list_images(folder: Path, *, labelled: bool, class_from: ClassFrom = "folder
     _refuse_what_is_no_class(folder, beside, by_class)
     if beside.images:
         left_out["outside the class folders"] = len(beside.images)
-    names = _sorted_class_names(by_class)
+    names = sorted_class_names(by_class)
     files = [path for name in names for path in by_class[name].images]
     labels = [label for label, name in enumerate(names) for _ in by_class[name].images]
     return Listing(files, labels, names, left_out)
@@ -90,7 +90,7 @@ def _by_name(folder: Path, files: list[str], left_out: Counter[str]) -> Listing:
             f"class before an underscore: {shorten(map(printable, unfit))}"
         )
     of_files = [_class_of(path) for path in files]
-    names = _sorted_class_names(set(of_files))
+    names = sorted_class_names(set(of_files))
     _refuse_undecodable(folder, names)
     label = {name: number for number, name in enumerate(names)}
     return Listing(files, [label[name] for name in of_files], names, left_out)
@@ -197,8 +197,8 @@ def _hint_at_names(beside: _Found) -> str:
     )
 
 
-def _sorted_class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort by name, or by number if all names are numbers, so that index 2 is class "2" and not "10"."""
+def sorted_class_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort class names by name, or by number if all names are numbers, so that index 2 is class "2" and not "10"."""
     if all(name.isascii() and name.isdigit() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))

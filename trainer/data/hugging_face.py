@@ -1,0 +1,176 @@
+"""Images of a Hugging Face data set that was saved with `save_to_disk`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.checking import check_sources
+from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.decoder import Decoder
+from trainer.data.image_file import Encoded, Mode, Source, mode_of
+from trainer.data.listing import shorten, sorted_class_names
+from trainer.data.options import DataConfig
+from trainer.data.summary import Summary
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or all(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json")
+    )
+
+
+class HuggingFaceDataset:
+    """A data set with a column of images and one of labels."""
+
+    def __init__(
+        self, path: Path, image_size: int, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool
+    ) -> None:
+        mode: Mode = mode_of(channels)
+        dataset = _load(path)
+        image_column = _image_column(path, dataset, options.image_column)
+        self._images = dataset.data.column(image_column)
+        self._path = path
+        summary = Summary(image_size, options)
+        count = len(self._images)
+        if count == 0:
+            raise DataError(f"{path} contains no image")
+        self.labels: IntArray = np.zeros(count, np.int64)
+        self.class_names: tuple[str, ...] = ()
+        columns = f"column {image_column!r}"
+        if labelled:
+            label_column = _label_column(path, dataset, options.label_column)
+            self.labels, self.class_names = _labels(path, dataset, label_column)
+            columns = f"columns {image_column!r} and {label_column!r}"
+        self._kept, content = check_sources(count, self._row, mode, options, summary, decode_all=decode_all)
+        self.labels = self.labels[self._kept]
+        if labelled:
+            summary.count_classes(self.class_names, self.labels)
+        summary.remarks.append(f"{columns} of a Hugging Face data set")
+        self.summary = summary.line()
+        self.description: dict[str, str | int] = {
+            "dataset": path.name,
+            "content_sha256": content,
+            "labels_sha256": hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest(),
+            "images": len(self.labels),
+        }
+        self._decoder = Decoder(self._source, self.labels, image_size, mode, options)
+
+    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
+        """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
+        return self._decoder.images(indices, draws)
+
+    def _source(self, index: int) -> Source:
+        return self._row(int(self._kept[index]))
+
+    def _row(self, row: int) -> Source:
+        """Return the encoded image of a row, or the path of its file."""
+        image = self._images[row].as_py() or {}
+        path, content = image.get("path"), image.get("bytes")
+        if content is None and path:
+            return Path(path)
+        return Encoded(f"{self._path}, row {row}" + (f" ({path})" if path else ""), content or b"")
+
+
+def _load(path: Path) -> Any:
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_bytes()).get("splits", [])
+        choice = next((name for name in splits if name.startswith("train")), next(iter(splits), "train"))
+        raise DataError(f"{path} contains splits of a data set, {shorten(splits)}; use one: --data {path / choice}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a Hugging Face data set, which needs the package datasets: pip install 'iddpm[hf]'"
+        ) from error
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # errors of files, JSON and Arrow have many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as a Hugging Face data set: {reason}") from error
+    return dataset
+
+
+def _columns(dataset: Any) -> str:
+    kinds = {
+        name: feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
+        for name, feature in dataset.features.items()
+    }
+    return shorten(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+
+
+def _having(dataset: Any, kind: str) -> list[str]:
+    return [name for name, feature in dataset.features.items() if type(feature).__name__ == kind]
+
+
+def _image_column(path: Path, dataset: Any, wanted: str | None) -> str:
+    found = _having(dataset, "Image")
+    if wanted is None and len(found) == 1:
+        return found[0]
+    if wanted in found:
+        assert wanted is not None  # noqa: S101  # an element of a list of names
+        return wanted
+    problem = (
+        f"data.image_column is {wanted!r}, which is no column of images"
+        if wanted is not None
+        else f"{len(found)} columns contain images: choose one with --set data.image_column=NAME"
+        if found
+        else "no column contains images (of the type datasets.Image)"
+    )
+    raise DataError(f"{path}: {problem}; its columns are {_columns(dataset)}")
+
+
+def _label_column(path: Path, dataset: Any, wanted: str | None) -> str:
+    if wanted is not None and wanted in dataset.features:
+        return wanted
+    found = _having(dataset, "ClassLabel")
+    if wanted is None and len(found) == 1:
+        return found[0]
+    if wanted is None and not found and "label" in dataset.features:
+        return "label"
+    problem = (
+        f"data.label_column is {wanted!r}, which is no column"
+        if wanted is not None
+        else f"{len(found)} columns contain classes: choose one with --set data.label_column=NAME"
+        if found
+        else "no column contains classes: choose one of integers or texts with --set data.label_column=NAME, or train "
+        "without, --set class_conditional=false"
+    )
+    raise DataError(f"{path}: {problem}; its columns are {_columns(dataset)}")
+
+
+def _labels(path: Path, dataset: Any, column: str) -> tuple[IntArray, tuple[str, ...]]:
+    """Return the label of each row, and the names of the classes."""
+    feature = dataset.features[column]
+    values = dataset.data.column(column).to_pylist()
+    if missing := sum(value is None for value in values):
+        raise DataError(f"{path}: {missing:,} of {len(values):,} rows have no value in the column {column!r}")
+    if all(isinstance(value, str) for value in values):
+        names = sorted_class_names(set(values))
+        number = {name: label for label, name in enumerate(names)}
+        return np.array([number[value] for value in values], np.int64), names
+    if not all(isinstance(value, int) for value in values):
+        raise DataError(f"{path}: the column {column!r} must contain classes, integers or texts; got {feature}")
+    labels = np.array(values, np.int64)
+    named = getattr(feature, "names", None)
+    names = tuple(named) if named else tuple(map(str, range(int(labels.max()) + 1)))
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise DataError(
+            f"{path}: labels must lie in 0..{len(names) - 1}; got {labels.min()}..{labels.max()} "
+            "(-1 often means that a split has no labels: --set class_conditional=false)"
+        )
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise DataError(f"{path}: classes must be different names; repeated: {shorten(map(repr, repeated))}")
+    if not named and (unused := sorted(set(range(len(names))) - set(values))):
+        raise DataError(
+            f"{path}: labels must count from 0 without gaps; {shorten(map(str, unused))} have no image: make the "
+            f"column {column!r} one of classes, with dataset.class_encode_column({column!r})"
+        )
+    return labels, names
