@@ -197,15 +197,18 @@ def _name(source: Source) -> str:
 
 def _opened_file(path: Path) -> IO[bytes]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > READ_AT_ONCE_BYTES:
+            return os.fdopen(os.dup(descriptor), "rb")
+        content = os.read(descriptor, status.st_size)
+        while len(content) < status.st_size and (more := os.read(descriptor, status.st_size - len(content))):
+            content += more
+        return io.BytesIO(content)
+    finally:
         os.close(descriptor)
-        raise ValueError("it is not a regular file")
-    file = os.fdopen(descriptor, "rb")
-    if status.st_size > READ_AT_ONCE_BYTES:
-        return file
-    with file:
-        return io.BytesIO(file.read())
 
 
 def _what_it_is(head: bytes) -> str:
