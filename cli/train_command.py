@@ -131,13 +131,13 @@ def train_command(
     except ValidationError as error:
         fail(describe_validation_error(error))
     except Stopped as stopped:
-        again = _resumed(data, run) if stopped.images_seen else _resumed(data, run)[:-1]  # without --resume
+        again = _resumed(data, run, cache)[: None if stopped.images_seen else -1]  # -1: without --resume
         if main:
             typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
-            fail(f"{error}. To continue: {command.text(*_resumed(data, run), changed=error.resume_with)}")
+            fail(f"{error}. To continue: {command.text(*_resumed(data, run, cache), changed=error.resume_with)}")
         fail(error)
     except (ValueError, OSError) as error:
         fail(error)
@@ -164,8 +164,9 @@ class _Command:
         return shlex.join(["iddpm", "train", self.preset, *options, *sets, *accept])
 
 
-def _resumed(data: Path, run: Path) -> list[str]:
-    return ["--data", str(data), "--out", str(run), "--resume"]
+def _resumed(data: Path, run: Path, cache: Path | None) -> list[str]:
+    where = [] if cache is None else ["--cache", str(cache)]
+    return ["--data", str(data), "--out", str(run), *where, "--resume"]
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

@@ -85,21 +85,23 @@ def check_files(
         check_whole(folder / files[number], mode, options)
 
     title = "building the index of images" if indexed else "checking images"
-    for number, header in each(np.flatnonzero(index.widths == 0).tolist(), read_header, title):
-        if isinstance(header, DataError):
-            bad[number] = header
-        else:
-            index.set_header(number, header)
-    pixels = int((index.widths.astype(np.int64) * index.heights).sum())
-    if decode_all or (len(files) <= DECODED_FILES and pixels <= DECODED_PIXELS):
-        undecoded = np.flatnonzero((index.widths > 0) & ~index.decoded).tolist()
-        for number, error in each(undecoded, read_whole, "decoding images"):
-            if error is None:
-                index.decoded[number] = True
+    try:
+        for number, header in each(np.flatnonzero(index.widths == 0).tolist(), read_header, title):
+            if isinstance(header, DataError):
+                bad[number] = header
             else:
-                bad[number] = error
-    if indexed and (int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))) != before:
-        _save(index, path)
+                index.set_header(number, header)
+        pixels = int((index.widths.astype(np.int64) * index.heights).sum())
+        if decode_all or (len(files) <= DECODED_FILES and pixels <= DECODED_PIXELS):
+            undecoded = np.flatnonzero((index.widths > 0) & ~index.decoded).tolist()
+            for number, error in each(undecoded, read_whole, "decoding images"):
+                if error is None:
+                    index.decoded[number] = True
+                else:
+                    bad[number] = error
+    finally:  # an interrupted check continues at the next start
+        if indexed and (int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))) != before:
+            _save(index, path)
     if indexed and path.exists():
         summary.remarks.append(f"index of the files: {path}")
     kept = _without(bad, len(files), options, summary)
@@ -172,13 +174,14 @@ def each(
         return results
 
     tasks = [items[start : start + FILES_PER_TASK] for start in range(0, len(items), FILES_PER_TASK)]
-    with (
-        ThreadPoolExecutor(THREADS, thread_name_prefix="check") as threads,
-        tqdm(total=len(items), desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False) as bar,
-    ):
-        for task, results in zip(tasks, threads.map(several, tasks), strict=True):
-            yield from zip(task, results, strict=True)
-            bar.update(len(task))
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="check")
+    try:
+        with tqdm(total=len(items), desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False) as bar:
+            for task, results in zip(tasks, threads.map(several, tasks), strict=True):
+                yield from zip(task, results, strict=True)
+                bar.update(len(task))
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C, do not wait for the other tasks
 
 
 def _without(bad: dict[int, DataError], count: int, options: DataConfig, summary: Summary) -> IntArray:

@@ -16,11 +16,13 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 from PIL import __version__ as pillow_version
+from tqdm import tqdm
 
 from trainer.data.cache import write_in
 from trainer.data.image_file import Header, Mode, Trait
 from trainer.data.options import DataConfig
 
+BAR_DELAY_SECONDS = 2
 VERSION = 1
 """Changes with the meaning of the content."""
 TRAITS: tuple[Trait, ...] = get_args(Trait)
@@ -53,7 +55,8 @@ class Index:
         count = len(files)
         sizes, modified = np.full(count, -1, np.int64), np.zeros(count, np.int64)
         prefix = f"{folder}{os.sep}"
-        for number, file in enumerate(files):
+        bar = tqdm(files, desc="comparing files with the index", unit="file", delay=BAR_DELAY_SECONDS, leave=False)
+        for number, file in enumerate(bar):
             try:
                 status = os.stat(prefix + file)  # noqa: PTH116  # a Path per file takes as long as the call
             except OSError:

@@ -80,6 +80,28 @@ def test_what_the_checks_depend_on_has_an_index_of_its_own(tmp_path: Path, read:
         assert read
 
 
+def test_an_interrupted_check_continues_at_the_next_start(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        put(tmp_path / "data" / "a" / f"{number}.png")
+    monkeypatch.setattr(checking, "FILES_PER_TASK", 1)
+    counting = checking.inspect
+
+    def interrupted(path: Path, *rest: Any) -> Any:
+        if path.name == "5.png":
+            raise KeyboardInterrupt
+        return counting(path, *rest)
+
+    monkeypatch.setattr(checking, "inspect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path)
+    monkeypatch.setattr(checking, "inspect", counting)
+    read.clear()
+    opened(tmp_path)
+    assert [name for name in sorted(read) if name.startswith("inspect")] == [f"inspect {n}.png" for n in range(5, 9)]
+
+
 def test_unreadable_files_are_read_at_every_start(tmp_path: Path) -> None:
     put(tmp_path / "data" / "a" / "0.png")
     put(tmp_path / "data" / "a" / "1.png").write_bytes(b"junk")

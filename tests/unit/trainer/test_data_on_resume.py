@@ -1,0 +1,64 @@
+"""What a resumed run notices of its data, and which data options it may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.config import TrainConfig
+from trainer.data import Uint8Array, open_dataset
+from trainer.errors import TrainError
+from trainer.loop import resolve, train
+
+
+def config(**fields: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "model": {
+                "image_size": 8,
+                "image_channels": 1,
+                "model_channels": 32,
+                "channel_mult": [1],
+                "attention_resolutions": [],
+            },
+            "total_images": 4,
+            "batch_size": 4,
+            "preview_per_class": 0,
+            **fields,
+        }
+    )
+
+
+def run(tmp_path: Path, config: TrainConfig, **options: Any) -> None:
+    dataset = open_dataset(tmp_path / "data", 8, 1, config.data)
+    train(resolve(config, dataset), dataset, tmp_path / "run", **options)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Uint8Array:
+    pixels: Uint8Array = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(pixels + number).save(tmp_path / "data" / "a" / f"{number}.bmp")
+    return pixels
+
+
+def test_a_mended_image_of_equal_size_is_noticed(tmp_path: Path, picture: Uint8Array) -> None:
+    run(tmp_path, config())
+    Image.fromarray(255 - picture).save(tmp_path / "data" / "a" / "2.bmp")
+    with pytest.raises(TrainError, match=r"other data: content_sha256 was .*add --accept-changed-data"):
+        run(tmp_path, config(total_images=8), resume=True)
+    run(tmp_path, config(total_images=8), resume=True, accept_changed_data=True)
+
+
+@pytest.mark.usefixtures("picture")
+def test_only_options_without_effect_on_the_images_may_change(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    run(tmp_path, config(total_images=8, data={"workers": 1}), resume=True)
+    for change in ({"random_crop": True}, {"unreadable": "skip"}, {"value_range": [0, 1]}):
+        with pytest.raises(TrainError, match=f"started with other values: data.{next(iter(change))} was"):
+            run(tmp_path, config(total_images=12, data={"workers": 1, **change}), resume=True)
