@@ -6,7 +6,7 @@ keyed by its position (`diffusion/noise.py`), so that neither the batch size nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from diffusion.config import ModelConfig
 from diffusion.noise import MAX_WORD, STREAM_AUGMENTATION, STREAM_TRAINING, normal, uniform
-from diffusion.update import from_uint8
 from trainer.config import TrainConfig
-from trainer.data import Dataset, IntArray, batch_indices
+from trainer.data import Dataset, IntArray, batch_indices, network_input
 from trainer.timestep_sampler import TimestepSampler
 
 CROP_DRAWS = 3
@@ -113,7 +112,7 @@ class Batches:
         indices = batch_indices(config.seed, first, config.batch_size, len(self._dataset.labels))[self._mine]
         positions = np.arange(first, first + config.batch_size, dtype=np.int64)[self._mine]
         chances = uniform(config.seed, *_words(positions), STREAM_AUGMENTATION, LABEL + 1)
-        x0 = read_images(self._dataset, indices, chances[:, :CROP_DRAWS] if _crops(config) else None)
+        x0 = read_images(self._dataset, indices, chances[:, :CROP_DRAWS] if config.data.random_crop else None)
         if config.horizontal_flip:
             mirrored = torch.from_numpy(chances[:, FLIP] < 0.5)[:, None, None, None]
             x0 = torch.where(mirrored, x0.flip(-1), x0)
@@ -165,11 +164,7 @@ def read_images(dataset: Dataset, indices: IntArray, draws: np.ndarray[Any, Any]
     Raises:
         DataError: an image cannot be read.
     """
-    read: Callable[..., np.ndarray[Any, Any]] = dataset.images
-    pixels = read(indices) if draws is None else read(indices, draws)
-    if pixels.dtype == np.uint8:
-        return torch.from_numpy(from_uint8(pixels))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32))
+    return torch.from_numpy(network_input(dataset.images(indices, draws)))
 
 
 def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tensor:
@@ -194,7 +189,3 @@ def seed_dropout(seed: int, batch: Batch) -> None:
 
 def _words(positions: IntArray) -> tuple[IntArray, IntArray]:
     return positions & MAX_WORD, positions >> 32
-
-
-def _crops(config: TrainConfig) -> bool:
-    return bool(getattr(config.data, "random_crop", False))

@@ -114,11 +114,9 @@ def classifier(size: int, steps: int, batch_size: int = 256, lr: float = 3e-4, d
     """Return the training of one of ADM's noisy classifiers: random crops and flips, the rate falls to zero."""
     return guided(
         f"adm-classifier-{size}", steps, batch_size, lr,
-        weight_decay=decay, lr_schedule="linear", preview_per_class=0, data={**PHOTOGRAPHS.model_dump(), **CROPS},
+        weight_decay=decay, lr_schedule="linear", preview_per_class=0, data=PHOTOGRAPHS.replace(random_crop=True),
     )  # fmt: skip
 
-
-CROPS = {"random_crop": True} if "random_crop" in DataConfig.model_fields else {}
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "fashion32": fashion32,

@@ -33,7 +33,7 @@ class Part:
 
     def images(self, indices: IntArray, draws: Any = None) -> Any:
         """Return some of the images; arguments as for `Dataset`."""
-        return self._whole.images(self._indices[indices], *(() if draws is None else (draws,)))
+        return self._whole.images(self._indices[indices], draws)
 
 
 def held_out(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Dataset | None]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diffusion.config import CheckpointConfig
 from formats.atomic_file import replace_file
 from formats.images import Uint8Array
-from trainer.data import Dataset, open_dataset
+from trainer.data import Dataset, eight_bit_images, open_dataset
 from trainer.data.options import DataConfig
 from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.extractors import Extractor, Float32Array
@@ -166,7 +166,7 @@ def dataset_features(
     """Compute the features of a data set, or of chosen images of it, unless they are in the cache."""
     data = open_real(path, config)
     indices = np.arange(len(data.labels)) if chosen is None else chosen
-    content = {name: value for name, value in data.description.items() if name not in ("file", "folder")}
+    content = {name: value for name, value in data.description.items() if name not in ("file", "folder", "dataset")}
     key = {
         "data": content,
         "size": [config.model.image_size, config.model.image_channels],
@@ -177,7 +177,7 @@ def dataset_features(
 
     def batches() -> Iterator[Uint8Array]:
         for start in range(0, len(indices), BATCH):
-            yield data.images(indices[start : start + BATCH])
+            yield eight_bit_images(data, indices[start : start + BATCH])
 
     return cached(cache, key, lambda: extract(extractor, batches(), len(indices), f"features of {path.name}"))
 
