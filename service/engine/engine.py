@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -89,6 +90,8 @@ class Engine:
         self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
+        for model in runners:
+            self._counts.add_model(model)
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
@@ -131,6 +134,7 @@ class Engine:
         self.costs[model] = costs
         self._runners[model], self._takers[model] = runner, self._taker(model, runner)
         self.scheduler.add_model(model)
+        self._counts.add_model(model)
         self._choose_width(model)
         self.publish()
 
@@ -151,8 +155,8 @@ class Engine:
 
     def publish(self) -> None:
         """Replace the snapshot with the current state."""
-        lefts = [*(step.left for step in self._launched), *(step.end.left for step in self._settled)]
-        leaving = dict.fromkeys(image for left in lefts for image in left)  # one may fail before it would have ended
+        lefts = [*[step.left for step in self._launched], *[step.end.left for step in self._settled]]
+        leaving = dict.fromkeys(chain.from_iterable(lefts))  # an image may fail before it would have ended
         scheduler = self.scheduler
         self.snapshot = Snapshot.of(
             images=(*scheduler.started(), *leaving),
