@@ -141,6 +141,10 @@ class Scheduler:
         """Return the images that have started, with or without a slot."""
         return [image for queue in self._queues() for image in (*queue.running, *queue.evicted)]
 
+    def free_slots(self, model: str) -> list[int]:
+        """Return the slots of a model that no image holds, in ascending order."""
+        return sorted(self._lanes[model].free_slots)
+
     def steps(self, model: str) -> int:
         """Return the number of steps that a model has taken. Image age is measured in these steps."""
         return self._lanes[model].steps
