@@ -235,7 +235,7 @@ def main() -> None:
     costs = measure(asked.waiting, asked.width, asked.steps, asked.repeats)
     section = markdown_section(facts, table(costs, asked.step_ms / 1000), "benchmarks.bookkeeping")
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "bookkeeping.md").write_text(section)
+    (asked.out / "bookkeeping.md").write_text(section, encoding="utf-8")
     print(section)
 
 

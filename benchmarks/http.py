@@ -239,7 +239,7 @@ def main() -> None:
             )
             results.setdefault(contender.name, []).append(measured)
     section = markdown_section(facts, table(results), "benchmarks.http")
-    (asked.out / "http.md").write_text(section)
+    (asked.out / "http.md").write_text(section, encoding="utf-8")
     print(section)
 
 

@@ -196,7 +196,9 @@ class Server:
                 except httpx.TransportError:
                     pass
                 time.sleep(0.1)
-        raise Absent(f"{self.entry.text} did not become ready:\n{self.log.read_text(errors='replace')[-2000:]}")
+        raise Absent(
+            f"{self.entry.text} did not become ready:\n{self.log.read_text('utf-8', errors='replace')[-2000:]}"
+        )
 
     def suspend(self) -> None:
         """Suspend its processes: some poll while idle, and would disturb other servers."""

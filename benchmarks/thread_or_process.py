@@ -225,7 +225,7 @@ def main() -> None:
     facts["Thread, interval"] = f"sys.setswitchinterval of {asked.switch_ms:g} ms"
     section = markdown_section(facts, table(runs), "benchmarks.thread_or_process")
     asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "thread_or_process.md").write_text(section)
+    (asked.out / "thread_or_process.md").write_text(section, encoding="utf-8")
     print(section)
 
 

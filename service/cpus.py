@@ -43,8 +43,8 @@ def available_cpus(proc: Path = PROC) -> Cpus:
 def _quotas(proc: Path) -> Iterator[float]:
     """Yield the quotas of this process's cgroups and of their parents, except where there is no limit."""
     try:
-        memberships = (proc / "cgroup").read_text().splitlines()
-        mounts = (proc / "mountinfo").read_text().splitlines()
+        memberships = (proc / "cgroup").read_text(encoding="utf-8").splitlines()
+        mounts = (proc / "mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     paths: dict[int | None, str] = {}  # of the process's cgroup, by version
@@ -83,7 +83,7 @@ def _quota_v1(folder: Path) -> float | None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:  # the root cgroup has none
         return ""
 

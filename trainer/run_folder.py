@@ -91,7 +91,7 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
     """
     _refuse_unfit(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK_FILE).open("a+") as lock:
+    with (run / LOCK_FILE).open("a+", encoding="utf-8") as lock:
         _lock(lock, run)
         _refuse_unfit(run, resume=resume)  # check again: another run may have started or ended meanwhile
         for path in (run / MODEL_FOLDER, run / BEST_FOLDER, run / TRAIN_CONFIG_FILE, *checkpoints(run)):

@@ -74,7 +74,7 @@ def save(state: TrainState, folder: Path, config: AnyCheckpointConfig) -> None:
             "scaler": state.scaler.state_dict(),
             "sha256": {name: _sha256(temporary / name) for name in HASHED_FILES},
         }
-        (temporary / STATE_FOLDER / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
+        (temporary / STATE_FOLDER / PROGRESS_FILE).write_text(json.dumps(progress) + "\n", encoding="utf-8")
 
     write_checkpoint(folder, config, state.ema.weights, extra=add_state)
 

@@ -60,7 +60,7 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
         sizes = options.batch_sizes or up_to_width(self._model.manifest.buckets, options.max_rows)
         self.batch_sizes: tuple[int, ...] | None = sizes
         cache = compile_cache(options.cache_dir)
-        self._network = StaticGraph(self._model, sizes, precision, self.threads, cache)
+        self.graph = StaticGraph(self._model, sizes, precision, self.threads, cache)
         classifier = self._model.classifier
         self.classifier: GuidingClassifier[npt.NDArray[Any]] | None = (
             None if classifier is None else OpenVinoClassifier(classifier, sizes, self.threads, cache)
@@ -76,7 +76,7 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
 
     def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
         """Start the graph that was compiled for this many rows."""
-        return self._network.begin(inputs)
+        return self.graph.begin(inputs)
 
     def failure_kind(self, error: Exception) -> FailureKind:
         """Distinguish lack of memory from other errors; a call ends with its `wait`."""

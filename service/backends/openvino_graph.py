@@ -53,6 +53,10 @@ class StaticGraph:
             raise ModelError(f"{artifact.graph}: OpenVINO cannot compile it: {error}") from error
         _return_freed_memory()
 
+    def parts(self, rows: int) -> int:
+        """Return the number of parts of a call of `rows` rows, which run in parallel."""
+        return len(self._bound[rows].requests)
+
     def begin(self, inputs: NetworkInputs[npt.NDArray[Any]]) -> InferCall:
         """Start the graph that was compiled for this many rows; the inputs are copied.
 

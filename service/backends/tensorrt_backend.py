@@ -87,7 +87,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
             if not graphs:
                 log.warning("%s: these engines cannot be captured in CUDA graphs; running without", target.name)
             capture: Capture = CudaCapture(self.device) if graphs else CallAgain()
-            self._run: EmbNetwork = GraphedNetwork(network, sizes, self._zero_inputs, capture)
+            self._run: EmbNetwork = GraphedNetwork(network, sizes, self.zero_inputs, capture)
 
         self.batch_sizes: tuple[int, ...] | None = sizes
         self.time_mlp = model.time_mlp
@@ -110,7 +110,8 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         """Return the kind; errors of the device are of kind DEVICE."""
         return cuda_failure_kind(error)
 
-    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
+    def zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
+        """Return inputs of zeros for a call of `size` rows."""
         shapes = graph_shapes(self.config.model, size)
         zeros = {
             name: torch.zeros(shape, dtype=dtype, device=self.device)

@@ -126,9 +126,10 @@ class TorchBackend(DenoiserDefaults[Tensor]):
             return self._forward_emb(*inputs)
 
     def _graphed(self, capture: Capture) -> GraphedNetwork:
-        return GraphedNetwork(self._forward, self.batch_sizes or (), self._zero_inputs, capture)
+        return GraphedNetwork(self._forward, self.batch_sizes or (), self.zero_inputs, capture)
 
-    def _zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
+    def zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
+        """Return inputs of zeros for a call of `size` rows."""
         model = self.config.model
         x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
         emb_t = torch.zeros(size, model.emb_channels, device=self.device)

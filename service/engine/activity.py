@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 
@@ -26,7 +27,7 @@ class ModelActivity:
     last_image_at: float = 0.0
     """Unix time at which an image last completed, in seconds; 0 if none has."""
     network_calls: int = 0
-    steps: dict[int, StepTotal] = field(default_factory=dict)
+    steps: defaultdict[int, StepTotal] = field(default_factory=lambda: defaultdict(StepTotal))
     """Keyed by padded batch size."""
 
 
@@ -36,8 +37,8 @@ class Activity:
     def __init__(self) -> None:
         self.row_steps = 0
         """Rows advanced by one sampling step, summed over all models; excludes images that failed in the step."""
-        self._models: dict[str, ModelActivity] = {}
+        self._models = defaultdict[str, ModelActivity](ModelActivity)
 
     def of(self, model: str) -> ModelActivity:
         """Return the counts of a model by name. Reloading a model keeps its counts."""
-        return self._models.setdefault(model, ModelActivity())
+        return self._models[model]

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import assert_never
 
 from service.engine.activity import Activity
@@ -238,7 +239,10 @@ class AsyncEngine:
         if self.state is EngineState.DEAD:
             return
         self._set_state(EngineState.DEAD)
-        self._commands.put(Stop())  # ends a hung thread if its step returns
+        with suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()
+        self._commands.put(Stop())  # the only command that a hung thread carries out if its step returns
         self._admission.release_all()
         self._tickets.fail_all(message)
         for loading in self._loading.values():

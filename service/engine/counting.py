@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from service.backends.base import FailureKind
-from service.engine.activity import Activity, StepTotal
+from service.engine.activity import Activity
 from service.engine.model_ids import name_of
 from service.engine.recovery import Outcome
 from service.engine.request import FAILURE_REASONS, ImageResult, StepBatch
@@ -18,7 +18,7 @@ from service.metrics import Metrics
 class EngineCounts:
     """Writes the metrics and the activity of one engine.
 
-    Metrics labelled by reason are created at start, so that the first failure is visible as an increase.
+    Series of failures and models are created at start, so that their first event is visible as an increase.
     """
 
     def __init__(self, metrics: Metrics, activity: Activity) -> None:
@@ -29,14 +29,22 @@ class EngineCounts:
         for kind in (FailureKind.ROWS, FailureKind.OUT_OF_MEMORY):
             metrics.failed_attempts.labels(kind.value)
 
+    def add_model(self, model: str) -> None:
+        """Create the series of a model."""
+        name = name_of(model)
+        for counter in (self._metrics.network_calls, self._metrics.uncaptured_steps):
+            counter.labels(name)
+
     def attempt(self, model: str, runner: Runner, rows: int, classified: int) -> None:
         """Count a network call by its rows, and its classifier call if `classified` is not 0."""
         metrics, name = self._metrics, name_of(model)
         metrics.network_calls.labels(name).inc()
         self._activity.of(name).network_calls += 1
         metrics.rows_per_call.observe(rows)
-        metrics.padded_rows.inc(runner.padded_rows(rows) - rows)
-        metrics.uncaptured_steps.labels(name).inc(runner.is_uncaptured(rows))
+        if padding := runner.padded_rows(rows) - rows:
+            metrics.padded_rows.inc(padding)
+        if runner.is_uncaptured(rows):
+            metrics.uncaptured_steps.labels(name).inc()
         if classified:
             metrics.classifier_calls.labels(name).inc()
             metrics.classified_rows.labels(name).inc(classified)
@@ -48,15 +56,17 @@ class EngineCounts:
     def step(self, batch: StepBatch, outcome: Outcome, padded_rows: int, seconds: float) -> None:
         """Count a step once, regardless of its number of attempts."""
         metrics, name = self._metrics, name_of(batch.model)
-        row_steps = batch.rows - sum(image.rows for image in outcome.failures)
+        row_steps = batch.rows - sum([image.rows for image in outcome.failures])
         metrics.row_steps.inc(row_steps)
         self._activity.row_steps += row_steps
         metrics.step_seconds.labels(name, str(padded_rows)).observe(seconds)
-        total = self._activity.of(name).steps.setdefault(padded_rows, StepTotal())
+        total = self._activity.of(name).steps[padded_rows]
         total.count += 1
         total.seconds += seconds
-        metrics.preemptions.inc(batch.preempted)
-        metrics.evictions.inc(len(batch.evictions))
+        if batch.preempted:
+            metrics.preemptions.inc(batch.preempted)
+        if batch.evictions:
+            metrics.evictions.inc(len(batch.evictions))
 
     def wasted(self, row_steps: int) -> None:
         """Count row-steps of images that were cancelled or failed."""

@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -89,6 +90,8 @@ class Engine:
         self._counts = EngineCounts(metrics, self.activity)
         self._runners = dict(runners)
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
+        for model in runners:
+            self._counts.add_model(model)
         self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
@@ -96,6 +99,8 @@ class Engine:
         """Steps under way, oldest first."""
         self._settled: list[SettledStep] = []
         """Steps to report."""
+        self._aborted: list[Image] = []
+        """Started images that were aborted since the last report."""
         self._ended = -math.inf
         """End time of the last settled step."""
         self.snapshot: Snapshot
@@ -106,6 +111,11 @@ class Engine:
     def runners(self) -> dict[str, Runner]:
         """Return the runners of the loaded models."""
         return dict(self._runners)
+
+    @property
+    def num_saved(self) -> int:
+        """Return the number of evicted images whose state is in host memory."""
+        return len(self._saved)
 
     def warm_up(self) -> None:
         """Warm up every runner."""
@@ -131,6 +141,7 @@ class Engine:
         self.costs[model] = costs
         self._runners[model], self._takers[model] = runner, self._taker(model, runner)
         self.scheduler.add_model(model)
+        self._counts.add_model(model)
         self._choose_width(model)
         self.publish()
 
@@ -151,8 +162,8 @@ class Engine:
 
     def publish(self) -> None:
         """Replace the snapshot with the current state."""
-        lefts = [*(step.left for step in self._launched), *(step.end.left for step in self._settled)]
-        leaving = dict.fromkeys(image for left in lefts for image in left)  # one may fail before it would have ended
+        lefts = [*[step.left for step in self._launched], *[step.end.left for step in self._settled]]
+        leaving = dict.fromkeys(chain(self._aborted, *lefts))  # an image may fail before it would have ended
         scheduler = self.scheduler
         self.snapshot = Snapshot.of(
             images=(*scheduler.started(), *leaving),
@@ -171,11 +182,14 @@ class Engine:
         self._counts.in_flight(self.scheduler)
 
     def abort(self, request_id: str) -> list[ImageResult]:
-        """Abort a request and return the results of its images; its rows are free at the next step."""
+        """Abort a request and return the results of its images; its rows are free at the next step.
+
+        Its started images stay in the snapshot until a step has been launched and reported, as those of a step do.
+        """
         aborted = self.scheduler.abort(request_id)
+        self._aborted += [image for image in aborted if image.started_at is not None]
         self._forget(aborted)
         self._counts.in_flight(self.scheduler)
-        self.publish()
         return [self._result(image, self.clock()) for image in aborted]
 
     def has_work(self) -> bool:
@@ -260,6 +274,7 @@ class Engine:
         self.observations = [seen for step in settled for seen in step.end.shown.seen.wait()]
         results = [result for step in settled for result in self._report(step)]
         self._settled = []
+        self._aborted = []
         return results
 
     def _report(self, step: SettledStep) -> list[ImageResult]:

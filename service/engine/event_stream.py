@@ -62,6 +62,11 @@ class EventStream:
         self._changed = asyncio.Event()
         self._put_queued(prediction)
 
+    @property
+    def unread(self) -> int:
+        """Return the number of events that wait for the reader: at most 3 per image, plus two."""
+        return len(self._news) + len(self._steps)
+
     def __aiter__(self) -> EventStream:
         """Return the stream itself: it supports one reader."""
         return self

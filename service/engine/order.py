@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from service.engine.config import EngineConfig
 from service.engine.policies import CHANGE_WITH_STEPS, policy_named
@@ -39,7 +40,8 @@ class ServiceOrder:
         image.arrival_step = model_steps
         image.order = (self._policy(image), image.sequence)
 
-    def update(self, image: Image) -> None:
-        """Update an image's order after it has taken a step."""
+    def update(self, images: Iterable[Image]) -> None:
+        """Update the order of images after they have taken a step."""
         if self._changes:
-            image.order = (self._policy(image), image.sequence)
+            for image in images:
+                image.order = (self._policy(image), image.sequence)

@@ -39,9 +39,9 @@ class _Queue:
         ahead = self.shares.ahead
         return (lambda image: (image.request.client in ahead, image.order)) if ahead else _ORDER
 
-    def candidates(self, newcomers: int) -> list[Image]:
-        """Return the running images and at least `newcomers` images of each width from the line, by urgency."""
-        images = [*self.running, *self.line.front(newcomers)]
+    def candidates(self, rows: int) -> list[Image]:
+        """Return the running images, and images of each width from the line for `rows` rows, by urgency."""
+        images = [*self.running, *self.line.front(rows)]
         images.sort(key=self.urgency)
         return images
 
@@ -140,6 +140,10 @@ class Scheduler:
     def started(self) -> list[Image]:
         """Return the images that have started, with or without a slot."""
         return [image for queue in self._queues() for image in (*queue.running, *queue.evicted)]
+
+    def free_slots(self, model: str) -> list[int]:
+        """Return the slots of a model that no image holds, in ascending order."""
+        return sorted(self._lanes[model].free_slots)
 
     def steps(self, model: str) -> int:
         """Return the number of steps that a model has taken. Image age is measured in these steps."""
@@ -242,13 +246,12 @@ class Scheduler:
         lane.batch.served(batch_work)
         self.remaining_row_steps -= batch.rows
         left = []
-        for image, fine in zip(batch.images, ok, strict=True):
+        for image, succeeded in zip(batch.images, ok, strict=True):
             image.steps_done += 1
-            if fine and image.steps_done < image.params.num_steps:
-                self.order.update(image)
-            else:
-                self._leave(lane, image, ImageStatus.DONE if fine else ImageStatus.FAILED)
+            if not succeeded or image.steps_done == image.params.num_steps:
+                self._leave(lane, image, ImageStatus.DONE if succeeded else ImageStatus.FAILED)
                 left.append(image)
+        self.order.update(batch.images)
         return left
 
     def fail(self, image: Image) -> bool:
@@ -276,14 +279,16 @@ class Scheduler:
             claim = min(rows, int(lane.batch_credit))
         free = rows - sum([image.rows for queue in (lane.interactive, lane.batch) for image in queue.running])
         look = max(0, free) + 1  # in most steps fewer images start
+        # Interactive work that can fill the step leaves batch work its claim, and one row if only wider images are left
+        batch_rows = claim + 1 if len(lane.interactive) >= rows else rows
         while True:
-            interactive, batch = lane.interactive.candidates(look), lane.batch.candidates(look)
+            interactive, batch = lane.interactive.candidates(look), lane.batch.candidates(min(look, batch_rows))
             claimed = _most_urgent(batch, claim)
             claimed_rows = sum([image.rows for image in claimed])
             picked = [*claimed, *_fitting(chain(interactive, batch[len(claimed) :]), rows - claimed_rows)]
             newcomers = [image for image in picked if image.slot is None]
             # If a candidate was not picked, later images of the same width would not be picked either
-            if len(newcomers) < look or look >= rows:
+            if look >= rows or sum([image.rows for image in newcomers]) < look:
                 lane.batch_credit -= claimed_rows
                 return picked, newcomers
             look = min(4 * look, rows)
@@ -293,13 +298,11 @@ class Scheduler:
     def _place(self, model: str, lane: _Lane, images: list[Image], newcomers: list[Image], now: float) -> StepBatch:
         """Assign a slot to every picked image. There are at least as many slots as rows in a step."""
         picked = set(images)
-        evictions = self._make_room(lane, len(newcomers), picked) if newcomers else []
+        evictions = self._make_room(lane, len(newcomers), picked) if len(newcomers) > len(lane.free_slots) else []
         restores = []
-        if newcomers:
-            for queue in (lane.interactive, lane.batch):
-                queue.line.remove([image for image in newcomers if lane.queue(image) is queue])
         for image in newcomers:
             queue = lane.queue(image)
+            queue.line.remove(image)
             queue.running.append(image)
             image.slot = slot = lane.free_slots.pop()
             if image.status is ImageStatus.EVICTED:
@@ -345,7 +348,7 @@ class Scheduler:
             queue.running.remove(image)
             lane.free_slots.append(_slot(image))
         else:
-            queue.line.remove((image,))
+            queue.line.remove(image)
             queue.evicted.discard(image)
         image.status = status
         self.remaining_row_steps -= image.remaining_row_steps

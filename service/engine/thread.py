@@ -165,11 +165,16 @@ class EngineThread:
                     self._send(Loaded(model))
                     del command, runner  # do not keep dropped weights alive while waiting for work
                 case Drop(model):
-                    self._engine.settle_all()  # steps of aborted images
-                    self._report()
+                    self._settle_all()
                     self._engine.drop(model)
                 case Stop():
+                    self._settle_all()  # the runner may serve another engine
                     return False
+
+    def _settle_all(self) -> None:
+        """Wait for the steps of aborted images, and report them."""
+        self._engine.settle_all()
+        self._report()
 
     def _report(self) -> None:
         """Send the results and observations of settled steps; newer observations replace unread ones."""

@@ -85,14 +85,13 @@ def assemble(
 ) -> FastAPI:
     """Wire an application around networks that are already loaded.
 
-    The lifespan may be entered again after it was left; it then serves the models that were served last. Tracing is
-    closed at the end of the first lifespan.
+    The lifespan may be entered again after it was left; it then serves the models that were served last.
 
     Args:
         settings: the settings.
         denoisers: networks by name, the default one first.
         load: loads other models, if the settings allow that.
-        tracing: reports requests, and is closed at the end of the lifespan; None: requests are not reported.
+        tracing: reports requests during each lifespan; None: requests are not reported.
 
     Raises:
         ModelError: a network was compiled for batches smaller than `max_rows`, or `admin_root` is unusable.
@@ -110,6 +109,8 @@ def assemble(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not runners:
             raise RuntimeError("the app has no models: it is running already, or its engine stopped with an error")
+        if tracing is not None:
+            tracing.open()
         owner = Engine(runners, config, metrics, activity=activity)
         runners.clear()  # while running, only the engine refers to the networks, so that it can free unloaded ones
         engine = AsyncEngine(owner, config, metrics, on_state=_log_state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastapi.sse import format_sse_event
@@ -30,12 +30,19 @@ class EventSource(Response):
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], on_end: Callable[[], None]) -> None:
+        """Prepare the answer.
+
+        Args:
+            events: yields framed events.
+            on_end: called when the answer has ended, even if the generator never started.
+        """
         self.status_code = 200
         self.background = None
         # No cache may store it, and no proxy may buffer it
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._events = events
+        self._on_end = on_end
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +55,7 @@ class EventSource(Response):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._on_end()
         if sending.cancelled():
             ended_as(scope, CLIENT_CLOSED)
         else:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from fastapi import Request
@@ -178,7 +179,8 @@ def answer_as_stream(
     if prepared.idempotent:
         raise InvalidRequest("Idempotency-Key", "a stream cannot be answered twice; leave it out, and give a seed")
     accepted = _submit(prepared, state, watch)
-    return EventSource(_written_events(accepted, writer_of(accepted), request, state))
+    events = _written_events(accepted, writer_of(accepted), request, state)
+    return EventSource(events, on_end=partial(_abandon, accepted.ticket, state))
 
 
 async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -259,6 +261,7 @@ async def _events(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
 
 
 def _abandon(ticket: Ticket, state: ServiceState) -> None:
+    """Abort a request unless all its images have ended or it has been aborted already."""
     if not all(future.done() for future in ticket.images):
         for future in ticket.images:
             future.cancel()

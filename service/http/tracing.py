@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -53,15 +53,28 @@ METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "PO
 class Tracing:
     """Owns the tracer and the thread that sends spans. If the collector is down, spans are lost, but no requests."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
-        """Report requests to an exporter; the variables OTEL_* configure sampling, batches and the service's name."""
+    def __init__(self, exporter_of: Callable[[], SpanExporter]) -> None:
+        """Start reporting requests. The variables OTEL_* configure sampling, batches and the service's name.
+
+        Args:
+            exporter_of: returns a new exporter; called here, and by `open` after `close`.
+        """
+        self._exporter_of = exporter_of
+        # Without baggage, which is not used here: the SDK would log an invalid one in full
+        self._callers = TraceContextTextMapPropagator()
+        self._is_open = False
+        self.open()
+
+    def open(self) -> None:
+        """Start reporting again after `close`; else do nothing."""
+        if self._is_open:
+            return
         ours = Resource.create({SERVICE_NAME: "iddpm", SERVICE_VERSION: version("iddpm")})
         resource = ours.merge(OTELResourceDetector().detect())  # the operator's attributes take precedence
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter_of()))
         self._tracer = self._provider.get_tracer("iddpm", version("iddpm"))
-        # Without baggage, which is not used here: the SDK would log an invalid one in full
-        self._callers = TraceContextTextMapPropagator()
+        self._is_open = True
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[None]:
@@ -143,6 +156,7 @@ class Tracing:
 
     def close(self) -> None:
         """Send the remaining spans; blocks for `CLOSE_SECONDS` at most."""
+        self._is_open = False
         # The provider has no time limit; a daemon thread does not keep the process alive
         sending = threading.Thread(target=self._provider.shutdown, name="last-traces", daemon=True)
         sending.start()
@@ -180,7 +194,7 @@ def tracing_to_collector() -> Tracing:
     name = next((name for name in names if os.environ.get(name)), None)
     if name is not None and os.environ[name] != "http/protobuf":
         raise TracingError(f"{name}: must be http/protobuf (port 4318 of most collectors); got {os.environ[name]!r}")
-    return Tracing(OTLPSpanExporter())
+    return Tracing(OTLPSpanExporter)
 
 
 def _failure(ticket: Ticket) -> str | None:

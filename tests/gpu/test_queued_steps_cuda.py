@@ -74,7 +74,7 @@ def test_a_row_that_is_not_finite_fails_alone(runner: ArrayRunner[Tensor]) -> No
     engine = Engine({"m": runner}, CONFIG, Metrics())
     engine.add(generation("r", good, bad), submitted_at=0.0)
     engine.launch()
-    runner._slots.x[CONFIG.num_slots - 2] = torch.nan
+    runner.slots.x[CONFIG.num_slots - 2] = torch.nan
     by_position = {result.position: result for result in finish(engine)}
     assert by_position[1].status is ImageStatus.FAILED
     pixels = by_position[0].pixels

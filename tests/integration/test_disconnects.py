@@ -10,11 +10,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.types import ASGIApp, Message
 
 from diffusion.network_inputs import NetworkInputs
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.ledger import Ledger
+from service.http import app as http_app
 from service.http.app import assemble
 from service.http.state import ServiceState
 from service.metrics import Metrics
@@ -89,7 +93,18 @@ class Client:
             self.status = message["status"]
 
 
-def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks() -> None:
+def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Engine] = []
+
+    class KeptEngine(Engine):
+        """An engine that the test can look into."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(http_app, "Engine", KeptEngine)
+
     async def check() -> None:
         denoiser = GatedDenoiser()
         app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH), {"m": denoiser})
@@ -100,7 +115,7 @@ def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks() 
             denoiser.gated = True
             clients = await storm(app, denoiser, service.engine, random.Random(0))
             await service.engine.wait_idle()
-            check_nothing_is_left(service.engine)
+            check_nothing_is_left(made[0], service.engine.ledger)
             check_metrics(service.metrics, clients)
 
     run_async(check())
@@ -148,13 +163,12 @@ async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw
     return clients
 
 
-def check_nothing_is_left(engine: AsyncEngine) -> None:
-    scheduler = engine._engine.scheduler
+def check_nothing_is_left(engine: Engine, ledger: Ledger) -> None:
+    scheduler = engine.scheduler
     assert not scheduler.has_work()
-    lane = scheduler._lanes["m"]
-    assert sorted(lane.free_slots) == list(range(EngineConfig(max_rows=WIDTH).num_slots))
-    assert not engine._engine._saved
-    assert engine.ledger.rows == engine.ledger.requests == len(engine.ledger.orders) == 0
+    assert scheduler.free_slots("m") == list(range(EngineConfig(max_rows=WIDTH).num_slots))
+    assert engine.num_saved == 0
+    assert ledger.rows == ledger.requests == len(ledger.orders) == 0
 
 
 def check_metrics(metrics: Metrics, clients: list[Client]) -> None:

@@ -83,6 +83,6 @@ async def _ask_all(server: Server, bodies: list[dict[str, Any]]) -> Counter[str]
 
 
 def _resident_mb(server: Server) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return int(fields["VmRSS"].split()[0]) / 1024

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.types import Message
 
 from service.engine import event_stream
 from service.http import event_source
@@ -100,6 +101,31 @@ async def test_a_slow_reader_gets_fewer_previews_and_delays_no_other() -> None:
     assert len(previews) < 10
     assert events[-1].name == "completed"
     assert events[-1].data["images"][0]["b64_json"] == alone["images"][0]["b64_json"]
+
+
+class NeverWritten(StreamClient):
+    """A client whose connection takes not even the head of the answer."""
+
+    def __init__(self, app: Any, body: dict[str, Any]) -> None:
+        super().__init__(app, body)
+        self.is_answered = asyncio.Event()
+
+    async def _send(self, message: Message) -> None:
+        self.is_answered.set()
+        await asyncio.Event().wait()
+
+
+@runs
+async def test_a_reader_that_goes_away_before_the_head_was_written_frees_its_rows() -> None:
+    async with running() as service:
+        service.denoiser.let.clear()
+        client = NeverWritten(service.app, {"stream": True, "n": 1, "steps": 1000, "cfg_scale": 1})
+        await client.is_answered.wait()
+        client.go_away()
+        await asyncio.wait([client.answering])
+        service.denoiser.let.set()
+        await service.until(lambda: idle(service))
+        assert await service.metric("iddpm_row_steps_total") < 1000
 
 
 @runs

@@ -21,13 +21,13 @@ from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_tra
 
 from service.errors import TracingError
 from service.http import tracing as tracing_module
-from service.http.app import create_app
+from service.http.app import assemble, create_app
 from service.http.door.keys import ApiKey, hash_of
 from service.http.door.keys_file import write_keys
 from service.http.tracing import Tracing, tracing_to_collector
 from service.settings import Settings
 from tests.integration.collector import collecting
-from tests.integration.in_process import Overflowing, running
+from tests.integration.in_process import WIDTH, Overflowing, PausedDenoiser, Service, running
 from tests.integration.streams import streaming
 from tests.waiting import PATIENCE_S, runs
 
@@ -40,7 +40,11 @@ class Exported:
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
-        self.tracing = Tracing(self.exporter)
+        self.tracing = Tracing(self._new_exporter)
+
+    def _new_exporter(self) -> InMemorySpanExporter:
+        self.exporter = InMemorySpanExporter()
+        return self.exporter
 
     def names(self) -> list[str]:
         return [span.name for span in self.exporter.get_finished_spans()]
@@ -280,7 +284,7 @@ def test_a_stuck_collector_does_not_prevent_shutdown(
 
     @runs
     async def check() -> None:
-        async with running(tracing=Tracing(Stuck())) as service:
+        async with running(tracing=Tracing(Stuck)) as service:
             assert (await service.generate(**BODY)).status_code == 200
 
     try:
@@ -288,6 +292,19 @@ def test_a_stuck_collector_does_not_prevent_shutdown(
     finally:
         taken.set()
     assert "did not take the last traces" in caplog.text
+
+
+@runs
+async def test_a_second_lifespan_is_traced_too() -> None:
+    traced, denoiser = Exported(), PausedDenoiser()
+    app = assemble(Settings(models=(Path("m"),), max_rows=WIDTH), {"m": denoiser}, tracing=traced.tracing)
+    for _ in range(2):
+        async with app.router.lifespan_context(app):
+            service = Service(app, denoiser)
+            await service.ready()
+            assert (await service.generate(**BODY)).status_code == 200
+        assert "queue" in traced.names()
+        traced.exporter.clear()
 
 
 def test_a_global_tracer_gets_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,7 +408,7 @@ def test_weights_survive_a_round_trip(order: str) -> None:
 
 
 def _edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), encoding="utf-8")
 
 
 # --- what does not map

@@ -102,8 +102,8 @@ def put(
         for slot, (label, number) in enumerate(zip(y, step, strict=True))
     ]
     runner.start(steps)
-    kind: Any = "numpy" if isinstance(runner._slots.x, np.ndarray) else "torch"
-    runner._slots.x[: len(y)] = of_kind(kind, x)
+    kind: Any = "numpy" if isinstance(runner.slots.x, np.ndarray) else "torch"
+    runner.slots.x[: len(y)] = of_kind(kind, x)
     return steps
 
 
@@ -129,7 +129,7 @@ def test_a_guided_step_of_the_runner_equals_the_reference(
     assert all(runner.launch(steps).wait())
 
     sample = GOLDEN[f"{key}.{expected}"]
-    error = np.abs(to_numpy(runner._slots.x)[: len(y)] - sample).max() / np.abs(sample).max()
+    error = np.abs(to_numpy(runner.slots.x)[: len(y)] - sample).max() / np.abs(sample).max()
     assert error < golden.GUIDANCE_TOLERANCE
 
 
@@ -145,5 +145,5 @@ def test_a_guided_chain_of_the_runner_equals_the_reference(
         draw(monkeypatch, noise)
         assert all(runner.launch(steps).wait())
         steps = [step._replace(step=step.step + 1) for step in steps]
-        x = to_numpy(runner._slots.x)[: len(y)]
+        x = to_numpy(runner.slots.x)[: len(y)]
         np.testing.assert_allclose(x, sample, rtol=0, atol=golden.GUIDED_CHAIN_TOLERANCE)

@@ -53,14 +53,15 @@ class ArrayRunner(Generic[A]):
         self._max_rows = config.max_rows
         self._num_slots = config.num_slots
         queue: DeviceQueue[A] | None = denoiser.queue
-        self._slots: SlotTable[A] = SlotTable(
+        self.slots: SlotTable[A] = SlotTable(
             denoiser.config.model,
             config.num_slots,
             denoiser.xp,
             denoiser.device,
             send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
         )
-        t_model = self._slots.send(respace(denoiser.config.diffusion).t_model)
+        """Arrays of the images in flight; only the runner's own methods may change them while it serves."""
+        t_model = self.slots.send(respace(denoiser.config.diffusion).t_model)
         embeddings: Embeddings[A] = Embeddings(
             network=denoiser.embed_timesteps(t_model),
             classifier=None if classifier is None else classifier.embed_timesteps(t_model),
@@ -69,9 +70,9 @@ class ArrayRunner(Generic[A]):
         self._queued: QueuedSteps[A] | None = None
         if queue is not None:
             self._queued = QueuedSteps(
-                denoiser, queue, self._slots, embeddings, plan_of, self.sizes, strict=config.strict_graphs
+                denoiser, queue, self.slots, embeddings, plan_of, self.sizes, strict=config.strict_graphs
             )
-        self._steps: Steps = self._queued or HostSteps(denoiser, self._slots, embeddings, plan_of, self.sizes)
+        self._steps: Steps = self._queued or HostSteps(denoiser, self.slots, embeddings, plan_of, self.sizes)
         self.depth = self._steps.depth
 
     def warm_up(self) -> None:
@@ -107,11 +108,11 @@ class ArrayRunner(Generic[A]):
         """Initialize the slots of new images."""
         if steps:
             begins = [self._plan_of(step.params.plan).begin for step in steps]
-            self._slots.start([step.slot for step in steps], [step.params for step in steps], begins)
+            self.slots.start([step.slot for step in steps], [step.params for step in steps], begins)
 
     def evict(self, slots: Sequence[int]) -> list[object]:
         """Copy slots to host memory. The scheduler tracks that they are free."""
-        return [*self._slots.save(slots)]
+        return [*self.slots.save(slots)]
 
     def restore(self, slots: Sequence[int], saved: Sequence[object]) -> None:
         """Restore evicted images into slots.
@@ -122,7 +123,7 @@ class ArrayRunner(Generic[A]):
         states = [state for state in saved if isinstance(state, SavedSlot)]
         if len(states) != len(saved):
             raise TypeError("only states returned by `evict` can be restored")
-        self._slots.load(slots, states)
+        self.slots.load(slots, states)
 
     def failure_kind(self, error: Exception) -> FailureKind:
         """Classify an error by means of the denoiser."""
@@ -154,18 +155,18 @@ class ArrayRunner(Generic[A]):
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying finished images; the pending result is pixels."""
-        return self._pixels(self._slots.x, slots)
+        return self._pixels(self.slots.x, slots)
 
     def preview(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying predicted images; the pending result is pixels."""
-        return self._pixels(self._slots.x0, slots)
+        return self._pixels(self.slots.x0, slots)
 
     def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
         """Start copying finished images; the pending result is their values."""
-        x = self._steps.copied(self._slots.x, slots)
+        x = self._steps.copied(self.slots.x, slots)
         if not both:
             return x
-        log_variance = self._steps.copied(self._slots.x0, slots)
+        log_variance = self._steps.copied(self.slots.x0, slots)
         return Later(lambda: np.concatenate([x.wait(), log_variance.wait()], axis=1))
 
     def _pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
@@ -175,9 +176,9 @@ class ArrayRunner(Generic[A]):
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
         xp, device = network.xp, network.device
         emb_t = network.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
-        x_t = xp.zeros((rows, *self._slots.image_shape), dtype=xp.float32, device=device)
+        x_t = xp.zeros((rows, *self.slots.image_shape), dtype=xp.float32, device=device)
         labelled = network.config.model.num_classes is not None
-        to_numpy(network(NetworkInputs(x_t, emb_t, self._slots.integers([0] * rows) if labelled else None)))
+        to_numpy(network(NetworkInputs(x_t, emb_t, self.slots.integers([0] * rows) if labelled else None)))
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:

@@ -117,7 +117,7 @@ def _target(path: Path) -> Path:
 
 def _write_beside(temporary: Path, target: Path, text: str) -> None:
     """Write the new file with the owner and permissions of the old one."""
-    with temporary.open("x") as file:
+    with temporary.open("x", encoding="utf-8") as file:
         with suppress(FileNotFoundError):
             _protect_alike(file.fileno(), target, target.stat())
         file.write(text)

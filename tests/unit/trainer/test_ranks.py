@@ -125,7 +125,7 @@ def workers(parent: int) -> dict[int, int]:
 
 def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not (path.exists() and text in path.read_text()):
+    while not (path.exists() and text in path.read_text(encoding="utf-8")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.05)

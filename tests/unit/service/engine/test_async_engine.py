@@ -210,13 +210,15 @@ async def test_a_step_that_hangs_fails_all_requests_at_once_without_waiting_for_
     now = 0.0
     monkeypatch.setattr(async_engine, "CHECK_INTERVAL_S", 0.002)
     runner = PausedRunner()
-    engine = AsyncEngine(Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: now), CONFIG, Metrics())
+    in_thread = Engine({"m": runner}, CONFIG, Metrics(), clock=lambda: now)
+    engine = AsyncEngine(in_thread, CONFIG, Metrics())
     others = set(threading.enumerate())
     engine.start()
     [thread] = set(threading.enumerate()) - others
     await eventually(lambda: engine.state is EngineState.READY)
     tickets = [engine.submit(generation(str(k), params())) for k in range(3)]
     await eventually(runner.arrived.is_set)
+    tickets.append(engine.submit(generation("queued", params())))
     now = HANG_FLOOR_S - 0.5
     await asyncio.sleep(0.02)
     assert engine.state is EngineState.READY
@@ -225,13 +227,14 @@ async def test_a_step_that_hangs_fails_all_requests_at_once_without_waiting_for_
         await asyncio.sleep(0.001)
     assert now > HANG_FLOOR_S
     outcomes = [await outcome(future) for ticket in tickets for future in ticket.images]
-    assert outcomes == [EngineDead.__name__] * 3
+    assert outcomes == [EngineDead.__name__] * 4
     assert engine.died.is_set()
     await engine.stop()
     assert engine.state is EngineState.DEAD
     runner.released.set()
     await asyncio.to_thread(thread.join)  # the thread ends by itself if the step ever returns
-    assert [future.done() for ticket in tickets for future in ticket.images] == [True] * 3
+    assert [future.done() for ticket in tickets for future in ticket.images] == [True] * 4
+    assert "queued" not in {image.request_id for image in in_thread.scheduler.in_flight()}  # its command was discarded
 
 
 class UnluckyRunner(CountingRunner):

@@ -306,7 +306,7 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_slot_is_reused(subject: Su
     good, bad = params(steps=6, seed=1), params(steps=6, seed=2)
     engine.add(generation("r", good, bad), submitted_at=0.0)
     assert engine.step() == []
-    runner._slots.x[CONFIG.num_slots - 2] = torch.nan  # the second slot that is assigned
+    runner.slots.x[CONFIG.num_slots - 2] = torch.nan  # the second slot that is assigned
     left: list[ImageResult] = []
     while not left:  # a queued device is two steps ahead
         left += engine.step()
@@ -377,6 +377,8 @@ def test_a_published_snapshot_does_not_change() -> None:
     engine.abort("r")
     assert (before.started, dict(before.steps), dict(before.widths), before.costs["m"].table()) == seen
     assert before.started[0].remaining_row_steps == 4
+    engine.report()
+    engine.publish()
     assert engine.snapshot.started == ()
 
 
@@ -537,11 +539,11 @@ class TimedRunner(CountingRunner):
     def __init__(self, clock: Clock, fixed: float, per_row: float) -> None:
         super().__init__()
         self._clock = clock
-        self._fixed = fixed
-        self._per_row = per_row
+        self.fixed = fixed
+        self.per_row = per_row
 
     def step(self, slots: Sequence[int]) -> list[bool]:
-        self._clock.now += self._fixed + self._per_row * len(slots)
+        self._clock.now += self.fixed + self.per_row * len(slots)
         return super().step(slots)
 
 
@@ -558,6 +560,23 @@ def test_step_costs_are_measured_at_start_up_and_determine_the_width(fixed: floa
         engine.measure()
 
 
+def test_an_aborted_image_stays_in_the_snapshot_until_its_result_has_been_delivered() -> None:
+    engine = Engine({"m": CountingRunner()}, EngineConfig(max_rows=2), Metrics())
+    engine.add(generation("aborted", params(steps=9), params(steps=9), params(steps=9)), submitted_at=0.0)
+    engine.add(generation("next", params(steps=9)), submitted_at=0.0)
+    engine.step()
+    before = engine.snapshot.started
+    assert [(placed.image.position, placed.remaining_row_steps) for placed in before] == [(0, 8), (1, 8)]
+    assert len(engine.abort("aborted")) == 3
+    assert engine.snapshot.started == before
+    engine.launch()  # the event loop may read this snapshot before it receives the results
+    assert {placed.image for placed in before} < set(engine.snapshot.images)
+    engine.settle()
+    engine.report()
+    engine.step()
+    assert [image.request_id for image in engine.snapshot.images] == ["next"]
+
+
 def test_the_width_follows_changed_costs() -> None:
     clock = Clock()
     runner = TimedRunner(clock, 0.0, 1.0)
@@ -568,7 +587,7 @@ def test_the_width_follows_changed_costs() -> None:
         for rows in range(1, 9):
             for _ in range(2):
                 engine.costs["m"].observe(rows, 1.0)
-    runner._fixed, runner._per_row = 1.0, 0.0
+    runner.fixed, runner.per_row = 1.0, 0.0
     engine.add(generation("r", params(steps=WIDTH_INTERVAL)), submitted_at=0.0)
     while engine.has_work():
         engine.step()
@@ -596,7 +615,7 @@ def test_a_size_measured_as_too_slow_is_measured_again() -> None:
     engine = Engine({"m": TimedRunner(clock, 1.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
     for rows in range(1, 9):
         engine.costs["m"].observe(rows, 1.0 if rows < 8 else 2.0)  # the largest, measured on a busy device
-    engine.load("m", engine._runners["m"], engine.costs["m"])
+    engine.load("m", engine.runners["m"], engine.costs["m"])
     assert engine.scheduler.width("m") == 7
     engine.add(generation("r", *[params(steps=1000, seed=k) for k in range(16)]), submitted_at=0.0)
     while engine.scheduler.steps("m") < 1000:
@@ -612,14 +631,14 @@ def test_the_best_size_is_found_again_if_the_next_size_is_no_better() -> None:
             return min(size for size in true if size >= rows)
 
         def step(self, slots: Sequence[int]) -> list[bool]:
-            self._fixed = true[self.padded_rows(len(slots))]
+            self.fixed = true[self.padded_rows(len(slots))]
             return super().step(slots)
 
     clock = Clock()
     engine = Engine({"m": Stairs(clock, 0.0, 0.0)}, EngineConfig(max_rows=8), Metrics(), clock)
     for rows, seconds in true.items():
         engine.costs["m"].observe(rows, seconds if rows < 8 else 1.2 * seconds)
-    engine.load("m", engine._runners["m"], engine.costs["m"])
+    engine.load("m", engine.runners["m"], engine.costs["m"])
     assert engine.scheduler.width("m") == 2
     engine.add(generation("r", *[params(steps=1000, seed=k) for k in range(16)]), submitted_at=0.0)
     while engine.scheduler.steps("m") < 1000:
@@ -652,7 +671,7 @@ def test_trial_widths_are_no_wider_than_memory_allows() -> None:
 def test_sizes_are_timed_in_turns_so_that_a_slowdown_affects_all() -> None:
     class Slowing(TimedRunner):
         def step(self, slots: Sequence[int]) -> list[bool]:
-            self._fixed *= 1.1
+            self.fixed *= 1.1
             return super().step(slots)
 
     clock = Clock()

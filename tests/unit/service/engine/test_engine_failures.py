@@ -152,11 +152,11 @@ def check_nothing_is_left(engine: Engine) -> None:
     scheduler = engine.scheduler
     assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_evicted) == (0, 0, 0)
     assert scheduler.remaining_row_steps == 0
-    assert engine._saved == {}
+    assert engine.num_saved == 0
     assert engine.under_way is None
     assert engine.report() == []
-    for lane in scheduler._lanes.values():
-        assert sorted(lane.free_slots) == list(range(CONFIG.num_slots))
+    for model in engine.runners:
+        assert scheduler.free_slots(model) == list(range(CONFIG.num_slots))
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

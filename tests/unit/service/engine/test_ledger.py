@@ -63,7 +63,7 @@ def test_counts_equal_a_recount_and_nothing_is_left_at_the_end(
             if images:
                 ended = images.pop(action % len(images))
                 ended.steps_done += 1  # its progress in the engine changes no count
-                order.update(ended)
+                order.update([ended])
                 assert ledger.remove(ended.request_id, ended.position) is ended
         else:
             model, client, priority, sizes = action

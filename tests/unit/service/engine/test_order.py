@@ -27,7 +27,7 @@ def test_a_step_changes_the_order_if_the_policy_uses_the_remaining_work(
     assert (image.arrival_step, image.sequence, second.sequence) == (7, 0, 1)
     assert image.order == first
     image.steps_done += 1
-    order.update(image)
+    order.update([image])
     assert image.order == after_a_step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import queue
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,17 +23,29 @@ from service.backends.cuda_queue import compiled
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
+from service.engine.mailbox import Mailbox
 from service.engine.request import ImageParams, ImageProgress, ImageResult, ImageStatus, Watch
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.runners.step import add_noise_and_advance
 from service.engine.runners.steps import StepIncomplete
+from service.engine.thread import (
+    Abort,
+    Command,
+    EngineThread,
+    Enter,
+    ImagesEnded,
+    Report,
+    Stop,
+    Stopped,
+    Warm,
+)
 from service.errors import EngineDead, ModelError
 from service.metrics import Metrics
 from tests.denoisers import AsNetwork, ExactClassifier, ExactDenoiser
 from tests.fakes import generation, params, tiny_classifier_config, tiny_config
 from tests.given_images import output_of, sampled_alone, with_chain
 from tests.late_queue import LateQueue, QueuedDenoiser
-from tests.waiting import eventually, run_async
+from tests.waiting import eventually, run_async, runs
 
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, timed_calls=0)
@@ -82,7 +95,7 @@ def test_a_failure_known_after_the_last_step_fails_the_image_and_not_its_neighbo
     bad, good = params(steps=3, seed=1), params(steps=3, seed=2)
     engine.add(generation("r", bad, good, watch=Watch(preview_every=1)), submitted_at=0.0)
     engine.step()
-    runner._slots.x[FIRST_SLOT] = torch.nan
+    runner.slots.x[FIRST_SLOT] = torch.nan
     engine.step()
     engine.launch()  # the last step, as far as the host knows
     assert engine.scheduler.in_flight() == []
@@ -108,13 +121,13 @@ def test_an_image_that_failed_during_its_eviction_leaves_nothing_in_host_memory(
     engine = Engine({"m": runner}, config, Metrics())
     engine.add(generation("long", *[params(steps=12, seed=k) for k in range(4)]), submitted_at=0.0)
     engine.step()
-    runner._slots.x[:] = torch.nan
+    runner.slots.x[:] = torch.nan
     engine.launch()  # NaN, which the host does not know yet
     engine.add(generation("short", *[params(steps=2, seed=9)] * 4), submitted_at=0.0)
     engine.launch()
-    assert len(engine._saved) == 4
+    assert engine.num_saved == 4
     results = finish(engine)
-    assert engine._saved == {}
+    assert engine.num_saved == 0
     assert {r.request_id: r.failure for r in results} == {"long": "not_finite", "short": None}
 
 
@@ -142,7 +155,32 @@ def test_images_aborted_during_a_step_end_once_and_leave_no_row() -> None:
         ("a", 1, ImageStatus.DONE),
         ("b", 0, ImageStatus.DONE),
     ]
-    assert sorted(engine.scheduler._lanes["m"].free_slots) == list(range(CONFIG.num_slots))
+    assert engine.scheduler.free_slots("m") == list(range(CONFIG.num_slots))
+
+
+@runs
+async def test_a_stopped_engine_has_no_step_of_an_aborted_image_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, reports = ArrayRunner(denoiser(), CONFIG), list[Report]()
+    engine, commands = Engine({"m": runner}, CONFIG, Metrics()), queue.SimpleQueue[Command]()
+    launch = engine.launch
+
+    def launch_then_stop() -> None:
+        launch()
+        commands.put(Abort("r"))
+        commands.put(Stop())
+
+    monkeypatch.setattr(engine, "launch", launch_then_stop)
+    commands.put(Enter(engine.scheduler.order.images_of(generation("r", params(steps=9)), 0.0, 0)))
+    thread = EngineThread(engine, commands, Mailbox(), asyncio.get_running_loop(), reports.append)
+    await asyncio.to_thread(thread.run)
+    await eventually(lambda: Stopped() in reports)
+    assert [type(report) for report in reports] == [Warm, ImagesEnded, Stopped]
+    assert not engine.has_work()
+    again, image = Engine({"m": runner}, CONFIG, Metrics()), params(steps=4, seed=3)
+    again.add(generation("r", image), submitted_at=0.0)
+    [result] = finish(again)
+    assert result.pixels is not None
+    assert result.pixels.tobytes() == reference(image)
 
 
 def test_an_error_raised_when_a_step_settles_is_a_device_error() -> None:
@@ -253,7 +291,7 @@ def test_a_graph_with_different_results_is_not_served() -> None:
 
     def dishonest(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         replay = honest(work)
-        runner_x = slots._slots.x
+        runner_x = slots.slots.x
 
         def run() -> Tensor:
             out = replay()
@@ -289,10 +327,12 @@ def test_gradients_are_computed_for_images_with_classifier_guidance_and_cleared_
     engine.add(generation("plain", plain), submitted_at=0.0)
     results = finish(engine)
     assert network.classifier.calls == [4, 4]
-    assert runner._queued is not None
-    assert not runner._queued._gradient.any()
     assert results[-1].pixels is not None
     assert results[-1].pixels.tobytes() == reference(plain)
+    after = [params(steps=4, seed=seed) for seed in range(WIDTH)]  # in every place that had a gradient
+    engine.add(generation("after", *after), submitted_at=0.0)
+    pixels = {r.position: r.pixels.tobytes() for r in finish(engine) if r.pixels is not None}
+    assert [pixels[k] for k in range(WIDTH)] == [reference(image) for image in after]
 
 
 def test_unused_rows_stay_finite() -> None:
@@ -300,8 +340,8 @@ def test_unused_rows_stay_finite() -> None:
     engine = Engine({"m": runner}, CONFIG, Metrics())
     engine.add(generation("r", *[params(steps=50, seed=k) for k in range(3)]), submitted_at=0.0)
     finish(engine)
-    spare = runner._slots.spare_slot
-    table = runner._slots
+    spare = runner.slots.spare_slot
+    table = runner.slots
     assert not any(bool(array[spare].any()) for array in (table.x, table.x0))
 
 
@@ -378,7 +418,7 @@ def test_dropped_objects_are_freed_without_garbage_collection(kind: type[ExactDe
     gc.disable()
     try:
         runner.warm_up()
-        held = weakref.ref(runner), weakref.ref(runner._slots)
+        held = weakref.ref(runner), weakref.ref(runner.slots)
         del runner
         assert [reference() for reference in held] == [None, None]
     finally:

@@ -58,7 +58,7 @@ class Driver:
         batch = self.scheduler.schedule(now=1.0)
         if batch is None:
             return []
-        self._carry_out(batch)
+        self.carry_out(batch)
         assert 1 <= batch.rows <= self.scheduler.width("m")
         held = [image.slot for image in self.scheduler.running()]
         assert len(set(held)) == len(held) <= self.num_slots
@@ -72,7 +72,7 @@ class Driver:
         self.ended += self.scheduler.complete(batch, [ok(picked) for picked in batch.images])
         return [picked.request_id for picked in batch.images]
 
-    def _carry_out(self, batch: StepBatch) -> None:
+    def carry_out(self, batch: StepBatch) -> None:
         for move, state in zip(batch.evictions, self.runner.evict([m.slot for m in batch.evictions]), strict=True):
             self.saved[move.image] = state
         self.runner.restore([m.slot for m in batch.restores], [self.saved.pop(m.image) for m in batch.restores])
@@ -131,8 +131,7 @@ def test_no_row_leaks_and_every_image_ends_once(
     assert sorted(int(i.request_id) for i in driver.ended) == list(range(added))
     assert scheduler.num_running == scheduler.num_waiting == scheduler.num_evicted == 0
     assert scheduler.remaining_row_steps == 0
-    lane = scheduler._lanes["m"]
-    assert sorted(lane.free_slots) == list(range(WIDTH * slots_per_row))
+    assert scheduler.free_slots("m") == list(range(WIDTH * slots_per_row))
     for ended in driver.ended:
         if ended.status is ImageStatus.DONE:
             assert ended.steps_done == ended.params.num_steps
@@ -324,7 +323,7 @@ def test_without_a_free_slot_the_least_urgent_image_is_evicted_and_restored() ->
     assert [(move.image.request_id, [move.slot] == starts) for move in batch.evictions] == [("long 3", True)]
     assert batch.preempted == 1
     assert (scheduler.num_running, scheduler.num_evicted, scheduler.num_waiting) == (4, 1, 0)
-    driver._carry_out(batch)
+    driver.carry_out(batch)
     driver.runner.step([step.slot for step in batch.steps])
     scheduler.complete(batch, [True] * 4)
     for _ in range(5):

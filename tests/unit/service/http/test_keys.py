@@ -283,7 +283,7 @@ def test_a_file_that_cannot_be_replaced_alone_is_not_changed(tmp_path: Path, mak
 def test_a_key_that_cannot_be_shown_is_not_stored(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     command = [str(Path(sys.executable).with_name("iddpm")), "keys", "add", "alice", "--file", str(path)]
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False)
     message = "error: the key cannot be printed and was not stored: standard output: No space left on device\n"
     assert (ended.returncode, ended.stderr) == (1, message)
