@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: a file is too large, or the graph is too far from PyTorch; then the artifact is not written.
     """
     write_average(args.run, args.sigma_rel, args.at_images, args.cfg_scale, args.model)
-    export_artifact(args.model, args.model / "artifact", say=say)
+    export_artifact(args.model, args.model / "artifact", notify=say)
     for path in args.model.rglob("*"):
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path} must have at most {MAX_BYTES} bytes; got {path.stat().st_size}")
