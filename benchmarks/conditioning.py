@@ -6,7 +6,8 @@
 The judge sees the real training split only; its accuracy on the real test split shows its reliability. Then, for
 each number of steps and each guidance scale, images are sampled (image k: seed k, class k mod C, so that settings
 can be compared image by image) and classified by the judge. Progress goes to stderr, the section for
-RESULTS.md to --out-markdown.
+RESULTS.md to --out-markdown. By default the reference loop samples in PyTorch; --backend samples with the service's
+engine, as the model is served.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.contenders import Entry, Place, open_denoiser
+from benchmarks.engine_sampler import EngineSampler
 from benchmarks.judge import Judge, features_of, load_or_train_judge, open_split, predict
+from benchmarks.networks import BenchNetwork
+from benchmarks.options import WORK
 from benchmarks.reporting import cpu_name, markdown_table
 from diffusion.config import CheckpointConfig
 from diffusion.plans import ancestral_plan
@@ -38,6 +43,7 @@ from diffusion.unet import UNet
 from diffusion.update import Step
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import checkpoint_sha256
+from service.backends.base import BackendOptions
 from trainer.data import IntArray, Uint8Array, eight_bit_images
 from trainer.evaluation.metrics import coverage, frechet_distance
 from trainer.provenance import git_commit
@@ -47,6 +53,8 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 SAMPLE_BATCH = 64
+ENGINE_WIDTH = 16
+"""Rows of the engine with --backend."""
 WORST_CLASSES = 3
 FRAME_PIXELS = 2
 DARK_LEVEL = 10
@@ -208,6 +216,24 @@ def generate(
     return np.concatenate(parts)
 
 
+def open_engine(model: Path, backend: Entry, threads: int) -> EngineSampler:
+    """Open a checkpoint in the service's engine; its artifact is exported if it has none.
+
+    Raises:
+        ParityError: the exported graph is too far from PyTorch.
+        Absent: the backend is not available here.
+    """
+    network = BenchNetwork(model.name, model, WORK / "judged" / checkpoint_sha256(model)[:12], trained=True)
+    place = Place(device=torch.device("cpu"), threads=threads)
+    return EngineSampler(open_denoiser(backend, network, place, BackendOptions(max_rows=ENGINE_WIDTH)), ENGINE_WIDTH)
+
+
+def generate_in_engine(engine: EngineSampler, setting: Setting, labels: IntArray) -> Uint8Array:
+    """Sample the images of `generate` with the service's engine."""
+    with tqdm(total=len(labels), desc=str(setting), unit="image", mininterval=2) as bar:
+        return engine(setting.steps, labels.tolist(), setting.cfg_scale, on_image=bar.update)
+
+
 def settings_of(config: CheckpointConfig, steps: Sequence[int], scales: Sequence[float] | None) -> list[Setting]:
     """Combine steps and guidance scales; by default without guidance and with the recommended scale.
 
@@ -318,7 +344,7 @@ def report(
     )
 
 
-def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str, str]:
+def describe(model: Path, config: CheckpointConfig, sampler: str) -> dict[str, str]:
     """Return date, machine and model of the measurement."""
     images_seen = config.provenance.get("images_seen")
     trained = f"{images_seen:,} images seen" if isinstance(images_seen, int) else "images seen unknown"
@@ -329,7 +355,7 @@ def describe(model: Path, config: CheckpointConfig, bfloat16: bool) -> dict[str,
         f"torch {torch.__version__}",
         "Model": f"`{model}`, {trained}, sha256 {checkpoint_sha256(model)[:12]}, "
         f"recommended cfg_scale {config.sampling.cfg_scale:g}",
-        "Sampling": f"ancestral, {'bfloat16 autocast' if bfloat16 else 'float32'}; image k: seed k, class k mod C",
+        "Sampling": f"ancestral, {sampler}; image k: seed k, class k mod C",
     }
 
 
@@ -344,7 +370,9 @@ def run(args: argparse.Namespace) -> str:
     """
     torch.set_num_threads(args.threads)
     config, network = load_unet(args.model)
-    facts = describe(args.model, config, args.bfloat16)
+    engine = None if args.backend is None else open_engine(args.model, Entry.parse(args.backend), args.threads)
+    loop = f"PyTorch loop in {'bfloat16 autocast' if args.bfloat16 else 'float32'}"
+    facts = describe(args.model, config, loop if engine is None else f"engine, {engine.description}")
     settings = settings_of(config, args.steps, args.cfg)
     num_classes = config.model.num_classes
     assert num_classes is not None  # settings_of refuses it
@@ -370,11 +398,15 @@ def run(args: argparse.Namespace) -> str:
     outcomes: list[Outcome] = []
     for setting in settings:
         started = time.perf_counter()
-        pixels = generate(network, config, setting, labels, args.bfloat16)
+        if engine is None:
+            pixels = generate(network, config, setting, labels, args.bfloat16)
+        else:
+            pixels = generate_in_engine(engine, setting, labels)
         seconds = time.perf_counter() - started
         agreement = Agreement.from_predictions(labels, predict(judge, pixels), num_classes)
         outcomes.append(Outcome(setting, agreement, Likeness.measure(judge, pixels, reference), seconds))
-        print(f"{setting}: {percent(agreement)}, {outcomes[-1].likeness}", file=sys.stderr)
+        worst = f"worst class {100 * agreement.class_rates.min():.0f} %"
+        print(f"{setting}: {percent(agreement)}, {worst}, {outcomes[-1].likeness}", file=sys.stderr)
         if args.images_out is not None:
             args.images_out.mkdir(parents=True, exist_ok=True)
             file = args.images_out / f"steps{setting.steps}_cfg{setting.cfg_scale:g}.npz"
@@ -401,6 +433,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--judge-epochs", type=int, default=4, help="how long a judge is trained (4)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--bfloat16", action="store_true", help="sample with the network in bfloat16 autocast")
+    parser.add_argument(
+        "--backend", metavar="KIND:PRECISION", help="sample with a backend of the service, e.g. openvino:bf16"
+    )
     parser.add_argument("--images-out", type=Path, help="folder for the generated images, one npz per setting")
     parser.add_argument("--out-markdown", default="-", help="file for the section, - for stdout (-)")
     return parser.parse_args(arguments)

@@ -20,6 +20,7 @@ from model_export.inference_layers import (
     InferenceAttention,
     InferenceAttentionPool,
     InferenceResBlock,
+    InputConv2d,
     Maps,
     NormSiLU,
     PlainLayer,
@@ -78,17 +79,25 @@ class Stage(nn.Module):
 class InferenceEncoder(nn.Module):
     """Encoder and middle block of a `Backbone`."""
 
-    def __init__(self, network: Backbone, places: Mapping[nn.Module, int]) -> None:
+    def __init__(self, network: Backbone, places: Mapping[nn.Module, int], input_layer: nn.Module) -> None:
+        """Rewrite the blocks after the first, which is the input convolution alone.
+
+        Args:
+            network: the original network.
+            places: for each residual block of the network, its index in `BlockEmbeddings`.
+            input_layer: the input convolution, rewritten or not.
+        """
         super().__init__()
-        blocks = [*network.input_blocks, network.middle_block]
+        blocks = [*network.input_blocks[1:], network.middle_block]
+        self.input_layer = input_layer
         self.blocks = nn.ModuleList(Stage(block, places) for block in blocks)
 
     def forward(self, x: Tensor, embeddings: Sequence[Tensor]) -> list[FeatureMap]:
         """Return every block's output, the middle block's last."""
-        outputs = [FeatureMap(x)]
+        outputs = [FeatureMap(self.input_layer(x))]
         for block in self.blocks:
             outputs.append(block(outputs[-1:], embeddings))
-        return outputs[1:]
+        return outputs
 
 
 class InferenceUNet(UNet):
@@ -96,12 +105,12 @@ class InferenceUNet(UNet):
 
     def __init__(self, network: UNet, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # all attributes are made from the network's
-        self.config, self.dtype = network.config, dtype
+        self.config = network.config
         self.model_channels, self.time_embed = network.model_channels, _for_tracing(network.time_embed)
         if network.config.num_classes is not None:
             self.label_emb = network.label_emb
         self.embeddings, places = _embeddings(network)
-        self.encoder = InferenceEncoder(network, places)
+        self.encoder = InferenceEncoder(network, places, InputConv2d(_input_conv(network)))
         skips = reversed(network.skip_channels)
         self.decoder = nn.ModuleList(Stage(block, places, next(skips)) for block in network.output_blocks)
         self.out = _for_tracing(network.out)
@@ -110,7 +119,7 @@ class InferenceUNet(UNet):
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
         """Run encoder and decoder on the arguments of `UNet.denoise`."""
         embeddings = self.embeddings(emb)
-        *skips, h = self.encoder(x.to(self.dtype), embeddings)
+        *skips, h = self.encoder(x, embeddings)
         for block in self.decoder:
             h = block([h, skips.pop()], embeddings)
         return self.out([h]).float()
@@ -124,7 +133,7 @@ class InferenceClassifier(Classifier):
         self.config, self.dtype, self.pools_features = network.config, dtype, network.pools_features
         self.model_channels, self.time_embed = network.model_channels, _for_tracing(network.time_embed)
         self.embeddings, places = _embeddings(network)
-        self.encoder = InferenceEncoder(network, places)
+        self.encoder = InferenceEncoder(network, places, _input_conv(network))
         self.out = _for_tracing(network.out)
         _lower(self.encoder, dtype)
 
@@ -140,6 +149,12 @@ def _embeddings(network: Backbone) -> tuple[BlockEmbeddings, dict[nn.Module, int
     """Return the module that computes the embeddings of all residual blocks at once, and each block's index in it."""
     blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
     return BlockEmbeddings(blocks), {block: place for place, block in enumerate(blocks)}
+
+
+def _input_conv(network: Backbone) -> nn.Conv2d:
+    (conv,) = network.input_blocks[0].children()
+    assert isinstance(conv, nn.Conv2d)  # noqa: S101  # as `Backbone` makes it
+    return conv
 
 
 def _for_tracing(layers: nn.Sequential) -> nn.Sequential:

@@ -14,6 +14,7 @@ Findings of the CPU profile of the plain graph, and the changes made (docs/decis
   convolution returns.
 - A convolution after nearest upsampling reads each pixel four times: on the small map it is a 2x2 convolution with
   four times the channels, one set for each of the four positions.
+- The input convolution reads x_t in two parts, because its rounding to bfloat16 hides the noise at small t.
 """
 
 from __future__ import annotations
@@ -142,6 +143,28 @@ class SumConv2d(nn.Module):
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         first, *others = (conv(x) for conv, x in zip(self.convs, xs, strict=True))
         return sum(others, first)
+
+
+class InputConv2d(nn.Module):
+    """The network's input convolution, which keeps the noise of its input in bfloat16.
+
+    At small t, the noise in x_t is as small as the rounding error of x_t in bfloat16. The float32 input is split into a
+    multiple of 1/32, exact in bfloat16 up to 8, and a remainder up to 1/64. Both are convolved with the same weights.
+    """
+
+    GRID = 32.0
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert conv.bias is not None  # noqa: S101  # this project's layers always have one
+        size = conv.kernel_size[0]
+        self.conv = nn.Conv2d(2 * conv.in_channels, conv.out_channels, size, padding=size // 2)
+        self.conv.load_state_dict({"weight": conv.weight.repeat(1, 2, 1, 1), "bias": conv.bias})
+        self.conv.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse = torch.round(x * self.GRID) * (1 / self.GRID)
+        return self.conv(torch.cat([coarse, x - coarse], 1).to(self.conv.weight.dtype))
 
 
 class InferenceResBlock(nn.Module):

@@ -15,7 +15,7 @@ from diffusion.config import ClassifierConfig
 from diffusion.unet import RowLinear, UNet
 from model_export.classifier_gradient import _avg_pool2d_backward, _convolution_backward
 from model_export.inference_graph import rewrite
-from model_export.inference_layers import FeatureMap, InferenceNorm, silu_of_twice
+from model_export.inference_layers import FeatureMap, InferenceNorm, InputConv2d, silu_of_twice
 from tests import golden
 from tests.networks import random_classifier
 from tests.parity.test_networks import CLASSIFIERS, UNETS
@@ -74,6 +74,22 @@ def test_in_lower_precision_it_stays_close_and_depends_on_the_timestep(name: str
     outputs = [run(low, name, torch.full((rows,), t)) for t in (500.0, 500.25, 501.0, 998.0, 999.0)]
     for first, second in pairwise(outputs):
         assert not torch.equal(first, second)
+
+
+def test_the_input_convolution_keeps_noise_of_the_size_of_rounding_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.003 * torch.randn(2, 1, 8, 8, generator=generator)  # the first of 4000 cosine timesteps
+    conv = nn.Conv2d(1, 1, 3, padding=1).requires_grad_(False)
+    differences = torch.tensor([[0.0, 0, 0], [0, 1, -1], [0, 0, 0]])  # of horizontal neighbours
+    conv.load_state_dict({"weight": differences[None, None], "bias": torch.zeros(1)})
+    for x_0 in (-1.0, 0.7, 3.9):
+        x_t = x_0 + noise
+        expected = conv(x_t)[..., :-1]
+        rounded = conv(x_t.to(torch.bfloat16).float())[..., :-1]
+        split = InputConv2d(conv).to(torch.bfloat16)(x_t).float()[..., :-1]
+        assert relative(rounded, expected) > 0.1
+        assert relative(split, expected) < 0.02
+    torch.testing.assert_close(InputConv2d(conv)(noise + 0.7), conv(noise + 0.7))
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
