@@ -45,8 +45,8 @@ def nll_command(
         from cli.threads import limit_torch_threads
         from formats.atomic_file import replace_file, write_file
         from trainer.data import open_dataset
-        from trainer.evaluation.folder import EvaluationError, evaluation_folder
-        from trainer.evaluation.nll import EvaluationStopped, NllOptions, evaluate_nll
+        from trainer.evaluation.folder import EvaluationError, EvaluationStopped, evaluation_folder
+        from trainer.evaluation.nll import NllOptions, evaluate_nll
         from trainer.evaluation.nll_report import plot_terms, summarise, table
         from trainer.evaluation.subject import data_options, distinct_names, load_subject
         from trainer.provenance import git_commit

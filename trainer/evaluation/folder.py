@@ -20,6 +20,10 @@ class EvaluationError(ValueError):
     """The evaluation cannot start or continue; the message gives the reason."""
 
 
+class EvaluationStopped(Exception):
+    """The evaluation was stopped by a request; what is done is recorded, and a repeated command continues."""
+
+
 @contextmanager
 def evaluation_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Create or reopen a folder for an evaluation with these settings, and lock other processes out.

@@ -16,6 +16,7 @@ from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import IntArray, Process
 from diffusion.update import from_uint8
 from trainer.data import Dataset
+from trainer.evaluation.folder import EvaluationStopped
 from trainer.evaluation.records import FloatArray, Records
 from trainer.evaluation.subject import Subject, model_labels
 
@@ -23,10 +24,6 @@ TERMS = ("vb_bpd", "eps_mse", "x0_mse")
 """What is recorded of every image and step, as in `BoundTerms`."""
 BATCHES_PER_BLOCK = 8
 """Network calls between two writes, at least."""
-
-
-class EvaluationStopped(Exception):
-    """The evaluation was stopped by a request; what is done is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

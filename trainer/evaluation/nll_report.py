@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.evaluation.nll import TERMS, NllTerms
+from trainer.evaluation.text_table import text_table
 
 Statistics = dict[str, float | None]
 
@@ -27,8 +28,7 @@ def summarise(results: Mapping[str, NllTerms]) -> list[dict[str, Any]]:
 
 def table(models: list[dict[str, Any]]) -> str:
     """Return a table of the summaries for a terminal: bits/dim with standard errors."""
-    header = ("model", "steps", "bits/dim", "std. error", "decoder", "prior", "minus the first")
-    rows = [header]
+    rows = [("model", "steps", "bits/dim", "std. error", "decoder", "prior", "minus the first")]
     for model in models:
         difference = model.get("difference_to_first")
         rows.append(
@@ -42,12 +42,7 @@ def table(models: list[dict[str, Any]]) -> str:
                 "" if difference is None else f"{difference['mean']:+.4f} +- {_error(difference['std_error'])}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return text_table(rows)
 
 
 def plot_terms(path: Path, models: list[dict[str, Any]]) -> None:

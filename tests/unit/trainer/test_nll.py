@@ -21,8 +21,8 @@ from diffusion.unet import UNet
 from diffusion.update import from_uint8
 from formats.checkpoint import write_checkpoint
 from trainer.data import Dataset, open_dataset
-from trainer.evaluation.folder import EvaluationError, evaluation_folder
-from trainer.evaluation.nll import EvaluationStopped, NllOptions, NllTerms, chosen_images, evaluate_nll
+from trainer.evaluation.folder import EvaluationError, EvaluationStopped, evaluation_folder
+from trainer.evaluation.nll import NllOptions, NllTerms, chosen_images, evaluate_nll
 from trainer.evaluation.subject import Subject, load_subject
 
 IMAGES, STEPS = 12, 40
