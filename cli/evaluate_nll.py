@@ -13,7 +13,7 @@ from cli.errors import fail, needs_extra
 
 
 def nll_command(
-    models: Annotated[list[Path], typer.Argument(help="Checkpoint folders to compare on the same images.")],
+    models: Annotated[list[Path], typer.Argument(help="Checkpoint or ensemble folders to compare on the same images.")],
     data: Annotated[Path, typer.Option(help="Test images: an npz file, or a folder with one subfolder per class.")],
     out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
     steps: Annotated[

@@ -15,6 +15,7 @@ from diffusion.respacing import IntArray
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import checkpoint_sha256
+from formats.ensemble import is_ensemble, read_ensemble
 from trainer.data import DataConfig, DataError, Dataset
 
 
@@ -39,11 +40,21 @@ class Subject:
 
 
 def load_subject(folder: Path, device: torch.device) -> Subject:
-    """Load a checkpoint folder.
+    """Load a checkpoint folder, or an ensemble folder whose members are checkpoints.
 
     Raises:
-        CheckpointError: the folder cannot be read.
+        CheckpointError: a checkpoint cannot be read.
+        EnsembleError: the ensemble cannot be read.
     """
+    if is_ensemble(folder):
+        ensemble = read_ensemble(folder)
+        return Subject(
+            name=_name_of(folder),
+            sha256=ensemble.sha256,
+            config=ensemble.config,
+            networks=tuple(load_unet(member)[1].to(device) for member in ensemble.folders),
+            network_of=ensemble.network_of,
+        )
     config, network = load_unet(folder)
     return Subject(
         name=_name_of(folder),

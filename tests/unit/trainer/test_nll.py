@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +12,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.main import app
-from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
+from diffusion.config import DiffusionConfig
 from diffusion.likelihood import VariationalBound
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import respace
-from diffusion.unet import UNet
 from diffusion.update import from_uint8
-from formats.checkpoint import write_checkpoint
+from formats.ensemble import write_ensemble
+from tests.networks import RANDOM_MODEL_STEPS, write_random_model
 from trainer.data import Dataset, open_dataset
 from trainer.evaluation.folder import EvaluationError, EvaluationStopped, evaluation_folder
 from trainer.evaluation.nll import NllOptions, NllTerms, chosen_images, evaluate_nll
 from trainer.evaluation.subject import Subject, load_subject
 
-IMAGES, STEPS = 12, 40
+IMAGES, STEPS = 12, RANDOM_MODEL_STEPS
 CPU = torch.device("cpu")
 OPTIONS = NllOptions(respacing="10", images=9, batch_size=7)
 
@@ -41,24 +40,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "a", seed=0)
-
-
-def write_model(folder: Path, seed: int, **fields: Any) -> Path:
-    config = CheckpointConfig(
-        model=ModelConfig(
-            image_size=4, image_channels=1, model_channels=32, channel_mult=(1,), num_res_blocks=1,
-            attention_resolutions=(), num_heads=1, num_classes=fields.pop("num_classes", 3), norm_groups=8,
-        ),
-        diffusion=DiffusionConfig(num_timesteps=STEPS),
-        **{"class_names": ("z", "y", "x"), **fields},
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    network = UNet(config.model)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    write_checkpoint(folder, config, network.state_dict())
-    return folder
+    return write_random_model(tmp_path / "a", seed=0)
 
 
 def opened(data: Path, model: Path) -> tuple[Subject, Dataset]:
@@ -125,8 +107,21 @@ def test_the_batch_size_changes_rounding_only(data: Path, model: Path, tmp_path:
     np.testing.assert_allclose(results[0].terms, results[1].terms, rtol=1e-3, atol=1e-5)
 
 
+def test_an_ensemble_takes_each_term_from_the_network_of_its_timestep(data: Path, model: Path, tmp_path: Path) -> None:
+    other = write_random_model(tmp_path / "b", seed=1)
+    ensemble = write_ensemble(tmp_path / "both", [(0, 10, other), (10, 30, model), (30, 0, other)])
+    options = NllOptions(images=4, batch_size=7)
+    found = []
+    for folder in (model, other, ensemble.folder):
+        subject, dataset = opened(data, folder)
+        found.append(evaluate_nll(subject, dataset, options, tmp_path / folder.with_suffix(".f32").name))
+    middle = (found[0].timesteps >= 10) & (found[0].timesteps < 30)
+    np.testing.assert_allclose(found[2].terms[..., middle], found[0].terms[..., middle], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found[2].terms[..., ~middle], found[1].terms[..., ~middle], rtol=1e-3, atol=1e-5)
+
+
 def test_the_command_compares_models_on_the_same_images(data: Path, model: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "run" / "model", seed=1, num_classes=None, class_names=None)
+    other = write_random_model(tmp_path / "run" / "model", seed=1, num_classes=None, class_names=None)
     out = tmp_path / "out"
     arguments = ["evaluate", "nll", str(model), str(other), "--data", str(data), "--out", str(out)]
     arguments += ["--steps", "5", "--extra-steps", "--num", "6"]
@@ -157,7 +152,7 @@ def test_the_command_compares_models_on_the_same_images(data: Path, model: Path,
 
 
 def test_classes_that_the_model_does_not_have_are_refused(data: Path, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "other", seed=0, class_names=("x", "y", "w"))
+    model = write_random_model(tmp_path / "other", seed=0, class_names=("x", "y", "w"))
     done = CliRunner().invoke(
         app, ["evaluate", "nll", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--num", "2"]
     )

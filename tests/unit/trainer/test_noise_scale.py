@@ -14,7 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cli.main import app
-from tests.unit.trainer.test_nll import STEPS, opened, write_model
+from tests.networks import RANDOM_MODEL_STEPS, write_random_model
+from tests.unit.trainer.test_nll import opened
 from trainer.evaluation.folder import EvaluationStopped
 from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions
 from trainer.noise_scale import noise_scale, squared_norms
@@ -76,7 +77,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_both_samplers_of_the_bound_have_one_gradient(data: Path, tmp_path: Path) -> None:
-    subject, dataset = opened(data, write_model(tmp_path / "a", seed=0))
+    subject, dataset = opened(data, write_random_model(tmp_path / "a", seed=0))
     noise = GradientNoise(subject, dataset, NoiseOptions(small=4, big=32, batches=24, history=10))
     uniform = noise.measure(Case("vlb", "uniform"), None, tmp_path / "uniform")
     sampler = noise.importance(tmp_path / "history")
@@ -89,7 +90,7 @@ def test_both_samplers_of_the_bound_have_one_gradient(data: Path, tmp_path: Path
 
 
 def test_an_interrupted_measurement_continues_with_equal_numbers(data: Path, tmp_path: Path) -> None:
-    subject, dataset = opened(data, write_model(tmp_path / "a", seed=0))
+    subject, dataset = opened(data, write_random_model(tmp_path / "a", seed=0))
     noise = GradientNoise(subject, dataset, NoiseOptions(small=2, big=4, batches=4))
     case = Case("hybrid", "uniform")
     whole = noise.measure(case, None, tmp_path / "whole")
@@ -102,7 +103,7 @@ def test_an_interrupted_measurement_continues_with_equal_numbers(data: Path, tmp
 
 
 def test_the_command_compares_objectives(data: Path, tmp_path: Path) -> None:
-    model, out = write_model(tmp_path / "a", seed=0), tmp_path / "out"
+    model, out = write_random_model(tmp_path / "a", seed=0), tmp_path / "out"
     arguments = ["evaluate", "noise-scale", str(model), "--data", str(data), "--out", str(out)]
     arguments += ["--small", "2", "--big", "8", "--batches", "2", "--history", "1"]
     done = CliRunner().invoke(app, arguments)
@@ -115,7 +116,7 @@ def test_the_command_compares_objectives(data: Path, tmp_path: Path) -> None:
     ]
     assert all(case["trace"]["value"] > 0 for case in content["cases"])
     assert "tr(Sigma)" in done.output
-    assert (out / "history.f32").stat().st_size == 4 * STEPS
+    assert (out / "history.f32").stat().st_size == 4 * RANDOM_MODEL_STEPS
 
     wrong = CliRunner().invoke(app, [*arguments, "--case", "vlb:stratified"])
     assert wrong.exit_code == 1
