@@ -290,7 +290,7 @@ def test_gradients_are_computed_for_images_with_classifier_guidance_and_cleared_
     results = finish(engine)
     assert network.classifier.calls == [4, 4]
     assert runner._queued is not None
-    assert not runner._queued._gradient.any()
+    assert not runner._queued[0]._gradient.any()
     assert results[-1].pixels is not None
     assert results[-1].pixels.tobytes() == reference(plain)
 
