@@ -76,17 +76,16 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_both_samplers_of_the_bound_have_one_gradient(data: Path, tmp_path: Path) -> None:
+def test_importance_sampling_reduces_the_noise_of_the_bound(data: Path, tmp_path: Path) -> None:
     subject, dataset = opened(data, write_random_model(tmp_path / "a", seed=0))
-    noise = GradientNoise(subject, dataset, NoiseOptions(small=4, big=32, batches=24, history=10))
+    noise = GradientNoise(subject, dataset, NoiseOptions(small=4, big=16, batches=12, history=4))
     uniform = noise.measure(Case("vlb", "uniform"), None, tmp_path / "uniform")
     sampler = noise.importance(tmp_path / "history")
     assert sampler.warmed_up
     importance = noise.measure(Case("vlb", "loss_second_moment"), sampler, tmp_path / "importance")
 
-    difference = uniform.gradient_squared.value - importance.gradient_squared.value
-    assert abs(difference) < 4 * (uniform.gradient_squared.std_error + importance.gradient_squared.std_error)
-    assert importance.trace.value < uniform.trace.value
+    assert importance.trace.value < 0.2 * uniform.trace.value  # the decoder's term is 1000 times larger than most
+    assert importance.gradient_squared.value > 5 * importance.gradient_squared.std_error
 
 
 def test_an_interrupted_measurement_continues_with_equal_numbers(data: Path, tmp_path: Path) -> None:
