@@ -31,7 +31,7 @@ def nll_command(
     num: Annotated[int, typer.Option(min=1, help="Number of images, chosen at random.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a network call.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed of the noise and of the choice of images.")] = 0,
-    plot: Annotated[bool, typer.Option("--plot", help="Also draw the terms per timestep: terms.png.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Also draw the terms per timestep: vlb_terms.png.")] = False,
 ) -> None:
     """Evaluate the variational bound in bits/dim, with standard errors.
 
@@ -43,11 +43,14 @@ def nll_command(
         from tqdm import tqdm
 
         from cli.threads import limit_torch_threads
-        from formats.atomic_file import replace_file, write_file
+        from formats.atomic_file import write_file
         from trainer.data import open_dataset
-        from trainer.evaluation.folder import EvaluationError, EvaluationStopped, evaluation_folder
+        from trainer.evaluation.collected import RESULTS_FILE, Results
+        from trainer.evaluation.errors import EvaluationError
+        from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
         from trainer.evaluation.nll import NllOptions, evaluate_nll
-        from trainer.evaluation.nll_report import plot_terms, summarise, table
+        from trainer.evaluation.nll_report import summarise, table
+        from trainer.evaluation.plots import vlb_terms
         from trainer.evaluation.subject import data_options, distinct_names, load_subject
         from trainer.provenance import git_commit
         from trainer.stop_request import StopRequest
@@ -55,9 +58,7 @@ def nll_command(
         limit_torch_threads()
     if plot:
         with needs_extra("plots"):
-            import matplotlib as mpl
-
-            mpl.use("agg")
+            import matplotlib  # noqa: F401  # before hours of evaluation
 
     stop = StopRequest()
     try:
@@ -107,9 +108,9 @@ def nll_command(
                 "commit": git_commit(),
                 "models": summaries,
             }
-            write_file(out / "results.json", (json.dumps(content, indent=1) + "\n").encode())
+            write_file(out / RESULTS_FILE, (json.dumps(content, indent=1) + "\n").encode())
             if plot:
-                replace_file(out / "terms.png", lambda path: plot_terms(path, summaries))
+                write_file(out / "vlb_terms.png", vlb_terms([Results(path=out / RESULTS_FILE, content=content)]))
     except EvaluationStopped:
         typer.echo("stopped; the same command continues the evaluation", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None

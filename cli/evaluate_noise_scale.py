@@ -44,6 +44,7 @@ def noise_scale_command(
         from cli.threads import limit_torch_threads
         from formats.atomic_file import write_file
         from trainer.data import open_dataset
+        from trainer.evaluation.collected import RESULTS_FILE
         from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
         from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
         from trainer.evaluation.gradient_noise_report import summarise, table
@@ -96,7 +97,7 @@ def noise_scale_command(
                 "commit": git_commit(),
                 "cases": summaries,
             }
-            write_file(out / "results.json", (json.dumps(content, indent=1) + "\n").encode())
+            write_file(out / RESULTS_FILE, (json.dumps(content, indent=1) + "\n").encode())
     except EvaluationStopped:
         typer.echo("stopped; the same command continues the evaluation", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None

@@ -11,13 +11,10 @@ from typing import Any
 
 from formats.atomic_file import write_file
 from formats.json_files import read_object
+from trainer.evaluation.errors import EvaluationError
 
 LOCK_FILE = ".lock"
 SETTINGS_FILE = "settings.json"
-
-
-class EvaluationError(ValueError):
-    """The evaluation cannot start or continue; the message gives the reason."""
 
 
 class EvaluationStopped(Exception):

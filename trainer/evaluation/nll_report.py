@@ -1,10 +1,9 @@
-"""Summarise bits/dim: JSON, a table, and a plot of the terms per timestep as in figure 2 of IDDPM."""
+"""Summarise bits/dim: JSON and a table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,26 +42,6 @@ def table(models: list[dict[str, Any]]) -> str:
             )
         )
     return text_table(rows)
-
-
-def plot_terms(path: Path, models: list[dict[str, Any]]) -> None:
-    """Draw the terms of the bound per timestep on logarithmic axes, one curve per model, as a PNG file.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for model in models:
-        t = np.array(model["timesteps"])
-        axes.plot(t + 1, model["vb_bpd"]["mean"], label=f"{model['name']} ({model['total_bpd']['mean']:.3f} bits/dim)")
-    axes.set(xscale="log", yscale="log", xlabel="diffusion step (t + 1)", ylabel="term of the bound (bits/dim)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format="png")
 
 
 def _summary(name: str, found: NllTerms, first: NllTerms | None) -> dict[str, Any]:

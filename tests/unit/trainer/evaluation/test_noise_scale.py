@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from tests.networks import RANDOM_MODEL_STEPS, write_random_model
-from tests.unit.trainer.test_nll import opened
+from tests.unit.trainer.evaluation.test_nll import opened
 from trainer.evaluation.folder import EvaluationStopped
 from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions
 from trainer.noise_scale import noise_scale, squared_norms

@@ -20,7 +20,8 @@ from diffusion.update import from_uint8
 from formats.ensemble import write_ensemble
 from tests.networks import RANDOM_MODEL_STEPS, write_random_model
 from trainer.data import Dataset, open_dataset
-from trainer.evaluation.folder import EvaluationError, EvaluationStopped, evaluation_folder
+from trainer.evaluation.errors import EvaluationError
+from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
 from trainer.evaluation.nll import NllOptions, NllTerms, chosen_images, evaluate_nll
 from trainer.evaluation.subject import Subject, load_subject
 
@@ -140,7 +141,7 @@ def test_the_command_compares_models_on_the_same_images(data: Path, model: Path,
     assert first["total_bpd"]["std_error"] > 0
     for text in ("a ", "run ", f"{first['total_bpd']['mean']:.4f}"):
         assert text in done.output
-    with Image.open(out / "terms.png") as picture:
+    with Image.open(out / "vlb_terms.png") as picture:
         assert picture.width > 100
 
     again = CliRunner().invoke(app, arguments)
