@@ -231,8 +231,8 @@ def test_a_step_whose_end_is_not_queued_ends_the_engine_because_it_cannot_be_rep
         raise MemoryError
 
     assert runner._queued is not None
-    for size, work in runner._queued._finishes.items():
-        runner._queued._finishes[size] = replace(work, run=fail)
+    for size, work in runner._queued[0]._finishes.items():
+        runner._queued[0]._finishes[size] = replace(work, run=fail)
     engine.add(generation("plain", params(steps=2)), submitted_at=0.0)
     assert finish(engine)[0].status is ImageStatus.DONE
     engine.add(generation("masked", with_chain(params(), 8)), submitted_at=0.0)
