@@ -36,7 +36,7 @@ class LocalEngine:
             ValueError: an environment variable has the name of an unknown setting; also from `check`.
             ModelError: the model cannot be run.
         """
-        from service.backends.select import load_denoiser
+        from service.backends.select import load_model
         from service.engine.engine import Engine
         from service.engine.runners.array_runner import ArrayRunner
         from service.metrics import Metrics
@@ -47,7 +47,7 @@ class LocalEngine:
         settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
         self._config = settings.engine_config()
         (folder,) = settings.model_folders.values()
-        backend = load_denoiser(folder, settings.backend, settings.backend_options())
+        backend = load_model(folder, settings.backend, settings.backend_options())
         self.config: CheckpointConfig = backend.config
         """Configuration of the model."""
         check(self.config)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.ema_command import ema_command
+from cli.ensemble_command import ensemble_command
 from cli.evaluate_command import evaluate_app
 from cli.export_command import export_command
 from cli.import_command import import_command
@@ -48,6 +49,7 @@ def main(
 
 app.command("train")(train_command)
 app.command("ema")(ema_command)
+app.command("ensemble")(ensemble_command)
 app.command("plot")(plot_command)
 app.add_typer(study_app, name="study")
 app.add_typer(evaluate_app, name="evaluate")

@@ -165,10 +165,23 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
     return probability.clamp(min=MIN_PROBABILITY).log()
 
 
+def predict_x0(
+    tables: LossTables, diffusion: DiffusionConfig, prediction: Tensor, x_t: Tensor, t: Tensor, *, clip: bool = False
+) -> Tensor:
+    """Return the x0 that a network's eps (or x0) [B, C, H, W] predicts at x_t; t is int64 [B].
+
+    Training does not clip it; sampling and the evaluation of likelihoods clip it to [-1, 1].
+    """
+    if diffusion.prediction == "eps":
+        x0_scale, eps_scale = tables.sqrt_recip_alphas_cumprod, tables.sqrt_recipm1_alphas_cumprod
+        prediction = _rows(x0_scale, t) * x_t - _rows(eps_scale, t) * prediction
+    return prediction.clamp(-1.0, 1.0) if clip else prediction
+
+
 def vb_term_bpd(
     tables: LossTables,
     diffusion: DiffusionConfig,
-    prediction: Tensor,
+    pred_x0: Tensor,
     var_values: Tensor,
     x0: Tensor,
     x_t: Tensor,
@@ -178,18 +191,13 @@ def vb_term_bpd(
 
     Args:
         tables: of the process.
-        diffusion: selects what the network predicts and the kind of variance.
-        prediction: the network's eps (or x0) [B, C, H, W]; x0 is computed from it without clipping.
-        var_values: the network's raw variance output, shaped like prediction; zeros if the network has none.
+        diffusion: selects the kind of variance.
+        pred_x0: the predicted x0 [B, C, H, W], from `predict_x0`.
+        var_values: the network's raw variance output, shaped like pred_x0; zeros if the network has none.
         x0: the images [B, C, H, W].
         x_t: the noised images [B, C, H, W].
         t: int64 [B].
     """
-    if diffusion.prediction == "eps":
-        x0_scale, eps_scale = tables.sqrt_recip_alphas_cumprod, tables.sqrt_recipm1_alphas_cumprod
-        pred_x0 = _rows(x0_scale, t) * x_t - _rows(eps_scale, t) * prediction
-    else:
-        pred_x0 = prediction
     mean = q_posterior_mean(tables, pred_x0, x_t, t)
     log_variance = p_log_variance(tables, diffusion, var_values, t)
 
@@ -197,7 +205,7 @@ def vb_term_bpd(
     true_log_variance = _rows(tables.posterior_log_variance_clipped, t)
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     decoder_nll = -discretized_gaussian_log_likelihood(x0, mean, log_variance)
-    return torch.where(t == 0, _mean_flat(decoder_nll), _mean_flat(kl)) / NATS_PER_BIT
+    return torch.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / NATS_PER_BIT
 
 
 def training_losses(
@@ -255,15 +263,17 @@ def training_losses(
 
     prediction, var_values = split_output(model_output, channels)
     target = noise if diffusion.prediction == "eps" else x0
-    mse = _mean_flat((target - prediction) ** 2)
+    mse = mean_flat((target - prediction) ** 2)
 
     if loss == "vlb":
-        vb_bpd = vb_term_bpd(tables, diffusion, prediction, var_values, x0, x_t, t)
+        pred_x0 = predict_x0(tables, diffusion, prediction, x_t, t)
+        vb_bpd = vb_term_bpd(tables, diffusion, pred_x0, var_values, x0, x_t, t)
         return TrainingLosses(vb_bpd * tables.num_steps if rescale else vb_bpd, mse, vb_bpd)
     weighted = mse if min_snr_gamma is None else mse * min_snr_weights(tables, diffusion, t, min_snr_gamma)
     if not diffusion.learns_variance:
         return TrainingLosses(weighted, mse, torch.zeros_like(mse))
-    vb_bpd = vb_term_bpd(tables, diffusion, prediction.detach(), var_values, x0, x_t, t)
+    pred_x0 = predict_x0(tables, diffusion, prediction.detach(), x_t, t)
+    vb_bpd = vb_term_bpd(tables, diffusion, pred_x0, var_values, x0, x_t, t)
     if loss == "simple":
         return TrainingLosses(weighted, mse, vb_bpd)
     weight = LAMBDA * tables.num_steps if rescale else 1.0
@@ -285,7 +295,8 @@ def _rows(table: Tensor, t: Tensor) -> Tensor:
     return table[t][:, None, None, None]
 
 
-def _mean_flat(x: Tensor) -> Tensor:
+def mean_flat(x: Tensor) -> Tensor:
+    """Return the mean of each row over C*H*W, [B]."""
     return x.flatten(1).mean(dim=1)
 
 

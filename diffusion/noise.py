@@ -38,6 +38,8 @@ STREAM_AUGMENTATION: Final = 17
 """The uniforms that crop and flip a training image and drop its label; words as for `STREAM_TRAINING`."""
 STREAM_VALIDATION: Final = 18
 """The noise of a held-out image; image index and step are the low and high word of its index."""
+STREAM_EVALUATION: Final = 64
+"""The noise of x_t where a bound is evaluated; the step is the training timestep, the image index that of the data."""
 
 MAX_SEED: Final = 2**53 - 1
 """The largest seed: JSON readers that parse numbers as float64 represent integers exactly up to here."""

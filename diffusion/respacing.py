@@ -129,6 +129,11 @@ def respace_by_log_snr(diffusion: DiffusionConfig, spec: str) -> Process:
 def _keep(diffusion: DiffusionConfig, timestep_map: IntArray, spec: str) -> Process:
     if len(timestep_map) < MIN_STEPS:
         raise ValueError(f"respacing must keep at least {MIN_STEPS} steps; {quoted(spec)} keeps {len(timestep_map)}")
+    return keep_timesteps(diffusion, timestep_map)
+
+
+def keep_timesteps(diffusion: DiffusionConfig, timestep_map: IntArray) -> Process:
+    """Build the process that keeps the given training timesteps, ascending int64 [S], at least two."""
     base = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps))
     kept = base.alphas_cumprod[timestep_map]
     schedule = Schedule(1.0 - kept / np.append(1.0, kept[:-1]))

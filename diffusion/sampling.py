@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from diffusion.config import ModelConfig
+from diffusion.config import DiffusionConfig, ModelConfig
 from diffusion.guidance import classifier_free, scaled_gradient
 from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import STREAM_JUMP, STREAM_KEPT, STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SamplingPlan
+from diffusion.respacing import IntArray, respace
 from diffusion.update import Gradient, Network, Step, sample_loop, to_uint8
 
 
@@ -30,6 +31,21 @@ class ClassNetwork(Protocol):
     def run(self, inputs: NetworkInputs[Any], /) -> Any:
         """Return the raw output, [B, C or 2C, H, W]."""
         ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NetworkEnsemble:
+    """Several networks of one process, each used at some timesteps (IDDPM, appendix D)."""
+
+    members: Sequence[ClassNetwork]
+    network_of: IntArray
+    """int64 [T]: index of the member of each training timestep."""
+    diffusion: DiffusionConfig
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the configuration of the first member; image shape and classes are those of every member."""
+        return self.members[0].config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +81,7 @@ class ClassGradient(Protocol):
 
 
 def sample_images(
-    network: ClassNetwork,
+    network: ClassNetwork | NetworkEnsemble,
     plan: SamplingPlan,
     specs: list[ImageSpec],
     on_step: Callable[[int, Step[Any]], None] | None = None,
@@ -80,7 +96,7 @@ def sample_images(
     more. The service checks this at start-up; this function does not.
 
     Args:
-        network: in eval mode.
+        network: in eval mode, or an ensemble of such networks.
         plan: the chain.
         specs: at least one.
         on_step: called after each step with its index and its result.
@@ -95,7 +111,7 @@ def sample_images(
 
 
 def sample_values(
-    network: ClassNetwork,
+    network: ClassNetwork | NetworkEnsemble,
     plan: SamplingPlan,
     specs: list[ImageSpec],
     on_step: Callable[[int, Step[Any]], None] | None = None,
@@ -121,7 +137,7 @@ def sample_values(
         return xp.asarray(np.stack(rows), device=device)
 
     x = sample_loop(
-        guided_network(network, specs, xp, device),
+        _bound(network, specs, xp, device),
         plan,
         noise(0, STREAM_X_T),
         lambda step: noise(step, STREAM_STEP),
@@ -164,3 +180,15 @@ def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torc
         return classifier_free(unconditional, conditional, scales, config.image_channels)
 
     return guided
+
+
+def _bound(network: ClassNetwork | NetworkEnsemble, specs: list[ImageSpec], xp: Any, device: Any) -> Network[Any]:
+    if not isinstance(network, NetworkEnsemble):
+        return guided_network(network, specs, xp, device)
+    members = [guided_network(member, specs, xp, device) for member in network.members]
+    t_model, network_of = respace(network.diffusion).t_model, network.network_of
+
+    def call(x_t: Any, t: Any) -> Any:
+        return members[network_of[np.searchsorted(t_model, float(t[0]))]](x_t, t)  # all rows are at one timestep
+
+    return call

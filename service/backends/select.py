@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from formats.artifact import find_artifact
+from formats.ensemble import EnsembleError, is_ensemble, read_ensemble
 from formats.extras import install_command
 from service.backends.base import BackendOptions, Denoiser
+from service.backends.ensemble import DenoiserEnsemble, LoadedModel, networks_of
 from service.backends.self_test import invariant_batch_sizes
 from service.errors import ModelError
 
@@ -45,11 +47,11 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denoiser[Any]:
+def load_model(folder: Path, backend: str, options: BackendOptions) -> LoadedModel:
     """Load a model folder with a backend.
 
     Args:
-        folder: a checkpoint, an artifact, or a checkpoint with its artifact inside.
+        folder: a checkpoint, an artifact, a checkpoint with its artifact inside, or an ensemble of such folders.
         backend: a name in `BACKENDS`, or `auto`.
         options: how to run it.
 
@@ -67,6 +69,18 @@ def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denois
         return _fastest(folder, options) if backend == "auto" else _load(folder, backend, options)
 
 
+def load_denoiser(folder: Path, backend: str, options: BackendOptions) -> Denoiser[Any]:
+    """Load a model folder of one network, as `load_model`.
+
+    Raises:
+        ModelError: as `load_model`; also if the folder is an ensemble.
+    """
+    model = load_model(folder, backend, options)
+    if isinstance(model, DenoiserEnsemble):
+        raise ModelError(f"{folder} is an ensemble of {len(model.members)} networks, and one is needed")
+    return model
+
+
 def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]]:
     """Return pairs of backend and device that can serve a folder, fastest first.
 
@@ -79,33 +93,58 @@ def preference(folder: Path, device: str, has_gpu: bool) -> list[tuple[str, str]
     """
     if device.startswith("cuda"):
         return [("torch", device)]
-    compiled = [(name, device) for name in ("openvino", "onnxruntime") if find_artifact(folder) is not None]
+    exported = all(find_artifact(network) is not None for network in _network_folders(folder))
+    compiled = [(name, device) for name in ("openvino", "onnxruntime") if exported]
     if has_gpu and device == "auto":
         return [("torch", "cuda"), *compiled, ("torch", "cpu")]
     return [*compiled, ("torch", device)]
 
 
-def _fastest(folder: Path, options: BackendOptions) -> Denoiser[Any]:
+def _fastest(folder: Path, options: BackendOptions) -> LoadedModel:
     """Load the folder with the first backend of `preference` that is installed, accepts it and passes the self-test."""
     passed_over: list[str] = []
     for name, device in preference(folder, options.device, NVIDIA_DEVICE.exists()):
         try:
-            denoiser = _load(folder, name, replace(options, device=device))
-            for network in (denoiser, denoiser.classifier):
-                if network is not None:
-                    invariant_batch_sizes(network, options.max_rows)
+            model = _load(folder, name, replace(options, device=device))
+            for denoiser in networks_of(model):
+                for network in (denoiser, denoiser.classifier):
+                    if network is not None:
+                        invariant_batch_sizes(network, options.max_rows)
         except (ModelError, RuntimeError) as error:
             passed_over.append(f"{name}: {error}")
             continue
         reasons = f"; passed over {'; '.join(passed_over)}" if passed_over else ", the fastest for this machine"
-        log.log(logging.WARNING if passed_over else logging.INFO, "backend auto: %s%s", denoiser.description, reasons)
-        return denoiser
+        log.log(logging.WARNING if passed_over else logging.INFO, "backend auto: %s%s", model.description, reasons)
+        return model
     if len(passed_over) == 1:
         raise ModelError(passed_over[0].partition(": ")[2])
     raise ModelError(f"no backend can serve {folder}. " + "; ".join(passed_over))
 
 
-def _load(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
+def _load(folder: Path, name: str, options: BackendOptions) -> LoadedModel:
+    if not is_ensemble(folder):
+        return _load_network(folder, name, options)
+    try:
+        ensemble = read_ensemble(folder)
+    except EnsembleError as error:
+        raise ModelError(str(error)) from error
+    return DenoiserEnsemble(
+        config=ensemble.config,
+        names=ensemble.members,
+        members=tuple(_load_network(member, name, options) for member in ensemble.folders),
+        network_of=ensemble.network_of,
+    )
+
+
+def _network_folders(folder: Path) -> tuple[Path, ...]:
+    """Return the folders of a model's networks; an ensemble that cannot be read is reported when it is loaded."""
+    try:
+        return read_ensemble(folder).folders if is_ensemble(folder) else (folder,)
+    except EnsembleError:
+        return (folder,)
+
+
+def _load_network(folder: Path, name: str, options: BackendOptions) -> Denoiser[Any]:
     chosen = BACKENDS[name]
     try:
         importlib.import_module(chosen.requires)

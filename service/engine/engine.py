@@ -76,7 +76,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         activity: Activity | None = None,
     ) -> None:
-        self.scheduler = Scheduler(config, runners)
+        self.scheduler = Scheduler(config, runners, {model: runner.network_of for model, runner in runners.items()})
         self.costs = {model: StepCosts() for model in runners}
         """Measured step costs of each model, by padded rows."""
         self.under_way: StepUnderWay | None = None
@@ -140,7 +140,7 @@ class Engine:
         self._memory[model] = MemoryLimit(self._config.max_rows)
         self.costs[model] = costs
         self._runners[model], self._takers[model] = runner, self._taker(model, runner)
-        self.scheduler.add_model(model)
+        self.scheduler.add_model(model, runner.network_of)
         self._counts.add_model(model)
         self._choose_width(model)
         self.publish()

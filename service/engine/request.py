@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -75,6 +75,10 @@ class ImageParams:
     def classified_rows(self) -> int:
         """Return the classifier rows per step: one with classifier guidance, else zero."""
         return 0 if self.classifier_scale == 0.0 else 1
+
+
+NetworkOf = Callable[[ImageParams, int], int]
+"""(an image, its sampling steps already taken) -> index of the network of its next step; for a model of several."""
 
 
 class Priority(enum.Enum):
@@ -235,7 +239,7 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One network call: the images of one model that advance by a step, and the slot moves before it.
+    """One network call: images of one model that advance by a step of one network, and the slot moves before it.
 
     Apply them in this order: evictions, restores, the step.
     """

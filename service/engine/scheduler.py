@@ -11,7 +11,7 @@ from typing import Any
 from service.engine.client_shares import ClientShares
 from service.engine.config import EngineConfig
 from service.engine.order import ServiceOrder
-from service.engine.request import Image, ImageStatus, ImageStep, Move, Priority, StepBatch
+from service.engine.request import Image, ImageStatus, ImageStep, Move, NetworkOf, Priority, StepBatch
 from service.engine.waiting_line import WaitingLine
 
 TRIAL_INTERVAL = 32
@@ -54,7 +54,8 @@ class _Queue:
 class _Lane:
     """The images of one model, and the slots they hold."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, network_of: NetworkOf | None) -> None:
+        self.network_of = network_of
         self.interactive = _Queue(config.client_allowance)
         self.batch = _Queue(config.client_allowance)
         self.width = config.max_rows
@@ -64,7 +65,9 @@ class _Lane:
         self.batch_credit = 0.0
         """Row-steps that batch work may claim before interactive work; accumulated for images of two rows."""
         self.last: set[Image] = set()
-        """Images of the last step."""
+        """The images picked last."""
+        self.groups: deque[list[Image]] = deque()
+        """Those of them whose step is still to come: one group per network."""
 
     def __len__(self) -> int:
         return len(self.interactive) + len(self.batch)
@@ -92,7 +95,9 @@ class Scheduler:
     3. Within a priority, clients that received much more than an equal share yield to others
        (`service.engine.client_shares`). Otherwise the policy determines the order and the limits on overtaking
        (`service.engine.policies`).
-    4. An image with two rows is skipped for a step if only one row is left, and precedes later images as soon as two
+    4. Images of a model of several networks are picked as for any other model. Those of one network then take a step
+       together, one network after the other, before images are picked again.
+    5. An image with two rows is skipped for a step if only one row is left, and precedes later images as soon as two
        are free.
 
     A pre-empted image is not picked for a step: it keeps its slot, and nothing is recomputed. If an image that starts
@@ -100,11 +105,20 @@ class Scheduler:
     restored, possibly to another slot, when the image is picked again.
     """
 
-    def __init__(self, config: EngineConfig, models: Iterable[str]) -> None:
+    def __init__(
+        self, config: EngineConfig, models: Iterable[str], networks: Mapping[str, NetworkOf | None] | None = None
+    ) -> None:
+        """Create a scheduler without work.
+
+        Args:
+            config: configuration of the engine.
+            models: ids of the models.
+            networks: for models of several networks, the network of an image's step.
+        """
         self._config = config
         self.order = ServiceOrder(config)
         """Updates images' order after each step; also sets the arrival of images that bypass admission."""
-        self._lanes = {model: _Lane(config) for model in models}
+        self._lanes = {model: _Lane(config, (networks or {}).get(model)) for model in models}
         self._turn = deque(self._lanes)
         self._by_request: defaultdict[str, set[Image]] = defaultdict(set)
         self.remaining_row_steps = 0
@@ -177,9 +191,9 @@ class Scheduler:
         """Return the width of every model."""
         return {model: lane.width for model, lane in self._lanes.items()}
 
-    def add_model(self, model: str) -> None:
+    def add_model(self, model: str, network_of: NetworkOf | None = None) -> None:
         """Add a model to the rotation."""
-        self._lanes[model] = _Lane(self._config)
+        self._lanes[model] = _Lane(self._config, network_of)
         self._turn.append(model)
 
     def remove_model(self, model: str) -> None:
@@ -220,7 +234,7 @@ class Scheduler:
             self._turn.rotate(-1)
             lane = self._lanes[model]
             if len(lane):
-                return self._place(model, lane, *self._pick(lane), now)
+                return self._place(model, lane, *self._next(lane), now)
         return None
 
     def complete(self, batch: StepBatch, ok: list[bool]) -> list[Image]:
@@ -270,6 +284,25 @@ class Scheduler:
 
     # Picking the images of a step
 
+    def _next(self, lane: _Lane) -> tuple[list[Image], list[Image], int]:
+        """Return the images of the next step, those among them without a slot, and the number of pre-empted ones."""
+        while lane.groups:
+            images = [image for image in lane.groups.popleft() if image.status in _IN_FLIGHT]
+            if images:
+                return images, [image for image in images if image.slot is None], 0
+        images, newcomers = self._pick(lane)
+        picked = set(images)
+        preempted = sum([image.status in _STARTED for image in lane.last - picked])
+        lane.last = picked
+        if lane.network_of is not None:
+            by_network: dict[int, list[Image]] = {}
+            for image in images:
+                by_network.setdefault(lane.network_of(image.params, image.steps_done), []).append(image)
+            images, *others = by_network.values()
+            lane.groups.extend(others)
+            newcomers = [image for image in images if image.slot is None]
+        return images, newcomers, preempted
+
     def _pick(self, lane: _Lane) -> tuple[list[Image], list[Image]]:
         """Choose the images of the next step. Return them and those among them without a slot; move nothing yet."""
         rows, claim = lane.most_rows(), 0
@@ -295,10 +328,11 @@ class Scheduler:
 
     # Assigning slots
 
-    def _place(self, model: str, lane: _Lane, images: list[Image], newcomers: list[Image], now: float) -> StepBatch:
-        """Assign a slot to every picked image. There are at least as many slots as rows in a step."""
-        picked = set(images)
-        evictions = self._make_room(lane, len(newcomers), picked) if len(newcomers) > len(lane.free_slots) else []
+    def _place(
+        self, model: str, lane: _Lane, images: list[Image], newcomers: list[Image], preempted: int, now: float
+    ) -> StepBatch:
+        """Assign a slot to every image of the step. There are at least as many slots as rows were picked."""
+        evictions = self._make_room(lane, len(newcomers)) if len(newcomers) > len(lane.free_slots) else []
         restores = []
         for image in newcomers:
             queue = lane.queue(image)
@@ -311,8 +345,6 @@ class Scheduler:
             else:
                 image.started_at = now
             image.status = ImageStatus.RUNNING
-        preempted = sum([image.status in _STARTED for image in lane.last - picked])
-        lane.last = picked
         return StepBatch(
             model=model,
             images=tuple(images),
@@ -325,14 +357,14 @@ class Scheduler:
         )
 
     @staticmethod
-    def _make_room(lane: _Lane, slots: int, picked: set[Image]) -> list[Move]:
-        """Evict the least urgent images that are not in the step, batch work first."""
+    def _make_room(lane: _Lane, slots: int) -> list[Move]:
+        """Evict the least urgent images that were not picked, batch work first."""
         evictions: list[Move] = []
         for queue in (lane.batch, lane.interactive):
             for image in sorted(queue.running, key=queue.urgency, reverse=True):
                 if len(lane.free_slots) >= slots:
                     return evictions
-                if image not in picked and image.slot is not None:
+                if image not in lane.last and image.slot is not None:
                     evictions.append(Move(image=image, slot=image.slot))
                     lane.free_slots.append(image.slot)
                     image.slot = None
@@ -387,6 +419,7 @@ def _fitting(images: Iterable[Image], rows: int) -> list[Image]:
 
 _ORDER = attrgetter("order")
 _STARTED = (ImageStatus.RUNNING, ImageStatus.EVICTED)
+_IN_FLIGHT = (ImageStatus.WAITING, *_STARTED)
 
 
 def _slot(image: Image) -> int:

@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from formats.extras import install_command
 from formats.tensorrt_files import BuildEngines
-from service.backends.base import Denoiser
-from service.backends.select import load_denoiser
+from service.backends.ensemble import LoadedModel
+from service.backends.select import load_model
 from service.cpus import available_cpus
 from service.engine.activity import Activity
 from service.engine.async_engine import AsyncEngine, EngineState
@@ -42,7 +42,7 @@ from service.http.page import routes as page
 from service.http.page.thumbnails import Thumbnails
 from service.http.state import ServiceState
 from service.metrics import Metrics
-from service.models.registry import LoadDenoiser, ModelRegistry, served_model
+from service.models.registry import LoadModel, ModelRegistry, served_model
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,16 +71,16 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
         require_keys(settings.keys_file)  # before models are loaded, which takes longer
     tracing = _tracing() if settings.traces else None
 
-    def load(folder: Path) -> Denoiser[Any]:
-        return load_denoiser(folder, settings.backend, options)
+    def load(folder: Path) -> LoadedModel:
+        return load_model(folder, settings.backend, options)
 
     return assemble(settings, {name: load(folder) for name, folder in settings.model_folders.items()}, load, tracing)
 
 
 def assemble(
     settings: Settings,
-    denoisers: Mapping[str, Denoiser[Any]],
-    load: LoadDenoiser | None = None,
+    denoisers: Mapping[str, LoadedModel],
+    load: LoadModel | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """Wire an application around networks that are already loaded.
@@ -189,7 +189,7 @@ def _tracing() -> Tracing:
     return tracing_to_collector()
 
 
-def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[Denoiser[Any]]) -> None:
+def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[LoadedModel]) -> None:
     if not root.is_dir():
         raise ModelError(f"admin_root: {root} is not a folder")
     if any(denoiser.threads == 0 for denoiser in denoisers):

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.quoting import quoted
-from service.backends.base import Denoiser
+from service.backends.ensemble import LoadedModel
 from service.engine.async_engine import AsyncEngine
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
@@ -36,7 +36,7 @@ from service.settings import MODEL_NAME
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LoadDenoiser = Callable[[Path], Denoiser[Any]]
+LoadModel = Callable[[Path], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelRegistry:
         models: dict[str, ServedModel],
         engine: AsyncEngine,
         config: EngineConfig,
-        load: LoadDenoiser,
+        load: LoadModel,
         root: Path,
         max_loaded: int,
     ) -> None:
@@ -64,7 +64,7 @@ class ModelRegistry:
             models: models by name, the default one first; only the registry modifies this dict.
             engine: runs the models.
             config: configuration of the engine.
-            load: loads a network from a folder; slow, hence called in a thread.
+            load: loads a model from a folder; slow, hence called in a thread.
             root: the folder whose subfolders may be loaded, by name.
             max_loaded: maximum number of models in memory, including the one being loaded and replaced or unloaded ones
                 that still have images to finish.
@@ -143,11 +143,11 @@ class ModelRegistry:
 
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
         gc.collect()  # free the reference cycles of earlier loads
-        denoiser = self._load(folder)
-        runner = ArrayRunner(denoiser, self._config)
+        model = self._load(folder)
+        runner = ArrayRunner(model, self._config)
         runner.warm_up()
         costs = time_steps(runner, self._config, time.monotonic)
-        return _Prepared(runner, costs, served_model(name, denoiser, runner.numerics_id, loaded))
+        return _Prepared(runner, costs, served_model(name, model, runner.numerics_id, loaded))
 
     def _refuse_second_change(self) -> None:
         if self._changing is not None:
@@ -171,19 +171,19 @@ async def _in_daemon(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(called)
 
 
-def served_model(name: str, denoiser: Denoiser[Any], numerics_id: str, loaded: int = 1) -> ServedModel:
-    """Return the description of a loaded network."""
-    classifier = None if denoiser.classifier is None else denoiser.classifier.config
+def served_model(name: str, model: LoadedModel, numerics_id: str, loaded: int = 1) -> ServedModel:
+    """Return the description of a loaded model."""
+    classifier = None if model.classifier is None else model.classifier.config
     return ServedModel(
         name=name,
         loaded=loaded,
-        config=denoiser.config,
+        config=model.config,
         numerics_id=numerics_id,
-        backend=denoiser.description,
+        backend=model.description,
         loaded_at=time.time(),
-        threads=denoiser.threads,
+        threads=model.threads,
         classifier=classifier,
-        classes=_classes(denoiser.config, classifier),
+        classes=_classes(model.config, classifier),
     )
 
 

@@ -20,15 +20,17 @@ from diffusion.update import to_uint8
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
 from service.backends.batch_sizes import BatchSizes, largest_size
 from service.backends.device_queue import DeviceQueue, send_at_once
+from service.backends.ensemble import DenoiserEnsemble, common_sizes, networks_of
 from service.backends.pending import Later, Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
-from service.engine.request import ImageParams, ImageStep, PlanKey
+from service.engine.request import ImageParams, ImageStep, NetworkOf, PlanKey
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
 from service.engine.runners.steps import Embeddings, StepIncomplete, Steps
 from service.engine.slots import SavedSlot, SlotTable
+from service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -40,67 +42,80 @@ class ArrayRunner(Generic[A]):
         ModelError: the denoiser was compiled for batches smaller than the engine's width.
     """
 
-    def __init__(self, denoiser: Denoiser[A], config: EngineConfig) -> None:
-        classifier: GuidingClassifier[A] | None = denoiser.classifier
-        self.numerics_id = _numerics_id(denoiser, config.max_rows)
+    def __init__(self, model: Denoiser[A] | DenoiserEnsemble[A], config: EngineConfig) -> None:
+        networks: tuple[Denoiser[A], ...] = networks_of(model)
+        classifiers = [network.classifier for network in networks if network.classifier is not None]
+        self.numerics_id = _numerics_id(model, config.max_rows)
         self.sizes = BatchSizes(
-            network=_untested(denoiser, config.max_rows),
-            classifier=() if classifier is None else _untested(classifier, config.max_rows),
+            network=_largest(networks, config.max_rows), classifier=_largest(classifiers, config.max_rows)
         )
         """Allowed batch sizes. Initially only the largest; the self-test adds the bit-identical ones."""
-        self._denoiser: Denoiser[A] = denoiser
-        self._classifier: GuidingClassifier[A] | None = classifier
+        self._networks: tuple[Denoiser[A], ...] = networks
+        self._classifiers: list[GuidingClassifier[A]] = classifiers
         self._max_rows = config.max_rows
         self._num_slots = config.num_slots
-        queue: DeviceQueue[A] | None = denoiser.queue
+        first = networks[0]
+        queue: DeviceQueue[A] | None = first.queue
         self.slots: SlotTable[A] = SlotTable(
-            denoiser.config.model,
+            model.config.model,
             config.num_slots,
-            denoiser.xp,
-            denoiser.device,
-            send_at_once(denoiser.xp, denoiser.device) if queue is None else queue.send,
+            first.xp,
+            first.device,
+            send_at_once(first.xp, first.device) if queue is None else queue.send,
         )
         """Arrays of the images in flight; only the runner's own methods may change them while it serves."""
-        t_model = self.slots.send(respace(denoiser.config.diffusion).t_model)
+        self._plan_of = _plans_of(model.config.diffusion)
+        self._queued: list[QueuedSteps[A]] = []
+        """Those of `_steps` that run on a device queue: all, or none."""
+        self._steps = [self._steps_of(network, config) for network in networks]
+        """One per network, on the same slots."""
+        self.depth = self._steps[0].depth
+        self.network_of = _network_lookup(model, self._plan_of)
+
+    def _steps_of(self, network: Denoiser[A], config: EngineConfig) -> Steps:
+        t_model = self.slots.send(respace(network.config.diffusion).t_model)
+        classifier: GuidingClassifier[A] | None = network.classifier
         embeddings: Embeddings[A] = Embeddings(
-            network=denoiser.embed_timesteps(t_model),
+            network=network.embed_timesteps(t_model),
             classifier=None if classifier is None else classifier.embed_timesteps(t_model),
         )
-        plan_of = self._plan_of = _plans_of(denoiser.config.diffusion)
-        self._queued: QueuedSteps[A] | None = None
-        if queue is not None:
-            self._queued = QueuedSteps(
-                denoiser, queue, self.slots, embeddings, plan_of, self.sizes, strict=config.strict_graphs
-            )
-        self._steps: Steps = self._queued or HostSteps(denoiser, self.slots, embeddings, plan_of, self.sizes)
-        self.depth = self._steps.depth
+        queue: DeviceQueue[A] | None = network.queue
+        if queue is None:
+            return HostSteps(network, self.slots, embeddings, self._plan_of, self.sizes)
+        strict = config.strict_graphs
+        queued = QueuedSteps(network, queue, self.slots, embeddings, self._plan_of, self.sizes, strict=strict)
+        self._queued.append(queued)
+        return queued
 
     def warm_up(self) -> None:
-        """Find the batch sizes that are bit-identical to the largest, capture graphs, and take one full step."""
+        """Find the batch sizes that are bit-identical to the largest, capture graphs, and take a step per network."""
         sizes = self.sizes
-        sizes.network = invariant_batch_sizes(self._denoiser, self._max_rows)
-        if self._classifier is not None:
-            sizes.classifier = invariant_batch_sizes(self._classifier, self._max_rows)
+        sizes.network = common_sizes([invariant_batch_sizes(network, self._max_rows) for network in self._networks])
+        if self._classifiers:
+            sizes.classifier = common_sizes(
+                [invariant_batch_sizes(classifier, self._max_rows) for classifier in self._classifiers]
+            )
         params = ImageParams(
             plan=PlanKey(sampler="ancestral", spec="2"),
             num_steps=2,
             seed=0,
             image_index=0,
             class_index=0,
-            classifier_scale=0.0 if self._classifier is None else 1.0,
+            classifier_scale=1.0 if self._classifiers else 0.0,
         )
-        slots = range(1 if self._queued is None else self._num_slots)  # graphs are tested with images in all slots
+        slots = range(self._num_slots if self._queued else 1)  # graphs are tested with images in all slots
         steps = [ImageStep(slot=slot, params=params, step=0) for slot in slots]
-        self.start(steps)
-        if self._queued is not None:
-            self._queued.capture(steps)
-        self.launch(steps[:1]).wait()
+        for taker in self._steps:
+            self.start(steps)
+            if isinstance(taker, QueuedSteps):
+                taker.capture(steps)
+            taker.launch(steps[:1]).wait()
         self.read([0]).wait()
         log.info("bit-identical batch sizes: %s", ", ".join(map(str, sizes.network)))
-        if self._classifier is not None:
+        if self._classifiers:
             log.info(
                 "bit-identical batch sizes of %s: %s",
-                self._classifier.description,
+                self._classifiers[0].description,
                 ", ".join(map(str, sizes.classifier)),
             )
 
@@ -126,16 +141,17 @@ class ArrayRunner(Generic[A]):
         self.slots.load(slots, states)
 
     def failure_kind(self, error: Exception) -> FailureKind:
-        """Classify an error by means of the denoiser."""
+        """Classify an error by means of the network; all networks are of one backend."""
         if isinstance(error, StepIncomplete):
             return FailureKind.DEVICE
-        return self._denoiser.failure_kind(error)
+        return self._networks[0].failure_kind(error)
 
     def check_network(self) -> None:
-        """Call the network and its classifier on zeros and wait for the results."""
-        self._call_on_zeros(self._denoiser, self.padded_rows(1))
-        if self._classifier is not None:
-            self._call_on_zeros(self._classifier, self.padded_classified_rows(1))
+        """Call every network and classifier on zeros and wait for the results."""
+        for network in self._networks:
+            self._call_on_zeros(network, self.padded_rows(1))
+        for classifier in self._classifiers:
+            self._call_on_zeros(classifier, self.padded_classified_rows(1))
 
     def padded_rows(self, rows: int) -> int:
         """Round up to the next allowed batch size."""
@@ -146,12 +162,15 @@ class ArrayRunner(Generic[A]):
         return self.sizes.padded_classified_rows(rows)
 
     def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
-        """Start a step of some images."""
-        return self._steps.launch(steps)
+        """Start a step of some images, all of one network."""
+        network = 0
+        if self.network_of is not None:
+            (network,) = {self.network_of(step.params, step.step) for step in steps}
+        return self._steps[network].launch(steps)
 
     def is_uncaptured(self, rows: int) -> bool:
         """Return whether a step of `rows` rows runs without a captured graph on a device that supports graphs."""
-        return self._queued is not None and not self._queued.has_captured(self.padded_rows(rows))
+        return not all(queued.has_captured(self.padded_rows(rows)) for queued in self._queued)
 
     def read(self, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
         """Start copying finished images; the pending result is pixels."""
@@ -163,14 +182,14 @@ class ArrayRunner(Generic[A]):
 
     def read_values(self, slots: Sequence[int], *, both: bool = False) -> Pending[npt.NDArray[np.float32]]:
         """Start copying finished images; the pending result is their values."""
-        x = self._steps.copied(self.slots.x, slots)
+        x = self._steps[0].copied(self.slots.x, slots)
         if not both:
             return x
-        log_variance = self._steps.copied(self.slots.x0, slots)
+        log_variance = self._steps[0].copied(self.slots.x0, slots)
         return Later(lambda: np.concatenate([x.wait(), log_variance.wait()], axis=1))
 
     def _pixels(self, array: A, slots: Sequence[int]) -> Pending[npt.NDArray[np.uint8]]:
-        copied = self._steps.copied(array, slots)
+        copied = self._steps[0].copied(array, slots)
         return Later(lambda: to_uint8(copied.wait()))
 
     def _call_on_zeros(self, network: RowNetwork[A], rows: int) -> None:
@@ -190,13 +209,28 @@ def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
     return plan_of
 
 
-def _untested(network: RowNetwork[A], max_rows: int) -> tuple[int, ...]:
-    """Return the largest batch size, the only one that needs no self-test."""
-    return (largest_size(network.batch_sizes, max_rows, network.description),)
+def _largest(networks: Sequence[RowNetwork[A]], max_rows: int) -> tuple[int, ...]:
+    """Return the largest batch size of all networks, the only one that needs no self-test; () without networks.
+
+    Raises:
+        ModelError: a network was compiled for smaller batches, or the networks' largest sizes differ.
+    """
+    sizes = {largest_size(network.batch_sizes, max_rows, network.description) for network in networks}
+    if len(sizes) > 1:
+        raise ModelError(f"the networks of an ensemble must be compiled for equal batch sizes; got {sorted(sizes)}")
+    return tuple(sizes)
 
 
-def _numerics_id(denoiser: Denoiser[A], max_rows: int) -> str:
+def _network_lookup(model: Denoiser[A] | DenoiserEnsemble[A], plan_of: PlanOf) -> NetworkOf | None:
+    """Return the function that finds the network of an image's step; None for a model of one network."""
+    if not isinstance(model, DenoiserEnsemble):
+        return None
+    network_at: list[int] = model.network_of.tolist()  # not the model: the scheduler must not keep its weights
+    return lambda params, step: network_at[plan_of(params.plan).timesteps[step]]
+
+
+def _numerics_id(model: Denoiser[A] | DenoiserEnsemble[A], max_rows: int) -> str:
     """Return the hash of the network id and the runner's part: array libraries, self-test width and threads."""
-    arrays = {np.__name__: np.__version__, denoiser.xp.__name__: denoiser.xp.__version__}
-    depends_on = f"{denoiser.network_id}\nwidth {max_rows}\nthreads {denoiser.threads}\narrays {arrays}"
+    arrays = {np.__name__: np.__version__, model.xp.__name__: model.xp.__version__}
+    depends_on = f"{model.network_id}\nwidth {max_rows}\nthreads {model.threads}\narrays {arrays}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service.backends.base import FailureKind
 from service.backends.pending import Pending
-from service.engine.request import ImageStep
+from service.engine.request import ImageStep, NetworkOf
 
 
 class Runner(Protocol):
@@ -21,6 +21,8 @@ class Runner(Protocol):
     depth: int
     """Steps that may be under way when the next one is launched. If 0, a step is complete when it has been waited for.
     Otherwise only a launch raises errors caused by an image, and any later error is fatal to the device."""
+    network_of: NetworkOf | None
+    """The network of an image's step; only steps of one network may be launched together. None: the model has one."""
 
     def warm_up(self) -> None:
         """Do the one-time work of the first step, and check the runner's guarantees."""

@@ -1,0 +1,107 @@
+"""`iddpm evaluate noise-scale`: the gradient noise scale of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import fail, needs_extra
+
+
+def noise_scale_command(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    data: Annotated[Path, typer.Option(help="Training images: an npz file, or a folder with one subfolder per class.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case",
+            help="LOSS:SAMPLER with simple, hybrid, vlb and uniform, loss_second_moment. Can be repeated. "
+            "Default: the objective of the model and vlb, uniform, and vlb:loss_second_moment.",
+        ),
+    ] = None,
+    small: Annotated[int, typer.Option(min=1, help="Images of the small batch, and of a network call.")] = 16,
+    big: Annotated[int, typer.Option(min=2, help="Images of the big batch, a multiple of the small one.")] = 256,
+    batches: Annotated[int, typer.Option(min=2, help="Big batches per case; more make the standard errors less.")] = 16,
+    history: Annotated[
+        int, typer.Option(min=1, help="Losses per timestep for the importance weights; training uses 10.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed of images, timesteps and noise.")] = 0,
+) -> None:
+    """Measure how noisy the gradient is: by objective and by the sampler of timesteps (figures 6 and 7 of the paper).
+
+    Prints a table and writes results.json.
+    """
+    with needs_extra("train"):
+        import torch
+        from tqdm import tqdm
+
+        from cli.threads import limit_torch_threads
+        from formats.atomic_file import write_file
+        from trainer.data import open_dataset
+        from trainer.evaluation.collected import RESULTS_FILE
+        from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
+        from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
+        from trainer.evaluation.gradient_noise_report import summarise, table
+        from trainer.evaluation.subject import data_options, load_subject
+        from trainer.provenance import git_commit
+        from trainer.stop_request import StopRequest
+
+        limit_torch_threads()
+
+    stop = StopRequest()
+    try:
+        options = NoiseOptions(small=small, big=big, batches=batches, history=history, seed=seed)
+        subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = [Case.parse(case) for case in cases] if cases else usual_cases(subject)
+        channels, size, _ = subject.image_shape
+        reading = data_options(subject)
+        labelled = subject.config.model.num_classes is not None
+        dataset = open_dataset(data, size, channels, reading, labelled=labelled)
+        typer.echo(dataset.summary, err=True)
+        settings = {
+            "kind": "noise-scale",
+            "model": subject.sha256,
+            "data": dataset.description,
+            "reading": reading.model_dump(mode="json"),
+            "small": small,
+            "big": big,
+            "history": history,
+            "seed": seed,
+        }
+        noise = GradientNoise(subject, dataset, options)
+        bar_of = partial(tqdm, unit="img", dynamic_ncols=True, file=sys.stderr)
+        found = {}
+        with evaluation_folder(out, settings), stop.on_signals():
+            for case in dict.fromkeys(wanted):
+                sampler = None
+                if case.sampler == "loss_second_moment":
+                    with bar_of(total=noise.rows_of_history, desc="importance weights") as bar:
+                        sampler = noise.importance(out / "history.f32", bar.update, stop)
+                with bar_of(total=batches * big, desc=str(case)) as bar:
+                    file = out / f"{case.loss}-{case.sampler}.f32"
+                    found[case] = noise.measure(case, sampler, file, bar.update, stop)
+            summaries = summarise(found)
+            content = {
+                "format_version": 1,
+                **settings,
+                "name": subject.name,
+                "images_seen": subject.config.provenance.get("images_seen"),
+                "batches": batches,
+                "torch": torch.__version__,
+                "commit": git_commit(),
+                "cases": summaries,
+            }
+            write_file(out / RESULTS_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    except EvaluationStopped:
+        typer.echo("stopped; the same command continues the evaluation", err=True)
+        raise typer.Exit(128 + (stop.signal or 0)) from None
+    except (ValueError, OSError) as error:
+        fail(error)
+    typer.echo(table(summaries))
+    typer.echo(f"written: {out / 'results.json'}", err=True)
