@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from formats.extras import install_command
 from trainer.data.checking import check_sources
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
@@ -88,7 +89,7 @@ def _load(path: Path) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{path} is a Hugging Face data set, which needs the package datasets: pip install 'iddpm[hf]'"
+            f"{path} is a Hugging Face data set, which needs the package datasets: {install_command('hf')}"
         ) from error
     try:
         dataset = datasets.load_from_disk(str(path))

@@ -290,10 +290,10 @@ def test_an_unreadable_image_loses_no_training(npz: Path, tmp_path: Path, monkey
     dataset = open_dataset(npz, 8, 1)
     images, calls = dataset.images, iter(range(9))
 
-    def fail_third(indices: Any) -> Any:
+    def fail_third(indices: Any, draws: Any = None) -> Any:
         if next(calls) == 2:
             raise DataError("bee.png cannot be decoded")
-        return images(indices)
+        return images(indices, draws)
 
     monkeypatch.setattr(dataset, "images", fail_third)
     with pytest.raises(TrainError, match=r"bee\.png") as caught:
