@@ -9,7 +9,7 @@ import queue
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,13 +48,14 @@ from tests.late_queue import LateQueue, QueuedDenoiser
 from tests.waiting import eventually, run_async, runs
 
 WIDTH = 4
+SIZES = (1, 2, WIDTH)
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2, timed_calls=0)
 FIRST_SLOT = CONFIG.num_slots - 1
 
 
 def denoiser(**changes: Any) -> QueuedDenoiser:
-    guide = ExactClassifier(tiny_classifier_config(), torch, batch_sizes=(1, 2, WIDTH))
-    return QueuedDenoiser(tiny_config(), batch_sizes=(1, 2, WIDTH), classifier=guide, **changes)
+    guide = ExactClassifier(tiny_classifier_config(), torch, batch_sizes=SIZES)
+    return QueuedDenoiser(tiny_config(), batch_sizes=SIZES, classifier=guide, **changes)
 
 
 def warm(network: QueuedDenoiser, config: EngineConfig = CONFIG) -> ArrayRunner[Tensor]:
@@ -262,15 +263,22 @@ def test_the_end_of_a_step_without_memory_for_a_graph_runs_without_one() -> None
 
 def test_a_step_whose_end_is_not_queued_ends_the_engine_because_it_cannot_be_repeated() -> None:
     network = denoiser()
-    runner = warm(network)
-    engine = Engine({"m": runner}, CONFIG, Metrics())
+    honest, broken = network.queue.capture, list[bool]()
 
-    def fail() -> NoReturn:
-        raise MemoryError
+    def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        replay = honest(work)
+        is_end = network.queue.captures > 2 * len(SIZES)  # after the gradients and the steps of all sizes
 
-    finishes = runner._queued[0]._finishes  # noqa: SLF001  # nothing public breaks only the graphs after a step
-    for size, work in finishes.items():
-        finishes[size] = replace(work, run=fail)
+        def run() -> Tensor:
+            if is_end and broken:
+                raise MemoryError
+            return replay()
+
+        return run
+
+    network.queue.capture = capture  # type: ignore[method-assign]
+    engine = Engine({"m": warm(network)}, CONFIG, Metrics())
+    broken.append(True)
     engine.add(generation("plain", params(steps=2)), submitted_at=0.0)
     assert finish(engine)[0].status is ImageStatus.DONE
     engine.add(generation("masked", with_chain(params(), 8)), submitted_at=0.0)
@@ -413,7 +421,7 @@ def test_a_copy_has_the_values_at_the_time_of_its_request() -> None:
 
 @pytest.mark.parametrize("kind", [ExactDenoiser, QueuedDenoiser])
 def test_dropped_objects_are_freed_without_garbage_collection(kind: type[ExactDenoiser]) -> None:
-    runner: ArrayRunner[Any] = ArrayRunner(kind(tiny_config(), batch_sizes=(1, 2, WIDTH)), CONFIG)
+    runner: ArrayRunner[Any] = ArrayRunner(kind(tiny_config(), batch_sizes=SIZES), CONFIG)
     gc.collect()
     gc.disable()
     try:
