@@ -14,7 +14,7 @@ import pytest
 from starlette.types import ASGIApp, Message
 
 from diffusion.network_inputs import NetworkInputs
-from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.async_engine import EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.ledger import Ledger
@@ -113,7 +113,7 @@ def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks(mo
             await eventually(lambda: service.engine.state is not EngineState.STARTING)
             assert service.engine.state is EngineState.READY
             denoiser.gated = True
-            clients = await storm(app, denoiser, service.engine, random.Random(0))
+            clients = await storm(app, denoiser, made[0], service.engine.ledger, random.Random(0))
             await service.engine.wait_idle()
             check_nothing_is_left(made[0], service.engine.ledger)
             check_metrics(service.metrics, clients)
@@ -121,7 +121,9 @@ def test_disconnected_clients_free_their_rows_at_the_next_step_and_none_leaks(mo
     run_async(check())
 
 
-async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw: random.Random) -> list[Client]:
+async def storm(
+    app: ASGIApp, denoiser: GatedDenoiser, engine: Engine, ledger: Ledger, draw: random.Random
+) -> list[Client]:
     """Keep clients in flight until all have ended; half of them disconnect at some step or before the first."""
     clients = [Client(number, draw) for number in range(REQUESTS)]
     doomed = set(draw.sample(clients, REQUESTS // 2))
@@ -140,8 +142,8 @@ async def storm(app: ASGIApp, denoiser: GatedDenoiser, engine: AsyncEngine, draw
         for task in [task for task in asking if task.done()]:
             del asking[task]
         if arrival in done:  # the engine waits in a network call
-            assert not freed & {image.params.seed for image in engine.ledger.orders}
-            started = {placed.image.params.seed for placed in engine.snapshot.started if placed.remaining_row_steps}
+            assert not freed & {image.params.seed for image in ledger.orders}
+            started = {image.params.seed for image in engine.scheduler.started()}
             assert not freed & started
             leaving = [
                 task
