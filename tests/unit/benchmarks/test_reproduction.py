@@ -1,0 +1,215 @@
+"""The reproduction of the paper at toy size: plan of the runs, training, cells and report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from benchmarks import reproduction_cells
+from benchmarks.judge import Judge
+from benchmarks.reproduction import parse_arguments
+from benchmarks.reproduction_cells import (
+    EXTRA,
+    FULL,
+    Cell,
+    Evaluation,
+    Options,
+    final_cells,
+    possible_cells,
+    width_cells,
+)
+from benchmarks.reproduction_report import Verdict, claims, judge_claim, write_report
+from benchmarks.reproduction_runs import is_finished, planned_runs, train_runs
+from trainer.config import TrainConfig
+from trainer.evaluation.folder import EvaluationStopped
+from trainer.presets import preset
+
+TOY = {
+    "model.image_size": 8,
+    "model.model_channels": 8,
+    "model.channel_mult": [1],
+    "diffusion.num_timesteps": 8,
+    "preview_steps": 8,
+    "total_images": 8,
+    "batch_size": 4,
+    "checkpoint_every_images": 4,
+}
+OPTIONS = Options(
+    steps=(4, FULL), nll_images=2, frechet_images=3, noise_batches=2, noise_small=1, noise_big=2, noise_history=1
+)
+HYBRID, SIMPLE = "hybrid-cosine-0", "simple-cosine-0"
+
+
+def _configs() -> dict[str, TrainConfig]:
+    return {run.name: preset("fashion32").with_overrides(dict(run.settings)) for run in planned_runs()}
+
+
+def test_the_plan_holds_every_run_once_with_valid_settings() -> None:
+    configs = _configs()
+    assert len(planned_runs()) == len(configs) == 20
+    assert list(configs)[:3] == ["hybrid-cosine-0", "simple-cosine-0", "vlb-cosine-0"]
+    assert list(configs)[6:11] == ["vlbuniform-cosine-0", "width16-0", "width32-0", "width48-0", "hybrid-cosine-1"]
+    assert {name: config.seed for name, config in configs.items()} == {name: int(name[-1]) for name in configs}
+    assert configs["vlb-linear-1"].timestep_sampler == "loss_second_moment"
+    assert configs["vlbuniform-cosine-0"].timestep_sampler == "uniform"
+    assert configs["simple-linear-0"].diffusion.variance == "fixed_small"
+    assert configs["width48-1"].model.model_channels == 48
+
+
+def test_the_runs_differ_in_what_is_compared_only() -> None:
+    configs = _configs()
+    changed = configs["hybrid-cosine-0"].differences(configs["width16-0"])
+    assert list(changed) == ["model.model_channels"]
+    changed = configs["hybrid-cosine-0"].differences(configs["hybrid-linear-0"])
+    assert list(changed) == ["diffusion.noise_schedule"]
+
+
+def test_every_cell_of_a_claim_is_measured() -> None:
+    cells = {cell.file_name for cell in final_cells(Options())}
+    for claim in claims():
+        for seed in (0, 1):
+            assert {claim.lower(seed).file_name, claim.higher(seed).file_name} <= cells, claim.text
+
+
+def test_cells_have_names_of_their_own() -> None:
+    cells = final_cells(Options())
+    assert len({cell.file_name for cell in cells}) == len(cells)
+
+
+def test_a_claim_is_judged_by_seed() -> None:
+    claim = claims()[0]
+    values = {claim.lower(0): 3.0, claim.higher(0): 4.0, claim.lower(1): 5.0}
+    one = judge_claim(claim, lambda cell, _: values.get(cell))
+    assert (one.ratios, one.text, one.interval) == ((0.75,), "held (one seed)", None)
+    values[claim.higher(1)] = 4.0
+    both = judge_claim(claim, lambda cell, _: values.get(cell))
+    assert both.ratios == (0.75, 1.25)
+    assert both.text == "**mixed**: held for 1 of 2 seeds"
+    assert judge_claim(claim, lambda *_: None).text == "not run yet"
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    assert Verdict((0.5, 0.5), 2).interval == pytest.approx((0.5, 0.5))
+    low, high = Verdict((math.exp(-1), math.exp(1)), 1).interval or (0, 0)
+    assert math.log(high) == pytest.approx(12.706) == -math.log(low)  # standard error 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished toy runs, test images and a judge."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 3, classes=np.array(["a", "b", "c"]))
+    save_file(Judge(8, 1, 3).state_dict(), folder / "judge.safetensors")
+    runs = [run for run in planned_runs(TOY) if run.name in {HYBRID, SIMPLE}]
+    train_runs(folder / "runs", folder / "images.npz", runs, folder / "cache")
+    return folder
+
+
+def test_a_finished_run_is_not_trained_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = planned_runs(TOY)
+    assert [run.name for run in runs if is_finished(folder / "runs", run)] == [HYBRID, SIMPLE]
+    before = (folder / "runs" / HYBRID / "metrics.jsonl").stat().st_mtime_ns
+    train_runs(folder / "runs", folder / "images.npz", runs[:1], folder / "cache")
+    assert (folder / "runs" / HYBRID / "metrics.jsonl").stat().st_mtime_ns == before
+    assert f"{HYBRID}: finished" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_resumed(folder: Path) -> None:
+    run = planned_runs({**TOY, "total_images": 12})[1]
+    assert not is_finished(folder / "runs", run)
+    train_runs(folder / "runs", folder / "images.npz", [run], folder / "cache")
+    assert is_finished(folder / "runs", run)
+
+
+def test_cells_of_finished_runs_are_planned_cheap_first(folder: Path) -> None:
+    cells = possible_cells(folder / "runs", planned_runs(TOY), OPTIONS)
+    assert {cell.run for cell in cells} == {HYBRID, SIMPLE}
+    assert [cell.images_seen for cell in cells if cell.images_seen is not None] == [4, 4]
+    assert cells[0].steps == 4
+    assert cells[-1].steps == FULL
+
+
+def _evaluation(folder: Path, out: Path) -> Evaluation:
+    out.mkdir(exist_ok=True)
+    return Evaluation(
+        folder / "runs", folder / "images.npz", folder / "judge.safetensors", out, OPTIONS, cache=folder / "cache"
+    )
+
+
+def test_cells_are_measured_once_and_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduction_cells, "SAMPLE_BATCH", 2)
+    out = tmp_path / "out"
+    cells = [
+        *(Cell("nll", run) for run in (HYBRID, SIMPLE)),
+        Cell("nll", SIMPLE, FULL, "fixed_large"),
+        Cell("nll", HYBRID, 4, f"trained{EXTRA}"),
+        *(Cell("frechet", HYBRID, 4, variant) for variant in ("trained", "fixed_small", "fixed_large", "ddim")),
+        Cell("frechet", HYBRID, FULL, "trained", 4),
+        *(Cell("noise", HYBRID, FULL, case) for case in reproduction_cells.NOISE_CASES),
+    ]
+    _evaluation(folder, out).measure_all(cells)
+    assert sorted(path.name for path in out.glob("*.json")) == sorted(cell.file_name for cell in cells)
+    found = {cell: json.loads((out / cell.file_name).read_text()) for cell in cells}
+    assert found[cells[0]]["bits_per_dim"] > 0
+    assert found[cells[3]]["steps_evaluated"] == 5  # 4 of 8 steps, and one below 8 / 4
+    distances = [found[cell]["frechet_distance"] for cell in cells[4:8]]
+    assert len(set(distances)) == 4
+    assert found[cells[8]]["model"]["images_seen"] == 4
+    assert found[cells[-1]]["trace"]["value"] is not None
+
+    before = (out / cells[0].file_name).stat().st_mtime_ns
+    _evaluation(folder, out).measure_all(cells)
+    assert (out / cells[0].file_name).stat().st_mtime_ns == before
+
+    document = tmp_path / "docs" / "reproduction.md"
+    write_report(out, document)
+    text = document.read_text()
+    ratio = found[cells[0]]["bits_per_dim"] / found[cells[1]]["bits_per_dim"]
+    assert f"| bits/dim, cosine: L_hybrid below L_simple | {ratio:.3f} | - |" in text
+    assert "| not run yet |" in text
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_an_interrupted_cell_gives_the_same_samples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduction_cells, "SAMPLE_BATCH", 2)
+    cell = Cell("frechet", HYBRID, 4)
+    calls = iter([False, False, True])
+    with pytest.raises(EvaluationStopped):
+        _evaluation(folder, tmp_path / "stopped").measure_all([cell], lambda: next(calls))
+    assert (tmp_path / "stopped" / cell.file_name).with_suffix(".f32").stat().st_size == 2 * 64 * 4
+    contents = []
+    for name in ("stopped", "whole"):
+        _evaluation(folder, tmp_path / name).measure_all([cell])
+        contents.append(json.loads((tmp_path / name / cell.file_name).read_text())["frechet_distance"])
+    assert contents[0] == contents[1]
+
+
+def test_the_widths_are_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for number, name in enumerate(("width16-0", HYBRID)):
+        for cell in width_cells(name, None):
+            field = "bits_per_dim" if cell.kind == "nll" else "frechet_distance"
+            model = {"flops": 1e12 * (number + 1), "parameters": 1000}
+            content = {"kind": cell.kind, "run": name, "steps": cell.steps, "variant": cell.variant, "model": model}
+            (out / cell.file_name).write_text(json.dumps({**content, field: 2.0 - number / 2}))
+    write_report(out, tmp_path / "reproduction.md")
+    assert (tmp_path / "images" / "reproduction_widths.png").stat().st_size > 1000
+    assert (
+        "| figure 10 | bits/dim, equal images: 24 channels below 16 | 0.750 |"
+        in (tmp_path / "reproduction.md").read_text()
+    )
+
+
+def test_the_commands_take_their_options() -> None:
+    args = parse_arguments(["evaluate", "--runs", "r", "--test", "t.npz", "--judge", "j", "--steps", "25", "0"])
+    assert (args.command, args.steps, args.nll_images) == ("evaluate", [25, FULL], Options.nll_images)
