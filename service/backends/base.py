@@ -38,7 +38,7 @@ class BackendOptions:
     """Width of the engine: the maximum number of rows of a network call."""
     batch_sizes: tuple[int, ...] | None = None
     """Batch sizes that a compiling backend compiles, ascending. None: the width, and below it the sizes that the
-    artifact was exported for (without an artifact: 1, 2, 4, ...)."""
+    artifact was exported for (without an artifact: 1, 2, 4, ...; captured on CUDA: 1, 2, 4, 8, 16, 24, ...)."""
     threads: Threads | None = None
     """Number of threads of a network call; unset: one per core that CPU affinity and cgroup quota allow."""
     device: Device = "auto"

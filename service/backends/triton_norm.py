@@ -168,16 +168,18 @@ def triton_group_norm(
     out = torch.empty_like(x)
     grid = (batch, parts, triton.cdiv(groups, block_g))
     shape = {"PART": part, "BLOCK_P": block_p, "BLOCK_G": block_g, "BLOCK_S": block_s}
-    _moments[grid](x, means, squares, pixels, groups, group_size, **shape)
     scaled = scale is not None and shift is not None
-    _normalise[grid](
-        *(x, out, means, squares, weight, bias),
-        *((scale, shift, scale.stride(0)) if scale is not None and shift is not None else (x, x, 0)),
-        *(pixels, groups, group_size, eps),
-        SCALED=scaled,
-        SILU=silu,
-        PARTS=parts,
-        BLOCK_PARTS=triton.next_power_of_2(parts),
-        **shape,
-    )
+    # Triton launches on the current device. For a tensor on the CPU, this changes nothing
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # missing in its stubs
+        _moments[grid](x, means, squares, pixels, groups, group_size, **shape)
+        _normalise[grid](
+            *(x, out, means, squares, weight, bias),
+            *((scale, shift, scale.stride(0)) if scale is not None and shift is not None else (x, x, 0)),
+            *(pixels, groups, group_size, eps),
+            SCALED=scaled,
+            SILU=silu,
+            PARTS=parts,
+            BLOCK_PARTS=triton.next_power_of_2(parts),
+            **shape,
+        )
     return out

@@ -87,6 +87,11 @@ class ArrayRunner(Generic[A]):
         self._queued.append(queued)
         return queued
 
+    @property
+    def max_rows(self) -> int:
+        """Return the engine's width, or the largest allowed batch size if that is smaller."""
+        return min(self._max_rows, self.sizes.most_rows)
+
     def warm_up(self) -> None:
         """Find the batch sizes that are bit-identical to the largest, capture graphs, and take a step per network."""
         sizes = self.sizes
