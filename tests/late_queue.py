@@ -16,7 +16,6 @@ from diffusion.config import CheckpointConfig
 from service.backends.pending import Later
 from tests.denoisers import ExactDenoiser
 
-
 READ_VALUE = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001  # what `item` and `bool` call
 
 
