@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diffusion.config import CheckpointConfig
+from diffusion.noise import unchecked_normal
+from service.backends.device_queue import Normal
 from service.backends.pending import Later
 from tests.denoisers import ExactDenoiser
 
@@ -60,6 +62,7 @@ class LateQueue:
     def __init__(self, network: Callable[..., Any], classifier: Callable[..., Any] | None) -> None:
         self.network = network
         self.classifier = classifier
+        self.normal: Normal[Tensor] = unchecked_normal
         self.captures = 0
         self.lacks_memory_after = 1000
         """The number of captures that fit into memory."""

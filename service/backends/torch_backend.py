@@ -29,7 +29,7 @@ from service.backends.compiling import compile_per_shape, repeatable_options
 from service.backends.cuda_errors import cuda_failure_kind
 from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
 from service.backends.cuda_network import CudaUNet, fastest_group_norm, group_norm
-from service.backends.cuda_queue import CudaQueue
+from service.backends.cuda_queue import CudaQueue, fastest_normal
 from service.backends.processor import instruction_limits, vector_instructions
 from service.backends.torch_classifier import load_torch_classifier
 from service.cpus import available_cpus
@@ -70,7 +70,11 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self._dtype = choose_dtype(options.precision, self.device)
         self.threads = 0 if on_cuda else torch.get_num_threads()
         self.description = _describe(self.device, self._dtype, options.torch_compile)
-        facts = _gpu(self.device) | {"fused": options.fuse_update} if on_cuda else _processor()
+        facts = _gpu(self.device) if on_cuda else _processor()
+        if on_cuda:
+            normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
+            normal = fastest_normal(self.device)
+            facts |= {"fused": options.fuse_update, "norm": normalise.__name__, "noise": normal.__name__}
         depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
         if classifier is not None:
             depends_on.append(classifier.sha256)
@@ -80,7 +84,6 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self._network = network.to(self.device)
         self._forward_emb: Callable[..., Tensor]
         if on_cuda:
-            normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
             self._forward_emb = CudaUNet(network, self._dtype, normalise, sizes[-1])
         else:
             if self._dtype != torch.float32:
@@ -94,7 +97,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient
-            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update)
+            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update, normal=normal)
         elif options.torch_compile:
             self.batch_sizes = sizes
             self._run = self._graphed(CallAgain())

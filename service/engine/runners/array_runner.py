@@ -14,6 +14,7 @@ from diffusion.arrays import A, to_numpy
 from diffusion.chains import build_chain
 from diffusion.config import DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
+from diffusion.noise import unchecked_normal
 from diffusion.plans import SamplingPlan
 from diffusion.respacing import respace
 from diffusion.update import to_uint8
@@ -62,6 +63,7 @@ class ArrayRunner(Generic[A]):
             first.xp,
             first.device,
             send_at_once(first.xp, first.device) if queue is None else queue.send,
+            unchecked_normal if queue is None else queue.normal,
         )
         """Arrays of the images in flight; only the runner's own methods may change them while it serves."""
         self._plan_of = _plans_of(model.config.diffusion)
