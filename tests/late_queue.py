@@ -64,6 +64,7 @@ class LateQueue:
         self.classifier = classifier
         self.normal: Normal[Tensor] = unchecked_normal
         self.captures = 0
+        self.replays = 0
         self.lacks_memory_after = 1000
         """The number of captures that fit into memory."""
         self.error: Exception | None = None
@@ -80,7 +81,12 @@ class LateQueue:
         self.captures += 1
         replay = recorded(work)
         out = replay().clone()
-        return lambda: out.copy_(replay())  # into the same output, which the next replay writes over
+
+        def run() -> Tensor:
+            self.replays += 1
+            return out.copy_(replay())  # into the same output, which the next replay writes over
+
+        return run
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return work

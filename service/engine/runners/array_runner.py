@@ -95,7 +95,7 @@ class ArrayRunner(Generic[A]):
         return min(self._max_rows, self.sizes.most_rows)
 
     def warm_up(self) -> None:
-        """Find the batch sizes that are bit-identical to the largest, capture graphs, and take a step per network."""
+        """Find the largest set of bit-identical batch sizes, capture graphs, and take a step per network."""
         sizes = self.sizes
         sizes.network = common_sizes([invariant_batch_sizes(network, self._max_rows) for network in self._networks])
         if self._classifiers:
