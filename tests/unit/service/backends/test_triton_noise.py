@@ -88,3 +88,18 @@ def test_all_kernels_compile_for_gpus(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert [found.stdout.count(f"\n{architecture} ") for architecture in (90, 120)] == [11, 11]
+
+
+def test_the_triton_code_of_the_fused_update_gives_the_same_noise(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.interpret_update"],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    noise, x_prev = map(float, found.stdout.split())
+    assert noise == 0
+    assert x_prev < 1e-6
