@@ -27,9 +27,13 @@ COPY service service
 RUN pip --python /opt/iddpm/bin/python install --no-deps --force-reinstall . \
     && rm -rf /opt/iddpm/lib/python3.*/site-packages/torch/include /opt/iddpm/lib/python3.*/site-packages/torch/test
 
-FROM python:3.11-slim
+# For NVIDIA GPUs: docker build --target gpu -t iddpm-gpu .     pip's index must have torch with CUDA (PyPI has)
+FROM build AS build-gpu
+ARG GPU_EXTRA=torch
+RUN pip --python /opt/iddpm/bin/python install -c constraints.txt ".[$GPU_EXTRA]"
+
+FROM python:3.11-slim AS base
 RUN useradd --system --uid 10001 --no-create-home iddpm
-COPY --from=build /opt/iddpm /opt/iddpm
 # Owned by the user that serves it, so that a checkout with a strict umask works too.
 COPY --chown=10001:10001 models/fashion32 /models/fashion32
 ENV PATH=/opt/iddpm/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
@@ -42,3 +46,18 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 CMD ["py
     raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["iddpm"]
 CMD ["serve", "--model", "/models/fashion32", "--host", "0.0.0.0", "--port", "8000"]
+
+FROM base AS gpu
+USER root
+# Triton compiles the launcher of each kernel, torch.compile also C++. The headers of Python are in the base image.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && install -d -o 10001 -g 10001 /cache
+COPY --from=build-gpu /opt/iddpm /opt/iddpm
+# Compiled kernels are loaded from here: it must allow execution, which a tmpfs of docker does not.
+ENV TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor CUDA_CACHE_PATH=/cache/cuda \
+    IDDPM_CACHE_DIR=/cache/openvino NVIDIA_DRIVER_CAPABILITIES=compute,utility
+VOLUME /cache
+USER 10001:10001
+
+FROM base
+COPY --from=build /opt/iddpm /opt/iddpm

@@ -52,6 +52,7 @@ class NullRunner:
     numerics_id = "null"
     depth = 0
     network_of: NetworkOf | None = None
+    max_rows = 1024
 
     def warm_up(self) -> None:
         """Nothing to warm up."""

@@ -143,6 +143,7 @@ class CountingRunner:
     numerics_id = "counting"
     depth = 0
     network_of: NetworkOf | None = None
+    max_rows = 1024
 
     def __init__(self, fail_slots_at: dict[int, int] | None = None, error_at: int | None = None) -> None:
         self.steps: dict[int, int] = {}

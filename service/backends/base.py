@@ -38,7 +38,7 @@ class BackendOptions:
     """Width of the engine: the maximum number of rows of a network call."""
     batch_sizes: tuple[int, ...] | None = None
     """Batch sizes that a compiling backend compiles, ascending. None: the width, and below it the sizes that the
-    artifact was exported for (without an artifact: 1, 2, 4, ...)."""
+    artifact was exported for (without an artifact: 1, 2, 4, ...; captured on CUDA: 1, 2, 4, 8, 16, 24, ...)."""
     threads: Threads | None = None
     """Number of threads of a network call; unset: one per core that CPU affinity and cgroup quota allow."""
     device: Device = "auto"
@@ -49,7 +49,8 @@ class BackendOptions:
     torch_compile: bool = False
     """Compile the network with torch.compile; this takes minutes at start-up for each batch size."""
     fuse_update: bool = False
-    """On a CUDA device, fuse noise and update into one kernel with torch.compile (needs Triton and a C compiler)."""
+    """On a CUDA device, fuse noise and update with torch.compile (needs Triton and a C compiler). Off: noise is one
+    Triton kernel, the update PyTorch's operations."""
     build_engines: BuildEngines | None = None
     """Builds missing engines for the TensorRT backend; None: do not build, a missing engine is an error."""
     cache_dir: str | None = None

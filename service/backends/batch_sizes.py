@@ -17,6 +17,17 @@ def doubling_sizes(max_rows: int) -> tuple[int, ...]:
     return up_to_width((1 << k for k in range(max_rows.bit_length())), max_rows)
 
 
+def close_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, 8, 16, 24, ... and the width: multiples of 8, and above 64 eight sizes per power of two.
+
+    For a device on which compiling a size costs little: padding then adds less than a third of the rows above 16.
+    """
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_rows:
+        sizes.append(sizes[-1] + max(8, (1 << (sizes[-1].bit_length() - 1)) // 8))
+    return up_to_width(sizes, max_rows)
+
+
 def up_to_width(sizes: Iterable[int], max_rows: int) -> tuple[int, ...]:
     """Return the sizes below the width, and the width; for backends that can compile any size."""
     return (*(size for size in sizes if size < max_rows), max_rows)
@@ -67,6 +78,11 @@ class BatchSizes:
     network: tuple[int, ...]
     classifier: tuple[int, ...]
     """Empty without a classifier."""
+
+    @property
+    def most_rows(self) -> int:
+        """Return the rows that every call can hold."""
+        return min(sizes[-1] for sizes in (self.network, self.classifier) if sizes)
 
     def padded_rows(self, rows: int) -> int:
         """Return the smallest batch size of the network that holds the rows."""

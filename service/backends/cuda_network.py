@@ -74,13 +74,17 @@ def group_norm(
 
 
 def fastest_group_norm(device: torch.device) -> GroupNorm:
-    """Return the Triton kernels if they run on a CUDA device, else PyTorch's operations; log a warning about those."""
+    """Return the Triton kernels if they run on a CUDA device and are right there, else PyTorch's operations.
+
+    Logs a warning about the latter.
+    """
+    x = torch.linspace(-3, 5, 8 * 9, device=device).reshape(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.linspace(1, 2, 8, device=device), torch.linspace(-1, 1, 8, device=device)
+    expected = group_norm(x, 2, weight, bias, 1e-5, silu=True)
     try:
         from service.backends.triton_norm import triton_group_norm
 
-        x = torch.ones(1, 8, 2, 2, device=device).contiguous(memory_format=torch.channels_last)
-        ones = torch.ones(8, device=device)
-        triton_group_norm(x, 2, ones, ones, 1e-5, silu=True)
+        torch.testing.assert_close(triton_group_norm(x, 2, weight, bias, 1e-5, silu=True), expected)
     except Exception as error:  # Triton is missing, or it has no C compiler, no folder for its cache, ...
         log.warning("group normalisation runs without Triton, more slowly: %s", error)
         return group_norm
@@ -158,7 +162,7 @@ class CudaUNet(nn.Module):
     """A `UNet` for inference on a CUDA device."""
 
     def __init__(self, network: UNet, dtype: torch.dtype, normalise: GroupNorm, most_rows: int) -> None:
-        """Take over the layers of a network, which must not be used afterwards except for `embed_timesteps`.
+        """Take over the layers of a network, which keeps only what `embed_timesteps` needs.
 
         Args:
             network: in eval mode, on its device; not a super-resolution model.
@@ -185,7 +189,7 @@ class CudaUNet(nn.Module):
         self.middle_block = converted([*network.middle_block])
         self.output_blocks = nn.ModuleList([converted([*block]) for block in _sequences(network.output_blocks)])
         self.norm_out, self.conv_out = CudaNorm(network.out[0], normalise), network.out[-1]
-        del self._columns
+        del self._columns, network.input_blocks, network.middle_block, network.output_blocks, network.out
         for module in self.modules():
             if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module is not self.embed):
                 module.to(dtype)
@@ -211,7 +215,8 @@ class CudaUNet(nn.Module):
         h = _run(self.middle_block, h, embeddings)
         for block in self.output_blocks:
             h = _run(block, torch.cat([h, skips.pop()], dim=1), embeddings)
-        return self.conv_out(self.norm_out(h, silu=True)).float().contiguous()
+        out: Tensor = self.conv_out(self.norm_out(h, silu=True))
+        return out.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _run(layers: nn.Module, h: Tensor, embeddings: Tensor) -> Tensor:

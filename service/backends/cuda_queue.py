@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from diffusion.noise import STREAM_STEP, unchecked_normal
 from service.backends.compiling import compile_per_shape
 from service.backends.cuda_graphs import CudaCapture, Work
-from service.backends.device_queue import Forward
+from service.backends.device_queue import Forward, Normal
+
+log = logging.getLogger(__name__)
 
 DEPTH = 2
 """Tolerates a host delay of one step. An error is detected up to this many steps after the step that caused it."""
+NOISE_TOLERANCE = 1e-6
+"""Between the noise of two devices, as `diffusion.noise` promises."""
 MOST_SHAPES = 64
 """Limit of recompilations of a function."""
 
@@ -23,7 +30,13 @@ class CudaQueue:
     """Implements `DeviceQueue` on the device's current stream."""
 
     def __init__(
-        self, device: torch.device, network: Forward[Tensor], classifier: Forward[Tensor] | None, *, fused: bool
+        self,
+        device: torch.device,
+        network: Forward[Tensor],
+        classifier: Forward[Tensor] | None,
+        *,
+        fused: bool,
+        normal: Normal[Tensor] = unchecked_normal,
     ) -> None:
         """Create a queue on the device's current stream.
 
@@ -31,11 +44,13 @@ class CudaQueue:
             device: a CUDA device.
             network: runs on the device.
             classifier: runs on the device; None: there is none.
-            fused: whether `fuse` compiles functions.
+            fused: whether `fuse` compiles noise and update.
+            normal: generates noise.
         """
         self.depth = DEPTH
         self.network: Forward[Tensor] = torch.inference_mode()(network)
         self.classifier: Forward[Tensor] | None = classifier
+        self.normal: Normal[Tensor] = normal
         self._device = device
         self._fused = fused
         self._capture = CudaCapture(device)
@@ -51,8 +66,8 @@ class CudaQueue:
             return self._capture(work)
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile with torch.compile, one kernel per shape, if fusing is on."""
-        return compiled(work) if self._fused else work
+        """Compile noise and update with torch.compile if fusing is on, else use the device's noise."""
+        return compiled(work) if self._fused else partial(work, normal=self.normal)
 
     def send(self, values: npt.NDArray[Any]) -> Tensor:
         """Copy through pinned memory, which torch keeps until the copy is done."""
@@ -67,6 +82,25 @@ class CudaQueue:
         host = torch.empty(shape, dtype=dtype, pin_memory=True)
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # missing in its stubs
         return lambda array: CudaCopy(array, host, done)
+
+
+def fastest_normal(device: torch.device) -> Normal[Tensor]:
+    """Return the Triton kernel of the noise if it gives the noise of all devices, else PyTorch's operations.
+
+    Logs a warning about the latter.
+    """
+    rows, shape = torch.arange(4, device=device), (1, 8, 8)
+    expected = unchecked_normal(rows, rows, rows, STREAM_STEP, shape)
+    try:
+        from service.backends.triton_noise import triton_normal
+
+        torch.testing.assert_close(
+            triton_normal(rows, rows, rows, STREAM_STEP, shape), expected, rtol=0, atol=NOISE_TOLERANCE
+        )
+    except Exception as error:  # Triton is missing, or it has no C compiler, no folder for its cache, ...
+        log.warning("noise is generated without Triton, more slowly: %s", error)
+        return unchecked_normal
+    return triton_normal
 
 
 class CudaCopy:

@@ -16,6 +16,9 @@ Forward = Callable[[NetworkInputs[A]], A]
 """A network or classifier that can be captured. Unlike `RowNetwork.__call__`, it must not wait for the device or read
 its memory, and the next call may overwrite its result."""
 
+Normal = Callable[[A, A, A, int, tuple[int, int, int]], A]
+"""Seeds, image indices and steps, int64 [B], stream, (C, H, W) -> standard normals, float32 [B, C, H, W]."""
+
 
 class DeviceQueue(Protocol[A]):
     """One stream of a device; operations on it and on its arrays are executed in the order of submission."""
@@ -24,6 +27,8 @@ class DeviceQueue(Protocol[A]):
     """Maximum number of steps in flight when the next one is launched."""
     network: Forward[A]
     classifier: Forward[A] | None
+    normal: Normal[A]
+    """The noise, as `unchecked_normal`."""
 
     def warm_up(self, work: Callable[[], A]) -> None:
         """Run work for the first time; call this for all work before the first of it is captured (`Capture`)."""
@@ -34,7 +39,11 @@ class DeviceQueue(Protocol[A]):
         ...
 
     def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function compiled into one kernel, or the function itself where compiling is off."""
+        """Return noise and update in the fastest form that the device has; its results may be rounded differently.
+
+        Args:
+            work: `add_noise_and_advance`.
+        """
         ...
 
     def send(self, values: npt.NDArray[Any]) -> A:

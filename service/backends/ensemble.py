@@ -12,6 +12,9 @@ from diffusion.config import CheckpointConfig
 from diffusion.respacing import IntArray
 from service.backends.base import Denoiser, GuidingClassifier
 
+LEAST_ROWS = 2
+"""Rows of an image with classifier-free guidance."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DenoiserEnsemble(Generic[A]):
@@ -61,5 +64,12 @@ def networks_of(model: Denoiser[A] | DenoiserEnsemble[A]) -> tuple[Denoiser[A], 
 
 
 def common_sizes(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the batch sizes, ascending, that are in every tuple."""
-    return tuple(sorted(set.intersection(*(set(one) for one in sizes))))
+    """Return the batch sizes, ascending, that are in every tuple.
+
+    Raises:
+        RuntimeError: there is none of 2 rows or more; an image with guidance takes 2.
+    """
+    common = sorted(set.intersection(*(set(one) for one in sizes)))
+    if not common or common[-1] < LEAST_ROWS:
+        raise RuntimeError("the networks of an ensemble have no batch size in common whose rows are bit-identical")
+    return tuple(common)

@@ -1,4 +1,4 @@
-"""Start-up self-test: find the batch sizes whose results are bit-identical to those of the largest one.
+"""Start-up self-test: find the batch sizes whose results are bit-identical to each other.
 
 The guarantee that the pixels of a seed do not depend on the batch relies on this test: only sizes that pass are run,
 and other batches are padded to the next size that passed.
@@ -26,11 +26,12 @@ _found: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
-    """Return batch sizes, ascending, whose rows equal those of the largest one bit for bit.
+    """Return the largest set of batch sizes, ascending, whose rows equal each other bit for bit.
 
-    The largest size is always included: the full width, or the largest size that the backend compiled. If any size
-    may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... are tested, and those that differ are excluded. Compiled sizes are tested
-    with their rows in both orders, and an excluded one is logged as a warning. Each network is tested once per width.
+    Of sets with equally many sizes, the one with the largest size is returned. It may lack the full width; steps must
+    then have fewer rows. If any size may be run, 1, 2, 3, 4, 6, 8, 12, 16, ... and the width are tested. Compiled sizes
+    are tested with their rows in both orders, and an excluded one is logged as a warning. Each network is tested once
+    per width.
 
     Raises:
         RuntimeError: a row's result depends on its place in the largest batch.
@@ -42,25 +43,40 @@ def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]
 
 
 def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
-    compiled = network.batch_sizes
-    largest = largest_size(compiled, width, network.description)
+    name, compiled = network.description, network.batch_sizes
+    largest = largest_size(compiled, width, name)
     rows: _TestRows[A] = _TestRows(network, largest)
-    if not rows.agree(largest, backwards=True):
-        raise RuntimeError(f"{network.description}: a row's result depends on its place in the batch")
-    if compiled is None:
-        return (*(size for size in sizes_to_try(width) if rows.agree(size)), width)
+    if not rows.are_independent(largest, rows.results(largest)):
+        raise RuntimeError(f"{name}: a row's result depends on its place in the batch")
+    sizes = (*sizes_to_try(width), width) if compiled is None else compiled
+    sets: list[tuple[A, list[int]]] = []
+    """Results of all rows, and the sizes that give them."""
+    for size in reversed(sizes):
+        results = rows.results(size)
+        if compiled is not None and size not in (1, largest) and not rows.are_independent(size, results):
+            log.warning("%s: batch size %d excluded: a row's result depends on its place in the batch", name, size)
+            continue
+        equal = next((members for other, members in sets if rows.equal(results, other)), None)
+        if equal is None:
+            sets.append((results, [size]))
+        else:
+            equal.append(size)
+    _, chosen = max(sets, key=lambda group: (len(group[1]), group[1][0]))
+    _report(name, compiled, [members for _, members in sets], chosen, width)
+    return tuple(sorted(chosen))
 
-    passed: list[int] = [
-        size for size in compiled[:-1] if rows.agree(size) and (size == 1 or rows.agree(size, backwards=True))
-    ]
-    for size in sorted(set(compiled[:-1]) - set(passed)):
-        log.warning(
-            "%s: batch size %d excluded: results are not bit-identical to batch size %d",
-            network.description,
-            size,
-            largest,
-        )
-    return (*passed, largest)
+
+def _report(name: str, compiled: tuple[int, ...] | None, sets: list[list[int]], chosen: list[int], width: int) -> None:
+    """Log what the choice of a set excludes."""
+    if compiled is not None:
+        for size in sorted(size for members in sets if members is not chosen for size in members):
+            log.warning(
+                "%s: batch size %d excluded: results are not bit-identical to batch size %d", name, size, chosen[0]
+            )
+        if len(chosen) == 1 and len(compiled) > 1:
+            log.error("%s: no two batch sizes give bit-identical results; all are padded to %d", name, chosen[0])
+    if chosen[0] < width:
+        log.warning("%s: steps have at most %d rows instead of %d", name, chosen[0], width)
 
 
 class _TestRows(Generic[A]):
@@ -78,17 +94,28 @@ class _TestRows(Generic[A]):
             emb_t=network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device)),
             y=None if model.num_classes is None else self._seeds % model.num_labels,
         )
-        self._together: A = self._run(self._seeds)
 
-    def agree(self, size: int, *, backwards: bool = False) -> bool:
-        """Return whether batches of this size (optionally reversed) reproduce the results of the single large batch."""
+    def results(self, size: int) -> A:
+        """Return the results of all rows in batches of this size; the last batch may overlap the one before."""
+        xp, count = namespace(self._seeds), len(self._seeds)
+        parts: list[A] = [self._run(self._seeds[first : first + size]) for first in range(0, count - size + 1, size)]
+        if rest := count % size:
+            parts.append(self._run(self._seeds[count - size :])[size - rest :])
+        return xp.concat(parts)
+
+    def are_independent(self, size: int, results: A) -> bool:
+        """Return whether batches of this size give the same results with their rows in reverse order."""
         xp = namespace(self._seeds)
         for first in range(0, len(self._seeds) - size + 1, size):
             rows = self._seeds[first : first + size]
-            out = xp.flip(self._run(xp.flip(rows, axis=0)), axis=0) if backwards else self._run(rows)
-            if not bool(xp.all(out == self._together[first : first + size])):
+            out = xp.flip(self._run(xp.flip(rows, axis=0)), axis=0)
+            if not bool(xp.all(out == results[first : first + size])):
                 return False
         return True
+
+    def equal(self, results: A, others: A) -> bool:
+        """Return whether two results are bit-identical."""
+        return bool(namespace(results).all(results == others))
 
     def _run(self, rows: A) -> A:
         return self._network(take_rows(self._inputs, rows))

@@ -1,4 +1,4 @@
-"""The `tensorrt` backend: run an artifact's engines, one per batch size, each in a CUDA graph.
+"""The `tensorrt` backend: run an artifact's engines, one per batch size, in the graphs of captured steps.
 
 The calls of real engines have never been run; tests without a GPU cover everything else (docs/tensorrt.md).
 """
@@ -35,7 +35,8 @@ from service.backends.artifact_model import ArtifactModel, open_artifact
 from service.backends.base import BackendOptions, DenoiserDefaults, FailureKind, GuidingClassifier
 from service.backends.batch_sizes import covering_width
 from service.backends.cuda_errors import cuda_failure_kind
-from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
+from service.backends.cuda_graphs import EmbNetwork
+from service.backends.cuda_queue import CudaQueue, fastest_normal
 from service.backends.tensorrt_engines import OUTPUT, EngineNetwork, Shapes
 from service.backends.torch_backend import choose_device
 from service.errors import ModelError
@@ -86,15 +87,18 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
             graphs = network.capturable(torch.cuda.Stream(self.device).cuda_stream)  # type: ignore[no-untyped-call]
             if not graphs:
                 log.warning("%s: these engines cannot be captured in CUDA graphs; running without", target.name)
-            capture: Capture = CudaCapture(self.device) if graphs else CallAgain()
-            self._run: EmbNetwork = GraphedNetwork(network, sizes, self.zero_inputs, capture)
+            self._run: EmbNetwork = network
+            normal = fastest_normal(self.device)
+            if graphs:  # the runner captures whole steps
+                self.queue = CudaQueue(self.device, network, None, fused=options.fuse_update, normal=normal)
 
         self.batch_sizes: tuple[int, ...] | None = sizes
         self.time_mlp = model.time_mlp
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}
-        self.network_id = network_id(self.description, manifest, records, self.device)
+        kernels = {"fused": options.fuse_update, "noise": normal.__name__} if graphs else {}
+        self.network_id = network_id(self.description, manifest, records, self.device, kernels)
         for size in sizes:
             refuse_unequal_rows(self._run, self.embed_timesteps, self.config, size, self.device)
 
@@ -109,16 +113,6 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
     def failure_kind(self, error: Exception) -> FailureKind:
         """Return the kind; errors of the device are of kind DEVICE."""
         return cuda_failure_kind(error)
-
-    def zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
-        """Return inputs of zeros for a call of `size` rows."""
-        shapes = graph_shapes(self.config.model, size)
-        zeros = {
-            name: torch.zeros(shape, dtype=dtype, device=self.device)
-            for name, (shape, dtype) in shapes.items()
-            if name != OUTPUT
-        }
-        return NetworkInputs(zeros["x_t"], zeros["emb_t"], zeros.get("y"))
 
 
 def load_engines(
@@ -191,7 +185,13 @@ def refuse_unequal_rows(
             raise ModelError(f"the engine for batches of {size} gives identical rows different outputs; build it again")
 
 
-def network_id(description: str, manifest: Manifest, records: dict[int, EngineRecord], device: torch.device) -> str:
+def network_id(
+    description: str,
+    manifest: Manifest,
+    records: dict[int, EngineRecord],
+    device: torch.device,
+    kernels: dict[str, object],
+) -> str:
     """Return a hash of what pixels depend on, plans included: two builds of a graph may compute in different order."""
     properties = torch.cuda.get_device_properties(device)
     facts = {
@@ -201,6 +201,7 @@ def network_id(description: str, manifest: Manifest, records: dict[int, EngineRe
         "plans": {size: record.plan.sha256 for size, record in records.items()},
         "capability": torch.cuda.get_device_capability(device),
         "multiprocessors": properties.multi_processor_count,
+        **kernels,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -68,18 +68,22 @@ class EngineNetwork:
     def __call__(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Start the engine of the batch's size on the current stream, without waiting for it.
 
-        The inputs must be contiguous and have the types of the graph, and their memory must stay valid until the engine
-        has run.
+        The inputs must have the types of the graph. Their memory may be reused by later work on the stream only.
 
         Raises:
+            ValueError: there is no engine for the batch's size.
             RuntimeError: TensorRT could not start the engine.
         """
         size = len(inputs.x_t)
-        context = self._contexts[size]
+        context = self._contexts.get(size)
+        if context is None:
+            sizes = ", ".join(map(str, sorted(self._contexts)))
+            raise ValueError(f"batch size must be one of {sizes}, as built; got {size}")
         self._logger.errors.clear()
         out = torch.empty(self._outputs[size], device=self._device)
-        tensors = {**inputs._asdict(), OUTPUT: out}
-        placed = [context.set_tensor_address(name, t.data_ptr()) for name, t in tensors.items() if t is not None]
+        # A captured step passes labels as a column of its numbers; TensorRT knows no strides
+        given = {name: values.contiguous() for name, values in inputs._asdict().items() if values is not None}
+        placed = [context.set_tensor_address(name, t.data_ptr()) for name, t in {**given, OUTPUT: out}.items()]
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
             started = all(placed) and context.execute_async_v3(stream)

@@ -24,12 +24,13 @@ from service.backends.base import (
     GuidingClassifier,
     synchronous_failure_kind,
 )
+from service.backends.batch_sizes import close_sizes
 from service.backends.compiling import compile_per_shape, repeatable_options
 from service.backends.cuda_errors import cuda_failure_kind
 from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture, EmbNetwork, GraphedNetwork
 from service.backends.cuda_network import CudaUNet, fastest_group_norm, group_norm
-from service.backends.cuda_queue import CudaQueue
-from service.backends.processor import instruction_limits
+from service.backends.cuda_queue import CudaQueue, fastest_normal
+from service.backends.processor import instruction_limits, vector_instructions
 from service.backends.torch_classifier import load_torch_classifier
 from service.cpus import available_cpus
 from service.errors import ModelError
@@ -52,12 +53,15 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         torch.set_num_threads(options.threads or min(torch.get_num_threads(), available_cpus().usable))
         self.device = choose_device(options.device)
         on_cuda = self.device.type == "cuda"
+        sizes = options.sizes_to_compile
         if on_cuda:
             choose_kernels_repeatably()  # before anything is captured
+            if options.batch_sizes is None and not options.torch_compile:
+                sizes = close_sizes(options.max_rows)
         try:
             self.config, network = load_unet(folder)
             model_hash = checkpoint_sha256(folder)
-            classifier = load_torch_classifier(folder, self.config, self.device, options.sizes_to_compile)
+            classifier = load_torch_classifier(folder, self.config, self.device, sizes)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
         if self.config.model.low_res_size is not None:
@@ -66,18 +70,20 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         self._dtype = choose_dtype(options.precision, self.device)
         self.threads = 0 if on_cuda else torch.get_num_threads()
         self.description = _describe(self.device, self._dtype, options.torch_compile)
-        facts = _gpu(self.device) | {"fused": options.fuse_update} if on_cuda else _processor()
+        facts = _gpu(self.device) if on_cuda else _processor()
+        if on_cuda:
+            normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
+            normal = fastest_normal(self.device)
+            facts |= {"fused": options.fuse_update, "norm": normalise.__name__, "noise": normal.__name__}
         depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
         if classifier is not None:
             depends_on.append(classifier.sha256)
         self.classifier: GuidingClassifier[Tensor] | None = classifier
         self.network_id = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
 
-        sizes = options.sizes_to_compile
         self._network = network.to(self.device)
         self._forward_emb: Callable[..., Tensor]
         if on_cuda:
-            normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
             self._forward_emb = CudaUNet(network, self._dtype, normalise, sizes[-1])
         else:
             if self._dtype != torch.float32:
@@ -91,7 +97,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient
-            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update)
+            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update, normal=normal)
         elif options.torch_compile:
             self.batch_sizes = sizes
             self._run = self._graphed(CallAgain())
@@ -187,8 +193,10 @@ def choose_kernels_repeatably() -> None:
     """Make cuDNN and cuBLAS select kernels by shape instead of timing, for the whole process.
 
     Without TF32, sums in low precision, and products that divide a sum over several programs (split-K) if few rows
-    would leave the device idle: their rounding depends on the number of rows.
+    would leave the device idle: their rounding depends on the number of rows. Only cuBLASLt can do without split-K;
+    with it off, products by cuBLAS raise.
     """
+    torch.backends.cuda.preferred_blas_library("cublaslt")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -210,6 +218,8 @@ def _describe(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
 
 def _processor() -> dict[str, object]:
     """Return what kernels are selected by: instruction sets, their limits, cache sizes; not core counts or names."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
+        return {"instructions": vector_instructions()}
     chosen_by = {name: value for name, value in torch.cpu.get_capabilities().items() if name not in NOT_CHOSEN_BY}
     return chosen_by | instruction_limits()
 

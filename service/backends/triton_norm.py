@@ -32,7 +32,7 @@ def _tile(pixel, pixels, group, groups, group_size, BLOCK_S: tl.constexpr) -> An
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _moments(  # type: ignore[no-untyped-def]
+def moments_kernel(  # type: ignore[no-untyped-def]
     x,  # noqa: ANN001
     means,  # noqa: ANN001
     squares,  # noqa: ANN001
@@ -70,7 +70,7 @@ def _moments(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _normalise(  # type: ignore[no-untyped-def]
+def normalise_kernel(  # type: ignore[no-untyped-def]
     x,  # noqa: ANN001
     out,  # noqa: ANN001
     means,  # noqa: ANN001
@@ -102,7 +102,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     part_mean = tl.load(means + place, mask=exists, other=0.0)
     part_square = tl.load(squares + place, mask=exists, other=0.0)
     count = (tl.maximum(tl.minimum(pixels - parts * PART, PART), 0) * group_size).to(tl.float32)[:, None]
-    total = (pixels * group_size).to(tl.float32)
+    total = tl.sum(count, axis=0)
     mean = tl.sum(part_mean * count, axis=0) / total
     difference = part_mean - mean[None, :]
     variance = tl.sum(part_square + difference * difference * count, axis=0) / total
@@ -168,16 +168,18 @@ def triton_group_norm(
     out = torch.empty_like(x)
     grid = (batch, parts, triton.cdiv(groups, block_g))
     shape = {"PART": part, "BLOCK_P": block_p, "BLOCK_G": block_g, "BLOCK_S": block_s}
-    _moments[grid](x, means, squares, pixels, groups, group_size, **shape)
     scaled = scale is not None and shift is not None
-    _normalise[grid](
-        *(x, out, means, squares, weight, bias),
-        *((scale, shift, scale.stride(0)) if scale is not None and shift is not None else (x, x, 0)),
-        *(pixels, groups, group_size, eps),
-        SCALED=scaled,
-        SILU=silu,
-        PARTS=parts,
-        BLOCK_PARTS=triton.next_power_of_2(parts),
-        **shape,
-    )
+    # Triton launches on the current device. For a tensor on the CPU, this changes nothing
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # missing in its stubs
+        moments_kernel[grid](x, means, squares, pixels, groups, group_size, **shape)
+        normalise_kernel[grid](
+            *(x, out, means, squares, weight, bias),
+            *((scale, shift, scale.stride(0)) if scale is not None and shift is not None else (x, x, 0)),
+            *(pixels, groups, group_size, eps),
+            SCALED=scaled,
+            SILU=silu,
+            PARTS=parts,
+            BLOCK_PARTS=triton.next_power_of_2(parts),
+            **shape,
+        )
     return out

@@ -92,7 +92,7 @@ class Engine:
         self._takers = {model: self._taker(model, runner) for model, runner in runners.items()}
         for model in runners:
             self._counts.add_model(model)
-        self._memory = {model: MemoryLimit(config.max_rows) for model in runners}
+        self._memory = {model: MemoryLimit(self._most_rows(model)) for model in runners}
         self._saved: dict[Image, object] = {}
         """States of evicted images, in host memory."""
         self._launched: deque[LaunchedStep] = deque()
@@ -118,9 +118,11 @@ class Engine:
         return len(self._saved)
 
     def warm_up(self) -> None:
-        """Warm up every runner."""
-        for runner in self._runners.values():
+        """Warm up every runner, which may reduce its rows."""
+        for model, runner in self._runners.items():
             runner.warm_up()
+            self._memory[model] = MemoryLimit(self._most_rows(model))
+            self._choose_width(model)
 
     def measure(self) -> None:
         """Time steps of every batch size and choose each model's width. Overwrites slots.
@@ -137,11 +139,11 @@ class Engine:
 
     def load(self, model: str, runner: Runner, costs: StepCosts) -> None:
         """Load a model between two steps. The caller has warmed up its runner and timed its steps."""
-        self._memory[model] = MemoryLimit(self._config.max_rows)
         self.costs[model] = costs
         self._runners[model], self._takers[model] = runner, self._taker(model, runner)
         self.scheduler.add_model(model, runner.network_of)
         self._counts.add_model(model)
+        self._memory[model] = MemoryLimit(self._most_rows(model))
         self._choose_width(model)
         self.publish()
 
@@ -318,12 +320,15 @@ class Engine:
                 self._counts.wasted(image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
-        costs, config, most = self.costs[model], self._config, self._memory[model].rows
-        width = min(knee(costs, config.max_rows, config.width_efficiency), most)
+        costs, most = self.costs[model], self._memory[model].rows
+        width = min(knee(costs, self._most_rows(model), self._config.width_efficiency), most)
         # Try wider widths: a cost measured too high would otherwise never be corrected
         wider = [rows for rows in costs.table() if width < rows <= most]
         self.scheduler.set_width(model, width, trial_widths=wider)
         self._counts.width(model, width)
+
+    def _most_rows(self, model: str) -> int:
+        return min(self._config.max_rows, self._runners[model].max_rows)
 
     def _result(
         self,

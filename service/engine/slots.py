@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from diffusion.arrays import A, to_numpy
 from diffusion.config import ModelConfig
-from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, STREAM_X_T, check_range, normal
+from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, STREAM_X_T, check_range, unchecked_normal
 from diffusion.update import begun
+from service.backends.device_queue import Normal
 from service.engine.request import GivenArrays, ImageParams
 
 
@@ -30,7 +31,13 @@ class SlotTable(Generic[A]):
     """Arrays indexed by slot id. The scheduler tracks which ids are in use."""
 
     def __init__(
-        self, model: ModelConfig, num_slots: int, xp: Any, device: Any, send: Callable[[npt.NDArray[Any]], A]
+        self,
+        model: ModelConfig,
+        num_slots: int,
+        xp: Any,
+        device: Any,
+        send: Callable[[npt.NDArray[Any]], A],
+        normal: Normal[A] = unchecked_normal,
     ) -> None:
         """Allocate the arrays.
 
@@ -40,11 +47,13 @@ class SlotTable(Generic[A]):
             xp: array namespace.
             device: device of the arrays.
             send: copies a host array to the device.
+            normal: generates x_T.
         """
         self.spare_slot = num_slots
         """Slot for padding places of a batch. Its contents are finite and have no meaning."""
         self.send: Callable[[npt.NDArray[Any]], A] = send
         self.image_shape = (model.image_channels, model.image_size, model.image_size)
+        self._normal: Normal[A] = normal
         self._xp = xp
         self._device = device
         self.x: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
@@ -78,7 +87,7 @@ class SlotTable(Generic[A]):
         check_range("image_index", min(image_indices), max(image_indices), MAX_IMAGE_INDEX)
         index = self.integers(slots)
         step = self._zeros((len(slots),), self._xp.int64)
-        x = normal(self.integers(seeds), self.integers(image_indices), step, STREAM_X_T, self.image_shape)
+        x = self._normal(self.integers(seeds), self.integers(image_indices), step, STREAM_X_T, self.image_shape)
         for k, (p, begin) in enumerate(zip(params, begins, strict=True)):
             if begin[0] != 0:
                 x[k] = begun(begin, self.send(self._image(p.given)), x[k])

@@ -23,7 +23,7 @@ def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float])
     Overwrites slots: call this only while no image holds one.
     """
     costs = StepCosts()
-    widths = range(1, config.max_rows + 1)
+    widths = range(1, min(config.max_rows, runner.max_rows) + 1)
     network = sorted({runner.padded_rows(rows) for rows in widths})
     classifier = sorted({runner.padded_classified_rows(rows) for rows in widths} - {0})
     kinds = [*((_TIMED, rows) for rows in network), *((_TIMED_CLASSIFIED, rows) for rows in classifier)]

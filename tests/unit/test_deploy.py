@@ -127,6 +127,52 @@ def test_the_image_s_health_is_that_of_the_service(dockerfile: list[str], status
     assert asked == ["/healthz"]
 
 
+@pytest.fixture(scope="module")
+def gpu_overlay() -> dict[str, Any]:
+    text = (ROOT / "docker-compose.gpu.yml").read_text()
+    # With the commented example of a second GPU
+    config = yaml.safe_load(re.sub(r"^  # (?=(api-gpu1:|  ))", "  ", text, flags=re.MULTILINE))
+    assert isinstance(config, dict)
+    return config
+
+
+def test_the_image_is_by_default_the_one_without_torch(dockerfile: list[str]) -> None:
+    stages = [line.split()[1:] for line in dockerfile if line.startswith("FROM ")]
+    assert stages[-1] == ["base"]
+    assert ["base", "AS", "gpu"] in stages
+    last = dockerfile[max(k for k, line in enumerate(dockerfile) if line.startswith("FROM ")) :]
+    assert "COPY --from=build /opt/iddpm /opt/iddpm" in last
+
+
+def test_each_service_of_the_gpu_overlay_has_its_own_gpu(gpu_overlay: dict[str, Any], compose: dict[str, Any]) -> None:
+    devices = []
+    for name, service in gpu_overlay["services"].items():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+        devices += device["device_ids"]
+        assert service["build"]["target"] == "gpu"
+        assert name == "api" or service["networks"]["default"]["aliases"] == ["api"]
+    assert devices == ["0", "1"]
+    extended = gpu_overlay["services"]["api-gpu1"]["extends"]
+    assert (ROOT / extended["file"]).exists()
+    assert extended["service"] in compose["services"]
+    settings = {f"IDDPM_{name.upper()}" for name in Settings.model_fields}
+    assert set(gpu_overlay["services"]["api"]["environment"]) <= settings
+
+
+def test_compiled_kernels_lie_on_a_volume_that_allows_execution(
+    gpu_overlay: dict[str, Any], compose: dict[str, Any], dockerfile: list[str]
+) -> None:
+    volume, folder = gpu_overlay["services"]["api"]["volumes"][0].split(":")
+    assert volume in gpu_overlay["volumes"]
+    assert not any(folder.startswith(mount) for mount in compose["services"]["api"]["tmpfs"])
+    (variables,) = [line for line in dockerfile if line.startswith("ENV TRITON_CACHE_DIR=")]
+    folders = [word.partition("=")[2] for word in variables.split() if word.startswith(("TRITON", "TORCH", "CUDA"))]
+    assert len(folders) == 3
+    assert all(path.startswith(f"{folder}/") for path in folders)
+    assert any("g++" in line and f"-g 10001 {folder}" in line for line in dockerfile)  # writable for the user
+
+
 def test_a_stop_outlasts_the_longest_request(compose: dict[str, Any]) -> None:
     longest = haproxy_time("timeout server")
     assert seconds(compose["services"]["api"]["stop_grace_period"]) > longest

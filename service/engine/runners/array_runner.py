@@ -14,6 +14,7 @@ from diffusion.arrays import A, to_numpy
 from diffusion.chains import build_chain
 from diffusion.config import DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
+from diffusion.noise import unchecked_normal
 from diffusion.plans import SamplingPlan
 from diffusion.respacing import respace
 from diffusion.update import to_uint8
@@ -62,6 +63,7 @@ class ArrayRunner(Generic[A]):
             first.xp,
             first.device,
             send_at_once(first.xp, first.device) if queue is None else queue.send,
+            unchecked_normal if queue is None else queue.normal,
         )
         """Arrays of the images in flight; only the runner's own methods may change them while it serves."""
         self._plan_of = _plans_of(model.config.diffusion)
@@ -87,8 +89,13 @@ class ArrayRunner(Generic[A]):
         self._queued.append(queued)
         return queued
 
+    @property
+    def max_rows(self) -> int:
+        """Return the engine's width, or the largest allowed batch size if that is smaller."""
+        return min(self._max_rows, self.sizes.most_rows)
+
     def warm_up(self) -> None:
-        """Find the batch sizes that are bit-identical to the largest, capture graphs, and take a step per network."""
+        """Find the largest set of bit-identical batch sizes, capture graphs, and take a step per network."""
         sizes = self.sizes
         sizes.network = common_sizes([invariant_batch_sizes(network, self._max_rows) for network in self._networks])
         if self._classifiers:

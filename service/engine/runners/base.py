@@ -24,6 +24,11 @@ class Runner(Protocol):
     network_of: NetworkOf | None
     """The network of an image's step; only steps of one network may be launched together. None: the model has one."""
 
+    @property
+    def max_rows(self) -> int:
+        """Maximum rows of a step; `warm_up` may reduce it."""
+        ...
+
     def warm_up(self) -> None:
         """Do the one-time work of the first step, and check the runner's guarantees."""
         ...

@@ -237,12 +237,12 @@ class QueuedSteps(Generic[A]):
 
     def _finish(self, size: int) -> _Fixed[A]:
         """Return the work that follows the step of the images in its block; running it returns their x_prev."""
-        table, words = self._slots, self._words(self._finish_block((), (), size))
+        table, normal, words = self._slots, self._queue.normal, self._words(self._finish_block((), (), size))
 
         def follow() -> A:
             numbers = finish_numbers(words)
             slot = numbers.slot
-            x: A = finished(numbers, table.x[slot], table.given[slot], table.keep[slot])
+            x: A = finished(numbers, table.x[slot], table.given[slot], table.keep[slot], normal=normal)
             table.x[slot] = x
             return x
 

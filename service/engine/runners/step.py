@@ -21,6 +21,7 @@ from diffusion.update import (
     split_output,
     traceable_advance,
 )
+from service.backends.device_queue import Normal
 from service.engine.runners.numbers import ClassifierNumbers, FinishNumbers, StepNumbers
 
 
@@ -95,7 +96,16 @@ def log_variances(numbers: StepNumbers[A], raw: A, places: A | slice, channels: 
     return interpolated_log_variance(PlanRows.from_lines(numbers.plan[places]), var_values)
 
 
-def finished(numbers: FinishNumbers[A], x_prev: A, given: A, keep: A, *, keeps: bool = True, jumps: bool = True) -> A:
+def finished(
+    numbers: FinishNumbers[A],
+    x_prev: A,
+    given: A,
+    keep: A,
+    *,
+    keeps: bool = True,
+    jumps: bool = True,
+    normal: Normal[A] = unchecked_normal,
+) -> A:
     """Return x_prev of some images after what follows their lines; contains only pointwise operations.
 
     Args:
@@ -105,13 +115,14 @@ def finished(numbers: FinishNumbers[A], x_prev: A, given: A, keep: A, *, keeps: 
         keep: how much of each given pixel their slots keep [n, 1, H, W].
         keeps: whether some may keep pixels.
         jumps: whether some may jump.
+        normal: generates the noise.
     """
     xp = namespace(x_prev)
     _, channels, height, width = x_prev.shape
 
     def noise(stream: int) -> A:
         whose = (numbers.seed, numbers.image_index, numbers.step)
-        return unchecked_normal(*whose, stream, (channels, height, width))
+        return normal(*whose, stream, (channels, height, width))
 
     zeros = xp.zeros_like(x_prev)
     return finish_line(
@@ -125,7 +136,14 @@ def finished(numbers: FinishNumbers[A], x_prev: A, given: A, keep: A, *, keeps: 
 
 
 def add_noise_and_advance(
-    lines: A, x_t: A, x0_prev: A, out: A, var_values: A, noise_of: tuple[A, A, A], grad: A | None
+    lines: A,
+    x_t: A,
+    x0_prev: A,
+    out: A,
+    var_values: A,
+    noise_of: tuple[A, A, A],
+    grad: A | None,
+    normal: Normal[A] = unchecked_normal,
 ) -> Step[A]:
     """Generate a step's noise and take the step: all work after the network. Contains only pointwise operations.
 
@@ -137,7 +155,8 @@ def add_noise_and_advance(
         var_values: as for `advance`.
         noise_of: seed, image index and step of each row, int64 [B].
         grad: as for `advance`.
+        normal: generates the noise.
     """
     _, channels, height, width = x_t.shape
-    z = unchecked_normal(*noise_of, STREAM_STEP, (channels, height, width))
+    z = normal(*noise_of, STREAM_STEP, (channels, height, width))
     return traceable_advance(PlanRows.from_lines(lines), x_t, x0_prev, out, var_values, z, grad)

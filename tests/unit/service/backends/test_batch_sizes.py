@@ -6,6 +6,7 @@ import pytest
 
 from service.backends.batch_sizes import (
     BatchSizes,
+    close_sizes,
     covering_width,
     doubling_sizes,
     largest_size,
@@ -40,6 +41,17 @@ def test_the_largest_size_is_the_width_or_the_largest_compiled_one() -> None:
     assert (largest_size(None, 6, "network"), largest_size((1, 8), 6, "network")) == (6, 8)
     with pytest.raises(ModelError, match=r"network: max_rows must be at most 4, .*; got 6"):
         largest_size((1, 4), 6, "network")
+
+
+def test_sizes_of_a_device_are_close_to_each_other() -> None:
+    assert close_sizes(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert close_sizes(144)[10:] == (64, 72, 80, 88, 96, 104, 112, 120, 128, 144)
+    assert [close_sizes(width) for width in (2, 12)] == [(1, 2), (1, 2, 4, 8, 12)]
+
+
+def test_a_step_has_at_most_the_rows_of_every_call() -> None:
+    assert BatchSizes(network=(1, 8), classifier=()).most_rows == 8
+    assert BatchSizes(network=(1, 8), classifier=(1, 2)).most_rows == 2
 
 
 def test_rows_are_padded_to_the_next_size() -> None:

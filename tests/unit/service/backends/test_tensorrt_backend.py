@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,26 +22,37 @@ from typer.testing import CliRunner
 from cli.engines import as_graph, build_engines, measure_engines
 from cli.main import app
 from diffusion.network_inputs import NetworkInputs
+from diffusion.plans import build_plan
+from diffusion.sampling import ImageSpec, sample_images
 from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json
 from formats.checkpoint_config import checkpoint_sha256
 from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, logger_of
 from service.backends import tensorrt_backend
 from service.backends.base import BackendOptions
-from service.backends.cuda_graphs import CallAgain
 from service.backends.select import load_denoiser
 from service.backends.tensorrt_backend import TensorRTBackend
 from service.backends.tensorrt_engines import mismatch
 from service.engine.config import EngineConfig
+from service.engine.request import ImageStep
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.http.app import create_app
 from service.settings import Settings
 from tests import tensorrt_fakes as fakes
-from tests.fakes import tiny_checkpoint, tiny_config
+from tests.denoisers import AsNetwork
+from tests.fakes import params, tiny_checkpoint, tiny_config
+from tests.late_queue import LateQueue
 from tests.tensorrt_fakes import TARGET, expected_output, write_artifact, write_fake_engine
 
 OPTIONS = BackendOptions(max_rows=4)
+
+
+def fake_queue(device: torch.device, network: Any, classifier: None, *, fused: bool, normal: Any) -> LateQueue:
+    """Return a queue without graphs: PyTorch does not see the fake engines, so their calls cannot be recorded."""
+    queue = LateQueue(network, classifier)
+    queue.lacks_memory_after = 0
+    return queue
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +60,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the CPU in place of a GPU, and the fake in place of TensorRT."""
     monkeypatch.setitem(sys.modules, "tensorrt", fakes.fake_tensorrt())
     monkeypatch.setattr(tensorrt_backend, "_cuda_device", lambda wanted: torch.device("cpu"))
-    monkeypatch.setattr(tensorrt_backend, "CudaCapture", lambda device: CallAgain())
+    monkeypatch.setattr(tensorrt_backend, "CudaQueue", fake_queue)
     stream = SimpleNamespace(cuda_stream=7)
     for name, value in {
         "get_device_capability": fakes.CAPABILITY,
@@ -97,15 +109,30 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
         outputs.append((backend(NetworkInputs(x_t, emb_t, y)), expected))
     for out, expected in outputs:
         np.testing.assert_array_equal(out.numpy(), expected)
-    with pytest.raises(ValueError, match="batch size must be one of 1, 2, 4, as captured; got 3"):
+    with pytest.raises(ValueError, match="batch size must be one of 1, 2, 4, as built; got 3"):
         backend(NetworkInputs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64)))
 
 
 def test_a_runner_with_this_backend_passes_its_self_test(engines: Path) -> None:
     backend = load_denoiser(engines, "tensorrt", OPTIONS)
     runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
+    assert runner.depth == 2
     runner.warm_up()
     assert runner.sizes.network == (1, 2, 4)
+
+
+def test_queued_steps_run_the_engines(engines: Path) -> None:
+    backend = load_denoiser(engines, "tensorrt", OPTIONS)
+    spec = ImageSpec(seed=3, image_index=1, class_index=2)
+    plan = build_plan(tiny_config().diffusion, "ancestral", "3")
+    expected = sample_images(AsNetwork(backend), plan, [spec], xp=torch)
+    runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
+    runner.warm_up()
+    image = replace(params(steps=3, seed=3), image_index=1, class_index=2)
+    runner.start([ImageStep(slot=2, params=image, step=0)])
+    for step in range(3):
+        assert runner.launch([ImageStep(slot=2, params=image, step=step)]).wait() == [True]
+    np.testing.assert_array_equal(runner.read([2]).wait(), expected)
 
 
 def test_only_engines_that_the_width_uses_are_loaded(artifact: Path, manifest: Manifest) -> None:
@@ -190,6 +217,7 @@ def test_engines_that_cannot_be_captured_are_launched_without_graphs(
     write_fake_engine(engines, manifest, 2, capturable=False)
     backend = TensorRTBackend(engines, OPTIONS)
     assert backend.description.endswith("without graphs")
+    assert backend.queue is None
     assert "these engines cannot be captured in CUDA graphs; running without" in caplog.text
 
 

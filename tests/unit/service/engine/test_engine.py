@@ -213,6 +213,37 @@ def test_a_compiled_size_with_results_that_depend_on_the_place_is_excluded_or_re
         invariant_batch_sizes(PlaceDependent(exact, {4}, exact.batch_sizes), WIDTH)
 
 
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({1: 1, 2: 1, 3: 1}, (1, 2, 3)),  # the full width differs from all others
+        ({1: 1, 2: 1}, (3, 4)),  # of two sets of two sizes, the one with the larger size
+        ({1: 1, 2: 2, 3: 3}, (4,)),
+    ],
+)
+def test_the_largest_set_of_equal_sizes_is_used(
+    groups: dict[int, int], expected: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Grouped(ExactDenoiser):
+        def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+            return super().__call__(inputs) * (1 + 1e-6 * groups.get(len(inputs.x_t), 0))
+
+    runner: ArrayRunner[Any] = ArrayRunner(Grouped(tiny_config(), batch_sizes=(1, 2, 3, 4)), CONFIG)
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    engine.warm_up()
+    engine.measure()
+    assert runner.sizes.network == expected
+    assert runner.max_rows == engine.scheduler.width("m") == expected[-1]
+    engine.add(generation("r", *[params(steps=2, seed=k) for k in range(6)]), submitted_at=0.0)
+    while engine.has_work():
+        assert all(result.pixels is not None for result in engine.step())
+    assert max(engine.costs["m"].table()) == expected[-1]
+    limited = "exact arithmetic: steps have at most 3 rows instead of 4"
+    assert (limited in caplog.messages) == (expected[-1] < WIDTH)
+    alone = "exact arithmetic: no two batch sizes give bit-identical results; all are padded to 4"
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == ([alone] if len(expected) == 1 else [])
+
+
 def test_the_self_test_of_a_denoiser_runs_once_per_width() -> None:
     exact = ExactDenoiser(tiny_config())
     found = invariant_batch_sizes(exact, WIDTH)

@@ -89,11 +89,15 @@ class AsynchronousFaulty(FaultyDenoiser):
 
 
 class QueuedFaulty(FaultyDenoiser):
-    """Raises when a step is launched; that a row has overflowed is known later."""
+    """Raises when a step is launched; that a row has overflowed is known later.
+
+    No step has a graph: replaying one calls no network that could raise.
+    """
 
     def __init__(self, batch_sizes: tuple[int, ...] | None) -> None:
         super().__init__(batch_sizes, torch)
         self.queue: LateQueue = LateQueue(lambda inputs: self(inputs), None)
+        self.queue.lacks_memory_after = 0
 
 
 @cache

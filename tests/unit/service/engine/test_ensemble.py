@@ -146,19 +146,23 @@ def test_images_that_join_and_leave_are_those_of_the_reference_loop(kind: Kind, 
         assert pixels.tobytes() == alone(asked, kind)
 
 
+def calls(network: ExactDenoiser) -> int:
+    """Return the calls of a network; replays of its steps do not call it from Python."""
+    return network.queue.replays if isinstance(network, QueuedDenoiser) else len(network.calls)
+
+
 @KINDS
 def test_a_step_calls_one_network_and_both_are_called(kind: Kind) -> None:
     networks = members(kind)
     runner: ArrayRunner[Any] = ArrayRunner(ensemble(networks), CONFIG)
     runner.warm_up()
     engine = Engine({"m": runner}, CONFIG, Metrics())
-    for network in networks:
-        network.calls.clear()
+    before = [calls(network) for network in networks]
     engine.add(generation("r", *[params(steps=10, seed=k) for k in range(3)]), submitted_at=0.0)
     finish(engine)
     timesteps = build_plan(tiny_config().diffusion, spec="10").timesteps
     wanted = [int((NETWORK_OF[timesteps] == index).sum()) for index in range(2)]
-    assert [len(network.calls) for network in networks] == wanted
+    assert [calls(network) - made for network, made in zip(networks, before, strict=True)] == wanted
     assert min(wanted) > 0
 
 

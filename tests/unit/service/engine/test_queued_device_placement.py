@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion.network_inputs import NetworkInputs
+from diffusion.noise import unchecked_normal
 from service.backends.base import DenoiserDefaults, FailureKind
-from service.backends.device_queue import Forward
+from service.backends.device_queue import Forward, Normal
 from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
 from service.engine.config import EngineConfig
@@ -83,6 +84,7 @@ class MetaQueue:
     def __init__(self, watch: HostOperands, network: Forward[Tensor], classifier: Forward[Tensor]) -> None:
         self.network: Forward[Tensor] = torch.inference_mode()(network)
         self.classifier: Forward[Tensor] | None = classifier
+        self.normal: Normal[Tensor] = unchecked_normal
         self._watch = watch
 
     def warm_up(self, work: Callable[[], Tensor]) -> None:

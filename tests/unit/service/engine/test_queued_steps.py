@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.arrays import namespace
+from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.cuda_queue import compiled
@@ -325,16 +326,24 @@ def test_a_fused_update_with_different_results_is_not_served() -> None:
 
 
 def test_gradients_are_computed_for_images_with_classifier_guidance_and_cleared_by_the_next_step() -> None:
-    network = denoiser()
+    class Counted(ExactClassifier):
+        counts = torch.zeros(2, dtype=torch.int64)
+        """Calls and their rows, counted on the device."""
+
+        def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+            self.counts.add_(torch.tensor([1, len(inputs.x_t)]))
+            return super().__call__(inputs)
+
+    guide = Counted(tiny_classifier_config(), torch, batch_sizes=(1, 2, WIDTH))
+    network = QueuedDenoiser(tiny_config(), batch_sizes=(1, 2, WIDTH), classifier=guide)
     runner = warm(network)
     engine = Engine({"m": runner}, CONFIG, Metrics())
-    assert isinstance(network.classifier, ExactClassifier)
-    network.classifier.calls.clear()
+    guide.counts.zero_()
     plain = params(steps=4, seed=8)
     engine.add(generation("guided", *[replace(params(steps=2), classifier_scale=2.0)] * 3), submitted_at=0.0)
     engine.add(generation("plain", plain), submitted_at=0.0)
     results = finish(engine)
-    assert network.classifier.calls == [4, 4]
+    assert guide.counts.tolist() == [2, 2 * 4]
     assert results[-1].pixels is not None
     assert results[-1].pixels.tobytes() == reference(plain)
     after = [params(steps=4, seed=seed) for seed in range(WIDTH)]  # in every place that had a gradient
