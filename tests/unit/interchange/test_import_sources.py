@@ -151,7 +151,9 @@ def test_a_compiled_grey_model_is_imported_without_flags_for_channels(tmp_path: 
         "--num_heads 4 --class_cond True --num_classes 11 --learn_sigma True --diffusion_steps 4000 "
         "--noise_schedule cosine --rescale_timesteps True"
     )
-    code, output = invoke(tmp_path / "grey.pt", "--out", tmp_path / "out", "--repo", "improved", "--flags", flags)
+    # OpenAI's flags cannot express the 8 norm groups of the bundled model, so its weights fail the check here
+    options = ("--out", tmp_path / "out", "--repo", "improved", "--flags", flags, "--allow-failed-sanity-check")
+    code, output = invoke(tmp_path / "grey.pt", *options)
     assert code == 0, output
     for note in ("'module.' was removed from the names of weights", "image_channels: 1, read from the weights"):
         assert f"note: {note}" in output
