@@ -1,0 +1,232 @@
+"""Files from outside: what is read, and what is refused, without decoding it where the header suffices."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from formats.given_files import Fit, GivenFileError, read_images, read_masks, read_transparency, read_values
+from formats.value_range import ValueRange
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8)
+RGB = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+def picture(pixels: Any, kind: str = "PNG", mode: str | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.squeeze(pixels))
+    (image if mode is None else image.convert(mode)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def npy(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [picture(GREY), picture(GREY, "WEBP", lossless=True), npy(GREY), npz(arr_0=GREY)])
+def test_eight_bits_are_read_as_they_are(content: bytes) -> None:
+    images = read_images(content, (8, 8, 1), most=1)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images[0], GREY)
+
+
+def test_height_and_width_may_differ() -> None:
+    assert np.array_equal(read_images(picture(RGB), (6, 8, 3), most=1)[0], RGB)
+    assert read_images(picture(RGB, "JPEG"), (6, 8, 3), most=1).shape == (1, 6, 8, 3)
+    with pytest.raises(GivenFileError, match="must be 6 pixels wide and 8 high"):
+        read_images(picture(RGB), (8, 6, 3), most=1)
+
+
+def test_sixteen_bit_grey_spans_the_range() -> None:
+    deep = RNG.integers(0, 65536, (8, 8, 1), dtype=np.uint16)
+    images = read_images(picture(deep), (8, 8, 1), most=1)
+    assert images.dtype == np.uint16
+    assert np.array_equal(images[0], deep)
+    assert ValueRange().data_of(np.array([65535], np.uint16)) == 255
+
+
+@pytest.mark.parametrize("dtype", ["f2", ">f4", "f8", "i2", "u2", "?"])
+def test_other_arrays_are_in_the_units_of_the_data(dtype: str) -> None:
+    array = RNG.integers(0, 2, (3, 8, 8, 1)).astype(dtype)
+    images = read_images(npy(array), (8, 8, 1), most=3)
+    assert images.dtype == np.float32
+    assert np.array_equal(images, array.astype(np.float32))
+
+
+def test_fortran_order_and_a_missing_axis() -> None:
+    array = np.asfortranarray(RNG.random((8, 8)))
+    assert np.array_equal(read_values(npy(array), (8, 8, 1), most=1)[0, :, :, 0], array.astype(np.float32))
+    assert np.array_equal(read_values(npz(x=array), (8, 8, 1), most=1)[0, :, :, 0], array.astype(np.float32))
+
+
+def test_grey_becomes_colour_and_colour_grey_only_on_request() -> None:
+    grey = np.repeat(GREY, 3, axis=2)
+    assert np.array_equal(read_images(picture(GREY), (8, 8, 3), most=1)[0], grey)
+    assert np.array_equal(read_images(picture(GREY, mode="P"), (8, 8, 3), most=1)[0], grey)
+    assert np.array_equal(read_images(picture(grey), (8, 8, 1), most=1)[0], GREY)
+    with pytest.raises(GivenFileError, match="must be grey"):
+        read_images(picture(RGB), (6, 8, 1), most=1)
+    assert read_images(picture(RGB), (6, 8, 1), most=1, fit="crop").shape == (1, 6, 8, 1)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+@pytest.mark.parametrize("shape", [(4, 4, 3), (16, 9, 3), (5, 31, 3)])
+def test_fits(fit: Fit, shape: tuple[int, int, int]) -> None:
+    for content in (picture(RGB), npy(RGB), npy(RGB.astype(np.float32)), npy(RGB[None])):
+        assert read_images(content, shape, most=1, fit=fit).shape == (1, *shape)
+    assert set(np.unique(read_masks(picture(RGB[..., 0] // 128 * 255), shape, most=1, fit=fit))) <= {0, 1}
+
+
+def test_crop_takes_the_middle_and_pad_repeats_the_border() -> None:
+    wide = np.tile(np.arange(8, dtype=np.uint8)[None, :, None], (4, 1, 1))
+    assert read_images(npy(wide), (4, 4, 1), most=1, fit="crop")[0, 0, :, 0].tolist() == [2, 3, 4, 5]
+    assert read_images(npy(wide), (8, 8, 1), most=1, fit="pad")[0, :, 3, 0].tolist() == [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("content", "levels"),
+    [
+        (picture(np.array([[0, 255], [255, 0]], np.uint8)), [[0, 1], [1, 0]]),
+        (picture(np.array([[0, 255], [255, 0]], np.uint8), mode="1"), [[0, 1], [1, 0]]),
+        (picture(np.array([[0, 255], [255, 0]], np.uint8), mode="RGB"), [[0, 1], [1, 0]]),
+        (npy(np.array([[0, 1], [1, 0]], np.uint8)), [[0, 1], [1, 0]]),
+        (npy(np.array([[False, True], [True, False]])), [[0, 1], [1, 0]]),
+        (npy(np.array([[0, 0.5], [1, 0]])), [[0, 0.5], [1, 0]]),
+        (npy(np.array([[0, 51], [255, 0]], np.uint8)), [[0, 0.2], [1, 0]]),
+    ],
+)
+def test_masks(content: bytes, levels: list[list[float]]) -> None:
+    assert np.array_equal(read_masks(content, (2, 2, 3), most=1)[0], np.array(levels, np.float32))
+
+
+def test_transparent_pixels_are_made() -> None:
+    alpha = np.array([[0, 255], [255, 0]], np.uint8)
+    rgba = np.dstack([np.zeros((2, 2, 3), np.uint8), alpha])
+    assert read_transparency(picture(rgba), (2, 2, 1))[0].tolist() == [[1, 0], [0, 1]]
+    assert read_transparency(picture(rgba * 0), (2, 2, 1))[0].tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(GivenFileError, match="alpha channel"):
+        read_transparency(picture(rgba[..., :3]), (2, 2, 1))
+
+
+def lying_png(width: int, height: int) -> bytes:
+    """Return a PNG whose header claims another size than its pixels have."""
+    png = bytearray(picture(GREY))
+    png[16:24] = struct.pack(">II", width, height)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
+
+
+def lying_npy(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return buffer.getvalue()
+
+
+def deep_alpha_png(colour_type: int, channels: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + bytes(8 * 2 * channels) for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def many_members() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for k in range(100):
+            archive.writestr(str(k), b"")
+    return buffer.getvalue()
+
+
+def animated(kind: str) -> bytes:
+    frames = [Image.fromarray(GREY[..., 0]), Image.fromarray(255 - GREY[..., 0])]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", "is damaged, truncated, or not a PNG"),
+        (b"GIF89a" + bytes(50), "is damaged"),
+        (picture(GREY)[:60], "is damaged"),
+        (picture(GREY, "WEBP")[:40], "is damaged"),
+        (picture(GREY, "JPEG")[:-200], "is damaged"),
+        (lying_png(8, 7000), "must be 8 pixels wide and 8 high"),
+        (lying_png(100_000, 100_000), "must have at most 16777216 pixels"),
+        (animated("PNG"), "must not be animated"),
+        (animated("WEBP"), "must not be animated"),
+        (deep_alpha_png(4, 2), "of 16 bits must be grey"),
+        (deep_alpha_png(6, 4), "of 16 bits must be grey"),
+        (deep_alpha_png(2, 3), "of 16 bits must be grey"),
+        (picture(np.dstack([GREY[..., 0]] * 4)), "must have no transparent pixels"),
+        (picture(GREY, "JPEG", mode="CMYK"), "must be grey or RGB; got colour mode CMYK"),
+        (pickled(), "must hold numbers; got object"),
+        (npy(np.zeros((8, 8), complex)), "must hold numbers"),
+        (npy(np.zeros((7, 8), np.float32)), r"must have shape \[8, 8, 1\] .* or \[n, 8, 8, 1\] for one per image"),
+        (npy(np.full((8, 8), np.inf)), "finite"),
+        (npy(np.full((8, 8), 1e300)), "finite"),
+        (npy(np.zeros((5, 8, 8, 1))), "must hold at most 4 arrays; got 5"),
+        (lying_npy((8, 8)), "must hold 256 bytes"),
+        (lying_npy((1 << 40, 8, 8, 1)), "at most 4 arrays"),
+        (npy(GREY) + b"more", "must hold 64 bytes"),
+        (b"\x93NUMPY\x09\x09", "must be an npy file of version 1 or 2"),
+        (b"\x93NUMPY\x01\x00\xff\xff", "is damaged"),
+        (npz(a=GREY, b=GREY), "named arr_0"),
+        (many_members(), "at most 16 arrays"),
+        (npz(arr_0=GREY)[:-30], "is damaged"),
+        (b"PK", "is damaged"),
+    ],
+)
+def test_refused(content: bytes, rule: str) -> None:
+    with pytest.raises(GivenFileError, match=rule):
+        read_images(content, (8, 8, 1), most=4)
+
+
+def test_bombs_are_refused_where_pictures_are_fitted_too() -> None:
+    with pytest.raises(GivenFileError, match="at most 16777216 pixels"):
+        read_images(lying_png(4097, 4096), (8, 8, 1), most=1, fit="resize")
+    with pytest.raises(GivenFileError, match="at most 16777216 pixels"):
+        read_images(lying_npy((1, 4097, 4096, 1), "<f8"), (8, 8, 1), most=1, fit="resize")
+
+
+def test_other_channels_come_as_arrays() -> None:
+    assert read_images(npy(np.zeros((8, 8, 2))), (8, 8, 2), most=1).shape == (1, 8, 8, 2)
+    with pytest.raises(GivenFileError, match="must be an npy or npz"):
+        read_images(picture(GREY), (8, 8, 2), most=1)
+    with pytest.raises(GivenFileError, match="floating-point"):
+        read_values(npy(GREY), (8, 8, 1), most=1)
+    with pytest.raises(GivenFileError, match="npy or npz"):
+        read_values(picture(GREY), (8, 8, 1), most=1)
+
+
+def test_the_range_of_values() -> None:
+    ranges = ValueRange((-10.0, 0.0), (30.0, 1.0))
+    ends = np.array([[[[-10.0, 0.0], [30.0, 1.0]]]], np.float32)
+    assert ranges.to_network(ends)[0].tolist() == [[[-1, 1]], [[-1, 1]]]
+    assert np.array_equal(ranges.to_data(ranges.to_network(ends)[0]), ends[0])
+    assert np.array_equal(ranges.data_of(np.array([[[[0, 0], [255, 255]]]], np.uint8)), ends)
