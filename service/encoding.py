@@ -5,32 +5,38 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import numpy.typing as npt
 
 from formats.images import PictureFormat, encode, grid
+from formats.value_range import ValueRange
+from service.engine.request import ImageParams, ImageResult
 from service.requests.generate_request import ImageFormat
 
 Uint8Array = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]
+"""uint8, or float32 in the formats of arrays."""
 
 MEDIA_TYPES: dict[ImageFormat, str] = {
     "png": "image/png",
     "webp": "image/webp",
     "jpeg": "image/jpeg",
     "npz": "application/x-npz",
+    "npy": "application/x-npy",
 }
 ZIP_MEDIA_TYPE = "application/zip"
 PICTURE_FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 CHANNELS: dict[ImageFormat, tuple[int, ...]] = {"png": (1, 3, 4), "webp": (1, 3, 4), "jpeg": (1, 3)}
-"""Numbers of image channels that each format supports; npz supports any."""
+"""Numbers of image channels that each format supports; npz and npy support any."""
+ARRAY_FORMATS: tuple[ImageFormat, ...] = ("npz", "npy")
 _NAME_LENGTH = 40
 
 
 def encode_one(
-    pixels: Uint8Array,
+    pixels: Pixels,
     class_index: int | None,
     image_format: ImageFormat,
     *,
@@ -40,11 +46,13 @@ def encode_one(
     """Encode one image, uint8 [H, W, C], for a JSON response; see `formats.images.encode` for options and errors."""
     if image_format == "npz":
         return encode_npz(pixels[None], [class_index], compression=compression)
+    if image_format == "npy":
+        return encode_npy(pixels[None])
     return encode(pixels, image_format, quality=quality, compression=compression)
 
 
 def encode_picture(
-    images: Uint8Array,
+    images: Pixels,
     class_indices: Sequence[int | None],
     image_format: ImageFormat,
     *,
@@ -54,11 +62,38 @@ def encode_picture(
     """Encode all images of a response, uint8 [N, H, W, C], as one body: a picture (a grid if N > 1), or an npz."""
     if image_format == "npz":
         return encode_npz(images, class_indices, compression=compression)
+    if image_format == "npy":
+        return encode_npy(images)
     picture = images[0] if len(images) == 1 else grid(images)
     return encode(picture, image_format, quality=quality, compression=compression)
 
 
-def encode_npz(images: Uint8Array, class_indices: Sequence[int | None], *, compression: int | None = None) -> bytes:
+def output_of(params: ImageParams, result: ImageResult, values: ValueRange) -> Pixels:
+    """Return a finished image: uint8 pixels, or float32 in the units of the data, [H, W, C].
+
+    Values that a mask keeps are those that were given, bit for bit.
+
+    Raises:
+        ValueError: the image has neither.
+    """
+    if result.pixels is not None:
+        return result.pixels
+    if result.values is None:
+        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
+    data, given = values.to_data(result.values), params.given
+    if given is not None and given.mask is not None and given.original is not None:
+        data = np.where(given.mask[0, :, :, None] == 0, given.original, data)
+    return data
+
+
+def encode_npy(images: Pixels) -> bytes:
+    """Encode arrays [N, H, W, C] as an npy."""
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.ascontiguousarray(images), allow_pickle=False)
+    return content.getvalue()
+
+
+def encode_npz(images: Pixels, class_indices: Sequence[int | None], *, compression: int | None = None) -> bytes:
     """Encode an npz in the ADM evaluator's format: arr_0 uint8 [N, H, W, C], arr_1 int64 labels if there are any."""
     arrays: list[npt.NDArray[np.generic]] = [images]
     labels = [index for index in class_indices if index is not None]

@@ -114,12 +114,13 @@ class Settings(BaseSettings):
     max_rows: int = _of_engine("max_rows")
     max_queue: int = _of_engine("max_queue")
     max_wait_s: float = _of_engine("max_wait_s")
+    max_given_bytes: int = _of_engine("max_given_bytes")
     policy: PolicyName = _of_engine("policy")
     client_share: float = _of_engine("client_share")
     max_request_s: float = Field(default=3600.0, gt=0)
     """Maximum time from a request's admission to its images; after it, the rows are freed and the answer is 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
-    """Maximum size of a request body."""
+    """Maximum size of a request body without given images; with them, what 64 images of the largest model take."""
     keep_answers_s: float = Field(default=600.0, gt=0)
     """Time for which an answer is kept for requests with the same Idempotency-Key."""
     max_kept_bytes: int = Field(default=64 << 20, ge=0)

@@ -41,7 +41,7 @@ class Admission:
 
         Raises:
             InvalidRequest: the request has more images than can ever be in flight.
-            QueueFull: too many rows are in flight, or the predicted wait is too long.
+            QueueFull: too many rows or given arrays are in flight, or the predicted wait is too long.
             ClientLimit: this client has too much work in flight.
             DeadlineUnmeetable: the request is predicted to miss its deadline.
             UnknownModel: the model does not exist or was retired.
@@ -50,6 +50,7 @@ class Admission:
             raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._accepting}))
         self._check_client_images(request, snapshot)
         self._check_rows(request, snapshot)
+        self._check_given(request, snapshot)
         images = self._order.images_of(request, submitted_at, snapshot.steps[request.model])
         prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
@@ -124,6 +125,19 @@ class Admission:
             raise ClientLimit(
                 f"{own} rows of this client are in flight, the limit is {part}; this request has {rows}",
                 self._until_free_s(own + rows - part, snapshot),
+            )
+
+    def _check_given(self, request: GenerationRequest, snapshot: Snapshot) -> None:
+        """Enforce the limit on the memory of given arrays."""
+        size, limit, in_flight = request.given_bytes, self._config.max_given_bytes, self.ledger.given_bytes
+        if size > limit:
+            raise InvalidRequest(
+                "n", f"given images must take at most {limit} bytes of memory in this service; these take {size}"
+            )
+        if size and in_flight + size > limit:
+            raise QueueFull(
+                f"given images take {in_flight} bytes of memory, the limit is {limit}; this request has {size}",
+                self._until_free_s(request.rows, snapshot),
             )
 
     def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:

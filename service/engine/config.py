@@ -22,6 +22,9 @@ class EngineConfig(FrozenConfig):
     """Maximum predicted wait of an interactive request before it is rejected with 503; batch work may wait longer."""
     client_share: float = Field(default=1.0, gt=0, le=1)
     """Part of all accepted rows that one client (a key or an address) may hold before it gets 429; 1: no limit."""
+    max_given_bytes: int = Field(default=256 << 20, ge=0)
+    """Maximum memory of images, masks and latents that requests bring along, while they are read and accepted;
+    beyond it, requests with given images are rejected with 503."""
     policy: PolicyName = "srw"
     """Scheduling policy: srw (aged shortest remaining work), fifo, deadline (earliest first)."""
     ageing: float = Field(default=1.0, gt=0)

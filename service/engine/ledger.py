@@ -56,6 +56,8 @@ class Ledger:
     def __init__(self, models: Iterable[str]) -> None:
         self.rows = 0
         """Rows of all accepted images."""
+        self.given_bytes = 0
+        """Memory of the given arrays of all requests with images in the ledger."""
         self._orders: dict[Image, Order] = {}
         self._models = {model: ModelWork() for model in models}
         self._clients: dict[str, ClientWork] = {}
@@ -97,6 +99,8 @@ class Ledger:
         for image in images:
             request, row_steps = image.request, image.row_steps
             self._orders[image] = image.order
+            if request.request_id not in self._requests:
+                self.given_bytes += request.given_bytes
             self._requests.setdefault(request.request_id, {})[image.position] = image
             self.rows += image.rows
             client = self._clients.setdefault(request.client, ClientWork())
@@ -117,9 +121,10 @@ class Ledger:
         """
         images = self._requests[request_id]
         image = images.pop(position)
+        request = image.request
         if not images:
             del self._requests[request_id]
-        request = image.request
+            self.given_bytes -= request.given_bytes
         self.rows -= image.rows
         client = self._clients[request.client]
         client.rows -= image.rows

@@ -33,6 +33,14 @@ class GivenArrays:
     """Image or latent [C, H, W] that the chain begins with, in the units where data spans [-1, 1]; finite."""
     mask: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     """1 where pixels are made, 0 where those of `image` are kept, [1, H, W]; None: all are made."""
+    original: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    """`image` in the units of the data, [H, W, C]: kept values are returned from here. The engine does not read it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory that the arrays take, with `keep`."""
+        mask = 0 if self.mask is None else 2 * self.mask.nbytes
+        return self.image.nbytes + mask + (0 if self.original is None else self.original.nbytes)
 
     @cached_property
     def keep(self) -> npt.NDArray[np.float32] | None:
@@ -117,6 +125,12 @@ class GenerationRequest:
     def rows(self) -> int:
         """Return the network rows per step of all its images."""
         return sum(image.rows for image in self.images)
+
+    @property
+    def given_bytes(self) -> int:
+        """Return the memory that the given arrays of its images take."""
+        arrays = {id(image.given): image.given for image in self.images if image.given is not None}
+        return sum(given.nbytes for given in arrays.values())
 
     @property
     def row_steps(self) -> int:

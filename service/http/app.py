@@ -7,11 +7,13 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.types import Scope
 
 from formats.extras import install_command
 from formats.tensorrt_files import BuildEngines
@@ -34,6 +36,7 @@ from service.http.door.keys import require_keys
 from service.http.door.observe import Observe
 from service.http.door.request_line import HeadAsGet, OriginForm
 from service.http.encoding_pool import EncodingPool
+from service.http.interfaces import takes_images
 from service.http.kserve import routes as kserve
 from service.http.loop_lag import measure_loop_lag
 from service.http.native import admin, generate, info
@@ -43,6 +46,8 @@ from service.http.page.thumbnails import Thumbnails
 from service.http.state import ServiceState
 from service.metrics import Metrics
 from service.models.registry import LoadModel, ModelRegistry, served_model
+from service.models.served_model import ServedModel
+from service.requests.given import body_bytes
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -166,7 +171,12 @@ def assemble(
     keys = None if settings.keys_file is None else KeyRing(settings.keys_file)
     # From the inside out: a request passes the last middleware first.
     app.add_middleware(Idempotency, max_bytes=settings.max_kept_bytes, keep_s=settings.keep_answers_s)
-    app.add_middleware(WholeBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        WholeBody,
+        max_bytes=settings.max_body_bytes,
+        given_bytes=partial(_given_bytes, served),
+        max_large_bytes=settings.max_given_bytes,
+    )
     app.add_middleware(Identify, keys=keys, trusted_proxies=settings.trusted_proxies)
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(HeadAsGet)
@@ -177,6 +187,13 @@ def assemble(
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(OriginForm)
     return app
+
+
+def _given_bytes(served: Mapping[str, ServedModel], scope: Scope) -> int:
+    """Return the bytes that the given images of a request may take, for the largest model."""
+    if not takes_images(scope["method"], scope["path"]):
+        return 0
+    return max((body_bytes(model.config.model) for model in served.values()), default=0)
 
 
 def _tracing() -> Tracing:

@@ -22,7 +22,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from service.engine.events import Event, ImageFailed
-from service.engine.request import GenerationRequest, ImageParams, ImageResult, Watch
+from service.engine.request import GenerationRequest, GivenArrays, ImageParams, ImageResult, Watch
 from service.engine.tickets import Ticket
 from service.errors import Aborted, GenerationFailed, InvalidRequest, TimedOut
 from service.http.client_gone import disconnected
@@ -36,6 +36,7 @@ from service.http.state import ServiceState
 from service.models.served_model import ServedModel, find_model
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
+from service.requests.given import check_given, read_given
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -115,8 +116,8 @@ class EventWriter(Protocol):
         ...
 
 
-def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Prepared:
-    """Complete a body with the model's defaults and the client's limits.
+async def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Prepared:
+    """Complete a body with the model's defaults and the client's limits. Given images are read in the encoding pool.
 
     Raises:
         InvalidRequest: a field breaks a rule; names the field, the rule and the allowed values.
@@ -128,7 +129,11 @@ def prepare(body: GenerateRequest, request: Request, state: ServiceState) -> Pre
         body = body.model_copy(update={"seed": derived_seed(client.name, key)})
     most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
     # Not X-Request-ID, which two clients may share
-    completed = complete(body, model, uuid.uuid4().hex, most, client.name)
+    check_given(body)
+    given: tuple[GivenArrays, ...] = ()
+    if body.image is not None or body.latent is not None:
+        given = await state.encoding.run(read_given, body, model.config)
+    completed = complete(body, model, uuid.uuid4().hex, most, client.name, given)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=key is not None)
 

@@ -44,6 +44,11 @@ class SharedRoute(JsonRoute):
     interface = Interface.NATIVE_AND_OPENAI
 
 
+def takes_images(method: str, path: str) -> bool:
+    """Return whether a request may have given images in its body, which may then be long."""
+    return method == "POST" and path == "/v1/generate"
+
+
 def generates(method: str, path: str) -> bool:
     """Return whether a request generates images."""
     return method == "POST" and _GENERATES.fullmatch(path) is not None

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from diffusion.chains import Resample, build_chain
 from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
-from diffusion.plans import SAMPLERS, build_plan, samplers_with_eta
+from diffusion.plans import SAMPLERS, samplers_with_eta
 from diffusion.quoting import alternatives, quoted
-from service.engine.request import GenerationRequest, ImageParams, PlanKey, Priority
+from service.engine.request import GenerationRequest, GivenArrays, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel
 from service.requests.generate_request import DEFAULT_STEPS, GenerateRequest
 
 
 def complete(
-    body: GenerateRequest, model: ServedModel, request_id: str, max_row_steps: int, client: str = ""
+    body: GenerateRequest,
+    model: ServedModel,
+    request_id: str,
+    max_row_steps: int,
+    client: str = "",
+    given: Sequence[GivenArrays] = (),
 ) -> GenerationRequest:
     """Fill in defaults and check the constraints that depend on the model.
+
+    Args:
+        body: of the request; `service.requests.given.check_given` has accepted it.
+        model: that it names.
+        request_id: new id.
+        max_row_steps: most work.
+        client: of the request.
+        given: its given arrays, one for all images or one per image.
 
     Raises:
         InvalidRequest: a constraint is violated; the message names field, rule and allowed values.
     """
-    count = _count(body)
+    count = _count(body, len(given))
     if body.image_index + count - 1 > MAX_IMAGE_INDEX:
         raise InvalidRequest(
             "image_index", f"must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images; got {body.image_index}"
         )
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    plan, num_steps = _plan(body, model.config)
+    plan, num_steps = _plan(body, model.config, max_row_steps)
     cfg_scale = _cfg_scale(body, model.config)
     classifier_scale = _classifier_scale(body, model)
     images = tuple(
@@ -42,6 +58,8 @@ def complete(
             class_index=_class_index(body, model, classifier_scale, seed, k),
             cfg_scale=cfg_scale,
             classifier_scale=classifier_scale,
+            given=given[k % len(given)] if given else None,
+            output="values" if body.dtype == "float32" else "pixels",
         )
         for k in range(count)
     )
@@ -63,9 +81,18 @@ def complete(
     return request
 
 
-def _count(body: GenerateRequest) -> int:
+def _count(body: GenerateRequest, given: int) -> int:
+    count = _count_without_given(body, given)
+    if given > 1 and given != count:
+        raise InvalidRequest(
+            "image" if body.latent is None else "latent", f"must hold 1 or {count} arrays; got {given}"
+        )
+    return count
+
+
+def _count_without_given(body: GenerateRequest, given: int) -> int:
     if not isinstance(body.class_, list):
-        return body.n or 1
+        return body.n or max(1, given)
     if body.n is not None and body.n != len(body.class_):
         raise InvalidRequest(
             "n", f"must be {len(body.class_)}, the length of the list in `class`, or absent; got {body.n}"
@@ -73,7 +100,7 @@ def _count(body: GenerateRequest) -> int:
     return len(body.class_)
 
 
-def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int]:
+def _plan(body: GenerateRequest, config: CheckpointConfig, max_row_steps: int) -> tuple[PlanKey, int]:
     timesteps = config.diffusion.num_timesteps
     if body.respacing is not None and body.steps is not None:
         raise InvalidRequest("respacing", "give either `steps` or `respacing`, not both")
@@ -87,9 +114,28 @@ def _plan(body: GenerateRequest, config: CheckpointConfig) -> tuple[PlanKey, int
     if body.eta is not None and not SAMPLERS[body.sampler].takes_eta:
         having = alternatives(samplers_with_eta())
         raise InvalidRequest("eta", f"is valid only with sampler {having}; sampler is {quoted(body.sampler)}")
-    key = PlanKey(sampler=body.sampler, spec=spec, eta=float(body.eta or 0.0))
+    if body.start_timestep is not None and body.start_timestep >= timesteps:
+        raise InvalidRequest("start_timestep", f"must be 0..{timesteps - 1}; got {body.start_timestep}")
+    key = PlanKey(
+        sampler=body.sampler,
+        spec=spec,
+        eta=float(body.eta or 0.0),
+        clip=body.clip,
+        strength=None if body.strength is None else float(body.strength),
+        timestep=body.start_timestep,
+        from_latent=body.latent is not None,
+    )
     try:
-        plan = build_plan(config.diffusion, key.sampler, key.spec, key.eta)
+        plan = build_chain(config.diffusion, key)
+        if body.resample is not None:
+            most = plan.num_steps * body.resample.times  # checked before so long a plan is built
+            if most > max_row_steps:
+                raise InvalidRequest(
+                    "resample",
+                    f"steps x times must be at most {max_row_steps}; got {plan.num_steps} x {body.resample.times}",
+                )
+            key = replace(key, resample=Resample(body.resample.times, body.resample.jump))
+            plan = build_chain(config.diffusion, key)
     except ValueError as error:
         raise InvalidRequest("steps" if body.respacing is None else "respacing", str(error)) from error
     return key, plan.num_steps

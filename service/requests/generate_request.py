@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED
 from diffusion.plans import SAMPLERS, samplers_with_eta
 from diffusion.quoting import in_words
+from formats.given_files import Fit
 from formats.images import JPEG_QUALITY
 from service.models.class_names import MAX_CLASS_NAME
 from service.requests.registered_name import NameIn
@@ -33,7 +34,13 @@ MAX_CLASSIFIER_SCALE = 100.0
 MAX_DEADLINE_S = 86400.0
 MAX_PREVIEW_EVERY = 10_000
 
-ImageFormat = Literal["png", "webp", "jpeg", "npz"]
+MAX_RESAMPLE_TIMES = 20
+MAX_RESAMPLE_JUMP = 4000
+
+ImageFormat = Literal["png", "webp", "jpeg", "npz", "npy"]
+ValueType = Literal["uint8", "float32"]
+File = Annotated[StrictStr, Field(min_length=1)]
+"""A file in base64."""
 PriorityName = Literal["interactive", "batch"]
 SamplerName = Annotated[str, NameIn(SAMPLERS)]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
@@ -98,7 +105,45 @@ class SamplingOptions(RequestBody):
     )
 
 
-class GenerateRequest(SamplingOptions):
+class ResampleOptions(RequestBody):
+    """RePaint's jumps back to noisier steps (arXiv:2201.09865), which adapt the made pixels to the kept ones."""
+
+    times: Annotated[StrictInt, Field(ge=1, le=MAX_RESAMPLE_TIMES)] = Field(
+        description="How often each part of the chain is sampled."
+    )
+    jump: Annotated[StrictInt, Field(ge=1, le=MAX_RESAMPLE_JUMP)] = Field(description="Steps of such a part.")
+
+
+class GivenOptions(RequestBody):
+    """Images, masks and latents that a request brings along, and what is done with them."""
+
+    image: File | None = Field(
+        default=None,
+        description="Image to begin with, or of which a part is kept: PNG, WebP, JPEG, npy or npz, in base64. An array "
+        "of shape [n, height, width, channels] has one per image.",
+    )
+    mask: File | None = Field(
+        default=None,
+        description="With `image`: white (or 1) where it is made anew, black (or 0) where it is kept; a file as there.",
+    )
+    latent: File | None = Field(
+        default=None, description="Instead of `image`: x_t to begin with, float32, npy or npz in base64."
+    )
+    strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
+    )
+    start_timestep: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None,
+        description="With `image` or `latent`: t of the training chain to begin at; the nearest step that is taken.",
+    )
+    resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
+    fit: Fit | None = Field(
+        default=None,
+        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
+    )
+
+
+class GenerateRequest(SamplingOptions, GivenOptions):
     """A request for images. Requests of the other interfaces are converted to this one."""
 
     model_config = ConfigDict(
@@ -116,7 +161,11 @@ class GenerateRequest(SamplingOptions):
     n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] | None = Field(
         default=None, description=f"Images, 1..{MAX_IMAGES}; default 1, or the length of `class` if that is a list."
     )
-    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy) or `npz`.")
+    format: ImageFormat = Field(default="png", description="`png`, `webp` (lossless), `jpeg` (lossy), `npz` or `npy`.")
+    dtype: ValueType = Field(
+        default="uint8", description="Of `npz` and `npy`: `uint8`, or `float32` in the units of the data."
+    )
+    clip: StrictBool = Field(default=True, description="Whether the predicted image is clamped in each step.")
     quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
         default=None, description=f"Quality of format `jpeg`, 1..100; default {JPEG_QUALITY}."
     )

@@ -207,7 +207,7 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     """
     head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
     body = _read(head)
-    prepared = prepare(_generate_request(body, behind, model), request, state)
+    prepared = await prepare(_generate_request(body, behind, model), request, state)
     answered = await answer_when_done(prepared, request, state, partial(_answer, body))
     return answered.response
 

@@ -9,8 +9,11 @@ from typing import Literal
 import numpy as np
 from starlette.responses import Response
 
+from diffusion.chains import build_chain
 from diffusion.quoting import alternatives, quoted
+from formats.value_range import value_range_of
 from service.encoding import (
+    ARRAY_FORMATS,
     CHANNELS,
     MEDIA_TYPES,
     PICTURE_FORMATS,
@@ -19,6 +22,7 @@ from service.encoding import (
     encode_picture,
     encode_zip,
     file_name,
+    output_of,
 )
 from service.engine.request import ImageParams, ImageResult
 from service.errors import InvalidRequest, NotAcceptable
@@ -62,9 +66,14 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
         raise InvalidRequest("quality", f'is valid only with format "jpeg"; format is {quoted(image_format)}')
     if body.compression is not None and image_format == "jpeg":
         raise InvalidRequest("compression", 'is not valid with format "jpeg", which has `quality`')
-    if kind == "zip" and image_format == "npz":
+    if body.dtype == "float32" and image_format not in ARRAY_FORMATS:
+        wanted = alternatives(ARRAY_FORMATS)
+        raise InvalidRequest("dtype", f"float32 is valid only with format {wanted}; format is {quoted(image_format)}")
+    if body.compression is not None and image_format == "npy":
+        raise InvalidRequest("compression", 'is not valid with format "npy", which is not compressed')
+    if kind == "zip" and image_format in ARRAY_FORMATS:
         raise InvalidRequest(
-            "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz holds all images by itself"
+            "format", f"must be {alternatives(PICTURE_FORMATS)} in a zip; an npz or npy holds all images by itself"
         )
     if channels not in CHANNELS.get(image_format, (channels,)):
         fit = [name for name in MEDIA_TYPES if channels in CHANNELS.get(name, (channels,))]
@@ -83,12 +92,16 @@ def answer(form: Form, finished: Finished) -> Response:
     headers = {"X-Seed": str(params[0].seed), "X-Numerics-Id": accepted.model.numerics_id}
     if form.body == "zip":
         files = [
-            (file_name(k, _class_name(accepted, p), p.seed, p.image_index, form.format), _encode(form, p, result))
+            (
+                file_name(k, _class_name(accepted, p), p.seed, p.image_index, form.format),
+                _encode(form, accepted, p, result),
+            )
             for k, (p, result) in enumerate(zip(params, results, strict=True))
         ]
         headers["Content-Disposition"] = f'attachment; filename="iddpm-{params[0].seed}.zip"'
         return Response(encode_zip(files), media_type=ZIP_MEDIA_TYPE, headers=headers)
-    pixels = np.stack([result.pixels for result in results if result.pixels is not None])
+    values = value_range_of(accepted.model.config)
+    pixels = np.stack([output_of(p, result, values) for p, result in zip(params, results, strict=True)])
     content = encode_picture(
         pixels, [p.class_index for p in params], form.format, quality=form.quality, compression=form.compression
     )
@@ -107,23 +120,27 @@ def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> Gene
     """Return a finished image with its parameters, as a member of the response."""
     params = accepted.images[result.position]
     return GeneratedImage(
-        b64_json=base64.b64encode(_encode(form, params, result)).decode(),
+        b64_json=base64.b64encode(_encode(form, accepted, params, result)).decode(),
         class_=_class_name(accepted, params),
         class_index=params.class_index,
         seed=params.seed,
         image_index=params.image_index,
         steps=params.num_steps,
+        start_timestep=_start_timestep(accepted, params),
         queue_ms=round(result.queue_s * 1000, 3),
         compute_ms=round(result.compute_s * 1000, 3),
     )
 
 
-def _encode(form: Form, params: ImageParams, result: ImageResult) -> bytes:
-    if result.pixels is None:
-        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
-    return encode_one(
-        result.pixels, params.class_index, form.format, quality=form.quality, compression=form.compression
-    )
+def _encode(form: Form, accepted: Accepted, params: ImageParams, result: ImageResult) -> bytes:
+    output = output_of(params, result, value_range_of(accepted.model.config))
+    return encode_one(output, params.class_index, form.format, quality=form.quality, compression=form.compression)
+
+
+def _start_timestep(accepted: Accepted, params: ImageParams) -> int | None:
+    if params.given is None:
+        return None
+    return int(build_chain(accepted.model.config.diffusion, params.plan).timesteps[0])
 
 
 def _class_name(accepted: Accepted, params: ImageParams) -> str | None:

@@ -66,7 +66,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     With `stream`, the answer is Server-Sent Events: `queued` at once and while the request waits, then `progress` and
     `preview` of its images, and last `completed`, with the content of the JSON answer, or `failed`, with a problem.
     """
-    prepared = prepare(body, request, state)
+    prepared = await prepare(body, request, state)
     form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)
     if body.stream:
         watch = Watch(preview_every=body.preview_every)

@@ -8,9 +8,10 @@ from fastapi import APIRouter, Depends, Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from diffusion.plans import SAMPLERS
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import OpenAIRoute, SharedRoute
-from service.http.native.schemas import ModelCard, ModelInfo, ModelList, Problem, Status
+from service.http.native.schemas import ModelCard, ModelInfo, ModelList, Problem, SamplerInfo, Status
 from service.http.openai.schemas import OpenAIError
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
@@ -29,6 +30,14 @@ async def models(state: State) -> ModelList:
     return ModelList(
         data=[_card(model) for model in state.models.values()],
         models=[model_info(model) for model in state.models.values()],
+        samplers=[
+            SamplerInfo(
+                name=name,
+                options=["eta"] if sampler.takes_eta else [],
+                recommended_steps=sampler.recommended_steps,
+            )
+            for name, sampler in SAMPLERS.items()
+        ],
     )
 
 

@@ -18,6 +18,9 @@ class GeneratedImage(BaseModel):
     seed: int
     image_index: int
     steps: int
+    start_timestep: int | None = Field(
+        default=None, description="t of the training chain of its first step, if it began with a given image or latent."
+    )
     queue_ms: float = Field(description="From admission to its first network call.")
     compute_ms: float = Field(description="From its first network call to its last.")
 
@@ -62,6 +65,14 @@ class ModelInfo(BaseModel):
     backend: str
 
 
+class SamplerInfo(BaseModel):
+    """A sampler that every model can be sampled with."""
+
+    name: str
+    options: list[str] = Field(description="Names of the fields that only some samplers have.")
+    recommended_steps: tuple[int, int] = Field(description="The least and the most steps that make sense.")
+
+
 class ModelCard(BaseModel):
     """A served model as OpenAI's SDK lists it."""
 
@@ -77,6 +88,7 @@ class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
     models: list[ModelInfo]
+    samplers: list[SamplerInfo] = []
 
 
 class Problem(BaseModel):

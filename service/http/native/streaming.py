@@ -61,7 +61,9 @@ class NativeEvents:
 
 
 def _preview(preview: ImagePreview, form: Form) -> str:
-    picture_format: PictureFormat = "png" if form.format == "npz" else form.format
+    picture_format: PictureFormat = "png"
+    if form.format != "npz" and form.format != "npy":  # mypy narrows no `in`
+        picture_format = form.format
     picture = encode(preview.pixels, picture_format, quality=form.quality, compression=form.compression)
     event = PreviewEvent(
         position=preview.position,

@@ -51,7 +51,7 @@ async def generate_images(body: ImagesRequest, request: Request, state: State) -
     """Generate images of classes; with `stream`, previews and images come as Server-Sent Events."""
     model = find_model(state.models, body.model)
     native = native_request(body, model)
-    prepared = prepare(native, request, state)
+    prepared = await prepare(native, request, state)
     form = form_of(native, "application/json", model.config.model.image_channels)
     if body.stream:
         watch = _watch(body.partial_images, prepared.request.images[0].num_steps)

@@ -1,0 +1,120 @@
+"""Read the images, masks and latents of a request. Slow: call `read_given` in the `EncodingPool`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusion.config import CheckpointConfig, ModelConfig
+from formats.given_files import GivenFileError, Shape, read_images, read_masks, read_values
+from formats.value_range import value_range_of
+from service.engine.request import GivenArrays
+from service.errors import InvalidRequest
+from service.requests.generate_request import MAX_IMAGES, GivenOptions
+
+FLOAT_BYTES = 4
+LARGEST_VALUE = 1000.0
+"""Of given arrays, in the units of the network."""
+PICTURE_BYTES = 8 << 20
+"""Bytes that a body with a picture may take for any model, because `fit` shrinks it."""
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    """Return height, width and channels of a model's images."""
+    return model.image_size, model.image_size, model.image_channels
+
+
+def body_bytes(model: ModelConfig) -> int:
+    """Return the bytes of base64 that the given arrays of a request for a model take, at most."""
+    height, width, channels = shape_of(model)
+    return max(PICTURE_BYTES, MAX_IMAGES * height * width * (channels + 1) * FLOAT_BYTES * 4 // 3)
+
+
+def check_given(body: GivenOptions) -> None:
+    """Check rules between the fields of given images, before any is read.
+
+    Raises:
+        InvalidRequest: a field needs another one, or excludes it.
+    """
+    given = {name for name in type(body).model_fields if getattr(body, name) is not None}
+    if "latent" in given and (other := given & {"image", "mask", "strength", "resample", "fit"}):
+        raise InvalidRequest(min(other), "is not valid with `latent`, which the chain begins with as it is")
+    if "strength" in given and "start_timestep" in given:
+        raise InvalidRequest("start_timestep", "give either `strength` or `start_timestep`, not both")
+    if "start_timestep" in given and not given & {"image", "latent"}:
+        raise InvalidRequest("start_timestep", "is valid only with `image` or `latent`")
+    for name, needed in (("strength", "image"), ("fit", "image"), ("mask", "image"), ("resample", "mask")):
+        if name in given and needed not in given:
+            raise InvalidRequest(name, f"is valid only with `{needed}`")
+    if "image" in given and not given & {"mask", "strength", "start_timestep"}:
+        raise InvalidRequest("image", "needs `strength`, `start_timestep` or `mask`")
+
+
+def read_given(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
+    """Read the given arrays of a request: none, one for all images, or one per image.
+
+    Raises:
+        InvalidRequest: a file cannot be read, or has another shape; names the field, the rule and what is wanted.
+    """
+    shape = shape_of(config.model)
+    if body.latent is not None:
+        latents = read_file("latent", body.latent, lambda file: read_values(file, shape, most=MAX_IMAGES))
+        return begun_with("latent", latents.transpose(0, 3, 1, 2))
+    if body.image is None:
+        return ()
+    images = read_file("image", body.image, lambda file: read_images(file, shape, most=MAX_IMAGES, fit=body.fit))
+    masks: npt.NDArray[Any] | None = None
+    if body.mask is not None:
+        masks = read_file("mask", body.mask, lambda file: read_masks(file, shape, most=MAX_IMAGES, fit=body.fit))
+        if len(images) != len(masks) and 1 not in (len(images), len(masks)):
+            raise InvalidRequest("mask", f"must hold 1 or {len(images)} masks, as `image`; got {len(masks)}")
+    return given_images(images, masks, config)
+
+
+def given_images(
+    images: npt.NDArray[Any], masks: npt.NDArray[np.float32] | None, config: CheckpointConfig
+) -> tuple[GivenArrays, ...]:
+    """Return the arrays of images as `formats.given_files` reads them, and of masks, one each or one for all."""
+    ranges = value_range_of(config)
+    values, originals = ranges.to_network(images), ranges.data_of(images)
+    _check_size("image", values)
+    count = max(len(images), 0 if masks is None else len(masks))
+    return tuple(
+        GivenArrays(
+            image=values[k % len(images)],
+            mask=None if masks is None else masks[k % len(masks)][None],
+            original=None if masks is None else originals[k % len(images)],
+        )
+        for k in range(count)
+    )
+
+
+def begun_with(field: str, arrays: npt.NDArray[np.float32]) -> tuple[GivenArrays, ...]:
+    """Return arrays of the network, [n, C, H, W], as what chains begin with."""
+    _check_size(field, arrays)
+    return tuple(GivenArrays(image=np.ascontiguousarray(array)) for array in arrays)
+
+
+def read_file(field: str, text: str, read: Callable[[bytes], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Read a file in base64.
+
+    Raises:
+        InvalidRequest: it is not base64, or cannot be read.
+    """
+    try:
+        return read(base64.b64decode(text, validate=True))
+    except binascii.Error as error:
+        raise InvalidRequest(field, "must be a file in base64 (RFC 4648, without line breaks)") from error
+    except ValueError as error:
+        rule = str(error) if isinstance(error, GivenFileError) else "must be a file in base64"
+        raise InvalidRequest(field, rule) from error
+
+
+def _check_size(field: str, values: npt.NDArray[np.float32]) -> None:
+    if np.abs(values).max(initial=0) > LARGEST_VALUE:
+        raise InvalidRequest(field, f"must hold values of at most {LARGEST_VALUE:g} where data spans -1 to 1")

@@ -1,0 +1,230 @@
+"""Given images over HTTP: begin with them, keep a part of them, arrays in and out, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from diffusion.chains import Chain, Resample, build_chain
+from diffusion.sampling import ImageSpec, sample_values
+from diffusion.update import from_uint8_reversibly, to_uint8
+from formats.value_range import ValueRange
+from tests.denoisers import AsNetwork, ExactDenoiser
+from tests.fakes import tiny_config
+from tests.integration.exact_service import exact_app, serving
+from tests.integration.in_process import running
+from tests.waiting import PATIENCE_S, runs
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8)
+MASK = np.zeros((8, 8), np.uint8)
+MASK[2:6, 3:] = 255
+LATENT = RNG.standard_normal((8, 8, 1)).astype(np.float32)
+
+
+def png(pixels: npt.NDArray[Any]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.squeeze(pixels)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def npy(array: npt.NDArray[Any]) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def array_of(text: str) -> npt.NDArray[Any]:
+    loaded = np.load(io.BytesIO(base64.b64decode(text)))
+    return np.asarray(loaded if isinstance(loaded, np.ndarray) else loaded["arr_0"])
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving(exact_app()) as address:
+        yield address
+
+
+def post(address: str, **body: Any) -> httpx.Response:
+    fields = {"class": 1, "seed": 7, "steps": 5, "format": "npy", "cfg_scale": 1.5} | body
+    return httpx.post(f"http://{address}/v1/generate", json=fields, timeout=PATIENCE_S)
+
+
+def alone(chain: Chain, given: npt.NDArray[Any] | None = None, masked: bool = False, index: int = 0) -> Any:
+    """Sample without a service; return values [C, H, W] of the network."""
+    denoiser = ExactDenoiser(tiny_config())
+    spec = ImageSpec(
+        seed=7,
+        image_index=index,
+        class_index=1,
+        cfg_scale=1.5,
+        given=given,
+        mask=(MASK[None] / np.float32(255)).astype(np.float32) if masked else None,
+    )
+    return sample_values(AsNetwork(denoiser), build_chain(denoiser.config.diffusion, chain), [spec], xp=np)[0]
+
+
+NETWORK_LATENT = LATENT.transpose(2, 0, 1)
+IMAGE = from_uint8_reversibly(PIXELS[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "chain", "given", "masked"),
+    [
+        ({"image": png(PIXELS), "strength": 0.6}, {"strength": 0.6}, IMAGE, False),
+        ({"image": npy(PIXELS), "strength": 0}, {"strength": 0.0}, IMAGE, False),
+        (
+            {"image": npy(PIXELS), "start_timestep": 500, "sampler": "ddim"},
+            {"timestep": 500, "sampler": "ddim"},
+            IMAGE,
+            False,
+        ),
+        (
+            {"latent": npy(LATENT), "sampler": "dpm++"},
+            {"from_latent": True, "sampler": "dpm++"},
+            NETWORK_LATENT,
+            False,
+        ),
+        ({"image": png(PIXELS), "mask": png(MASK)}, {}, IMAGE, True),
+        (
+            {"image": png(PIXELS), "mask": png(MASK), "strength": 0.8, "resample": {"times": 2, "jump": 2}},
+            {"strength": 0.8, "resample": Resample(2, 2)},
+            IMAGE,
+            True,
+        ),
+        ({"clip": False}, {"clip": False}, None, False),
+    ],
+)
+def test_chains_with_given_images(
+    address: str, fields: dict[str, Any], chain: dict[str, Any], given: Any, masked: bool
+) -> None:
+    wanted = Chain(**{"sampler": "ancestral", "spec": "5"} | chain)
+    values = alone(wanted, given, masked)
+    answer = post(address, **fields)
+    assert answer.status_code == 200, answer.text
+    image = answer.json()["images"][0]
+    plan = build_chain(tiny_config().diffusion, wanted)
+    assert image["steps"] == plan.num_steps
+    assert image.get("start_timestep") == (None if given is None else plan.timesteps[0])
+    pixels = array_of(image["b64_json"])[0]
+    assert np.array_equal(pixels, to_uint8(values[None])[0])
+    floats = array_of(post(address, **fields, dtype="float32").json()["images"][0]["b64_json"])[0]
+    assert floats.dtype == np.float32
+    made = MASK[..., None] > 0 if masked else np.ones((8, 8, 1), bool)
+    assert np.array_equal(floats[made], ValueRange().to_data(values)[made])
+    if masked:
+        assert np.array_equal(pixels[~made], PIXELS[~made])
+        assert np.array_equal(floats[~made], PIXELS[~made].astype(np.float32))
+
+
+def test_kept_float_values_are_equal_bit_for_bit(address: str) -> None:
+    given = (RNG.random((8, 8, 1)) * 255).astype(np.float32)
+    fields: dict[str, Any] = {"image": npy(given), "mask": png(MASK), "format": "npz", "dtype": "float32"}
+    floats = array_of(post(address, **fields).json()["images"][0]["b64_json"])[0]
+    kept = MASK == 0
+    assert np.array_equal(floats[kept], given[kept])
+    assert not np.array_equal(floats[~kept], given[~kept])
+
+
+def test_one_array_per_image_and_a_file_as_the_answer(address: str) -> None:
+    images = RNG.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    fields = {"image": npy(images), "strength": 0.4, "class": 1, "seed": 7, "steps": 5, "cfg_scale": 1.5}
+    accept = {"Accept": "application/x-npy"}
+    answer = httpx.post(f"http://{address}/v1/generate", json=fields, headers=accept, timeout=PATIENCE_S)
+    assert answer.headers["content-type"] == "application/x-npy"
+    found = np.load(io.BytesIO(answer.content))
+    chain = Chain(sampler="ancestral", spec="5", strength=0.4)
+    for k, image in enumerate(from_uint8_reversibly(images)):
+        assert np.array_equal(found[k], to_uint8(alone(chain, image, index=k)[None])[0])
+
+
+def test_progress_counts_the_calls_of_the_longer_plan(address: str) -> None:
+    fields = {"image": png(PIXELS), "mask": png(MASK), "resample": {"times": 3, "jump": 1}, "stream": True}
+    steps = build_chain(tiny_config().diffusion, Chain(spec="5", resample=Resample(3, 1))).num_steps
+    assert f'"steps":{steps}' in post(address, **fields, preview_every=2).text
+    assert steps > 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "rule"),
+    [
+        ({"strength": 0.5}, "strength", "is valid only with `image`"),
+        ({"image": png(PIXELS)}, "image", "needs `strength`, `start_timestep` or `mask`"),
+        ({"mask": png(MASK)}, "mask", "is valid only with `image`"),
+        ({"start_timestep": 5}, "start_timestep", "is valid only with `image` or `latent`"),
+        ({"image": png(PIXELS), "strength": 0.5, "start_timestep": 5}, "start_timestep", "not both"),
+        ({"image": png(PIXELS), "start_timestep": 1000}, "start_timestep", "must be 0..999; got 1000"),
+        ({"image": png(PIXELS), "strength": 0.5, "resample": {"times": 2, "jump": 2}}, "resample", "only with `mask`"),
+        ({"latent": npy(LATENT), "mask": png(MASK)}, "mask", "is not valid with `latent`"),
+        ({"latent": png(PIXELS)}, "latent", "npy or npz"),
+        ({"latent": npy(LATENT * np.nan)}, "latent", "finite"),
+        ({"latent": npy(LATENT * 1e6)}, "latent", "at most 1000"),
+        ({"image": "not base64", "strength": 0.5}, "image", "base64"),
+        ({"image": "é", "strength": 0.5}, "image", "base64"),
+        ({"image": png(PIXELS[:7]), "strength": 0.5}, "image", "must be 8 pixels wide and 8 high"),
+        ({"image": npy(np.zeros((3, 8, 8, 1))), "strength": 0.5, "n": 2}, "image", "must hold 1 or 2 arrays; got 3"),
+        ({"image": npy(np.zeros((2, 8, 8, 1))), "mask": npy(np.zeros((3, 8, 8)))}, "mask", "must hold 1 or 2 masks"),
+        ({"dtype": "float32", "format": "png"}, "dtype", 'is valid only with format "npz" or "npy"'),
+        ({"compression": 3}, "compression", "not compressed"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(address: str, fields: dict[str, Any], field: str, rule: str) -> None:
+    answer = post(address, **fields)
+    assert answer.status_code == 422, answer.text
+    [error] = answer.json()["errors"]
+    assert error["field"] == field
+    assert rule in error["message"]
+
+
+def test_fit(address: str) -> None:
+    answer = post(address, image=png(np.zeros((20, 30), np.uint8)), strength=0.5, fit="crop")
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_samplers_are_listed(address: str) -> None:
+    listed = httpx.get(f"http://{address}/v1/models").json()["samplers"]
+    assert {"name": "ddim", "options": ["eta"], "recommended_steps": [50, 250]} in listed
+    assert {"name": "dpm++", "options": [], "recommended_steps": [10, 25]} in listed
+
+
+def test_a_body_beyond_what_the_shapes_need_is_refused_before_it_is_read(address: str) -> None:
+    for path, most in (("/v1/generate", 65536 + (8 << 20)), ("/v1/images/generations", 65536)):
+        connection = http.client.HTTPConnection(address)
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(most + 1))
+        connection.endheaders()  # and no body
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert f"at most {most} bytes" in answer.read().decode()
+        connection.close()
+    large = "x" * 100_000
+    assert post(address, image=large, strength=0.5).status_code == 422
+    assert httpx.post(f"http://{address}/v1/images/generations", json={"prompt": large}).status_code == 413
+
+
+@runs
+async def test_memory_of_given_images_is_bounded_while_requests_wait() -> None:
+    images = npy(np.zeros((2, 8, 8, 1), np.float32))
+    async with running(max_given_bytes=800) as service:
+        service.denoiser.let.clear()
+        first = asyncio.create_task(service.generate(image=images, strength=0.5, steps=4, cfg_scale=1))
+        await service.until_accepted(1)
+        refused = await service.generate(image=images, strength=0.5, steps=4, cfg_scale=1)
+        assert refused.status_code == 503
+        assert "given images take 512 bytes of memory, the limit is 800" in refused.json()["detail"]
+        service.denoiser.let.set()
+        assert (await first).status_code == 200
+        assert (await service.generate(image=images, strength=0.5, steps=4, cfg_scale=1)).status_code == 200
+        too_many = await service.generate(image=images, mask=png(MASK), steps=4, cfg_scale=1)
+        assert too_many.status_code == 422
