@@ -143,7 +143,7 @@ class GivenOptions(RequestBody):
     )
 
 
-class GenerateRequest(SamplingOptions, GivenOptions):
+class GenerateRequest(GivenOptions, SamplingOptions):
     """A request for images. Requests of the other interfaces are converted to this one."""
 
     model_config = ConfigDict(

@@ -214,7 +214,7 @@ MESSAGES: list[tuple[str, dict[str, Any] | list[Any], str]] = [
     ("/v1/generate", {"stream": "yes"}, 'stream: must be true or false; got "yes"'),
     ("/v1/generate", {"n": True}, "n: input should be a valid integer; got true"),
     ("/v1/generate", {"cfg_scale": "x"}, 'cfg_scale: input should be a valid number; got "x"'),
-    ("/v1/generate", {"format": "gif"}, 'format: must be "png", "webp", "jpeg" or "npz"; got "gif"'),
+    ("/v1/generate", {"format": "gif"}, 'format: must be "png", "webp", "jpeg", "npz" or "npy"; got "gif"'),
     ("/v1/generate", {"model": {"a": None}}, 'model: input should be a valid string; got {"a": null}'),
     ("/v1/generate", {"respacing": "it's"}, '"ddimN" or ""; got "it\'s"'),
     ("/v1/generate", {"respacing": "1"}, 'at least 2 steps; "1" keeps 1'),
