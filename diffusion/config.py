@@ -6,15 +6,17 @@ error instead of building a network that samples noise.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 Prediction = Literal["eps", "x0"]
 AttentionOrder = Literal["legacy", "new"]
 ClassifierPool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
+ValueRange = tuple[FiniteFloat, FiniteFloat]
+"""The values of the data that are -1 and 1 for the network."""
 
 
 class FrozenConfig(BaseModel):
@@ -211,6 +213,10 @@ class CheckpointConfig(FrozenConfig):
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] | None = None
     """One name per class, in label order; None: the classes have no names."""
+    value_range: ValueRange | tuple[ValueRange, ...] = (0.0, 255.0)
+    """[low, high]: the values of the data that are -1 and 1 for the network, or one such pair per image channel.
+
+    The units of float32 arrays (`formats.values`). Eight-bit pixels do not depend on it: 0 is low and 255 is high."""
     sampling: SamplingDefaults = SamplingDefaults()
     provenance: dict[str, Any] = {}
     """Where the weights come from: command, commit, images seen, or the imported file. For human readers."""
@@ -227,9 +233,28 @@ class CheckpointConfig(FrozenConfig):
                 f"class_names must have one name per class: model.num_classes is {self.model.num_classes}, "
                 f"got {len(self.class_names)} names"
             )
+        self._check_value_range()
         if self.sampling.cfg_scale != 1.0 and not self.model.null_class:
             raise ValueError("sampling.cfg_scale other than 1 needs model.null_class")
         return self
+
+    @property
+    def channel_ranges(self) -> tuple[ValueRange, ...]:
+        """[low, high] of each image channel."""
+        if self.value_range and isinstance(self.value_range[0], tuple):
+            return self.value_range
+        return (cast("ValueRange", self.value_range),) * self.model.image_channels
+
+    def _check_value_range(self) -> None:
+        ranges = self.channel_ranges
+        if len(ranges) != self.model.image_channels or not self.value_range:
+            raise ValueError(
+                f"value_range must be [low, high], or one such pair per image channel ({self.model.image_channels}); "
+                f"got {len(self.value_range)} pairs"
+            )
+        for low, high in ranges:
+            if not low < high:
+                raise ValueError(f"value_range must be [low, high] with low < high; got {[low, high]}")
 
 
 class ClassifierCheckpointConfig(FrozenConfig):
