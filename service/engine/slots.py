@@ -44,7 +44,7 @@ class SlotTable(Generic[A]):
         self.spare_slot = num_slots
         """Slot for padding places of a batch. Its contents are finite and have no meaning."""
         self.send: Callable[[npt.NDArray[Any]], A] = send
-        self.image_shape = (model.image_channels, model.image_size, model.image_size)
+        self.image_shape = model.image_shape
         self._xp = xp
         self._device = device
         self.x: A = self._zeros((num_slots + 1, *self.image_shape), xp.float32)
