@@ -379,7 +379,7 @@ def run(args: argparse.Namespace) -> str:
     labels = balanced_labels(args.images, num_classes)
     test = open_split(args.test, config)
 
-    judge = Judge(config.model.image_size, config.model.image_channels, num_classes)
+    judge = Judge(config.model.image_shape, num_classes)
     load_or_train_judge(args.judge, judge, args.train, config, args.judge_epochs)
     seen = predict(judge, eight_bit_images(test, np.arange(len(test.labels))))
     real = Agreement.from_predictions(test.labels, seen, num_classes)

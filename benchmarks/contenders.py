@@ -98,7 +98,7 @@ class Rows:
         """Return rows of noise with varied timesteps and classes."""
         model, ids = config.model, np.arange(count)
         t_model = respace(config.diffusion).t_model
-        x_t = normal(ids, ids * 0, ids * 0, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
+        x_t = normal(ids, ids * 0, ids * 0, STREAM_X_T, model.image_shape)
         y = None if model.num_classes is None else ids % model.num_labels
         return cls(x_t, t_model[ids * SPREAD % len(t_model)].astype(np.float32), y)
 

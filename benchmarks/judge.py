@@ -31,14 +31,16 @@ class JudgeError(ValueError):
 class Judge(nn.Module):
     """A small convolutional classifier of images [B, C, H, W] where data spans [-1, 1]."""
 
-    def __init__(self, image_size: int, image_channels: int, num_classes: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
+        image_channels, height, width = image_shape
         widths = (image_channels, 16, 32, 64)
         blocks: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
             blocks += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        features = widths[-1] * (image_size >> (len(widths) - 1)) ** 2
+        halvings = len(widths) - 1
+        features = widths[-1] * (height >> halvings) * (width >> halvings)
         self.features = nn.Sequential(*blocks, nn.Flatten())
         self.head = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, num_classes)

@@ -193,7 +193,7 @@ def count_flops(model: ModelConfig) -> int:
     """Count the floating-point operations of one row of the original network, without its time MLP."""
     with torch.device("meta"):
         network = UNet(model).eval().requires_grad_(False)
-        x_t = torch.empty(1, model.image_channels, model.image_size, model.image_size)
+        x_t = torch.empty(1, *model.image_shape)
         emb_t = torch.empty(1, model.emb_channels)
         y = None if model.num_classes is None else torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -244,7 +244,7 @@ def _calls(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> list[C
     calls = []
     for band in range(BANDS):
         t = t_model[(2 * band + 1) * len(t_model) // (2 * BANDS)]
-        shape = (model.image_channels, model.image_size, model.image_size)
+        shape = model.image_shape
         inputs = {"x_t": normal(zero, zero, zero + band, STREAM_X_T, shape), "emb_t": time_mlp(t[None])}
         if model.num_classes is not None:
             inputs["y"] = zero

@@ -116,7 +116,7 @@ def open_judge(path: Path, network: BenchNetwork) -> Judge:
     """
     model = network.config.model
     assert model.num_classes is not None  # the bundled model has classes
-    judge = Judge(model.image_size, model.image_channels, model.num_classes)
+    judge = Judge(model.image_shape, model.num_classes)
     if not path.is_file():
         raise ValueError(f"--judge {path} does not exist; python -m benchmarks.conditioning trains one")
     try:

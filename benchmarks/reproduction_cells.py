@@ -290,7 +290,7 @@ class Evaluation:
         weights, images = load_file(self._judge_file), self._dataset.images(np.arange(1))
         if "head.4.weight" not in weights:
             raise JudgeError(f"{self._judge_file} contains no judge; benchmarks.conditioning trains one")
-        judge = Judge(images.shape[1], images.shape[-1], len(weights["head.4.weight"]))
+        judge = Judge((images.shape[-1], *images.shape[1:3]), len(weights["head.4.weight"]))
         try:
             judge.load_state_dict(weights)
         except RuntimeError as error:

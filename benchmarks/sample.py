@@ -105,7 +105,7 @@ def _eager_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sampler
         specs = [ImageSpec(seed=k, class_index=label) for k, label in enumerate(labels_of(network, images))]
         # Not `sample_images`, which pads a single image for bit-identical results; a peer would not.
         seeds = torch.arange(images, device=place.device)
-        shape = (model.image_channels, model.image_size, model.image_size)
+        shape = model.image_shape
 
         def noise(step: int, stream: int) -> Tensor:
             return normal(seeds, torch.zeros_like(seeds), torch.full_like(seeds, step), stream, shape)
@@ -129,7 +129,7 @@ def _diffusers_sampler(entry: Entry, network: BenchNetwork, place: Place) -> Sam
         generator = torch.Generator(place.device).manual_seed(0)
         labels = labels_of(network, images)
         y = None if None in labels else torch.tensor(labels, device=place.device)
-        shape = (images, model.image_channels, model.image_size, model.image_size)
+        shape = (images, *model.image_shape)
         x = torch.randn(shape, generator=generator, device=place.device)
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:

@@ -57,7 +57,7 @@ WARM_UP = 0.25
 def time_network(backend: OpenVinoBackend, calls: int) -> dict[int, float]:
     """Return the median seconds of a network call by rows, measured in turns."""
     model = backend.config.model
-    shape = (model.image_channels, model.image_size, model.image_size)
+    shape = model.image_shape
     taken: dict[int, list[float]] = {rows: [] for rows in backend.batch_sizes or ()}
     for _ in range(calls):
         for rows, seconds in taken.items():

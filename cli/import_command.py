@@ -10,7 +10,7 @@ import typer
 from cli.errors import fail, needs_extra
 
 if TYPE_CHECKING:
-    from diffusion.config import FrozenConfig
+    from diffusion.config import FrozenConfig, ImageSize
     from formats.checkpoint_config import AnyCheckpointConfig
     from interchange.sanity_check import SanityReport
 
@@ -181,7 +181,7 @@ def summary(config: AnyCheckpointConfig) -> str:
     heads = f"{model.num_head_channels} channels each" if model.num_head_channels else str(model.num_heads)
     rows = {
         "kind": config.kind,
-        "image size": f"{model.image_size} px",
+        "image size": f"{_size(model.image_size)} px",
         "width": f"{model.model_channels} x {', '.join(f'{mult:g}' for mult in model.channel_mult)}",
         "blocks per level": str(model.num_res_blocks),
         "attention": f"at {', '.join(map(str, model.attention_resolutions)) or 'the middle only'}; heads: {heads}; "
@@ -191,7 +191,11 @@ def summary(config: AnyCheckpointConfig) -> str:
         f"{diffusion.prediction}{', rescaled timesteps' if diffusion.rescale_timesteps else ''}",
     }
     if config.kind == "unet" and config.model.low_res_size is not None:
-        sizes = f"{config.model.low_res_size} -> {model.image_size} px"
+        sizes = f"{_size(config.model.low_res_size)} -> {_size(model.image_size)} px"
         rows["super-resolution"] = f"{sizes}; can be exported, not served yet"
     lines = [f"{name:<17} {value}" for name, value in rows.items()]
     return "\n".join([*lines, *(f"note: {note}" for note in config.provenance.get("notes", []))])
+
+
+def _size(size: ImageSize) -> str:
+    return f"{size[0]} (height) x {size[1]} (width)" if isinstance(size, tuple) else str(size)

@@ -12,6 +12,7 @@ from cli.errors import fail
 
 if TYPE_CHECKING:
     from cli.sampled import CheckImages, SampledImage
+    from diffusion.config import ImageSize
 
 
 def sample_command(
@@ -77,7 +78,7 @@ def sample_command(
     try:
         refuse_other_files(out)
 
-        def check(channels: int, size: int) -> None:
+        def check(channels: int, size: ImageSize) -> None:
             refuse_impossible_pictures(out, channels, size, n)
 
         images = _sample({k: v for k, v in params.items() if v is not None}, n, at_once, model, url, key, check)

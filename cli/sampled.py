@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from diffusion.config import ImageSize
     from formats.images import Uint8Array
     from service.requests.generate_request import ImageFormat
 
@@ -24,7 +25,7 @@ LONGEST_SIDES: dict[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
 """Most pixels per side, for formats with a limit that grids can reach."""
 
 
-CheckImages = Callable[[int, int], None]
+CheckImages = Callable[[int, "ImageSize"], None]
 """Called with channels and size (pixels) of a model's images before sampling; raises ValueError if they do not fit."""
 
 
@@ -59,18 +60,19 @@ def refuse_other_files(out: Path) -> None:
         raise ValueError(f"--out: cannot write to {place}: it is not a folder, or permission is denied")
 
 
-def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> None:
+def refuse_impossible_pictures(out: Path, channels: int, size: ImageSize, n: int) -> None:
     """Check that the format of a file can hold the images of a model, before sampling.
 
     Args:
         out: as for `write_images`.
         channels: channels of an image.
-        size: height and width of an image in pixels.
+        size: size of an image in pixels.
         n: number of images.
 
     Raises:
         ValueError: it cannot; names the format, its limit and a format without one.
     """
+    from diffusion.config import size_pair
     from formats.images import grid_size
     from service.encoding import CHANNELS
 
@@ -84,7 +86,7 @@ def refuse_impossible_pictures(out: Path, channels: int, size: int, n: int) -> N
             f"--out: {what} hold images of {' or '.join(map(str, allowed))} channels, but this model's have "
             f"{channels}: name a file that ends in .npz"
         )
-    longest = max(grid_size(n, size, size))
+    longest = max(grid_size(n, *size_pair(size)))
     if image_format in LONGEST_SIDES and longest > LONGEST_SIDES[image_format]:
         raise ValueError(
             f"--out: the grid of {n} images is {longest} pixels wide or high, but {out.suffix} files hold at most "

@@ -18,10 +18,10 @@ SPATIAL_HIDDEN = 2048
 class AttentionPool(nn.Module):
     """Pool a feature map by attention from its mean to every position (CLIP's head, as ADM uses it)."""
 
-    def __init__(self, channels: int, size: int, head_channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, positions: int, head_channels: int, num_classes: int) -> None:
         super().__init__()
         self.num_heads = channels // head_channels
-        self.positional_embedding = nn.Parameter(torch.randn(channels, size * size + 1) / channels**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, num_classes, 1)
 
@@ -109,7 +109,9 @@ def log_p_gradient(classifier: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, 
 def _map_head(channels: int, config: ClassifierConfig) -> nn.Sequential:
     norm = nn.GroupNorm(config.norm_groups, channels)
     if config.num_head_channels is not None and config.pool == "attention":
-        pool = AttentionPool(channels, config.level_sizes[-1], config.num_head_channels, config.num_classes)
+        stride = 1 << (len(config.channel_mult) - 1)
+        positions = (config.image_height // stride) * (config.image_width // stride)
+        pool = AttentionPool(channels, positions, config.num_head_channels, config.num_classes)
         return nn.Sequential(norm, nn.SiLU(), pool)
     last = nn.Conv2d(channels, config.num_classes, 1)
     for parameter in last.parameters():

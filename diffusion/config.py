@@ -6,15 +6,53 @@ error instead of building a network that samples noise.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 NoiseSchedule = Literal["linear", "cosine"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 Prediction = Literal["eps", "x0"]
 AttentionOrder = Literal["legacy", "new"]
 ClassifierPool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
+ValueRange = tuple[FiniteFloat, FiniteFloat]
+"""The values of the data that are -1 and 1 for the network."""
+
+
+MAX_CHANNELS = 32
+
+
+def size_pair(size: ImageSize) -> tuple[int, int]:
+    """Return height and width of a size in pixels."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def size_text(size: ImageSize) -> str:
+    """Return a size as text: 64x64, or height x width."""
+    height, width = size_pair(size)
+    return f"{height}x{width}"
+
+
+def _side_if_square(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+ImageSize = Annotated[
+    Annotated[PositiveInt, Tag("side")] | Annotated[tuple[PositiveInt, PositiveInt], Tag("pair")],
+    Discriminator(lambda size: "pair" if isinstance(size, list | tuple) else "side"),
+    AfterValidator(_side_if_square),
+]
+"""A size in pixels: the side of a square, or (height, width); a pair of equal numbers becomes one number."""
 
 
 class FrozenConfig(BaseModel):
@@ -30,9 +68,9 @@ class FrozenConfig(BaseModel):
 class BackboneConfig(FrozenConfig):
     """The fields that the UNet and the noisy classifier share: levels, residual blocks and attention."""
 
-    image_size: int = Field(ge=1)
-    """Height and width of the images in pixels (square)."""
-    image_channels: int = Field(default=3, ge=1)
+    image_size: ImageSize
+    """Size of the images in pixels: the side of square images, or [height, width]."""
+    image_channels: int = Field(default=3, ge=1, le=MAX_CHANNELS)
     """Channels of the images: 3 for RGB, 1 for grey."""
     model_channels: int = Field(ge=1)
     """Width C of the first level; level i has int(channel_mult[i] * C) channels."""
@@ -41,7 +79,10 @@ class BackboneConfig(FrozenConfig):
     num_res_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level of the encoder; the UNet's decoder has one more."""
     attention_resolutions: tuple[int, ...] = (16, 8)
-    """Feature-map sizes in pixels at which self-attention follows the residual blocks."""
+    """Feature-map heights in pixels at which self-attention follows the residual blocks.
+
+    They name levels by their downsampling factor, image height / value, as in OpenAI's code. For square images, the
+    height is the size."""
     num_heads: int = Field(default=4, ge=1)
     """Attention heads; ignored if num_head_channels is set."""
     num_head_channels: int | None = Field(default=None, ge=1)
@@ -69,8 +110,23 @@ class BackboneConfig(FrozenConfig):
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
-        """Feature-map size in pixels of each level."""
-        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+        """Feature-map height in pixels of each level."""
+        return tuple(self.image_height >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def image_height(self) -> int:
+        """Height of the images in pixels."""
+        return size_pair(self.image_size)[0]
+
+    @property
+    def image_width(self) -> int:
+        """Width of the images in pixels."""
+        return size_pair(self.image_size)[1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an image."""
+        return self.image_channels, self.image_height, self.image_width
 
     @property
     def emb_channels(self) -> int:
@@ -86,10 +142,10 @@ class BackboneConfig(FrozenConfig):
     @model_validator(mode="after")
     def _check_backbone(self) -> Self:
         halvings = len(self.channel_mult) - 1
-        if self.image_size % (1 << halvings):
+        if self.image_height % (1 << halvings) or self.image_width % (1 << halvings):
             raise ValueError(
                 f"image_size must be a multiple of {1 << halvings}: channel_mult has {halvings + 1} levels, "
-                f"each half the size; got {self.image_size}"
+                f"each half the size; got {_named(self.image_size)}"
             )
         for mult, channels in zip(self.channel_mult, self.level_channels, strict=True):
             if channels == 0 or channels % self.norm_groups:
@@ -100,7 +156,8 @@ class BackboneConfig(FrozenConfig):
         for size in self.attention_resolutions:
             if size not in self.level_sizes:
                 raise ValueError(
-                    f"attention_resolutions must name sizes of levels, which are {list(self.level_sizes)}; got {size}"
+                    f"attention_resolutions must name {'sizes' if isinstance(self.image_size, int) else 'heights'} of "
+                    f"levels, which are {list(self.level_sizes)}; got {size}"
                 )
         attended = {
             c for c, s in zip(self.level_channels, self.level_sizes, strict=True) if s in self.attention_resolutions
@@ -128,8 +185,13 @@ class ModelConfig(BackboneConfig):
     """Whether label index num_classes stands for "no label", which classifier-free guidance needs."""
     learn_sigma: bool = True
     """Whether the network also outputs var_values (twice the image channels)."""
-    low_res_size: int | None = Field(default=None, ge=1)
-    """Super-resolution: size in pixels of the low-resolution input; None: no such input."""
+    low_res_size: ImageSize | None = None
+    """Super-resolution: size of the low-resolution input, as image_size; None: no such input."""
+
+    @property
+    def low_res_shape(self) -> tuple[int, int, int] | None:
+        """Shape (C, h, w) of a super-resolution model's low-resolution input; None for other models."""
+        return None if self.low_res_size is None else (self.image_channels, *size_pair(self.low_res_size))
 
     @property
     def in_channels(self) -> int:
@@ -150,8 +212,12 @@ class ModelConfig(BackboneConfig):
     def _check_model(self) -> Self:
         if self.null_class and self.num_classes is None:
             raise ValueError("null_class needs num_classes: an unconditional model has no labels")
-        if self.low_res_size is not None and self.low_res_size > self.image_size:
-            raise ValueError(f"low_res_size must be at most image_size ({self.image_size}); got {self.low_res_size}")
+        if self.low_res_shape is not None and (
+            self.low_res_shape[1] > self.image_height or self.low_res_shape[2] > self.image_width
+        ):
+            raise ValueError(
+                f"low_res_size must be at most image_size ({_named(self.image_size)}); got {_named(self.low_res_size)}"
+            )
         return self
 
 
@@ -173,6 +239,10 @@ class ClassifierConfig(BackboneConfig):
         if self.pool == "attention" and self.num_head_channels is None:
             raise ValueError("num_head_channels is required by pool 'attention': it is the width of its heads")
         return self
+
+
+def _named(size: ImageSize | None) -> object:
+    return list(size) if isinstance(size, tuple) else size
 
 
 class DiffusionConfig(FrozenConfig):
@@ -211,6 +281,10 @@ class CheckpointConfig(FrozenConfig):
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] | None = None
     """One name per class, in label order; None: the classes have no names."""
+    value_range: ValueRange | tuple[ValueRange, ...] = (0.0, 255.0)
+    """[low, high]: the values of the data that are -1 and 1 for the network, or one such pair per image channel.
+
+    The units of float32 arrays (`formats.value_range`). Eight-bit pixels do not depend on it: 0 is low, 255 is high."""
     sampling: SamplingDefaults = SamplingDefaults()
     provenance: dict[str, Any] = {}
     """Where the weights come from: command, commit, images seen, or the imported file. For human readers."""
@@ -227,9 +301,28 @@ class CheckpointConfig(FrozenConfig):
                 f"class_names must have one name per class: model.num_classes is {self.model.num_classes}, "
                 f"got {len(self.class_names)} names"
             )
+        self._check_value_range()
         if self.sampling.cfg_scale != 1.0 and not self.model.null_class:
             raise ValueError("sampling.cfg_scale other than 1 needs model.null_class")
         return self
+
+    @property
+    def channel_ranges(self) -> tuple[ValueRange, ...]:
+        """[low, high] of each image channel."""
+        if self.value_range and isinstance(self.value_range[0], tuple):
+            return self.value_range
+        return (cast("ValueRange", self.value_range),) * self.model.image_channels
+
+    def _check_value_range(self) -> None:
+        ranges = self.channel_ranges
+        if len(ranges) != self.model.image_channels or not self.value_range:
+            raise ValueError(
+                f"value_range must be [low, high], or one such pair per image channel ({self.model.image_channels}); "
+                f"got {len(self.value_range)} pairs"
+            )
+        for low, high in ranges:
+            if not low < high:
+                raise ValueError(f"value_range must be [low, high] with low < high; got {[low, high]}")
 
 
 class ClassifierCheckpointConfig(FrozenConfig):

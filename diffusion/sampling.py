@@ -125,7 +125,7 @@ def sample_values(
     if count == 1:
         specs = specs * 2  # a CPU's convolutions may round a batch of one differently
     config = network.config
-    shape = (config.image_channels, config.image_size, config.image_size)
+    shape = config.image_shape
     seeds = xp.asarray([spec.seed for spec in specs], dtype=xp.int64, device=device)
     indices = xp.asarray([spec.image_index for spec in specs], dtype=xp.int64, device=device)
 

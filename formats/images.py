@@ -94,8 +94,9 @@ def shrink(pixels: Uint8Array, longest_side: int) -> Uint8Array:
     """
     height, width, channels = pixels.shape
     factor = -(-max(height, width) // longest_side)
-    rows, columns = height // factor, width // factor
-    blocks = pixels[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, channels)
+    down, across = min(factor, height), min(factor, width)
+    rows, columns = height // down, width // across
+    blocks = pixels[: rows * down, : columns * across].reshape(rows, down, columns, across, channels)
     return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
 
 

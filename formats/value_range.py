@@ -21,9 +21,9 @@ FloatArray = npt.NDArray[np.float32]
 class ValueRange:
     """The lowest and the highest value of the data, which are -1 and 1 for the network."""
 
-    low: tuple[float, ...] = (0.0,)
+    low: tuple[float, ...]
     """One for all channels, or one per channel."""
-    high: tuple[float, ...] = (255.0,)
+    high: tuple[float, ...]
 
     def data_of(self, images: npt.NDArray[Any]) -> FloatArray:
         """Return images as `formats.given_files` reads them, [..., C], in the units of the data."""
@@ -59,5 +59,5 @@ class ValueRange:
 
 def value_range_of(config: CheckpointConfig) -> ValueRange:
     """Return the value range of a model's data."""
-    del config  # all models have the default
-    return ValueRange()
+    low, high = zip(*config.channel_ranges, strict=True)
+    return ValueRange(low, high)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance
+from diffusion.config import DiffusionConfig, FrozenConfig, ModelConfig, Prediction, Variance, size_pair
 from diffusion.respacing import respace
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -264,16 +264,16 @@ def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig
         problems.append(f"num_class_embeds must be at least 2 with a null class; got {unet.num_class_embeds}")
     _raise_if(problems, f"the {UNET_CLASS} is not supported")
 
-    image_size = _square(unet.sample_size)
-    assert image_size is not None  # noqa: S101  # checked above
+    assert unet.sample_size is not None  # noqa: S101  # checked above
+    height, _ = size_pair(unet.sample_size)
     attended = [kind == "AttnDownBlock2D" for kind in _down_kinds(unet)]
     return ModelConfig(
-        image_size=image_size,
+        image_size=unet.sample_size,
         image_channels=unet.in_channels,
         model_channels=unet.block_out_channels[0],
         channel_mult=tuple(_multiple(width, unet.block_out_channels[0]) for width in unet.block_out_channels),
         num_res_blocks=unet.layers_per_block,
-        attention_resolutions=tuple(image_size >> level for level, attends in enumerate(attended) if attends),
+        attention_resolutions=tuple(height >> level for level, attends in enumerate(attended) if attends),
         num_heads=1,
         num_head_channels=unet.attention_head_dim,
         attention_order="new",
@@ -289,8 +289,8 @@ def to_model_config(unet: UNet2DConfig, null_class: bool = False) -> ModelConfig
 
 def _unet_problems(unet: UNet2DConfig) -> list[str]:
     problems = []
-    if _square(unet.sample_size) is None:
-        problems.append(f"sample_size must be the size of square images in pixels; got {unet.sample_size}")
+    if unet.sample_size is None:
+        problems.append("sample_size must be the size of the images in pixels, a number or [height, width]; got null")
     if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
         problems.append(
             f"out_channels must be in_channels, or twice that if the variance is learned; got {unet.out_channels} "
@@ -368,12 +368,6 @@ def _resamplings(unet: UNet2DConfig) -> set[str]:
     attention = {"AttnDownBlock2D": unet.downsample_type or "conv", "AttnUpBlock2D": unet.upsample_type or "conv"}
     kinds = _down_kinds(unet)[:-1] + _up_kinds(unet)[:-1]
     return {attention.get(kind, "resnet" if kind.startswith("Resnet") else "conv") for kind in kinds}
-
-
-def _square(size: int | tuple[int, int] | None) -> int | None:
-    if isinstance(size, tuple):
-        return size[0] if size[0] == size[1] else None
-    return size
 
 
 def _multiple(channels: int, base: int) -> float:

@@ -69,7 +69,7 @@ def describe_mismatch(config: AnyCheckpointConfig, shapes: Shapes) -> list[str]:
     differences = shape_differences(expected, shapes)
     if not differences:
         return []
-    found, wanted = read_flags(shapes, config.model.image_size), read_flags(expected, config.model.image_size)
+    found, wanted = read_flags(shapes, config.model.image_height), read_flags(expected, config.model.image_height)
     if not found:
         return [f"the file holds no network of these repositories: {_other_network(shapes)}"]
     if found["kind"] != wanted["kind"]:

@@ -140,9 +140,9 @@ def _timestep_inputs(diffusion: DiffusionConfig) -> list[float]:
 
 def _noisy_images(config: CheckpointConfig, steps: tuple[int, ...], brightness: float) -> tuple[Tensor, Tensor]:
     """Return noisy plain images x_t at the given timesteps, and their eps; each [len(steps) * n, C, H, W]."""
-    size, channels = config.model.image_size, config.model.image_channels
-    count = max(1, min(4, CHECKED_PIXELS // size**2))
-    eps = torch.randn(len(steps) * count, channels, size, size, generator=torch.Generator().manual_seed(0))
+    channels, height, width = config.model.image_shape
+    count = max(1, min(4, CHECKED_PIXELS // (height * width)))
+    eps = torch.randn(len(steps) * count, channels, height, width, generator=torch.Generator().manual_seed(0))
     process = respace(config.diffusion)
     abar = torch.from_numpy(process.schedule.alphas_cumprod[list(steps)]).repeat_interleave(count)[:, None, None, None]
     x0 = _plain_images(len(eps), brightness)
@@ -166,8 +166,8 @@ def run_network(
     t = torch.tensor(t_model).repeat_interleave(rows // len(t_model))
     y = None if model.num_classes is None else torch.arange(rows) % model.num_classes
     low_res = None
-    if (size := model.low_res_size) is not None:
-        low_res = _plain_images(rows, brightness).expand(-1, model.image_channels, size, size)
+    if model.low_res_shape is not None:
+        low_res = _plain_images(rows, brightness).expand(-1, *model.low_res_shape)
     with torch.inference_mode():
         return split_output(network.eval()(x_t, t, y, low_res), model.image_channels)[0]
 

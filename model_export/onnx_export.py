@@ -53,8 +53,8 @@ def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -
     examples = image_and_embedding(config)
     if config.num_classes is not None:
         examples["y"] = torch.arange(EXAMPLE_ROWS) % config.num_labels
-    if config.low_res_size is not None:
-        examples["low_res"] = torch.zeros(EXAMPLE_ROWS, config.image_channels, config.low_res_size, config.low_res_size)
+    if config.low_res_shape is not None:
+        examples["low_res"] = torch.zeros(EXAMPLE_ROWS, *config.low_res_shape)
     export_graph(_UNetGraph(rewrite(network, dtype), tuple(examples)), examples, "out", path)
 
 
@@ -95,7 +95,7 @@ class _ClassifierGraph(nn.Module):
 def image_and_embedding(config: BackboneConfig) -> dict[str, Tensor]:
     """Return example inputs: x_t [EXAMPLE_ROWS, C, H, W] and emb_t [EXAMPLE_ROWS, E], zeros."""
     return {
-        "x_t": torch.zeros(EXAMPLE_ROWS, config.image_channels, config.image_size, config.image_size),
+        "x_t": torch.zeros(EXAMPLE_ROWS, *config.image_shape),
         "emb_t": torch.zeros(EXAMPLE_ROWS, config.emb_channels),
     }
 

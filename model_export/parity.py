@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion.classifier import Classifier, classifier_gradient
-from diffusion.config import BackboneConfig, CheckpointConfig, DiffusionConfig
+from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import build_plan
 from diffusion.respacing import respace
@@ -90,7 +90,7 @@ def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_ml
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
     for k, t in enumerate(t_model):
-        x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, _shape(classifier.config)))
+        x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, classifier.config.image_shape))
         t_rows = np.full(ROWS, t, dtype=np.float32)
         inputs = {"x_t": x_t.numpy(), "emb_t": time_mlp(t_rows)}
         with torch.no_grad():
@@ -171,7 +171,7 @@ def sample_chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray
     plan = build_plan(config.diffusion, "ancestral", str(_steps(config.diffusion)))
 
     def noise(step: int, stream: int) -> Any:
-        return normal(ids, ids, xp.full_like(ids, step), stream, _shape(config.model))
+        return normal(ids, ids, xp.full_like(ids, step), stream, config.model.image_shape)
 
     return to_uint8(sample_loop(network, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP)))
 
@@ -183,18 +183,14 @@ def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
     conditions: dict[str, npt.NDArray[Any]] = {}
     if model.num_classes is not None:
         conditions["y"] = np.linspace(0, model.num_labels - 1, ROWS).astype(np.int64)
-    if model.low_res_size is not None:
-        shape = (model.image_channels, model.low_res_size, model.low_res_size)
-        conditions["low_res"] = np.clip(normal(ids, ids + ROWS, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
+    if model.low_res_shape is not None:
+        low_res = normal(ids, ids + ROWS, ids * 0, STREAM_X_T, model.low_res_shape)
+        conditions["low_res"] = np.clip(low_res / 2, -1, 1)
     return conditions
 
 
 def _steps(diffusion: DiffusionConfig) -> int:
     return min(STEPS, diffusion.num_timesteps)
-
-
-def _shape(model: BackboneConfig) -> tuple[int, int, int]:
-    return model.image_channels, model.image_size, model.image_size
 
 
 def _relative(sums: npt.NDArray[np.float64]) -> float:

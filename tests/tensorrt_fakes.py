@@ -82,7 +82,7 @@ def wanted_of(manifest: Manifest, target: Target = TARGET) -> Wanted:
 def fake_plan(config: CheckpointConfig, bucket: int, **changes: object) -> bytes:
     """Serialise an engine of the fake; `changes` describe how it misbehaves."""
     model = config.model
-    image = [bucket, model.image_channels, model.image_size, model.image_size]
+    image = [bucket, *model.image_shape]
     tensors = {
         "x_t": (image, "FLOAT"),
         "emb_t": ([bucket, model.emb_channels], "FLOAT"),

@@ -95,6 +95,7 @@ class DiffusionObjective:
             model=_model(config),
             diffusion=config.diffusion,
             class_names=class_names,
+            value_range=config.data.value_range or (0.0, 255.0),
             sampling=config.sampling,
             provenance=dict(provenance),
         )

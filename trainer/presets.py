@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from diffusion.config import CheckpointConfig, ModelConfig, SamplingDefaults
+from diffusion.config import CheckpointConfig, ModelConfig, SamplingDefaults, size_text
 from interchange.published import PUBLISHED
 from trainer.config import TrainConfig
 from trainer.data.options import DataConfig
@@ -175,9 +175,9 @@ def describe(name: str) -> str:
     """Return one line about a preset: data, network, process, loss, length."""
     config = preset(name)
     model, diffusion = config.model, config.diffusion
-    size = f"{model.image_size}x{model.image_size}"
+    size = size_text(model.image_size)
     if isinstance(model, ModelConfig) and model.low_res_size is not None:
-        size = f"{model.low_res_size}x{model.low_res_size} -> {size}"
+        size = f"{size_text(model.low_res_size)} -> {size}"
     return (
         f"{size}, C={model.model_channels}, {'labels' if config.class_conditional else 'no labels'}; "
         f"{diffusion.noise_schedule}, T={diffusion.num_timesteps}, {diffusion.variance}; {config.loss}; "

@@ -76,7 +76,7 @@ class RequestSampler:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         model = self.config.model
-        return model.image_channels, model.image_size, model.image_size
+        return model.image_shape
 
     def __call__(
         self, steps: int, seeds: Sequence[int], image_indices: Sequence[int], labels: Sequence[int]

@@ -84,13 +84,12 @@ class _TestRows(Generic[A]):
 
     def __init__(self, network: RowNetwork[A], count: int) -> None:
         model, xp, device = network.config.model, network.xp, network.device
-        shape = (model.image_channels, model.image_size, model.image_size)
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
         t_model = respace(network.config.diffusion).t_model
         spread = t_model[np.linspace(0, len(t_model) - 1, count).astype(np.int64)]
         self._network: RowNetwork[A] = network
         self._inputs: NetworkInputs[A] = NetworkInputs(
-            x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, shape),
+            x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, model.image_shape),
             emb_t=network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device)),
             y=None if model.num_classes is None else self._seeds % model.num_labels,
         )

@@ -153,7 +153,7 @@ def load_engines(
 
 def graph_shapes(model: ModelConfig, size: int) -> Shapes:
     """Return shape and type of the graph's tensors at a batch size."""
-    image = (size, model.image_channels, model.image_size, model.image_size)
+    image = (size, *model.image_shape)
     shapes = {
         "x_t": (image, torch.float32),
         "emb_t": ((size, model.emb_channels), torch.float32),
@@ -174,7 +174,7 @@ def refuse_unequal_rows(
     """
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
-    x_t = normal(row, row, row, STREAM_X_T, (model.image_channels, model.image_size, model.image_size))
+    x_t = normal(row, row, row, STREAM_X_T, model.image_shape)
     t_model = respace(config.diffusion).t_model
     for t in t_model[np.linspace(0, len(t_model) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))

@@ -137,7 +137,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
     def zero_inputs(self, size: int) -> NetworkInputs[Tensor]:
         """Return inputs of zeros for a call of `size` rows."""
         model = self.config.model
-        x_t = torch.zeros(size, model.image_channels, model.image_size, model.image_size, device=self.device)
+        x_t = torch.zeros(size, *model.image_shape, device=self.device)
         emb_t = torch.zeros(size, model.emb_channels, device=self.device)
         y = None if model.num_classes is None else torch.zeros(size, dtype=torch.int64, device=self.device)
         return NetworkInputs(x_t, emb_t, y)

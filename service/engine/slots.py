@@ -52,7 +52,7 @@ class SlotTable(Generic[A]):
         self.spare_slot = num_slots
         """Slot for padding places of a batch. Its contents are finite and have no meaning."""
         self.send: Callable[[npt.NDArray[Any]], A] = send
-        self.image_shape = (model.image_channels, model.image_size, model.image_size)
+        self.image_shape = model.image_shape
         self._normal: Normal[A] = normal
         self._xp = xp
         self._device = device

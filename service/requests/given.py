@@ -26,7 +26,7 @@ PICTURE_BYTES = 8 << 20
 
 def shape_of(model: ModelConfig) -> Shape:
     """Return height, width and channels of a model's images."""
-    return model.image_size, model.image_size, model.image_channels
+    return model.image_height, model.image_width, model.image_channels
 
 
 def body_bytes(model: ModelConfig) -> int:

@@ -76,7 +76,7 @@ def test_the_samplers_are_those_of_the_service(page: Page, site: Site) -> None:
     opened(page, site)
     choices = page.locator("#samplers input")
     assert [choice.get_attribute("value") for choice in choices.all()] == list(SAMPLERS)
-    assert page.locator("#samplers").inner_text().split() == ["Ancestral", "DDIM"]
+    assert page.locator("#samplers").inner_text().split() == ["Ancestral", "DDIM", "DPM++", "SDE-DPM++"]
     expect(page.get_by_role("radio", name="Ancestral")).to_be_checked()
 
 

@@ -121,7 +121,7 @@ def test_chains_with_given_images(
     floats = array_of(post(address, **fields, dtype="float32").json()["images"][0]["b64_json"])[0]
     assert floats.dtype == np.float32
     made = MASK[..., None] > 0 if masked else np.ones((8, 8, 1), bool)
-    assert np.array_equal(floats[made], ValueRange().to_data(values)[made])
+    assert np.array_equal(floats[made], ValueRange((0,), (255,)).to_data(values)[made])
     if masked:
         assert np.array_equal(pixels[~made], PIXELS[~made])
         assert np.array_equal(floats[~made], PIXELS[~made].astype(np.float32))

@@ -84,7 +84,7 @@ def _shaken(network: M) -> M:
 
 def _inputs(model: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(2)
-    x_t = torch.randn(3, model.image_channels, model.image_size, model.image_size, generator=generator)
+    x_t = torch.randn(3, *model.image_shape, generator=generator)
     t = torch.tensor([0.0, 17.25, 999.0])
     y = None if model.num_classes is None else torch.tensor([0, 1, model.num_labels - 1])
     return x_t, t, y
@@ -297,6 +297,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attn_norm_num_groups": 32,
         "attention_head_dim": 32,
     },
+    "not square": {"sample_size": (8, 16)},
     "8 groups": {
         "norm_num_groups": 8,
         "attn_norm_num_groups": 8,
@@ -483,8 +484,7 @@ def test_a_network_or_process_that_diffusers_cannot_describe_is_refused(
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift must be 'default' or 'scale_shift'"),
         ({"downsample_padding": 0}, "downsample_padding must be 1: 0 pads the right and lower edges only"),
         ({"time_embedding_dim": 64}, "time_embedding_dim must be null or 128"),
-        ({"sample_size": None}, "sample_size must be the size of square images in pixels; got None"),
-        ({"sample_size": (8, 16)}, r"sample_size must be the size of square images in pixels; got \(8, 16\)"),
+        ({"sample_size": None}, r"sample_size must be the size of the images in pixels, a number or \[height, width\]"),
         ({"in_channels": 6}, "out_channels must be in_channels, or twice that .* got 3 for 6"),
         (
             {"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")},

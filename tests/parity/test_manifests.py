@@ -87,7 +87,7 @@ def test_readme_flags_resolve_to_the_preset(model: PublishedModel) -> None:
 @MODELS
 def test_flags_can_be_read_back_from_the_shapes(model: PublishedModel) -> None:
     config = model.config.model
-    flags = read_flags(_shapes(model), config.image_size)
+    flags = read_flags(_shapes(model), config.image_height)
 
     assert flags["num_channels"] == str(config.model_channels)
     assert flags["channel_mult"] == ",".join(f"{mult:g}" for mult in config.channel_mult)

@@ -69,7 +69,7 @@ def inputs_of(network: UNet | Classifier, rows: int, *, labels: bool = True) -> 
     rng = np.random.default_rng(rows)
     t = torch.linspace(0.25, 999.75, rows + 1)[:rows]
     inputs: Inputs = {
-        "x_t": rng.standard_normal((rows, config.image_channels, config.image_size, config.image_size)),
+        "x_t": rng.standard_normal((rows, *config.image_shape)),
         "emb_t": network.embed_timesteps(t).numpy(),
     }
     if labels and config.num_classes is not None:

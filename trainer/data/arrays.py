@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.config import ImageSize, size_pair
 from formats.file_content import describe_wrong_content
 from trainer.data.cache import write_in
 from trainer.data.dataset import DataError, Float32Array, IntArray, Uint8Array
@@ -36,7 +37,7 @@ class ArrayDataset:
     """
 
     def __init__(
-        self, path: Path, image_size: int, channels: int, options: DataConfig, *, labelled: bool, cache: Path
+        self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, cache: Path
     ) -> None:
         images, others, digest, unpacked = _read(path, {"images", "labels"} if labelled else {"images"}, cache)
         self._rows = images
@@ -65,8 +66,8 @@ class ArrayDataset:
         """Return the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
         crops = [None] * len(indices) if draws is None or not self._options.random_crop else draws.tolist()
         scaled = self._options.value_range is not None
-        size = self._image_size
-        pixels = np.empty((len(indices), size, size, self._shape[2]), np.float32 if scaled else np.uint8)
+        size = size_pair(self._image_size)
+        pixels = np.empty((len(indices), *size, self._shape[2]), np.float32 if scaled else np.uint8)
 
         def read_one(position: int) -> None:
             index = int(indices[position])

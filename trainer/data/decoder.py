@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from diffusion.config import ImageSize, size_pair
 from diffusion.quoting import printable
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.fitting import fit_image
@@ -28,7 +29,7 @@ class Decoder:
         self,
         source: Callable[[int], Source],
         labels: IntArray,
-        image_size: int,
+        image_size: ImageSize,
         mode: Mode,
         options: DataConfig,
     ) -> None:
@@ -41,9 +42,9 @@ class Decoder:
         self._unreadable: set[int] = set()
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None) -> Uint8Array:
-        """Return the images [N, size, size, channels]; crop with `draws` [N, 3] if random crops are enabled."""
+        """Return the images [N, height, width, channels]; crop with `draws` [N, 3] if random crops are enabled."""
         count = len(indices)
-        pixels = np.empty((count, self._size, self._size, 1 if self._mode == "L" else 3), np.uint8)
+        pixels = np.empty((count, *size_pair(self._size), 1 if self._mode == "L" else 3), np.uint8)
         crops = [None] * count if draws is None or not self._options.random_crop else draws.tolist()
 
         def decode_one(position: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.config import ImageSize
 from trainer.data.checking import check_files
 from trainer.data.dataset import IntArray, Uint8Array
 from trainer.data.decoder import Decoder
@@ -26,7 +27,7 @@ class FolderDataset:
     def __init__(
         self,
         path: Path,
-        image_size: int,
+        image_size: ImageSize,
         channels: int,
         options: DataConfig,
         *,

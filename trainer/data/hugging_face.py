@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.config import ImageSize
 from formats.extras import install_command
 from trainer.data.checking import check_sources
 from trainer.data.dataset import DataError, IntArray, Uint8Array
@@ -32,7 +33,7 @@ class HuggingFaceDataset:
     """A data set with a column of images and one of labels."""
 
     def __init__(
-        self, path: Path, image_size: int, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool
+        self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool
     ) -> None:
         mode: Mode = mode_of(channels)
         dataset = _load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusion.config import ImageSize
 from trainer.data.arrays import ArrayDataset
 from trainer.data.cache import default_cache
 from trainer.data.dataset import DataError, Dataset
@@ -17,7 +18,7 @@ ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z
 
 def open_dataset(
     path: Path,
-    image_size: int,
+    image_size: ImageSize,
     channels: int,
     options: DataConfig | None = None,
     *,
@@ -31,7 +32,7 @@ def open_dataset(
 
     Args:
         path: of the file or the folder.
-        image_size: height and width of the images that the data set returns.
+        image_size: size of the images that the data set returns.
         channels: 1 for grey, 3 for RGB; an npz may have any number.
         options: how images are read; None: the defaults.
         labelled: whether labels are used; a folder then holds one subfolder per class, an npz an array `labels`.

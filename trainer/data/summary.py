@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diffusion.config import ImageSize, size_pair
 from diffusion.quoting import printable
 from trainer.data.dataset import IntArray
 from trainer.data.image_file import Trait
@@ -21,7 +22,7 @@ CLASSES_SHOWN = 20
 class Summary:
     """Counts of the data found."""
 
-    image_size: int
+    image_size: ImageSize
     """Image size of the model."""
     options: DataConfig
     images: int = 0
@@ -29,7 +30,7 @@ class Summary:
     """Width and height of the image with the fewest pixels, and of the one with the most."""
     largest: tuple[int, int] | None = None
     smaller: int = 0
-    """Images whose shorter side is smaller than the model."""
+    """Images with a side that is smaller than the model's."""
     reshaped: int = 0
     """Images that are scaled down, cropped, or both."""
     traits: Counter[Trait] = field(default_factory=Counter)
@@ -46,9 +47,10 @@ class Summary:
             self.smallest = size
         if self.largest is None or width * height > self.largest[0] * self.largest[1]:
             self.largest = size
-        if min(size) < self.image_size:
+        wanted_height, wanted_width = size_pair(self.image_size)
+        if width < wanted_width or height < wanted_height:
             self.smaller += count
-        elif size != (self.image_size, self.image_size):
+        elif size != (wanted_width, wanted_height):
             self.reshaped += count
         for trait in traits:
             self.traits[trait] += count
@@ -86,7 +88,8 @@ class Summary:
         return text
 
     def _treatment(self) -> list[str]:
-        size = f"{self.image_size}x{self.image_size}"
+        height, width = size_pair(self.image_size)
+        size = f"{width}x{height}"
         done = "framed in black" if self.options.small_images == "frame" else "enlarged"
         phrases = {
             f"smaller than the model's {size}, {done} (data.small_images)": self.smaller,

@@ -76,7 +76,7 @@ def training_flops(model: ModelConfig) -> int:
     """
     with torch.device("meta"):
         network = UNet(model).train()
-        x = torch.zeros(1, model.image_channels, model.image_size, model.image_size)
+        x = torch.zeros(1, *model.image_shape)
         embedded = torch.zeros(1, model.model_channels)
         y = None if model.num_classes is None else torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:

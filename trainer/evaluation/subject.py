@@ -35,8 +35,7 @@ class Subject:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        model = self.config.model
-        return model.image_channels, model.image_size, model.image_size
+        return self.config.model.image_shape
 
 
 def load_subject(folder: Path, device: torch.device) -> Subject:

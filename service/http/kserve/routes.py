@@ -218,9 +218,9 @@ router = server
 
 
 def _outputs(model: ServedModel) -> list[TensorMetadata]:
-    size, channels = model.config.model.image_size, model.config.model.image_channels
+    channels, height, width = model.config.model.image_shape
     outputs = [
-        TensorMetadata(name="images", datatype="UINT8", shape=[-1, size, size, channels]),
+        TensorMetadata(name="images", datatype="UINT8", shape=[-1, height, width, channels]),
         TensorMetadata(name="seed", datatype="INT64", shape=[-1]),
         TensorMetadata(name="image_index", datatype="INT64", shape=[-1]),
     ]

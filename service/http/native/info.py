@@ -47,6 +47,7 @@ def model_info(model: ServedModel) -> ModelInfo:
         name=model.name,
         image_size=model.config.model.image_size,
         image_channels=model.config.model.image_channels,
+        value_range=model.config.value_range,
         classes=None if model.class_names is None else list(model.class_names),
         num_timesteps=model.config.diffusion.num_timesteps,
         guidance=model.config.model.null_class,

@@ -52,8 +52,12 @@ class ModelInfo(BaseModel):
     """A served model."""
 
     name: str
-    image_size: int
+    image_size: int | tuple[int, int] = Field(description="Of square images; [height, width] of others.")
     image_channels: int
+    value_range: tuple[float, float] | list[tuple[float, float]] = Field(
+        description="[low, high] of the data, the units of float32 arrays; one pair per channel if they differ. "
+        "Eight-bit pixels map 0 to low and 255 to high."
+    )
     classes: list[str] | None = Field(
         description="Class names in index order; null if unconditional. Those of the classifier if only it has classes."
     )

@@ -106,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 8, 8), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 3, classes=np.array(["a", "b", "c"]))
-    save_file(Judge(8, 1, 3).state_dict(), folder / "judge.safetensors")
+    save_file(Judge((1, 8, 8), 3).state_dict(), folder / "judge.safetensors")
     runs = [run for run in planned_runs(TOY) if run.name in {HYBRID, SIMPLE}]
     train_runs(folder / "runs", folder / "images.npz", runs, folder / "cache")
     return folder

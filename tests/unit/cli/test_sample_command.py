@@ -17,6 +17,7 @@ from cli.client import ConnectionLost, Event, ProgressEvent
 from cli.main import app
 from cli.sample_remote import sample_remote
 from cli.sampled import refuse_impossible_pictures
+from diffusion.config import ImageSize
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from formats.checkpoint import write_checkpoint
@@ -218,7 +219,7 @@ class Fragile:
         return GenerateResponse(model="m", images=[], numerics_id="x", timing=timing)
 
 
-def refuse_nothing(channels: int, size: int) -> None:
+def refuse_nothing(channels: int, size: ImageSize) -> None:
     """Accept images of any kind."""
 
 

@@ -45,6 +45,21 @@ def test_levels_follow_from_the_multipliers() -> None:
     assert config.emb_channels == 256
 
 
+def test_images_need_not_be_square() -> None:
+    config = _model(image_size=[16, 32], channel_mult=[1, 1, 2], attention_resolutions=[8, 4])
+    assert config.image_shape == (3, 16, 32)
+    assert config.level_sizes == (16, 8, 4)  # heights: the factors are 1, 2 and 4
+    assert ModelConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match=r"must name heights of levels, which are \[16, 8, 4\]; got 32"):
+        config.replace(attention_resolutions=[32])
+
+
+def test_a_square_is_described_by_one_number() -> None:
+    config = _model(image_size=[32, 32])
+    assert config == _model()
+    assert config.model_dump(mode="json")["image_size"] == 32
+
+
 def test_channels_follow_from_the_kind_of_model() -> None:
     assert _model(image_channels=1).out_channels == 2
     assert _model(image_channels=1, learn_sigma=False).out_channels == 1
@@ -69,6 +84,11 @@ def test_configurations_cannot_be_changed() -> None:
     [
         ({"chanel_mult": [1]}, "chanel_mult"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
+        ({"image_size": [32, 30]}, r"image_size must be a multiple of 4: .* got \[32, 30\]"),
+        ({"image_size": [32, 0]}, r"(?s)image_size.*greater than 0"),
+        ({"image_size": [32]}, "image_size"),
+        ({"image_channels": 33}, "image_channels"),
+        ({"image_size": [16, 8], "low_res_size": [8, 16]}, r"at most image_size \(\[16, 8\]\); got \[8, 16\]"),
         ({"model_channels": 40}, r"must be a multiple of norm_groups \(32\)"),
         ({"norm_groups": 24}, r"must be a multiple of norm_groups \(24\); 1 x 32 is 32"),
         ({"channel_mult": [0.01, 1, 1]}, r"must be a multiple of norm_groups \(32\)"),

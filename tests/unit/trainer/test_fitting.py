@@ -1,4 +1,4 @@
-"""Images of any size are fitted to the model's square."""
+"""Images of any size are fitted to the model's size."""
 
 from __future__ import annotations
 
@@ -82,3 +82,28 @@ def test_very_long_images_need_little_memory(
     assert max(scaled_to, default=0) <= LONGEST_ASPECT * 64 * 64
     assert square.shape == (64, 64, 1)
     assert set(np.unique(square)) == ({0, 200} if small_images == "frame" else {200})  # the middle
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (40, 50), (25, 90), (200, 30), (12, 90)])
+def test_images_are_scaled_until_both_sides_fit_and_cropped_in_the_middle(height: int, width: int) -> None:
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([255 * rows // (height - 1), 255 * columns // (width - 1)], axis=-1).astype(np.uint8)
+    fitted = fit_array(image, (12, 20), "enlarge").astype(int)
+    assert fitted.shape == (12, 20, 2)
+    scale = max(12 / height, 20 / width)
+    seen = [12 / (height * scale), 20 / (width * scale)]  # of the height, of the width
+    assert np.isclose(max(seen), 1)
+    for axis, part in enumerate(seen):
+        levels = fitted[..., axis].mean(axis=1 - axis)
+        assert abs(levels.mean() - 127.5) < 8
+        assert np.all(np.diff(levels) >= 0)
+        assert abs((levels[-1] - levels[0]) / 255 - part) < 0.13
+    assert fit_array(image, (12, 20), "enlarge", [0.5, 0.99, 0.99]).shape == (12, 20, 2)
+
+
+def test_images_with_one_small_side_are_framed() -> None:
+    image = noise(30, 8, 2)
+    framed = fit_array(image, (12, 20), "frame")
+    assert np.array_equal(framed[:, 6:14], image[9:21])
+    assert not framed[:, :6].any()
+    assert not framed[:, 14:].any()

@@ -22,7 +22,7 @@ export function openDetail(image, body, answer, onSeed) {
   const picture = byId("detail-picture");
   picture.src = pictureUrl(image.b64_json);
   picture.onload = () => {
-    picture.width = pictureWidth(picture.naturalWidth, 1);
+    picture.width = pictureWidth(picture.naturalHeight, picture.naturalWidth, 1);
     picture.classList.toggle("pixels", picture.width >= picture.naturalWidth);
   };
   const facts = {

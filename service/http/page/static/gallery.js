@@ -2,6 +2,7 @@
 
 import { call } from "./api.js";
 import { byId, el } from "./dom.js";
+import { isSmall } from "./pictures.js";
 import { count } from "./words.js";
 
 const SEARCH_FROM = 24;
@@ -105,7 +106,7 @@ export class Gallery {
       const path = `v1/models/${encodeURIComponent(model.name)}/thumbnails/${label.control.value}`;
       const answer = await call(path, { background: true, headers: { "X-Requested-With": "iddpm" } });
       const url = URL.createObjectURL(await answer.blob());
-      const picture = el("img", { src: url, alt: "", className: model.image_size <= 96 ? "pixels" : "" });
+      const picture = el("img", { src: url, alt: "", className: isSmall(model) ? "pixels" : "" });
       picture.addEventListener("load", () => URL.revokeObjectURL(url));
       label.querySelector(".thumb").replaceChildren(picture);
     } catch (error) {

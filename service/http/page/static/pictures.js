@@ -20,7 +20,8 @@ export class Picture {
 
   constructor(model, label) {
     this.#model = model;
-    const noise = el("canvas", { width: model.image_size, height: model.image_size });
+    const [height, width] = sidesOf(model);
+    const noise = el("canvas", { width, height });
     drawNoise(noise);
     this.#name.textContent = label;
     this.#frame = el("button", { type: "button", className: "frame", disabled: true, "aria-label": label }, noise);
@@ -62,12 +63,23 @@ export class Picture {
   #show(src, alt) {
     const shown = this.#frame.firstChild;
     if (shown instanceof HTMLImageElement) shown.src = src;
-    else shown.replaceWith(el("img", { src, alt, className: this.#model.image_size <= PIXELS_UP_TO ? "pixels" : "" }));
+    else shown.replaceWith(el("img", { src, alt, className: isSmall(this.#model) ? "pixels" : "" }));
   }
 }
 
+/** Return height and width of a model's images. */
+export function sidesOf(model) {
+  return Array.isArray(model.image_size) ? model.image_size : [model.image_size, model.image_size];
+}
+
+/** Return whether a model's images are so small that they are shown with their pixels visible. */
+export function isSmall(model) {
+  return Math.max(...sidesOf(model)) <= PIXELS_UP_TO;
+}
+
 /** Return the width to show images at: an integer multiple of their pixels, if possible. */
-export function pictureWidth(imageSize, pictures) {
+export function pictureWidth(height, width, pictures) {
   const room = pictures === 1 ? WIDTH_ALONE : WIDTH;
-  return imageSize > room ? room : Math.floor(room / imageSize) * imageSize;
+  const longest = Math.max(height, width);
+  return longest > room ? Math.max(1, Math.round((room * width) / longest)) : Math.floor(room / longest) * width;
 }

@@ -5,7 +5,7 @@ import { openDetail } from "./detail.js";
 import { announce, el } from "./dom.js";
 import { readEvents } from "./events.js";
 import { bytesOf, copy, fileName, save } from "./files.js";
-import { Picture, pictureWidth } from "./pictures.js";
+import { Picture, pictureWidth, sidesOf } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
 import { count, duration, explain, samplerTitle } from "./words.js";
 import { zip } from "./zip.js";
@@ -33,7 +33,8 @@ export class Run {
     this.#callbacks = callbacks;
     this.#pictures = Array.from({ length: request.n }, () => new Picture(model, this.#label));
     const grid = el("ul", { className: "pictures" }, ...this.#pictures.map(({ element }) => element));
-    grid.style.setProperty("--picture", `${pictureWidth(model.image_size, request.n)}px`);
+    grid.style.setProperty("--aspect", sidesOf(model).toReversed().join(" / "));
+    grid.style.setProperty("--picture", `${pictureWidth(...sidesOf(model), request.n)}px`);
     this.#bar.setAttribute("aria-label", `Progress of ${this.#title}`);
     const head = el("div", { className: "run-head" }, el("h3", {}, this.#label), this.#actions);
     const facts = el("div", { className: "run-head" }, el("p", { className: "recipe" }, this.#recipe), this.#status);

@@ -15,7 +15,8 @@ export function count(number, one, many = `${one}s`) {
 
 /** Return the name of a sampler for users. */
 export function samplerTitle(name) {
-  return name === "ddim" ? "DDIM" : name.charAt(0).toUpperCase() + name.slice(1);
+  const title = name.replace(/\b(ddim|dpm|sde)\b/g, (abbreviation) => abbreviation.toUpperCase());
+  return title.charAt(0).toUpperCase() + title.slice(1);
 }
 
 /** Describe an error to a user who does not know HTTP: a title, and what to do. */

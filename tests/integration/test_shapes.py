@@ -1,0 +1,99 @@
+"""Networks of any shape and number of channels: trained, exported with parity, and served, in the data's units."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app as commands
+from formats.artifact import read_artifact
+from formats.checkpoint_config import read_config
+from model_export import parity
+from service.http.app import create_app
+from service.settings import Settings
+from tests.counts import LONG
+from tests.waiting import PATIENCE_S, POLL_S, run_async
+
+SETTINGS = (
+    "class_conditional=false", "label_dropout=0", "model.model_channels=32", "model.channel_mult=1,1",
+    "total_images=16", "batch_size=8", "preview_per_class=1", "preview_steps=2", "diffusion.num_timesteps=20",
+    "precision=float32", "data.value_range=-3,5",
+)  # fmt: skip
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(commands, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def ask(folder: Path, backend: str) -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
+    settings = Settings.model_validate(
+        {"models": (folder,), "backend": backend, "max_rows": 2, "threads": 1, "cache_dir": ""}
+    )
+    app = create_app(settings)
+
+    async def requests() -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as client,
+        ):
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(POLL_S)
+            (model,) = (await client.get("/v1/models")).json()["models"]
+            body = {"n": 2, "steps": 4, "seed": 3}
+            arrays = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})
+            assert arrays.status_code == 200, arrays.text
+            picture = await client.post("/v1/generate", json={**body, "n": 1}, headers={"Accept": "image/png"})
+            metadata = (await client.get(f"/v2/models/{model['name']}")).json()
+            return model, arrays.content, picture, metadata
+
+    return run_async(requests())
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(12, 20, 2), *([(16, 8, 4)] if LONG else [])])
+def test_a_network_of_any_shape_is_trained_exported_and_served(
+    height: int, width: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "STEPS", 5)
+    monkeypatch.setattr(parity, "ROWS", 2)
+    data = np.random.default_rng(0).uniform(-3, 5, (8, height, width, channels)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", images=data)
+    chosen = [
+        *SETTINGS, f"model.image_size={height},{width}", f"model.image_channels={channels}",
+        f"model.attention_resolutions={height // 2}",
+    ]  # fmt: skip
+    assignments = [part for setting in chosen for part in ("--set", setting)]
+    run("train", "fashion32", "--data", tmp_path / "data.npz", "--out", tmp_path / "run", *assignments)
+    folder = tmp_path / "run" / "model"
+
+    config = read_config(folder)
+    assert config.model.image_shape == (channels, height, width)
+    assert config.kind == "unet"
+    assert config.value_range == (-3, 5)
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+    run("export", folder, folder / "artifact")
+    manifest = read_artifact(folder / "artifact")
+    assert all(p.limit is None or p.worst < p.limit for p in manifest.parity)
+
+    model, arrays, picture, metadata = ask(folder / "artifact", "openvino")
+    assert model["image_size"] == [height, width]
+    assert (model["image_channels"], model["value_range"]) == (channels, [-3, 5])
+    with np.load(io.BytesIO(arrays)) as archive:
+        images = archive["arr_0"]
+    assert (images.shape, images.dtype) == ((2, height, width, channels), np.uint8)
+    assert metadata["outputs"][0]["shape"] == [-1, height, width, channels]
+    if channels == 4:
+        assert picture.headers["content-type"] == "image/png"
+    else:
+        assert picture.status_code == 422
+        assert picture.json()["detail"] == 'format: must be "npz" for images of 2 channels; got "png"'
