@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import httpx
 import numpy as np
@@ -28,9 +28,10 @@ from pydantic import BaseModel, ValidationError
 from cli.connecting import CONNECTION_ERRORS
 from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
+from formats.given_files import Fit
 from service.http.native.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
 from service.http.native.schemas import GenerateResponse, ModelList, Problem
-from service.requests.generate_request import ImageFormat, PriorityName
+from service.requests.generate_request import ImageFormat, PriorityName, ValueType
 
 CONNECT_S = 10.0
 ANSWER_S = 3660.0
@@ -38,6 +39,7 @@ ANSWER_S = 3660.0
 STREAM_SILENCE_S = 60.0
 """Read timeout of a stream; the service sends something at least every 15 seconds."""
 SHOWN = 200
+NPY_MAGIC = b"\x93NUMPY"
 EVENTS = "text/event-stream"
 IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
@@ -71,6 +73,17 @@ class UnexpectedAnswer(ClientError):
     """The response does not come from this service."""
 
 
+GivenFile = str | bytes | npt.NDArray[Any]
+"""A given image: the bytes of a file, an array [H, W, C] or [n, H, W, C], or a file in base64."""
+
+
+class Resample(TypedDict):
+    """RePaint's resampling of a masked image."""
+
+    times: int
+    jump: int
+
+
 class GenerateFields(TypedDict, total=False):
     """Fields of `POST /v1/generate` as keyword arguments; the README describes them."""
 
@@ -85,7 +98,16 @@ class GenerateFields(TypedDict, total=False):
     classifier_scale: float
     seed: int
     image_index: int
+    image: GivenFile
+    mask: GivenFile
+    latent: GivenFile
+    strength: float
+    start_timestep: int
+    resample: Resample
+    fit: Fit
+    clip: bool
     format: ImageFormat
+    dtype: ValueType
     quality: int
     compression: int
     preview_every: int
@@ -256,30 +278,39 @@ def _described(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def pixels_of(image_b64: str) -> npt.NDArray[np.uint8]:
+def pixels_of(image_b64: str) -> npt.NDArray[Any]:
     """Decode the `b64_json` of an image or a preview, in any format.
 
     Returns:
-        Pixels, uint8 [H, W, C].
+        Pixels, uint8 [H, W, C]; with `dtype="float32"`, values in the units of the data, float32 [H, W, C].
     """
     content = base64.b64decode(image_b64)
-    if content.startswith(b"PK"):  # an npz is a zip
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            pixels: npt.NDArray[np.uint8] = arrays["arr_0"][0]
-            return pixels
+    if content.startswith((b"PK", NPY_MAGIC)):  # an npz is a zip
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
+        array: npt.NDArray[Any] = loaded if isinstance(loaded, np.ndarray) else loaded["arr_0"]
+        return array.reshape(array.shape[-3:])  # an npz has an axis for several images
     with Image.open(io.BytesIO(content)) as picture:
         flat = np.asarray(picture)
     return flat.reshape(*flat.shape[:2], -1)  # a grey picture is [H, W]
 
 
 def _body(fields: GenerateFields, *, stream: bool) -> bytes:
-    named = {"class" if name == "class_" else name: value for name, value in fields.items()}
+    named = {"class" if name == "class_" else name: _sendable(value) for name, value in fields.items()}
     for name, value in named.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name}: cannot be sent as JSON: {error}") from error
     return json.dumps({**named, "stream": stream}).encode()
+
+
+def _sendable(value: object) -> object:
+    """Return a given image as base64, and any other value unchanged."""
+    if isinstance(value, np.ndarray):
+        file = io.BytesIO()
+        np.save(file, value, allow_pickle=False)
+        value = file.getvalue()
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 def _read(kind: type[M], text: str | bytes) -> M:

@@ -113,7 +113,7 @@ def test_the_service_gives_the_pixels_of_the_reference_loop(backend: str, export
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(POLL_S)
             body = {"class": ["3", "1", "4"], "steps": STEPS, "seed": SEED}
-            other = {"class": "2", "steps": 3 * STEPS, "seed": 1, "stream": True, "preview_every": 5}
+            other = {"class": "2", "steps": 10 * STEPS, "seed": 1, "stream": True, "preview_every": 1}
             beside = asyncio.create_task(client.post("/v1/generate", json=other))
             answer = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})
             assert answer.status_code == 200, answer.text

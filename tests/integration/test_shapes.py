@@ -96,4 +96,4 @@ def test_a_network_of_any_shape_is_trained_exported_and_served(
         assert picture.headers["content-type"] == "image/png"
     else:
         assert picture.status_code == 422
-        assert picture.json()["detail"] == 'format: must be "npz" for images of 2 channels; got "png"'
+        assert picture.json()["detail"] == 'format: must be "npz" or "npy" for images of 2 channels; got "png"'

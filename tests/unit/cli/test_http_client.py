@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -141,6 +142,18 @@ PROGRESS = event("progress", position=0, step=3, steps=9, eta_s=1)
 
 def test_fields_are_those_of_a_request_except_stream() -> None:
     assert GenerateFields.__annotations__.keys() == GenerateRequest.model_fields.keys() - {"stream"}
+
+
+def test_given_images_are_sent_in_base64_and_arrays_as_npy(ask: Ask) -> None:
+    service, array = Service(good()), np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
+    ask(service, image=array, mask=b"\x89PNG", latent="YQ==", strength=0.5)
+    body = json.loads(service.asked[0].content)
+    assert base64.b64decode(body["mask"]) == b"\x89PNG"
+    assert (body["latent"], body["strength"]) == ("YQ==", 0.5)
+    assert np.array_equal(pixels_of(body["image"]), array)
+    file = io.BytesIO()
+    np.savez(file, array[None])
+    assert np.array_equal(pixels_of(base64.b64encode(file.getvalue()).decode()), array)
 
 
 def test_a_request_has_its_fields_the_api_key_and_its_own_idempotency_key(ask: Ask) -> None:
