@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,16 @@ if not torch.cuda.is_available():
 
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+_CHARACTERS = locale.setlocale(locale.LC_CTYPE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Restore the character set of text files and processes, which some libraries change to that of the C locale."""
+    del item
+    locale.setlocale(locale.LC_CTYPE, _CHARACTERS)
 
 
 @pytest.hookimpl(tryfirst=True)

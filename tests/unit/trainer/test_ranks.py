@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
 def train(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> str:
     done = subprocess.run(
         command(data, run, *options, world=world, **changes),
-        env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -136,7 +136,7 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
     run = tmp_path / "run"
     with subprocess.Popen(
         command(data, run, world=2, total_images="10000000", checkpoint_every_images="80"),
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
     ) as process:  # fmt: skip
         wait_for(run / LOG_FILE, '"images": 160', process)
         victim = workers(process.pid)[1]
