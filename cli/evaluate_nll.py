@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from cli.errors import fail, needs_extra
+from cli.errors import needs_extra
+from cli.evaluation_errors import evaluation_errors
 
 
 def nll_command(
@@ -47,7 +48,7 @@ def nll_command(
         from trainer.data import open_dataset
         from trainer.evaluation.collected import RESULTS_FILE, Results
         from trainer.evaluation.errors import EvaluationError
-        from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
+        from trainer.evaluation.folder import evaluation_folder
         from trainer.evaluation.nll import NllOptions, evaluate_nll
         from trainer.evaluation.nll_report import summarise, table
         from trainer.evaluation.plots import vlb_terms
@@ -61,7 +62,7 @@ def nll_command(
             import matplotlib  # noqa: F401  # before hours of evaluation
 
     stop = StopRequest()
-    try:
+    with evaluation_errors(stop):
         if steps is not None and respacing is not None:
             raise EvaluationError("--steps and --respacing exclude each other")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,10 +70,10 @@ def nll_command(
         shapes = {subject.image_shape for subject in subjects}
         if len(shapes) > 1:
             raise EvaluationError(f"models must have images of one shape; got {sorted(shapes)}")
-        channels, size, _ = subjects[0].image_shape
+        model = subjects[0].config.model
         labelled = any(subject.config.model.num_classes is not None for subject in subjects)
         reading = data_options(subjects[0])
-        dataset = open_dataset(data, size, channels, reading, labelled=labelled)
+        dataset = open_dataset(data, model.image_size, model.image_channels, reading, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         spec = str(steps) if steps is not None else respacing or ""
         settings = {
@@ -111,10 +112,5 @@ def nll_command(
             write_file(out / RESULTS_FILE, (json.dumps(content, indent=1) + "\n").encode())
             if plot:
                 write_file(out / "vlb_terms.png", vlb_terms([Results(path=out / RESULTS_FILE, content=content)]))
-    except EvaluationStopped:
-        typer.echo("stopped; the same command continues the evaluation", err=True)
-        raise typer.Exit(128 + (stop.signal or 0)) from None
-    except (ValueError, OSError) as error:
-        fail(error)
     typer.echo(table(summaries))
     typer.echo(f"{options.images} images; written: {out / 'results.json'}", err=True)

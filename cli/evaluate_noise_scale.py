@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from cli.errors import fail, needs_extra
+from cli.errors import needs_extra
+from cli.evaluation_errors import evaluation_errors
 
 
 def noise_scale_command(
@@ -45,7 +46,7 @@ def noise_scale_command(
         from formats.atomic_file import write_file
         from trainer.data import open_dataset
         from trainer.evaluation.collected import RESULTS_FILE
-        from trainer.evaluation.folder import EvaluationStopped, evaluation_folder
+        from trainer.evaluation.folder import evaluation_folder
         from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
         from trainer.evaluation.gradient_noise_report import summarise, table
         from trainer.evaluation.subject import data_options, load_subject
@@ -55,14 +56,14 @@ def noise_scale_command(
         limit_torch_threads()
 
     stop = StopRequest()
-    try:
+    with evaluation_errors(stop):
         options = NoiseOptions(small=small, big=big, batches=batches, history=history, seed=seed)
         subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = [Case.parse(case) for case in cases] if cases else usual_cases(subject)
-        channels, size, _ = subject.image_shape
+        network = subject.config.model
         reading = data_options(subject)
-        labelled = subject.config.model.num_classes is not None
-        dataset = open_dataset(data, size, channels, reading, labelled=labelled)
+        labelled = network.num_classes is not None
+        dataset = open_dataset(data, network.image_size, network.image_channels, reading, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         settings = {
             "kind": "noise-scale",
@@ -98,10 +99,5 @@ def noise_scale_command(
                 "cases": summaries,
             }
             write_file(out / RESULTS_FILE, (json.dumps(content, indent=1) + "\n").encode())
-    except EvaluationStopped:
-        typer.echo("stopped; the same command continues the evaluation", err=True)
-        raise typer.Exit(128 + (stop.signal or 0)) from None
-    except (ValueError, OSError) as error:
-        fail(error)
     typer.echo(table(summaries))
     typer.echo(f"written: {out / 'results.json'}", err=True)

@@ -50,7 +50,7 @@ class Dataset(Protocol):
     """One line: the data found and how they are processed."""
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array | Float32Array:
-        """Return the images [len(indices), size, size, channels]: uint8, or float32 in [-1, 1].
+        """Return the images [len(indices), height, width, channels]: uint8, or float32 in [-1, 1].
 
         Args:
             indices: of the images.
