@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.errors import fail, needs_extra
+from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
 
 if TYPE_CHECKING:
     from diffusion.config import CheckpointConfig
@@ -42,16 +43,12 @@ def samples_command(
     split_baseline: Annotated[
         Path | None, typer.Option(help="Other real images (another split); --num of them are scored like samples.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")] = None,
-    respacing: Annotated[str | None, typer.Option(help="Respacing instead of --steps, e.g. 'ddim25'.")] = None,
-    sampler: Annotated[str, typer.Option(help="{samplers}.")] = "ancestral",
-    eta: Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")] = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
-    ] = None,
-    classifier_scale: Annotated[
-        float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
-    ] = None,
+    steps: Steps = None,
+    respacing: Respacing = None,
+    sampler: SamplerName = "ancestral",
+    eta: Eta = None,
+    cfg_scale: CfgScale = None,
+    classifier_scale: ClassifierScale = None,
     classes: Annotated[
         Literal["balanced", "data"],
         typer.Option(help="Classes of the images: equally often, or as often as in --data."),
@@ -84,15 +81,14 @@ def samples_command(
 
         limit_torch_threads()
 
-    asked = {
-        "steps": steps,
-        "respacing": respacing,
-        "sampler": sampler,
-        "eta": eta,
-        "cfg_scale": cfg_scale,
-        "classifier_scale": classifier_scale,
-    }
-    sampling = {name: value for name, value in asked.items() if value is not None}
+    sampling = given(
+        steps=steps,
+        respacing=respacing,
+        sampler=sampler,
+        eta=eta,
+        cfg_scale=cfg_scale,
+        classifier_scale=classifier_scale,
+    )
     try:
         if (data is None) == (reference is None):
             raise EvaluationError("give either --data or --reference")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.errors import fail
+from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
 
 if TYPE_CHECKING:
     from cli.sampled import CheckImages, SampledImage
@@ -34,18 +35,12 @@ def sample_command(
     at_once: Annotated[
         int, typer.Option(min=1, max=64, help="With --url: images per request; a service or key may allow fewer.")
     ] = 64,
-    steps: Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")] = None,
-    respacing: Annotated[
-        str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")
-    ] = None,
-    sampler: Annotated[str, typer.Option(help="{samplers}.")] = "ancestral",
-    eta: Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")] = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
-    ] = None,
-    classifier_scale: Annotated[
-        float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
-    ] = None,
+    steps: Steps = None,
+    respacing: Respacing = None,
+    sampler: SamplerName = "ancestral",
+    eta: Eta = None,
+    cfg_scale: CfgScale = None,
+    classifier_scale: ClassifierScale = None,
     seed: Annotated[int | None, typer.Option(help="Seed, 0..2^53-1. Default: random.")] = None,
     image_index: Annotated[
         int, typer.Option(min=0, help="Index of the first image, 0..2^32-1. Each image of a seed is reproducible.")
@@ -64,24 +59,24 @@ def sample_command(
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
-    params = {
-        "class": class_,
-        "steps": steps,
-        "respacing": respacing,
-        "sampler": sampler,
-        "eta": eta,
-        "cfg_scale": cfg_scale,
-        "classifier_scale": classifier_scale,
-        "seed": secrets.randbelow(2**53) if seed is None else seed,
-        "image_index": image_index,
-    }
+    fields = given(
+        class_=class_,
+        steps=steps,
+        respacing=respacing,
+        sampler=sampler,
+        eta=eta,
+        cfg_scale=cfg_scale,
+        classifier_scale=classifier_scale,
+        seed=secrets.randbelow(2**53) if seed is None else seed,
+        image_index=image_index,
+    )
     try:
         refuse_other_files(out)
 
         def check(channels: int, size: ImageSize) -> None:
             refuse_impossible_pictures(out, channels, size, n)
 
-        images = _sample({k: v for k, v in params.items() if v is not None}, n, at_once, model, url, key, check)
+        images = _sample(fields, n, at_once, model, url, key, check)
         ids = sorted({image.numerics_id for image in images})  # several if replicas differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
         write_images(out, images)

@@ -56,11 +56,8 @@ class Objective(Protocol):
         ...
 
 
-class DiffusionObjective:
-    """L_simple, L_vlb or L_hybrid of a UNet (diffusion/losses.py)."""
-
-    by_quartile: tuple[str, ...] = ("mse",)
-    judged_by = "mse"
+class _OnNoisedImages:
+    """The tables that objectives on noised images share."""
 
     def __init__(self, config: TrainConfig, device: torch.device | str) -> None:
         self._config = config
@@ -69,11 +66,21 @@ class DiffusionObjective:
         self._tables = LossTables.from_process(process, device)
         self._t_model = torch.from_numpy(process.t_model).to(device)
 
+    def _noised(self, batch: Batch) -> Tensor:
+        return q_sample(self._tables, batch.x0, batch.t, batch.noise)
+
+
+class DiffusionObjective(_OnNoisedImages):
+    """L_simple, L_vlb or L_hybrid of a UNet (diffusion/losses.py)."""
+
+    by_quartile: tuple[str, ...] = ("mse",)
+    judged_by = "mse"
+
     def build(self) -> nn.Module:
         return UNet(_model(self._config))
 
     def losses(self, network: Network, batch: Batch) -> dict[str, Tensor]:
-        x_t = q_sample(self._tables, batch.x0, batch.t, batch.noise)
+        x_t = self._noised(batch)
         output = network(x_t, self._t_model[batch.t], batch.y, **batch.conditions)
         assert self._config.loss != "cross_entropy"  # noqa: S101  # the configuration allows it for classifiers only
         return training_losses(
@@ -109,26 +116,18 @@ class DiffusionObjective:
             write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop)
 
 
-class ClassifierObjective:
+class ClassifierObjective(_OnNoisedImages):
     """Cross-entropy of a noisy classifier (ADM, arXiv:2105.05233, section 4.1): images noised to any timestep."""
 
     by_quartile: tuple[str, ...] = ("loss", "acc@1", "acc@5")
     judged_by = "loss"
-
-    def __init__(self, config: TrainConfig, device: torch.device | str) -> None:
-        self._config = config
-        process = respace(config.diffusion)
-        self.num_steps = process.num_steps
-        self._tables = LossTables.from_process(process, device)
-        self._t_model = torch.from_numpy(process.t_model).to(device)
 
     def build(self) -> nn.Module:
         return Classifier(_classifier(self._config))
 
     def losses(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         assert batch.y is not None  # noqa: S101  # a classifier has classes
-        x_t = q_sample(self._tables, batch.x0, batch.t, batch.noise)
-        logits = network(x_t, self._t_model[batch.t])
+        logits = network(self._noised(batch), self._t_model[batch.t])
         with torch.no_grad():
             above = (logits > logits.gather(1, batch.y[:, None])).sum(dim=1)
         return {

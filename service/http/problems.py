@@ -126,7 +126,10 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         broken.setdefault(field_of(item["loc"]), item)
     listed = islice(broken.items(), MAX_ERRORS)
     errors = [{"field": field, "message": message_of(item, body)} for field, item in listed]
-    detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors)
+    fields: dict[str, list[str]] = {}  # by message: a rule that several fields break is stated once
+    for entry in errors:
+        fields.setdefault(entry["message"], []).append(entry["field"])
+    detail = "; ".join(f"{', '.join(names)}: {message}" for message, names in fields.items())
     return problem(422, "Invalid request", detail, instance=_instance(request), errors=errors)
 
 

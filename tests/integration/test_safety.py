@@ -246,7 +246,7 @@ HOSTILE_BODIES: list[tuple[bytes, int, str]] = [
     (b'{"n":{}, "steps":[], "seed":"x", "sampler":1}', 422, "n: "),
     (b"{" + b",".join(b'"%d":1' % k for k in range(5000)) + b"}", 422, "unknown field"),
     (b'{"class":[' + b",".join([b"1.5"] * 64) + b'],"stepz":1}', 422, "stepz: unknown field"),
-    (b" " * 9_000_000, 413, "the body must be at most"),
+    (b" " * 9_000_000, 413, "at most 8454144 bytes"),
 ]
 
 
@@ -258,7 +258,7 @@ async def test_hostile_bodies_get_4xx_answers_and_cause_no_work() -> None:
             answer = await service.ask("POST", "/v1/generate", content=content, headers=JSON)
             assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
             assert message in answer.json()["detail"], content[:40]
-            assert len(answer.content) < 10_000
+            assert len(answer.content) < 5000
         bomb = gzip.compress(b" " * 50_000_000)
         for encoding in ("gzip", "deflate", "br", "gzip, identity"):
             packed = await service.ask(

@@ -1,0 +1,23 @@
+"""The options of all commands that sample: how a chain is computed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Steps = Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")]
+Respacing = Annotated[str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")]
+SamplerName = Annotated[str, typer.Option(help="{samplers}.")]
+Eta = Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")]
+CfgScale = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance scale; 1: off. Default: recommended by the model.")
+]
+ClassifierScale = Annotated[
+    float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
+]
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """Return the fields of a request whose options were given; `class_` becomes `class`."""
+    return {name.rstrip("_"): value for name, value in fields.items() if value is not None}
