@@ -17,6 +17,7 @@ from diffusion.likelihood import VariationalBound
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import respace
 from formats.ensemble import write_ensemble
+from tests.fakes import tiny_checkpoint, tiny_config
 from tests.networks import RANDOM_MODEL_STEPS, write_random_model
 from trainer.data import Dataset, network_input, open_dataset
 from trainer.evaluation.errors import EvaluationError
@@ -172,3 +173,13 @@ def test_a_folder_in_use_or_of_something_else_is_refused(tmp_path: Path) -> None
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(EvaluationError, match="something else"), evaluation_folder(tmp_path / "mine", {}):
         pass
+
+
+def test_images_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "wide", image_size=(8, 16))
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 16, 1), dtype=np.uint8)
+    classes = np.array(tiny_config().class_names)
+    np.savez(tmp_path / "wide.npz", images=images, labels=np.arange(10) % len(classes), classes=classes)
+    arguments = ["evaluate", "nll", str(model), "--data", str(tmp_path / "wide.npz"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--steps", "2", "--num", "2"])
+    assert done.exit_code == 0, done.output
