@@ -1,6 +1,6 @@
 """Reproduce the orderings of IDDPM (arXiv:2102.09672) with small networks: train, evaluate, report.
 
-    python -m benchmarks.reproduction train --data TRAIN.npz --runs RUNS   # 20 runs, half an hour or more each
+    python -m benchmarks.reproduction train --data TRAIN.npz --runs RUNS   # 20 runs, four minutes or more each
     python -m benchmarks.reproduction evaluate --runs RUNS --test TEST.npz --judge JUDGE.safetensors
     python -m benchmarks.reproduction report --runs RUNS                   # docs/reproduction.md and its plots
 

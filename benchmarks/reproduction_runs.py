@@ -20,11 +20,12 @@ from trainer.run_folder import MODEL_FOLDER, checkpoints
 PRESET = "fashion32"
 SEEDS = (0, 1)
 SCHEDULES = ("cosine", "linear")
-BASE_WIDTH = 24
-OTHER_WIDTHS = (16, 32, 48)
-IMAGES = 100_000
+BASE_WIDTH = 16
+OTHER_WIDTHS = (8, 12, 24)
+IMAGES = 60_000
 COMMON: Mapping[str, Any] = {
     "model.model_channels": BASE_WIDTH,
+    "model.norm_groups": 4,
     "model.channel_mult": [1, 2, 2],
     "model.attention_resolutions": [],
     "diffusion.num_timesteps": 1000,

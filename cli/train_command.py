@@ -46,6 +46,12 @@ def train_command(
             "--set", help="Set a field of the configuration, NAME=VALUE, e.g. model.dropout=0.1. Can be repeated."
         ),
     ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            "--init", help="Begin with the weights of this model folder (fine-tuning); default: with random weights."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the run in --out with its recorded configuration, changed by --set."),
@@ -81,6 +87,7 @@ def train_command(
         from trainer.data import open_dataset
         from trainer.decided import refuse_overruled, split_decided
         from trainer.errors import Stopped, TrainError
+        from trainer.initial_model import read_initial_model
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
         from trainer.ranks import joined
@@ -97,6 +104,8 @@ def train_command(
     try:
         if accept_changed_data and not resume:
             raise ValueError("--accept-changed-data can only be used with --resume")
+        if initial is not None and resume:
+            raise ValueError("--init starts a new run and cannot be used with --resume: a resumed run has its weights")
         start = named_preset(preset)
         free, decided = split_decided(parse_assignments(assignments))
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
@@ -112,6 +121,7 @@ def train_command(
         )
         resolved = resolve(config, dataset)
         refuse_overruled(decided, resolved, dataset)
+        weights = None if initial is None else read_initial_model(initial, resolved)
         if main:
             typer.echo(resolved.model_dump_json(indent=2))
             typer.echo(dataset.summary, err=True)
@@ -123,21 +133,23 @@ def train_command(
                 dataset,
                 run,
                 resume=resume,
-                command=command.text("--data", data.name, *(["--resume"] if resume else [])),
+                command=command.text("--data", data.name, *_begins(resume, initial and Path(initial.name))),
                 accept_changed_data=accept_changed_data,
+                initial=weights,
                 stop=stop,
                 ranks=ranks,
             )
     except ValidationError as error:
         fail(describe_validation_error(error))
     except Stopped as stopped:
-        again = _resumed(data, run, cache)[: None if stopped.images_seen else -1]  # -1: without --resume
         if main:
+            again = (*_places(data, run, cache), *_begins(stopped.images_seen > 0, initial))
             typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
-            fail(f"{error}. To continue: {command.text(*_resumed(data, run, cache), changed=error.resume_with)}")
+            again = (*_places(data, run, cache), *_begins(True, None))
+            fail(f"{error}. To continue: {command.text(*again, changed=error.resume_with)}")
         fail(error)
     except (ValueError, OSError) as error:
         fail(error)
@@ -164,9 +176,13 @@ class _Command:
         return shlex.join(["iddpm", "train", self.preset, *options, *sets, *accept])
 
 
-def _resumed(data: Path, run: Path, cache: Path | None) -> list[str]:
-    where = [] if cache is None else ["--cache", str(cache)]
-    return ["--data", str(data), "--out", str(run), *where, "--resume"]
+def _places(data: Path, run: Path, cache: Path | None) -> list[str]:
+    return ["--data", str(data), "--out", str(run), *([] if cache is None else ["--cache", str(cache)])]
+
+
+def _begins(resume: bool, initial: Path | None) -> list[str]:
+    """Return the options that say with which weights a run begins."""
+    return ["--resume"] if resume else [] if initial is None else ["--init", str(initial)]
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

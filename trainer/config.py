@@ -174,12 +174,13 @@ class TrainConfig(FrozenConfig):
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Return the fields that differ from another configuration, by dotted name: (its value, the value here)."""
-        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        mine, theirs = flat(self.model_dump(mode="json")), flat(other.model_dump(mode="json"))
         return {name: (theirs[name], mine[name]) for name in mine if mine[name] != theirs[name]}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields by dotted name."""
+    fields: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

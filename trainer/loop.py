@@ -23,6 +23,7 @@ from trainer.data import DataError, Dataset
 from trainer.ema import EMA, exponential_decay, power_decay
 from trainer.errors import Stopped, TrainError
 from trainer.every import Every, or_warn
+from trainer.initial_model import InitialModel
 from trainer.log import Window, append_line, cut_log
 from trainer.look_ahead import looking_ahead
 from trainer.objective import MAX_LOSS, Objective, objective_of
@@ -72,6 +73,7 @@ def train(
     resume: bool = False,
     command: str = "",
     accept_changed_data: bool = False,
+    initial: InitialModel | None = None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks | None = None,
 ) -> Path:
@@ -87,6 +89,7 @@ def train(
         resume: continue the run in the folder.
         command: recorded in the provenance.
         accept_changed_data: resume although the data differ from those of the checkpoint.
+        initial: weights of a new run; None: random ones. A resumed run continues with its own.
         stop: called before each batch; True ends the run with a checkpoint.
         ranks: the processes that train together, each of which calls this function; None: this process alone.
 
@@ -101,17 +104,24 @@ def train(
     _check_world(config, ranks.world)
     if not ranks.main:
         ranks.highest(0)  # waits until the main process has claimed the folder
-        return _Run(config, dataset, run, ranks, command, stop).train(resume, accept_changed_data)
+        return _Run(config, dataset, run, ranks, command, initial, stop).train(resume, accept_changed_data)
     with claimed(run, resume=resume):
         ranks.highest(0)
-        return _Run(config, dataset, run, ranks, command, stop).train(resume, accept_changed_data)
+        return _Run(config, dataset, run, ranks, command, initial, stop).train(resume, accept_changed_data)
 
 
 class _Run:
     """A run in one of its processes."""
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, run: Path, ranks: Ranks, command: str, stop: Callable[[], bool]
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        run: Path,
+        ranks: Ranks,
+        command: str,
+        initial: InitialModel | None,
+        stop: Callable[[], bool],
     ) -> None:
         self._config = config
         self._dataset = dataset
@@ -119,12 +129,16 @@ class _Run:
         self._ranks = ranks
         self._command = command
         self._stop = stop
+        self._initial: Mapping[str, Any] | None = initial.provenance if initial else None
         self._origin: Origin | None = None
         self._lr = config.lr
 
         torch.manual_seed(config.seed)
         self._objective: Objective = objective_of(config, ranks.device)
-        network = self._objective.build().to(ranks.device).train()
+        network = self._objective.build()
+        if initial is not None:
+            network.load_state_dict(initial.weights)
+        network = network.to(ranks.device).train()
         self._optimisation = Optimisation(config, self._objective, network, ranks)
         self._timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](self._objective.num_steps)
         self._state = TrainState(
@@ -309,6 +323,7 @@ class _Run:
             self._run, self._config, self._dataset, accept_changed_data=accept_changed_data
         )
         train_state.restore(self._state, saved)
+        self._initial = saved.config.provenance.get("initial_model")
         if self._ranks.main:
             _update_model(self._run, saved)
             say(f"continuing after {saved.images_seen} images{self._origin.description}")
@@ -326,6 +341,7 @@ class _Run:
                 "precision": self._optimisation.precision,
                 "torch": torch.__version__,
                 "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
+                **({"initial_model": dict(self._initial)} if self._initial else {}),
                 **({"resumed": origin.history} if origin is not None and origin.history else {}),
             },
         )

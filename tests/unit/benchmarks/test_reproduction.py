@@ -53,17 +53,17 @@ def test_the_plan_holds_every_run_once_with_valid_settings() -> None:
     configs = _configs()
     assert len(planned_runs()) == len(configs) == 20
     assert list(configs)[:3] == ["hybrid-cosine-0", "simple-cosine-0", "vlb-cosine-0"]
-    assert list(configs)[6:11] == ["vlbuniform-cosine-0", "width16-0", "width32-0", "width48-0", "hybrid-cosine-1"]
+    assert list(configs)[6:11] == ["vlbuniform-cosine-0", "width8-0", "width12-0", "width24-0", "hybrid-cosine-1"]
     assert {name: config.seed for name, config in configs.items()} == {name: int(name[-1]) for name in configs}
     assert configs["vlb-linear-1"].timestep_sampler == "loss_second_moment"
     assert configs["vlbuniform-cosine-0"].timestep_sampler == "uniform"
     assert configs["simple-linear-0"].diffusion.variance == "fixed_small"
-    assert configs["width48-1"].model.model_channels == 48
+    assert configs["width24-1"].model.model_channels == 24
 
 
 def test_the_runs_differ_in_what_is_compared_only() -> None:
     configs = _configs()
-    changed = configs["hybrid-cosine-0"].differences(configs["width16-0"])
+    changed = configs["hybrid-cosine-0"].differences(configs["width12-0"])
     assert list(changed) == ["model.model_channels"]
     changed = configs["hybrid-cosine-0"].differences(configs["hybrid-linear-0"])
     assert list(changed) == ["diffusion.noise_schedule"]
@@ -196,7 +196,7 @@ def test_an_interrupted_cell_gives_the_same_samples(
 def test_the_widths_are_drawn(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for number, name in enumerate(("width16-0", HYBRID)):
+    for number, name in enumerate(("width12-0", HYBRID)):
         for cell in width_cells(name, None):
             field = "bits_per_dim" if cell.kind == "nll" else "frechet_distance"
             model = {"flops": 1e12 * (number + 1), "parameters": 1000}
@@ -205,7 +205,7 @@ def test_the_widths_are_drawn(tmp_path: Path) -> None:
     write_report(out, tmp_path / "reproduction.md")
     assert (tmp_path / "images" / "reproduction_widths.png").stat().st_size > 1000
     assert (
-        "| figure 10 | bits/dim, equal images: 24 channels below 16 | 0.750 |"
+        "| figure 10 | bits/dim, equal images: 16 channels below 12 | 0.750 |"
         in (tmp_path / "reproduction.md").read_text()
     )
 
