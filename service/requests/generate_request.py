@@ -50,7 +50,7 @@ def _in_code(names: Iterable[str]) -> str:
     return in_words(f"`{name}`" for name in names)
 
 
-def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """Replace the errors of the union's members by one message that lists the valid forms of a class."""
     try:
         return check(value)
@@ -152,7 +152,7 @@ class GenerateRequest(GivenOptions, SamplingOptions):
 
     class_: Annotated[
         ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None,
-        WrapValidator(_one_error),
+        WrapValidator(one_error),
     ] = Field(
         default=None,
         alias="class",
