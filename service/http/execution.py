@@ -36,7 +36,7 @@ from service.http.state import ServiceState
 from service.models.served_model import ServedModel, find_model
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
-from service.requests.given import check_given, read_given
+from service.requests.given import check_cond, check_given, read_given
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,8 +130,9 @@ async def prepare(body: GenerateRequest, request: Request, state: ServiceState) 
     most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
     # Not X-Request-ID, which two clients may share
     check_given(body)
+    check_cond(body, model.config.model)
     given: tuple[GivenArrays, ...] = ()
-    if body.image is not None or body.latent is not None:
+    if body.image is not None or body.latent is not None or body.cond is not None:
         given = await state.encoding.run(read_given, body, model.config)
     completed = complete(body, model, uuid.uuid4().hex, most, client.name, given)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
