@@ -38,7 +38,7 @@ from service.models.served_model import ServedModel, find_model
 from service.requests.array_requests import DenoiseRequest, EncodeRequest, complete_arrays, read_encoded, read_noisy
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
-from service.requests.given import check_given, read_given
+from service.requests.given import check_cond, check_given, read_given
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,8 +132,9 @@ async def prepare(body: GenerateRequest, request: Request, state: ServiceState) 
     most = _most_work(state, client)
     # Not X-Request-ID, which two clients may share
     check_given(body)
+    check_cond(body.cond, model.config.model)
     given: tuple[GivenArrays, ...] = ()
-    if body.image is not None or body.latent is not None:
+    if body.image is not None or body.latent is not None or body.cond is not None:
         given = await state.encoding.run(read_given, body, model.config)
     completed = complete(body, model, uuid.uuid4().hex, most, client.name, given)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
@@ -149,6 +150,7 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
     """
     model, client = find_model(state.models, body.model), client_of_request(request.scope)
     most = _most_work(state, client)
+    check_cond(body.cond, model.config.model)
     if isinstance(body, EncodeRequest):
         given = await state.encoding.run(read_encoded, body, model.config)
     else:

@@ -25,7 +25,7 @@ from service.requests.generate_request import (
     PriorityName,
     one_error,
 )
-from service.requests.given import begun_with, given_images, read_file, shape_of
+from service.requests.given import begun_with, given_images, read_file, shape_of, with_cond
 from service.requests.request_body import RequestBody
 
 Timestep = Annotated[StrictInt, Field(ge=0)]
@@ -50,6 +50,9 @@ class ArrayOptions(RequestBody):
         default=None,
         alias="class",
         description="Class by name or index, or a list with one per array; absent: the null class, if there is one.",
+    )
+    cond: File | None = Field(
+        default=None, description="Conditioning image, as for `/v1/generate`; one, or one per array."
     )
     cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] = Field(
         default=1, description="Classifier-free guidance scale; 1 = off, the default."
@@ -105,7 +108,7 @@ def read_encoded(body: EncodeRequest, config: CheckpointConfig) -> tuple[GivenAr
     """
     shape = shape_of(config.model)
     images = read_file("image", body.image, lambda file: read_images(file, shape, most=MAX_IMAGES, fit=body.fit))
-    return given_images(images, None, config)
+    return with_cond(given_images(images, None, config), body.cond, config)
 
 
 def read_noisy(body: DenoiseRequest, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
@@ -116,7 +119,7 @@ def read_noisy(body: DenoiseRequest, config: CheckpointConfig) -> tuple[GivenArr
     """
     shape = shape_of(config.model)
     arrays = read_file("x_t", body.x_t, lambda file: read_values(file, shape, most=MAX_IMAGES))
-    return begun_with("x_t", arrays.transpose(0, 3, 1, 2))
+    return with_cond(begun_with("x_t", arrays.transpose(0, 3, 1, 2)), body.cond, config)
 
 
 def complete_arrays(

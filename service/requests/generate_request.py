@@ -129,6 +129,11 @@ class GivenOptions(RequestBody):
     latent: File | None = Field(
         default=None, description="Instead of `image`: x_t to begin with, float32, npy or npz in base64."
     )
+    cond: File | None = Field(
+        default=None,
+        description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of exactly that shape: a "
+        "file as `image`, or an array with one per image. For an upsampler: the small picture.",
+    )
     strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
     )
