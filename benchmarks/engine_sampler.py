@@ -34,19 +34,21 @@ class EngineSampler:
         labels: Sequence[int | None],
         cfg_scale: float = 1.0,
         on_image: Callable[[], object] = lambda: None,
+        sampler: str = "ancestral",
     ) -> Uint8Array:
-        """Sample image k from seed k and class labels[k], ancestrally: uint8 [N, H, W, C].
+        """Sample image k from seed k and class labels[k]: uint8 [N, H, W, C].
 
         Args:
             steps: length of every chain.
             labels: a class for each image; None where the model is unconditional.
             cfg_scale: classifier-free guidance; 1 = off.
             on_image: called whenever an image is finished.
+            sampler: a name of `diffusion.plans.SAMPLERS`.
 
         Raises:
             RuntimeError: an image has values that are not finite.
         """
-        key = PlanKey(sampler="ancestral", spec=str(steps))
+        key = PlanKey(sampler=sampler, spec=str(steps))
         images = tuple(
             ImageParams(plan=key, num_steps=steps, seed=k, image_index=0, class_index=label, cfg_scale=cfg_scale)
             for k, label in enumerate(labels)

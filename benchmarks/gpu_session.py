@@ -46,13 +46,16 @@ from service.backends.device_queue import Normal
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest, ImageParams, ImageStep, PlanKey
+from service.engine.request import GenerationRequest, ImageParams, ImageStatus, ImageStep, PlanKey
 from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 
 BUDGET_S = 500.0
 """Time after which a call starts no further section."""
 ADM = "adm-imagenet64"
+LARGE = "adm-imagenet256"
+SPOILED = 0.05
+"""Probability that a slot is overwritten with NaN before a step."""
 CALLS = ("lives", "time", "stress")
 ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 LOSES_THE_DEVICE = """
@@ -347,7 +350,7 @@ def out_of_memory(session: Session) -> Result:
 
 
 def joins(session: Session) -> Result:
-    """Let images join, leave, be cancelled and evicted for a minute; compare each with itself alone."""
+    """Let images join, leave, be cancelled, evicted and spoiled by NaN for a minute; compare each with itself alone."""
     config = EngineConfig(max_rows=session.sizes[-1], slots_per_row=1, timed_calls=0)
     runner = ArrayRunner(session.backend(config.max_rows), config)
     runner.warm_up()
@@ -359,7 +362,8 @@ def joins(session: Session) -> Result:
         )
         for k in range(8 if session.toy else 400)
     ]
-    until, added, cancelled = time.monotonic() + 60, 0, 0
+    until, added, cancelled, spoiled = time.monotonic() + 60, 0, 0, 0
+    failed = set[str]()
     while engine.has_work() or (added < len(images) and time.monotonic() < until):
         for _ in range(int(draw.integers(0, 4))):
             if added < len(images):
@@ -367,11 +371,22 @@ def joins(session: Session) -> Result:
                 added += 1
         if added and draw.random() < 0.1:
             cancelled += len(engine.abort(str(draw.integers(added))))
+        if engine.has_work() and draw.random() < SPOILED:
+            runner.slots.x[int(draw.integers(config.num_slots))] = torch.nan
+            spoiled += 1
         for result in engine.step() if engine.has_work() else ():
+            if result.status is ImageStatus.FAILED:
+                failed.add(result.request_id)
             if result.pixels is not None:
                 together[int(result.request_id)] = result.pixels.tobytes()
     different = [k for k in list(together)[:100] if _alone(runner, config, images[k]) != together[k]]
-    return {"images": len(together), "cancelled": cancelled, "different": different}
+    return {
+        "images": len(together),
+        "cancelled": cancelled,
+        "spoiled": spoiled,  # a slot without an image is harmless
+        "failed": len(failed),
+        "different": different,
+    }
 
 
 def lost_device(session: Session) -> Result:
@@ -398,6 +413,25 @@ def two_models(session: Session) -> Result:
     return {"images": len(pixels), "equal": len(set(pixels)) == 1}
 
 
+def large_start(session: Session) -> Result:
+    """Load a network of 256x256 images with random weights as the service does, 16 rows wide: seconds and memory."""
+    if not session.on_cuda:
+        return {"skipped": "minutes on a CPU"}
+    network = random_network(LARGE, published(LARGE), session.network.checkpoint.parent)
+    torch.cuda.reset_peak_memory_stats(session.device)
+    begun, width = time.perf_counter(), 16
+    options = BackendOptions(max_rows=width, device=str(session.device))
+    runner = ArrayRunner(TorchBackend(network.checkpoint, options), EngineConfig(max_rows=width))
+    loaded = time.perf_counter()
+    runner.warm_up()
+    return {
+        "loading": loaded - begun,
+        "warm_up": time.perf_counter() - loaded,
+        "captured": [size for size in runner.sizes.network if not runner.is_uncaptured(size)],
+        "peak_memory": torch.cuda.max_memory_allocated(session.device),
+    }
+
+
 def throughput(session: Session) -> Result:
     """Measure images per second of the engine, 50 steps each, all images waiting at once."""
     count, chain = (2, 2) if session.toy else (4 * session.sizes[-1], 50)
@@ -410,7 +444,7 @@ def throughput(session: Session) -> Result:
 SECTIONS: dict[str, tuple[Section, ...]] = {
     "lives": (versions, product, bandwidth, captures, bits, self_test, gpu_tests),
     "time": (network_calls, steps, starts, profile, compiled_calls),
-    "stress": (kernels, joins, two_models, throughput, out_of_memory, lost_device),
+    "stress": (kernels, joins, two_models, large_start, throughput, out_of_memory, lost_device),
 }
 
 

@@ -233,7 +233,7 @@ def dpm_solver_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True, *,
 
     Args:
         diffusion: the process the network was trained for; its kind of variance is not used.
-        spec: `"20"`: at most 20 timesteps, uniform in log-SNR, see `respace_by_log_snr`; any other respacing of
+        spec: `"20"`: 20 timesteps, about uniform in log-SNR, see `respace_by_log_snr`; any other respacing of
             `space_timesteps` as there.
         clip: whether x0 is clamped to [-1, 1].
         adds_noise: whether to plan the SDE form.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,12 @@ def _integer_stride(num_timesteps: int, num_steps: int) -> IntArray:
     )
 
 
+LEAST_LOG_SNR = 2 * -5.1
+"""Where the timesteps of a multistep solver begin. Below it, x_t is noise alone: the cosine schedule goes on to -22,
+and half of the steps would change nothing. DPM-Solver's authors end the cosine schedule there too, at time 0.9946 in
+their released code; diffusers' `lambda_min_clipped`, -5.1 for this schedule, is half of it."""
+
+
 def _sections(num_timesteps: int, counts: list[int]) -> IntArray:
     size, extra = divmod(num_timesteps, len(counts))
     timesteps: list[int] = []
@@ -108,11 +115,11 @@ def respace(diffusion: DiffusionConfig, spec: str = "") -> Process:
 
 
 def respace_by_log_snr(diffusion: DiffusionConfig, spec: str) -> Process:
-    """Build the process of a multistep solver: for a number N, timesteps uniform in log(abar / (1 - abar)).
+    """Build the process of a multistep solver: for a number N, N timesteps about uniform in log(abar / (1 - abar)).
 
-    N values from the noisiest timestep's to the least noisy one's are rounded to the nearest timestep. Where several
-    are the same one, it is kept once, so that there may be fewer than N (Lu et al. 2022, arXiv:2206.00927,
-    section 3.4, for the spacing). Other specs are those of `respace`.
+    The values go from the noisiest timestep's, but at least `LEAST_LOG_SNR`, to the least noisy one's, and are rounded
+    to the nearest timesteps (Lu et al. 2022, arXiv:2206.00927, section 3.4, for the spacing). Where several are the
+    same timestep, the next free ones are kept. Other specs are those of `respace`.
 
     Raises:
         ValueError: as `respace`.
@@ -121,9 +128,17 @@ def respace_by_log_snr(diffusion: DiffusionConfig, spec: str) -> Process:
     if re.fullmatch(r"[0-9]+", spec):
         abar = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps)).alphas_cumprod
         log_snr = np.log(abar / (1.0 - abar))
-        wanted = np.linspace(log_snr[-1], log_snr[0], len(kept))
-        kept = np.unique(np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1)).astype(np.int64)
+        wanted = np.linspace(log_snr[0], max(log_snr[-1], LEAST_LOG_SNR), len(kept))
+        kept = _distinct(np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1), len(log_snr))
     return _keep(diffusion, kept, spec)
+
+
+def _distinct(timesteps: npt.NDArray[np.integer[Any]], num_timesteps: int) -> IntArray:
+    """Move ascending timesteps as little as possible, so that each differs from the others; int64."""
+    place = np.arange(len(timesteps))
+    up = np.maximum.accumulate(timesteps - place) + place  # each at least one above the last
+    most = num_timesteps - len(timesteps) + place
+    return np.minimum(up, most).astype(np.int64)
 
 
 def _keep(diffusion: DiffusionConfig, timestep_map: IntArray, spec: str) -> Process:

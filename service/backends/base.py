@@ -48,9 +48,10 @@ class BackendOptions:
     processor supports bf16 and the artifact was measured in it; otherwise fp32."""
     torch_compile: bool = False
     """Compile the network with torch.compile; this takes minutes at start-up for each batch size."""
-    fuse_update: bool = False
-    """On a CUDA device, fuse noise and update with torch.compile (needs Triton and a C compiler). Off: noise is one
-    Triton kernel, the update PyTorch's operations."""
+    fuse_update: bool = True
+    """On a CUDA device, fuse noise and update with torch.compile if that works (it needs Triton and a C compiler, and
+    seconds at start-up for each batch size) and gives equal results. Off: noise is one Triton kernel, the update
+    PyTorch's operations."""
     build_engines: BuildEngines | None = None
     """Builds missing engines for the TensorRT backend; None: do not build, a missing engine is an error."""
     cache_dir: str | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -35,7 +34,7 @@ class CudaQueue:
         network: Forward[Tensor],
         classifier: Forward[Tensor] | None,
         *,
-        fused: bool,
+        fuses: bool,
         normal: Normal[Tensor] = unchecked_normal,
     ) -> None:
         """Create a queue on the device's current stream.
@@ -44,7 +43,7 @@ class CudaQueue:
             device: a CUDA device.
             network: runs on the device.
             classifier: runs on the device; None: there is none.
-            fused: whether `fuse` compiles noise and update.
+            fuses: whether `fuse` compiles noise and update.
             normal: generates noise.
         """
         self.depth = DEPTH
@@ -52,7 +51,7 @@ class CudaQueue:
         self.classifier: Forward[Tensor] | None = classifier
         self.normal: Normal[Tensor] = normal
         self._device = device
-        self._fused = fused
+        self._fuses = fuses
         self._capture = CudaCapture(device)
 
     def warm_up(self, work: Work) -> None:
@@ -65,9 +64,9 @@ class CudaQueue:
         with torch.inference_mode():
             return self._capture(work)
 
-    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile noise and update with torch.compile if fusing is on, else use the device's noise."""
-        return compiled(work) if self._fused else partial(work, normal=self.normal)
+    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any] | None:
+        """Compile noise and update with torch.compile, when they are called first; None if fusing is off."""
+        return compiled(work) if self._fuses else None
 
     def send(self, values: npt.NDArray[Any]) -> Tensor:
         """Copy through pinned memory, which torch keeps until the copy is done."""

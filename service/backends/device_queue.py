@@ -38,8 +38,8 @@ class DeviceQueue(Protocol[A]):
         """Capture work on arrays at fixed addresses; return a function that replays it into the same output."""
         ...
 
-    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return noise and update in the fastest form that the device has; its results may be rounded differently.
+    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any] | None:
+        """Return noise and update as one kernel, whose results may be rounded differently; None: there is none.
 
         Args:
             work: `add_noise_and_advance`.

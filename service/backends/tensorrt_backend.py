@@ -90,14 +90,14 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
             self._run: EmbNetwork = network
             normal = fastest_normal(self.device)
             if graphs:  # the runner captures whole steps
-                self.queue = CudaQueue(self.device, network, None, fused=options.fuse_update, normal=normal)
+                self.queue = CudaQueue(self.device, network, None, fuses=options.fuse_update, normal=normal)
 
         self.batch_sizes: tuple[int, ...] | None = sizes
         self.time_mlp = model.time_mlp
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}
-        kernels = {"fused": options.fuse_update, "noise": normal.__name__} if graphs else {}
+        kernels: dict[str, object] = {"noise": normal.__name__} if graphs else {}
         self.network_id = network_id(self.description, manifest, records, self.device, kernels)
         for size in sizes:
             refuse_unequal_rows(self._run, self.embed_timesteps, self.config, size, self.device)

@@ -74,7 +74,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if on_cuda:
             normalise = group_norm if options.torch_compile else fastest_group_norm(self.device)
             normal = fastest_normal(self.device)
-            facts |= {"fused": options.fuse_update, "norm": normalise.__name__, "noise": normal.__name__}
+            facts |= {"norm": normalise.__name__, "noise": normal.__name__}
         depends_on = [model_hash, self.description, json.dumps(facts, sort_keys=True)]
         if classifier is not None:
             depends_on.append(classifier.sha256)
@@ -97,7 +97,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         if on_cuda:  # the runner captures whole steps; only tests make single calls
             self.batch_sizes = sizes
             gradient = None if classifier is None else classifier.gradient
-            self.queue = CudaQueue(self.device, self._forward, gradient, fused=options.fuse_update, normal=normal)
+            self.queue = CudaQueue(self.device, self._forward, gradient, fuses=options.fuse_update, normal=normal)
         elif options.torch_compile:
             self.batch_sizes = sizes
             self._run = self._graphed(CallAgain())

@@ -83,21 +83,23 @@ def test_a_row_that_is_not_finite_fails_alone(runner: ArrayRunner[Tensor]) -> No
 
 
 def test_the_fused_kernel_is_close_to_separate_operations() -> None:
-    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=True)
+    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fuses=True)
     draw = torch.Generator().manual_seed(0)
     x_t, x0_prev, out, var_values = (torch.randn(4, 3, 8, 8, generator=draw).cuda() for _ in range(4))
     lines, rows = torch.rand(4, 12, generator=draw).cuda(), torch.arange(4, device="cuda")
     arguments = (lines, x_t, x0_prev, out, var_values, (rows, rows, rows), None)
-    plain, fused = add_noise_and_advance(*arguments), queue.fuse(add_noise_and_advance)(*arguments)
+    fuse = queue.fuse(add_noise_and_advance)
+    assert fuse is not None
+    plain, fused = add_noise_and_advance(*arguments), fuse(*arguments)
     torch.testing.assert_close(fused.x_prev, plain.x_prev, rtol=1e-5, atol=1e-5)
 
     out[1, 0, 0, 0], var_values[2, 0, 0, 0] = torch.inf, -torch.inf
-    for advance in (add_noise_and_advance, queue.fuse(add_noise_and_advance)):
+    for advance in (add_noise_and_advance, fuse):
         assert advance(*arguments).ok.tolist() == [True, False, False, True]
 
 
 def test_copies_have_the_values_at_the_time_of_their_request() -> None:
-    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fused=False)
+    queue = CudaQueue(torch.device("cuda"), lambda inputs: inputs.x_t, None, fuses=False)
     values = np.arange(1000)
     sent = queue.send(values)
     values[:] = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Generic
 
 import numpy as np
@@ -46,7 +46,6 @@ class ArrayRunner(Generic[A]):
     def __init__(self, model: Denoiser[A] | DenoiserEnsemble[A], config: EngineConfig) -> None:
         networks: tuple[Denoiser[A], ...] = networks_of(model)
         classifiers = [network.classifier for network in networks if network.classifier is not None]
-        self.numerics_id = _numerics_id(model, config.max_rows)
         self.sizes = BatchSizes(
             network=_largest(networks, config.max_rows), classifier=_largest(classifiers, config.max_rows)
         )
@@ -71,6 +70,7 @@ class ArrayRunner(Generic[A]):
         """Those of `_steps` that run on a device queue: all, or none."""
         self._steps = [self._steps_of(network, config) for network in networks]
         """One per network, on the same slots."""
+        self.numerics_id = _numerics_id(model, config.max_rows, {steps.update_form for steps in self._queued})
         self.depth = self._steps[0].depth
         self.network_of = _network_lookup(model, self._plan_of)
 
@@ -236,8 +236,11 @@ def _network_lookup(model: Denoiser[A] | DenoiserEnsemble[A], plan_of: PlanOf) -
     return lambda params, step: network_at[plan_of(params.plan).timesteps[step]]
 
 
-def _numerics_id(model: Denoiser[A] | DenoiserEnsemble[A], max_rows: int) -> str:
-    """Return the hash of the network id and the runner's part: array libraries, self-test width and threads."""
+def _numerics_id(model: Denoiser[A] | DenoiserEnsemble[A], max_rows: int, update_forms: Collection[str]) -> str:
+    """Return the hash of the network id and the runner's part: array libraries, self-test width and threads; on a
+    device queue also the forms of the update."""
     arrays = {np.__name__: np.__version__, model.xp.__name__: model.xp.__version__}
     depends_on = f"{model.network_id}\nwidth {max_rows}\nthreads {model.threads}\narrays {arrays}"
+    if update_forms:
+        depends_on += f"\nupdate {sorted(update_forms)}"
     return hashlib.sha256(depends_on.encode()).hexdigest()[:16]

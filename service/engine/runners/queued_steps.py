@@ -37,7 +37,6 @@ from service.engine.runners.numbers import (
     words_of,
 )
 from service.engine.runners.step import (
-    add_noise_and_advance,
     finish,
     finished,
     gather,
@@ -51,13 +50,11 @@ from service.engine.runners.steps import (
     finished_places,
     no_classifier,
 )
+from service.engine.runners.update_form import are_equal, choose_update
 from service.engine.slots import SlotTable
 from service.errors import ModelError
 
 log = logging.getLogger(__name__)
-
-FUSED_TOLERANCE = 1e-5
-"""Tolerance between noise and update as one fused kernel and as separate ones: allows rounding, but no wrong noise."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ class QueuedSteps(Generic[A]):
         self._strict = strict
         self._null_class = model.num_classes or 0
         self._conditional = model.num_classes is not None
-        self._advance = queue.fuse(add_noise_and_advance)
+        self._update = choose_update(queue, denoiser, sizes.network[-1])
         self._steps: dict[int, _Fixed[A]] = {}
         self._gradients: dict[int, _Fixed[A]] = {}
         self._finishes: dict[int, _Fixed[A]] = {}
@@ -116,6 +113,11 @@ class QueuedSteps(Generic[A]):
         """Gradient by place, with a spare place at the end; zero for images without classifier guidance."""
         self._guided_before = False
         """Whether the gradient may be nonzero."""
+
+    @property
+    def update_form(self) -> str:
+        """Return the name of the form in which noise and update run; see `UpdateForm`."""
+        return self._update.name
 
     def capture(self, steps: Sequence[ImageStep]) -> None:
         """Capture a graph for every batch size, the largest first, and compare each graph with the uncaptured work.
@@ -128,9 +130,9 @@ class QueuedSteps(Generic[A]):
         Raises:
             ModelError: a graph does not fit in memory, in strict mode.
             RuntimeError: a graph's results differ from those of the uncaptured work, or the results of the fused kernel
-                of noise and update differ from those of the separate ones.
+                of noise and update differ from those of separate operations for some batch size.
         """
-        self._compare_fused(steps[: self._sizes.network[-1]])
+        self._refuse_unequal_kernels()
         for size in sorted(self._sizes.classifier, reverse=True):
             self._gradients[size] = self._classifier_call(size)
         for size in sorted(self._sizes.network, reverse=True):
@@ -214,7 +216,7 @@ class QueuedSteps(Generic[A]):
     def _step(self, size: int) -> _Fixed[A]:
         """Return the work of a step of the images in its block; running it returns their flags, bool [size]."""
         # No closure over `self`, which holds the work: the cycle would delay freeing the weights of a dropped model
-        table, network, advance = self._slots, self._queue.network, self._advance
+        table, network, advance = self._slots, self._queue.network, self._update.advance
         emb_t, conditional = self._embeddings.network, self._conditional
         words = self._words(self._step_block((), size))
         grad = None if self._queue.classifier is None else self._gradient[:size]
@@ -300,23 +302,16 @@ class QueuedSteps(Generic[A]):
             )
         return graph
 
-    def _compare_fused(self, steps: Sequence[ImageStep]) -> None:
-        """Raise if the fused update's results differ from those of the plain one on some images."""
-        if self._advance is add_noise_and_advance:
+    def _refuse_unequal_kernels(self) -> None:
+        """Raise if the kernel of some batch size gives other results; each size has a kernel of its own."""
+        if self.update_form == "separate":
             return
-        table, count = self._slots, len(steps)
-        numbers = step_numbers(self._queue.send(words_of(self._step_block(steps, count))))
-        inputs, images = gather(
-            numbers, table.x, table.x0, self._embeddings.network, places=count, conditional=self._conditional
-        )
-        raw = self._queue.network(inputs)
-        grad = None if self._queue.classifier is None else self._gradient[:count]
-        fused, plain = (
-            to_numpy(finish(numbers, images, raw, update, grad, guided=True).x_prev)
-            for update in (self._advance, add_noise_and_advance)
-        )
-        if not np.allclose(fused, plain, rtol=FUSED_TOLERANCE, atol=FUSED_TOLERANCE):
-            raise RuntimeError(f"{self._denoiser.description}: noise and update give different results when fused")
+        for size in self._sizes.network:
+            if not are_equal(self._update.advance, self._queue, self._denoiser, size):
+                raise RuntimeError(
+                    f"{self._denoiser.description}: fused noise and update of {size} rows differ from separate "
+                    "ones; IDDPM_FUSE_UPDATE=false turns them off"
+                )
 
     def _trial(self, work: _Fixed[A], block: Block) -> list[bytes]:
         """Run work on a block, return what it wrote to the rows it uses as bytes, and restore the arrays."""

@@ -52,4 +52,5 @@ def test_all_sections_run_on_a_cpu(call: str, tmp_path: Path) -> None:
     if call == "stress":
         assert found["joins"]["images"] > 0
         assert found["joins"]["different"] == []
+        assert found["joins"]["spoiled"] > 0
         assert found["two_models"]["equal"]

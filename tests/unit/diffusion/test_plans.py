@@ -16,7 +16,7 @@ from diffusion.plans import (
     ddim_plan,
     dpm_solver_plan,
 )
-from diffusion.respacing import respace, respace_by_log_snr, space_timesteps
+from diffusion.respacing import LEAST_LOG_SNR, respace, respace_by_log_snr, space_timesteps
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -182,17 +182,24 @@ def test_a_dpm_solver_s_step_leads_from_one_noise_level_to_the_next(
 @given(diffusions, steps)
 def test_a_dpm_solver_s_own_timesteps_are_even_in_log_snr(diffusion: DiffusionConfig, num_steps: int) -> None:
     kept = respace_by_log_snr(diffusion, str(num_steps)).timestep_map
-    assert len(kept) <= num_steps
-    assert (kept[0], kept[-1]) == (0, diffusion.num_timesteps - 1)
+    assert len(kept) == num_steps
     assert (np.diff(kept) > 0).all()
+    assert 0 == kept[0] < kept[-1] < diffusion.num_timesteps
     abar = alphas_cumprod(diffusion)
     log_snr = np.log(abar / (1 - abar))
-    grid = np.append(np.abs(np.diff(log_snr)), 0)
-    gaps = -np.diff(log_snr[kept])
-    even = (log_snr[0] - log_snr[-1]) / (num_steps - 1)
-    # Each of the two ends was rounded to the grid, by at most half of a neighbouring interval
-    nearby = np.maximum(grid, np.append(0, grid[:-1]))[kept]
-    assert (gaps <= even + (nearby[1:] + nearby[:-1]) / 2 + 1e-9).all()
+    wanted = np.linspace(log_snr[0], max(log_snr[-1], LEAST_LOG_SNR), num_steps)
+    nearest = np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1)
+    if (np.diff(nearest) > 0).all():
+        np.testing.assert_array_equal(kept, nearest)
+    else:  # the others are moved by less than there are timesteps that could not be kept twice
+        assert np.abs(kept - nearest).max() < num_steps
+
+
+def test_a_dpm_solver_s_own_timesteps_begin_where_something_can_be_seen() -> None:
+    cosine = DiffusionConfig(num_timesteps=4000, noise_schedule="cosine")
+    assert respace_by_log_snr(cosine, "5").timestep_map.tolist() == [0, 93, 1565, 3763, 3983]
+    linear = DiffusionConfig(num_timesteps=1000, noise_schedule="linear")
+    assert respace_by_log_snr(linear, "5").timestep_map.tolist() == [0, 30, 302, 722, 999]
 
 
 def test_a_dpm_solver_needs_fewer_steps() -> None:

@@ -231,7 +231,7 @@ def test_settings_of_the_engine_and_the_backends_reach_them() -> None:
         "device": "cpu",
         "precision": "fp32",
         "torch_compile": True,
-        "fuse_update": True,
+        "fuse_update": False,
     }
     options = Settings(models=MODELS, max_rows=4, cache_dir="c", build_engines=True, **run).backend_options()
     assert options == BackendOptions(max_rows=4, cache_dir="c", **run)

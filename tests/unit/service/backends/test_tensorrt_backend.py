@@ -48,7 +48,7 @@ from tests.tensorrt_fakes import TARGET, expected_output, write_artifact, write_
 OPTIONS = BackendOptions(max_rows=4)
 
 
-def fake_queue(device: torch.device, network: Any, classifier: None, *, fused: bool, normal: Any) -> LateQueue:
+def fake_queue(device: torch.device, network: Any, classifier: None, *, fuses: bool, normal: Any) -> LateQueue:
     """Return a queue without graphs: PyTorch does not see the fake engines, so their calls cannot be recorded."""
     queue = LateQueue(network, classifier)
     queue.lacks_memory_after = 0

@@ -29,7 +29,7 @@ from service.backends.pending import Later
 from service.backends.torch_classifier import TorchClassifier
 from service.engine.config import EngineConfig
 from service.engine.request import ImageStep
-from service.engine.runners import queued_steps
+from service.engine.runners import update_form
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.runners.step import add_noise_and_advance
 from tests.fakes import params, tiny_classifier, tiny_classifier_config, tiny_config, tiny_network
@@ -93,8 +93,8 @@ class MetaQueue:
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         raise NotImplementedError
 
-    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        return work
+    def fuse(self, work: Callable[..., Any]) -> Callable[..., Any] | None:
+        return None
 
     def send(self, values: npt.NDArray[Any]) -> Tensor:
         with self._watch.copying():
@@ -165,19 +165,19 @@ def test_a_step_reads_no_value_of_the_device_and_no_operand_from_the_host(classi
 
 
 def test_a_step_with_a_scalar_from_the_host_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_scalar(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
-        return add_noise_and_advance(lines, torch.where(x_t > 0, torch.tensor(1.0), x_t), *rest)
+    def with_a_scalar(lines: Tensor, x_t: Tensor, *rest: Any, **named: Any) -> Any:
+        return add_noise_and_advance(lines, torch.where(x_t > 0, torch.tensor(1.0), x_t), *rest, **named)
 
-    monkeypatch.setattr(queued_steps, "add_noise_and_advance", with_a_scalar)
+    monkeypatch.setattr(update_form, "add_noise_and_advance", with_a_scalar)
     with pytest.raises(AssertionError, match="in host memory"):
         take_a_step([0.0])
 
 
 def test_a_step_that_reads_a_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_question(lines: Tensor, x_t: Tensor, *rest: Any) -> Any:
+    def with_a_question(lines: Tensor, x_t: Tensor, *rest: Any, **named: Any) -> Any:
         assert not x_t.isnan().any()
-        return add_noise_and_advance(lines, x_t, *rest)
+        return add_noise_and_advance(lines, x_t, *rest, **named)
 
-    monkeypatch.setattr(queued_steps, "add_noise_and_advance", with_a_question)
+    monkeypatch.setattr(update_form, "add_noise_and_advance", with_a_question)
     with pytest.raises(RuntimeError, match="meta"):
         take_a_step([0.0])

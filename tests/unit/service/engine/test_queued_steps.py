@@ -315,13 +315,37 @@ def test_a_graph_with_different_results_is_not_served() -> None:
         slots.warm_up()
 
 
-def test_a_fused_update_with_different_results_is_not_served() -> None:
-    def with_other_noise(work: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *a: work(*a[:5], (a[5][0] + 1, *a[5][1:]), a[6])
+@pytest.mark.parametrize(
+    ("fuse", "form", "warning"),
+    [
+        (lambda _: None, "separate", ""),
+        (lambda work: lambda *a: work(*a), "fused", ""),
+        (lambda work: lambda *a: work(*a[:5], (a[5][0] + 1, *a[5][1:]), a[6]), "separate", "other results"),  # noise
+        (lambda work: lambda *a: work(*a)._replace(ok=a[0][:, 0] == a[0][:, 0]), "separate", "other results"),  # flags
+        (lambda work: lambda *a: work(), "separate", "missing"),  # an error
+    ],
+    ids=["none", "equal", "other noise", "no flags", "no compiler"],
+)
+def test_noise_and_update_are_fused_where_that_gives_equal_results(
+    fuse: Callable[..., Any], form: str, warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = denoiser()
+    network.queue.fuse = fuse  # type: ignore[method-assign]
+    runner = warm(network)
+    (steps,) = runner._queued  # noqa: SLF001
+    assert steps.update_form == form
+    assert (warning in caplog.text) if warning else ("more slowly" not in caplog.text)
+    plain = warm(denoiser())
+    assert (runner.numerics_id == plain.numerics_id) == (form == "separate")
+
+
+def test_a_fused_kernel_that_differs_for_one_batch_size_is_not_served() -> None:
+    def wrong_for_one_row(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a: work(a[0], a[1] * (1 if len(a[1]) > 1 else 2), *a[2:])
 
     network = denoiser()
-    network.queue.fuse = with_other_noise  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="noise and update give different results when fused"):
+    network.queue.fuse = wrong_for_one_row  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="fused noise and update of 1 rows differ"):
         warm(network)
 
 
