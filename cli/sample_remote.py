@@ -24,14 +24,14 @@ TRIES = 3
 
 
 def sample_remote(
-    client: Client, params: dict[str, Any], n: int, at_once: int, check: CheckImages
+    client: Client, params: dict[str, Any], n: int | None, at_once: int, check: CheckImages
 ) -> list[SampledImage]:
     """Sample images at a service, with one request after the other.
 
     Args:
         client: of the service.
-        params: fields of a request, including the seed.
-        n: number of images.
+        params: fields of a request, including the seed and the format.
+        n: number of images; None: one per given image.
         at_once: most images per request.
         check: called before the first request, if the service has the model.
 
@@ -43,11 +43,10 @@ def sample_remote(
     with _show_retries():
         if (found := _find_model(client, params.get("model"))) is not None:
             check(found.image_channels, found.image_size)
-        with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
-            shown = _Shown(bar, n)
+        with typer.progressbar(length=n or 1, label="connecting", file=sys.stderr) as bar:
+            shown = _Shown(bar, n or 1)
             for fields in split_requests(params, n, at_once, lambda: _class_names(client, params.get("model"))):
-                # npz supports any number of channels
-                answer = _generate(client, {**fields, "format": "npz"}, shown)
+                answer = _generate(client, fields, shown)
                 images += [_sampled(image, answer.numerics_id) for image in answer.images]
                 shown.next_request()
     return images
@@ -104,6 +103,7 @@ class _Shown:
             self._bar.label = f"waiting, {event.images_ahead} images ahead" if event.images_ahead else "sampling"
         elif isinstance(event, ProgressEvent):
             self._bar.label = "sampling"
+            self._images = max(self._images, event.position + 1)  # known by its events only, if given images say it
             self._bar.length = self._images * event.steps
             self._steps[event.position] = event.step
         self._bar.update(self._before + sum(self._steps.values()) - self._bar.pos)

@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-Steps = Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=2, help="Number of sampling steps. Default: 100. Recommended for {recommended_steps}."),
+]
 Respacing = Annotated[str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")]
 SamplerName = Annotated[str, typer.Option(help="{samplers}.")]
 Eta = Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")]
