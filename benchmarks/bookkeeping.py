@@ -36,7 +36,7 @@ from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.policies import PolicyName
-from service.engine.request import GenerationRequest, ImageParams, ImageStep, NetworkOf, PlanKey, Priority
+from service.engine.request import GenerationRequest, GivenArrays, ImageParams, ImageStep, NetworkOf, PlanKey, Priority
 from service.metrics import Metrics
 
 MODEL = "m"
@@ -52,6 +52,7 @@ class NullRunner:
     numerics_id = "null"
     depth = 0
     network_of: NetworkOf | None = None
+    trial_given: GivenArrays | None = None
     max_rows = 1024
 
     def warm_up(self) -> None:

@@ -101,6 +101,7 @@ class GenerateFields(TypedDict, total=False):
     image: GivenFile
     mask: GivenFile
     latent: GivenFile
+    cond: GivenFile
     strength: float
     start_timestep: int
     resample: Resample

@@ -90,7 +90,7 @@ def as_graph(denoiser: Denoiser[Any], size: int) -> Graph:
         for first in range(0, rows, size):
             taken = np.minimum(np.arange(first, first + size), rows - 1)
             batch = {name: torch.from_numpy(values[taken]).to(denoiser.device) for name, values in inputs.items()}
-            out = denoiser(NetworkInputs(batch["x_t"], batch["emb_t"], batch.get("y")))
+            out = denoiser(NetworkInputs(batch["x_t"], batch["emb_t"], batch.get("y"), batch.get("cond")))
             outputs.append(out.cpu().numpy()[: rows - first])
         return np.concatenate(outputs)
 

@@ -126,9 +126,8 @@ def _export_tensorrt(
     from model_export.tensorrt_build import build_missing, find_target
 
     config = read_config(checkpoint)
-    if config.kind == "classifier" or config.model.low_res_size is not None:
-        kind = "noisy classifier" if config.kind == "classifier" else "super-resolution model"
-        raise EngineError(f"{checkpoint} holds a {kind}, for which no engine can be built; use --format onnx")
+    if config.kind == "classifier":
+        raise EngineError(f"{checkpoint} holds a noisy classifier, for which no engine can be built; use --format onnx")
     target = find_target(gpu)
     if not _is_current(checkpoint, out, precision, buckets):
         _export_onnx(checkpoint, out, precision, buckets)

@@ -192,7 +192,7 @@ def summary(config: AnyCheckpointConfig) -> str:
     }
     if config.kind == "unet" and config.model.low_res_size is not None:
         sizes = f"{_size(config.model.low_res_size)} -> {_size(model.image_size)} px"
-        rows["super-resolution"] = f"{sizes}; can be exported, not served yet"
+        rows["super-resolution"] = sizes
     lines = [f"{name:<17} {value}" for name, value in rows.items()]
     return "\n".join([*lines, *(f"note: {note}" for note in config.provenance.get("notes", []))])
 

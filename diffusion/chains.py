@@ -78,12 +78,23 @@ def _cached_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
         assert chain.timestep is not None  # noqa: S101  # checked
         return raw_plan(diffusion, chain.timestep)
     if chain.kind == "encode":
-        plan = ddim_encoding_plan(diffusion, chain.spec, chain.clip)
-        end = plan.num_steps - 1 if chain.timestep is None else nearest_line(plan, chain.timestep)
+        plan, end = _encoding(diffusion, chain)
         # The image is taken to be at the least noisy timestep, as in OpenAI's code: it is its own latent there
         return replace(_in_order(diffusion, plan, [*range(end)]), begin=(1.0, 0.0)) if end else _identity(plan)
     plan = build_plan(diffusion, chain.sampler, chain.spec, chain.eta, chain.clip)
     return _begun(diffusion, plan, chain)
+
+
+def encoding_end(diffusion: DiffusionConfig, chain: Chain) -> int:
+    """Return the training timestep of the latent that a chain of kind `encode` ends with."""
+    plan, end = _encoding(diffusion, chain)
+    return int(plan.timesteps[end])
+
+
+def _encoding(diffusion: DiffusionConfig, chain: Chain) -> tuple[SamplingPlan, int]:
+    """Return the plan that encodes to the noisiest timestep, and the line at whose timestep a chain ends."""
+    plan = ddim_encoding_plan(diffusion, chain.spec, chain.clip)
+    return plan, plan.num_steps - 1 if chain.timestep is None else nearest_line(plan, chain.timestep)
 
 
 def nearest_line(plan: SamplingPlan, timestep: int) -> int:

@@ -186,7 +186,11 @@ class ModelConfig(BackboneConfig):
     learn_sigma: bool = True
     """Whether the network also outputs var_values (twice the image channels)."""
     low_res_size: ImageSize | None = None
-    """Super-resolution: size of the low-resolution input, as image_size; None: no such input."""
+    """Super-resolution: size of the low-resolution image that the network is conditioned on; None: no such image.
+
+    Like image_size. The image is enlarged bilinearly before it is concatenated to x_t (`diffusion.conditioning`)."""
+    cond_channels: int = Field(default=0, ge=0, le=MAX_CHANNELS)
+    """Channels of an image of image_size that is concatenated to x_t; 0: none. Excludes low_res_size."""
 
     @property
     def low_res_shape(self) -> tuple[int, int, int] | None:
@@ -194,9 +198,15 @@ class ModelConfig(BackboneConfig):
         return None if self.low_res_size is None else (self.image_channels, *size_pair(self.low_res_size))
 
     @property
+    def cond_shape(self) -> tuple[int, int, int] | None:
+        """Shape (C', H, W) of the conditioning image that the network gets beside x_t; None: it gets none."""
+        channels = self.cond_channels if self.low_res_size is None else self.image_channels
+        return (channels, self.image_height, self.image_width) if channels else None
+
+    @property
     def in_channels(self) -> int:
-        """Channels of the network's input: x_t, and the low-resolution image of a super-resolution model."""
-        return self.image_channels * (1 if self.low_res_size is None else 2)
+        """Channels of the network's input: x_t, and the conditioning image."""
+        return self.image_channels + (0 if self.cond_shape is None else self.cond_shape[0])
 
     @property
     def out_channels(self) -> int:
@@ -217,6 +227,10 @@ class ModelConfig(BackboneConfig):
         ):
             raise ValueError(
                 f"low_res_size must be at most image_size ({_named(self.image_size)}); got {_named(self.low_res_size)}"
+            )
+        if self.low_res_size is not None and self.cond_channels:
+            raise ValueError(
+                f"cond_channels must be 0 with low_res_size, whose image has image_channels; got {self.cond_channels}"
             )
         return self
 

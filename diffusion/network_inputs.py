@@ -16,6 +16,8 @@ class NetworkInputs(NamedTuple, Generic[A]):
     """Embedded timesteps, float32 [n, emb_channels]."""
     y: A | None
     """Labels, int64 [n]; None for an unconditional network."""
+    cond: A | None = None
+    """Conditioning images, float32 [n, C', H, W] (`ModelConfig.cond_shape`); None for a network without."""
 
 
 def take_rows(inputs: NetworkInputs[A], rows: A | slice) -> NetworkInputs[A]:

@@ -64,6 +64,8 @@ class ImageSpec:
     """Classifier guidance; 0 = off."""
     given: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     """Image or latent [C, H, W] that the plan begins with, or of which `mask` keeps some pixels."""
+    cond: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    """Conditioning image [C', H, W], for a model that takes one."""
     mask: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     """1 where pixels are made, 0 where those of `given` are kept, [1 or C, H, W]; None: all are made."""
 
@@ -165,17 +167,19 @@ def _guiding(gradient: ClassGradient, specs: list[ImageSpec], xp: Any, device: A
 def guided_network(network: ClassNetwork, specs: list[ImageSpec], xp: Any = torch, device: Any = "cpu") -> Network[Any]:
     """Bind the classes and guidance scales of a batch to a network, for `sample_loop`."""
     config = network.config
+    conds = [spec.cond for spec in specs if spec.cond is not None]
+    cond = xp.asarray(np.stack(conds), device=device) if conds else None
     if config.num_classes is None:
-        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), None))
+        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), None, cond))
     labels = [config.num_classes if spec.class_index is None else spec.class_index for spec in specs]
     y = xp.asarray(labels, dtype=xp.int64, device=device)
     if all(spec.cfg_scale == 1 for spec in specs):
-        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), y))
+        return lambda x_t, t: network.run(NetworkInputs(x_t, network.embed_timesteps(t), y, cond))
     scales = xp.asarray([spec.cfg_scale for spec in specs], dtype=xp.float32, device=device)
     null = xp.full_like(y, config.num_classes)
 
     def guided(x_t: Any, t: Any) -> Any:
-        inputs = NetworkInputs(x_t, network.embed_timesteps(t), y)
+        inputs = NetworkInputs(x_t, network.embed_timesteps(t), y, cond)
         conditional, unconditional = network.run(inputs), network.run(inputs._replace(y=null))
         return classifier_free(unconditional, conditional, scales, config.image_channels)
 

@@ -248,7 +248,8 @@ class UNet(Backbone):
     """Predict eps (or x0) and var_values from x_t, the timestep and the class.
 
     This class implements the networks of improved-diffusion and guided-diffusion; with `ModelConfig.low_res_size` it
-    is their SuperResModel. Parameter names equal theirs, so a published state dict loads strictly.
+    is their SuperResModel, whose caller enlarges the low-resolution images. Parameter names equal theirs, so a
+    published state dict loads strictly.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -281,54 +282,51 @@ class UNet(Backbone):
             return ResBlock(channels, channels, config, resample=Upsample(channels, use_conv=False))
         return Upsample(channels, config.conv_resample)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Embed the timesteps and return `forward_emb`'s output, with the same errors.
 
         Args:
             x_t: noisy images [B, C, H, W].
             t: the network's timestep input [B] (`Process.t_model`).
             y: labels int64 [B], for a conditional model.
-            low_res: low-resolution images [B, C, h, w], for a super-resolution model.
+            cond: conditioning images [B, C', H, W], for a model with `cond_shape`.
         """
-        return self.forward_emb(x_t, self.embed_timesteps(t), y, low_res)
+        return self.forward_emb(x_t, self.embed_timesteps(t), y, cond)
 
     def run(self, inputs: NetworkInputs[Tensor]) -> Tensor:
         """Return `forward_emb`'s output for inputs in one named tuple, with the same errors."""
         return self.forward_emb(*inputs)
 
-    def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+    def forward_emb(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Run the network on embedded timesteps, the form that low-precision graphs need.
 
         Args:
             x_t: noisy images [B, C, H, W], in the units where data spans [-1, 1].
             emb_t: float32 [B, 4 model_channels], from `embed_timesteps`.
             y: labels int64 [B] below `ModelConfig.num_labels`; for class-conditional models only, which need it.
-            low_res: [B, C, h, w]; for super-resolution models only, which need it.
+            cond: conditioning images [B, C', H, W]; for models with `ModelConfig.cond_shape` only, which need it. Of a
+                super-resolution model, the enlarged low-resolution images (`diffusion.conditioning.enlarged`).
 
         Returns:
             float32 [B, out_channels, H, W]: eps (or x0), followed by var_values if the model has them.
 
         Raises:
-            ValueError: y or low_res is missing, or given to a model that does not take it.
+            ValueError: y or cond is missing, or given to a model that does not take it.
         """
         if (y is None) != (self.config.num_classes is None):
             raise ValueError("y must be given to a class-conditional model, and only to one")
-        if (low_res is None) != (self.config.low_res_size is None):
-            raise ValueError("low_res must be given to a super-resolution model, and only to one")
+        if (cond is None) != (self.config.cond_shape is None):
+            raise ValueError("cond must be given to a model with conditioning channels, and only to one")
         emb = emb_t
         if y is not None:
             emb = emb + self.label_emb(y)
-        x = x_t
-        if low_res is not None:
-            upsampled = F.interpolate(low_res, x_t.shape[-2:], mode="bilinear", align_corners=False)
-            x = torch.cat([x_t, upsampled], dim=1)
-        return self.denoise(x, emb)
+        return self.denoise(x_t if cond is None else torch.cat([x_t, cond], dim=1), emb)
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
         """Run encoder and decoder; return what `forward_emb` returns.
 
         Args:
-            x: [B, in_channels, H, W]: noisy images; for super-resolution, with the upsampled low-resolution images.
+            x: [B, in_channels, H, W]: noisy images, followed by the conditioning images.
             emb: float32 [B, 4 model_channels], the embedding of timestep and class.
         """
         *skips, h = self.encode(x, emb)

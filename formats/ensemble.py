@@ -227,7 +227,8 @@ def _checked(folder: Path, ranges: Sequence[TimestepRange], found: Mapping[str, 
 
 
 def _differences(one: _Member, other: _Member) -> list[tuple[str, object, object]]:
-    fields = ("image_size", "image_channels", "num_classes", "null_class", "learn_sigma", "low_res_size")
+    shapes = ("image_size", "image_channels", "low_res_size", "cond_channels")
+    fields = (*shapes, "num_classes", "null_class", "learn_sigma")
     pairs = [(f"model.{name}", getattr(one.config.model, name), getattr(other.config.model, name)) for name in fields]
     mine, theirs = one.config.diffusion.model_dump(), other.config.diffusion.model_dump()
     pairs += [(f"diffusion.{name}", mine[name], theirs[name]) for name in mine]

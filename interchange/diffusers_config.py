@@ -186,6 +186,8 @@ def to_unet_config(model: ModelConfig) -> UNet2DConfig:
         problems.append(
             f"low_res_size must be null: {UNET_CLASS} has no low-resolution input; got {model.low_res_size}"
         )
+    if model.cond_channels:
+        problems.append(f"cond_channels must be 0: {UNET_CLASS} has no conditioning image; got {model.cond_channels}")
     if model.level_channels[0] != model.model_channels:
         problems.append(
             f"channel_mult must begin with 1: {UNET_CLASS} embeds timesteps in the width of the first level, and "

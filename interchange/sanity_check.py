@@ -165,11 +165,11 @@ def run_network(
     rows = len(x_t)
     t = torch.tensor(t_model).repeat_interleave(rows // len(t_model))
     y = None if model.num_classes is None else torch.arange(rows) % model.num_classes
-    low_res = None
-    if model.low_res_shape is not None:
-        low_res = _plain_images(rows, brightness).expand(-1, *model.low_res_shape)
+    cond = None
+    if model.cond_shape is not None:
+        cond = _plain_images(rows, brightness).expand(-1, *model.cond_shape)
     with torch.inference_mode():
-        return split_output(network.eval()(x_t, t, y, low_res), model.image_channels)[0]
+        return split_output(network.eval()(x_t, t, y, cond), model.image_channels)[0]
 
 
 def _eps_errors(config: CheckpointConfig, weights: Mapping[str, Tensor], x_t: Tensor, eps: Tensor) -> Tensor:

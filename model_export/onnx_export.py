@@ -2,7 +2,7 @@
 
 Graphs, all with the embedded timestep as an input (a raw t inside a bfloat16 graph is silently rounded):
 
-    UNet                  x_t, emb_t[, y][, low_res] -> out
+    UNet                  x_t, emb_t[, y][, cond] -> out
     Classifier            x_t, emb_t                 -> logits
     Classifier's gradient x_t, emb_t, y              -> gradient
 """
@@ -53,8 +53,8 @@ def export_unet(network: UNet, path: Path, dtype: torch.dtype = torch.float32) -
     examples = image_and_embedding(config)
     if config.num_classes is not None:
         examples["y"] = torch.arange(EXAMPLE_ROWS) % config.num_labels
-    if config.low_res_shape is not None:
-        examples["low_res"] = torch.zeros(EXAMPLE_ROWS, *config.low_res_shape)
+    if config.cond_shape is not None:
+        examples["cond"] = torch.zeros(EXAMPLE_ROWS, *config.cond_shape)
     export_graph(_UNetGraph(rewrite(network, dtype), tuple(examples)), examples, "out", path)
 
 

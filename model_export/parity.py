@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion.classifier import Classifier, classifier_gradient
+from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import build_plan
@@ -75,7 +76,7 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
     calls: list[Call] = []
 
     def run(x_t: Tensor, t: Tensor) -> Tensor:
-        out = network(x_t, t, *(torch.from_numpy(conditions[k]) if k in conditions else None for k in ("y", "low_res")))
+        out = network(x_t, t, *(torch.from_numpy(conditions[k]) if k in conditions else None for k in ("y", "cond")))
         inputs = {"x_t": x_t.numpy().copy(), "emb_t": time_mlp(t.numpy()), **conditions}
         calls.append(Call(float(t[0]), inputs, out.numpy()))
         return out
@@ -177,15 +178,16 @@ def sample_chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray
 
 
 def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
-    """Return the constant inputs of a chain: labels spread over all classes, random low-resolution images."""
+    """Return the constant inputs of a chain: labels spread over all classes, random conditioning images."""
     model = config.model
     ids = np.arange(ROWS)
     conditions: dict[str, npt.NDArray[Any]] = {}
     if model.num_classes is not None:
         conditions["y"] = np.linspace(0, model.num_labels - 1, ROWS).astype(np.int64)
-    if model.low_res_shape is not None:
-        low_res = normal(ids, ids + ROWS, ids * 0, STREAM_X_T, model.low_res_shape)
-        conditions["low_res"] = np.clip(low_res / 2, -1, 1)
+    shape = model.low_res_shape or model.cond_shape
+    if shape is not None:
+        images = np.clip(normal(ids, ids + ROWS, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
+        conditions["cond"] = enlarged(images, model.image_height, model.image_width)
     return conditions
 
 

@@ -54,6 +54,8 @@ class ExactDenoiser(DenoiserDefaults[Any]):
         if y is not None:
             shift = shift + xp.reshape(xp.astype(y, xp.float32), (-1, 1, 1, 1)) / 8
         mixed = x_t * 0.75 + xp.roll(x_t, 1, axis=3) * 0.5 - xp.roll(x_t, 1, axis=2) * shift
+        if inputs.cond is not None:
+            mixed = mixed + inputs.cond[:, :1] * 0.5
         out = xp.minimum(xp.maximum(mixed, xp.full_like(mixed, -4)), xp.full_like(mixed, 4))
         return xp.concat([out, 0.25 * out * shift], axis=1)[:, : self.config.model.out_channels]
 

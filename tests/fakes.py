@@ -25,7 +25,16 @@ from formats.checkpoint import write_checkpoint
 from formats.classifier_folder import CLASSIFIER_FOLDER
 from service.backends.base import FailureKind, synchronous_failure_kind
 from service.backends.pending import Later, Pending
-from service.engine.request import GenerationRequest, ImageParams, ImageStep, NetworkOf, PlanKey, Priority, Watch
+from service.engine.request import (
+    GenerationRequest,
+    GivenArrays,
+    ImageParams,
+    ImageStep,
+    NetworkOf,
+    PlanKey,
+    Priority,
+    Watch,
+)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -143,6 +152,7 @@ class CountingRunner:
     numerics_id = "counting"
     depth = 0
     network_of: NetworkOf | None = None
+    trial_given: GivenArrays | None = None
     max_rows = 1024
 
     def __init__(self, fail_slots_at: dict[int, int] | None = None, error_at: int | None = None) -> None:

@@ -83,6 +83,7 @@ def sampled_alone(
         cfg_scale=image.cfg_scale,
         classifier_scale=image.classifier_scale,
         given=None if image.given is None else image.given.image,
+        cond=None if image.given is None else image.given.cond,
         mask=None if image.given is None else image.given.mask,
     )
     last: list[Any] = []

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.classifier import Classifier
-from diffusion.config import ClassifierConfig, DiffusionConfig, ModelConfig
+from diffusion.conditioning import enlarged
+from diffusion.config import ClassifierConfig, DiffusionConfig, ModelConfig, size_pair
 from diffusion.unet import UNet
 
 GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
@@ -118,6 +119,12 @@ def model_config(name: str) -> ModelConfig:
             "low_res_size": None if low_res is None else low_res.shape[-1],
         }
     )
+
+
+def cond(data: Golden, name: str, key: str = "low_res") -> Tensor | None:
+    """Return the conditioning images of a UNet: OpenAI's low-resolution images, enlarged; None if it has none."""
+    low_res = data.optional(key)
+    return None if low_res is None else enlarged(low_res, *size_pair(model_config(name).image_size))
 
 
 def classifier_config(name: str) -> ClassifierConfig:

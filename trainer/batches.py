@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion.conditioning import enlarged
 from diffusion.config import ModelConfig
 from diffusion.noise import MAX_WORD, STREAM_AUGMENTATION, STREAM_TRAINING, normal, uniform
 from trainer.config import TrainConfig
@@ -175,9 +176,10 @@ def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tenso
 
 
 def conditions_of(config: TrainConfig, x0: Tensor) -> dict[str, Tensor]:
-    """Return further inputs of the network, made from the images: for super-resolution `low_res`, an area mean."""
+    """Return further inputs of the network: for super-resolution `cond`, the images' area means, enlarged."""
     if isinstance(config.model, ModelConfig) and config.model.low_res_size is not None:
-        return {"low_res": F.interpolate(x0, config.model.low_res_size, mode="area")}
+        low_res = F.interpolate(x0, config.model.low_res_size, mode="area")
+        return {"cond": enlarged(low_res, config.model.image_height, config.model.image_width)}
     return {}
 
 

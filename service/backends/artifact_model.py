@@ -97,8 +97,6 @@ def open_artifact(folder: Path, backend: str) -> ArtifactModel:
     config = manifest.checkpoint
     if not isinstance(config, CheckpointConfig):
         raise ModelError(f"{found} holds a classifier, which guides a model and makes no images of its own")
-    if config.model.low_res_size is not None:
-        raise ModelError(f"{found} holds a super-resolution model, which this service cannot serve yet")
     return ArtifactModel(found / MODEL_FILE, manifest, time_mlp, config, classifier)
 
 

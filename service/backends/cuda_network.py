@@ -165,7 +165,7 @@ class CudaUNet(nn.Module):
         """Take over the layers of a network, which keeps only what `embed_timesteps` needs.
 
         Args:
-            network: in eval mode, on its device; not a super-resolution model.
+            network: in eval mode, on its device.
             dtype: precision of convolutions, attention and feature maps.
             normalise: implementation of group normalisation.
             most_rows: the largest batch size; the product of the embedding layers always has this many rows.
@@ -201,13 +201,14 @@ class CudaUNet(nn.Module):
             return CudaResBlock(layer, self._columns[layer], normalise)
         return CudaAttention(layer, normalise) if isinstance(layer, AttentionBlock) else layer
 
-    def forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, emb_t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Return what `UNet.forward_emb` returns."""
         emb = emb_t if self.label_emb is None or y is None else emb_t + self.label_emb(y)
         rows = len(emb)
         # The same number of rows in every batch: a library selects its kernel, and its rounding, by that number
         embeddings = self.embed(F.pad(F.silu(emb), (0, 0, 0, self.most_rows - rows)))[:rows]
-        h = x_t.to(self.dtype, memory_format=torch.channels_last)
+        x = x_t if cond is None else torch.cat([x_t, cond], dim=1)
+        h = x.to(self.dtype, memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
             h = _run(block, h, embeddings)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from diffusion.arrays import A, namespace
+from diffusion.config import ModelConfig
 from diffusion.network_inputs import NetworkInputs, take_rows
 from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
@@ -87,11 +88,15 @@ class _TestRows(Generic[A]):
         self._seeds: A = xp.arange(count, dtype=xp.int64, device=device)
         t_model = respace(network.config.diffusion).t_model
         spread = t_model[np.linspace(0, len(t_model) - 1, count).astype(np.int64)]
+        cond_shape = model.cond_shape if isinstance(model, ModelConfig) else None
         self._network: RowNetwork[A] = network
         self._inputs: NetworkInputs[A] = NetworkInputs(
             x_t=normal(self._seeds, self._seeds, self._seeds, STREAM_X_T, model.image_shape),
             emb_t=network.embed_timesteps(xp.asarray(spread, dtype=xp.float32, device=device)),
             y=None if model.num_classes is None else self._seeds % model.num_labels,
+            cond=None
+            if cond_shape is None
+            else normal(self._seeds, self._seeds, self._seeds + 1, STREAM_X_T, cond_shape),
         )
 
     def results(self, size: int) -> A:

@@ -154,12 +154,16 @@ def load_engines(
 def graph_shapes(model: ModelConfig, size: int) -> Shapes:
     """Return shape and type of the graph's tensors at a batch size."""
     image = (size, *model.image_shape)
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "x_t": (image, torch.float32),
         "emb_t": ((size, model.emb_channels), torch.float32),
         OUTPUT: ((size, model.out_channels, *image[2:]), torch.float32),
     }
-    return shapes if model.num_classes is None else {**shapes, "y": ((size,), torch.int64)}
+    if model.num_classes is not None:
+        shapes["y"] = ((size,), torch.int64)
+    if model.cond_shape is not None:
+        shapes["cond"] = ((size, *model.cond_shape), torch.float32)
+    return shapes
 
 
 def refuse_unequal_rows(
@@ -175,10 +179,11 @@ def refuse_unequal_rows(
     model = config.model
     row = torch.zeros(size, dtype=torch.int64, device=device)
     x_t = normal(row, row, row, STREAM_X_T, model.image_shape)
+    cond = None if model.cond_shape is None else normal(row, row, row + 1, STREAM_X_T, model.cond_shape)
     t_model = respace(config.diffusion).t_model
     for t in t_model[np.linspace(0, len(t_model) - 1, 3).astype(np.int64)]:
         emb_t = embed_timesteps(torch.full((size,), float(t), device=device))
-        out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row))
+        out = run(NetworkInputs(x_t, emb_t, None if model.num_classes is None else row, cond))
         if not bool(out.isfinite().all()):
             raise ModelError(f"the engine for batches of {size} gives numbers that are not finite")
         if not bool((out == out[:1]).all()):

@@ -64,8 +64,6 @@ class TorchBackend(DenoiserDefaults[Tensor]):
             classifier = load_torch_classifier(folder, self.config, self.device, sizes)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
-        if self.config.model.low_res_size is not None:
-            raise ModelError(f"{folder} holds a super-resolution model, which this service cannot serve yet")
 
         self._dtype = choose_dtype(options.precision, self.device)
         self.threads = 0 if on_cuda else torch.get_num_threads()
@@ -140,7 +138,8 @@ class TorchBackend(DenoiserDefaults[Tensor]):
         x_t = torch.zeros(size, *model.image_shape, device=self.device)
         emb_t = torch.zeros(size, model.emb_channels, device=self.device)
         y = None if model.num_classes is None else torch.zeros(size, dtype=torch.int64, device=self.device)
-        return NetworkInputs(x_t, emb_t, y)
+        cond = None if model.cond_shape is None else torch.zeros(size, *model.cond_shape, device=self.device)
+        return NetworkInputs(x_t, emb_t, y, cond)
 
 
 def choose_device(wanted: str) -> torch.device:

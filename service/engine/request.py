@@ -29,18 +29,21 @@ Output = Literal["pixels", "values"]
 class GivenArrays:
     """Arrays of an image from outside, in host memory; the images of a request share them."""
 
-    image: npt.NDArray[np.float32] = field(repr=False)
-    """Image or latent [C, H, W] that the chain begins with, in the units where data spans [-1, 1]; finite."""
+    image: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    """Image or latent [C, H, W] that the chain begins with, in the units where data spans [-1, 1]; finite. None: there
+    is only `cond`."""
     mask: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     """1 where pixels are made, 0 where those of `image` are kept, [1, H, W]; None: all are made."""
     original: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     """`image` in the units of the data, [H, W, C]: kept values are returned from here. The engine does not read it."""
+    cond: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    """Conditioning image [C', H, W] (`ModelConfig.cond_shape`), for a model that takes one."""
 
     @property
     def nbytes(self) -> int:
         """Return the memory that the arrays take, with `keep`."""
-        mask = 0 if self.mask is None else 2 * self.mask.nbytes
-        return self.image.nbytes + mask + (0 if self.original is None else self.original.nbytes)
+        arrays = (self.image, self.mask, self.mask, self.original, self.cond)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     @cached_property
     def keep(self) -> npt.NDArray[np.float32] | None:

@@ -24,7 +24,7 @@ class SavedSlot:
     x: npt.NDArray[np.float32]
     x0: npt.NDArray[np.float32]
     given: GivenArrays | None
-    """The image's own arrays, if it has a mask."""
+    """The image's own arrays, if its slot has copies of them: of a mask or a conditioning image."""
 
 
 class SlotTable(Generic[A]):
@@ -64,8 +64,13 @@ class SlotTable(Generic[A]):
         """Given images. Those of slots whose image has no mask have no meaning."""
         self.keep: A = self._zeros((num_slots + 1, 1, *self.image_shape[1:]), xp.float32)
         """How much of each given pixel is kept; as for `given`."""
-        self._masked: dict[int, GivenArrays] = {}
-        """The arrays in `given` and `keep`, by slot."""
+        self.cond: A | None = None
+        """Conditioning images; None for a model that takes none."""
+        self._cond_shape: tuple[int, int, int] | None = model.cond_shape
+        if self._cond_shape is not None:
+            self.cond = self._zeros((num_slots + 1, self._cond_shape[0], *self.image_shape[1:]), xp.float32)
+        self._copied: dict[int, GivenArrays] = {}
+        """The arrays in `given`, `keep` and `cond`, by slot."""
 
     def integers(self, values: Sequence[int]) -> A:
         """Copy integers to the device, as int64 [n]."""
@@ -80,7 +85,8 @@ class SlotTable(Generic[A]):
             begins: `SamplingPlan.begin` of each.
 
         Raises:
-            ValueError: a chain begins with a given image, and there is none, or one of another shape.
+            ValueError: a chain begins with a given image, or the model takes a conditioning image, and there is none,
+                or one of another shape.
         """
         seeds, image_indices = [p.seed for p in params], [p.image_index for p in params]
         check_range("seed", min(seeds), max(seeds), MAX_SEED)
@@ -91,7 +97,7 @@ class SlotTable(Generic[A]):
         for k, (p, begin) in enumerate(zip(params, begins, strict=True)):
             if begin[0] != 0:
                 x[k] = begun(begin, self.send(self._image(p.given)), x[k])
-        self._put_masked(slots, [p.given if p.has_mask else None for p in params])
+        self._put_given(slots, [p.given for p in params])
         self.x[index] = x
         self.x0[index] = self._zeros((len(slots), *self.image_shape), self._xp.float32)
 
@@ -100,30 +106,43 @@ class SlotTable(Generic[A]):
         index = self.integers(slots)
         x, x0 = to_numpy(self.x[index]), to_numpy(self.x0[index])
         # Copies: a view would keep the memory of all images that were saved together
-        return [SavedSlot(x[k].copy(), x0[k].copy(), self._masked.get(slot)) for k, slot in enumerate(slots)]
+        return [SavedSlot(x[k].copy(), x0[k].copy(), self._copied.get(slot)) for k, slot in enumerate(slots)]
 
     def load(self, slots: Sequence[int], saved: Sequence[SavedSlot]) -> None:
         """Restore what `save` returned, bit for bit; the slots may differ from the original ones."""
         index = self.integers(slots)
         self.x[index] = self.send(np.stack([state.x for state in saved]))
         self.x0[index] = self.send(np.stack([state.x0 for state in saved]))
-        self._put_masked(slots, [state.given for state in saved])
+        self._put_given(slots, [state.given for state in saved])
 
-    def _put_masked(self, slots: Sequence[int], arrays: Sequence[GivenArrays | None]) -> None:
-        """Copy the given images and masks of some images into their slots; forget those of the others."""
+    def _put_given(self, slots: Sequence[int], arrays: Sequence[GivenArrays | None]) -> None:
+        """Copy masks with their images, and conditioning images, into their slots; forget those of other images."""
         for slot, given in zip(slots, arrays, strict=True):
-            self._masked.pop(slot, None)
+            self._copied.pop(slot, None)
+            if self.cond is not None:
+                self.cond[slot] = self.send(self._cond(given))
             if given is not None and given.keep is not None:
                 self.given[slot] = self.send(self._image(given))
                 self.keep[slot] = self.send(given.keep)
-                self._masked[slot] = given
+            if given is not None and (self.cond is not None or given.keep is not None):
+                self._copied[slot] = given
 
     def _image(self, given: GivenArrays | None) -> npt.NDArray[np.float32]:
-        if given is None or given.image.shape != self.image_shape:
-            shape = "none" if given is None else given.image.shape
-            raise ValueError(f"the given image must be {self.image_shape}; got {shape}")
-        return given.image
+        image = None if given is None else given.image
+        if image is None or image.shape != self.image_shape:
+            raise ValueError(f"the given image must be {self.image_shape}; got {_shape(image)}")
+        return image
+
+    def _cond(self, given: GivenArrays | None) -> npt.NDArray[np.float32]:
+        cond = None if given is None else given.cond
+        if cond is None or cond.shape != self._cond_shape:
+            raise ValueError(f"the conditioning image must be {self._cond_shape}; got {_shape(cond)}")
+        return cond
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> A:
         array: A = self._xp.zeros(shape, dtype=dtype, device=self._device)
         return array
+
+
+def _shape(array: npt.NDArray[Any] | None) -> object:
+    return "none" if array is None else array.shape

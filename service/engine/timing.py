@@ -26,7 +26,8 @@ def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float])
     widths = range(1, min(config.max_rows, runner.max_rows) + 1)
     network = sorted({runner.padded_rows(rows) for rows in widths})
     classifier = sorted({runner.padded_classified_rows(rows) for rows in widths} - {0})
-    kinds = [*((_TIMED, rows) for rows in network), *((_TIMED_CLASSIFIED, rows) for rows in classifier)]
+    timed, classified = (replace(image, given=runner.trial_given) for image in (_TIMED, _TIMED_CLASSIFIED))
+    kinds = [*((timed, rows) for rows in network), *((classified, rows) for rows in classifier)]
     rounds = [[_time(runner, config, clock, rows, params) for params, rows in kinds] for _ in range(config.timed_calls)]
     for (params, rows), *seconds in zip(kinds, *rounds, strict=True) if rounds else ():
         used = _used(rows, config)  # use the minimum: delays by other load are not part of the cost

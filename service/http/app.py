@@ -39,7 +39,7 @@ from service.http.encoding_pool import EncodingPool
 from service.http.interfaces import takes_images
 from service.http.kserve import routes as kserve
 from service.http.loop_lag import measure_loop_lag
-from service.http.native import admin, generate, info
+from service.http.native import admin, arrays, generate, info
 from service.http.openai import routes as openai
 from service.http.page import routes as page
 from service.http.page.thumbnails import Thumbnails
@@ -160,6 +160,7 @@ def assemble(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.include_router(generate.router)
+    app.include_router(arrays.router)
     app.include_router(openai.router)
     app.include_router(kserve.router)
     app.include_router(info.router)

@@ -26,6 +26,7 @@ from service.engine.request import GenerationRequest, GivenArrays, ImageParams, 
 from service.engine.tickets import Ticket
 from service.errors import Aborted, GenerationFailed, InvalidRequest, TimedOut
 from service.http.client_gone import disconnected
+from service.http.door.client import Client
 from service.http.door.context import client_of_request, context_of, ended_as
 from service.http.door.idempotency import derived_seed
 from service.http.event_source import EventSource
@@ -34,9 +35,10 @@ from service.http.native.schemas import Timing
 from service.http.problems import fault_of
 from service.http.state import ServiceState
 from service.models.served_model import ServedModel, find_model
+from service.requests.array_requests import DenoiseRequest, EncodeRequest, complete_arrays, read_encoded, read_noisy
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
-from service.requests.given import check_given, read_given
+from service.requests.given import check_cond, check_given, read_given
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,15 +129,40 @@ async def prepare(body: GenerateRequest, request: Request, state: ServiceState) 
     key = context_of(request.scope).idempotency_key
     if key is not None and body.seed is None:
         body = body.model_copy(update={"seed": derived_seed(client.name, key)})
-    most = min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
+    most = _most_work(state, client)
     # Not X-Request-ID, which two clients may share
     check_given(body)
+    check_cond(body.cond, model.config.model)
     given: tuple[GivenArrays, ...] = ()
-    if body.image is not None or body.latent is not None:
+    if body.image is not None or body.latent is not None or body.cond is not None:
         given = await state.encoding.run(read_given, body, model.config)
     completed = complete(body, model, uuid.uuid4().hex, most, client.name, given)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=key is not None)
+
+
+async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request, state: ServiceState) -> Prepared:
+    """Complete a request for arrays of the network, as `prepare` does one for images.
+
+    Raises:
+        InvalidRequest: a field breaks a rule; names the field, the rule and the allowed values.
+        UnknownModel: no such model.
+    """
+    model, client = find_model(state.models, body.model), client_of_request(request.scope)
+    most = _most_work(state, client)
+    check_cond(body.cond, model.config.model)
+    if isinstance(body, EncodeRequest):
+        given = await state.encoding.run(read_encoded, body, model.config)
+    else:
+        given = await state.encoding.run(read_noisy, body, model.config)
+    completed = complete_arrays(body, given, model, uuid.uuid4().hex, most, client.name)
+    limited = replace(completed, max_client_images=client.limits.images_in_flight)
+    return Prepared(model, limited, idempotent=context_of(request.scope).idempotency_key is not None)
+
+
+def _most_work(state: ServiceState, client: Client) -> int:
+    """Return the most row steps of a request of a client."""
+    return min(state.settings.max_row_steps, client.limits.row_steps_per_request or sys.maxsize)
 
 
 async def answer_when_done(

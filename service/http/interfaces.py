@@ -7,7 +7,9 @@ import re
 
 from service.http.door.json_body import JsonRoute
 
-_GENERATES = re.compile(r"/v1/generate|/v1/images/generations|/v2/models/[^/]+(/versions/[^/]+)?/infer")
+_GENERATES = re.compile(
+    r"/v1/(generate|encode|denoise)|/v1/images/generations|/v2/models/[^/]+(/versions/[^/]+)?/infer"
+)
 
 
 class Interface(enum.Enum):
@@ -46,7 +48,7 @@ class SharedRoute(JsonRoute):
 
 def takes_images(method: str, path: str) -> bool:
     """Return whether a request may have given images in its body, which may then be long."""
-    return method == "POST" and path == "/v1/generate"
+    return method == "POST" and path in ("/v1/generate", "/v1/encode", "/v1/denoise")
 
 
 def generates(method: str, path: str) -> bool:

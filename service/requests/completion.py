@@ -17,6 +17,7 @@ from service.engine.request import GenerationRequest, GivenArrays, ImageParams, 
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel
 from service.requests.generate_request import DEFAULT_STEPS, GenerateRequest
+from service.requests.given import check_cond
 
 
 def complete(
@@ -40,6 +41,7 @@ def complete(
     Raises:
         InvalidRequest: a constraint is violated; the message names field, rule and allowed values.
     """
+    check_cond(body.cond, model.config.model)
     count = _count(body, len(given))
     if body.image_index + count - 1 > MAX_IMAGE_INDEX:
         raise InvalidRequest(
@@ -84,9 +86,8 @@ def complete(
 def _count(body: GenerateRequest, given: int) -> int:
     count = _count_without_given(body, given)
     if given > 1 and given != count:
-        raise InvalidRequest(
-            "image" if body.latent is None else "latent", f"must hold 1 or {count} arrays; got {given}"
-        )
+        field = next(name for name in ("latent", "image", "cond") if getattr(body, name) is not None)
+        raise InvalidRequest(field, f"must hold 1 or {count} arrays; got {given}")
     return count
 
 

@@ -50,7 +50,7 @@ def _in_code(names: Iterable[str]) -> str:
     return in_words(f"`{name}`" for name in names)
 
 
-def _one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """Replace the errors of the union's members by one message that lists the valid forms of a class."""
     try:
         return check(value)
@@ -129,6 +129,11 @@ class GivenOptions(RequestBody):
     latent: File | None = Field(
         default=None, description="Instead of `image`: x_t to begin with, float32, npy or npz in base64."
     )
+    cond: File | None = Field(
+        default=None,
+        description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of exactly that shape: a "
+        "file as `image`, or an array with one per image. For an upsampler: the small picture.",
+    )
     strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
     )
@@ -152,7 +157,7 @@ class GenerateRequest(GivenOptions, SamplingOptions):
 
     class_: Annotated[
         ClassSpec | Annotated[list[ClassSpec], Field(min_length=1, max_length=MAX_IMAGES)] | None,
-        WrapValidator(_one_error),
+        WrapValidator(one_error),
     ] = Field(
         default=None,
         alias="class",

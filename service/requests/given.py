@@ -1,18 +1,21 @@
-"""Read the images, masks and latents of a request. Slow: call `read_given` in the `EncodingPool`."""
+"""Read images, masks, latents and conditioning images of a request. Slow: call `read_given` in the `EncodingPool`."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
 from formats.given_files import GivenFileError, Shape, read_images, read_masks, read_values
-from formats.value_range import value_range_of
+from formats.value_range import ValueRange, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES, GivenOptions
@@ -32,7 +35,15 @@ def shape_of(model: ModelConfig) -> Shape:
 def body_bytes(model: ModelConfig) -> int:
     """Return the bytes of base64 that the given arrays of a request for a model take, at most."""
     height, width, channels = shape_of(model)
-    return max(PICTURE_BYTES, MAX_IMAGES * height * width * (channels + 1) * FLOAT_BYTES * 4 // 3)
+    cond = cond_file_shape(model)
+    values = height * width * (channels + 1) + (0 if cond is None else math.prod(cond))
+    return max(PICTURE_BYTES, MAX_IMAGES * values * FLOAT_BYTES * 4 // 3)
+
+
+def cond_file_shape(model: ModelConfig) -> Shape | None:
+    """Return height, width and channels of the conditioning image in requests for a model; None: it takes none."""
+    shape = model.low_res_shape or model.cond_shape
+    return None if shape is None else (shape[1], shape[2], shape[0])
 
 
 def check_given(body: GivenOptions) -> None:
@@ -55,12 +66,77 @@ def check_given(body: GivenOptions) -> None:
         raise InvalidRequest("image", "needs `strength`, `start_timestep` or `mask`")
 
 
+def check_cond(cond: str | None, model: ModelConfig) -> None:
+    """Check that a request has a conditioning image if and only if its model takes one.
+
+    Raises:
+        InvalidRequest: it does not; names the wanted shape.
+    """
+    shape = cond_file_shape(model)
+    if shape is None and cond is not None:
+        raise InvalidRequest("cond", "must be absent: the model takes no conditioning image")
+    if shape is not None and cond is None:
+        what = "the low-resolution image" if model.low_res_size is not None else "a conditioning image"
+        raise InvalidRequest("cond", f"is required by the model: {what}, {_named(shape)}")
+
+
 def read_given(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
     """Read the given arrays of a request: none, one for all images, or one per image.
+
+    Args:
+        body: of the request; `check_given` and `check_cond` have accepted it.
+        config: of its model.
 
     Raises:
         InvalidRequest: a file cannot be read, or has another shape; names the field, the rule and what is wanted.
     """
+    return with_cond(_read_begin(body, config), body.cond, config)
+
+
+def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
+    """Add the conditioning images of a request to what its chains begin with.
+
+    Args:
+        begun: none, one for all images, or one per image.
+        cond: the file in base64; None: the request has none.
+        config: of the model.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or has another shape or number of images.
+    """
+    if cond is None:
+        return begun
+    conds = _read_cond(cond, config)
+    if 1 not in (len(conds), len(begun) or 1) and len(conds) != len(begun):
+        raise InvalidRequest("cond", f"must hold 1 or {len(begun)} images, as the other files; got {len(conds)}")
+    if not begun:
+        return tuple(GivenArrays(cond=array) for array in conds)
+    count = max(len(begun), len(conds))
+    return tuple(replace(begun[k % len(begun)], cond=conds[k % len(conds)]) for k in range(count))
+
+
+def _read_cond(text: str, config: CheckpointConfig) -> npt.NDArray[np.float32]:
+    """Read conditioning images as the network takes them, [n, C', H, W].
+
+    A low-resolution image is in the units of the data, and is enlarged. Of other arrays, 0..255 of eight-bit pixels
+    become -1..1, and floating-point numbers stay as they are.
+    """
+    model, shape = config.model, cond_file_shape(config.model)
+    assert shape is not None  # noqa: S101  # `check_cond`
+    images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
+    ranges = ValueRange((-1.0,), (1.0,)) if model.low_res_size is None else value_range_of(config)
+    values = ranges.to_network(images)
+    _check_size("cond", values)
+    return enlarged(values, model.image_height, model.image_width)
+
+
+def _named(shape: Shape) -> str:
+    height, width, channels = shape
+    return f"{width} pixels wide and {height} high, of {channels} channel{'' if channels == 1 else 's'}"
+
+
+def _read_begin(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
+    """Read what chains begin with and keep."""
     shape = shape_of(config.model)
     if body.latent is not None:
         latents = read_file("latent", body.latent, lambda file: read_values(file, shape, most=MAX_IMAGES))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import openvino
 import pytest
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from diffusion.classifier import Classifier
+from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.artifact import (
     GRADIENT_FILE,
@@ -35,6 +37,8 @@ from formats.artifact import (
 from formats.checkpoint import load_unet, write_checkpoint
 from formats.checkpoint_config import checkpoint_sha256
 from model_export import artifact_export, onnx_export, parity
+from service.backends.base import BackendOptions
+from service.backends.select import load_denoiser
 from tests import bfloat16
 from tests.counts import LONG
 from tests.exports import GRADIENT, Exports, golden_checkpoint, write_golden_classifier
@@ -86,6 +90,28 @@ def test_an_exported_checkpoint_is_compared_described_and_read_back(exports: Exp
         assert 0 < p.worst < p.limit
     assert [c.limit for c in manifest.chains] == [1e-3, 1e-3, None][: len(measured)]
     assert all((c.steps, c.images) == (50, 4) for c in manifest.chains)
+
+
+@pytest.mark.parametrize("changes", [{"low_res_size": 4}, {"cond_channels": 2}])
+def test_models_with_conditioning_are_exported_for_all_runtimes(
+    tmp_path: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "STEPS", 5)
+    monkeypatch.setattr(parity, "ROWS", 2)
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", **changes)
+    code, output = export(checkpoint, checkpoint / "artifact", "--buckets", "2")
+    assert code == 0, output
+    graph = onnx.load(checkpoint / "artifact" / "model.onnx")
+    assert [value.name for value in graph.graph.input] == ["x_t", "emb_t", "y", "cond"]
+    config, network = load_unet(checkpoint)
+    x_t, cond, y = torch.randn(2, 1, 8, 8), torch.rand(2, *(config.model.cond_shape or ())), torch.tensor([0, 3])
+    with torch.no_grad():
+        expected = network(x_t, torch.tensor([10.0, 900.0]), y, cond).numpy()
+    for backend in ("openvino", "onnxruntime"):
+        served = load_denoiser(checkpoint, backend, BackendOptions(max_rows=2, precision="fp32", device="cpu"))
+        emb_t = served.embed_timesteps(np.array([10.0, 900.0], dtype=np.float32))
+        out = served(NetworkInputs(x_t.numpy(), emb_t, y.numpy(), cond.numpy()))
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
 
 
 def test_the_table_shows_every_band_and_chain(exports: Exports) -> None:
@@ -264,15 +290,10 @@ def test_a_classifier_that_does_not_fit_its_model_is_not_exported(checkpoint: Pa
     assert not (checkpoint / "artifact").exists()
 
 
-@pytest.mark.parametrize(("changes", "kind"), [(None, "noisy classifier"), ({"low_res_size": 4}, "super-resolution")])
-def test_models_that_no_engine_supports_are_refused(tmp_path: Path, changes: dict[str, int] | None, kind: str) -> None:
-    if changes is None:
-        checkpoint = tiny_guided_checkpoint(tmp_path / "tiny") / "classifier"
-    else:
-        checkpoint = tiny_checkpoint(tmp_path / "tiny", **changes)
+def test_models_that_no_engine_supports_are_refused(tmp_path: Path) -> None:
+    checkpoint = tiny_guided_checkpoint(tmp_path / "tiny") / "classifier"
     code, output = export(checkpoint, tmp_path / "out", "--format", "tensorrt")
-    message = f"holds a {kind}"
-    assert (code, message in output, "use --format onnx" in output) == (1, True, True), output
+    assert (code, "holds a noisy classifier" in output, "use --format onnx" in output) == (1, True, True), output
     assert not (tmp_path / "out").exists()
 
 

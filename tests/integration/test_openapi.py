@@ -85,7 +85,7 @@ def test_examples_of_the_document_work(address: str) -> None:
             answer = httpx.post(_url(address, path), json=example, timeout=PATIENCE_S)
             assert answer.status_code == 200, answer.text
             posted += 1
-    assert posted == 4
+    assert posted == 6
 
 
 def _url(address: str, path: str) -> str:
@@ -97,7 +97,7 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", examples("python"), ids=range(4))
+@pytest.mark.parametrize("code", examples("python"), ids=range(5))
 def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code.replace("127.0.0.1:8000", address), PAGE.name, "exec"), names)  # noqa: S102  # our own page

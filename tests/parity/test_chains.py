@@ -25,7 +25,7 @@ GOLDEN = golden.load("diffusion_loops")
 def test_a_chain_equals_the_reference(case: dict[str, Any], kind: Kind) -> None:
     key = case["key"]
     network = on_kind(kind, golden.network(case["model"]))
-    y, low_res = GOLDEN.optional(f"{key}.y"), GOLDEN.optional(f"{key}.low_res")
+    y, cond = GOLDEN.optional(f"{key}.y"), golden.cond(GOLDEN, case["model"], f"{key}.low_res")
     plan = build_plan(
         golden.diffusion_config(case),
         "ddim" if case["function"] == "ddim_sample_loop" else "ancestral",
@@ -36,7 +36,7 @@ def test_a_chain_equals_the_reference(case: dict[str, Any], kind: Kind) -> None:
     steps: list[Step[Any]] = []
 
     def denoise(x_t: Any, t_model: Any) -> Any:
-        return network(x_t, t_model, y, low_res)
+        return network(x_t, t_model, y, cond)
 
     final = sample_loop(
         denoise,

@@ -34,7 +34,7 @@ def run(network: UNet | Classifier, name: str, t: Tensor) -> Tensor:
     data = golden.load(name)
     x = data.tensor("x")
     if isinstance(network, UNet):
-        return network(x, t, data.optional("y"), data.optional("low_res"))
+        return network(x, t, data.optional("y"), golden.cond(data, name))
     return network(x, t)
 
 

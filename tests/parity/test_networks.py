@@ -31,7 +31,7 @@ def _max_error(actual: Tensor, expected: Tensor) -> float:
 
 def _run(name: str, t: str) -> Tensor:
     data = golden.load(name)
-    return golden.network(name)(data.tensor("x"), data.tensor(t), data.optional("y"), data.optional("low_res"))
+    return golden.network(name)(data.tensor("x"), data.tensor(t), data.optional("y"), golden.cond(data, name))
 
 
 @pytest.mark.parametrize("name", UNETS)

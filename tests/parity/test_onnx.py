@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion.classifier import Classifier, classifier_gradient
-from diffusion.config import ClassifierConfig, ClassifierPool
+from diffusion.config import ClassifierConfig, ClassifierPool, ModelConfig
 from diffusion.unet import UNet
 from model_export import onnx_export
 from model_export.onnx_export import OPSET, PRECISIONS, export_classifier, export_classifier_gradient, export_unet
@@ -74,8 +74,8 @@ def inputs_of(network: UNet | Classifier, rows: int, *, labels: bool = True) -> 
     }
     if labels and config.num_classes is not None:
         inputs["y"] = rng.integers(config.num_classes, size=rows)
-    if (size := getattr(config, "low_res_size", None)) is not None:
-        inputs["low_res"] = rng.uniform(-1, 1, (rows, config.image_channels, size, size))
+    if isinstance(config, ModelConfig) and config.cond_shape is not None:
+        inputs["cond"] = rng.uniform(-1, 1, (rows, *config.cond_shape))
     return {name: a if a.dtype == np.int64 else a.astype(np.float32) for name, a in inputs.items()}
 
 
@@ -183,7 +183,7 @@ def graphs(exports: Exports) -> dict[Path, tuple[list[str], str]]:
     found: dict[Path, tuple[list[str], str]] = {}
     for name in SOME_UNETS:
         config = golden.model_config(name)
-        extra = [("y", config.num_classes), ("low_res", config.low_res_size)]
+        extra = [("y", config.num_classes), ("cond", config.cond_shape)]
         found[exports.unet(name)] = ["x_t", "emb_t", *(key for key, value in extra if value is not None)], "out"
     for name in SOME_LOGITS:
         found[exports.logits(name)] = ["x_t", "emb_t"], "logits"

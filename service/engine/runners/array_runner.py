@@ -18,6 +18,7 @@ from diffusion.noise import unchecked_normal
 from diffusion.plans import SamplingPlan
 from diffusion.respacing import respace
 from diffusion.update import to_uint8
+from formats.checkpoint_config import AnyCheckpointConfig
 from service.backends.base import Denoiser, FailureKind, GuidingClassifier, RowNetwork
 from service.backends.batch_sizes import BatchSizes, largest_size
 from service.backends.device_queue import DeviceQueue, send_at_once
@@ -25,7 +26,7 @@ from service.backends.ensemble import DenoiserEnsemble, common_sizes, networks_o
 from service.backends.pending import Later, Pending
 from service.backends.self_test import invariant_batch_sizes
 from service.engine.config import EngineConfig
-from service.engine.request import ImageParams, ImageStep, NetworkOf, PlanKey
+from service.engine.request import GivenArrays, ImageParams, ImageStep, NetworkOf, PlanKey
 from service.engine.runners.host_steps import HostSteps
 from service.engine.runners.numbers import PlanOf
 from service.engine.runners.queued_steps import QueuedSteps
@@ -73,6 +74,8 @@ class ArrayRunner(Generic[A]):
         self.numerics_id = _numerics_id(model, config.max_rows, {steps.update_form for steps in self._queued})
         self.depth = self._steps[0].depth
         self.network_of = _network_lookup(model, self._plan_of)
+        cond_shape = model.config.model.cond_shape
+        self.trial_given = None if cond_shape is None else GivenArrays(cond=np.ones(cond_shape, np.float32))
 
     def _steps_of(self, network: Denoiser[A], config: EngineConfig) -> Steps:
         t_model = self.slots.send(respace(network.config.diffusion).t_model)
@@ -109,6 +112,7 @@ class ArrayRunner(Generic[A]):
             image_index=0,
             class_index=0,
             classifier_scale=1.0 if self._classifiers else 0.0,
+            given=self.trial_given,
         )
         slots = range(self._num_slots if self._queued else 1)  # graphs are tested with images in all slots
         steps = [ImageStep(slot=slot, params=params, step=0) for slot in slots]
@@ -203,8 +207,16 @@ class ArrayRunner(Generic[A]):
         xp, device = network.xp, network.device
         emb_t = network.embed_timesteps(xp.zeros((rows,), dtype=xp.float32, device=device))
         x_t = xp.zeros((rows, *self.slots.image_shape), dtype=xp.float32, device=device)
-        labelled = network.config.model.num_classes is not None
-        to_numpy(network(NetworkInputs(x_t, emb_t, self.slots.integers([0] * rows) if labelled else None)))
+        y = None if network.config.model.num_classes is None else self.slots.integers([0] * rows)
+        shape = (rows, _cond_channels(network.config), *self.slots.image_shape[1:])
+        cond = xp.zeros(shape, dtype=xp.float32, device=device) if shape[1] else None
+        to_numpy(network(NetworkInputs(x_t, emb_t, y, cond)))
+
+
+def _cond_channels(config: AnyCheckpointConfig) -> int:
+    """Return the channels of a network's conditioning image; 0 for a network without, and for classifiers."""
+    shape = config.model.cond_shape if config.kind == "unet" else None
+    return 0 if shape is None else shape[0]
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service.backends.base import FailureKind
 from service.backends.pending import Pending
-from service.engine.request import ImageStep, NetworkOf
+from service.engine.request import GivenArrays, ImageStep, NetworkOf
 
 
 class Runner(Protocol):
@@ -23,6 +23,8 @@ class Runner(Protocol):
     Otherwise only a launch raises errors caused by an image, and any later error is fatal to the device."""
     network_of: NetworkOf | None
     """The network of an image's step; only steps of one network may be launched together. None: the model has one."""
+    trial_given: GivenArrays | None
+    """Arrays for images that only try the network out: with a conditioning image, if the model takes one."""
 
     @property
     def max_rows(self) -> int:

@@ -70,7 +70,13 @@ class HostSteps(Generic[A]):
         block = step_block(steps, size, self._plan_of, null_class=self._null_class)
         numbers: StepNumbers[A] = step_numbers(table.send(words_of(block)))
         inputs, images = gather(
-            numbers, table.x, table.x0, self._embeddings.network, places=len(steps), conditional=self._conditional
+            numbers,
+            table.x,
+            table.x0,
+            self._embeddings.network,
+            table.cond,
+            places=len(steps),
+            conditional=self._conditional,
         )
         call = self._denoiser.begin(inputs)
         return Later(lambda: self._finish(steps, block, numbers, images, call, guided=rows > len(steps)))

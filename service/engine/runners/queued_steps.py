@@ -223,7 +223,7 @@ class QueuedSteps(Generic[A]):
 
         def step() -> A:
             xp, numbers = namespace(table.x), step_numbers(words)
-            inputs, images = gather(numbers, table.x, table.x0, emb_t, places=size, conditional=conditional)
+            inputs, images = gather(numbers, table.x, table.x0, emb_t, table.cond, places=size, conditional=conditional)
             raw = network(inputs)
             result = finish(numbers, images, raw, advance, grad, guided=True)
             is_raw = xp.reshape(numbers.gives_log_variance > 0, (-1, 1, 1, 1))

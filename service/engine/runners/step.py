@@ -37,7 +37,7 @@ Update = Callable[[A, A, A, A, A, tuple[A, A, A], A | None], Step[A]]
 
 
 def gather(
-    numbers: StepNumbers[A], x: A, x0: A, emb_t: A, *, places: int, conditional: bool
+    numbers: StepNumbers[A], x: A, x0: A, emb_t: A, cond: A | None, *, places: int, conditional: bool
 ) -> tuple[NetworkInputs[A], Images[A]]:
     """Return the network's inputs and the state of the step's images.
 
@@ -46,13 +46,15 @@ def gather(
         x: x_t by slot.
         x0: the previous step's x0 by slot.
         emb_t: the embedded timesteps, by training timestep.
+        cond: conditioning images by slot; None for a model that takes none.
         places: number of the block's places to compute: those with an image, or more.
         conditional: whether the network takes labels.
     """
     slot = numbers.slot[:places]
     images: Images[A] = Images(x[slot], x0[slot])
     labels = numbers.row_label if conditional else None
-    return NetworkInputs(images.x_t[numbers.row_place], emb_t[numbers.row_timestep], labels), images
+    conds = None if cond is None else cond[slot[numbers.row_place]]
+    return NetworkInputs(images.x_t[numbers.row_place], emb_t[numbers.row_timestep], labels, conds), images
 
 
 def finish(

@@ -138,7 +138,7 @@ def _encode(form: Form, accepted: Accepted, params: ImageParams, result: ImageRe
 
 
 def _start_timestep(accepted: Accepted, params: ImageParams) -> int | None:
-    if params.given is None:
+    if params.given is None or params.given.image is None:
         return None
     return int(build_chain(accepted.model.config.diffusion, params.plan).timesteps[0])
 

@@ -25,38 +25,39 @@ router = APIRouter(prefix="/v1", tags=["generate"], route_class=NativeRoute)
 State = Annotated[ServiceState, Depends(service_state)]
 
 _EXAMPLE = {"images": [], "model": "fashion32", "numerics_id": "0123456789abcdef", "timing": {}}
-_FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_RESPONSES = {
+FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+    for status, text in {
+        400: "The body is not JSON",
+        401: "No valid API key, if the service requires one",
+        404: "No such model",
+        406: "Accept allows no available form",
+        408: "The request did not arrive in time",
+        413: "The body is too long",
+        415: "The body is not declared as JSON",
+        421: "Not a name of this service",
+        422: "A field breaks a rule, the deadline cannot be met, or the Idempotency-Key is another request's",
+        429: "This client has too many images in flight or requests too often; Retry-After gives the time to wait",
+        431: "The headers are too long",
+        500: "An image or the engine failed",
+        503: "Queue full or shutting down; Retry-After gives the time to wait",
+        504: "It took longer than the service allows",
+    }.items()
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {
             "application/json": {"example": _EXAMPLE},
             EVENT_STREAM: {"schema": EVENT_SCHEMA},
-            **dict.fromkeys([*MEDIA_TYPES.values(), ZIP_MEDIA_TYPE], _FILE),
+            **dict.fromkeys([*MEDIA_TYPES.values(), ZIP_MEDIA_TYPE], FILE),
         }
     },
-    **{
-        status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
-        for status, text in {
-            400: "The body is not JSON",
-            401: "No valid API key, if the service requires one",
-            404: "No such model",
-            406: "Accept allows no available form",
-            408: "The request did not arrive in time",
-            413: "The body is too long",
-            415: "The body is not declared as JSON",
-            421: "Not a name of this service",
-            422: "A field breaks a rule, the deadline cannot be met, or the Idempotency-Key is another request's",
-            429: "This client has too many images in flight or requests too often; Retry-After gives the time to wait",
-            431: "The headers are too long",
-            500: "An image or the engine failed",
-            503: "Queue full or shutting down; Retry-After gives the time to wait",
-            504: "It took longer than the service allows",
-        }.items()
-    },
+    **ERRORS,
 }
 
 
-@router.post("/generate", response_model=GenerateResponse, responses=_RESPONSES)  # type: ignore[arg-type]
+@router.post("/generate", response_model=GenerateResponse, responses=_RESPONSES)
 async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
     """Generate images.
 

@@ -8,13 +8,15 @@ from fastapi import APIRouter, Depends, Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from diffusion.config import ModelConfig
 from diffusion.plans import SAMPLERS
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import OpenAIRoute, SharedRoute
-from service.http.native.schemas import ModelCard, ModelInfo, ModelList, Problem, SamplerInfo, Status
+from service.http.native.schemas import CondInfo, ModelCard, ModelInfo, ModelList, Problem, SamplerInfo, Status
 from service.http.openai.schemas import OpenAIError
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
+from service.requests.given import cond_file_shape
 
 router = APIRouter()
 shared = APIRouter(route_class=SharedRoute)
@@ -48,6 +50,7 @@ def model_info(model: ServedModel) -> ModelInfo:
         image_size=model.config.model.image_size,
         image_channels=model.config.model.image_channels,
         value_range=model.config.value_range,
+        cond=_cond_info(model.config.model),
         classes=None if model.class_names is None else list(model.class_names),
         num_timesteps=model.config.diffusion.num_timesteps,
         guidance=model.config.model.null_class,
@@ -85,6 +88,14 @@ async def metrics(state: State) -> Response:
 
 router.include_router(shared)
 router.include_router(of_openai)
+
+
+def _cond_info(model: ModelConfig) -> CondInfo | None:
+    shape = cond_file_shape(model)
+    if shape is None:
+        return None
+    height, width, channels = shape
+    return CondInfo(height=height, width=width, channels=channels, low_resolution=model.low_res_size is not None)
 
 
 def _card(model: ServedModel) -> ModelCard:

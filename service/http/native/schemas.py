@@ -48,6 +48,15 @@ class GenerateResponse(BaseModel):
     timing: Timing
 
 
+class CondInfo(BaseModel):
+    """The conditioning image that a model takes, in the field `cond` of requests."""
+
+    height: int
+    width: int
+    channels: int
+    low_resolution: bool = Field(description="Whether it is the small picture of an upsampler, which is enlarged.")
+
+
 class ModelInfo(BaseModel):
     """A served model."""
 
@@ -58,6 +67,7 @@ class ModelInfo(BaseModel):
         description="[low, high] of the data, the units of float32 arrays; one pair per channel if they differ. "
         "Eight-bit pixels map 0 to low and 255 to high."
     )
+    cond: CondInfo | None = Field(description="Conditioning image that every request must have; null: none.")
     classes: list[str] | None = Field(
         description="Class names in index order; null if unconditional. Those of the classifier if only it has classes."
     )

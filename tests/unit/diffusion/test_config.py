@@ -64,6 +64,9 @@ def test_channels_follow_from_the_kind_of_model() -> None:
     assert _model(image_channels=1).out_channels == 2
     assert _model(image_channels=1, learn_sigma=False).out_channels == 1
     assert _model(low_res_size=8).in_channels == 6
+    assert _model(low_res_size=8).cond_shape == (3, 32, 32)
+    assert (_model(cond_channels=5).in_channels, _model(cond_channels=5).cond_shape) == (8, (5, 32, 32))
+    assert _model().cond_shape is None
     assert _model().num_labels == 0
     assert _model(num_classes=10, null_class=True).num_labels == 11
 
@@ -98,6 +101,7 @@ def test_configurations_cannot_be_changed() -> None:
         ({"num_head_channels": 48}, "num_head_channels must divide the 64 channels"),
         ({"null_class": True}, "null_class needs num_classes"),
         ({"low_res_size": 64}, "low_res_size must be at most image_size"),
+        ({"low_res_size": 8, "cond_channels": 3}, "cond_channels must be 0 with low_res_size"),
         ({"attention_order": "newer"}, "attention_order"),
     ],
 )

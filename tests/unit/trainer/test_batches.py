@@ -59,9 +59,10 @@ def test_the_processes_share_the_batch_of_one(dataset: Dataset, world: int) -> N
 def test_super_resolution_gets_the_image_downsampled_by_area(dataset: Dataset) -> None:
     config = tiny(model={**tiny().model.model_dump(), "low_res_size": 4})
     batch = batches(config, dataset).draw(0)
-    low_res = batch.conditions["low_res"]
-    assert torch.allclose(low_res, batch.x0.reshape(4, 1, 4, 2, 4, 2).mean(dim=(3, 5)))
-    assert torch.equal(batch.rows(slice(1, 3)).conditions["low_res"], low_res[1:3])
+    low_res = batch.x0.reshape(4, 1, 4, 2, 4, 2).mean(dim=(3, 5))
+    cond = batch.conditions["cond"]
+    assert torch.allclose(cond, torch.nn.functional.interpolate(low_res, (8, 8), mode="bilinear"))
+    assert torch.equal(batch.rows(slice(1, 3)).conditions["cond"], cond[1:3])
 
 
 def test_dropout_is_seeded_by_the_position_of_the_first_image(dataset: Dataset) -> None:

@@ -68,7 +68,7 @@ def test_an_upsampler_is_trained_on_its_own_images(npz: Path, tmp_path: Path) ->
     network = build_network(config)
     assert isinstance(network, UNet)
     network.load_state_dict(read_weights(folder))
-    output = network(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 3]), torch.zeros(2, 1, 4, 4))
+    output = network(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 3]), torch.zeros(2, 1, 8, 8))
     assert output.shape == (2, 2, 8, 8)
 
 

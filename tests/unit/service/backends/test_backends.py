@@ -220,7 +220,8 @@ class TestGraphedNetwork:
 
 
 def test_zero_inputs_have_the_shapes_of_the_network(folder: Path) -> None:
-    x_t, emb_t, y = TorchBackend(folder, BackendOptions(device="cpu")).zero_inputs(3)
+    x_t, emb_t, y, cond = TorchBackend(folder, BackendOptions(device="cpu")).zero_inputs(3)
+    assert cond is None
     assert (x_t.shape, emb_t.shape) == ((3, 1, 8, 8), (3, tiny_config().model.emb_channels))
     assert y is not None
     assert (y.shape, y.dtype) == ((3,), torch.int64)

@@ -410,15 +410,6 @@ def test_the_error_for_a_missing_artifact_has_the_command_to_export_it(tmp_path:
         load_denoiser(folder, name, PLAIN)
 
 
-def test_super_resolution_models_are_refused(artifact: Path) -> None:
-    manifest = read_artifact(artifact)
-    assert manifest.checkpoint.kind == "unet"
-    larger = manifest.checkpoint.replace(model=manifest.checkpoint.model.replace(low_res_size=4))
-    edit_manifest(artifact, checkpoint=larger)
-    with pytest.raises(ModelError, match="super-resolution model, which this service cannot serve yet"):
-        open_artifact(artifact, "openvino")
-
-
 def test_threads_are_those_requested_or_one_per_available_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_threads(3) == 3
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7}, raising=False)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ from service.engine.request import (
     ImageStatus,
     ImageStep,
     PlanKey,
+    Priority,
     Watch,
 )
 from service.engine.runners.array_runner import ArrayRunner
@@ -63,11 +65,13 @@ from tests.fakes import (
     tiny_guided_checkpoint,
     tiny_network,
 )
-from tests.given_images import CHAINS, DIFFUSION, MASKED, output_of, sampled_alone, with_any_chain, with_chain
+from tests.given_images import CHAINS, DIFFUSION, MASKED, PICTURES, output_of, sampled_alone, with_any_chain, with_chain
 from tests.late_queue import QueuedDenoiser
 
 WIDTH = 4
 CONFIG = EngineConfig(max_rows=WIDTH, slots_per_row=2)
+FEW_SLOTS = EngineConfig(max_rows=WIDTH, slots_per_row=1)
+"""So few that images are evicted."""
 
 
 @cache
@@ -528,6 +532,7 @@ def test_kept_pixels_are_the_given_ones(subject: Subject) -> None:
     for result, image in zip(sorted(results, key=lambda result: result.position), images, strict=True):
         assert image.given is not None
         assert image.given.mask is not None
+        assert image.given.image is not None
         kept = image.given.mask[0] == 0
         if result.values is not None:
             np.testing.assert_array_equal(result.values[:, kept], image.given.image[:, kept])
@@ -547,6 +552,61 @@ def test_a_given_image_of_another_shape_fails_its_image_only() -> None:
         results += engine.step()
     assert {result.request_id: result.failure for result in results} == {"wrong": "error", "good": None}
     assert output_of(next(result for result in results if result.failure is None)) == reference(good, "numpy")
+
+
+@pytest.mark.parametrize("subject", ["unet", "numpy", "asynchronous", "queued"])
+def test_conditioned_images_of_a_mixed_batch_equal_those_sampled_alone(subject: Subject, tmp_path: Path) -> None:
+    config, xp = tiny_config(cond_channels=2), torch if subject in ("unet", "queued") else np
+    runner: ArrayRunner[Any]
+    network: ClassNetwork
+    if subject == "unet":
+        runner = ArrayRunner(TorchBackend(tiny_checkpoint(tmp_path / "tiny", cond_channels=2)), FEW_SLOTS)
+        network = tiny_network(config)
+    else:
+        made = {"asynchronous": AsynchronousDenoiser, "queued": QueuedDenoiser}.get(subject, ExactDenoiser)
+        exact = made(config, batch_sizes=(1, WIDTH) if subject == "queued" else None)
+        runner, network = ArrayRunner(exact, FEW_SLOTS), AsNetwork(exact)
+    engine = Engine({"m": runner}, FEW_SLOTS, Metrics())
+    engine.warm_up()
+    rng = np.random.default_rng(0)
+    conds = [rng.uniform(-1, 1, (2, 8, 8)).astype(np.float32) for _ in range(3)]
+
+    def conditioned(number: int, seed: int, cfg_scale: float) -> ImageParams:
+        image = with_chain(replace(params(steps=5, seed=seed), cfg_scale=cfg_scale), number)
+        return replace(image, given=replace(image.given or GivenArrays(), cond=conds[seed % 3]))
+
+    sent = {
+        "early": [conditioned(number, seed, 1.0) for seed, number in enumerate((2, 4, 6, 8))],
+        "late": [conditioned(number, seed, 2.5) for seed, number in enumerate((0, 2, 4, 6, 8))],
+    }
+    engine.add(generation("early", *sent["early"], priority=Priority.BATCH), submitted_at=0.0)
+    results = [*engine.step(), *engine.step()]
+    engine.add(generation("late", *sent["late"]), submitted_at=0.0)
+    while engine.has_work():
+        results += engine.step()
+    assert len(results) == 9
+    for result in results:
+        alone = sampled_alone(sent[result.request_id][result.position], network, xp=xp)
+        assert (result.failure, output_of(result)) == (None, alone)
+    first = sent["early"][0]
+    assert len({sampled_alone(replace(first, given=replace(PICTURES[0], cond=c)), network, xp=xp) for c in conds}) == 3
+
+
+@pytest.mark.parametrize("cond", [None, np.zeros((1, 8, 8), dtype=np.float32)])
+def test_a_missing_or_unfit_conditioning_image_fails_its_image_only(cond: npt.NDArray[np.float32] | None) -> None:
+    runner = ArrayRunner(ExactDenoiser(tiny_config(cond_channels=2)), CONFIG)
+    engine = Engine({"m": runner}, CONFIG, Metrics())
+    good = replace(params(steps=2), given=GivenArrays(cond=np.ones((2, 8, 8), dtype=np.float32)))
+    engine.add(generation("wrong", replace(good, given=GivenArrays(cond=cond))), submitted_at=0.0)
+    engine.add(generation("good", good), submitted_at=0.0)
+    results: list[ImageResult] = []
+    while engine.has_work():
+        results += engine.step()
+    assert {result.request_id: result.failure for result in results} == {"wrong": "error", "good": None}
+
+
+def test_a_model_without_conditioning_has_no_memory_for_it() -> None:
+    assert subject_of("numpy")[0].slots.cond is None
 
 
 def test_only_evicted_images_can_be_restored() -> None:
