@@ -23,6 +23,10 @@ LatentFile = Annotated[
     Path | None,
     typer.Option(help="Instead of --image: x_t to begin with, float32, npy or npz, as `iddpm encode` writes it."),
 ]
+CondFile = Annotated[
+    Path | None,
+    typer.Option(help="Conditioning image of a model that takes one; for an upsampler, the small picture. A file."),
+]
 Strength = Annotated[
     float | None, typer.Option(help="With --image: part of the steps that is taken, 0..1; 1: from noise alone.")
 ]
@@ -44,6 +48,7 @@ def given_fields(
     image: Path | None = None,
     mask: Path | None = None,
     latent: Path | None = None,
+    cond: Path | None = None,
     strength: float | None = None,
     start_timestep: int | None = None,
     resample: str | None = None,
@@ -60,7 +65,7 @@ def given_fields(
     from service.requests.generate_request import GivenOptions
     from service.requests.given import check_given
 
-    files = {"image": image, "mask": mask, "latent": latent}
+    files = {"image": image, "mask": mask, "latent": latent, "cond": cond}
     options = {
         "strength": strength,
         "start_timestep": start_timestep,

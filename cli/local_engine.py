@@ -70,10 +70,11 @@ class LocalEngine:
             ValidationError, InvalidRequest: a field breaks a rule, or a file has another shape than the model's images.
         """
         from service.requests.generate_request import GenerateRequest
-        from service.requests.given import check_given, read_given
+        from service.requests.given import check_cond, check_given, read_given
 
         body = GenerateRequest.model_validate(fields)
         check_given(body)
+        check_cond(body.cond, self.config.model)
         return read_given(body, self.config)
 
     def complete(self, fields: dict[str, Any], given: Sequence[GivenArrays] = ()) -> list[ImageParams]:
@@ -92,6 +93,29 @@ class LocalEngine:
         body = GenerateRequest.model_validate(fields)
         return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize, given=given).images)
 
+    def complete_encoding(self, fields: dict[str, Any]) -> tuple[list[ImageParams], int]:
+        """Read the images of a request to encode them.
+
+        Args:
+            fields: of the body of `POST /v1/encode`.
+
+        Returns:
+            The images, and the training timestep of their latents.
+
+        Raises:
+            ValidationError, InvalidRequest: a field breaks a rule, or the file has another shape than the model's
+                images.
+        """
+        from diffusion.chains import encoding_end
+        from service.requests.array_requests import EncodeRequest, complete_arrays, read_encoded
+        from service.requests.given import check_cond
+
+        body = EncodeRequest.model_validate(fields)
+        check_cond(body.cond, self.config.model)
+        given = read_encoded(body, self.config)
+        images = complete_arrays(body, given, self._served, "cli", max_row_steps=sys.maxsize).images
+        return list(images), encoding_end(self.config.diffusion, images[0].plan)
+
     def run(
         self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], object]
     ) -> Iterator[tuple[int, list[Pixels]]]:
@@ -104,13 +128,14 @@ class LocalEngine:
             progress: called with the network rows computed since the last call.
 
         Yields:
-            The number of a group and its images, [H, W, C]: uint8 pixels, or float32 values in the units of the data.
+            The number of a group and its images, [H, W, C]: uint8 pixels, or float32 values in the units of the data;
+            of encodings, in the units of the network.
 
         Raises:
             GenerationFailed: an image failed.
         """
         from formats.value_range import value_range_of
-        from service.encoding import output_of
+        from service.encoding import network_values, output_of
         from service.engine.request import GenerationRequest
         from service.engine.tickets import image_failure
 
@@ -139,7 +164,9 @@ class LocalEngine:
                 image = running[result.request_id][result.position]
                 if result.failure is not None:
                     raise image_failure(image.image_index, result.failure)
-                outputs[result.request_id][result.position] = output_of(image, result, values)
+                outputs[result.request_id][result.position] = (
+                    output_of(image, result, values) if image.plan.kind == "sample" else network_values(result)
+                )
             progress(self._engine.activity.row_steps - counted)
             counted = self._engine.activity.row_steps
             for name in [name for name, found in outputs.items() if len(found) == len(running[name])]:

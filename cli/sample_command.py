@@ -10,6 +10,7 @@ import typer
 
 from cli.errors import fail
 from cli.given_options import (
+    CondFile,
     FitName,
     ImageFile,
     LatentFile,
@@ -19,7 +20,7 @@ from cli.given_options import (
     Strength,
     given_fields,
 )
-from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
+from cli.sampling_options import CfgScale, ClassifierScale, Eta, Key, Respacing, SamplerName, Steps, Url, given
 
 if TYPE_CHECKING:
     from cli.sampled import CheckImages, SampledImage
@@ -36,10 +37,8 @@ def sample_command(
     model: Annotated[
         str | None, typer.Option(help="Model folder. With --url: name of a served model; default: its first model.")
     ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Sample at this service, http://HOST:PORT; /v1 at the end is ignored.")
-    ] = None,
-    key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")] = None,
+    url: Url = None,
+    key: Key = None,
     class_: Annotated[
         str | None, typer.Option("--class", help="Name or index of the class. Default: drawn from the seed.")
     ] = None,
@@ -58,6 +57,7 @@ def sample_command(
     image: ImageFile = None,
     mask: MaskFile = None,
     latent: LatentFile = None,
+    cond: CondFile = None,
     strength: Strength = None,
     start_timestep: StartTimestep = None,
     resample: ResampleText = None,
@@ -96,6 +96,7 @@ def sample_command(
             image=image,
             mask=mask,
             latent=latent,
+            cond=cond,
             strength=strength,
             start_timestep=start_timestep,
             resample=resample,
@@ -115,7 +116,7 @@ def sample_command(
             format="npz",
             dtype=dtype,
         )
-        if n is None and not {"image", "latent"} & fields.keys():
+        if n is None and not {"image", "latent", "cond"} & fields.keys():
             n = 1
 
         def check(channels: int, size: ImageSize) -> None:

@@ -40,12 +40,12 @@ def sample_remote(
         ValueError: from `check`.
     """
     images: list[SampledImage] = []
-    with _show_retries():
+    with show_retries():
         if (found := _find_model(client, params.get("model"))) is not None:
             check(found.image_channels, found.image_size)
         with typer.progressbar(length=n or 1, label="connecting", file=sys.stderr) as bar:
             shown = _Shown(bar, n or 1)
-            for fields in split_requests(params, n, at_once, lambda: _class_names(client, params.get("model"))):
+            for fields in split_requests(params, n, at_once, lambda: class_names_of(client, params.get("model"))):
                 answer = _generate(client, fields, shown)
                 images += [_sampled(image, answer.numerics_id) for image in answer.images]
                 shown.next_request()
@@ -73,7 +73,7 @@ class _PrintHandler(logging.Handler):
 
 
 @contextmanager
-def _show_retries() -> Iterator[None]:
+def show_retries() -> Iterator[None]:
     """Print every retry, so that the user sees why the command waits."""
     handler, level = _PrintHandler(), retries_log.level
     retries_log.addHandler(handler)
@@ -119,7 +119,8 @@ class _Shown:
         self.begun = False
 
 
-def _class_names(client: Client, model: str | None) -> list[str]:
+def class_names_of(client: Client, model: str | None) -> list[str]:
+    """Return the class names of a served model (None: the first); none if there is no such model."""
     found = _find_model(client, model)
     return (found.classes if found is not None else None) or []
 

@@ -193,6 +193,49 @@ def test_given_images_give_equal_bytes_with_and_without_a_server(
     assert len(np.load(tmp_path / "--url.npy")) == (1 if "--latent" in options else 3)
 
 
+@pytest.mark.parametrize("name", ["latent.npy", "latent.npz"])
+def test_encode_gives_equal_bytes_with_and_without_a_server(
+    server: Server, model: Path, tmp_path: Path, name: str
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    np.save(tmp_path / "three.npy", images)
+    options = [
+        str(tmp_path / "three.npy"),
+        "--class",
+        "1",
+        "--steps",
+        "6",
+        "--end-timestep",
+        "500",
+        "--cfg-scale",
+        "1.5",
+    ]
+    said = []
+    for place in (["--model", str(model)], ["--url", server.url]):
+        out = str(tmp_path / f"{place[0]}-{name}")
+        result = CliRunner().invoke(app, ["encode", *place, *options, "-o", out], env={"IDDPM_KEY": KEY})
+        assert result.exit_code == 0, result.output
+        said += re.findall(r"timestep \d+, numerics_id \w{16}", result.output)
+    assert len(said) == 2
+    assert len(set(said)) == 1
+    assert (tmp_path / f"--model-{name}").read_bytes() == (tmp_path / f"--url-{name}").read_bytes()
+
+
+def test_both_clients_encode_arrays(server: Server, client: Client) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    encoded = client.encode(image=image, class_="bee", steps=4)
+    assert encoded.latents.shape == (1, 8, 8, 1)
+    assert encoded.timestep == 999
+
+    async def awaited() -> npt.NDArray[np.float32]:
+        async with AsyncClient(server.url, key=KEY) as asynchronous:
+            return (await asynchronous.encode(image=image, class_="bee", steps=4)).latents
+
+    assert np.array_equal(asyncio.run(awaited()), encoded.latents)
+    with pytest.raises(RequestFailed, match="image: must have shape"):
+        client.encode(image=image[:4])
+
+
 def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     code, output = sample("--url", server.url, "-n", "2", "--steps", "2", "--seed", "5", "-o", str(folder))
