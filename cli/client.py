@@ -22,16 +22,20 @@ from cli.client_core import (
     Call,
     ClientError,
     ConnectionLost,
+    Encoded,
+    EncodeFields,
     Event,
     Following,
     GenerateFields,
     RequestFailed,
     UnexpectedAnswer,
     as_client_errors,
+    encode_call,
     failure_of,
     generate_call,
     models_call,
     pixels_of,
+    read_encoded,
     read_generated,
     read_models,
     refuse_other_streams,
@@ -47,6 +51,8 @@ __all__ = [
     "Client",
     "ClientError",
     "ConnectionLost",
+    "EncodeFields",
+    "Encoded",
     "Event",
     "GenerateFields",
     "GenerateResponse",
@@ -145,6 +151,17 @@ class Client:
                 following.feed(chunk)
         return following.answer()
 
+    def encode(self, **fields: Unpack[EncodeFields]) -> Encoded:
+        """Encode images into latents.
+
+        Raises:
+            RequestFailed: the service refused the request or failed.
+            ConnectionLost: there was no connection, or it ended before the response did.
+            UnexpectedAnswer: the response does not come from this service.
+            ValueError: JSON cannot hold a field.
+        """
+        return read_encoded(self._send(encode_call(fields)))
+
     def _chunks(self, response: httpx.Response) -> Generator[bytes]:
         with as_client_errors(self._name):  # not around on_event, whose exceptions are the caller's
             try:
@@ -224,6 +241,10 @@ class AsyncClient:
             async for chunk in chunks:
                 following.feed(chunk)
         return following.answer()
+
+    async def encode(self, **fields: Unpack[EncodeFields]) -> Encoded:
+        """See `Client.encode`."""
+        return read_encoded(await self._send(encode_call(fields)))
 
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
         with as_client_errors(self._name):

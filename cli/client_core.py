@@ -14,10 +14,10 @@ import json
 import re
 import ssl
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Required, TypedDict, TypeVar
 
 import httpx
 import numpy as np
@@ -116,6 +116,33 @@ class GenerateFields(TypedDict, total=False):
     deadline_s: float
 
 
+class EncodeFields(TypedDict, total=False):
+    """Fields of `POST /v1/encode` as keyword arguments; docs/http.md describes them."""
+
+    model: str
+    image: Required[GivenFile]
+    fit: Fit
+    class_: int | str | Sequence[int | str]
+    cond: GivenFile
+    cfg_scale: float
+    steps: int
+    end_timestep: int
+    clip: bool
+    priority: PriorityName
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Latents of images."""
+
+    latents: npt.NDArray[np.float32]
+    """float32 [n, H, W, C], in the units of the network; `latent` of `generate` takes them."""
+    timestep: int
+    """t of the training chain where they are, for `start_timestep`."""
+    numerics_id: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A request, which may be sent several times."""
@@ -184,6 +211,22 @@ def stream_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
     )
 
 
+def encode_call(fields: EncodeFields) -> Call:
+    """Return the call that encodes images.
+
+    Raises:
+        ValueError: JSON cannot hold a field.
+    """
+    return Call(
+        method="POST",
+        path="v1/encode",
+        content=json.dumps(_named({**fields, "format": "npy"})).encode(),
+        headers={"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex},
+        silence_s=ANSWER_S,
+        repeatable=True,
+    )
+
+
 class Following:
     """Read a stream: pass its events to a function, and keep the final response."""
 
@@ -226,6 +269,19 @@ def read_models(response: httpx.Response) -> ModelList:
 def read_generated(response: httpx.Response) -> GenerateResponse:
     """Parse the response to `generate_call`; raise UnexpectedAnswer if it is invalid."""
     return _read(GenerateResponse, response.content)
+
+
+def read_encoded(response: httpx.Response) -> Encoded:
+    """Parse the response to `encode_call`; raise UnexpectedAnswer if it is invalid."""
+    try:
+        latents = np.lib.format.read_array(io.BytesIO(response.content), allow_pickle=False)
+        return Encoded(
+            latents=latents.astype(np.float32, copy=False),
+            timestep=int(response.headers["X-Timestep"]),
+            numerics_id=response.headers["X-Numerics-Id"],
+        )
+    except (ValueError, KeyError) as error:
+        raise UnexpectedAnswer(f"{response.status_code} without an npy file and its timestep") from error
 
 
 def refuse_other_streams(response: httpx.Response) -> None:
@@ -296,13 +352,18 @@ def pixels_of(image_b64: str) -> npt.NDArray[Any]:
 
 
 def _body(fields: GenerateFields, *, stream: bool) -> bytes:
+    return json.dumps({**_named(fields), "stream": stream}).encode()
+
+
+def _named(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields as JSON has them; raise ValueError if it cannot."""
     named = {"class" if name == "class_" else name: _sendable(value) for name, value in fields.items()}
     for name, value in named.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name}: cannot be sent as JSON: {error}") from error
-    return json.dumps({**named, "stream": stream}).encode()
+    return named
 
 
 def _sendable(value: object) -> object:

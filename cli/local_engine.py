@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion.config import CheckpointConfig
-    from formats.images import Uint8Array
-    from service.engine.request import ImageParams
+    from service.encoding import Pixels
+    from service.engine.request import GivenArrays, ImageParams
 
 MODEL = "model"
 AHEAD = 2
@@ -63,8 +63,26 @@ class LocalEngine:
         """Names of the classes; empty without classes."""
         return self._served.class_names or ()
 
-    def complete(self, fields: dict[str, Any]) -> list[ImageParams]:
+    def read_given(self, fields: dict[str, Any]) -> tuple[GivenArrays, ...]:
+        """Read the given images of a request's fields: none, one for all images, or one per image.
+
+        Raises:
+            ValidationError, InvalidRequest: a field breaks a rule, or a file has another shape than the model's images.
+        """
+        from service.requests.generate_request import GenerateRequest
+        from service.requests.given import check_cond, check_given, read_given
+
+        body = GenerateRequest.model_validate(fields)
+        check_given(body)
+        check_cond(body.cond, self.config.model)
+        return read_given(body, self.config)
+
+    def complete(self, fields: dict[str, Any], given: Sequence[GivenArrays] = ()) -> list[ImageParams]:
         """Return the images of a request's fields, with the model's defaults.
+
+        Args:
+            fields: of the request.
+            given: what `read_given` returned for them.
 
         Raises:
             ValidationError, InvalidRequest: a field breaks a rule.
@@ -73,11 +91,34 @@ class LocalEngine:
         from service.requests.generate_request import GenerateRequest
 
         body = GenerateRequest.model_validate(fields)
-        return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize).images)
+        return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize, given=given).images)
+
+    def complete_encoding(self, fields: dict[str, Any]) -> tuple[list[ImageParams], int]:
+        """Read the images of a request to encode them.
+
+        Args:
+            fields: of the body of `POST /v1/encode`.
+
+        Returns:
+            The images, and the training timestep of their latents.
+
+        Raises:
+            ValidationError, InvalidRequest: a field breaks a rule, or the file has another shape than the model's
+                images.
+        """
+        from diffusion.chains import encoding_end
+        from service.requests.array_requests import EncodeRequest, complete_arrays, read_encoded
+        from service.requests.given import check_cond
+
+        body = EncodeRequest.model_validate(fields)
+        check_cond(body.cond, self.config.model)
+        given = read_encoded(body, self.config)
+        images = complete_arrays(body, given, self._served, "cli", max_row_steps=sys.maxsize).images
+        return list(images), encoding_end(self.config.diffusion, images[0].plan)
 
     def run(
         self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], object]
-    ) -> Iterator[tuple[int, list[Uint8Array]]]:
+    ) -> Iterator[tuple[int, list[Pixels]]]:
         """Generate groups of images, and yield each group when it is complete, with its number.
 
         The engine holds more images than fit in a batch as long as there are any, across groups.
@@ -86,19 +127,26 @@ class LocalEngine:
             groups: read as needed.
             progress: called with the network rows computed since the last call.
 
+        Yields:
+            The number of a group and its images, [H, W, C]: uint8 pixels, or float32 values in the units of the data;
+            of encodings, in the units of the network.
+
         Raises:
             GenerationFailed: an image failed.
         """
+        from formats.value_range import value_range_of
+        from service.encoding import network_values, output_of
         from service.engine.request import GenerationRequest
         from service.engine.tickets import image_failure
 
         if not self._warm:
             self._engine.warm_up()
             self._warm = True
+        values = value_range_of(self.config)
         waiting = enumerate(groups)
         more = True
         running: dict[str, Sequence[ImageParams]] = {}
-        pixels: dict[str, dict[int, Uint8Array]] = {}
+        outputs: dict[str, dict[int, Pixels]] = {}
         counted = self._engine.activity.row_steps
         while more or running:
             while more and sum(map(len, running.values())) < AHEAD * self._config.max_rows:
@@ -107,19 +155,20 @@ class LocalEngine:
                     more = False
                 elif images:
                     name = str(number)
-                    running[name], pixels[name] = images, {}
+                    running[name], outputs[name] = images, {}
                     request = GenerationRequest(request_id=name, model=MODEL, images=tuple(images))
                     self._engine.add(request, time.monotonic())
             if not running:
                 return
             for result in self._engine.step():
+                image = running[result.request_id][result.position]
                 if result.failure is not None:
-                    image = running[result.request_id][result.position]
                     raise image_failure(image.image_index, result.failure)
-                assert result.pixels is not None  # noqa: S101  # no request is cancelled
-                pixels[result.request_id][result.position] = result.pixels
+                outputs[result.request_id][result.position] = (
+                    output_of(image, result, values) if image.plan.kind == "sample" else network_values(result)
+                )
             progress(self._engine.activity.row_steps - counted)
             counted = self._engine.activity.row_steps
-            for name in [name for name, found in pixels.items() if len(found) == len(running[name])]:
-                found = pixels.pop(name)
+            for name in [name for name, found in outputs.items() if len(found) == len(running[name])]:
+                found = outputs.pop(name)
                 yield int(name), [found[position] for position in range(len(running.pop(name)))]

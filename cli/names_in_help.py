@@ -24,6 +24,21 @@ def samplers_with_eta() -> str:
     return in_words(plans.samplers_with_eta())
 
 
+def recommended_steps() -> str:
+    """Return the steps that make sense with each sampler, as `GET /v1/models` lists them."""
+    from diffusion.plans import SAMPLERS
+
+    return ", ".join("{}: {} to {}".format(name, *sampler.recommended_steps) for name, sampler in SAMPLERS.items())
+
+
+def fits() -> str:
+    """Return the names of the ways to fit an image to a model's shape."""
+    from diffusion.quoting import in_words
+    from formats.given_files import FITS
+
+    return in_words(FITS)
+
+
 def backends() -> str:
     """Return the names of all backends."""
     from diffusion.quoting import in_words
@@ -34,6 +49,8 @@ def backends() -> str:
 
 PLACEHOLDERS: dict[str, Callable[[], str]] = {
     "{samplers}": samplers,
+    "{recommended_steps}": recommended_steps,
+    "{fits}": fits,
     "{with_eta}": samplers_with_eta,
     "{backends}": backends,
 }

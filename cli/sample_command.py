@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.errors import fail
-from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
+from cli.given_options import (
+    CondFile,
+    FitName,
+    ImageFile,
+    LatentFile,
+    MaskFile,
+    ResampleText,
+    StartTimestep,
+    Strength,
+    given_fields,
+)
+from cli.sampling_options import CfgScale, ClassifierScale, Eta, Key, Respacing, SamplerName, Steps, Url, given
 
 if TYPE_CHECKING:
     from cli.sampled import CheckImages, SampledImage
@@ -19,19 +30,21 @@ if TYPE_CHECKING:
 def sample_command(
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Folder for files SEED_INDEX.png, or one file: .png, .webp, .jpg or .npz."),
+        typer.Option(
+            "--out", "-o", help="Folder for files SEED_INDEX.png, or one file: .png, .webp, .jpg, .npz or .npy."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model folder. With --url: name of a served model; default: its first model.")
     ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Sample at this service, http://HOST:PORT; /v1 at the end is ignored.")
-    ] = None,
-    key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")] = None,
+    url: Url = None,
+    key: Key = None,
     class_: Annotated[
         str | None, typer.Option("--class", help="Name or index of the class. Default: drawn from the seed.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Number of images.")] = 1,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, max=100_000, help="Number of images. Default: 1, or one per given image.")
+    ] = None,
     at_once: Annotated[
         int, typer.Option(min=1, max=64, help="With --url: images per request; a service or key may allow fewer.")
     ] = 64,
@@ -41,6 +54,24 @@ def sample_command(
     eta: Eta = None,
     cfg_scale: CfgScale = None,
     classifier_scale: ClassifierScale = None,
+    image: ImageFile = None,
+    mask: MaskFile = None,
+    latent: LatentFile = None,
+    cond: CondFile = None,
+    strength: Strength = None,
+    start_timestep: StartTimestep = None,
+    resample: ResampleText = None,
+    fit: FitName = None,
+    clip: Annotated[
+        bool, typer.Option("--clip/--no-clip", help="Whether the predicted image is clamped in each step.")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="uint8, or float32 in the units of the data: with .npz and .npy.")
+    ] = "uint8",
+    image_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of the files in a folder: png, webp, jpeg, npz or npy. Default: png, or npy."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, 0..2^53-1. Default: random.")] = None,
     image_index: Annotated[
         int, typer.Option(min=0, help="Index of the first image, 0..2^32-1. Each image of a seed is reproducible.")
@@ -55,31 +86,46 @@ def sample_command(
     from pydantic import ValidationError
 
     from cli.client import ClientError
-    from cli.sampled import refuse_impossible_pictures, refuse_other_files, write_images
+    from cli.sampled import output_at, refuse_impossible_pictures, write_images
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
-    fields = given(
-        class_=class_,
-        steps=steps,
-        respacing=respacing,
-        sampler=sampler,
-        eta=eta,
-        cfg_scale=cfg_scale,
-        classifier_scale=classifier_scale,
-        seed=secrets.randbelow(2**53) if seed is None else seed,
-        image_index=image_index,
-    )
     try:
-        refuse_other_files(out)
+        output = output_at(out, image_format, dtype)
+        fields = given_fields(
+            image=image,
+            mask=mask,
+            latent=latent,
+            cond=cond,
+            strength=strength,
+            start_timestep=start_timestep,
+            resample=resample,
+            fit=fit,
+        ) | given(
+            class_=class_,
+            steps=steps,
+            respacing=respacing,
+            sampler=sampler,
+            eta=eta,
+            cfg_scale=cfg_scale,
+            classifier_scale=classifier_scale,
+            clip=None if clip else False,
+            seed=secrets.randbelow(2**53) if seed is None else seed,
+            image_index=image_index,
+            # npz supports any number of channels
+            format="npz",
+            dtype=dtype,
+        )
+        if n is None and not {"image", "latent", "cond"} & fields.keys():
+            n = 1
 
         def check(channels: int, size: ImageSize) -> None:
-            refuse_impossible_pictures(out, channels, size, n)
+            refuse_impossible_pictures(output, channels, size, n or 1)
 
         images = _sample(fields, n, at_once, model, url, key, check)
         ids = sorted({image.numerics_id for image in images})  # several if replicas differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
-        write_images(out, images)
+        write_images(output, images)
     except ValidationError as error:
         fail(describe_validation_error(error))
     except (ServiceError, ClientError, ModelError, OSError, ValueError) as error:
@@ -88,7 +134,7 @@ def sample_command(
 
 def _sample(
     params: dict[str, Any],
-    n: int,
+    n: int | None,
     at_once: int,
     model: str | None,
     url: str | None,

@@ -24,14 +24,14 @@ TRIES = 3
 
 
 def sample_remote(
-    client: Client, params: dict[str, Any], n: int, at_once: int, check: CheckImages
+    client: Client, params: dict[str, Any], n: int | None, at_once: int, check: CheckImages
 ) -> list[SampledImage]:
     """Sample images at a service, with one request after the other.
 
     Args:
         client: of the service.
-        params: fields of a request, including the seed.
-        n: number of images.
+        params: fields of a request, including the seed and the format.
+        n: number of images; None: one per given image.
         at_once: most images per request.
         check: called before the first request, if the service has the model.
 
@@ -40,14 +40,13 @@ def sample_remote(
         ValueError: from `check`.
     """
     images: list[SampledImage] = []
-    with _show_retries():
+    with show_retries():
         if (found := _find_model(client, params.get("model"))) is not None:
             check(found.image_channels, found.image_size)
-        with typer.progressbar(length=n, label="connecting", file=sys.stderr) as bar:
-            shown = _Shown(bar, n)
-            for fields in split_requests(params, n, at_once, lambda: _class_names(client, params.get("model"))):
-                # npz supports any number of channels
-                answer = _generate(client, {**fields, "format": "npz"}, shown)
+        with typer.progressbar(length=n or 1, label="connecting", file=sys.stderr) as bar:
+            shown = _Shown(bar, n or 1)
+            for fields in split_requests(params, n, at_once, lambda: class_names_of(client, params.get("model"))):
+                answer = _generate(client, fields, shown)
                 images += [_sampled(image, answer.numerics_id) for image in answer.images]
                 shown.next_request()
     return images
@@ -74,7 +73,7 @@ class _PrintHandler(logging.Handler):
 
 
 @contextmanager
-def _show_retries() -> Iterator[None]:
+def show_retries() -> Iterator[None]:
     """Print every retry, so that the user sees why the command waits."""
     handler, level = _PrintHandler(), retries_log.level
     retries_log.addHandler(handler)
@@ -104,6 +103,7 @@ class _Shown:
             self._bar.label = f"waiting, {event.images_ahead} images ahead" if event.images_ahead else "sampling"
         elif isinstance(event, ProgressEvent):
             self._bar.label = "sampling"
+            self._images = max(self._images, event.position + 1)  # known by its events only, if given images say it
             self._bar.length = self._images * event.steps
             self._steps[event.position] = event.step
         self._bar.update(self._before + sum(self._steps.values()) - self._bar.pos)
@@ -119,7 +119,8 @@ class _Shown:
         self.begun = False
 
 
-def _class_names(client: Client, model: str | None) -> list[str]:
+def class_names_of(client: Client, model: str | None) -> list[str]:
+    """Return the class names of a served model (None: the first); none if there is no such model."""
     found = _find_model(client, model)
     return (found.classes if found is not None else None) or []
 

@@ -1,4 +1,4 @@
-"""The options of all commands that sample: how a chain is computed."""
+"""The options of all commands that sample: how a chain is computed, and where."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-Steps = Annotated[int | None, typer.Option(min=2, help="Number of sampling steps. Default: 100.")]
+Url = Annotated[str | None, typer.Option(help="Run at this service, http://HOST:PORT; /v1 at the end is ignored.")]
+Key = Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="With --url: the API key.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=2, help="Number of sampling steps. Default: 100. Recommended for {recommended_steps}."),
+]
 Respacing = Annotated[str | None, typer.Option(help="Respacing instead of --steps, e.g. '10,10,20,40' or 'ddim25'.")]
 SamplerName = Annotated[str, typer.Option(help="{samplers}.")]
 Eta = Annotated[float | None, typer.Option(help="With {with_eta}: share of noise, 0..1. Default: 0.")]

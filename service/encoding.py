@@ -86,6 +86,17 @@ def output_of(params: ImageParams, result: ImageResult, values: ValueRange) -> P
     return data
 
 
+def network_values(result: ImageResult) -> npt.NDArray[np.float32]:
+    """Return the values of a finished encoding or raw call in the units of the network, float32 [H, W, C].
+
+    Raises:
+        ValueError: the output is not values.
+    """
+    if result.values is None:
+        raise ValueError(f"image {result.position} of {result.request_id} has no values")
+    return np.ascontiguousarray(result.values.transpose(1, 2, 0), dtype=np.float32)
+
+
 def encode_npy(images: Pixels) -> bytes:
     """Encode arrays [N, H, W, C] as an npy."""
     content = io.BytesIO()

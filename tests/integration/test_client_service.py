@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from cli.client import (
@@ -164,6 +165,75 @@ def test_the_command_gives_equal_pixels_with_and_without_a_server(server: Server
     np.testing.assert_array_equal(pixels, expected)
     (numerics_id,) = re.findall(r"seed 6, numerics_id (\w{16}) wrote", here)
     assert f"seed 6, numerics_id {numerics_id} wrote" in there  # one thread in both
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--image", "three.npy", "--strength", "0.6", "--sampler", "dpm++", "--dtype", "float32"],
+        ["--image", "picture.png", "--mask", "mask.png", "--resample", "2,2", "--fit", "resize", "-n", "3"],
+        ["--latent", "latent.npy", "--start-timestep", "500", "--no-clip", "--dtype", "float32"],
+    ],
+    ids=["arrays", "mask", "latent"],
+)
+def test_given_images_give_equal_bytes_with_and_without_a_server(
+    server: Server, model: Path, tmp_path: Path, options: list[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "three.npy", rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8))
+    np.save(tmp_path / "latent.npy", rng.standard_normal((8, 8, 1)).astype(np.float32))
+    Image.fromarray(rng.integers(0, 65536, (8, 12), dtype=np.uint16)).save(tmp_path / "picture.png")
+    Image.fromarray(rng.integers(0, 2, (8, 12), dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    paths = [str(tmp_path / text) if (tmp_path / text).exists() else text for text in options]
+    common = ["--class", "bee", "--steps", "4", "--seed", "6", *paths]
+    for place in (["--model", str(model)], ["--url", server.url, "--at-once", "64"]):
+        code, output = sample(*place, *common, "-o", str(tmp_path / f"{place[0]}.npy"))
+        assert code == 0, output
+    assert (tmp_path / "--model.npy").read_bytes() == (tmp_path / "--url.npy").read_bytes()
+    assert len(np.load(tmp_path / "--url.npy")) == (1 if "--latent" in options else 3)
+
+
+@pytest.mark.parametrize("name", ["latent.npy", "latent.npz"])
+def test_encode_gives_equal_bytes_with_and_without_a_server(
+    server: Server, model: Path, tmp_path: Path, name: str
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    np.save(tmp_path / "three.npy", images)
+    options = [
+        str(tmp_path / "three.npy"),
+        "--class",
+        "1",
+        "--steps",
+        "6",
+        "--end-timestep",
+        "500",
+        "--cfg-scale",
+        "1.5",
+    ]
+    said = []
+    for place in (["--model", str(model)], ["--url", server.url]):
+        out = str(tmp_path / f"{place[0]}-{name}")
+        result = CliRunner().invoke(app, ["encode", *place, *options, "-o", out], env={"IDDPM_KEY": KEY})
+        assert result.exit_code == 0, result.output
+        said += re.findall(r"timestep \d+, numerics_id \w{16}", result.output)
+    assert len(said) == 2
+    assert len(set(said)) == 1
+    assert (tmp_path / f"--model-{name}").read_bytes() == (tmp_path / f"--url-{name}").read_bytes()
+
+
+def test_both_clients_encode_arrays(server: Server, client: Client) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    encoded = client.encode(image=image, class_="bee", steps=4)
+    assert encoded.latents.shape == (1, 8, 8, 1)
+    assert encoded.timestep == 999
+
+    async def awaited() -> npt.NDArray[np.float32]:
+        async with AsyncClient(server.url, key=KEY) as asynchronous:
+            return (await asynchronous.encode(image=image, class_="bee", steps=4)).latents
+
+    assert np.array_equal(asyncio.run(awaited()), encoded.latents)
+    with pytest.raises(RequestFailed, match="image: must have shape"):
+        client.encode(image=image[:4])
 
 
 def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from diffusion.chains import encoding_end
-from service.encoding import MEDIA_TYPES, encode_npy
+from service.encoding import MEDIA_TYPES, encode_npy, network_values
 from service.http.execution import Finished, answer_when_done, prepare_arrays
 from service.http.interfaces import NativeRoute
 from service.http.native.generate import ERRORS, FILE, State
@@ -35,7 +35,7 @@ async def encode(body: EncodeRequest, request: Request, state: State) -> Respons
     """
 
     def answer(finished: Finished) -> Response:
-        latents = np.stack([_values(result.values) for result in finished.results])
+        latents = np.stack([network_values(result) for result in finished.results])
         npy = body.format == "npy"
         content = encode_npy(latents) if npy else _npz(arr_0=latents)
         end = encoding_end(finished.accepted.model.config.diffusion, finished.accepted.images[0].plan)
@@ -53,7 +53,7 @@ async def denoise(body: DenoiseRequest, request: Request, state: State) -> Respo
     """
 
     def answer(finished: Finished) -> Response:
-        outputs = np.stack([_values(result.values) for result in finished.results])
+        outputs = np.stack([network_values(result) for result in finished.results])
         prediction, log_variance = np.split(outputs, 2, axis=-1)
         named = {finished.accepted.model.config.diffusion.prediction: prediction, "log_variance": log_variance}
         return _file(_npz(**named), _NPZ, finished, {})
@@ -71,12 +71,6 @@ async def _answered(body: EncodeRequest | DenoiseRequest, request: Request, stat
 def _file(content: bytes, media_type: str, finished: Finished, headers: dict[str, str]) -> Response:
     named = {"X-Numerics-Id": finished.accepted.model.numerics_id, **headers}
     return Response(content, media_type=media_type, headers=named)
-
-
-def _values(values: Any) -> Any:
-    """Return the values of a finished image, float32 [C, H, W], as [H, W, C]."""
-    assert values is not None  # noqa: S101  # the request's output is values
-    return np.ascontiguousarray(values.transpose(1, 2, 0), dtype=np.float32)
 
 
 def _npz(**arrays: Any) -> bytes:

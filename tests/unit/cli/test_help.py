@@ -23,6 +23,8 @@ def help_of(command: str) -> str:
 def test_help_lists_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ancestral, ddim, dpm++ or sde-dpm++." in help_of("sample")
     assert "With ddim: share of noise, 0..1. Default: 0." in help_of("sample")
+    assert "Recommended for ancestral: 50 to 250, ddim: 50 to 250, dpm++: 10 to 25, sde" in help_of("sample")
+    assert "of another shape: crop, pad or resize." in help_of("sample")
     monkeypatch.setitem(SAMPLERS, "toy", Sampler(plan=ancestral_plan))
     assert "ancestral, ddim, dpm++, sde-dpm++ or toy." in help_of("sample")
 

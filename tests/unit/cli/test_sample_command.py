@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from cli.client import ConnectionLost, Event, ProgressEvent
 from cli.main import app
 from cli.sample_remote import sample_remote
-from cli.sampled import refuse_impossible_pictures
+from cli.sampled import output_at, refuse_impossible_pictures
 from diffusion.config import ImageSize
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
@@ -125,8 +125,8 @@ def test_a_format_that_cannot_hold_the_images_is_refused(
     name: str, channels: int, size: int, n: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        refuse_impossible_pictures(Path(name), channels, size, n)
-    refuse_impossible_pictures(Path("x.npz"), channels, size, n)
+        refuse_impossible_pictures(output_at(Path(name)), channels, size, n)
+    refuse_impossible_pictures(output_at(Path("x.npz")), channels, size, n)
 
 
 def test_it_is_refused_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
