@@ -154,6 +154,11 @@ class TrainConfig(FrozenConfig):
             )
         if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
             raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
+        if isinstance(self.model, ModelConfig) and self.model.cond_channels:
+            raise ValueError(
+                "model.cond_channels must be 0: the trainer reads no conditioning images, except an upsampler's own "
+                f"(model.low_res_size); got {self.model.cond_channels}"
+            )
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self
