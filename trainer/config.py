@@ -19,7 +19,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         *("total_images", "checkpoint_every_images", "keep_checkpoints", "log_every_batches"),
         *("preview_per_class", "preview_steps", "sampling", "tensorboard"),
-        *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip"),
+        *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip", "max_rollbacks"),
         *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
         *("validation_every_images", "stop_after_worse", "data.workers"),
     }
@@ -79,6 +79,11 @@ class TrainConfig(FrozenConfig):
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=None, gt=0)
     """Maximum norm of the gradient; None: no limit."""
+    max_rollbacks: int = Field(default=0, ge=0)
+    """How often a run that has diverged returns to its newest checkpoint by itself; 0: it ends with an error.
+
+    Each time it skips the images trained since that checkpoint, and halves the learning rate for the rest of the run.
+    """
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the averaged weights per optimiser step."""
     ema_warmup: bool = True
@@ -149,6 +154,11 @@ class TrainConfig(FrozenConfig):
             )
         if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
             raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
+        if isinstance(self.model, ModelConfig) and self.model.cond_channels:
+            raise ValueError(
+                "model.cond_channels must be 0: the trainer reads no conditioning images, except an upsampler's own "
+                f"(model.low_res_size); got {self.model.cond_channels}"
+            )
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self

@@ -23,3 +23,7 @@ class Stopped(Exception):
     def __init__(self, images_seen: int) -> None:
         self.images_seen = images_seen
         super().__init__(f"stopped after {images_seen} images")
+
+
+class Diverged(Exception):
+    """The network or its gradient shows that the run has diverged; the message gives the reason."""

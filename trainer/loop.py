@@ -21,7 +21,7 @@ from trainer.batches import Batch, Batches, Images
 from trainer.config import TimestepSamplerName, TrainConfig
 from trainer.data import DataError, Dataset
 from trainer.ema import EMA, exponential_decay, power_decay
-from trainer.errors import Stopped, TrainError
+from trainer.errors import Diverged, Stopped, TrainError
 from trainer.every import Every, or_warn
 from trainer.initial_model import InitialModel
 from trainer.log import Window, append_line, cut_log
@@ -45,6 +45,7 @@ from trainer.run_folder import (
     claimed,
     delete_old,
     ema_snapshot_file,
+    newest_checkpoint,
     say,
     warn,
 )
@@ -63,6 +64,9 @@ TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] =
 
 GO_ON, FINISHED, STOP, UNREADABLE = range(4)
 """What the processes agree on before each step; the largest of their values counts."""
+ROLLBACK_LR_FACTOR = 0.5
+"""Each rollback multiplies the learning rate by this: what diverged at one rate tends to diverge there again on other
+batches."""
 
 
 def train(
@@ -94,9 +98,9 @@ def train(
         ranks: the processes that train together, each of which calls this function; None: this process alone.
 
     Raises:
-        TrainError: the folder is in use, or its run cannot be resumed with these arguments; the run diverged; a
-            checkpoint cannot be written; an image cannot be read. The progress until then is saved, except in a
-            diverged run.
+        TrainError: the folder is in use, or its run cannot be resumed with these arguments; the run diverged and has
+            no rollback left; a checkpoint cannot be written; an image cannot be read. The progress until then is saved,
+            except in a diverged run.
         DataError: an image cannot be read before the first batch was trained.
         Stopped: `stop` returned True in one of the processes.
     """
@@ -131,6 +135,8 @@ class _Run:
         self._stop = stop
         self._initial: Mapping[str, Any] | None = initial.provenance if initial else None
         self._origin: Origin | None = None
+        self._rollbacks: list[dict[str, Any]] = []
+        """Provenance of each rollback of the run."""
         self._lr = config.lr
 
         torch.manual_seed(config.seed)
@@ -177,8 +183,8 @@ class _Run:
             )
         first = self._saved_at = state.images_seen
         recurring = (
-            Every(config.log_every_batches * config.batch_size, self._report, start=first),
-            Every(config.checkpoint_every_images, self._checkpoint),
+            Every(config.log_every_batches * config.batch_size, partial(self._or_roll_back, self._report), start=first),
+            Every(config.checkpoint_every_images, partial(self._or_roll_back, self._checkpoint)),
             Every(config.validation_every_images, self._validate),
         )
         positions = range(first, config.total_images, config.batch_size)
@@ -196,7 +202,7 @@ class _Run:
                 self._learn_timesteps(batch, losses)
                 if before == first and self._origin is not None:
                     self._refuse_diverged_origin(losses)
-                self._lr = learning_rate(config, before)
+                self._lr = learning_rate(config, before) * ROLLBACK_LR_FACTOR ** len(self._rollbacks)
                 grad_norm = self._optimisation.step(self._lr)
                 state.average_in()
                 state.images_seen = before + config.batch_size
@@ -225,9 +231,9 @@ class _Run:
         if images is not None and status == GO_ON:
             return images
         if self._window:
-            self._report()
+            self._or_roll_back(self._report)
         if self._state.images_seen > self._saved_at:
-            self._save()
+            self._or_roll_back(self._save)
         if status == FINISHED:
             return None
         if status == STOP:
@@ -247,12 +253,12 @@ class _Run:
         """Write a line of the log, and begin the next one; the only wait for the device between two checkpoints.
 
         Raises:
-            TrainError: a gradient was not finite.
+            Diverged: a gradient was not finite.
         """
         window, self._window = self._window, self._new_window()
         summary = window.summary(self._ranks.gather(window.rows()))
         if not math.isfinite(summary["grad_norm"]):
-            raise self._diverged("the gradient is not finite")
+            raise Diverged("the gradient is not finite")
         if self._ranks.main:
             line = {"images": self._state.images_seen, "lr": self._lr, **summary}
             self._bar.set_postfix(bar_entries(line))
@@ -301,13 +307,15 @@ class _Run:
         """Write a checkpoint and `model/`, and return their configuration; None in all processes but the main one.
 
         Raises:
-            TrainError: the run has diverged, or the files cannot be written. Earlier checkpoints are intact.
+            Diverged: training must not continue from the present state; raised in all processes.
+            TrainError: the files cannot be written. Earlier checkpoints are intact.
         """
+        problem = self._unusable() if self._ranks.main else None
+        if self._ranks.gather(torch.tensor([int(problem is not None)])).any():
+            raise Diverged(problem or "the main process names the reason")
         self._saved_at = self._state.images_seen
         if not self._ranks.main:
             return None
-        if problem := self._unusable():
-            raise self._diverged(problem)
         described = self._describe()
         try:
             train_state.save(self._state, checkpoint_folder(self._run, self._saved_at), described)
@@ -317,6 +325,43 @@ class _Run:
         delete_old(self._run, self._config.keep_checkpoints)
         return described
 
+    def _or_roll_back(self, action: Callable[[], object]) -> None:
+        """Run an action that notices if the run has diverged; if it has, roll back.
+
+        Raises:
+            TrainError: the run has diverged, and may not roll back.
+        """
+        try:
+            action()
+        except Diverged as diverged:
+            self._roll_back(str(diverged))
+
+    def _roll_back(self, problem: str) -> None:
+        """Return to the newest checkpoint, skip the images trained since, and train slower from now on.
+
+        `images_seen` does not go back: it stays the position in the data, from which everything else follows. The
+        checkpoint written here makes a resumed run continue in the same way.
+
+        Raises:
+            TrainError: there is no checkpoint, or no rollback left.
+        """
+        if len(self._rollbacks) >= self._config.max_rollbacks or not checkpoints(self._run):
+            raise self._diverged(problem)
+        state, seen = self._state, self._state.images_seen
+        saved = train_state.read(newest_checkpoint(self._run))
+        train_state.restore(state, saved)
+        state.images_seen = seen
+        self._rollbacks.append({"images_seen": seen, "to": saved.images_seen, "problem": problem})
+        self._window = self._new_window()
+        if self._ranks.main:
+            cut_log(self._run / VALIDATION_FILE, saved.images_seen)  # early stopping must not count other weights
+            warn(
+                f"the run has diverged after {seen} images: {problem}. Rolled back to the weights after "
+                f"{saved.images_seen} images; the images since are skipped, and the learning rate is halved (rollback "
+                f"{len(self._rollbacks)} of max_rollbacks={self._config.max_rollbacks})"
+            )
+        self._or_roll_back(self._save)
+
     def _restore(self, accept_changed_data: bool) -> None:
         """Continue from the newest checkpoint."""
         saved, self._origin = find_origin(
@@ -324,9 +369,13 @@ class _Run:
         )
         train_state.restore(self._state, saved)
         self._initial = saved.config.provenance.get("initial_model")
+        self._rollbacks = list(saved.config.provenance.get("rollbacks", []))
         if self._ranks.main:
             _update_model(self._run, saved)
             say(f"continuing after {saved.images_seen} images{self._origin.description}")
+            if self._rollbacks:
+                factor = ROLLBACK_LR_FACTOR ** len(self._rollbacks)
+                say(f"rollbacks so far: {len(self._rollbacks)}; the learning rate is {factor:g} times the given one")
 
     def _describe(self) -> AnyCheckpointConfig:
         """Return the configuration that a checkpoint stores now, with its provenance."""
@@ -342,6 +391,7 @@ class _Run:
                 "torch": torch.__version__,
                 "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
                 **({"initial_model": dict(self._initial)} if self._initial else {}),
+                **({"rollbacks": list(self._rollbacks)} if self._rollbacks else {}),
                 **({"resumed": origin.history} if origin is not None and origin.history else {}),
             },
         )
@@ -383,8 +433,10 @@ class _Run:
             how = f"Continue from the checkpoint after {int(found[-1].name)} images with --resume {options}"
         else:
             how = f"There is no checkpoint yet: start again with {options}"
+        count = len(self._rollbacks)
+        rolled = f", after {count} rollback{'s' if count > 1 else ''}" if count else ""
         return TrainError(
-            f"the run has diverged after {self._state.images_seen} images: {problem}. {how}",
+            f"the run has diverged after {self._state.images_seen} images{rolled}: {problem}. {how}",
             resume_with=fields if found else None,
         )
 

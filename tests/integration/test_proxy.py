@@ -22,7 +22,7 @@ from tests.programs import tool
 from tests.waiting import PATIENCE_S, until
 
 CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
-REPLICAS = "server-template api- 32 api:8000 resolvers docker init-addr none"
+REPLICAS = 'server-template api- 32 "${API_HOST-api}:8000" resolvers docker init-addr none'
 
 
 class Replica(BaseHTTPRequestHandler):

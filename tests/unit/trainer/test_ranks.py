@@ -156,6 +156,23 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
         assert f"stopped after {seen} images" in output
 
 
+def test_all_processes_roll_back_together(data: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    done = subprocess.run(
+        command(data, run, "--resume", world=2, total_images="96", lr="1e7", max_rollbacks="1"),
+        env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    output = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert output.count("Rolled back to the weights after 48 images") == 1, output
+    assert "after 1 rollback" in output
+    assert "lost the connection" not in output
+    newest = weights(checkpoints(run)[-1])
+    for name, tensor in weights(checkpoints(alone)[-1]).items():
+        assert torch.equal(newest[name], tensor), name
+
+
 class TwoOfThese(OneProcess):
     world = 2
 

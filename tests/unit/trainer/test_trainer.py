@@ -253,3 +253,8 @@ def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(npz: Pat
     assert code == 0
     assert '"num_classes": 3' in output
     assert not (tmp_path / "run").exists()
+
+
+def test_conditioning_channels_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"model\.cond_channels must be 0: the trainer reads no conditioning images"):
+        tiny().with_overrides({"model.cond_channels": 2})
