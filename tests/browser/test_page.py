@@ -80,6 +80,28 @@ def test_the_samplers_are_those_of_the_service(page: Page, site: Site) -> None:
     expect(page.get_by_role("radio", name="Ancestral")).to_be_checked()
 
 
+def test_a_sampler_brings_its_options_and_its_recommended_steps(page: Page, site: Site) -> None:
+    opened(page, site)
+    steps, eta = page.get_by_label("Steps", exact=True), page.get_by_label("Eta", exact=True)
+    expect(eta).to_be_hidden()
+    page.get_by_text("DPM++", exact=True).click()
+    least, most = SAMPLERS["dpm++"].recommended_steps
+    expect(steps).to_have_value(str(most))  # it was 100
+    expect(page.locator("#steps-value")).to_have_text(str(most))
+    expect(page.get_by_text(f"Recommended for DPM++: {least} to {most}.")).to_be_visible()
+    page.get_by_text("DDIM", exact=True).click()
+    expect(steps).to_have_value(str(SAMPLERS["ddim"].recommended_steps[0]))
+    eta.fill("0.5")
+    run = ask(page)
+    expect_state(run, "done")
+    expect(run).to_contain_text("20 steps · DDIM · eta 0.5")
+    wanted = {"class": "Cat", "n": 2, "steps": STEPS, "sampler": "ddim", "eta": 0.5, "cfg_scale": 1, "seed": 7}
+    assert shown(run) == answered(site, **wanted)
+    page.reload()
+    expect(page.get_by_role("radio", name="DDIM")).to_be_checked()
+    expect(eta).to_have_value("0.5")
+
+
 def test_it_shows_the_images_of_the_request(page: Page, site: Site) -> None:
     run = ask(opened(page, site), name="T-shirt/top", guidance=2.5)
     expect_state(run, "done")

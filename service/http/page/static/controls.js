@@ -1,17 +1,18 @@
 // The form: converts its fields to the body of a request. Its values are kept across reloads, per tab.
 
-import { byId, el } from "./dom.js";
+import { byId } from "./dom.js";
 import { Gallery } from "./gallery.js";
-import { samplerTitle } from "./words.js";
+import { Samplers } from "./samplers.js";
+import { showSlider } from "./sliders.js";
 
 const SLOT = "iddpm.settings";
 const SEEDS = 1_000_000; // short enough to remember
 const OFF = { "cfg-scale": "1", "classifier-scale": "0" };
-const MOST_STEPS = 250; // the number of steps in the paper; use curl for more
 
 export class Controls {
   #form = byId("controls");
   #gallery = new Gallery(() => this.#keep());
+  #samplers = new Samplers(() => this.#recommendSteps());
   #sliders = ["n", "steps", "cfg-scale", "classifier-scale"].map(byId);
   #model = null;
   #isOnlyModel = true;
@@ -35,17 +36,9 @@ export class Controls {
     this.#roll();
   }
 
-  /** Offer the samplers of the service; call it before `show`. */
-  offerSamplers({ names, preset }) {
-    const choices = names.map((value) =>
-      el(
-        "label",
-        {},
-        el("input", { type: "radio", name: "sampler", value, checked: value === preset }),
-        el("span", {}, samplerTitle(value)),
-      ),
-    );
-    byId("samplers").replaceChildren(...choices);
+  /** Offer the samplers of the service; call it before `show`. See `Samplers.offer`. */
+  offerSamplers(samplers, fields) {
+    this.#samplers.offer(samplers, fields);
   }
 
   /** Offer the options of a model, and restore the values set before. */
@@ -53,8 +46,7 @@ export class Controls {
     this.#model = model;
     this.#isOnlyModel = isOnlyModel;
     const [, steps, guidance] = this.#sliders;
-    steps.max = Math.min(MOST_STEPS, model.num_timesteps);
-    steps.min = Math.min(10, model.num_timesteps);
+    [steps.min, steps.max] = this.#samplers.stepsOfAll.map((bound) => Math.min(bound, model.num_timesteps));
     guidance.value = model.default_cfg_scale;
     byId("guidance-field").hidden = !model.guidance;
     byId("classifier-field").hidden = !model.classifier_guidance;
@@ -80,15 +72,19 @@ export class Controls {
       ...(chosen === null ? {} : { class: className(this.#model, chosen) }),
       n,
       steps,
-      sampler: this.#sampler,
+      ...this.#samplers.fields,
       ...(this.#model.guidance ? { cfg_scale: guidance } : {}),
       ...(this.#model.classifier_guidance ? { classifier_scale: byClassifier } : {}),
       seed: Number(byId("seed").value),
     };
   }
 
-  get #sampler() {
-    return this.#form.elements.sampler.value;
+  /** Move the steps into the range that is recommended for the chosen sampler. */
+  #recommendSteps() {
+    const [least, most] = this.#samplers.recommendedSteps;
+    const steps = byId("steps");
+    steps.value = Math.min(Math.max(steps.value, least), most);
+    this.#changed();
   }
 
   #roll() {
@@ -96,13 +92,10 @@ export class Controls {
   }
 
   #changed() {
-    for (const slider of this.#sliders) {
-      const part = (slider.value - slider.min) / (slider.max - slider.min || 1);
-      slider.style.setProperty("--filled", `${100 * part}%`);
-      const off = slider.value === OFF[slider.id];
-      byId(`${slider.id}-value`).textContent = off ? "off" : slider.value;
-    }
-    if (this.#model) this.#keep();
+    for (const slider of this.#sliders) showSlider(slider, slider.value === OFF[slider.id] ? "off" : slider.value);
+    if (!this.#model) return;
+    this.#samplers.show();
+    this.#keep();
   }
 
   #keep() {
@@ -110,7 +103,7 @@ export class Controls {
     const settings = {
       model: this.#model.name,
       class: this.#gallery.chosen,
-      sampler: this.#sampler,
+      ...this.#samplers.settings,
       seed: byId("seed").value,
       roll: byId("roll").checked,
       ...sliders,
@@ -123,7 +116,7 @@ export class Controls {
     if (settings?.model !== this.#model.name) return;
     for (const slider of this.#sliders) slider.value = settings[slider.id];
     this.#gallery.choose(settings.class);
-    this.#form.elements.sampler.value = settings.sampler;
+    this.#samplers.restore(settings);
     byId("seed").value = settings.seed;
     byId("roll").checked = settings.roll;
   }

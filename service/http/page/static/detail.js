@@ -30,6 +30,7 @@ export function openDetail(image, body, answer, onSeed) {
     "Image of the seed": image.image_index,
     Steps: image.steps,
     Sampler: samplerTitle(body.sampler),
+    ...(body.eta === undefined ? {} : { Eta: body.eta }),
     ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
     ...(body.classifier_scale === undefined ? {} : { Classifier: body.classifier_scale || "off" }),
     Waited: duration(image.queue_ms / 1000),

@@ -26,8 +26,8 @@ watchService();
 
 async function connect() {
   try {
-    const [{ models }, document] = await Promise.all(["v1/models", "openapi.json"].map(read));
-    controls.offerSamplers(samplersIn(document));
+    const [{ models, samplers }, { components }] = await Promise.all(["v1/models", "openapi.json"].map(read));
+    controls.offerSamplers(samplers, components.schemas.GenerateRequest.properties);
     offer(models);
     byId("notice").replaceChildren();
   } catch (error) {
@@ -39,12 +39,6 @@ async function connect() {
 
 async function read(path) {
   return (await call(path)).json();
-}
-
-/** Return the samplers in the OpenAPI document: their names, and the default. */
-function samplersIn({ components }) {
-  const { anyOf, default: preset } = components.schemas.GenerateRequest.properties.sampler;
-  return { names: anyOf.find((choice) => choice.enum).enum, preset };
 }
 
 function offer(models) {

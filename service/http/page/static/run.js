@@ -110,11 +110,11 @@ export class Run {
   }
 
   get #recipe() {
-    const { n, steps, sampler, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
+    const { n, steps, sampler, eta, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
     const guided = guidance === undefined || guidance === 1 ? [] : [`guidance ${guidance}`];
     if (byClassifier) guided.push(`classifier ${byClassifier}`);
-    const samplerName = samplerTitle(sampler);
-    return [count(n, "image"), `${steps} steps`, samplerName, ...guided, `seed ${seed}`].join(" · ");
+    const bySampler = [samplerTitle(sampler), ...(eta ? [`eta ${eta}`] : [])];
+    return [count(n, "image"), `${steps} steps`, ...bySampler, ...guided, `seed ${seed}`].join(" · ");
   }
 
   /** Return the request that generates one image of this run alone. */

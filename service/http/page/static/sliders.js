@@ -1,0 +1,14 @@
+// Sliders: how far one is filled, and its value as text beside it.
+
+import { byId } from "./dom.js";
+
+/**
+ * Show a slider's value.
+ * @param {HTMLInputElement} slider - `#x`, whose text is in `#x-value`
+ * @param {string} text
+ */
+export function showSlider(slider, text = slider.value) {
+  const part = (slider.value - slider.min) / (slider.max - slider.min || 1);
+  slider.style.setProperty("--filled", `${100 * part}%`);
+  byId(`${slider.id}-value`).textContent = text;
+}
