@@ -68,14 +68,14 @@ function differenceOf(before, after) {
   return { width: before.width, height: before.height, data };
 }
 
-/** Draw differences: black for none, then red and yellow, white for the largest; the style sheet has the same scale. */
+/** Draw differences: black for none, from dark red to white for others; the style sheet has the same scale. */
 function drawMap(canvas, { width, height, data }) {
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
   const most = Math.max(1, largestOf(data));
   data.forEach((value, k) => {
-    const heat = (3 * value) / most;
+    const heat = value && 0.6 + (2.4 * value) / most; // the smallest is visible
     pixels.data.set([255 * heat, 255 * (heat - 1), 255 * (heat - 2), 255], 4 * k); // clamped to 0..255
   });
   context.putImageData(pixels, 0, 0);

@@ -120,7 +120,7 @@ export class Run {
     if (byClassifier) guided.push(`classifier ${byClassifier}`);
     const bySampler = [samplerTitle(sampler), ...(eta ? [`eta ${eta}`] : [])];
     const given = image === undefined ? [] : [`strength ${strength}`, ...(mask ? ["mask"] : [])];
-    if (resample) given.push(`resampled ${resample.times} × ${resample.jump}`);
+    if (resample) given.push(`resampled ${resample.times}×${resample.jump}`);
     return [count(n, "image"), `${steps} steps`, ...bySampler, ...guided, ...given, `seed ${seed}`].join(" · ");
   }
 
