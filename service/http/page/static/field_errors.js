@@ -8,6 +8,7 @@ let shown = []; // {note, control, describedBy}: what to undo
 /**
  * Show errors by the fields that the form has, in place of those shown before; the run shows all of them.
  * @param {{field: string, message: string}[]} errors - of a problem
+ * @returns {boolean} whether there are any, and the form shows all of them
  */
 export function showFieldErrors(errors) {
   clearFieldErrors();
@@ -22,6 +23,7 @@ export function showFieldErrors(errors) {
     control.setAttribute("aria-invalid", "true");
     shown.push({ note, control, describedBy });
   }
+  return errors.length > 0 && shown.length === errors.length;
 }
 
 /** Remove all errors from the form. */

@@ -97,8 +97,7 @@ export class Given {
       if (reading !== this.#reading) return;
       const { title, text } = explain(error);
       this.#forget();
-      if (error.errors?.length) showFieldErrors(error.errors);
-      else byId("given-state").textContent = `${title}. ${text}`;
+      if (!showFieldErrors(error.errors ?? [])) byId("given-state").textContent = `${title}. ${text}`;
     } finally {
       if (reading === this.#reading) this.#reading = null;
       this.#onChange();
