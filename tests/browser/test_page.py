@@ -271,6 +271,8 @@ def test_the_page_can_be_used_with_the_keyboard_only(page: Page, site: Site) -> 
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("radio", name="Ape", exact=True)).to_be_checked()
     page.keyboard.press("Tab")
+    expect(page.get_by_label("Choose a picture")).to_be_focused()
+    page.keyboard.press("Tab")
     expect(page.get_by_label("Images", exact=True)).to_be_focused()
     page.keyboard.press("Home")
     expect(page.get_by_label("Images", exact=True)).to_have_value("1")

@@ -2,14 +2,15 @@
 
 import { askForKey, authorization } from "./key.js";
 
-/** An error answer; `detail` is that of the problem. */
+/** An error answer; `detail` and `errors`, [{field, message}], are those of the problem. */
 export class Refusal extends Error {
-  constructor(status, detail, retryAfter) {
+  constructor(status, detail, retryAfter, errors = []) {
     super(detail);
     this.name = "Refusal";
     this.status = status;
     this.detail = detail;
     this.retryAfter = retryAfter;
+    this.errors = errors ?? [];
   }
 }
 
@@ -30,7 +31,7 @@ export async function call(path, { background = false, headers = {}, ...options 
   }
 }
 
-/** Request images, with events about their progress. */
+/** Request images: one answer, or with `stream` events about their progress. */
 export function generate(body, signal) {
   return call("v1/generate", {
     method: "POST",
@@ -43,5 +44,5 @@ export function generate(body, signal) {
 async function refusal(answer) {
   const problem = await answer.json().catch(() => ({}));
   const retryAfter = Number(answer.headers.get("Retry-After")) || null;
-  return new Refusal(answer.status, problem.detail ?? answer.statusText, retryAfter);
+  return new Refusal(answer.status, problem.detail ?? answer.statusText, retryAfter, problem.errors);
 }

@@ -2,6 +2,7 @@
 
 import { byId } from "./dom.js";
 import { Gallery } from "./gallery.js";
+import { Given } from "./given.js";
 import { Samplers } from "./samplers.js";
 import { showSlider } from "./sliders.js";
 
@@ -13,7 +14,8 @@ export class Controls {
   #form = byId("controls");
   #gallery = new Gallery(() => this.#keep());
   #samplers = new Samplers(() => this.#recommendSteps());
-  #sliders = ["n", "steps", "cfg-scale", "classifier-scale"].map(byId);
+  #given = new Given(() => this.#allowGenerate());
+  #sliders = ["n", "steps", "cfg-scale", "classifier-scale", "strength"].map(byId);
   #model = null;
   #isOnlyModel = true;
 
@@ -51,9 +53,10 @@ export class Controls {
     byId("guidance-field").hidden = !model.guidance;
     byId("classifier-field").hidden = !model.classifier_guidance;
     this.#gallery.show(model);
+    this.#given.show(model);
     this.#restore();
     this.#changed();
-    byId("generate").disabled = false;
+    this.#allowGenerate();
   }
 
   /** Set the seed, and keep it for the next runs. */
@@ -61,6 +64,11 @@ export class Controls {
     byId("seed").value = seed;
     byId("roll").checked = false;
     this.#changed();
+  }
+
+  /** Begin the next runs with a picture. */
+  useFile(file) {
+    return this.#given.use(file);
   }
 
   /** Return the values of the fields as the body of POST v1/generate. */
@@ -76,6 +84,7 @@ export class Controls {
       ...(this.#model.guidance ? { cfg_scale: guidance } : {}),
       ...(this.#model.classifier_guidance ? { classifier_scale: byClassifier } : {}),
       seed: Number(byId("seed").value),
+      ...this.#given.fields,
     };
   }
 
@@ -87,6 +96,10 @@ export class Controls {
     this.#changed();
   }
 
+  #allowGenerate() {
+    byId("generate").disabled = !this.#model || this.#given.isReading;
+  }
+
   #roll() {
     byId("seed").value = Math.floor(Math.random() * SEEDS);
   }
@@ -95,6 +108,7 @@ export class Controls {
     for (const slider of this.#sliders) showSlider(slider, slider.value === OFF[slider.id] ? "off" : slider.value);
     if (!this.#model) return;
     this.#samplers.show();
+    this.#given.refresh();
     this.#keep();
   }
 
@@ -114,7 +128,7 @@ export class Controls {
   #restore() {
     const settings = keptSettings();
     if (settings?.model !== this.#model.name) return;
-    for (const slider of this.#sliders) slider.value = settings[slider.id];
+    for (const slider of this.#sliders) slider.value = settings[slider.id] ?? slider.value;
     this.#gallery.choose(settings.class);
     this.#samplers.restore(settings);
     byId("seed").value = settings.seed;

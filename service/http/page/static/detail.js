@@ -1,5 +1,6 @@
 // One image, enlarged, with its parameters and the code that generates it again.
 
+import { compare, installCompare } from "./compare.js";
 import { byId, el } from "./dom.js";
 import { bytesOf, copy, fileName, pictureUrl, save } from "./files.js";
 import { pictureWidth } from "./pictures.js";
@@ -13,9 +14,10 @@ let wanted = null;
  * @param {object} image - an image of the service's answer
  * @param {object} body - the request that generates this image alone
  * @param {object} answer - the answer that contains the image
- * @param {(seed: number) => void} onSeed - called when the user selects its seed
+ * @param {{onSeed: (seed: number) => void, onEdit: (file: Blob) => void}} callbacks - called when the user selects its
+ *   seed, or to begin with it
  */
-export function openDetail(image, body, answer, onSeed) {
+export function openDetail(image, body, answer, { onSeed, onEdit }) {
   const dialog = byId("detail");
   wanted = { url: serviceUrl(), accept: "image/png", file: fileName(image), body };
   byId("detail-title").textContent = image.class ?? "Picture";
@@ -23,7 +25,7 @@ export function openDetail(image, body, answer, onSeed) {
   picture.src = pictureUrl(image.b64_json);
   picture.onload = () => {
     picture.width = pictureWidth(picture.naturalHeight, picture.naturalWidth, 1);
-    picture.classList.toggle("pixels", picture.width >= picture.naturalWidth);
+    byId("detail-views").classList.toggle("pixels", picture.width >= picture.naturalWidth);
   };
   const facts = {
     Seed: image.seed,
@@ -33,6 +35,8 @@ export function openDetail(image, body, answer, onSeed) {
     ...(body.eta === undefined ? {} : { Eta: body.eta }),
     ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
     ...(body.classifier_scale === undefined ? {} : { Classifier: body.classifier_scale || "off" }),
+    ...(body.strength === undefined ? {} : { Strength: body.strength, Mask: body.mask ? "painted" : "none" }),
+    ...(body.resample ? { Resampled: `${body.resample.times} × ${body.resample.jump} steps` } : {}),
     Waited: duration(image.queue_ms / 1000),
     Sampled: duration(image.compute_ms / 1000),
     Numerics: answer.numerics_id,
@@ -44,14 +48,17 @@ export function openDetail(image, body, answer, onSeed) {
   byId("detail-actions").replaceChildren(
     el("button", { type: "button", onclick: () => save(png, fileName(image)) }, "Download PNG"),
     el("button", { type: "button", onclick: () => (onSeed(image.seed), dialog.close()) }, "Use this seed"),
+    el("button", { type: "button", onclick: () => (dialog.close(), onEdit(png)) }, "Edit this picture"),
   );
   showCode();
+  compare(body.image, image.b64_json);
   dialog.showModal();
 }
 
 /** Set up the dialog; call it once. */
 export function installDetail() {
   const dialog = byId("detail");
+  installCompare();
   byId("detail-close").addEventListener("click", () => dialog.close());
   byId("detail-copy").addEventListener("click", (event) => copy(event.currentTarget, byId("detail-code").textContent));
   dialog.addEventListener("change", showCode);

@@ -5,6 +5,16 @@ export function bytesOf(b64) {
   return Uint8Array.from(atob(b64), (character) => character.charCodeAt(0));
 }
 
+/** Encode a file in base64. */
+export function base64Of(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+}
+
 /** Return the URL of an image that was received as base64. */
 export function pictureUrl(b64, format = "png") {
   return `data:image/${format};base64,${b64}`;

@@ -68,6 +68,7 @@ function add(request, ofModel) {
   const run = new Run(request, ofModel, {
     onDone: (answer) => keepRun({ request, model: ofModel, answer }),
     onSeed: (seed) => controls.useSeed(seed),
+    onEdit: (file) => controls.useFile(file),
     onAgain: () => {
       const again = add(request, ofModel);
       run.element.replaceWith(again.element);

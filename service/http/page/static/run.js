@@ -4,6 +4,7 @@ import { Refusal, generate } from "./api.js";
 import { openDetail } from "./detail.js";
 import { announce, el } from "./dom.js";
 import { readEvents } from "./events.js";
+import { clearFieldErrors, showFieldErrors } from "./field_errors.js";
 import { bytesOf, copy, fileName, save } from "./files.js";
 import { Picture, pictureWidth, sidesOf } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
@@ -25,7 +26,8 @@ export class Run {
   /**
    * @param {object} request - body of POST v1/generate
    * @param {object} model - a model of GET v1/models
-   * @param {{onDone: (answer: object) => void, onSeed: (seed: number) => void, onAgain: () => void}} callbacks
+   * @param {{onDone: (answer: object) => void, onSeed: (seed: number) => void,
+   *   onEdit: (file: Blob) => void, onAgain: () => void}} callbacks
    */
   constructor(request, model, callbacks) {
     this.request = request;
@@ -47,6 +49,7 @@ export class Run {
     this.#status.textContent = "Asking …";
     this.#actions.replaceChildren(el("button", { type: "button", onclick: () => this.cancel() }, "Cancel"));
     announce(`Generating ${this.#title}`);
+    clearFieldErrors();
     try {
       const every = Math.max(1, Math.round(this.request.steps / PREVIEWS));
       const answer = await generate({ ...this.request, stream: true, preview_every: every }, this.#abort.signal);
@@ -68,6 +71,7 @@ export class Run {
       else {
         const { title, text } = explain(error);
         this.#end("failed", title, text);
+        showFieldErrors(error.errors ?? []);
       }
     }
   }
@@ -82,7 +86,7 @@ export class Run {
     this.element.dataset.state = "done";
     this.#status.textContent = `${duration(answer.timing.finish_s)} in all`;
     answer.images.forEach((image, k) => {
-      this.#pictures[k].done(image, () => openDetail(image, this.#oneOf(image), answer, this.#callbacks.onSeed));
+      this.#pictures[k].done(image, () => openDetail(image, this.#oneOf(image), answer, this.#callbacks));
     });
     const snippet = (accept, file) => ({ url: serviceUrl(), accept, file, body: this.request });
     const wanted = snippet("application/zip", `iddpm-${this.request.seed}.zip`);
@@ -111,10 +115,13 @@ export class Run {
 
   get #recipe() {
     const { n, steps, sampler, eta, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
+    const { image, mask, strength, resample } = this.request;
     const guided = guidance === undefined || guidance === 1 ? [] : [`guidance ${guidance}`];
     if (byClassifier) guided.push(`classifier ${byClassifier}`);
     const bySampler = [samplerTitle(sampler), ...(eta ? [`eta ${eta}`] : [])];
-    return [count(n, "image"), `${steps} steps`, ...bySampler, ...guided, `seed ${seed}`].join(" · ");
+    const given = image === undefined ? [] : [`strength ${strength}`, ...(mask ? ["mask"] : [])];
+    if (resample) given.push(`resampled ${resample.times}×${resample.jump}`);
+    return [count(n, "image"), `${steps} steps`, ...bySampler, ...guided, ...given, `seed ${seed}`].join(" · ");
   }
 
   /** Return the request that generates one image of this run alone. */

@@ -18,13 +18,15 @@ export function curl({ url, accept, file, body }) {
     ...(hasKey() ? [`-H "Authorization: Bearer $API_KEY"`] : []),
     "-H 'Content-Type: application/json'",
     `-H 'Accept: ${accept}'`,
-    `-d ${quoted(JSON.stringify(body))}`,
     `-o ${file}`,
   ];
-  return lines.join(" \\\n     ");
+  // A picture can be longer than a shell allows an argument to be
+  const data = JSON.stringify(body);
+  const [argument, input] = body.image ? ["-d @-", ` <<'BODY'\n${data}\nBODY`] : [`-d ${quoted(data)}`, ""];
+  return [...lines, argument].join(" \\\n     ") + input;
 }
 
-/** Return a program that needs only Python. Its bodies contain strings and numbers, which JSON and Python write alike. */
+/** Return a program that needs only Python. Bodies contain strings, numbers and objects of them, which JSON and Python write alike. */
 export function python({ url, accept, file, body }) {
   const headers = { "Content-Type": "application/json", Accept: accept };
   const key = hasKey() ? [`        "Authorization": "Bearer " + os.environ["API_KEY"],`] : [];

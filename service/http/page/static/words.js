@@ -34,7 +34,8 @@ export function explain(error) {
   return { title: "Something went wrong in the service", text: sentence(detail) };
 }
 
-function sentence(text) {
+/** Return a text with a capital letter and a full stop. */
+export function sentence(text) {
   const capital = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?]$/.test(capital) ? capital : `${capital}.`;
 }

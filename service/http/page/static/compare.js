@@ -1,0 +1,86 @@
+// A picture before and after: one over the other with a border that moves, and a map of the differences.
+
+import { byId } from "./dom.js";
+import { pictureUrl } from "./files.js";
+import { showSlider } from "./sliders.js";
+
+/** Set up the controls; call it once. */
+export function installCompare() {
+  byId("views").addEventListener("change", showView);
+  byId("split").addEventListener("input", showSplit);
+}
+
+/**
+ * Offer the comparison of the picture that the dialog shows.
+ * @param {string | undefined} before - base64 of the picture that it began with; undefined: there was none
+ * @param {string} after - base64 of the result
+ */
+export async function compare(before, after) {
+  const view = byId("view");
+  view.hidden = before === undefined;
+  document.querySelector("input[name=view][value=after]").checked = true;
+  showView();
+  if (view.hidden) return;
+  const sources = [before, after].map((b64) => pictureUrl(b64));
+  byId("before-picture").src = sources[0];
+  const difference = differenceOf(...(await Promise.all(sources.map(pixelsOf))));
+  drawMap(byId("difference"), difference);
+  const largest = largestOf(difference.data);
+  const share = difference.data.filter((value) => value > 0).length / difference.data.length;
+  byId("difference-most").textContent = largest;
+  byId("difference-text").textContent = largest
+    ? `${(100 * share).toFixed(1)} % of the pixels have changed; black ones are equal bit for bit.`
+    : "No pixel has changed.";
+}
+
+function showView() {
+  const chosen = document.querySelector("input[name=view]:checked").value;
+  byId("detail-views").dataset.view = chosen;
+  byId("split-field").hidden = chosen !== "compare";
+  byId("difference-field").hidden = chosen !== "difference";
+  showSplit();
+}
+
+function showSplit() {
+  const split = byId("split");
+  showSlider(split, `${split.value} % before`);
+  byId("detail-views").style.setProperty("--split", `${split.value}%`);
+}
+
+/** Decode a picture exactly: RGBA, row by row. */
+async function pixelsOf(source) {
+  const image = new Image();
+  image.src = source;
+  await image.decode();
+  const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, canvas.width, canvas.height);
+}
+
+/** Return the largest difference of the colours of each pixel, 0..255. */
+function differenceOf(before, after) {
+  const data = new Uint8Array(before.width * before.height);
+  for (let k = 0; k < 4 * data.length; k++) {
+    const pixel = k >> 2;
+    data[pixel] = Math.max(data[pixel], Math.abs(before.data[k] - after.data[k]));
+  }
+  return { width: before.width, height: before.height, data };
+}
+
+/** Draw differences: black for none, from dark red to white for others; the style sheet has the same scale. */
+function drawMap(canvas, { width, height, data }) {
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(width, height);
+  const most = Math.max(1, largestOf(data));
+  data.forEach((value, k) => {
+    const heat = value && 0.6 + (2.4 * value) / most; // the smallest is visible
+    pixels.data.set([255 * heat, 255 * (heat - 1), 255 * (heat - 2), 255], 4 * k); // clamped to 0..255
+  });
+  context.putImageData(pixels, 0, 0);
+}
+
+function largestOf(values) {
+  return values.reduce((largest, value) => Math.max(largest, value), 0); // too many values for arguments of Math.max
+}
