@@ -33,11 +33,13 @@ help:  ## print this list (default)
 serve: $(VENV)/.installed-$(EXTRA)  ## serve MODEL (models/fashion32) on HOST (127.0.0.1) and PORT (8000); EXTRA=torch to serve checkpoints
 	exec $(VENV)/bin/iddpm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
-check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions
+check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import directions, hadolint, yamllint
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/yamllint --strict .yamllint.yml docker-compose*.yml deploy
 
 test: check  ## linters, then all tests with reduced counts (minutes)
 	$(VENV)/bin/pytest $(PARALLEL)

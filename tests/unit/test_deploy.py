@@ -106,6 +106,14 @@ def test_the_image_needs_no_frontend_from_a_registry(dockerfile: list[str]) -> N
     assert "STOPSIGNAL SIGTERM" in dockerfile
 
 
+def test_the_image_is_labelled_as_the_project(dockerfile: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (line,) = [line for line in dockerfile if line.startswith("LABEL ")]
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]*)"', line))
+    assert labels.pop("description") in project["description"]
+    assert labels == {"title": project["name"], "version": project["version"], "licenses": project["license"]}
+
+
 @pytest.mark.parametrize("status", [200, 503])
 def test_the_image_s_health_is_that_of_the_service(dockerfile: list[str], status: int) -> None:
     class Health(BaseHTTPRequestHandler):

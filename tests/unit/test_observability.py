@@ -1,0 +1,139 @@
+"""Rules, alerts and dashboard are valid, use metrics that exist, and are explained in the runbook.
+
+tests/integration/test_fleet.py asks a running Prometheus every query of the dashboard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.metrics import Metrics
+from tests.observability import ALERTS, DASHBOARD, RULES, alert_names, dashboard, queries, recorded_names
+from tests.paths import ROOT
+from tests.programs import tool
+from tests.waiting import PATIENCE_S
+
+RULE_TESTS = ROOT / "deploy" / "prometheus" / "tests" / "rules.yml"
+RUNBOOK = ROOT / "deploy" / "README.md"
+SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
+
+
+def promtool(*arguments: str | Path) -> None:
+    checked = subprocess.run(
+        [tool("promtool"), *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def exported_names() -> set[str]:
+    return {
+        family.name + suffix for family in Metrics().registry.collect() for suffix in SUFFIXES.get(family.type, ("",))
+    }
+
+
+def rule_queries() -> list[str]:
+    return [rule["expr"] for path in RULES for group in read_yaml(path)["groups"] for rule in group["rules"]]
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+def test_rules_and_alerts_pass_their_tests() -> None:
+    promtool("test", "rules", RULE_TESTS)
+
+
+def test_every_alert_is_tested_both_firing_and_silent() -> None:
+    checks = [check for case in read_yaml(RULE_TESTS)["tests"] for check in case["alert_rule_test"]]
+    fires = {check["alertname"] for check in checks if check.get("exp_alerts")}
+    silent = {check["alertname"] for check in checks if not check.get("exp_alerts")}
+    assert fires == silent == set(alert_names())
+
+
+def test_promtool_parses_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(queries())]
+    file = tmp_path / "queries.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
+    promtool("check", "rules", file)
+
+
+@pytest.mark.parametrize("source", [rule_queries, queries], ids=["rules", "dashboard"])
+def test_every_metric_of_a_query_exists(source: Any) -> None:
+    known = exported_names()
+    recorded = set(recorded_names())
+    for query in source():
+        assert set(re.findall(r"\w+:\w+:\w+", query)) <= recorded, query
+        names = set(re.findall(r"(?<![:\w])iddpm_\w+", query))
+        assert names <= known, query
+        assert names or re.search(r":iddpm_|haproxy_|ALERTS|up\{", query), query
+
+
+def test_every_recorded_series_is_used() -> None:
+    used = " ".join(rule_queries() + queries())
+    unused = [name for name in recorded_names() if not re.search(rf"{name}\b", used)]
+    assert not unused
+
+
+def test_panels_do_not_overlap_and_ask_the_provisioned_prometheus() -> None:
+    (source,) = read_yaml(ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["datasource"] == {"type": source["type"], "uid": source["uid"]}
+        assert panel["description"]
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references) > 0
+    cells = Counter(
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    )
+    assert max(cells.values()) == 1
+    assert max(x for x, _ in cells) < 24
+
+
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    observability, compose = (
+        read_yaml(ROOT / name)["services"] for name in ("docker-compose.observability.yml", "docker-compose.yml")
+    )
+    mounts = dict(mount.split(":")[:2] for mount in observability["grafana"]["volumes"])
+    (provider,) = read_yaml(ROOT / "deploy/grafana/provisioning/dashboards/iddpm.yml")["providers"]
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    home = observability["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{provider['options']['path']}/{DASHBOARD.name}"
+    (source,) = read_yaml(ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    config = read_yaml(ROOT / "deploy/prometheus/prometheus.yml")
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+    assert "prometheus" in compose
+    assert all(port.startswith("127.0.0.1:") for port in observability["grafana"]["ports"])
+
+
+def test_prometheus_of_compose_reads_the_rules() -> None:
+    mounts = read_yaml(ROOT / "docker-compose.yml")["services"]["prometheus"]["volumes"]
+    assert "./deploy/prometheus/rules:/etc/prometheus/rules:ro" in mounts
+    assert read_yaml(ROOT / "deploy/prometheus/prometheus.yml")["rule_files"] == ["rules/*.yml"]
+    assert ALERTS in RULES
+
+
+def test_the_runbook_explains_every_alert_and_every_panel() -> None:
+    alerts = re.findall(r"^\| `(\w+)` \|", section("Alerts"), re.MULTILINE)
+    assert alerts == alert_names()
+    panels = re.findall(r"^\| ([^|`]+?) \|", section("Dashboard"), re.MULTILINE)
+    assert panels[1:] == [panel["title"] for panel in dashboard()["panels"]]  # after the table's own title
