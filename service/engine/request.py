@@ -238,9 +238,7 @@ class Image:
         if self.earlier is None:
             self.model, params = request.model, request.images[self.position]
             if request.then is not None:
-                self.then = Image(
-                    request=request, position=self.position, submitted_at=self.submitted_at, earlier=self
-                )
+                self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, earlier=self)
         elif request.then is None:
             raise ValueError("a second stage needs a request with `then`")
         else:
