@@ -38,7 +38,7 @@ def linked(cascade: Cascade, models: Mapping[str, ServedModel]) -> ServedModel:
         raise ModelError(f"cascade {cascade.name}: the models have different value ranges")
     if base.config.model.cond_shape is not None:
         raise ModelError(f"cascade {cascade.name}: the base {quoted(base.name)} needs a conditioning image itself")
-    if upsampler.config.model.num_classes is not None and upsampler.class_names != base.class_names:
+    if upsampler.config.model.num_classes is not None and not _have_equal_classes(base, upsampler):
         raise ModelError(f"cascade {cascade.name}: {quoted(upsampler.name)} has other classes than {quoted(base.name)}")
     both = f"{base.numerics_id} {upsampler.numerics_id}"
     return replace(
@@ -49,6 +49,12 @@ def linked(cascade: Cascade, models: Mapping[str, ServedModel]) -> ServedModel:
         loaded_at=max(base.loaded_at, upsampler.loaded_at),
         stages=(base, upsampler),
     )
+
+
+def _have_equal_classes(base: ServedModel, upsampler: ServedModel) -> bool:
+    """Compare the names, or only the number of classes if one of the models has no names."""
+    names = [model.config.class_names for model in (base, upsampler)]
+    return len(base.class_names or ()) == len(upsampler.class_names or ()) and (None in names or names[0] == names[1])
 
 
 def _named(shape: tuple[int, int, int]) -> str:
