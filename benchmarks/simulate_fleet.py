@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import get_args
 
+from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.reporting import command_line, markdown_table
 from benchmarks.simulated_fleet import Balance, Proxy, SteppedDevice, simulate_fleet
 from benchmarks.traffic import MAX_IMAGES, MIX, Arrival, draw_arrivals, mean_row_steps, percentile
@@ -30,50 +30,6 @@ from service.engine.config import EngineConfig
 
 WARM_UP = 0.2
 """Part of the simulated time whose requests are not counted."""
-ROWS_PER_S: Mapping[str, Mapping[int, float]] = {
-    "fashion32": {1: 183.3, 2: 289.5, 4: 386.1, 8: 572.9},
-    "c64": {1: 55.9, 2: 77.9, 4: 101.8, 8: 127.0},
-    "cifar10": {1: 18.6, 4: 26.4, 16: 36.4},
-    "imagenet64": {1: 6.1, 4: 7.2, 8: 7.7},
-}
-"""Rows per second by batch size, from RESULTS.md, "One network call", openvino:bf16 (2026-11-22)."""
-
-
-@dataclass(frozen=True)
-class MeasuredDevice:
-    """A device on which batches of certain sizes were timed; other batches are padded to the next size."""
-
-    call_s: Mapping[int, float]
-    """Seconds of a step by its rows."""
-
-    def __post_init__(self) -> None:
-        """Check the measurements.
-
-        Raises:
-            ValueError: there are none, or one is impossible.
-        """
-        if not self.call_s or any(rows < 1 or seconds <= 0 for rows, seconds in self.call_s.items()):
-            raise ValueError(f"call_s: needs sizes of at least 1 row with more than 0 s; got {dict(self.call_s)}")
-
-    @classmethod
-    def of(cls, network: str) -> Self:
-        """Return the device of a network in RESULTS.md."""
-        return cls({rows: rows / rate for rows, rate in ROWS_PER_S[network].items()})
-
-    @property
-    def width(self) -> int:
-        """Maximum rows of a step."""
-        return max(self.call_s)
-
-    @property
-    def capacity(self) -> float:
-        """Row-steps per second at full width."""
-        return self.width / self.call_s[self.width]
-
-    def seconds(self, rows: int) -> float:
-        """Return the seconds of a step of `rows` rows."""
-        sizes = sorted(self.call_s)
-        return self.call_s[sizes[bisect_left(sizes, rows)]]
 
 
 @dataclass(frozen=True)
@@ -183,16 +139,6 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
-def numbers(text: str) -> dict[int, float]:
-    """Parse a list of NUMBER=VALUE.
-
-    Raises:
-        ValueError: it is none.
-    """
-    pairs = (part.split("=", 1) for part in text.split(","))
-    return {int(name): float(value) for name, value in pairs}
-
-
 def balances(text: str) -> list[Balance]:
     """Parse a list of ways to balance.
 
@@ -225,7 +171,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="simulated time (2,000 requests, at least 20 long ones)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     asked = parser.parse_args()
-    simulated = MeasuredDevice.of(asked.network) if asked.network else MeasuredDevice(_in_seconds(asked.call_ms))
+    simulated = MeasuredDevice.of(asked.network) if asked.network else MeasuredDevice.of_ms(asked.call_ms)
     longest_s = max(asked.mix) * simulated.seconds(min(MAX_IMAGES, simulated.width))
     seconds = asked.seconds or max(2000 / asked.rate, 20 * longest_s)
     load = Load(asked.rate, seconds, asked.mix, range(asked.seeds))
@@ -246,10 +192,6 @@ def main() -> None:
         if asked.p99 is not None:
             enough = next(result for result in results if result.p99 <= asked.p99)
             print(f"\n{enough.replicas} replicas: p99 {enough.p99:.2f} s, at most {asked.p99:g} s.", flush=True)
-
-
-def _in_seconds(call_ms: Mapping[int, float]) -> dict[int, float]:
-    return {rows: ms / 1000 for rows, ms in call_ms.items()}
 
 
 if __name__ == "__main__":

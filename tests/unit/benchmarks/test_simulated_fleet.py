@@ -11,15 +11,9 @@ from typing import get_args
 
 import pytest
 
+from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.simulate import DEVICES, Device, arrivals, step_level
-from benchmarks.simulate_fleet import (
-    ROWS_PER_S,
-    Load,
-    MeasuredDevice,
-    balances,
-    fewest_replicas,
-    simulate,
-)
+from benchmarks.simulate_fleet import Load, balances, fewest_replicas, simulate
 from benchmarks.simulated_fleet import Balance, FleetOutcome, Proxy, simulate_fleet
 from benchmarks.traffic import Arrival
 from service.engine.config import EngineConfig
@@ -168,6 +162,7 @@ def test_a_batch_is_padded_to_the_next_measured_size() -> None:
     device = MeasuredDevice({1: 1.0, 4: 2.0, 8: 3.0})
     assert [device.seconds(rows) for rows in (1, 2, 4, 5, 8)] == [1.0, 2.0, 2.0, 3.0, 3.0]
     assert (device.width, device.capacity) == (8, 8 / 3)
+    assert MeasuredDevice.of_ms(numbers("1=1000,4=2000,8=3000")) == device
     with pytest.raises(ValueError, match="call_s"):
         MeasuredDevice({})
 
