@@ -29,13 +29,13 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.contenders import Absent
-from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice
+from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.open_loop import OK, Answer, Ask, offer, open_client
 from benchmarks.options import WORK, exit_status, say
 from benchmarks.processes import end_session, free_ports
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.simulated_fleet import Proxy, simulate_fleet
-from benchmarks.traffic import Arrival, draw_arrivals, mean_row_steps, percentile
+from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps, percentile
 from service.engine.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
@@ -177,14 +177,20 @@ def _ask(number: int, arrival: Arrival) -> Ask:
     return Ask("/v1/generate", {"n": arrival.rows, "steps": arrival.steps, "seed": number})
 
 
-def measure(device: MeasuredDevice, replicas: int, load: float, seconds: float, seed: int, work: Path) -> Round:
+def measure(device: MeasuredDevice, replicas: int, requests: Sequence[Arrival], seed: int, work: Path) -> Round:
     """Measure a real fleet, and simulate it.
+
+    Args:
+        device: of each replica.
+        replicas: how many there are.
+        requests: those to be sent.
+        seed: with which they were drawn.
+        work: folder for logs.
 
     Raises:
         Absent: it cannot be started.
         ValueError: a request was not answered with 200.
     """
-    requests = draw_arrivals(load * replicas * device.capacity, seconds, seed)
     with started_fleet(device, replicas, work) as (url, addresses):
         answers = asyncio.run(send(url, requests))
         steps = measured_steps(addresses)
@@ -237,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=ROWS_PER_S, default="c64", help="c(n) as measured in RESULTS.md (c64)")
     parser.add_argument("--replicas", default="2,3", help="comma list (2,3)")
+    parser.add_argument("--mix", type=numbers, default=MIX, metavar="STEPS=PART,...", help="(50=0.5,100=0.3,250=0.2)")
     parser.add_argument("--load", type=float, default=0.8, help="offered row-steps, relative to the capacity (0.8)")
     parser.add_argument("--seconds", type=float, default=150.0, help="in which requests arrive (150)")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs (3)")
@@ -254,9 +261,12 @@ def run(asked: argparse.Namespace) -> None:
     rounds = []
     for seed in range(1, asked.seeds + 1):
         for replicas in map(int, asked.replicas.split(",")):
-            rounds.append(measure(device, replicas, asked.load, asked.seconds, seed, asked.out))
+            requests = draw_arrivals(asked.load * replicas * device.capacity, asked.seconds, seed, asked.mix)
+            rounds.append(measure(device, replicas, requests, seed, asked.out))
             say(str(rounds[-1]))
-    facts["Mean requests"] = f"{mean_row_steps():g} row-steps; load {asked.load:g}, {asked.seconds:g} s of arrivals"
+    facts["Mean requests"] = (
+        f"{mean_row_steps(asked.mix):g} row-steps; load {asked.load:g}, {asked.seconds:g} s of arrivals"
+    )
     steps = [_ms(rounds[0].step_s), _ms(device.call_s)]
     facts["Step in the first run, and as given"] = "; ".join(steps)
     section = markdown_section(facts, table(rounds), "benchmarks.measure_fleet")
