@@ -46,19 +46,29 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Summary:
-    """What clients of a fleet saw."""
+    """What clients of a fleet saw, in one run or in several."""
 
-    p50: float
-    p99: float
+    latencies: tuple[float, ...]
     """Seconds."""
-    throughput: float
-    """Requests per second, until the last answer."""
+    seconds: float
+    """From the start of the load to the last answer."""
 
     @classmethod
     def of(cls, requests: Sequence[Arrival], finished: Sequence[float]) -> Summary:
         """Summarise the times at which requests were answered, in seconds from the start of the load."""
-        latencies = [end - request.at for end, request in zip(finished, requests, strict=True)]
-        return cls(percentile(latencies, 0.5), percentile(latencies, 0.99), len(requests) / max(finished))
+        latencies = (end - request.at for end, request in zip(finished, requests, strict=True))
+        return cls(tuple(latencies), max(finished))
+
+    @classmethod
+    def pooled(cls, runs: Sequence[Summary]) -> Summary:
+        """Summarise the requests of several runs."""
+        return cls(tuple(latency for run in runs for latency in run.latencies), sum(run.seconds for run in runs))
+
+    @property
+    def figures(self) -> tuple[float, float, float]:
+        """Return the median and the 99th percentile of the latency, and the requests answered per second."""
+        latencies = self.latencies
+        return percentile(latencies, 0.5), percentile(latencies, 0.99), len(latencies) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,6 @@ class Round:
 
     replicas: int
     seed: int
-    requests: int
     real: Summary
     simulated: Summary
     """With the steps as measured in the run."""
@@ -202,40 +211,40 @@ def measure(device: MeasuredDevice, replicas: int, requests: Sequence[Arrival], 
         Summary.of(requests, simulate_fleet(used, replicas, requests, Proxy(), config).finished)
         for used in (MeasuredDevice({**device.call_s, **steps}), device)
     )
-    return Round(replicas, seed, len(requests), real, simulated, planned, steps)
+    return Round(replicas, seed, real, simulated, planned, steps)
 
 
 def table(rounds: Sequence[Round]) -> str:
-    """Return a table with a row per run, and one with the medians of each number of replicas."""
-    header = (
-        "replicas",
-        "seed",
-        "requests",
-        "p50 s: real / simulated / with given c(n)",
-        "p99 s",
-        "requests/s",
-        "ratios",
-    )
-    rows = []
-    for run in rounds:
-        cells = [str(run.replicas), str(run.seed), str(run.requests)]
-        rows.append((*cells, *_compared(run), " ".join(f"{ratio:.2f}" for ratio in _ratios(run))))
+    """Return a table with a row per run, and for each number of replicas the medians of the runs and all requests."""
+    columns = ("p50 s: real / simulated / with given c(n)", "p99 s", "requests/s")
+    header = ("replicas", "seed", "requests", *columns, "simulated over real: p50, p99, requests/s")
+    rows = [_row(run, str(run.seed)) for run in rounds]
     for replicas in sorted({run.replicas for run in rounds}):
-        ratios = zip(*(_ratios(run) for run in rounds if run.replicas == replicas), strict=True)
-        medians = " ".join(f"{statistics.median(values):.2f}" for values in ratios)
-        rows.append((str(replicas), "median", "", "", "", "", f"**{medians}**"))
+        runs = [run for run in rounds if run.replicas == replicas]
+        medians = [statistics.median(values) for values in zip(*map(_ratios, runs), strict=True)]
+        rows.append((str(replicas), "median", "", "", "", "", f"**{_joined(medians)}**"))
+        real, simulated, planned = (
+            Summary.pooled(summaries)
+            for summaries in zip(*((run.real, run.simulated, run.planned) for run in runs), strict=True)
+        )
+        rows.append(_row(Round(replicas, 0, real, simulated, planned, {}), "all"))
     return markdown_table(header, rows)
 
 
-def _compared(run: Round) -> list[str]:
-    columns = zip(*((it.p50, it.p99, it.throughput) for it in (run.real, run.simulated, run.planned)), strict=True)
-    return [" / ".join(f"{value:.2f}" for value in values) for values in columns]
+def _row(run: Round, name: str) -> tuple[str, ...]:
+    figures = zip(*(it.figures for it in (run.real, run.simulated, run.planned)), strict=True)
+    cells = (" / ".join(f"{value:.2f}" for value in values) for values in figures)
+    return str(run.replicas), name, str(len(run.real.latencies)), *cells, _joined(_ratios(run))
 
 
-def _ratios(run: Round) -> tuple[float, float, float]:
-    """Return simulated over real: p50, p99, throughput."""
-    real, simulated = run.real, run.simulated
-    return simulated.p50 / real.p50, simulated.p99 / real.p99, simulated.throughput / real.throughput
+def _ratios(run: Round) -> list[float]:
+    """Return simulated over real: p50, p99, requests per second."""
+    pairs = zip(run.simulated.figures, run.real.figures, strict=True)
+    return [simulated / real for simulated, real in pairs]
+
+
+def _joined(ratios: Sequence[float]) -> str:
+    return " ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def main() -> None:
@@ -263,7 +272,7 @@ def run(asked: argparse.Namespace) -> None:
         for replicas in map(int, asked.replicas.split(",")):
             requests = draw_arrivals(asked.load * replicas * device.capacity, asked.seconds, seed, asked.mix)
             rounds.append(measure(device, replicas, requests, seed, asked.out))
-            say(str(rounds[-1]))
+            say(" | ".join(_row(rounds[-1], str(seed))))
     facts["Mean requests"] = (
         f"{mean_row_steps(asked.mix):g} row-steps; load {asked.load:g}, {asked.seconds:g} s of arrivals"
     )

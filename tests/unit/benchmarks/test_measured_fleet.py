@@ -48,17 +48,18 @@ def test_the_steps_of_all_replicas_are_averaged_by_their_rows(monkeypatch: pytes
 def test_a_summary_counts_from_the_due_times() -> None:
     requests = [Arrival(float(at), 10, 1) for at in range(100)]
     summary = Summary.of(requests, [at + (50.0 if at == 0 else 2.0) for at in range(100)])
-    assert summary == Summary(p50=2.0, p99=50.0, throughput=100 / 101)
+    assert summary.figures == (2.0, 50.0, 100 / 101)
+    assert Summary.pooled([summary, Summary((3.0,) * 100, 19.0)]).figures == (3.0, 3.0, 200 / 120)
 
 
-def test_the_table_ends_with_the_medians_of_the_ratios() -> None:
+def test_the_table_ends_with_the_medians_of_the_ratios_and_all_requests() -> None:
     def run(seed: int, factor: float) -> Round:
-        real = Summary(p50=1.0, p99=2.0, throughput=3.0)
-        simulated = Summary(p50=factor, p99=2.0, throughput=3.0)
-        return Round(2, seed, 10, real, simulated, real, {})
+        real, simulated = Summary((1.0, 1.0, 2.0), 1.5), Summary((factor, factor, 2.0), 1.5)
+        return Round(2, seed, real, simulated, real, {})
 
-    *_, median = table([run(1, 0.5), run(2, 0.9), run(3, 2.0)]).splitlines()
+    *_, median, pooled = table([run(1, 0.5), run(2, 0.9), run(3, 2.0)]).splitlines()
     assert median.endswith("| **0.90 1.00 1.00** |")
+    assert pooled == "| 2 | all | 9 | 1.00 / 2.00 / 1.00 | 2.00 / 2.00 / 2.00 | 2.00 / 2.00 / 2.00 | 2.00 1.00 1.00 |"
 
 
 def test_a_network_can_take_the_time_of_a_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
