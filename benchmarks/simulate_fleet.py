@@ -53,6 +53,8 @@ class Result:
     """What a number of replicas gives; medians over the seeds."""
 
     replicas: int
+    load: float
+    """Offered row-steps, relative to the capacity of all replicas at full width."""
     p50: float
     p95: float
     p99: float
@@ -60,7 +62,8 @@ class Result:
     p99_range: tuple[float, float]
     """Over the seeds."""
     busy: float
-    """Part of the time until the last answer in which a replica computes, mean over the replicas."""
+    """Part of the time until the last answer in which a replica computes, mean over the replicas. It exceeds the load,
+    because narrower steps are less efficient."""
     refused: float
     """Part of the requests whose client gave up."""
 
@@ -86,7 +89,8 @@ def simulate(device: SteppedDevice, replicas: int, load: Load, proxy: Proxy, con
         )
     p50, p95, p99, busy, refused = (statistics.median(values) for values in zip(*runs, strict=True))
     spread = [run[2] for run in runs]
-    return Result(replicas, p50, p95, p99, (min(spread), max(spread)), busy, refused)
+    offered = load.rate * mean_row_steps(load.mix) / (replicas * device.capacity)
+    return Result(replicas, offered, p50, p95, p99, (min(spread), max(spread)), busy, refused)
 
 
 def fewest_replicas(
@@ -123,12 +127,13 @@ def fewest_replicas(
 
 def table(results: Sequence[Result]) -> str:
     """Return a table with one row per number of replicas."""
-    header = ("replicas", "p50 s", "p95 s", "p99 s", "p99 s, least to greatest seed", "busy", "refused")
+    header = ("replicas", "load", "p50 s", "p95 s", "p99 s", "p99 s, least to greatest seed", "busy", "refused")
     return markdown_table(
         header,
         [
             (
                 str(result.replicas),
+                f"{result.load:.2f}",
                 *(f"{value:.2f}" for value in (result.p50, result.p95, result.p99)),
                 "{:.2f}-{:.2f}".format(*result.p99_range),
                 f"{result.busy:.2f}",

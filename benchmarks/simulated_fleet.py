@@ -48,6 +48,11 @@ class SteppedDevice(Protocol):
         """Maximum rows of a step."""
         ...
 
+    @property
+    def capacity(self) -> float:
+        """Row-steps per second at full width."""
+        ...
+
     def seconds(self, rows: int) -> float:
         """Return the seconds of a step of `rows` rows."""
         ...

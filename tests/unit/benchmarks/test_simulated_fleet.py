@@ -175,7 +175,8 @@ def test_the_fewest_replicas_are_found() -> None:
     enough = next(result for result in tried if result.p99 <= 2.0)
     assert simulate(device, enough.replicas - 1, load, proxy, engine).p99 > 2.0
     assert enough.replicas > load.rate * 65 / device.capacity
-    assert enough.busy < 1
+    assert enough.load == pytest.approx(load.rate * 65 / (enough.replicas * device.capacity))
+    assert enough.load < enough.busy < 1
     with pytest.raises(ValueError, match=r"p99: 1\.2 s .* got 0\.5 s"):
         fewest_replicas(device, load, 0.5, proxy, engine)
 
