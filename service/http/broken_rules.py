@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
 from diffusion.quoting import quoted
+from service.requests.request_body import classes_in
 
 MAX_NAME = 60
 _RULES = {
@@ -64,13 +65,6 @@ def _allowed(body: type[BaseModel] | None, location: Location) -> list[str]:
     for part in location[:-1]:
         if isinstance(part, str) and body is not None:
             field = body.model_fields.get(part)
-            body = next(_models(field.annotation), None) if field is not None else None
+            models = () if field is None else classes_in(field.annotation)
+            body = next((model for model in models if issubclass(model, BaseModel)), None)
     return [] if body is None else [field.alias or name for name, field in body.model_fields.items()]
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in an annotation: X in X | None or list[X]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)

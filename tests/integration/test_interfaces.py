@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from service.http.interfaces import Interface, generates
 from service.http.kserve.schemas import InferRequest
-from service.http.openai.schemas import ImagesRequest
+from service.http.openai.schemas import EditRequest, ImagesRequest
 from service.http.routes import RouteTable
 from service.requests.generate_request import GenerateRequest
 from tests.integration.exact_service import exact_app
@@ -56,6 +56,7 @@ def test_every_route_gets_its_interface_from_its_router() -> None:
         "/v1/models/m": Interface.OPENAI,
         "/v1/models/m/thumbnails/1": Interface.NATIVE,
         "/v1/images/generations": Interface.OPENAI,
+        "/v1/images/edits": Interface.OPENAI,
         "/v2": Interface.KSERVE,
         "/v2/health/live": Interface.KSERVE,
         "/v2/models/stats": Interface.KSERVE,
@@ -67,7 +68,7 @@ def test_every_route_gets_its_interface_from_its_router() -> None:
     }
     for path, interface in expected.items():
         assert table.interface_of(path) is interface, path
-    for path in BODIES:
+    for path in (*BODIES, "/v1/images/edits"):
         assert generates("POST", path)
 
 
@@ -78,7 +79,7 @@ ERRORS = [
     ("GET", "/v2/models/other", 404, Interface.KSERVE, 'got "other"'),
     # no such route: the message has the requested path and the routes that exist
     ("POST", "/v1/chat/completions", 404, Interface.OPENAI, "no POST /v1/chat/completions here; images come from POST"),
-    ("POST", "/v1/images/edits", 404, Interface.OPENAI, "base_url of OpenAI's clients is the service's address"),
+    ("POST", "/v1/images/variations", 404, Interface.OPENAI, "base_url of OpenAI's clients is the service's address"),
     ("GET", "/v1", 404, Interface.OPENAI, "no GET /v1 here"),
     ("GET", "/v2/nowhere", 404, Interface.KSERVE, "no GET /v2/nowhere here; images come from"),
     ("POST", "/v2/models/m/generate", 404, Interface.KSERVE, "no POST /v2/models/m/generate here; images come from"),
@@ -157,7 +158,7 @@ async def test_all_interfaces_read_the_same_bytes_as_json() -> None:
         assert (await post(service, "/v2/models/m/infer", head, **framed)).status_code == 200
 
 
-@pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, InferRequest])
+@pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, EditRequest, InferRequest])
 def test_null_means_absent_in_every_optional_field_and_in_the_document(body: type[BaseModel]) -> None:
     def check(model: type[BaseModel], schema: dict[str, Any]) -> None:
         for name, field in model.model_fields.items():
@@ -167,7 +168,7 @@ def test_null_means_absent_in_every_optional_field_and_in_the_document(body: typ
 
     schema = body.model_json_schema()
     check(body, schema)
-    required: dict[str, Any] = {"inputs": []} if body is InferRequest else {}
+    required: dict[str, Any] = {"inputs": []} if body is InferRequest else {"image": b""} if body is EditRequest else {}
     nulls = {field.alias or name: None for name, field in body.model_fields.items() if not field.is_required()}
     assert body.model_validate(required | nulls) == body.model_validate(required)
     assert body.model_validate(required | nulls).model_fields_set == set(required)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from diffusion.quoting import quoted
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES
-from service.requests.request_body import RequestBody
+from service.requests.request_body import RequestBody, classes_in
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 MAX_ELEMENTS = MAX_IMAGES
@@ -35,18 +35,10 @@ NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT
 
 def datatype_of(annotation: Any) -> Datatype:
     """Return the datatype of a tensor that holds values of an annotation: of numbers the widest, else BYTES."""
-    kinds = set(_kinds(annotation))
+    kinds = set(classes_in(annotation))
     if float in kinds:
         return "FP32"
     return "INT64" if int in kinds else "BYTES"
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """Yield the classes in an annotation: int and float of Annotated[int | float, ...] | None."""
-    if isinstance(annotation, type):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _kinds(argument)
 
 
 class InputParameters(RequestBody):
