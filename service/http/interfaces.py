@@ -7,9 +7,9 @@ import re
 
 from service.http.door.json_body import JsonRoute
 
-_GENERATES = re.compile(
-    r"/v1/(generate|encode|denoise)|/v1/images/(generations|edits)|/v2/models/[^/]+(/versions/[^/]+)?/infer"
-)
+_INFER = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
+_GENERATES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/(generations|edits)|{_INFER}")
+_TAKES_IMAGES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/edits|{_INFER}")
 EDITS = "/v1/images/edits"
 
 
@@ -49,7 +49,7 @@ class SharedRoute(JsonRoute):
 
 def takes_images(method: str, path: str) -> bool:
     """Return whether a request may have given images in its body, which may then be long."""
-    return method == "POST" and path in ("/v1/generate", "/v1/encode", "/v1/denoise", EDITS)
+    return method == "POST" and _TAKES_IMAGES.fullmatch(path) is not None
 
 
 def takes_form(path: str) -> bool:

@@ -97,7 +97,7 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", examples("python"), ids=range(6))
+@pytest.mark.parametrize("code", examples("python"), ids=range(7))
 def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code.replace("127.0.0.1:8000", address), PAGE.name, "exec"), names)  # noqa: S102  # our own page
