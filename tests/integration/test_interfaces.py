@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import BaseModel
 
+from service.http.door.json_body import read_json
+from service.http.encoding_pool import LARGE_BODY
 from service.http.interfaces import Interface, generates
 from service.http.kserve.schemas import InferRequest
 from service.http.openai.schemas import EditRequest, ImagesRequest
@@ -156,6 +159,31 @@ async def test_all_interfaces_read_the_same_bytes_as_json() -> None:
         head = json.dumps(BODIES["/v2/models/m/infer"]).encode("utf-8-sig")
         framed = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
         assert (await post(service, "/v2/models/m/infer", head, **framed)).status_code == 200
+
+
+@runs
+async def test_large_bodies_are_read_in_the_pool_with_the_errors_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def noted(text: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return read_json(text)
+
+    monkeypatch.setattr("service.http.door.json_body.read_json", noted)
+    monkeypatch.setattr("service.http.kserve.routes.read_json", noted)
+    async with running() as service:
+        for path in ("/v1/generate", "/v1/encode", "/v1/denoise", "/v2/models/m/infer"):
+            # Malformed JSON comes before broken rules, of which unknown fields come with all others
+            for body, status in ((b'{"a" 1}', 400), (b"null", 422), (b'{"steps": 1, "more": 2}', 422)):
+                small = await post(service, path, body)
+                large = await post(service, path, body + b" " * LARGE_BODY)
+                assert small.status_code == large.status_code == (400 if path.startswith("/v2") else status)
+                assert message_of(small) == message_of(large)
+                inline, in_pool = threads[-2:]
+                assert (inline.startswith("encode"), in_pool.startswith("encode")) == (False, True)
+        assert len(threads) == 24
+        large_body = json.dumps(BODIES["/v1/generate"]).encode() + b" " * LARGE_BODY
+        assert (await post(service, "/v1/generate", large_body)).status_code == 200
 
 
 @pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, EditRequest, InferRequest])
