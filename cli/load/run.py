@@ -20,7 +20,6 @@ from cli.load.report import Group, KindReport, Percentiles, Report, ServedBy, co
 
 WATCH_S = 0.25
 """Interval between two looks at a running load."""
-TRIAL_NUMBER = 0
 
 Watch = Callable[[Recorder, float], object]
 """Shows a running load, given its records and the seconds since its start."""
