@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from cli.load.report import Group, Percentiles, Prediction, Report
 
-LATE_S = 0.05
-"""Lateness (p99) of the generator from which its delays are worth a warning."""
+LATE_S, LATE_SHARE = 0.05, 0.1
+"""The generator's lateness (p99) is worth a warning above these seconds and above this part of the median latency."""
 NONE = "-"
 
 
@@ -20,13 +20,22 @@ def report_text(report: Report) -> str:
     if report.failures:
         lines = [[str(f.status or NONE), str(f.count), f.reason] for f in report.failures]
         parts += ["", _table(["status", "failed", "reason"], lines, left={0, 2})]
-    if report.late_s is not None and report.late_s.p99 > LATE_S:
+    if _is_late(report):
         parts += [
             "",
-            f"Requests were sent late (p99 {report.late_s.p99:.3f} s): this process was too slow for the load. Latency "
-            "counts from the planned time and includes the delay.",
+            f"Requests were sent late (p99 {_p99(report.late_s):.3f} s): this process was too slow for the load. "
+            "Latency counts from the planned time and includes the delay.",
         ]
     return "\n".join(parts)
+
+
+def _is_late(report: Report) -> bool:
+    median = 0.0 if report.all.latency_s is None else report.all.latency_s.p50
+    return _p99(report.late_s) > max(LATE_S, LATE_SHARE * median)
+
+
+def _p99(values: Percentiles | None) -> float:
+    return 0.0 if values is None else values.p99
 
 
 def _head(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from cli.load.mixture import read_mixture
+from service.http.kserve.routes import INPUTS
 from service.requests.generate_request import GenerateRequest
 from tests.paths import ROOT
 
@@ -44,6 +46,15 @@ def test_locust_sends_valid_requests_of_every_kind_by_weight(locustfile: ModuleT
     for name, weight in weights.items():
         assert counts[name] == pytest.approx(2000 * weight / sum(weights.values()), rel=0.2)
     assert len({body["seed"] for _, body in drawn}) == 2000
+
+
+def test_perf_analyzer_sends_tensors_that_exist() -> None:
+    requests = json.loads((FOLDER / "perf_analyzer.json").read_text(encoding="utf-8"))["data"]
+    for tensors in requests:
+        assert {INPUTS[name] for name in tensors} == {"INT64"}
+        assert all(tensor["shape"] == [len(tensor["content"])] for tensor in tensors.values())
+        fields = {name: tensor["content"][0] for name, tensor in tensors.items()}
+        GenerateRequest.model_validate({"class": fields.pop("class_index"), **fields})
 
 
 def test_iddpm_bench_reads_the_same_mixture(locustfile: ModuleType) -> None:
