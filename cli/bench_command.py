@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.errors import fail, needs_extra
-from cli.sampling_options import Key
 
 if TYPE_CHECKING:
     from cli.load.report import Report
@@ -43,7 +42,7 @@ def bench_command(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the load: times, kinds and seeds of images. Default: random.")
     ] = None,
-    key: Key = None,
+    key: Annotated[str | None, typer.Option(envvar="IDDPM_KEY", help="API key, if the service needs one.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file for the results, with every request.")
     ] = None,
