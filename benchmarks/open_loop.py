@@ -1,4 +1,4 @@
-"""An open-loop load generator: requests are sent when they are due, independently of earlier ones.
+"""An open-loop load generator for any server: requests are sent when they are due (`cli.load.loops`).
 
 Latency is measured from the time at which a request was due, not sent, so delays of the generator (which it
 reports) are included.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import httpx
 
 from benchmarks.traffic import Arrival
+from cli.load.loops import open_loop
 
 PATIENCE_S = 600.0
 PLAIN = {"Accept-Encoding": "identity"}
@@ -73,23 +74,26 @@ async def offer(
     def now() -> float:
         return time.perf_counter() - begun
 
-    async def send(number: int, arrival: Arrival) -> Answer:
-        await asyncio.sleep(arrival.at - now())
+    answers: dict[int, Answer] = {}
+
+    async def send(number: int, _: float) -> bool:
+        arrival = arrivals[number]
         asked, sent = ask(number, arrival), now()
         try:
             status = (await client.post(asked.path, json=asked.body)).status_code
         except httpx.TransportError:
             status = NEVER_ANSWERED
-        return Answer(arrival.at, arrival.steps, arrival.rows, sent, now(), status)
+        answers[number] = Answer(arrival.at, arrival.steps, arrival.rows, sent, now(), status)
+        return status == OK
 
     async def look(at: float, action: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(at - now())
         await action()
 
     looking = [asyncio.create_task(look(at, action)) for at, action in at_times]
-    answers = await asyncio.gather(*(send(number, arrival) for number, arrival in enumerate(arrivals)))
+    await open_loop([arrival.at for arrival in arrivals], send, now)
     await asyncio.gather(*looking)
-    return answers
+    return [answers[number] for number in range(len(arrivals))]
 
 
 def open_client(url: str) -> httpx.AsyncClient:

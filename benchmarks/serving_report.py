@@ -11,7 +11,8 @@ from benchmarks.open_loop import OK, Answer
 from benchmarks.plots import Curve, draw_curves
 from benchmarks.reporting import markdown_table
 from benchmarks.serving_record import Run
-from benchmarks.traffic import SLO, percentile
+from benchmarks.traffic import SLO
+from cli.load.report import percentile
 
 HEADER = (
     *(

@@ -29,7 +29,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import traffic
-from benchmarks.traffic import MIX, SLO, draw_arrival, mean_row_steps, percentile
+from benchmarks.traffic import MIX, SLO, draw_arrival, mean_row_steps
+from cli.load.report import percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import Forecast
 from service.engine.ledger import Ledger

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIX: Mapping[int, float] = {50: 0.5, 100: 0.3, 250: 0.2}
@@ -59,9 +59,3 @@ def draw_arrivals(row_steps_per_s: float, seconds: float, seed: int, mix: Mappin
         requests.append(arrival)
         arrival = draw_arrival(draw, arrival.at, rate, mix)
     return requests
-
-
-def percentile(values: Iterable[float], part: float) -> float:
-    """Return the value that this fraction of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]

@@ -75,6 +75,7 @@ __all__ = [
 ]
 
 PATIENCE_S = 60.0
+MAX_CONNECTIONS = 100
 
 
 class Client:
@@ -105,7 +106,8 @@ class Client:
         """
         to = connection(url, key, direct=transport is not None)
         self._http = httpx.Client(**to.options, transport=transport)
-        self._name = to.name
+        self.name = to.name
+        """The service in messages, without secrets."""
         self._patience_s = patience_s
 
     def __enter__(self) -> Self:
@@ -182,7 +184,7 @@ class Client:
         return read_denoised(self._send(denoise_call(fields)))
 
     def _chunks(self, response: httpx.Response) -> Generator[bytes]:
-        with as_client_errors(self._name):  # not around on_event, whose exceptions are the caller's
+        with as_client_errors(self.name):  # not around on_event, whose exceptions are the caller's
             try:
                 refuse_other_streams(response)
                 yield from response.iter_bytes()
@@ -191,7 +193,7 @@ class Client:
 
     def _send(self, call: Call) -> httpx.Response:
         """Send a request, with retries; return the successful response."""
-        with as_client_errors(self._name):
+        with as_client_errors(self.name):
             return self._send_until_answered(call)
 
     def _send_until_answered(self, call: Call) -> httpx.Response:
@@ -221,11 +223,26 @@ class AsyncClient:
         *,
         key: str | None = None,
         patience_s: float = PATIENCE_S,
+        max_connections: int | None = MAX_CONNECTIONS,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """Create the client; see `Client` for the other arguments.
+
+        Args:
+            url: of the service.
+            key: API key.
+            patience_s: see `Client`.
+            max_connections: number of requests that are sent at once, the others wait for a connection; None: no limit.
+            transport: replaces the network, for tests.
+
+        Raises:
+            ValueError: see `Client`.
+        """
         to = connection(url, key, direct=transport is not None)
-        self._http = httpx.AsyncClient(**to.options, transport=transport)
-        self._name = to.name
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        self._http = httpx.AsyncClient(**to.options, limits=limits, transport=transport)
+        self.name = to.name
+        """The service in messages, without secrets."""
         self._patience_s = patience_s
 
     async def __aenter__(self) -> Self:
@@ -270,7 +287,7 @@ class AsyncClient:
         return read_denoised(await self._send(denoise_call(fields)))
 
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
-        with as_client_errors(self._name):
+        with as_client_errors(self.name):
             try:
                 refuse_other_streams(response)
                 async for chunk in response.aiter_bytes():
@@ -279,7 +296,7 @@ class AsyncClient:
                 await response.aclose()
 
     async def _send(self, call: Call) -> httpx.Response:
-        with as_client_errors(self._name):
+        with as_client_errors(self.name):
             return await self._send_until_answered(call)
 
     async def _send_until_answered(self, call: Call) -> httpx.Response:

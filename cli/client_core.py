@@ -73,6 +73,11 @@ class ConnectionLost(ClientError):
 class UnexpectedAnswer(ClientError):
     """The response does not come from this service."""
 
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status, if it is not that of a success."""
+
 
 GivenFile = str | bytes | npt.NDArray[Any]
 """A given image: the bytes of a file, an array [H, W, C] or [n, H, W, C], or a file in base64."""
@@ -367,7 +372,8 @@ def failure_of(outcome: Outcome) -> Exception:
         return RequestFailed(Problem.model_validate_json(outcome.content))
     except ValidationError:
         text = " ".join(outcome.content.decode(errors="replace").split())[:SHOWN]
-        return UnexpectedAnswer(f"{outcome.status_code} {outcome.reason_phrase}: {text}".rstrip(": "))
+        reason = f"{outcome.status_code} {outcome.reason_phrase}: {text}".rstrip(": ")
+        return UnexpectedAnswer(reason, outcome.status_code)
 
 
 @contextmanager

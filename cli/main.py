@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cli.bench_command import bench_command
 from cli.ema_command import ema_command
 from cli.encode_command import encode_command
 from cli.ensemble_command import ensemble_command
@@ -57,6 +58,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.command("serve", cls=NamesInHelp)(serve_command)
 app.command("sample", cls=NamesInHelp)(sample_command)
 app.command("encode", cls=NamesInHelp)(encode_command)
+app.command("bench")(bench_command)
 app.command("import")(import_command)
 app.command("export")(export_command)
 app.add_typer(keys_app, name="keys")

@@ -1,4 +1,7 @@
-"""Log lines for all libraries through structlog: coloured text on a terminal, JSON otherwise."""
+"""Log lines for all libraries through structlog: coloured text on a terminal, JSON otherwise.
+
+While the service starts, a terminal shows little until the one screen that describes the service when it is ready.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ UNLIMITED = frozenset({"cli", "diffusion", "formats", "interchange", "model_expo
 whose records all come from one line of code but are logged once each."""
 REQUEST_FIELDS = ("method", "path", "status", "seconds", "client")
 """Attributes of request records that become JSON fields."""
+SCREEN = "screen"
+"""Attribute of the record that ends start-up: its text for a terminal, shown without time and level."""
+START_UP = "start_up"
+"""Attribute of the same record: its values, a JSON field."""
+SHOWN_EARLY = {"shown_early": True}
+"""`extra` of the records that a terminal shows during start-up, because the screen may be minutes away."""
 
 
 class Seldom(logging.Filter):
@@ -48,6 +57,28 @@ class Seldom(logging.Filter):
         return True
 
 
+class UntilScreen(logging.Filter):
+    """At a terminal, hold back the service's and uvicorn's INFO records until the screen, which has their content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is to be logged."""
+        self._shown = self._shown or hasattr(record, SCREEN)
+        held_back = record.levelno <= logging.INFO and record.name.partition(".")[0] in ("service", "uvicorn")
+        return self._shown or not held_back or any(hasattr(record, name) for name in SHOWN_EARLY)
+
+
+class ScreenRenderer(structlog.dev.ConsoleRenderer):
+    """Renders records for a terminal; of the record that ends start-up only the screen."""
+
+    def __call__(self, logger: structlog.typing.WrappedLogger, name: str, event: structlog.typing.EventDict) -> str:
+        """Return the text of a record."""
+        return event[SCREEN] if SCREEN in event else super().__call__(logger, name, event)
+
+
 def configure_logging(level: str = "INFO") -> None:
     """Log all records and Python's warnings to standard error, one line each, written by a separate thread."""
     shared: list[structlog.typing.Processor] = [
@@ -60,9 +91,9 @@ def configure_logging(level: str = "INFO") -> None:
     # takes the lowest free number; a socket with that number would receive C libraries' output to standard error.
     descriptor = os.open(os.devnull, os.O_RDONLY) if sys.stderr is None else sys.stderr.fileno()
     terminal = os.isatty(descriptor)
-    render: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
+    shared.append(structlog.stdlib.ExtraAdder(allow=(SCREEN,) if terminal else (*REQUEST_FIELDS, START_UP)))
+    render: list[structlog.typing.Processor] = [ScreenRenderer()]
     if not terminal:
-        shared.append(structlog.stdlib.ExtraAdder(allow=REQUEST_FIELDS))
         render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = BackgroundHandler(descriptor)
     handler.setFormatter(
@@ -72,6 +103,8 @@ def configure_logging(level: str = "INFO") -> None:
         )
     )
     handler.addFilter(Seldom())
+    if terminal:
+        handler.addFilter(UntilScreen())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)

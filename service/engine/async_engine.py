@@ -76,6 +76,8 @@ class AsyncEngine:
         on_state: Callable[[EngineState], None] | None = None,
     ) -> None:
         self.state = EngineState.STARTING
+        self.warm = asyncio.Event()
+        """Set at the end of the warm-up."""
         self.died = asyncio.Event()
         """Set when the engine has stopped with an error or hangs."""
         self._engine = engine
@@ -199,6 +201,7 @@ class AsyncEngine:
     def _on_report(self, report: Report) -> None:
         match report:
             case Warm():
+                self.warm.set()
                 if self.state is EngineState.STARTING:
                     self._set_state(EngineState.READY)
             case Loaded(model):

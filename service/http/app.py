@@ -44,6 +44,7 @@ from service.http.openai import routes as openai
 from service.http.page import routes as page
 from service.http.page.thumbnails import Thumbnails
 from service.http.state import ServiceState
+from service.logs import SHOWN_EARLY
 from service.metrics import Metrics
 from service.models.cascades import linked
 from service.models.registry import LoadModel, ModelRegistry, served_model
@@ -78,6 +79,7 @@ def create_app(settings: Settings, build_engines: BuildEngines | None = None) ->
     tracing = _tracing() if settings.traces else None
 
     def load(folder: Path) -> LoadedModel:
+        log.info("loading %s", folder, extra=SHOWN_EARLY)
         return load_model(folder, settings.backend, options)
 
     return assemble(settings, {name: load(folder) for name, folder in settings.model_folders.items()}, load, tracing)
@@ -137,6 +139,7 @@ def assemble(
                 "model %s: %s, %d threads, numerics_id %s",
                 model.name, model.backend, model.threads, model.numerics_id,
             )  # fmt: skip
+        log.info("warming up", extra=SHOWN_EARLY)
         engine.start()
         lag = asyncio.create_task(measure_loop_lag(metrics.loop_lag_seconds))
         yield

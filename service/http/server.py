@@ -20,7 +20,9 @@ from service.http.door.address import bind, url_of
 from service.http.door.connection import limited_protocol
 from service.http.door.connection_limit import OpenConnections, descriptor_budget
 from service.http.door.guard import MAX_HEADER_BYTES
+from service.http.start_up import start_up_facts, start_up_screen
 from service.http.state import ServiceState
+from service.logs import SCREEN, SHOWN_EARLY, START_UP
 from service.settings import Settings
 
 STRAGGLER_SECONDS = 30
@@ -44,9 +46,11 @@ class DrainingServer(uvicorn.Server):
     Uvicorn itself closes its socket at once.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, connections: int) -> None:
         super().__init__(config)
         self._app = app
+        self._connections = connections
+        self._announcement: asyncio.Task[None] | None = None
         self._drain: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -56,9 +60,12 @@ class DrainingServer(uvicorn.Server):
         for listener in sockets or []:
             listener.listen(BACKLOG)  # asyncio has set it to the number of connections that it accepts at once
             log.info("listening on %s", url_of(listener))
-        engine = engine_of(self._app)
-        if engine is not None:
-            self._watch = asyncio.get_running_loop().create_task(self._exit_on_death(engine))
+        service = _service_of(self._app)
+        if service is not None:
+            loop = asyncio.get_running_loop()
+            self._watch = loop.create_task(self._exit_on_death(service.engine))
+            addresses = [url_of(listener) for listener in sockets or []]
+            self._announcement = loop.create_task(self._announce(service, addresses))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -84,7 +91,7 @@ class DrainingServer(uvicorn.Server):
             log.warning("%s again: stopping at once, accepted requests are lost", number.name)
             end_process(1)
         elif engine is not None and engine.state is EngineState.STARTING:
-            log.info("%s during start-up: ending; nothing was accepted yet", number.name)
+            log.info("%s during start-up: ending; nothing was accepted yet", number.name, extra=SHOWN_EARLY)
             end_process(0)  # warm-up cannot be interrupted, and may take minutes
         log.info("%s: finishing accepted requests, refusing new ones", number.name)
         self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
@@ -95,6 +102,11 @@ class DrainingServer(uvicorn.Server):
             engine.drain()
             await engine.wait_idle()
         self.should_exit = True
+
+    async def _announce(self, service: ServiceState, addresses: list[str]) -> None:
+        await service.engine.warm.wait()
+        facts = start_up_facts(service, addresses, self._connections)
+        log.info("the service is ready", extra={START_UP: facts, SCREEN: start_up_screen(facts)})
 
     async def _exit_on_death(self, engine: AsyncEngine) -> None:
         await engine.died.wait()
@@ -142,7 +154,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    DrainingServer(config, app).run(sockets)
+    DrainingServer(config, app, budget.connections).run(sockets)
     service = _service_of(app)
     if service is None:
         return False

@@ -125,3 +125,10 @@ def test_the_error_for_serving_a_checkpoint_has_the_command_to_install_torch(tmp
 
 def test_the_command_line_starts() -> None:
     assert without_torch("import cli.main; print('started')").strip() == "started"
+
+
+def test_a_load_needs_no_torch() -> None:
+    assert (
+        without_torch("import cli.bench_command, cli.load.progress, cli.load.run; print('imported')").strip()
+        == "imported"
+    )

@@ -251,7 +251,7 @@ def test_runs_are_read_back_as_they_were_written_and_reported(tmp_path: Path) ->
     assert runs == [a_run(0.8), a_run(1.3)]
     write_report(tmp_path, runs)
     text = (tmp_path / "serving.md").read_text()
-    assert "| iddpm | 3 | 1.49 | 1 | 26.50 | 33.00 | 33.00 | 33.00 | 3.3 / 2.0 | 0.67 |" in text
+    assert "| iddpm | 3 | 1.49 | 1 | 26.50 | 20.00 | 33.00 | 33.00 | 3.3 / 2.0 | 0.67 |" in text
     assert "| 0.67 | 0.650 | 0.800 | 5.2 | 2000.0 ms | 0.650 | 0.000 |" in text
     assert "| iddpm | 5.0 | 5.0 | 1.00 |" in text
     assert "sent requests at most 1 ms after they were due" in text

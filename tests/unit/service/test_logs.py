@@ -11,12 +11,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from service.log_writer import BackgroundHandler
-from service.logs import REQUEST_FIELDS, Seldom, configure_logging
+from service.logs import REQUEST_FIELDS, SCREEN, SHOWN_EARLY, START_UP, Seldom, configure_logging
 from service.metrics import LOG_LINES_DROPPED
 from tests.waiting import PATIENCE_S
 
@@ -73,6 +74,47 @@ def test_json_records_have_the_fields_of_a_request_besides_the_message(
     line = json.loads(capfd.readouterr().err)
     assert line["event"] == "GET / 200"
     assert {name: line.get(name) for name in (*REQUEST_FIELDS, "colour")} == {**fields, "colour": None}
+
+
+def test_the_end_of_start_up_is_one_line_with_its_values(
+    capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler
+) -> None:
+    logging.getLogger("service").info("details")
+    logging.getLogger("service").info("ready", extra={START_UP: {"width": 8}, SCREEN: "\n  width 8\n"})
+    logging_configured.flush()
+    details, ready = map(json.loads, capfd.readouterr().err.splitlines())
+    assert details["event"] == "details"
+    assert (ready["event"], ready["start_up"], SCREEN in ready) == ("ready", {"width": 8}, False)
+
+
+def test_a_terminal_shows_one_screen_instead_of_the_details_of_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    controlling, terminal = os.openpty()
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(fileno=lambda: terminal))
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", root.handlers)
+    level = root.level
+    configure_logging()
+    try:
+        service = logging.getLogger("service.x")
+        service.info("settings")
+        logging.getLogger("uvicorn.error").info("started")
+        logging.getLogger("formats.x").info("compiling")
+        service.info("loading", extra=SHOWN_EARLY)
+        service.warning("slow")
+        service.info("ready", extra={START_UP: {}, SCREEN: "\n  the screen\n"})
+        service.info("request")
+        root.handlers[0].flush()
+        text = ""
+        while "request" not in text:  # a terminal gives what it has, which may be less than was written
+            text += os.read(controlling, 65536).decode()
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        os.close(controlling)
+        os.close(terminal)
+    shown = [re.sub("\x1b\\[[0-9;]*m", "", line).rstrip() for line in text.splitlines() if line.strip()]
+    events = [" ".join(line.split()[3:-1]) if line.startswith("2") else line for line in shown]
+    assert events == ["compiling", "loading", "slow", "  the screen", "request"]
 
 
 def test_warnings_are_logged(capfd: pytest.CaptureFixture[str], logging_configured: BackgroundHandler) -> None:

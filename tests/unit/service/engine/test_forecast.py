@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from benchmarks.simulate import DEVICES, Arrival, Device, Outcome, arrivals, best_batcher, latencies, step_level
-from benchmarks.traffic import percentile
+from cli.load.report import percentile
 from service.engine.config import EngineConfig
 from service.engine.forecast import Forecast
 from service.engine.ledger import Ledger
