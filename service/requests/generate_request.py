@@ -26,9 +26,12 @@ from formats.images import JPEG_QUALITY
 from service.models.class_names import MAX_CLASS_NAME
 from service.requests.registered_name import NameIn
 from service.requests.request_body import RequestBody
+from service.requests.source import File
 
 MAX_IMAGES = 64
 DEFAULT_STEPS = 100
+UPSAMPLE_STEPS = 25
+"""Of the second stage of a cascade; arXiv:2105.05233, section 5."""
 MAX_CFG_SCALE = 20.0
 MAX_CLASSIFIER_SCALE = 100.0
 MAX_DEADLINE_S = 86400.0
@@ -39,8 +42,6 @@ MAX_RESAMPLE_JUMP = 4000
 
 ImageFormat = Literal["png", "webp", "jpeg", "npz", "npy"]
 ValueType = Literal["uint8", "float32"]
-File = Annotated[StrictStr, Field(min_length=1)]
-"""A file in base64."""
 PriorityName = Literal["interactive", "batch"]
 SamplerName = Annotated[str, NameIn(SAMPLERS)]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
@@ -114,7 +115,24 @@ class ResampleOptions(RequestBody):
     jump: Annotated[StrictInt, Field(ge=1, le=MAX_RESAMPLE_JUMP)] = Field(description="Steps of such a part.")
 
 
-class GivenOptions(RequestBody):
+class UseOfGiven(RequestBody):
+    """What is done with given images; the fields have the same names in all interfaces."""
+
+    strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
+    )
+    start_timestep: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None,
+        description="With `image` or `latent`: t of the training chain to begin at; the nearest step that is taken.",
+    )
+    resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
+    fit: Fit | None = Field(
+        default=None,
+        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
+    )
+
+
+class GivenOptions(UseOfGiven):
     """Images, masks and latents that a request brings along, and what is done with them."""
 
     image: File | None = Field(
@@ -134,18 +152,21 @@ class GivenOptions(RequestBody):
         description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of exactly that shape: a "
         "file as `image`, or an array with one per image. For an upsampler: the small picture.",
     )
-    strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
-        default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
+
+
+class UpsampleOptions(RequestBody):
+    """How the upsampler of a cascade samples; the options of the request itself are those of the base."""
+
+    steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        default=None, description=f"Respaced sampling steps, 2..T of the upsampler; default {UPSAMPLE_STEPS}."
     )
-    start_timestep: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        default=None,
-        description="With `image` or `latent`: t of the training chain to begin at; the nearest step that is taken.",
+    sampler: SamplerName = Field(default="ancestral", description=f"{_in_code(SAMPLERS)}.")
+    cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
+        default=None, description="Classifier-free guidance scale; default: the value that the upsampler recommends."
     )
-    resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
-    fit: Fit | None = Field(
-        default=None,
-        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
-    )
+    classifier_scale: (
+        Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
+    ) = Field(default=None, description="Classifier guidance scale, if the upsampler has a classifier; default 0.")
 
 
 class GenerateRequest(GivenOptions, SamplingOptions):
@@ -171,6 +192,9 @@ class GenerateRequest(GivenOptions, SamplingOptions):
         default="uint8", description="Of `npz` and `npy`: `uint8`, or `float32` in the units of the data."
     )
     clip: StrictBool = Field(default=True, description="Whether the predicted image is clamped in each step.")
+    upsample: UpsampleOptions | None = Field(
+        default=None, description="Of a cascade: how its upsampler samples, with `seed` + 1."
+    )
     quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
         default=None, description=f"Quality of format `jpeg`, 1..100; default {JPEG_QUALITY}."
     )
