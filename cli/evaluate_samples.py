@@ -14,8 +14,8 @@ from cli.errors import fail, needs_extra
 from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
 
 if TYPE_CHECKING:
+    from cli.local_engine import LocalEngine
     from diffusion.config import CheckpointConfig
-    from trainer.evaluation.sample_files import IntArray
 
 SHARD_SIZE = 64
 """Images that are written at a time."""
@@ -138,63 +138,33 @@ def generate(
     model: Path, out: Path, num: int, seed: int, sampling: dict[str, Any], classes: str, data: Path | None
 ) -> tuple[CheckpointConfig, str]:
     """Generate the images that are missing in a folder; return the model's configuration and numerics_id."""
-    import numpy as np
-    from tqdm import tqdm
-
+    from cli.bulk import Files, describe_generation, generate_into
     from cli.local_engine import LocalEngine
-    from service.requests.generate_request import MAX_IMAGES
-    from trainer.evaluation.sample_files import SampleFolder
 
     engine = LocalEngine(model)
-    labels = _labels(engine.config, num, classes, data)
-    plan = {
-        "numerics_id": engine.numerics_id,
-        "seed": seed,
-        "sampling": sampling,
-        "cfg_scale": sampling.get("cfg_scale", engine.config.sampling.cfg_scale),
-        "classes": classes if labels is not None else None,
-    }
-
-    def images_of(group: range) -> list[Any]:
-        images = []
-        for first in range(group.start, group.stop, MAX_IMAGES):
-            part = range(first, min(first + MAX_IMAGES, group.stop))
-            fields = {**sampling, "seed": seed, "image_index": first, "n": len(part)}
-            if labels is not None:
-                fields["class"] = [int(labels[k]) for k in part]
-            images += engine.complete(fields)
-        return images
-
-    first = images_of(range(1))  # refuses wrong options before the folder is made
-    folder = SampleFolder(out, plan, num, SHARD_SIZE)
-    missing = folder.missing()
-    row_steps = first[0].rows * first[0].num_steps
-    # Counted in rows computed, shown in images
-    initial = (num - sum(map(len, missing))) * row_steps
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
-    bar = tqdm(
-        total=num * row_steps,
-        initial=initial,
-        unit_scale=1 / row_steps,
-        bar_format=form,
-        desc="generating",
-        unit="img",
-        dynamic_ncols=True,
+    generation = describe_generation(
+        engine,
+        sampling,
+        seed=seed,
+        image_index=0,
+        count=num,
+        classes=_classes(engine, sampling, num, classes, data),
+        files=Files("npz", SHARD_SIZE),
     )
-    with bar:
-        for number, pixels in engine.run(map(images_of, missing), bar.update):
-            folder.write_shard(missing[number], np.stack(pixels))
-    folder.finish(labels)
+    generate_into(out, engine, generation)
     return engine.config, engine.numerics_id
 
 
-def _labels(config: CheckpointConfig, num: int, classes: str, data: Path | None) -> IntArray | None:
+def _classes(
+    engine: LocalEngine, sampling: dict[str, Any], num: int, classes: str, data: Path | None
+) -> list[int] | None:
+    """Return the classes of images by image index, repeated as often as needed; None if images have no class."""
+    from cli.bulk import choose_classes
     from trainer.evaluation.feature_sets import open_real
-    from trainer.evaluation.sample_files import balanced_labels, labels_by_frequency
+    from trainer.evaluation.sample_files import labels_by_frequency
 
-    count = config.model.num_classes
-    if count is None:
-        return None
-    if classes == "balanced" or data is None:
-        return balanced_labels(num, count)
-    return labels_by_frequency(num, open_real(data, config, labelled=True).labels, count)
+    count = engine.config.model.num_classes
+    if classes == "balanced" or data is None or count is None:
+        return choose_classes(engine, sampling, None)
+    labels = labels_by_frequency(num, open_real(data, engine.config, labelled=True).labels, count)
+    return [int(label) for label in labels]

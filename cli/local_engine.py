@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 AHEAD = 2
-"""Batches of images that the engine holds, at least, while there are more to come."""
+"""Batches of images that the engine holds while there are more to come: one that runs, and one that follows it."""
 
 
 class LocalEngine:
@@ -46,14 +47,16 @@ class LocalEngine:
         refuse_unknown_variables()
         settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
         self._config = settings.engine_config()
-        (folder,) = settings.model_folders.values()
-        backend = load_model(folder, settings.backend, settings.backend_options())
+        ((self.name, self.folder),) = settings.model_folders.items()
+        backend = load_model(self.folder, settings.backend, settings.backend_options())
         self.config: CheckpointConfig = backend.config
         """Configuration of the model."""
         check(self.config)
         self._runner = ArrayRunner(backend, self._config)
         self.numerics_id = self._runner.numerics_id
         """Identity of the numerics: equal ids give equal pixels."""
+        self.backend: str = backend.description
+        """Backend, device and precision, for human readers."""
         self._served = served_model(MODEL, backend, self.numerics_id)
         self._engine = Engine({MODEL: self._runner}, self._config, Metrics())
         self._warm = False
@@ -121,11 +124,12 @@ class LocalEngine:
     ) -> Iterator[tuple[int, list[Pixels]]]:
         """Generate groups of images, and yield each group when it is complete, with its number.
 
-        The engine holds more images than fit in a batch as long as there are any, across groups.
+        The engine always holds enough images to fill its batches, across groups, and never many more.
 
         Args:
             groups: read as needed.
-            progress: called with the network rows computed since the last call.
+            progress: called with the network rows computed since the last call. After an exception of it, or if not all
+                groups are taken, the engine cannot be used again.
 
         Yields:
             The number of a group and its images, [H, W, C]: uint8 pixels, or float32 values in the units of the data;
@@ -142,33 +146,66 @@ class LocalEngine:
         if not self._warm:
             self._engine.warm_up()
             self._warm = True
-        values = value_range_of(self.config)
-        waiting = enumerate(groups)
+        engine, values = self._engine, value_range_of(self.config)
+        parts = _parts(groups, self._config.max_rows)
+        running: dict[str, _Part] = {}
+        outputs: dict[int, dict[int, Pixels]] = {}
+        in_flight = 0
         more = True
-        running: dict[str, Sequence[ImageParams]] = {}
-        outputs: dict[str, dict[int, Pixels]] = {}
-        counted = self._engine.activity.row_steps
-        while more or running:
-            while more and sum(map(len, running.values())) < AHEAD * self._config.max_rows:
-                number, images = next(waiting, (None, ()))
-                if number is None:
+        counted = engine.activity.row_steps
+        while more or in_flight:
+            while more and in_flight < AHEAD * self._config.max_rows:
+                part = next(parts, None)
+                if part is None:
                     more = False
-                elif images:
-                    name = str(number)
-                    running[name], outputs[name] = images, {}
-                    request = GenerationRequest(request_id=name, model=MODEL, images=tuple(images))
-                    self._engine.add(request, time.monotonic())
-            if not running:
-                return
-            for result in self._engine.step():
-                image = running[result.request_id][result.position]
+                    break
+                name = f"{part.group} {part.first}"
+                running[name] = part
+                outputs.setdefault(part.group, {})
+                request = GenerationRequest(request_id=name, model=MODEL, images=tuple(part.images))
+                engine.add(request, time.monotonic())
+                in_flight += len(part.images)
+            engine.launch()
+            results = engine.report()  # of the step before, while the device computes this one
+            engine.settle()
+            if not engine.has_work():
+                results += engine.report()  # there is no next step
+            progress(engine.activity.row_steps - counted)
+            counted = engine.activity.row_steps
+            for result in results:
+                part = running[result.request_id]
+                image = part.images[result.position]
                 if result.failure is not None:
                     raise image_failure(image.image_index, result.failure)
-                outputs[result.request_id][result.position] = (
+                found = outputs[part.group]
+                found[part.first + result.position] = (
                     output_of(image, result, values) if image.plan.kind == "sample" else network_values(result)
                 )
-            progress(self._engine.activity.row_steps - counted)
-            counted = self._engine.activity.row_steps
-            for name in [name for name, found in outputs.items() if len(found) == len(running[name])]:
-                found = outputs.pop(name)
-                yield int(name), [found[position] for position in range(len(running.pop(name)))]
+                in_flight -= 1
+                part.left -= 1
+                if part.left == 0:
+                    del running[result.request_id]
+                if len(found) == part.of:
+                    del outputs[part.group]
+                    yield part.group, [found[position] for position in range(part.of)]
+
+
+@dataclass
+class _Part:
+    """Images of a group that enter the engine together."""
+
+    group: int
+    first: int
+    """Position of the first image in the group."""
+    of: int
+    """Images of the whole group."""
+    images: Sequence[ImageParams]
+    left: int
+    """Images without a result."""
+
+
+def _parts(groups: Iterable[Sequence[ImageParams]], size: int) -> Iterator[_Part]:
+    for group, images in enumerate(groups):
+        for first in range(0, len(images), size):
+            part = images[first : first + size]
+            yield _Part(group, first, len(images), part, len(part))

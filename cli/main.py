@@ -12,6 +12,7 @@ from cli.encode_command import encode_command
 from cli.ensemble_command import ensemble_command
 from cli.evaluate_command import evaluate_app
 from cli.export_command import export_command
+from cli.generate_command import generate_command
 from cli.import_command import import_command
 from cli.keys_command import keys_app
 from cli.names_in_help import NamesInHelp
@@ -57,6 +58,7 @@ app.add_typer(study_app, name="study")
 app.add_typer(evaluate_app, name="evaluate")
 app.command("serve", cls=NamesInHelp)(serve_command)
 app.command("sample", cls=NamesInHelp)(sample_command)
+app.command("generate", cls=NamesInHelp)(generate_command)
 app.command("encode", cls=NamesInHelp)(encode_command)
 app.command("bench")(bench_command)
 app.command("import")(import_command)

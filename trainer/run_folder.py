@@ -16,21 +16,17 @@ The training process claims the folder first. It writes only to a folder that is
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
 from formats.atomic_folder import may_replace
 from formats.checkpoint_config import CONFIG_FILE
-from formats.disk_errors import disk_errors_name
+from formats.folder_lock import FolderInUse, folder_lock
 from formats.leftovers import remove_leftovers
 from trainer.errors import TrainError
 
@@ -38,7 +34,6 @@ TRAIN_CONFIG_FILE = "train_config.json"
 LOG_FILE = "metrics.jsonl"
 OLD_LOG_FILE = "log.jsonl"
 """Name of the log in earlier versions; renamed when such a run is resumed."""
-LOCK_FILE = ".lock"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 EMA_FOLDER = "ema"
@@ -91,8 +86,7 @@ def claimed(run: Path, *, resume: bool) -> Iterator[None]:
     """
     _refuse_unfit(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK_FILE).open("a+", encoding="utf-8") as lock:
-        _lock(lock, run)
+    with _locked(run):
         _refuse_unfit(run, resume=resume)  # check again: another run may have started or ended meanwhile
         for path in (run / MODEL_FOLDER, run / BEST_FOLDER, run / TRAIN_CONFIG_FILE, *checkpoints(run)):
             remove_leftovers(path)
@@ -137,22 +131,19 @@ def _began_a_run(run: Path) -> bool:
     )
 
 
-def _lock(lock: TextIO, run: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        raise TrainError(
-            f"{run} is in use by another training run ({lock.read().strip() or 'just started'}); use another --out, "
-            "or wait until it has ended"
-        ) from error
-    except OSError as error:
-        warn(f"{run} cannot be locked ({error.strerror}): make sure that no other run writes there")
-        return
-    with disk_errors_name(run / LOCK_FILE):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            unlocked = stack.enter_context(folder_lock(run))
+        except FolderInUse as error:
+            raise TrainError(
+                f"{run} is in use by another training run ({error.holder}); use another --out, or wait until it has "
+                "ended"
+            ) from error
+        if unlocked is not None:
+            warn(f"{run} cannot be locked ({unlocked.strerror}): make sure that no other run writes there")
+        yield
 
 
 def _remove_halves(folder: Path) -> None:

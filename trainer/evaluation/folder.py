@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from formats.atomic_file import write_file
+from formats.folder_lock import folder_lock
 from formats.json_files import read_object
 from trainer.evaluation.errors import EvaluationError
+from trainer.run_folder import warn
 
-LOCK_FILE = ".lock"
 SETTINGS_FILE = "settings.json"
 
 
@@ -30,7 +30,8 @@ def evaluation_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Non
         settings: everything that determines the results, for JSON; recorded in the folder.
 
     Raises:
-        EvaluationError: another process uses the folder, it was started with other settings, or it holds other files.
+        EvaluationError: the folder was started with other settings, or it holds other files.
+        FolderInUse: another process uses the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise EvaluationError(f"--out must be a folder; {folder} is not one")
@@ -38,13 +39,9 @@ def evaluation_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Non
     if folder.is_dir() and not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise EvaluationError(f"{folder} contains files of something else; use another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EvaluationError(f"{folder} is in use by another process; wait, or use another --out") from error
-        except OSError:
-            pass  # a file system without locks
+    with folder_lock(folder) as unlocked:
+        if unlocked is not None:
+            warn(f"{folder} cannot be locked ({unlocked.strerror}): make sure that no other process writes there")
         wanted = json.loads(json.dumps(settings))
         if path.exists():
             _refuse_other(folder, read_object(path), wanted)

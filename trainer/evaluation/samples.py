@@ -11,6 +11,7 @@ import numpy as np
 from diffusion.config import CheckpointConfig
 from formats.atomic_file import write_file
 from formats.images import Uint8Array, captioned_rows, encode
+from formats.shards import SAMPLES_FILE
 from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.extractors import Extractor
 from trainer.evaluation.feature_sets import (
@@ -20,7 +21,7 @@ from trainer.evaluation.feature_sets import (
     file_reference,
     open_real,
 )
-from trainer.evaluation.sample_files import SAMPLES_FILE, stored_images
+from trainer.evaluation.sample_files import stored_images
 from trainer.evaluation.scores import markdown, score, table
 from trainer.provenance import git_commit
 

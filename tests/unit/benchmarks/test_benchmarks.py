@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bookkeeping, denoise_step, http, precision, sample, thread_or_process
+from benchmarks import bookkeeping, bulk, denoise_step, http, precision, sample, thread_or_process
 from benchmarks.ceiling import Probe, ceilings, probes
 from benchmarks.contenders import (
     Absent,
@@ -44,7 +44,7 @@ from service.engine.request import ImageStatus
 from service.metrics import Metrics
 from tests import bfloat16
 from tests.counts import LONG
-from tests.fakes import CountingRunner, generation, params
+from tests.fakes import CountingRunner, generation, params, tiny_checkpoint
 from tests.paths import ROOT
 from tests.waiting import TEST_LIMIT_S
 
@@ -393,3 +393,17 @@ def test_a_server_is_started_called_and_stopped(tmp_path: Path) -> None:
         "| b | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 2.00 (2.00-2.00) | 100 (100-100) "
         "| 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | - |"
     )
+
+
+def test_generating_into_files_is_compared_with_the_engine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.bulk.WORK", tmp_path)
+    monkeypatch.setenv("IDDPM_MAX_ROWS", "2")
+    model = tiny_checkpoint(tmp_path / "model")
+    options = ["--images", "3", "--steps", "2", "--rounds", "1", "--shard-size", "2", "--formats", "npz"]
+    bulk.report(bulk.parse_arguments([str(model), *options, "--out", str(tmp_path)]))
+    lines = (tmp_path / "bulk.md").read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("| the engine alone |") and "100.0 %" in line for line in lines)
+    assert sum(line.startswith("| iddpm generate --format npz |") for line in lines) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bulk.md", "model"]

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from formats.generated_folder import GeneratedFolder
 from tests.fakes import CLASS_NAMES, tiny_checkpoint
 from tests.unit.trainer.evaluation.test_extractors import onnx_means
 from trainer.evaluation.extractors import INCEPTION_SHA256
-from trainer.evaluation.sample_files import SampleFolder
 
 NUM = 10
 
@@ -70,24 +70,24 @@ def test_samples_are_those_of_the_engine_and_are_scored_against_the_data(
 def test_an_interrupted_command_continues_with_the_missing_images(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = SampleFolder.write_shard
+    write = GeneratedFolder.write
     written: list[range] = []
 
-    def killed_at_the_second(self: SampleFolder, images: range, pixels: np.ndarray) -> None:
+    def killed_at_the_second(self: GeneratedFolder, images: range, pixels: np.ndarray) -> None:
         if len(written) == 1:
             raise OSError("killed")
         written.append(images)
         write(self, images, pixels)
 
-    monkeypatch.setattr(SampleFolder, "write_shard", killed_at_the_second)
+    monkeypatch.setattr(GeneratedFolder, "write", killed_at_the_second)
     assert evaluate(model, tmp_path / "out", "--data", data)[0] == 1
     assert len(written) == 1
 
-    def count(self: SampleFolder, images: range, pixels: np.ndarray) -> None:
+    def count(self: GeneratedFolder, images: range, pixels: np.ndarray) -> None:
         written.append(images)
         write(self, images, pixels)
 
-    monkeypatch.setattr(SampleFolder, "write_shard", count)
+    monkeypatch.setattr(GeneratedFolder, "write", count)
     assert evaluate(model, tmp_path / "out", "--data", data)[0] == 0
     assert sorted(images.start for images in written) == [0, 4, 8]
     assert evaluate(model, tmp_path / "whole", "--data", data)[0] == 0

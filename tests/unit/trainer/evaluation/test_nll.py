@@ -17,6 +17,7 @@ from diffusion.likelihood import VariationalBound
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import respace
 from formats.ensemble import write_ensemble
+from formats.folder_lock import FolderInUse
 from tests.fakes import tiny_checkpoint, tiny_config
 from tests.networks import RANDOM_MODEL_STEPS, write_random_model
 from trainer.data import Dataset, network_input, open_dataset
@@ -165,7 +166,7 @@ def test_a_folder_in_use_or_of_something_else_is_refused(tmp_path: Path) -> None
     folder = tmp_path / "out"
     with (
         evaluation_folder(folder, {"seed": 0}),
-        pytest.raises(EvaluationError, match="in use"),
+        pytest.raises(FolderInUse, match="in use"),
         evaluation_folder(folder, {"seed": 0}),
     ):
         pass

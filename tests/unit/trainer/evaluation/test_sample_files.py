@@ -1,4 +1,4 @@
-"""Files of generated images: resumable, and readable by guided-diffusion's evaluator."""
+"""The classes of an evaluation's images, and images read from npz files."""
 
 from __future__ import annotations
 
@@ -9,43 +9,11 @@ import pytest
 
 from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.sample_files import (
-    SampleFolder,
-    balanced_labels,
     labels_by_frequency,
     stored_images,
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 4, 6, 3), dtype=np.uint8)
-
-
-def write(folder: SampleFolder, shards: list[range]) -> None:
-    for images in shards:
-        folder.write_shard(images, PIXELS[images.start : images.stop])
-
-
-def test_shards_that_a_killed_process_wrote_are_kept_and_joined_in_order(tmp_path: Path) -> None:
-    first = SampleFolder(tmp_path / "out", {"seed": 1}, 11, 4)
-    assert first.missing() == [range(4), range(4, 8), range(8, 11)]
-    write(first, [range(4, 8)])
-
-    second = SampleFolder(tmp_path / "out", {"seed": 1}, 11, 4)
-    assert second.missing() == [range(4), range(8, 11)]
-    write(second, second.missing())
-    path = second.finish(balanced_labels(11, 3))
-    with np.load(path, allow_pickle=False) as arrays:
-        assert np.array_equal(arrays["arr_0"], PIXELS)
-        assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
-    assert SampleFolder(tmp_path / "out", {"seed": 1}, 11, 4).missing() == []
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["plan.json", "samples.npz"]
-
-
-def test_images_of_another_plan_are_refused_with_the_difference(tmp_path: Path) -> None:
-    SampleFolder(tmp_path / "out", {"seed": 1, "steps": 10}, 11, 4)
-    with pytest.raises(EvaluationError, match="steps was 10, is 20"):
-        SampleFolder(tmp_path / "out", {"seed": 1, "steps": 20}, 11, 4)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match="must be a folder"):
-        SampleFolder(tmp_path / "file", {}, 11, 4)
 
 
 def test_stored_images_are_read_in_batches_of_any_archive(tmp_path: Path) -> None:

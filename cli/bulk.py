@@ -1,0 +1,233 @@
+"""Generate many images of one seed into a folder, and continue after any interruption."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from cli.split_requests import with_class_index
+
+if TYPE_CHECKING:
+    from cli.local_engine import LocalEngine
+    from formats.generated_folder import GeneratedFolder
+    from formats.generation import Generation, GenerationFormat
+    from formats.images import Uint8Array
+    from service.engine.request import ImageParams
+
+
+class BulkStopped(Exception):
+    """Generation was stopped by a request."""
+
+
+class Files(NamedTuple):
+    """How images are stored."""
+
+    format: GenerationFormat
+    shard_size: int
+
+
+def describe_generation(
+    engine: LocalEngine,
+    sampling: dict[str, Any],
+    *,
+    seed: int,
+    image_index: int,
+    count: int,
+    classes: Sequence[int] | None,
+    files: Files,
+) -> Generation:
+    """Return the manifest of images, with everything that determines them.
+
+    Args:
+        engine: the model.
+        sampling: fields of a request that say how a chain is computed; absent ones have the model's defaults.
+        seed: of all images.
+        image_index: of the first image.
+        count: number of images.
+        classes: classes of the images by image index, repeated as often as needed; None: the images have none.
+        files: how they are stored.
+
+    Raises:
+        ValidationError, InvalidRequest: a field breaks a rule of requests, or of the model.
+        ValueError: an image index is too large.
+    """
+    from importlib.metadata import version
+
+    from diffusion.config import size_pair
+    from diffusion.noise import MAX_IMAGE_INDEX
+    from formats.generation import Generation, Sampling
+    from formats.model_hash import model_sha256
+
+    if image_index + count - 1 > MAX_IMAGE_INDEX:
+        raise ValueError(f"--image-index must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images")
+    one = {} if classes is None else {"class": classes[0]}
+    (image,) = engine.complete({**sampling, **one, "seed": seed, "image_index": image_index, "n": 1})
+    height, width = size_pair(engine.config.model.image_size)
+    return Generation(
+        iddpm=version("iddpm"),
+        model=engine.name,
+        model_sha256=model_sha256(engine.folder),
+        numerics_id=engine.numerics_id,
+        backend=engine.backend,
+        sampling=Sampling(
+            sampler=image.plan.sampler,
+            respacing=image.plan.spec,
+            num_steps=image.num_steps,
+            eta=image.plan.eta,
+            cfg_scale=image.cfg_scale,
+            classifier_scale=image.classifier_scale,
+        ),
+        seed=seed,
+        image_index=image_index,
+        count=count,
+        image_shape=(height, width, engine.config.model.image_channels),
+        classes=None if classes is None else tuple(classes),
+        class_names=engine.class_names,
+        format=files.format,
+        shard_size=files.shard_size,
+    )
+
+
+def choose_classes(engine: LocalEngine, sampling: dict[str, Any], names: Sequence[str] | None) -> list[int] | None:
+    """Return the indices of the classes of images to generate; None if images have no class.
+
+    Args:
+        engine: the model.
+        sampling: fields of a request; classifier guidance gives classes to a model without.
+        names: names or indices; None: all classes.
+
+    Raises:
+        ValidationError, InvalidRequest: there is no such class, or another field breaks a rule.
+        ValueError: a class is named twice.
+    """
+    if names is None:
+        (image,) = engine.complete(sampling)
+        return None if image.class_index is None else list(range(len(engine.class_names)))
+    found = []
+    for name in names:
+        (image,) = engine.complete(with_class_index({**sampling, "class": name}, lambda: engine.class_names))
+        assert image.class_index is not None  # noqa: S101  # else `complete` refuses a class
+        found.append(image.class_index)
+    if len(set(found)) < len(found):
+        raise ValueError(f"--class: each class can be given once; got {', '.join(names)}")
+    return found
+
+
+def images_of(engine: LocalEngine, generation: Generation, images: range) -> list[ImageParams]:
+    """Return some images of a generation: exactly what the service makes of requests with their seed, index and class.
+
+    Raises:
+        ValidationError, InvalidRequest: a field breaks a rule.
+    """
+    from service.requests.generate_request import MAX_IMAGES
+
+    sampling = generation.sampling
+    fields: dict[str, Any] = {
+        "sampler": sampling.sampler,
+        "respacing": sampling.respacing,
+        "cfg_scale": sampling.cfg_scale,
+        "classifier_scale": sampling.classifier_scale,
+        "seed": generation.seed,
+    }
+    if sampling.eta:
+        fields["eta"] = sampling.eta
+    found: list[ImageParams] = []
+    for first in range(images.start, images.stop, MAX_IMAGES):
+        part = range(first, min(first + MAX_IMAGES, images.stop))
+        labels = generation.labels(part)
+        one = {} if labels is None else {"class": labels.tolist()}
+        found += engine.complete({**fields, **one, "image_index": generation.index_of(first), "n": len(part)})
+    return found
+
+
+def generate_into(out: Path, engine: LocalEngine, generation: Generation) -> None:
+    """Generate the images that a folder lacks, with a progress bar, and complete the folder.
+
+    SIGTERM, SIGHUP and Ctrl-C end the command when the shard that is being written is whole; it says how to continue.
+
+    Raises:
+        GenerationError: the folder holds other images or other files, or the format cannot hold the images.
+        FolderInUse: another process writes there.
+        GenerationFailed: an image failed.
+        OSError: a file cannot be written.
+    """
+    from formats.generated_folder import generated_folder
+    from trainer.stop_request import StopRequest
+
+    stop = StopRequest()
+    try:
+        with generated_folder(out, generation) as folder, stop.on_signals():
+            if folder.unlocked is not None:
+                typer.echo(
+                    f"warning: {out} cannot be locked ({folder.unlocked.strerror}): make sure that no other process "
+                    "writes there",
+                    err=True,
+                )
+            _generate_missing(engine, folder, stop)
+    except BulkStopped:
+        typer.echo(f"stopped; to continue: {shlex.join(['iddpm', *sys.argv[1:]])}", err=True)
+        raise typer.Exit(128 + (stop.signal or 0)) from None
+
+
+def _generate_missing(engine: LocalEngine, folder: GeneratedFolder, stop: Callable[[], bool]) -> None:
+    """Generate what is missing; at most two shards are generated while one is written and one waits to be.
+
+    Raises:
+        BulkStopped: `stop`, which is asked after each step, returned True. Shards that were complete are written.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    generation, missing = folder.generation, folder.missing()
+    (first,) = images_of(engine, generation, range(1))
+    row_steps = first.rows * first.num_steps
+    # Counted in rows computed, shown in images
+    bar = tqdm(
+        total=generation.count * row_steps,
+        initial=(generation.count - sum(map(len, missing))) * row_steps,
+        unit_scale=1 / row_steps,
+        bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]",
+        desc="generating",
+        unit="img",
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
+
+    def advance(rows: int) -> None:
+        bar.update(rows)
+        if stop():
+            raise BulkStopped
+
+    with bar, _writer(folder) as write:
+        groups = (images_of(engine, generation, images) for images in missing)
+        for number, pixels in engine.run(groups, advance) if missing else ():  # a run begins with a warm-up
+            write(missing[number], np.stack(pixels))
+    folder.finish()
+
+
+@contextmanager
+def _writer(folder: GeneratedFolder) -> Iterator[Callable[[range, Uint8Array], None]]:
+    """Yield a function that writes a shard in another thread, so that the engine need not wait for files.
+
+    The function waits until the shard before is written. What it was given is written when the block ends, also by an
+    exception.
+    """
+    last: Future[None] | None = None
+
+    def write(images: range, pixels: Uint8Array) -> None:
+        nonlocal last
+        if last is not None:
+            last.result()
+        last = pool.submit(folder.write, images, pixels)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
+        yield write
+        if last is not None:
+            last.result()

@@ -1,0 +1,212 @@
+"""`iddpm generate`: the images of the service in files, continued after signals and `kill -9`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cli.local_engine import AHEAD, LocalEngine
+from cli.main import app
+from formats.folder_lock import folder_lock
+from formats.generated_folder import GeneratedFolder, read_generation
+from service.engine.request import ImageParams
+from service.http.app import create_app
+from service.settings import Settings
+from tests.fakes import tiny_checkpoint
+from tests.integration.exact_service import serving
+from tests.waiting import PATIENCE_S
+
+MAX_ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def generate(model: Path, out: Path, *arguments: str | float) -> tuple[int, str]:
+    options = map(str, ["--out", out, "--steps", 3, "--cfg-scale", 1, *arguments])
+    result = CliRunner().invoke(app, ["generate", str(model), *options])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def samples(out: Path) -> tuple[list[list[int]], list[int]]:
+    with np.load(out / "samples.npz", allow_pickle=False) as arrays:
+        return arrays["arr_0"].tolist(), arrays["arr_1"].tolist()
+
+
+def test_every_image_has_the_bytes_that_the_service_returns(model: Path, tmp_path: Path) -> None:
+    options = ("--num", 6, "--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--cfg-scale", 1.5)
+    chosen = ("--seed", 3, "--image-index", 5, "--class", "cat", "--class", 0, "--shard-size", 4)
+    assert generate(model, tmp_path, *options, *chosen)[0] == 0
+    body = {"steps": 4, "sampler": "ddim", "eta": 0.5, "cfg_scale": 1.5, "seed": 3}
+    with serving(create_app(Settings(models=(model,)))) as address:
+        for image_index in range(5, 11):
+            name = ("Cat", "Ape")[image_index % 2]
+            answer = httpx.post(
+                f"http://{address}/v1/generate",
+                json={**body, "image_index": image_index, "class": name},
+                headers={"Accept": "image/png"},
+                timeout=PATIENCE_S,
+            ).raise_for_status()
+            with (
+                Image.open(io.BytesIO(answer.content)) as served,
+                Image.open(tmp_path / "images" / name / f"3_{image_index}.png") as generated,
+            ):
+                assert generated.tobytes() == served.tobytes()
+        (served_model,) = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["numerics_id"] == served_model["numerics_id"]
+    assert manifest["complete"] is True
+
+
+def test_ranges_of_other_machines_add_up_to_the_whole(model: Path, tmp_path: Path) -> None:
+    for out, more in (("whole", ("--per-class", 2)), ("a", ("--num", 3)), ("b", ("--num", 5, "--image-index", 3))):
+        assert generate(model, tmp_path / out, "--format", "npz", *more)[0] == 0
+    (whole, labels), (a, a_labels), (b, b_labels) = (samples(tmp_path / out) for out in ("whole", "a", "b"))
+    assert whole == a + b
+    assert labels == a_labels + b_labels == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+KILLED_AT_THE_SECOND_SHARD = """
+import os, signal, sys
+from cli.main import app
+from formats.generated_folder import GeneratedFolder
+
+def write_or_be_killed(self, images, pixels):
+    if images.start:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, images, pixels)
+
+write, GeneratedFolder.write = GeneratedFolder.write, write_or_be_killed
+app()
+"""
+
+
+def test_after_kill_9_the_same_command_continues(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, options = tmp_path / "out", ("--num", 12, "--steps", 3, "--cfg-scale", 1, "--format", "npz")
+    command = ["generate", model, *options, "--shard-size", 4, "--out", out]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_SECOND_SHARD, *map(str, command)], check=False, timeout=PATIENCE_S
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not read_generation(out).complete
+    assert [path.name for path in (out / "shards").iterdir()] == ["000000.npz"]
+
+    write, written = GeneratedFolder.write, list[range]()
+
+    def count(self: GeneratedFolder, images: range, pixels: np.ndarray) -> None:
+        written.append(images)
+        write(self, images, pixels)
+
+    monkeypatch.setattr(GeneratedFolder, "write", count)
+    assert generate(model, out, *options, "--shard-size", 4)[0] == 0
+    assert written == [range(4, 8), range(8, 12)]
+    assert generate(model, tmp_path / "whole", *options)[0] == 0
+    assert samples(out) == samples(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_shard_being_written_and_says_how_to_continue(
+    number: signal.Signals, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--num", 24, "--shard-size", 4, "--format", "npz")
+    write = GeneratedFolder.write
+
+    def write_and_stop(self: GeneratedFolder, images: range, pixels: np.ndarray) -> None:
+        if images.start == 0:
+            os.kill(os.getpid(), number)
+        write(self, images, pixels)
+
+    monkeypatch.setattr("sys.argv", ["iddpm", "generate", "my model"])
+    with monkeypatch.context() as patch:
+        patch.setattr(GeneratedFolder, "write", write_and_stop)
+        code, output = generate(model, tmp_path / "out", *options)
+    assert code == 128 + number
+    assert "stopped; to continue: iddpm generate 'my model'" in output
+    written = sorted(path.name for path in (tmp_path / "out" / "shards").iterdir())
+    assert written[0] == "000000.npz"
+    assert len(written) < 6
+    assert all(name.endswith(".npz") and not name.startswith(".") for name in written)
+    assert generate(model, tmp_path / "out", *options)[0] == 0
+    assert len(samples(tmp_path / "out")[0]) == 24
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "give either --num or --per-class"),
+    (["--num", 1, "--per-class", 1], "give either --num or --per-class"),
+    (["--num", 1, "--class", "Dog"], 'class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"'),
+    (["--num", 1, "--class", "Bee", "--class", "1"], "--class: each class can be given once; got Bee, 1"),
+    (["--num", 1, "--steps", 1001], "steps: must be 2..1000"),
+    (["--num", 2, "--image-index", 2**32 - 1], "--image-index must be at most 4294967294 with 2 images"),
+    (["--num", 1, "--eta", 0.5], "eta: is valid only with sampler"),
+])  # fmt: skip
+def test_wrong_options_are_refused_before_anything_is_written(
+    arguments: list[str | float], message: str, model: Path, tmp_path: Path
+) -> None:
+    code, output = generate(model, tmp_path / "out", *arguments)
+    assert (code, message in output) == (1, True), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_or_of_other_images_is_refused(model: Path, tmp_path: Path) -> None:
+    assert generate(model, tmp_path, "--num", 4)[0] == 0
+    code, output = generate(model, tmp_path, "--num", 5, "--seed", 1)
+    assert code == 1
+    assert "(seed was 0, is 1; count was 4, is 5): use another --out" in output
+    with folder_lock(tmp_path):
+        code, output = generate(model, tmp_path, "--num", 4)
+    assert code == 1
+    assert "in use by another process" in output
+
+
+def test_a_model_without_classes_has_no_labels(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", num_classes=None, null_class=False)
+    assert generate(model, tmp_path / "out", "--num", 3, "--format", "npz")[0] == 0
+    with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0"]
+    code, output = generate(model, tmp_path / "other", "--per-class", 1)
+    assert (code, "--per-class needs a model with classes; use --num" in output) == (1, True)
+
+
+@pytest.mark.parametrize(("extra", "form"), [("tqdm", "png"), ("pyarrow", "parquet")])
+def test_a_missing_package_is_named_with_its_extra(
+    extra: str, form: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, extra, None)
+    code, output = generate(model, tmp_path / "out", "--num", 1, "--format", form)
+    assert (code, f"{extra} is not installed; this needs: pip install" in output) == (1, True)
+    assert ".[generate]" in output
+
+
+def test_the_engine_is_full_across_groups_and_reads_few_ahead(model: Path) -> None:
+    engine = LocalEngine(model)
+    read, rows, done = [0], list[int](), list[int]()
+
+    def groups() -> Iterator[list[ImageParams]]:
+        for first in range(0, 24, 3):
+            read[0] += 3
+            yield engine.complete({"n": 3, "seed": 1, "image_index": first, "steps": 5, "cfg_scale": 1})
+
+    def progress(computed: int) -> None:
+        rows.append(computed)
+        assert read[0] - 3 * len(done) <= (AHEAD + 1) * MAX_ROWS
+
+    for number, pixels in engine.run(groups(), progress):
+        done.append(number)
+        assert len(pixels) == 3
+    assert sorted(done) == list(range(8))
+    assert sum(rows) == 24 * 5
+    assert all(computed % MAX_ROWS == 0 for computed in rows)
