@@ -15,7 +15,7 @@ import numpy.typing as npt
 from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
 from formats.given_files import GivenFileError, Shape, read_images, read_masks, read_values
-from formats.value_range import ValueRange, value_range_of
+from formats.value_range import cond_range_of, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES, GivenOptions
@@ -118,14 +118,12 @@ def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: Checkpoi
 def _read_cond(text: str, config: CheckpointConfig) -> npt.NDArray[np.float32]:
     """Read conditioning images as the network takes them, [n, C', H, W].
 
-    A low-resolution image is in the units of the data, and is enlarged. Of other arrays, 0..255 of eight-bit pixels
-    become -1..1, and floating-point numbers stay as they are.
+    A low-resolution image is in the units of the data, and is enlarged. Others are in those of the model's cond_range.
     """
     model, shape = config.model, cond_file_shape(config.model)
     assert shape is not None  # noqa: S101  # `check_cond`
     images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
-    ranges = ValueRange((-1.0,), (1.0,)) if model.low_res_size is None else value_range_of(config)
-    values = ranges.to_network(images)
+    values = cond_range_of(config).to_network(images)
     _check_size("cond", values)
     return enlarged(values, model.image_height, model.image_width)
 
