@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,13 @@ def train_command(
             "or Hugging Face data set saved to disk."
         ),
     ],
+    cond: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conditioning images of a model that takes them (model.cond_channels): folder with a file of the same "
+            "name for each image, or npy file. Default: array `cond` of the npz file."
+        ),
+    ] = None,
     _: Annotated[
         bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
     ] = False,
@@ -100,6 +108,7 @@ def train_command(
     stop = StopRequest()
     assignments = [*(assignments or []), *(["tensorboard=true"] if tensorboard else [])]
     command = _Command(preset, tuple(assignments), accept_changed_data)
+    sources = _Sources(data, cond)
     main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
@@ -115,6 +124,8 @@ def train_command(
             config.model.image_channels,
             config.data,
             labelled=config.class_conditional,
+            cond_channels=config.cond_channels,
+            cond=cond,
             # All processes must find the same readable images; only the main one needs to report the others.
             decode_all=decode_all and (main or config.data.unreadable == "skip"),
             cache=cache,
@@ -133,7 +144,9 @@ def train_command(
                 dataset,
                 run,
                 resume=resume,
-                command=command.text("--data", data.name, *_begins(resume, initial and Path(initial.name))),
+                command=command.text(
+                    *sources.options(attrgetter("name")), *_begins(resume, initial and Path(initial.name))
+                ),
                 accept_changed_data=accept_changed_data,
                 initial=weights,
                 stop=stop,
@@ -143,12 +156,12 @@ def train_command(
         fail(describe_validation_error(error))
     except Stopped as stopped:
         if main:
-            again = (*_places(data, run, cache), *_begins(stopped.images_seen > 0, initial))
+            again = (*_places(sources, run, cache), *_begins(stopped.images_seen > 0, initial))
             typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
-            again = (*_places(data, run, cache), *_begins(True, None))
+            again = (*_places(sources, run, cache), *_begins(True, None))
             fail(f"{error}. To continue: {command.text(*again, changed=error.resume_with)}")
         fail(error)
     except (ValueError, OSError) as error:
@@ -176,8 +189,21 @@ class _Command:
         return shlex.join(["iddpm", "train", self.preset, *options, *sets, *accept])
 
 
-def _places(data: Path, run: Path, cache: Path | None) -> list[str]:
-    return ["--data", str(data), "--out", str(run), *([] if cache is None else ["--cache", str(cache)])]
+@dataclass(frozen=True)
+class _Sources:
+    """Where the data of a run are."""
+
+    data: Path
+    cond: Path | None
+
+    def options(self, shown: Callable[[Path], str] = str) -> list[str]:
+        """Return the options that name the data; `shown` returns the text of a path."""
+        paths = {"--data": self.data, "--cond": self.cond}
+        return [part for option, path in paths.items() if path is not None for part in (option, shown(path))]
+
+
+def _places(sources: _Sources, run: Path, cache: Path | None) -> list[str]:
+    return [*sources.options(), "--out", str(run), *([] if cache is None else ["--cache", str(cache)])]
 
 
 def _begins(resume: bool, initial: Path | None) -> list[str]:

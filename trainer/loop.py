@@ -442,7 +442,15 @@ class _Run:
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Set the fields that the data determine: the number of classes, and the null class for label dropout."""
+    """Set the fields that the data determine: the number of classes, and the null class for label dropout.
+
+    Raises:
+        ValueError: the model needs conditioning images, and the data have none.
+    """
+    if config.cond_channels and dataset.conditions is None:
+        raise ValueError(
+            f"model.cond_channels is {config.cond_channels}, and these data are images without conditioning images"
+        )
     if not isinstance(config.model, ModelConfig):
         return config.replace(model=config.model.replace(num_classes=len(dataset.class_names)).model_dump())
     classes = len(dataset.class_names) if config.class_conditional else None

@@ -23,6 +23,8 @@ from trainer.preview import write_preview
 Network = Callable[..., Tensor]
 """A network as the losses call it: under autocast, and wrapped for several processes."""
 
+EIGHT_BITS = (0.0, 255.0)
+"""Range of the values of data that have no range of their own."""
 MAX_LOSS = 100.0
 """Mean squared error (predicting zeros gives about 1) or cross-entropy above which a network counts as diverged."""
 
@@ -102,7 +104,8 @@ class DiffusionObjective(_OnNoisedImages):
             model=_model(config),
             diffusion=config.diffusion,
             class_names=class_names,
-            value_range=config.data.value_range or (0.0, 255.0),
+            value_range=config.data.value_range or EIGHT_BITS,
+            **({"cond_range": config.data.cond_range or EIGHT_BITS} if config.cond_channels else {}),
             sampling=config.sampling,
             provenance=dict(provenance),
         )
@@ -112,7 +115,7 @@ class DiffusionObjective(_OnNoisedImages):
     ) -> None:
         assert isinstance(described, CheckpointConfig)  # noqa: S101  # what `checkpoint` returns
         config = self._config
-        if _model(config).low_res_size is None:  # an upsampler needs images to begin with
+        if _model(config).cond_shape is None:  # others need conditioning images
             write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop)
 
 

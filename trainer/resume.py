@@ -124,7 +124,8 @@ def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     kinds = [next((name for name in NAMES_OF_DATA if name in described), None) for described in (before, now)]
     if kinds[0] != kinds[1]:
         return [f"a {kinds[0] or 'source'} then, a {kinds[1] or 'source'} now"]
-    common = [name for name in before if name in now and name not in NAMES_OF_DATA and before[name] != now[name]]
+    kept = [name for name in before if name in now and name.removeprefix("cond_") not in NAMES_OF_DATA]
+    common = [name for name in kept if before[name] != now[name]]
     return [f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in common]
 
 

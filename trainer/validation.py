@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import STREAM_VALIDATION
-from trainer.batches import Batch, conditions_of, noise_at, read_images
+from trainer.batches import Batch, conditions_of, noise_at, read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Dataset, IntArray
+from trainer.data import Dataset, ImageSource, IntArray
 from trainer.log import Window
 from trainer.objective import Objective
 from trainer.optimisation import Optimisation
@@ -24,8 +24,10 @@ class Part:
     """Some images of a data set, as a data set; its description is that of the whole."""
 
     def __init__(self, whole: Dataset, indices: IntArray) -> None:
-        self._whole = whole
-        self._indices = indices
+        self._images = _Chosen(whole, indices)
+        self.conditions: ImageSource | None = None
+        if whole.conditions is not None:
+            self.conditions = _Chosen(whole.conditions, indices)
         self.labels = whole.labels[indices]
         self.class_names = whole.class_names
         self.description = whole.description
@@ -33,7 +35,18 @@ class Part:
 
     def images(self, indices: IntArray, draws: Any = None) -> Any:
         """Return some of the images; arguments as for `Dataset`."""
-        return self._whole.images(self._indices[indices], draws)
+        return self._images.images(indices, draws)
+
+
+class _Chosen:
+    """Some images of a source."""
+
+    def __init__(self, source: ImageSource, indices: IntArray) -> None:
+        self._source = source
+        self._indices = indices
+
+    def images(self, indices: IntArray, draws: Any = None) -> Any:
+        return self._source.images(self._indices[indices], draws)
 
 
 def held_out(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -81,7 +94,8 @@ class Validation:
         return {name: value for name, value in summary.items() if name not in ("grad_norm", "images_per_second")}
 
     def _batch(self, indices: IntArray) -> Batch:
-        x0 = read_images(self._held, indices).to(self._device)
+        x0, cond = read_pairs(self._held, indices)
+        x0, cond = x0.to(self._device), None if cond is None else cond.to(self._device)
         t = ((indices + 0.5) * self._objective.num_steps / len(self._held.labels)).astype(np.int64)
         labelled = self._config.model.num_classes is not None
         return Batch(
@@ -91,7 +105,7 @@ class Validation:
             t=torch.from_numpy(t).to(self._device),
             weights=torch.ones(len(indices), device=self._device),
             noise=noise_at(self._config.seed, indices, STREAM_VALIDATION, x0),
-            conditions=conditions_of(self._config, x0),
+            conditions=conditions_of(self._config, x0, cond),
         )
 
 
