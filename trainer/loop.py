@@ -156,6 +156,8 @@ class _Run:
             {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels},
         )
         training, held = held_out(config, dataset)
+        self._shown = training if held is None else held
+        """Images from which the previews of conditioned models begin."""
         self._validation = None if held is None else Validation(config, held, self._objective, self._optimisation)
         self._overfitted = False
         self._batches = Batches(
@@ -280,7 +282,9 @@ class _Run:
                 or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
             if config.preview_per_class:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
-                show = partial(self._objective.write_preview, picture, described, state.ema.weights, self._stop)
+                show = partial(
+                    self._objective.write_preview, picture, described, state.ema.weights, self._stop, self._shown
+                )
                 or_warn(f"sample grid after {state.images_seen} images", show)
                 or_warn("grid in TensorBoard", partial(self._board.grid, state.images_seen, picture))
 

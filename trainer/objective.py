@@ -18,7 +18,8 @@ from diffusion.unet import UNet
 from formats.checkpoint_config import AnyCheckpointConfig
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.preview import write_preview
+from trainer.data import Dataset
+from trainer.preview import Examples, write_preview
 
 Network = Callable[..., Tensor]
 """A network as the losses call it: under autocast, and wrapped for several processes."""
@@ -52,9 +53,14 @@ class Objective(Protocol):
         ...
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
-        """Draw a picture of what the network can do, if it can draw one."""
+        """Draw a picture of what the network can do, if it can draw one; `shown` are images that it may begin with."""
         ...
 
 
@@ -111,12 +117,17 @@ class DiffusionObjective(_OnNoisedImages):
         )
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
         assert isinstance(described, CheckpointConfig)  # noqa: S101  # what `checkpoint` returns
         config = self._config
-        if _model(config).cond_shape is None:  # others need conditioning images
-            write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop)
+        examples = None if _model(config).cond_shape is None else Examples(config, shown, config.preview_per_class)
+        write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop, examples)
 
 
 class ClassifierObjective(_OnNoisedImages):
@@ -148,7 +159,12 @@ class ClassifierObjective(_OnNoisedImages):
         )
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
         """Do nothing: a classifier draws nothing."""
 

@@ -265,3 +265,57 @@ def test_the_command_names_the_conditions_of_two_folders(tmp_path: Path) -> None
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code != 0
     assert "must be a folder (--cond)" in " ".join(refused.output.split())
+
+
+def pieces(path: Path, columns: int) -> np.ndarray[Any, Any]:
+    """Return the tiles of a preview of 8x8 images without captions, [rows, columns, 8, 8]."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    left = pixels.shape[1] - (columns // 3) * 26 + 2  # triples of 24 pixels with gaps of 2 between them
+    rows = pixels.shape[0] // 10
+    return np.stack(
+        [
+            [pixels[10 * r : 10 * r + 8, left + 26 * (c // 3) + 8 * (c % 3) :][:, :8] for c in range(columns)]
+            for r in range(rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_previews_show_condition_sample_and_original(tmp_path: Path, held: bool) -> None:
+    """Image k is white in column k, its condition in row k; the class of k is k % 2."""
+    images = 255 * np.broadcast_to(np.eye(8, dtype=np.uint8)[:, None, :, None], (8, 8, 8, 1))
+    data = save(tmp_path / "a.npz", images=images, cond=images.transpose(0, 2, 1, 3), labels=np.arange(8) % 2)
+    config = conditioned(
+        model=tiny().model.replace(cond_channels=1).model_dump(), data={}, preview_per_class=2, total_images=4,
+        validation_share=0.5 if held else 0,
+    )  # fmt: skip
+    train(config, data, tmp_path / "run")
+    shown = np.arange(8)
+    if held:
+        part = held_out(config, opened(data, config))[1]
+        assert part is not None
+        shown = part.images(np.arange(4))[:, 0, :, 0].argmax(axis=1)
+    tiles = pieces(tmp_path / "run" / "samples" / "000000000004.png", 6)
+    assert len(tiles) == 2
+    for label, (cond, sample, original, *others) in enumerate(tiles):
+        expected = [k for k in shown if k % 2 == label][:2]
+        assert [cond.argmax() // 8, others[0].argmax() // 8] == expected
+        assert [original.argmax() % 8, others[2].argmax() % 8] == expected
+        assert np.array_equal(cond, original.T)
+        assert not np.array_equal(sample, others[1])
+
+
+def test_previews_of_an_upsampler_show_the_enlarged_image(tmp_path: Path) -> None:
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    images[0, :4], images[1, :, :4] = 255, 255
+    np.savez(tmp_path / "a.npz", images=images, labels=[0, 0])
+    config = tiny(total_images=4, preview_per_class=2, model=tiny().model.replace(low_res_size=2).model_dump())
+    train(config, tmp_path / "a.npz", tmp_path / "run")
+    ((small, sample, original, other, *_),) = pieces(tmp_path / "run" / "samples" / "000000000004.png", 6)
+    assert np.array_equal(original, images[0, ..., 0])
+    assert (small[0] == 255).all()
+    assert (small[-1] == 0).all()
+    assert 0 < small[4, 0] < 128  # between the two pixels of the small picture
+    assert (other[:, 0] == 255).all()
+    assert not np.array_equal(sample, original)
