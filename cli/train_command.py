@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,15 @@ def train_command(
             help="Conditioning images of a model that takes them (model.cond_channels): folder with a file of the same "
             "name for each image, or npy file. Default: array `cond` of the npz file."
         ),
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out images in a data set of their own, instead of a share of the data (validation_share)."
+        ),
+    ] = None,
+    validation_cond: Annotated[
+        Path | None, typer.Option(help="Conditioning images of --validation, as --cond.")
     ] = None,
     _: Annotated[
         bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
@@ -108,7 +118,7 @@ def train_command(
     stop = StopRequest()
     assignments = [*(assignments or []), *(["tensorboard=true"] if tensorboard else [])]
     command = _Command(preset, tuple(assignments), accept_changed_data)
-    sources = _Sources(data, cond)
+    sources = _Sources(data, cond, validation, validation_cond)
     main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
@@ -118,24 +128,29 @@ def train_command(
         start = named_preset(preset)
         free, decided = split_decided(parse_assignments(assignments))
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
-        dataset = open_dataset(
-            data,
-            config.model.image_size,
-            config.model.image_channels,
-            config.data,
+        if validation_cond is not None and validation is None:
+            raise ValueError("--validation-cond can only be used with --validation")
+        opened = partial(
+            open_dataset,
+            image_size=config.model.image_size,
+            channels=config.model.image_channels,
+            options=config.data,
             labelled=config.class_conditional,
             cond_channels=config.cond_channels,
-            cond=cond,
             # All processes must find the same readable images; only the main one needs to report the others.
             decode_all=decode_all and (main or config.data.unreadable == "skip"),
             cache=cache,
         )
-        resolved = resolve(config, dataset)
+        dataset = opened(data, cond=cond)
+        held = None if validation is None else opened(validation, cond=validation_cond)
+        resolved = resolve(config, dataset, held)
         refuse_overruled(decided, resolved, dataset)
         weights = None if initial is None else read_initial_model(initial, resolved)
         if main:
             typer.echo(resolved.model_dump_json(indent=2))
             typer.echo(dataset.summary, err=True)
+            for line in held.summary.splitlines() if held else ():
+                typer.echo(f"validation {line}", err=True)
         if dry_run:
             return
         with stop.on_signals(), joined(stop) as ranks:
@@ -148,6 +163,7 @@ def train_command(
                     *sources.options(attrgetter("name")), *_begins(resume, initial and Path(initial.name))
                 ),
                 accept_changed_data=accept_changed_data,
+                validation=held,
                 initial=weights,
                 stop=stop,
                 ranks=ranks,
@@ -195,10 +211,12 @@ class _Sources:
 
     data: Path
     cond: Path | None
+    validation: Path | None
+    validation_cond: Path | None
 
     def options(self, shown: Callable[[Path], str] = str) -> list[str]:
         """Return the options that name the data; `shown` returns the text of a path."""
-        paths = {"--data": self.data, "--cond": self.cond}
+        paths = {f"--{name.replace('_', '-')}": path for name, path in vars(self).items()}
         return [part for option, path in paths.items() if path is not None for part in (option, shown(path))]
 
 

@@ -122,7 +122,8 @@ class TrainConfig(FrozenConfig):
     """Recommended sampling options; stored in the model's config.json."""
 
     validation_share: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G)."""
+    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G). 0 with
+    held-out data in a data set of their own."""
     validation_images: int = Field(default=1000, ge=1)
     """Held-out images that are used at most."""
     validation_every_images: int = Field(default=1_000_000, ge=1)

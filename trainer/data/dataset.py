@@ -65,5 +65,7 @@ class Dataset(ImageSource, Protocol):
     """Description for a checkpoint's provenance and for comparison on resume; contains names, no paths."""
     summary: str
     """The data found and how they are processed: a line, and a second one about conditioning images."""
+    sizes: IntArray
+    """Height and width of each image as stored, int64 [N, 2]."""
     conditions: ImageSource | None
     """The conditioning image of each image, cropped as that by equal draws; None: the data are no pairs."""

@@ -17,9 +17,6 @@ from trainer.data.listing import shorten
 class Side(Dataset, Protocol):
     """One side of the pairs: the images, or the conditioning images."""
 
-    sizes: IntArray
-    """int64 [N, 2]: height and width of each image as stored."""
-
     def name_of(self, index: int) -> str:
         """Return how an image is called in messages."""
         ...
@@ -45,6 +42,7 @@ class Pairs:
         _check_sizes(path, images, conditions)
         self._images = images
         self.conditions: ImageSource | None = conditions
+        self.sizes = images.sizes
         self.labels = images.labels
         self.class_names = images.class_names
         theirs = {f"cond_{name}": value for name, value in conditions.description.items()}
