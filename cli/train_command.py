@@ -108,7 +108,7 @@ def train_command(
         from trainer.initial_model import read_initial_model
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
-        from trainer.ranks import joined
+        from trainer.ranks import joined, main_first
         from trainer.resume import resumed_config
         from trainer.stop_request import StopRequest
 
@@ -130,30 +130,33 @@ def train_command(
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
         if validation_cond is not None and validation is None:
             raise ValueError("--validation-cond can only be used with --validation")
-        opened = partial(
-            open_dataset,
-            image_size=config.model.image_size,
-            channels=config.model.image_channels,
-            options=config.data,
-            labelled=config.class_conditional,
-            cond_channels=config.cond_channels,
-            # All processes must find the same readable images; only the main one needs to report the others.
-            decode_all=decode_all and (main or config.data.unreadable == "skip"),
-            cache=cache,
-        )
-        dataset = opened(data, cond=cond)
-        held = None if validation is None else opened(validation, cond=validation_cond)
-        resolved = resolve(config, dataset, held)
-        refuse_overruled(decided, resolved, dataset)
-        weights = None if initial is None else read_initial_model(initial, resolved)
-        if main:
-            typer.echo(resolved.model_dump_json(indent=2))
-            typer.echo(dataset.summary, err=True)
-            for line in held.summary.splitlines() if held else ():
-                typer.echo(f"validation {line}", err=True)
-        if dry_run:
-            return
         with stop.on_signals(), joined(stop) as ranks:
+            opened = partial(
+                open_dataset,
+                image_size=config.model.image_size,
+                channels=config.model.image_channels,
+                options=config.data,
+                labelled=config.class_conditional,
+                cond_channels=config.cond_channels,
+                # All processes must find the same readable images; only the main one needs to report the others.
+                decode_all=decode_all and (main or config.data.unreadable == "skip"),
+                cache=cache,
+            )
+            with stop.suspended():
+                dataset = main_first(ranks, partial(opened, data, cond=cond))
+                held = None
+                if validation is not None:
+                    held = main_first(ranks, partial(opened, validation, cond=validation_cond))
+            resolved = resolve(config, dataset, held)
+            refuse_overruled(decided, resolved, dataset)
+            weights = None if initial is None else read_initial_model(initial, resolved)
+            if main:
+                typer.echo(resolved.model_dump_json(indent=2))
+                typer.echo(dataset.summary, err=True)
+                for line in held.summary.splitlines() if held else ():
+                    typer.echo(f"validation {line}", err=True)
+            if dry_run:
+                return
             model = train(
                 resolved,
                 dataset,
