@@ -78,6 +78,15 @@ GivenFile = str | bytes | npt.NDArray[Any]
 """A given image: the bytes of a file, an array [H, W, C] or [n, H, W, C], or a file in base64."""
 
 
+class Upsample(TypedDict, total=False):
+    """How the upsampler of a cascade samples."""
+
+    steps: int
+    sampler: str
+    cfg_scale: float
+    classifier_scale: float
+
+
 class Resample(TypedDict):
     """RePaint's resampling of a masked image."""
 
@@ -106,6 +115,7 @@ class GenerateFields(TypedDict, total=False):
     strength: float
     start_timestep: int
     resample: Resample
+    upsample: Upsample
     fit: Fit
     clip: bool
     format: ImageFormat

@@ -116,15 +116,25 @@ def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: Checkpoi
 
 
 def _read_cond(text: str, config: CheckpointConfig) -> npt.NDArray[np.float32]:
-    """Read conditioning images as the network takes them, [n, C', H, W].
-
-    A low-resolution image is in the units of the data, and is enlarged. Others are in those of the model's cond_range.
-    """
-    model, shape = config.model, cond_file_shape(config.model)
+    """Read conditioning images as the network takes them, [n, C', H, W]."""
+    shape = cond_file_shape(config.model)
     assert shape is not None  # noqa: S101  # `check_cond`
     images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
-    values = cond_range_of(config).to_network(images)
+    values = cond_values(images, config)
     _check_size("cond", values)
+    return values
+
+
+def cond_values(images: npt.NDArray[Any], config: CheckpointConfig) -> npt.NDArray[np.float32]:
+    """Return conditioning images [n, h, w, C'], as `formats.given_files` reads them, as the network takes them.
+
+    A low-resolution image is in the units of the data, and is enlarged. Others are in those of the model's cond_range.
+
+    Returns:
+        float32 [n, C', H, W].
+    """
+    model = config.model
+    values = cond_range_of(config).to_network(images)
     return enlarged(values, model.image_height, model.image_width)
 
 

@@ -86,8 +86,8 @@ def haproxy(folder: Path, replicas: Sequence[int], hosts: str = "127.0.0.1") -> 
             pass_fds=(front.fileno(), exporter.fileno()),
             env={**os.environ, "ALLOWED_HOSTS": hosts},
         ):
-            ports = (listener.getsockname()[1] for listener in (front, exporter))
-            yield Proxy(*(f"http://127.0.0.1:{port}" for port in ports), log)
+            url, metrics = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (front, exporter))
+            yield Proxy(url, metrics, log)
 
 
 @contextmanager

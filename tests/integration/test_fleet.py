@@ -245,7 +245,7 @@ def test_nginx_reuses_its_connections(tmp_path: Path) -> None:
             with proxies.nginx(tmp_path, [replica.server_port]) as url, client() as asking:
                 before = len(Stub.connections)
                 assert {generate(asking, url).status_code for _ in range(50)} == {200}
-                assert len(Stub.connections) - before <= os.cpu_count() * 2  # each worker keeps its own
+                assert len(Stub.connections) - before <= 2 * (os.cpu_count() or 1)  # each worker keeps its own
         finally:
             replica.shutdown()
 
