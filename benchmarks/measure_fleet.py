@@ -35,7 +35,8 @@ from benchmarks.options import WORK, exit_status, say
 from benchmarks.processes import end_session, free_ports
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.simulated_fleet import Proxy, simulate_fleet
-from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps, percentile
+from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
+from cli.load.report import percentile
 from service.engine.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]

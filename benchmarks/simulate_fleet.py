@@ -25,7 +25,8 @@ from typing import get_args
 from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.reporting import command_line, markdown_table
 from benchmarks.simulated_fleet import Balance, Proxy, SteppedDevice, simulate_fleet
-from benchmarks.traffic import MAX_IMAGES, MIX, Arrival, draw_arrivals, mean_row_steps, percentile
+from benchmarks.traffic import MAX_IMAGES, MIX, Arrival, draw_arrivals, mean_row_steps
+from cli.load.report import percentile
 from service.engine.config import EngineConfig
 
 WARM_UP = 0.2

@@ -40,6 +40,7 @@ from benchmarks.engine_process import EngineProcess
 from benchmarks.null_network import NullDenoiser
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from diffusion.network_inputs import NetworkInputs
+from service.backends.pending import Later, Pending
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -68,13 +69,16 @@ class Device(NullDenoiser):
         self._seconds = seconds
         self._rounds = max(1, int(rate * seconds)) if kind == "computes" else 0
 
-    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
-        """Wait without the interpreter's lock."""
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
+        """Return a call that waits without the interpreter's lock when its result is waited for."""
+        return Later(lambda: self._take(inputs))
+
+    def _take(self, inputs: NetworkInputs[Any]) -> Any:
         if self._rounds:
             compute(self._rounds)
         else:
             time.sleep(self._seconds)
-        return super().__call__(inputs)
+        return super().begin(inputs).wait()
 
 
 class Runner(ArrayRunner[Any]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,12 @@ def scaling_command(
     ] = 4,
     num: Annotated[int, typer.Option(min=2, help="Images generated per evaluation.")] = 1000,
     steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 50,
+    nll_images: Annotated[
+        int, typer.Option(min=0, help="Images of --reference whose bits/dim are evaluated too; 0: none.")
+    ] = 0,
+    nll_steps: Annotated[
+        int | None, typer.Option(min=2, help="Steps of the respaced chain for bits/dim. Default: the full chain.")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Set a field of the configuration, NAME=VALUE. Can be repeated.")
     ] = None,
@@ -59,6 +66,7 @@ def scaling_command(
     """
     with needs_extra("train,plots"):
         import matplotlib as mpl
+        import torch
         from pydantic import ValidationError
 
         from cli.evaluate_samples import generate, read_range
@@ -72,9 +80,12 @@ def scaling_command(
         from trainer.errors import Stopped, TrainError
         from trainer.evaluation.extractors import open_extractor
         from trainer.evaluation.feature_sets import cache_folder
+        from trainer.evaluation.folder import EvaluationStopped
+        from trainer.evaluation.nll import NllOptions, evaluate_nll
         from trainer.evaluation.plots import quality_over_compute
         from trainer.evaluation.samples import evaluate_samples
         from trainer.evaluation.scaling import study as run_study
+        from trainer.evaluation.subject import load_subject
         from trainer.presets import preset as named_preset
         from trainer.stop_request import StopRequest
 
@@ -87,9 +98,12 @@ def scaling_command(
         extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
         free, _ = split_decided(parse_assignments(assignments or []))
         base = named_preset(preset).with_overrides(free)
-        dataset = open_dataset(
-            data, base.model.image_size, base.model.image_channels, base.data, labelled=base.class_conditional
-        )
+        opened = partial(
+            open_dataset, image_size=base.model.image_size, channels=base.model.image_channels, options=base.data,
+            labelled=base.class_conditional,
+        )  # fmt: skip
+        dataset = opened(data)
+        test = opened(reference) if nll_images else None
         typer.echo(dataset.summary, err=True)
         constant = limit if limit is not None else _real_distance(data, reference, base, num, extractor, kept)
 
@@ -101,7 +115,15 @@ def scaling_command(
                 folder, config, extractor, data=reference, reference=None, split_baseline=None, cache=kept, facts=facts
             )
             names = ("frechet_distance", "precision", "recall")
-            return {name: results["results"][0][name] for name in names}
+            measured = {name: results["results"][0][name] for name in names}
+            if test is not None:
+                subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+                options = NllOptions(
+                    respacing="" if nll_steps is None else str(nll_steps), images=min(nll_images, len(test.labels))
+                )
+                terms = evaluate_nll(subject, test, options, folder / "nll.f32", stop=stop)
+                measured["bits_per_dim"] = float(terms.total_bpd.mean())
+            return measured
 
         with stop.on_signals():
             results = run_study(
@@ -113,14 +135,20 @@ def scaling_command(
                 count=points,
                 evaluate=evaluate,
                 limits={"frechet_distance": constant},
-                settings={"num": num, "steps": steps, "features": extractor.description, "reference": reference.name},
+                settings={
+                    "num": num,
+                    "steps": steps,
+                    "features": extractor.description,
+                    "reference": reference.name,
+                    **({"nll_images": nll_images, "nll_steps": nll_steps} if nll_images else {}),
+                },
                 command=command,
                 stop=stop,
             )
         write_file(out / "quality_over_compute.png", quality_over_compute(results))
     except ValidationError as error:
         fail(describe_validation_error(error))
-    except Stopped:
+    except (Stopped, EvaluationStopped):
         typer.echo("stopped; the same command continues the study", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except (TrainError, ServiceError, ModelError, OSError, ValueError) as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +38,22 @@ def train_command(
             "or Hugging Face data set saved to disk."
         ),
     ],
+    cond: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conditioning images of a model that takes them (model.cond_channels): folder with a file of the same "
+            "name for each image, or npy file. Default: array `cond` of the npz file."
+        ),
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out images in a data set of their own, instead of a share of the data (validation_share)."
+        ),
+    ] = None,
+    validation_cond: Annotated[
+        Path | None, typer.Option(help="Conditioning images of --validation, as --cond.")
+    ] = None,
     _: Annotated[
         bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
     ] = False,
@@ -90,7 +108,7 @@ def train_command(
         from trainer.initial_model import read_initial_model
         from trainer.loop import resolve, train
         from trainer.presets import preset as named_preset
-        from trainer.ranks import joined
+        from trainer.ranks import joined, main_first
         from trainer.resume import resumed_config
         from trainer.stop_request import StopRequest
 
@@ -100,6 +118,7 @@ def train_command(
     stop = StopRequest()
     assignments = [*(assignments or []), *(["tensorboard=true"] if tensorboard else [])]
     command = _Command(preset, tuple(assignments), accept_changed_data)
+    sources = _Sources(data, cond, validation, validation_cond)
     main = os.environ.get("RANK", "0") == "0"
     try:
         if accept_changed_data and not resume:
@@ -109,32 +128,45 @@ def train_command(
         start = named_preset(preset)
         free, decided = split_decided(parse_assignments(assignments))
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
-        dataset = open_dataset(
-            data,
-            config.model.image_size,
-            config.model.image_channels,
-            config.data,
-            labelled=config.class_conditional,
-            # All processes must find the same readable images; only the main one needs to report the others.
-            decode_all=decode_all and (main or config.data.unreadable == "skip"),
-            cache=cache,
-        )
-        resolved = resolve(config, dataset)
-        refuse_overruled(decided, resolved, dataset)
-        weights = None if initial is None else read_initial_model(initial, resolved)
-        if main:
-            typer.echo(resolved.model_dump_json(indent=2))
-            typer.echo(dataset.summary, err=True)
-        if dry_run:
-            return
+        if validation_cond is not None and validation is None:
+            raise ValueError("--validation-cond can only be used with --validation")
         with stop.on_signals(), joined(stop) as ranks:
+            opened = partial(
+                open_dataset,
+                image_size=config.model.image_size,
+                channels=config.model.image_channels,
+                options=config.data,
+                labelled=config.class_conditional,
+                cond_channels=config.cond_channels,
+                # All processes must find the same readable images; only the main one needs to report the others.
+                decode_all=decode_all and (main or config.data.unreadable == "skip"),
+                cache=cache,
+            )
+            with stop.suspended():
+                dataset = main_first(ranks, partial(opened, data, cond=cond))
+                held = None
+                if validation is not None:
+                    held = main_first(ranks, partial(opened, validation, cond=validation_cond))
+            resolved = resolve(config, dataset, held)
+            refuse_overruled(decided, resolved, dataset)
+            weights = None if initial is None else read_initial_model(initial, resolved)
+            if main:
+                typer.echo(resolved.model_dump_json(indent=2))
+                typer.echo(dataset.summary, err=True)
+                for line in held.summary.splitlines() if held else ():
+                    typer.echo(f"validation {line}", err=True)
+            if dry_run:
+                return
             model = train(
                 resolved,
                 dataset,
                 run,
                 resume=resume,
-                command=command.text("--data", data.name, *_begins(resume, initial and Path(initial.name))),
+                command=command.text(
+                    *sources.options(attrgetter("name")), *_begins(resume, initial and Path(initial.name))
+                ),
                 accept_changed_data=accept_changed_data,
+                validation=held,
                 initial=weights,
                 stop=stop,
                 ranks=ranks,
@@ -143,12 +175,12 @@ def train_command(
         fail(describe_validation_error(error))
     except Stopped as stopped:
         if main:
-            again = (*_places(data, run, cache), *_begins(stopped.images_seen > 0, initial))
+            again = (*_places(sources, run, cache), *_begins(stopped.images_seen > 0, initial))
             typer.echo(f"{stopped}; to continue: {command.text(*again)}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except TrainError as error:
         if error.resume_with is not None:
-            again = (*_places(data, run, cache), *_begins(True, None))
+            again = (*_places(sources, run, cache), *_begins(True, None))
             fail(f"{error}. To continue: {command.text(*again, changed=error.resume_with)}")
         fail(error)
     except (ValueError, OSError) as error:
@@ -176,8 +208,23 @@ class _Command:
         return shlex.join(["iddpm", "train", self.preset, *options, *sets, *accept])
 
 
-def _places(data: Path, run: Path, cache: Path | None) -> list[str]:
-    return ["--data", str(data), "--out", str(run), *([] if cache is None else ["--cache", str(cache)])]
+@dataclass(frozen=True)
+class _Sources:
+    """Where the data of a run are."""
+
+    data: Path
+    cond: Path | None
+    validation: Path | None
+    validation_cond: Path | None
+
+    def options(self, shown: Callable[[Path], str] = str) -> list[str]:
+        """Return the options that name the data; `shown` returns the text of a path."""
+        paths = {f"--{name.replace('_', '-')}": path for name, path in vars(self).items()}
+        return [part for option, path in paths.items() if path is not None for part in (option, shown(path))]
+
+
+def _places(sources: _Sources, run: Path, cache: Path | None) -> list[str]:
+    return [*sources.options(), "--out", str(run), *([] if cache is None else ["--cache", str(cache)])]
 
 
 def _begins(resume: bool, initial: Path | None) -> list[str]:

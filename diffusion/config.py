@@ -27,9 +27,37 @@ AttentionOrder = Literal["legacy", "new"]
 ClassifierPool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 ValueRange = tuple[FiniteFloat, FiniteFloat]
 """The values of the data that are -1 and 1 for the network."""
-
+ValueRanges = ValueRange | tuple[ValueRange, ...]
+"""One range for all channels, or one per channel."""
 
 MAX_CHANNELS = 32
+
+
+def ranges_of(ranges: ValueRanges, channels: int) -> tuple[ValueRange, ...]:
+    """Return the range of each channel: the given ones, or the only one for all of `channels`."""
+    if ranges and isinstance(ranges[0], tuple):
+        return ranges
+    return (cast("ValueRange", ranges),) * channels
+
+
+def check_ranges(field: str, ranges: ValueRanges, channels: int | None = None) -> None:
+    """Check value ranges: one, or one per channel.
+
+    Args:
+        field: name of the field.
+        ranges: its value.
+        channels: the number of channels; None: any number of ranges is accepted.
+
+    Raises:
+        ValueError: there is another number of ranges, or one is not [low, high] with low < high.
+    """
+    found = ranges_of(ranges, 1 if channels is None else channels)
+    if not ranges or (channels is not None and len(found) != channels):
+        wanted = "" if channels is None else f" ({channels})"
+        raise ValueError(f"{field} must be [low, high], or one such pair per channel{wanted}; got {len(ranges)} pairs")
+    for low, high in found:
+        if not low < high:
+            raise ValueError(f"{field} must be [low, high] with low < high; got {[low, high]}")
 
 
 def size_pair(size: ImageSize) -> tuple[int, int]:
@@ -295,10 +323,14 @@ class CheckpointConfig(FrozenConfig):
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] | None = None
     """One name per class, in label order; None: the classes have no names."""
-    value_range: ValueRange | tuple[ValueRange, ...] = (0.0, 255.0)
+    value_range: ValueRanges = (0.0, 255.0)
     """[low, high]: the values of the data that are -1 and 1 for the network, or one such pair per image channel.
 
     The units of float32 arrays (`formats.value_range`). Eight-bit pixels do not depend on it: 0 is low, 255 is high."""
+    cond_range: ValueRanges = (-1.0, 1.0)
+    """The same of conditioning images (`model.cond_channels`): by default float32 arrays reach the network as they are.
+
+    An upsampler's low-resolution images have the value_range of the data instead."""
     sampling: SamplingDefaults = SamplingDefaults()
     provenance: dict[str, Any] = {}
     """Where the weights come from: command, commit, images seen, or the imported file. For human readers."""
@@ -315,7 +347,11 @@ class CheckpointConfig(FrozenConfig):
                 f"class_names must have one name per class: model.num_classes is {self.model.num_classes}, "
                 f"got {len(self.class_names)} names"
             )
-        self._check_value_range()
+        check_ranges("value_range", self.value_range, self.model.image_channels)
+        if self.model.cond_channels:
+            check_ranges("cond_range", self.cond_range, self.model.cond_channels)
+        elif self.cond_range != (-1.0, 1.0):
+            raise ValueError(f"cond_range needs model.cond_channels; got {self.cond_range}")
         if self.sampling.cfg_scale != 1.0 and not self.model.null_class:
             raise ValueError("sampling.cfg_scale other than 1 needs model.null_class")
         return self
@@ -323,20 +359,12 @@ class CheckpointConfig(FrozenConfig):
     @property
     def channel_ranges(self) -> tuple[ValueRange, ...]:
         """[low, high] of each image channel."""
-        if self.value_range and isinstance(self.value_range[0], tuple):
-            return self.value_range
-        return (cast("ValueRange", self.value_range),) * self.model.image_channels
+        return ranges_of(self.value_range, self.model.image_channels)
 
-    def _check_value_range(self) -> None:
-        ranges = self.channel_ranges
-        if len(ranges) != self.model.image_channels or not self.value_range:
-            raise ValueError(
-                f"value_range must be [low, high], or one such pair per image channel ({self.model.image_channels}); "
-                f"got {len(self.value_range)} pairs"
-            )
-        for low, high in ranges:
-            if not low < high:
-                raise ValueError(f"value_range must be [low, high] with low < high; got {[low, high]}")
+    @property
+    def cond_channel_ranges(self) -> tuple[ValueRange, ...]:
+        """[low, high] of each channel of the conditioning image; empty for a model without `cond_channels`."""
+        return ranges_of(self.cond_range, self.model.cond_channels)
 
 
 class ClassifierCheckpointConfig(FrozenConfig):

@@ -232,6 +232,7 @@ def _differences(one: _Member, other: _Member) -> list[tuple[str, object, object
     pairs = [(f"model.{name}", getattr(one.config.model, name), getattr(other.config.model, name)) for name in fields]
     mine, theirs = one.config.diffusion.model_dump(), other.config.diffusion.model_dump()
     pairs += [(f"diffusion.{name}", mine[name], theirs[name]) for name in mine]
+    pairs += [(name, getattr(one.config, name), getattr(other.config, name)) for name in ("value_range", "cond_range")]
     pairs.append(("class_names", one.config.class_names, other.config.class_names))
     pairs.append((f"their classifier ({CLASSIFIER_FOLDER}/)", one.classifier, other.classifier))
     return [pair for pair in pairs if pair[1] != pair[2]]

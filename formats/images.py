@@ -124,6 +124,16 @@ def captioned_rows(rows: Sequence[tuple[str, Uint8Array]], scale: int = 1) -> Im
     return sheet
 
 
+def side_by_side(images: Sequence[Uint8Array]) -> Uint8Array:
+    """Join images of equal height in pairs, triples, ...: uint8 [n, H, W, C] each, whose channels may differ in number.
+
+    Returns:
+        uint8 [n, H, sum of widths, 3]; channels of images that are neither grey nor RGB lie beside each other, in grey.
+    """
+    shown = [_channels_apart(part) for part in images]
+    return np.concatenate([np.broadcast_to(part, (*part.shape[:3], 3)) for part in shown], axis=2)
+
+
 def _channels_apart(images: Uint8Array) -> Uint8Array:
     """Return images [n, H, W, C] as grey images [n, H, C * W, 1], unless C is 1 or 3."""
     if images.shape[-1] in (1, 3):

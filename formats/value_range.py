@@ -59,5 +59,17 @@ class ValueRange:
 
 def value_range_of(config: CheckpointConfig) -> ValueRange:
     """Return the value range of a model's data."""
-    low, high = zip(*config.channel_ranges, strict=True)
+    return _of_channels(config.channel_ranges)
+
+
+def cond_range_of(config: CheckpointConfig) -> ValueRange:
+    """Return the value range of the conditioning images in requests for a model that takes one.
+
+    That of an upsampler's low-resolution images is the value range of the data.
+    """
+    return value_range_of(config) if config.model.low_res_size is not None else _of_channels(config.cond_channel_ranges)
+
+
+def _of_channels(ranges: tuple[tuple[float, float], ...]) -> ValueRange:
+    low, high = zip(*ranges, strict=True)
     return ValueRange(low, high)

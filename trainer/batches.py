@@ -37,6 +37,8 @@ class Images(NamedTuple):
     """[B, C, H, W] in [-1, 1]."""
     y: Tensor | None
     """int64 [B], num_classes where the label is dropped; None: unconditional."""
+    cond: Tensor | None
+    """Conditioning images of pairs, [B, C', H, W] in [-1, 1]; None: the data are no pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,18 +115,21 @@ class Batches:
         indices = batch_indices(config.seed, first, config.batch_size, len(self._dataset.labels))[self._mine]
         positions = np.arange(first, first + config.batch_size, dtype=np.int64)[self._mine]
         chances = uniform(config.seed, *_words(positions), STREAM_AUGMENTATION, LABEL + 1)
-        x0 = read_images(self._dataset, indices, chances[:, :CROP_DRAWS] if config.data.random_crop else None)
+        x0, cond = read_pairs(self._dataset, indices, chances[:, :CROP_DRAWS] if config.data.random_crop else None)
         if config.horizontal_flip:
             mirrored = torch.from_numpy(chances[:, FLIP] < 0.5)[:, None, None, None]
             x0 = torch.where(mirrored, x0.flip(-1), x0)
+            cond = None if cond is None else torch.where(mirrored, cond.flip(-1), cond)
         y = None
         if config.model.num_classes is not None:
             y = torch.from_numpy(self._dataset.labels[indices])
             if isinstance(config.model, ModelConfig) and config.model.null_class:
                 dropped = torch.from_numpy(chances[:, LABEL] < config.label_dropout)
                 y = torch.where(dropped, config.model.num_classes, y)
-        pin = self._device.type == "cuda"
-        return Images(positions, x0.pin_memory() if pin else x0, y.pin_memory() if pin and y is not None else y)
+        if self._device.type != "cuda":
+            return Images(positions, x0, y, cond)
+        pinned = (None if tensor is None else tensor.pin_memory() for tensor in (y, cond))
+        return Images(positions, x0.pin_memory(), *pinned)
 
     def complete(self, first: int, images: Images) -> Batch:
         """Add timesteps, which may depend on the losses so far, and noise; copy everything to the device.
@@ -136,6 +141,7 @@ class Batches:
         rng = np.random.default_rng((self._config.seed, 1, first))
         t, weights = self._timestep_sampler.sample(rng, self._config.batch_size)
         x0 = self._copy(images.x0)
+        cond = None if images.cond is None else self._copy(images.cond)
         return Batch(
             positions=images.positions,
             x0=x0,
@@ -143,7 +149,7 @@ class Batches:
             t=self._copy(torch.from_numpy(t[self._mine])),
             weights=self._copy(torch.from_numpy(weights[self._mine])),
             noise=noise_at(self._config.seed, images.positions, STREAM_TRAINING, x0),
-            conditions=conditions_of(self._config, x0),
+            conditions=conditions_of(self._config, x0, cond),
         )
 
     def draw(self, first: int) -> Batch:
@@ -154,18 +160,23 @@ class Batches:
         return tensor.to(self._device, non_blocking=True)
 
 
-def read_images(dataset: Dataset, indices: IntArray, draws: np.ndarray[Any, Any] | None = None) -> Tensor:
-    """Read images as float32 [B, C, H, W] in [-1, 1].
+def read_pairs(
+    dataset: Dataset, indices: IntArray, draws: np.ndarray[Any, Any] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Read images as float32 [B, C, H, W] in [-1, 1], and their conditioning images, if the data have them.
 
     Args:
         dataset: its images are uint8, or float32 in [-1, 1].
         indices: int64 [B].
-        draws: uniform numbers in [0, 1) for random crops, [B, 3]; None: no random crop.
+        draws: uniform numbers in [0, 1) for random crops, [B, 3], equal for both of a pair; None: no random crop.
 
     Raises:
         DataError: an image cannot be read.
     """
-    return torch.from_numpy(network_input(dataset.images(indices, draws)))
+    x0 = torch.from_numpy(network_input(dataset.images(indices, draws)))
+    if dataset.conditions is None:
+        return x0, None
+    return x0, torch.from_numpy(network_input(dataset.conditions.images(indices, draws)))
 
 
 def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tensor:
@@ -175,8 +186,19 @@ def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tenso
     return normal(torch.full_like(low, seed), low, high, stream, (channels, height, width))
 
 
-def conditions_of(config: TrainConfig, x0: Tensor) -> dict[str, Tensor]:
-    """Return further inputs of the network: for super-resolution `cond`, the images' area means, enlarged."""
+def conditions_of(config: TrainConfig, x0: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+    """Return further inputs of the network.
+
+    Args:
+        config: of the run.
+        x0: the images.
+        cond: conditioning images of pairs; None: the data are no pairs.
+
+    Returns:
+        `cond`: those of pairs; for super-resolution the images' area means, enlarged. Empty for other networks.
+    """
+    if cond is not None:
+        return {"cond": cond}
     if isinstance(config.model, ModelConfig) and config.model.low_res_size is not None:
         low_res = F.interpolate(x0, config.model.low_res_size, mode="area")
         return {"cond": enlarged(low_res, config.model.image_height, config.model.image_width)}

@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from diffusion.config import ClassifierConfig, DiffusionConfig, FrozenConfig, ModelConfig, SamplingDefaults
+from diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    FrozenConfig,
+    ModelConfig,
+    SamplingDefaults,
+    check_ranges,
+)
 from diffusion.losses import LossType
 from formats.precision import TrainingPrecision
 from trainer.data.options import DataConfig
@@ -115,7 +122,8 @@ class TrainConfig(FrozenConfig):
     """Recommended sampling options; stored in the model's config.json."""
 
     validation_share: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G)."""
+    """Part of the data that is held out, at least one image if not 0; their loss shows overfitting (appendix G). 0 with
+    held-out data in a data set of their own."""
     validation_images: int = Field(default=1000, ge=1)
     """Held-out images that are used at most."""
     validation_every_images: int = Field(default=1_000_000, ge=1)
@@ -154,14 +162,27 @@ class TrainConfig(FrozenConfig):
             )
         if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
             raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
-        if isinstance(self.model, ModelConfig) and self.model.cond_channels:
-            raise ValueError(
-                "model.cond_channels must be 0: the trainer reads no conditioning images, except an upsampler's own "
-                f"(model.low_res_size); got {self.model.cond_channels}"
-            )
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        channels = self.cond_channels
+        if self.data.value_range is not None:
+            check_ranges("data.value_range", self.data.value_range, self.model.image_channels)
+        if channels == 0:
+            for name in ("cond_range", "cond_column"):
+                if getattr(self.data, name) is not None:
+                    raise ValueError(f"data.{name} needs model.cond_channels; got {getattr(self.data, name)}")
+        elif self.data.cond_range is not None:
+            check_ranges("data.cond_range", self.data.cond_range, channels)
+        return self
+
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the conditioning images that the data must have; 0: none."""
+        return self.model.cond_channels if isinstance(self.model, ModelConfig) else 0
 
     def with_overrides(self, assignments: dict[str, Any]) -> Self:
         """Return a validated copy with fields set by dotted name, e.g. {"model.dropout": 0.1}.

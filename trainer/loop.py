@@ -52,7 +52,7 @@ from trainer.run_folder import (
 from trainer.state import SavedState, TrainState
 from trainer.tensorboard import Board, open_board
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
-from trainer.validation import Validation, held_out, read_losses, worse_in_a_row
+from trainer.validation import Validation, held_out, read_losses, refuse_unfit, worse_in_a_row
 
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
@@ -77,6 +77,7 @@ def train(
     resume: bool = False,
     command: str = "",
     accept_changed_data: bool = False,
+    validation: Dataset | None = None,
     initial: InitialModel | None = None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks | None = None,
@@ -93,6 +94,7 @@ def train(
         resume: continue the run in the folder.
         command: recorded in the provenance.
         accept_changed_data: resume although the data differ from those of the checkpoint.
+        validation: held-out data, which `resolve` accepted; None: at most a share of the data is held out.
         initial: weights of a new run; None: random ones. A resumed run continues with its own.
         stop: called before each batch; True ends the run with a checkpoint.
         ranks: the processes that train together, each of which calls this function; None: this process alone.
@@ -108,10 +110,10 @@ def train(
     _check_world(config, ranks.world)
     if not ranks.main:
         ranks.highest(0)  # waits until the main process has claimed the folder
-        return _Run(config, dataset, run, ranks, command, initial, stop).train(resume, accept_changed_data)
+        return _Run(config, dataset, validation, run, ranks, command, initial, stop).train(resume, accept_changed_data)
     with claimed(run, resume=resume):
         ranks.highest(0)
-        return _Run(config, dataset, run, ranks, command, initial, stop).train(resume, accept_changed_data)
+        return _Run(config, dataset, validation, run, ranks, command, initial, stop).train(resume, accept_changed_data)
 
 
 class _Run:
@@ -121,6 +123,7 @@ class _Run:
         self,
         config: TrainConfig,
         dataset: Dataset,
+        validation: Dataset | None,
         run: Path,
         ranks: Ranks,
         command: str,
@@ -129,6 +132,7 @@ class _Run:
     ) -> None:
         self._config = config
         self._dataset = dataset
+        self._validation_data = validation
         self._run = run
         self._ranks = ranks
         self._command = command
@@ -155,7 +159,9 @@ class _Run:
             self._optimisation.scaler,
             {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels},
         )
-        training, held = held_out(config, dataset)
+        training, held = held_out(config, dataset, validation)
+        self._shown = training if held is None else held
+        """Images from which the previews of conditioned models begin."""
         self._validation = None if held is None else Validation(config, held, self._objective, self._optimisation)
         self._overfitted = False
         self._batches = Batches(
@@ -280,7 +286,9 @@ class _Run:
                 or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
             if config.preview_per_class:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
-                show = partial(self._objective.write_preview, picture, described, state.ema.weights, self._stop)
+                show = partial(
+                    self._objective.write_preview, picture, described, state.ema.weights, self._stop, self._shown
+                )
                 or_warn(f"sample grid after {state.images_seen} images", show)
                 or_warn("grid in TensorBoard", partial(self._board.grid, state.images_seen, picture))
 
@@ -365,7 +373,7 @@ class _Run:
     def _restore(self, accept_changed_data: bool) -> None:
         """Continue from the newest checkpoint."""
         saved, self._origin = find_origin(
-            self._run, self._config, self._dataset, accept_changed_data=accept_changed_data
+            self._run, self._config, self._dataset, self._validation_data, accept_changed_data=accept_changed_data
         )
         train_state.restore(self._state, saved)
         self._initial = saved.config.provenance.get("initial_model")
@@ -387,6 +395,7 @@ class _Run:
                 "command": self._command,
                 "commit": git_commit(),
                 "data": self._dataset.description,
+                **({"validation_data": self._validation_data.description} if self._validation_data else {}),
                 "precision": self._optimisation.precision,
                 "torch": torch.__version__,
                 "train_config": config.model_dump(mode="json", exclude={"model", "diffusion", "sampling"}),
@@ -441,8 +450,18 @@ class _Run:
         )
 
 
-def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Set the fields that the data determine: the number of classes, and the null class for label dropout."""
+def resolve(config: TrainConfig, dataset: Dataset, validation: Dataset | None = None) -> TrainConfig:
+    """Set the fields that the data determine: the number of classes, and the null class for label dropout.
+
+    Raises:
+        ValueError: the model needs conditioning images, and the data have none; or the held-out data do not fit.
+    """
+    if validation is not None:
+        refuse_unfit(config, dataset, validation)
+    if config.cond_channels and dataset.conditions is None:
+        raise ValueError(
+            f"model.cond_channels is {config.cond_channels}, and these data are images without conditioning images"
+        )
     if not isinstance(config.model, ModelConfig):
         return config.replace(model=config.model.replace(num_classes=len(dataset.class_names)).model_dump())
     classes = len(dataset.class_names) if config.class_conditional else None

@@ -18,11 +18,14 @@ from diffusion.unet import UNet
 from formats.checkpoint_config import AnyCheckpointConfig
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.preview import write_preview
+from trainer.data import Dataset
+from trainer.preview import Examples, write_preview
 
 Network = Callable[..., Tensor]
 """A network as the losses call it: under autocast, and wrapped for several processes."""
 
+EIGHT_BITS = (0.0, 255.0)
+"""Range of the values of data that have no range of their own."""
 MAX_LOSS = 100.0
 """Mean squared error (predicting zeros gives about 1) or cross-entropy above which a network counts as diverged."""
 
@@ -50,9 +53,14 @@ class Objective(Protocol):
         ...
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
-        """Draw a picture of what the network can do, if it can draw one."""
+        """Draw a picture of what the network can do, if it can draw one; `shown` are images that it may begin with."""
         ...
 
 
@@ -102,18 +110,24 @@ class DiffusionObjective(_OnNoisedImages):
             model=_model(config),
             diffusion=config.diffusion,
             class_names=class_names,
-            value_range=config.data.value_range or (0.0, 255.0),
+            value_range=config.data.value_range or EIGHT_BITS,
+            **({"cond_range": config.data.cond_range or EIGHT_BITS} if config.cond_channels else {}),
             sampling=config.sampling,
             provenance=dict(provenance),
         )
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
         assert isinstance(described, CheckpointConfig)  # noqa: S101  # what `checkpoint` returns
         config = self._config
-        if _model(config).low_res_size is None:  # an upsampler needs images to begin with
-            write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop)
+        examples = None if _model(config).cond_shape is None else Examples(config, shown, config.preview_per_class)
+        write_preview(path, described, weights, config.preview_per_class, config.preview_steps, stop, examples)
 
 
 class ClassifierObjective(_OnNoisedImages):
@@ -145,7 +159,12 @@ class ClassifierObjective(_OnNoisedImages):
         )
 
     def write_preview(
-        self, path: Path, described: AnyCheckpointConfig, weights: dict[str, Tensor], stop: Callable[[], bool]
+        self,
+        path: Path,
+        described: AnyCheckpointConfig,
+        weights: dict[str, Tensor],
+        stop: Callable[[], bool],
+        shown: Dataset,
     ) -> None:
         """Do nothing: a classifier draws nothing."""
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import Stopped, TrainError
 
+T = TypeVar("T")
+
 WAIT_FOR_OTHERS = timedelta(hours=2)
-"""Longest time that processes wait for one that writes a checkpoint; a process that ends is noticed at once."""
+"""Longest time that processes wait for one that opens the data or writes a checkpoint.
+
+A process that ends is noticed at once."""
 STOP_WITHIN = 20.0
 """Seconds from a signal until all processes agree to stop, after which a process ends by itself."""
 
@@ -120,6 +124,25 @@ class ManyProcesses:
         if agreed := int(values):
             self.agreed.set()
         return agreed
+
+
+def main_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do some work in the main process, and afterwards in the others, which find in caches what it left there.
+
+    Raises:
+        TrainError: in the other processes, if the work failed in the main one, which raises its error.
+    """
+    if not ranks.main:
+        if ranks.highest(0):
+            raise TrainError("the main process could not read the data; its message gives the reason")
+        return work()
+    try:
+        result = work()
+    except Exception:
+        ranks.highest(1)
+        raise
+    ranks.highest(0)
+    return result
 
 
 @contextmanager

@@ -38,8 +38,8 @@ class Origin:
         """Changes of this resume, as text to append to a message."""
         changed = {} if self.changes is None else self.changes.get("changed", {})
         words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
-        if self.changes is not None and "data_before" in self.changes:
-            words.append("the data")
+        names = {"data_before": "the data", "validation_data_before": "the data for validation"}
+        words += [what for name, what in names.items() if name in (self.changes or {})]
         return f"; changed: {', '.join(words)}" if words else ""
 
     @property
@@ -70,7 +70,7 @@ def resumed_config(run: Path, preset: str) -> TrainConfig:
 
 
 def find_origin(
-    run: Path, config: TrainConfig, dataset: Dataset, *, accept_changed_data: bool
+    run: Path, config: TrainConfig, dataset: Dataset, validation: Dataset | None, *, accept_changed_data: bool
 ) -> tuple[SavedState, Origin]:
     """Read the newest checkpoint of a run, and check that the run may resume from it.
 
@@ -78,6 +78,7 @@ def find_origin(
         run: the run folder, claimed.
         config: configuration to continue with.
         dataset: data to continue with.
+        validation: held-out data to continue with; may be new.
         accept_changed_data: continue although the data differ from those of the checkpoint.
 
     Returns:
@@ -100,18 +101,24 @@ def find_origin(
             f"{run} was started with other values: {values}. A resumed run may change "
             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME))}; for other changes start a new run"
         )
-    before: dict[str, Any] = saved.config.provenance.get("data", {})
+    provenance = saved.config.provenance
     entry: dict[str, Any] = {"images_seen": saved.images_seen}
     if changed:
         entry["changed"] = {name: list(values) for name, values in changed.items()}
-    if differences := data_differences(before, dataset.description):
-        if not accept_changed_data:
-            raise TrainError(
-                f"{run} was trained on other data: {'; '.join(differences)}. If that is intended (an image was removed "
-                "or repaired), add --accept-changed-data: the run continues with the changed data"
-            )
-        entry["data_before"] = before
-    earlier = list(saved.config.provenance.get("resumed", []))
+    compared = [("data", "trained", provenance.get("data", {}), dataset.description)]
+    if "validation_data" in provenance:
+        if validation is None:
+            raise TrainError(f"{run} was validated on a data set of its own; add --validation, with the same data")
+        compared.append(("validation_data", "validated", provenance["validation_data"], validation.description))
+    for name, done, before, described in compared:
+        if differences := data_differences(before, described):
+            if not accept_changed_data:
+                raise TrainError(
+                    f"{run} was {done} on other data: {'; '.join(differences)}. If that is intended (an image was "
+                    "removed or repaired), add --accept-changed-data: the run continues with the changed data"
+                )
+            entry[f"{name}_before"] = before
+    earlier = list(provenance.get("resumed", []))
     return saved, Origin(saved.folder, earlier, entry if len(entry) > 1 else None)
 
 
@@ -124,7 +131,8 @@ def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     kinds = [next((name for name in NAMES_OF_DATA if name in described), None) for described in (before, now)]
     if kinds[0] != kinds[1]:
         return [f"a {kinds[0] or 'source'} then, a {kinds[1] or 'source'} now"]
-    common = [name for name in before if name in now and name not in NAMES_OF_DATA and before[name] != now[name]]
+    kept = [name for name in before if name in now and name.removeprefix("cond_") not in NAMES_OF_DATA]
+    common = [name for name in kept if before[name] != now[name]]
     return [f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in common]
 
 

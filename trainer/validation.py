@@ -12,20 +12,26 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import STREAM_VALIDATION
-from trainer.batches import Batch, conditions_of, noise_at, read_images
+from diffusion.quoting import printable
+from trainer.batches import Batch, conditions_of, noise_at, read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Dataset, IntArray
+from trainer.data import Dataset, ImageSource, IntArray
+from trainer.data.listing import shorten
 from trainer.log import Window
 from trainer.objective import Objective
 from trainer.optimisation import Optimisation
+from trainer.resume import data_differences
 
 
 class Part:
     """Some images of a data set, as a data set; its description is that of the whole."""
 
     def __init__(self, whole: Dataset, indices: IntArray) -> None:
-        self._whole = whole
-        self._indices = indices
+        self._images = _Chosen(whole, indices)
+        self.conditions: ImageSource | None = None
+        if whole.conditions is not None:
+            self.conditions = _Chosen(whole.conditions, indices)
+        self.sizes = whole.sizes[indices]
         self.labels = whole.labels[indices]
         self.class_names = whole.class_names
         self.description = whole.description
@@ -33,23 +39,78 @@ class Part:
 
     def images(self, indices: IntArray, draws: Any = None) -> Any:
         """Return some of the images; arguments as for `Dataset`."""
-        return self._whole.images(self._indices[indices], draws)
+        return self._images.images(indices, draws)
 
 
-def held_out(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Split a data set into images for training and held-out images, by the seed and `validation_share`.
+class _Chosen:
+    """Some images of a source."""
+
+    def __init__(self, source: ImageSource, indices: IntArray) -> None:
+        self._source = source
+        self._indices = indices
+
+    def images(self, indices: IntArray, draws: Any = None) -> Any:
+        return self._source.images(self._indices[indices], draws)
+
+
+def held_out(
+    config: TrainConfig, dataset: Dataset, validation: Dataset | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Return the images for training and the held-out ones: a share of the data, or some of a data set of their own.
+
+    Both are chosen by the seed.
+
+    Args:
+        config: of the run, with `validation_share`.
+        dataset: the data.
+        validation: held-out data, accepted by `refuse_unfit`; None: none but the share.
 
     Raises:
         ValueError: no image would be left for training.
     """
+    if validation is not None:
+        return dataset, Part(validation, _shuffled(config, validation)[: config.validation_images])
     if config.validation_share == 0:
         return dataset, None
     count = len(dataset.labels)
-    shuffled = np.random.default_rng((config.seed, 3)).permutation(count)
+    shuffled = _shuffled(config, dataset)
     held = max(1, round(config.validation_share * count))
     if held >= count:
         raise ValueError(f"validation_share={config.validation_share:g} leaves none of {count} images for training")
     return Part(dataset, np.sort(shuffled[held:])), Part(dataset, shuffled[: min(held, config.validation_images)])
+
+
+def _shuffled(config: TrainConfig, dataset: Dataset) -> IntArray:
+    return np.random.default_rng((config.seed, 3)).permutation(len(dataset.labels))
+
+
+def refuse_unfit(config: TrainConfig, dataset: Dataset, validation: Dataset) -> None:
+    """Check that the loss on held-out data says something about a run.
+
+    Raises:
+        ValueError: a share of the data is held out too, the held-out data are the data themselves, or they have other
+            classes, or other sizes.
+    """
+    if config.validation_share:
+        raise ValueError(f"validation_share must be 0 with held-out data of their own; got {config.validation_share:g}")
+    if not data_differences(dataset.description, validation.description):
+        raise ValueError("the data for validation are those for training; hold out a part with validation_share")
+    if config.class_conditional and validation.class_names != dataset.class_names:
+        raise ValueError(
+            f"the data for validation must have the classes of the data, in the same order: {_listed(dataset)}; "
+            f"got {_listed(validation)}"
+        )
+    size = dataset.sizes[0]
+    if (dataset.sizes == size).all() and not (validation.sizes == size).all():
+        other = validation.sizes[(validation.sizes != size).any(axis=1)][0]
+        raise ValueError(
+            f"all images for training are {size[1]}x{size[0]}, and one for validation is {other[1]}x{other[0]}: they "
+            "would be scaled differently, so their losses could not be compared"
+        )
+
+
+def _listed(dataset: Dataset) -> str:
+    return shorten(map(printable, dataset.class_names)) or "none"
 
 
 class Validation:
@@ -81,7 +142,8 @@ class Validation:
         return {name: value for name, value in summary.items() if name not in ("grad_norm", "images_per_second")}
 
     def _batch(self, indices: IntArray) -> Batch:
-        x0 = read_images(self._held, indices).to(self._device)
+        x0, cond = read_pairs(self._held, indices)
+        x0, cond = x0.to(self._device), None if cond is None else cond.to(self._device)
         t = ((indices + 0.5) * self._objective.num_steps / len(self._held.labels)).astype(np.int64)
         labelled = self._config.model.num_classes is not None
         return Batch(
@@ -91,7 +153,7 @@ class Validation:
             t=torch.from_numpy(t).to(self._device),
             weights=torch.ones(len(indices), device=self._device),
             noise=noise_at(self._config.seed, indices, STREAM_VALIDATION, x0),
-            conditions=conditions_of(self._config, x0),
+            conditions=conditions_of(self._config, x0, cond),
         )
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
 from formats.given_files import GivenFileError, Shape
-from formats.value_range import ValueRange, value_range_of
+from formats.value_range import cond_range_of, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES, GivenOptions
@@ -129,15 +129,14 @@ def _read_cond(cond: Source, config: CheckpointConfig) -> npt.NDArray[np.float32
 def cond_values(images: npt.NDArray[Any], config: CheckpointConfig) -> npt.NDArray[np.float32]:
     """Return conditioning images [n, h, w, C'], as `formats.given_files` reads them, as the network takes them.
 
-    A low-resolution image is in the units of the data, and is enlarged. Of other arrays, 0..255 of eight-bit pixels
-    become -1..1, and floating-point numbers stay as they are.
+    A low-resolution image is in the units of the data, and is enlarged. Others are in those of the model's cond_range.
 
     Returns:
         float32 [n, C', H, W].
     """
     model = config.model
-    ranges = ValueRange((-1.0,), (1.0,)) if model.low_res_size is None else value_range_of(config)
-    return enlarged(ranges.to_network(images), model.image_height, model.image_width)
+    values = cond_range_of(config).to_network(images)
+    return enlarged(values, model.image_height, model.image_width)
 
 
 def _named(shape: Shape) -> str:

@@ -112,8 +112,8 @@ def test_other_interfaces_refuse_models_that_need_conditioning(address: str) -> 
 def test_the_list_of_models_says_what_is_wanted(address: str) -> None:
     models = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"]
     assert {model["name"]: model["cond"] for model in models} == {
-        "maps": {"height": 8, "width": 8, "channels": 2, "low_resolution": False},
-        "upsampler": {"height": 4, "width": 4, "channels": 1, "low_resolution": True},
+        "maps": {"height": 8, "width": 8, "channels": 2, "low_resolution": False, "value_range": [-1, 1]},
+        "upsampler": {"height": 4, "width": 4, "channels": 1, "low_resolution": True, "value_range": [0, 255]},
         "plain": None,
     }
 

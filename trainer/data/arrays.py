@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from diffusion.config import ImageSize, size_pair
+from diffusion.config import ImageSize, ranges_of, size_pair
 from formats.file_content import describe_wrong_content
 from trainer.data.cache import write_in
-from trainer.data.dataset import DataError, Float32Array, IntArray, Uint8Array
+from trainer.data.dataset import DataError, Float32Array, ImageSource, IntArray, Uint8Array
 from trainer.data.fitting import fit_array
 from trainer.data.listing import shorten
-from trainer.data.options import DataConfig
+from trainer.data.options import ConditionConfig, DataConfig
 from trainer.data.stored_array import IN_MEMORY_BYTES, Rows, open_member, open_npy, parts_of
 from trainer.data.summary import Summary
 from trainer.data.workers import Workers
@@ -27,6 +27,7 @@ from trainer.run_folder import warn
 
 MOST_CHANNELS_FIRST = 4
 """A first image axis of at most this length, followed by two longer ones, is interpreted as channels."""
+CONDITIONS = ConditionConfig.array
 Array = npt.NDArray[Any]
 
 
@@ -34,18 +35,35 @@ class ArrayDataset:
     """An npz file with `images` (NHWC or NHW), `labels` and optionally `classes` (names), or an npy file of images.
 
     Images are uint8 in 0..255, or numbers of any type with `data.value_range`; they are then returned as float32.
+    Conditioning images are read from the array `cond` (`ConditionConfig`).
     """
 
+    conditions: ImageSource | None = None
+
     def __init__(
-        self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, cache: Path
+        self,
+        path: Path,
+        image_size: ImageSize,
+        channels: int,
+        options: DataConfig,
+        *,
+        labelled: bool,
+        cache: Path,
+        paired: bool = False,
     ) -> None:
-        images, others, digest, unpacked = _read(path, {"images", "labels"} if labelled else {"images"}, cache)
+        needed = {options.array, "labels"} if labelled else {options.array}
+        content = _read(path, options.array, needed, cache)
+        images, others, digest = content.images, content.others, content.sha256
         self._rows = images
         self._options = options
         self._image_size = image_size
-        count, height, width = _check_shape(path, images, channels)
+        count, height, width = _check_shape(path, images, channels, options)
         self._shape = (height, width, channels)
-        values = _examine(path, images, options, digest, cache)
+        self.sizes: IntArray = np.broadcast_to(np.array([height, width], np.int64), (count, 2))
+        if options.value_range is not None:
+            low, high = np.array(ranges_of(options.value_range, channels)).T
+            self._low, self._span = low, high - low
+        values = _examine(path, images, channels, options, digest, cache)
         self.labels: IntArray = np.zeros(count, np.int64)
         self.class_names: tuple[str, ...] = ()
         if labelled:
@@ -57,10 +75,16 @@ class ArrayDataset:
         if labelled:
             summary.count_classes(self.class_names, self.labels)
         summary.remarks += _remarks_on_values(images.dtype, values, options)
-        if unpacked is not None:
-            summary.remarks.append(f"images unpacked into {unpacked}")
+        if content.unpacked is not None:
+            summary.remarks.append(f"{options.array} unpacked into {content.unpacked}")
+        if CONDITIONS in content.names and options.array != CONDITIONS and not paired:
+            summary.remarks.append(f"its array {CONDITIONS!r} is not used (model.cond_channels)")
         self.summary = summary.line()
         self._workers = Workers(options.workers)
+
+    def name_of(self, index: int) -> str:
+        """Return how an image is called in messages."""
+        return f"index {index}"
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array | Float32Array:
         """Return the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
@@ -81,13 +105,24 @@ class ArrayDataset:
 
     def _scaled(self, image: Array) -> Float32Array:
         """Return values of value_range as float32 in -1..1."""
-        black, white = self._options.value_range or (0, 255)
-        values = (image.astype(np.float64) - black) / (white - black) * 2 - 1
+        values = (image.astype(np.float64) - self._low) / self._span * 2 - 1
         return (values.clip(-1, 1) if self._options.outside_range == "clip" else values).astype(np.float32)
 
 
-def _read(path: Path, needed: set[str], cache: Path) -> tuple[Rows, dict[str, Array], str, Path | None]:
-    """Return the images, the other arrays, the digest of the file, and the file the images were unpacked into."""
+class _Content(NamedTuple):
+    """What was read of a file."""
+
+    images: Rows
+    others: dict[str, Array]
+    sha256: str
+    unpacked: Path | None
+    """The file into which the images were unpacked; None: they were not."""
+    names: list[str]
+    """Names of all arrays of an npz file."""
+
+
+def _read(path: Path, array: str, needed: set[str], cache: Path) -> _Content:
+    """Read the images, which an npz file has in `array`, and the other arrays that are needed."""
     kind = "npy" if path.suffix.lower() == ".npy" else "npz"
     try:
         if problem := describe_wrong_content(path):
@@ -96,12 +131,12 @@ def _read(path: Path, needed: set[str], cache: Path) -> tuple[Rows, dict[str, Ar
             raise DataError(f"{path} is damaged, or not an npz file: write one with np.savez")
         digest = _sha256(path, cache)
         if kind == "npy":
-            return open_npy(path), {}, digest, None
+            return _Content(open_npy(path), {}, digest, None, [])
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = archive.files
-            others = {name: archive[name] for name in names if name in (needed - {"images"}) | {"classes"}}
-            if "images" in names:
-                images, unpacked = open_member(path, archive.zip, "images", digest, cache)
+            others = {name: archive[name] for name in names if name in (needed - {array}) | {"classes"}}
+            if array in names:
+                images, unpacked = open_member(path, archive.zip, array, digest, cache)
     except DataError:
         raise
     except Exception as error:  # errors of the archive, its compression, or an array's header have many types
@@ -112,12 +147,16 @@ def _read(path: Path, needed: set[str], cache: Path) -> tuple[Rows, dict[str, Ar
             reason = f"{error.filename}: {reason} (--cache sets the folder for unpacked arrays)"
         raise DataError(f"{path} cannot be read as an {kind} file: {reason or type(error).__name__}") from error
     if missing := needed - set(names):
-        without = "; to train without labels, use --set class_conditional=false" if missing == {"labels"} else ""
+        without = ""
+        if missing == {"labels"}:
+            without = "; to train without labels, use --set class_conditional=false"
+        elif missing == {CONDITIONS}:
+            without = "; conditioning images may also be a file of their own: --cond FILE"
         raise DataError(
             f"{path} must contain the arrays {' and '.join(map(repr, sorted(needed)))}; missing: {sorted(missing)}; "
             f"it contains: {shorten(names) or 'nothing'}{without}"
         )
-    return images, others, digest, unpacked
+    return _Content(images, others, digest, unpacked, names)
 
 
 def _sha256(path: Path, cache: Path) -> str:
@@ -130,24 +169,25 @@ def _sha256(path: Path, cache: Path) -> str:
     return digest
 
 
-def _check_shape(path: Path, images: Rows, channels: int) -> tuple[int, int, int]:
+def _check_shape(path: Path, images: Rows, channels: int, options: DataConfig) -> tuple[int, int, int]:
     """Return number, height and width of the images."""
+    name, field = options.array, options.channels_field
     if len(images.shape) not in (3, 4) or 0 in images.shape:
         raise DataError(
-            f"{path}: images must be uint8 [N, H, W, C] or [N, H, W], none of them 0; got {images.dtype} {images.shape}"
+            f"{path}: {name} must be uint8 [N, H, W, C] or [N, H, W], none of them 0; got {images.dtype} {images.shape}"
         )
     shape = images.shape if len(images.shape) == 4 else (*images.shape, 1)
     if _is_channels_first(shape, channels):
         raise DataError(
-            f"{path}: images are {shape}, channels first; they must be [N, H, W, C]: "
-            "transpose with images.transpose(0, 2, 3, 1)"
+            f"{path}: {name} are {shape}, channels first; they must be [N, H, W, C]: "
+            f"transpose with {name}.transpose(0, 2, 3, 1)"
         )
     if images.dtype.kind not in "buif":
-        raise DataError(f"{path}: images must be uint8 in 0..255; got {images.dtype}")
+        raise DataError(f"{path}: {name} must be uint8 in 0..255; got {images.dtype}")
     if shape[-1] != channels:
         raise DataError(
-            f"{path} has {shape[-1]} channels, model.image_channels is {channels}: "
-            f"choose --set model.image_channels={shape[-1]}"
+            f"{path}: the array {name!r} has {shape[-1]} channels, {field} is {channels}: "
+            f"choose --set {field}={shape[-1]}"
         )
     return shape[0], shape[1], shape[2]
 
@@ -161,36 +201,37 @@ class _Values(NamedTuple):
     """Number of values outside value_range."""
 
 
-def _examine(path: Path, images: Rows, options: DataConfig, digest: str, cache: Path) -> _Values:
+def _examine(path: Path, images: Rows, channels: int, options: DataConfig, digest: str, cache: Path) -> _Values:
     """Read all values once, and check that they are finite numbers in the range.
 
     Raises:
         DataError: the array is damaged, or its values cannot be used.
     """
-    name = _record_name(f"values-{digest}-{options.value_range}-{options.outside_range}", path)
+    name = _record_name(f"values-{digest}-{options.array}-{options.value_range}-{options.outside_range}", path)
     if (recalled := _recall(cache, name, path)) is not None:
         return _Values(float(recalled["low"]), float(recalled["high"]), int(recalled["outside"]))
     low, high, start, not_finite = math.inf, -math.inf, 0, []
     outside, outside_images = 0, []
+    ranges = None if options.value_range is None else np.array(ranges_of(options.value_range, channels)).T
     for part in parts_of(images, "checking values"):
         low, high = float(np.minimum(low, part.min())), float(np.maximum(high, part.max()))
         rows = part.reshape(len(part), -1)
         if not (math.isfinite(low) and math.isfinite(high)):
             not_finite += (start + np.flatnonzero(~np.isfinite(rows).all(axis=1))).tolist()
-        elif options.value_range is not None and (low < options.value_range[0] or high > options.value_range[1]):
-            off = ((rows < options.value_range[0]) | (rows > options.value_range[1])).sum(axis=1)
+        elif ranges is not None and (low < ranges[0].max() or high > ranges[1].min()):
+            pixels = part.reshape(len(part), -1, channels)
+            off = ((pixels < ranges[0]) | (pixels > ranges[1])).sum(axis=(1, 2))
             outside += int(off.sum())
             outside_images += (start + np.flatnonzero(off)).tolist()
         start += len(part)
     if options.value_range is None and images.dtype != np.uint8:
-        raise DataError(f"{path}: images must be uint8 in 0..255; got {images.dtype}{_cure_of_type(images, low, high)}")
+        cure = _cure_of_type(images, low, high, options)
+        raise DataError(f"{path}: {options.array} must be uint8 in 0..255; got {images.dtype}{cure}")
     if not_finite:
         raise DataError(f"{path}: {_images(not_finite)} NaN or infinity; remove them, or replace these values")
     if outside and options.outside_range == "fail":
-        assert options.value_range is not None  # noqa: S101  # values are outside only of a range
-        black, white = options.value_range
         raise DataError(
-            f"{path}: {_images(outside_images)} values outside data.value_range {black:g}..{white:g}: {outside:,} "
+            f"{path}: {_images(outside_images)} values outside {options.range_field} {options.range_text}: {outside:,} "
             f"values, all values are in {low:g}..{high:g}; widen the range, or clip with --set data.outside_range=clip"
         )
     _remember(cache, name, path, {"low": low, "high": high, "outside": outside})
@@ -208,12 +249,11 @@ def _remarks_on_values(dtype: np.dtype[Any], values: _Values, options: DataConfi
     if options.value_range is None:
         if values.high > 1:
             return []
-        return ["no value is above 1, which is nearly black: --set data.value_range=0,1 makes 1 white"]
-    black, white = options.value_range
+        return [f"no value is above 1, which is nearly black: --set {options.range_field}=0,1 makes 1 white"]
     clipped = f", {values.outside:,} values outside are clipped (data.outside_range)" if values.outside else ""
     return [
-        f"{dtype} values in {values.low:g}..{values.high:g}, of which {black:g}..{white:g} is scaled to -1..1 "
-        f"(data.value_range){clipped}"
+        f"{dtype} values in {values.low:g}..{values.high:g}, of which {options.range_text} is scaled to -1..1 "
+        f"({options.range_field}){clipped}"
     ]
 
 
@@ -250,29 +290,30 @@ def _is_channels_first(shape: tuple[int, ...], channels: int) -> bool:
     return first == channels < last or first <= MOST_CHANNELS_FIRST < min(second, last)
 
 
-def _cure_of_type(images: Rows, low: float, high: float) -> str:
+def _cure_of_type(images: Rows, low: float, high: float, options: DataConfig) -> str:
     """Return an option or a conversion to 0..255, or the range of the values if it is unknown."""
-    kind, dtype = images.dtype.kind, images.dtype
-    option = "train on the values as they are, --set data.value_range={},{}, or convert with "
+    kind, dtype, array = images.dtype.kind, images.dtype, options.array
+    option = f"train on the values as they are, --set {options.range_field}={{}},{{}}, or convert with "
     if dtype == np.bool_:
-        return f": {option.format(0, 1)}images.astype('uint8') * 255"
+        return f": {option.format(0, 1)}{array}.astype('uint8') * 255"
     if not (math.isfinite(low) and math.isfinite(high)):
         return " with values that are not finite numbers"
     if kind in "iu" and low >= 0 and high <= 1:
-        return f" in 0..1: {option.format(0, 1)}images.astype('uint8') * 255"
+        return f" in 0..1: {option.format(0, 1)}{array}.astype('uint8') * 255"
     if kind == "f" and low >= 0 and high <= 1:
-        return f" in 0..1: {option.format(0, 1)}(images * 255).round().astype('uint8')"
+        return f" in 0..1: {option.format(0, 1)}({array} * 255).round().astype('uint8')"
     if kind == "f" and low >= -1 and high <= 1:
-        return f" in -1..1: {option.format(-1, 1)}((images + 1) * 127.5).round().astype('uint8')"
+        return f" in -1..1: {option.format(-1, 1)}(({array} + 1) * 127.5).round().astype('uint8')"
     if low >= 0 and high <= 255:
-        return f": {option.format(0, 255)}images.astype('uint8')"
+        return f": {option.format(0, 255)}{array}.astype('uint8')"
     if dtype == np.uint16:
         return (
-            f" in {low:g}..{high:g}: if 65535 is white, {option.format(0, 65535)}(images / 257).round().astype('uint8')"
+            f" in {low:g}..{high:g}: if 65535 is white, "
+            f"{option.format(0, 65535)}({array} / 257).round().astype('uint8')"
         )
     return (
         f" in {low:g}..{high:g}: {option.format(f'{low:g}', f'{high:g}')}"
-        "((images - images.min()) / (images.max() - images.min()) * 255).round().astype('uint8')"
+        f"(({array} - {array}.min()) / ({array}.max() - {array}.min()) * 255).round().astype('uint8')"
     )
 
 

@@ -36,12 +36,14 @@ Result = TypeVar("Result")
 
 
 class Checked(NamedTuple):
-    """The files that can be used."""
+    """The images that can be used."""
 
     kept: IntArray
     """Their numbers, ascending."""
-    sizes: list[int]
-    """Their sizes in bytes."""
+    sizes: IntArray
+    """Their heights and widths, int64 [N, 2]."""
+    bytes: list[int]
+    """Their sizes in bytes; empty for images that are part of a larger file."""
     content_sha256: str
     """Digest of the content of all."""
 
@@ -109,13 +111,14 @@ def check_files(
         summary.add(*kind)
     if options.value_range is None:
         deep = index.having("deep")
-        summary.remarks += _remarks_on_range([folder / files[number] for number in deep if number not in bad])
-    return Checked(kept, index.sizes[kept].tolist(), _sha256(index.digests[kept]))
+        summary.remarks += _remarks_on_range([folder / files[number] for number in deep if number not in bad], options)
+    sizes = np.stack([index.heights[kept], index.widths[kept]], axis=1).astype(np.int64)
+    return Checked(kept, sizes, index.sizes[kept].tolist(), _sha256(index.digests[kept]))
 
 
 def check_sources(
     count: int, source: Callable[[int], Source], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
-) -> tuple[IntArray, str]:
+) -> Checked:
     """Do the same for images that are part of a larger file.
 
     Args:
@@ -125,9 +128,6 @@ def check_sources(
         options: how images are read, and whether unreadable ones are skipped.
         summary: counts are added to it.
         decode_all: decode all images, regardless of their number.
-
-    Returns:
-        The numbers of the images that can be used, ascending, and the digest of their content.
 
     Raises:
         DataError: lists the images that cannot be read.
@@ -147,16 +147,17 @@ def check_sources(
         decoded = each(good, lambda number: check_whole(source(number), mode, options), "decoding images")
         bad |= {number: error for number, error in decoded if error is not None}
     kept = _without(bad, count, options, summary)
-    digests = []
+    digests, sizes = [], []
     for number, header in headers:
         if number not in bad:
             digests.append(header.digest)
+            sizes.append((header.height, header.width))
             summary.add(header.width, header.height, header.traits)
             if "deep" in header.traits:
                 deep.append(source(number))
     if options.value_range is None:
-        summary.remarks += _remarks_on_range(deep)
-    return kept, _sha256(np.array(digests, np.uint64))
+        summary.remarks += _remarks_on_range(deep, options)
+    return Checked(kept, np.array(sizes, np.int64).reshape(-1, 2), [], _sha256(np.array(digests, np.uint64)))
 
 
 def each(
@@ -210,7 +211,7 @@ def _save(index: Index, path: Path) -> None:
         warn(f"the index of the files cannot be kept for the next start, {error.filename}: {error.strerror}")
 
 
-def _remarks_on_range(deep: Sequence[Source]) -> list[str]:
+def _remarks_on_range(deep: Sequence[Source], options: DataConfig) -> list[str]:
     """Return a remark if images of more than 8 bits use a small part of their range: 12-bit data look nearly black."""
     looked_at = [highest_grey(source) for source in deep[:: max(1, len(deep) // DEEP_FILES_LOOKED_AT)]]
     if not looked_at:
@@ -221,7 +222,7 @@ def _remarks_on_range(deep: Sequence[Source]) -> list[str]:
         return []
     return [
         f"{len(looked_at)} images of more than 8 bits were sampled and reach {highest} of {white}, which is dark: "
-        f"--set data.value_range=0,{2**bits - 1} makes {2**bits - 1} white"
+        f"--set {options.range_field}=0,{2**bits - 1} makes {2**bits - 1} white"
     ]
 
 

@@ -37,17 +37,8 @@ def eight_bit_images(dataset: Dataset, indices: IntArray) -> Uint8Array:
     return cast("Uint8Array", images)
 
 
-class Dataset(Protocol):
-    """Labelled images, addressed by index."""
-
-    labels: IntArray
-    """int64 [N]; zeros where the data were opened without labels."""
-    class_names: tuple[str, ...]
-    """One name per class; empty where the data were opened without labels."""
-    description: dict[str, str | int]
-    """Description for a checkpoint's provenance and for comparison on resume; contains names, no paths."""
-    summary: str
-    """One line: the data found and how they are processed."""
+class ImageSource(Protocol):
+    """Images, addressed by index."""
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array | Float32Array:
         """Return the images [len(indices), height, width, channels]: uint8, or float32 in [-1, 1].
@@ -61,3 +52,20 @@ class Dataset(Protocol):
             DataError: an image cannot be read.
         """
         ...
+
+
+class Dataset(ImageSource, Protocol):
+    """Labelled images, and a conditioning image for each if the data have pairs."""
+
+    labels: IntArray
+    """int64 [N]; zeros where the data were opened without labels."""
+    class_names: tuple[str, ...]
+    """One name per class; empty where the data were opened without labels."""
+    description: dict[str, str | int]
+    """Description for a checkpoint's provenance and for comparison on resume; contains names, no paths."""
+    summary: str
+    """The data found and how they are processed: a line, and a second one about conditioning images."""
+    sizes: IntArray
+    """Height and width of each image as stored, int64 [N, 2]."""
+    conditions: ImageSource | None
+    """The conditioning image of each image, cropped as that by equal draws; None: the data are no pairs."""

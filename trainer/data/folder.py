@@ -12,21 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import ImageSize
+from diffusion.quoting import printable
 from trainer.data.checking import check_files
-from trainer.data.dataset import IntArray, Uint8Array
+from trainer.data.dataset import ImageSource, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
 from trainer.data.image_file import mode_of
-from trainer.data.listing import Listing, list_images, shorten
+from trainer.data.listing import Listing, shorten
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
 
 
 class FolderDataset:
-    """A folder with one subfolder per class, or without classes."""
+    """Images that were listed below a folder."""
+
+    conditions: ImageSource | None = None
 
     def __init__(
         self,
         path: Path,
+        listing: Listing,
         image_size: ImageSize,
         channels: int,
         options: DataConfig,
@@ -35,25 +39,30 @@ class FolderDataset:
         decode_all: bool,
         cache: Path,
     ) -> None:
-        mode = mode_of(channels)
-        listing = list_images(path, labelled=labelled, class_from=options.class_from)
+        mode = mode_of(channels, options)
         summary = Summary(image_size, options, left_out=listing.left_out)
         summary.remarks += _remarks_on_classes(path, listing, options)
         checked = check_files(path, listing.files, mode, options, summary, decode_all=decode_all, cache=cache)
         files = [listing.files[number] for number in checked.kept.tolist()]
         self.labels: IntArray = np.array(listing.labels, dtype=np.int64)[checked.kept]
         self.class_names = listing.class_names
+        self.sizes = checked.sizes
+        self._names = files
         if labelled:
             summary.count_classes(self.class_names, self.labels)
         self.summary = summary.line()
         self.description: dict[str, str | int] = {
             "folder": path.name,
             "listing_sha256": _sha256_of_lines(files),
-            "sizes_sha256": _sha256_of_lines(map(str, checked.sizes)),
+            "sizes_sha256": _sha256_of_lines(map(str, checked.bytes)),
             "content_sha256": checked.content_sha256,
             "images": len(files),
         }
         self._decoder = Decoder(lambda index: path / files[index], self.labels, image_size, mode, options)
+
+    def name_of(self, index: int) -> str:
+        """Return how an image is called in messages."""
+        return printable(self._names[index])
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from diffusion.config import ImageSize
 from formats.extras import install_command
 from trainer.data.checking import check_sources
-from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.dataset import DataError, ImageSource, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
 from trainer.data.image_file import Encoded, Mode, Source, mode_of
 from trainer.data.listing import shorten, sorted_class_names
@@ -32,12 +32,14 @@ def is_saved_dataset(path: Path) -> bool:
 class HuggingFaceDataset:
     """A data set with a column of images and one of labels."""
 
+    conditions: ImageSource | None = None
+
     def __init__(
         self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool
     ) -> None:
-        mode: Mode = mode_of(channels)
+        mode: Mode = mode_of(channels, options)
         dataset = _load(path)
-        image_column = _image_column(path, dataset, options.image_column)
+        image_column = _image_column(path, dataset, options)
         self._images = dataset.data.column(image_column)
         self._path = path
         summary = Summary(image_size, options)
@@ -51,7 +53,8 @@ class HuggingFaceDataset:
             label_column = _label_column(path, dataset, options.label_column)
             self.labels, self.class_names = _labels(path, dataset, label_column)
             columns = f"columns {image_column!r} and {label_column!r}"
-        self._kept, content = check_sources(count, self._row, mode, options, summary, decode_all=decode_all)
+        checked = check_sources(count, self._row, mode, options, summary, decode_all=decode_all)
+        self._kept, self.sizes = checked.kept, checked.sizes
         self.labels = self.labels[self._kept]
         if labelled:
             summary.count_classes(self.class_names, self.labels)
@@ -59,11 +62,15 @@ class HuggingFaceDataset:
         self.summary = summary.line()
         self.description: dict[str, str | int] = {
             "dataset": path.name,
-            "content_sha256": content,
+            "content_sha256": checked.content_sha256,
             "labels_sha256": hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest(),
             "images": len(self.labels),
         }
         self._decoder = Decoder(self._source, self.labels, image_size, mode, options)
+
+    def name_of(self, index: int) -> str:
+        """Return how an image is called in messages."""
+        return f"row {self._kept[index]}"
 
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
@@ -112,7 +119,8 @@ def _having(dataset: Any, kind: str) -> list[str]:
     return [name for name, feature in dataset.features.items() if type(feature).__name__ == kind]
 
 
-def _image_column(path: Path, dataset: Any, wanted: str | None) -> str:
+def _image_column(path: Path, dataset: Any, options: DataConfig) -> str:
+    wanted, field = options.image_column, options.column_field
     found = _having(dataset, "Image")
     if wanted is None and len(found) == 1:
         return found[0]
@@ -120,9 +128,9 @@ def _image_column(path: Path, dataset: Any, wanted: str | None) -> str:
         assert wanted is not None  # noqa: S101  # an element of a list of names
         return wanted
     problem = (
-        f"data.image_column is {wanted!r}, which is no column of images"
+        f"{field} is {wanted!r}, which is no column of images"
         if wanted is not None
-        else f"{len(found)} columns contain images: choose one with --set data.image_column=NAME"
+        else f"{len(found)} columns contain images: choose one with --set {field}=NAME"
         if found
         else "no column contains images (of the type datasets.Image)"
     )

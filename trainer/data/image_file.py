@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -49,6 +49,8 @@ TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
 """Content of the last bytes of a complete file."""
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
+QUARTER_TURNS = frozenset({5, 6, 7, 8})
+"""Values of the EXIF orientation that exchange width and height."""
 
 # Always in the same thread: the C library keeps freed memory for the thread that allocated it.
 _large_images = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
@@ -74,22 +76,29 @@ class Header(NamedTuple):
     """Properties of a file that are known without decoding it."""
 
     width: int
+    """Width and height as shown, EXIF orientation applied."""
     height: int
     traits: tuple[Trait, ...]
     digest: int
     """`content_digest` of the file."""
 
 
-def mode_of(channels: int) -> Mode:
+def mode_of(channels: int, options: DataConfig) -> Mode:
     """Return the mode for a number of channels.
 
     Raises:
-        DataError: image files cannot be read with that number.
+        DataError: image files cannot be read with that number, or with a range per channel.
     """
+    field = options.channels_field
     if channels not in (1, 3):
         raise DataError(
-            f"image files can be read as 1 (grey) or 3 (RGB) channels; model.image_channels is {channels}: "
-            "choose --set model.image_channels=3, or use an npz of arrays with that number of channels"
+            f"image files can be read as 1 (grey) or 3 (RGB) channels; {field} is {channels}: "
+            f"choose --set {field}=3, or use an npz of arrays with that number of channels"
+        )
+    if options.value_range is not None and isinstance(options.value_range[0], tuple):
+        raise DataError(
+            f"{options.range_field} must be one range, [low, high], for image files; several, one per channel, are for "
+            "arrays (npz, npy)"
         )
     return "L" if channels == 1 else "RGB"
 
@@ -107,7 +116,7 @@ def inspect(source: Source, mode: Mode, options: DataConfig) -> Header:
         traits = tuple(_traits(image, mode))
         file.seek(-min(TAIL_BYTES, file.seek(0, 2)), 2)
         whole = TAILS.get(image.format or "", b"") in file.read()
-        header = Header(*image.size, traits, content_digest(file))
+        header = Header(*_size_as_shown(image, traits), traits, content_digest(file))
     if not whole:
         check_whole(source, mode, options)
     return header
@@ -238,7 +247,7 @@ def _check(image: Image.Image, options: DataConfig) -> None:
         )
         raise ValueError(
             f"grey of {kind} has no values that "
-            f"are black and white by convention; set them, for example --set data.value_range={example}"
+            f"are black and white by convention; set them, for example --set {options.range_field}={example}"
         )
 
 
@@ -259,6 +268,11 @@ def _traits(image: Image.Image, mode: Mode) -> Iterator[Trait]:
         yield "rotated"
     if getattr(image, "is_animated", False):
         yield "frames"
+
+
+def _size_as_shown(image: Image.Image, traits: Sequence[Trait]) -> tuple[int, int]:
+    turned = "rotated" in traits and image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS
+    return image.size[::-1] if turned and image.format != "TIFF" else image.size  # Pillow turns the size of TIFF files
 
 
 def _as_shown(image: Image.Image, mode: Mode, options: DataConfig) -> Image.Image:
@@ -297,7 +311,7 @@ def _container_range(image: Image.Image) -> tuple[int, int] | None:
 
 def _deep_as_shown(image: Image.Image, options: DataConfig) -> Image.Image:
     values = np.asarray(image)
-    black, white = options.value_range or _container_range(image) or (0, 65535)
+    black, white = options.single_range or _container_range(image) or (0, 65535)
     if 0 in _tiff_tag(image, TIFF_PHOTOMETRIC):  # WhiteIsZero
         black, white = white, black
     pixels: Uint8Array = np.empty(values.shape, np.uint8)

@@ -23,7 +23,7 @@ from trainer.data.image_file import Header, Mode, Trait
 from trainer.data.options import DataConfig
 
 BAR_DELAY_SECONDS = 2
-VERSION = 1
+VERSION = 2
 """Changes with the meaning of the content."""
 TRAITS: tuple[Trait, ...] = get_args(Trait)
 Array = npt.NDArray[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusion.config import ImageSize
@@ -11,7 +12,9 @@ from trainer.data.dataset import DataError, Dataset
 from trainer.data.folder import FolderDataset
 from trainer.data.hugging_face import HuggingFaceDataset, is_saved_dataset
 from trainer.data.image_file import SUFFIXES
+from trainer.data.listing import Listing, list_images
 from trainer.data.options import DataConfig
+from trainer.data.pairs import Pairs, Side, files_of_pairs
 
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"})
 
@@ -23,6 +26,8 @@ def open_dataset(
     options: DataConfig | None = None,
     *,
     labelled: bool = True,
+    cond_channels: int = 0,
+    cond: Path | None = None,
     decode_all: bool = False,
     cache: Path | None = None,
 ) -> Dataset:
@@ -36,18 +41,105 @@ def open_dataset(
         channels: 1 for grey, 3 for RGB; an npz may have any number.
         options: how images are read; None: the defaults.
         labelled: whether labels are used; a folder then holds one subfolder per class, an npz an array `labels`.
+        cond_channels: channels of the conditioning image that each image has; 0: the data are no pairs.
+        cond: folder or file of the conditioning images; None: they are in the same file (array `cond`, `cond_column`).
         decode_all: decode every file now; otherwise only in small data sets.
         cache: folder of indexes and unpacked arrays; None: the user's cache folder.
 
     Raises:
         DataError: the path does not exist or cannot be used for training; unreadable files are named.
     """
-    options = options or DataConfig()
-    cache = cache or default_cache()
-    if path.is_dir() and is_saved_dataset(path):
-        return HuggingFaceDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all)
-    if path.is_dir():
-        return FolderDataset(path, image_size, channels, options, labelled=labelled, decode_all=decode_all, cache=cache)
+    opener = _Opener(options or DataConfig(), image_size, labelled, decode_all, cache or default_cache())
+    if cond_channels:
+        return opener.pairs(path, channels, cond, cond_channels)
+    if cond is not None:
+        raise DataError(
+            f"conditioning images ({cond}) are for a model that takes some: set model.cond_channels to their channels "
+            "(an upsampler, model.low_res_size, makes its own from the images)"
+        )
+    return opener.images(path, channels)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens data in one way of reading."""
+
+    options: DataConfig
+    image_size: ImageSize
+    labelled: bool
+    decode_all: bool
+    cache: Path
+
+    def images(self, path: Path, channels: int) -> Side:
+        """Open a path of any kind."""
+        if path.is_dir() and is_saved_dataset(path):
+            return self.hugging_face(path, channels)
+        if path.is_dir():
+            return self.folder(path, self.listing(path), channels)
+        _check_file(path, self.labelled)
+        return self.arrays(path, channels)
+
+    def listing(self, path: Path) -> Listing:
+        """List the image files of a folder."""
+        return list_images(path, labelled=self.labelled, class_from=self.options.class_from)
+
+    def folder(self, path: Path, listing: Listing, channels: int) -> Side:
+        """Open the files that were listed below a folder."""
+        return FolderDataset(
+            path, listing, self.image_size, channels, self.options,
+            labelled=self.labelled, decode_all=self.decode_all, cache=self.cache,
+        )  # fmt: skip
+
+    def hugging_face(self, path: Path, channels: int) -> Side:
+        """Open a Hugging Face data set."""
+        return HuggingFaceDataset(
+            path, self.image_size, channels, self.options, labelled=self.labelled, decode_all=self.decode_all
+        )
+
+    def arrays(self, path: Path, channels: int, *, paired: bool = False) -> Side:
+        """Open an npz or npy file."""
+        return ArrayDataset(
+            path, self.image_size, channels, self.options, labelled=self.labelled, cache=self.cache, paired=paired
+        )
+
+    def pairs(self, path: Path, channels: int, cond: Path | None, cond_channels: int) -> Dataset:
+        """Open images with their conditioning images."""
+        conditions = replace(self, options=self.options.for_conditions(), labelled=False)
+        if path.is_dir() and self.options.unreadable == "skip":
+            raise DataError("data.unreadable must be fail for pairs: an image would be replaced without its condition")
+        if path.is_dir() and is_saved_dataset(path):
+            if cond is not None or self.options.cond_column is None:
+                raise DataError(
+                    f"{path}: the conditioning images of a Hugging Face data set are a column of it: choose it with "
+                    "--set data.cond_column=NAME, without --cond"
+                )
+            return Pairs(path, self.hugging_face(path, channels), conditions.hugging_face(path, cond_channels))
+        if path.is_dir():
+            return self._folders(path, channels, conditions, cond, cond_channels)
+        _check_file(path, self.labelled)
+        if cond is None and path.suffix.lower() == ".npy":
+            raise DataError(f"{path} is one array; its conditioning images must be another file: --cond FILE")
+        if cond is not None and (cond.is_dir() or not cond.exists()):
+            raise DataError(f"the conditioning images of {path} must be an npz or npy file, as that; {cond} is none")
+        images = self.arrays(path, channels, paired=cond is None)
+        return Pairs(path, images, conditions.arrays(cond or path, cond_channels))
+
+    def _folders(
+        self, path: Path, channels: int, conditions: _Opener, cond: Path | None, cond_channels: int
+    ) -> Dataset:
+        if cond is None or not cond.is_dir() or is_saved_dataset(cond):
+            got = "" if cond is None else f"; {cond} is none"
+            raise DataError(
+                f"the conditioning images of {path} must be a folder (--cond) with a file of the same name for each "
+                f"image, because model.cond_channels is {cond_channels}{got}"
+            )
+        listing, theirs = self.listing(path), conditions.listing(cond)
+        theirs = replace(theirs, files=files_of_pairs(path, listing.files, cond, theirs.files))
+        return Pairs(path, self.folder(path, listing, channels), conditions.folder(cond, theirs, cond_channels))
+
+
+def _check_file(path: Path, labelled: bool) -> None:
+    """Refuse a path that is no npz or npy file with what the user may have meant."""
     if not path.is_file():
         raise DataError(f"data must be a folder of images, or an npz or npy file; {path} does not exist")
     suffix = path.suffix.lower()
@@ -60,4 +152,3 @@ def open_dataset(
         raise DataError(f"{path} is one image; use the folder that contains the class subfolders")
     if suffix in ARCHIVE_SUFFIXES:
         raise DataError(f"{path} is an archive; unpack it and use the folder")
-    return ArrayDataset(path, image_size, channels, options, labelled=labelled, cache=cache)

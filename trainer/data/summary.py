@@ -62,10 +62,10 @@ class Summary:
     def line(self) -> str:
         """Return the line."""
         images = "1 image" if self.images == 1 else f"{self.images:,} images"
-        parts = [f"{images} {self._sizes()}", self._classes(), *self._treatment()]
+        parts = [f"{images} {self._sizes()}", *self._classes(), *self._treatment()]
         if self.left_out:
             parts.append(f"skipped: {describe_counts(self.left_out)}")
-        return "data: " + "; ".join([*parts, *self._numbers_that_mislead(), *self.remarks])
+        return f"{self.options.title}: " + "; ".join([*parts, *self._numbers_that_mislead(), *self.remarks])
 
     def _sizes(self) -> str:
         if self.smallest is None or self.largest is None:
@@ -73,9 +73,9 @@ class Summary:
         sizes = dict.fromkeys(f"{width}x{height}" for width, height in (self.smallest, self.largest))
         return " to ".join(sizes)
 
-    def _classes(self) -> str:
+    def _classes(self) -> list[str]:
         if self.classes is None:
-            return "no classes"
+            return ["no classes"] if self.options.title == DataConfig.title else []
         counts = list(self.classes.values())
         plural = "class" if len(counts) == 1 else "classes"
         if len(counts) <= CLASSES_SHOWN:
@@ -85,7 +85,7 @@ class Summary:
             text = f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images"
         if unused := [repr(name) for name, count in self.classes.items() if count == 0]:
             text += f" ({len(unused)} without an image: {shorten(unused)})"
-        return text
+        return [text]
 
     def _treatment(self) -> list[str]:
         height, width = size_pair(self.image_size)
@@ -94,7 +94,7 @@ class Summary:
         phrases = {
             f"smaller than the model's {size}, {done} (data.small_images)": self.smaller,
             f"scaled and cropped to {size}": self.reshaped,
-            "colour read as grey (--set model.image_channels=3 keeps it)": self.traits["colour"],
+            f"colour read as grey (--set {self.options.channels_field}=3 keeps it)": self.traits["colour"],
             "grey read as RGB": self.traits["grey"],
             "CMYK read without a colour profile": self.traits["cmyk"],
             f"with transparency, drawn over {self.options.background} (data.background)": self.traits["transparent"],
@@ -105,10 +105,7 @@ class Summary:
         return [f"{count:,} {phrase}" for phrase, count in phrases.items() if count]
 
     def _range(self) -> str:
-        if self.options.value_range is None:
-            return "full range"
-        black, white = self.options.value_range
-        return f"{black:g}..{white:g}"
+        return "full range" if self.options.value_range is None else self.options.range_text
 
     def _numbers_that_mislead(self) -> list[str]:
         names = list(self.classes or ())

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from diffusion.config import ModelConfig
+from diffusion.config import CheckpointConfig
 from diffusion.plans import SAMPLERS
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import OpenAIRoute, SharedRoute
@@ -65,7 +65,7 @@ def model_info(model: ServedModel) -> ModelInfo:
         image_channels=model.result_config.model.image_channels,
         value_range=model.result_config.value_range,
         cascade=_cascade_info(model),
-        cond=_cond_info(model.config.model),
+        cond=_cond_info(model.config),
         classes=None if model.class_names is None else list(model.class_names),
         num_timesteps=model.config.diffusion.num_timesteps,
         guidance=model.config.model.null_class,
@@ -117,12 +117,15 @@ def _cascade_info(model: ServedModel) -> CascadeInfo | None:
     )
 
 
-def _cond_info(model: ModelConfig) -> CondInfo | None:
+def _cond_info(config: CheckpointConfig) -> CondInfo | None:
+    model = config.model
     shape = cond_file_shape(model)
     if shape is None:
         return None
     height, width, channels = shape
-    return CondInfo(height=height, width=width, channels=channels, low_resolution=model.low_res_size is not None)
+    is_low_res = model.low_res_size is not None
+    value_range = config.value_range if is_low_res else config.cond_range
+    return CondInfo(height=height, width=width, channels=channels, low_resolution=is_low_res, value_range=value_range)
 
 
 def _card(model: ServedModel) -> ModelCard:

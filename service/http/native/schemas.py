@@ -64,6 +64,10 @@ class CondInfo(BaseModel):
     width: int
     channels: int
     low_resolution: bool = Field(description="Whether it is the small picture of an upsampler, which is enlarged.")
+    value_range: tuple[float, float] | list[tuple[float, float]] = Field(
+        description="[low, high], the units of float32 arrays; one pair per channel if they differ. Eight-bit pixels "
+        "map 0 to low and 255 to high."
+    )
 
 
 class CascadeInfo(BaseModel):

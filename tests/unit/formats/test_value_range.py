@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.update import to_uint8
-from formats.value_range import value_range_of
+from formats.value_range import cond_range_of, value_range_of
 
 RNG = np.random.default_rng(0)
 
@@ -81,7 +81,7 @@ def test_conversion_there_and_back_loses_one_rounding(value_range: tuple[float, 
     [
         ((1, 1), "low < high"),
         (((0, 1), (3, 2)), "low < high"),
-        (((0, 1),), r"one such pair per image channel \(2\); got 1 pairs"),
+        (((0, 1),), r"one such pair per channel \(2\); got 1 pairs"),
         ((0, float("inf")), "finite number"),
         ((), "got 0 pairs"),
     ],
@@ -89,3 +89,36 @@ def test_conversion_there_and_back_loses_one_rounding(value_range: tuple[float, 
 def test_ranges_that_map_nothing_are_refused(value_range: Any, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         config(value_range=value_range)
+
+
+def conditioned(**fields: Any) -> CheckpointConfig:
+    plain = config()
+    model = plain.model.replace(
+        **{name: fields.pop(name) for name in ("cond_channels", "low_res_size") if name in fields}
+    )
+    return CheckpointConfig(model=model, diffusion=plain.diffusion, **fields)
+
+
+def test_conditioning_images_have_a_range_of_their_own() -> None:
+    heights = np.array([[0.0, 500.0, 1000.0]], np.float32).reshape(1, 1, 3, 1)
+    as_they_are = conditioned(cond_channels=1)
+    assert cond_range_of(as_they_are).to_network(heights).ravel().tolist() == [0, 500, 1000]
+    metres = conditioned(cond_channels=1, cond_range=(0, 1000), value_range=(0, 1))
+    assert cond_range_of(metres).to_network(heights).ravel().tolist() == [-1, 0, 1]
+    assert cond_range_of(metres).to_network(np.full((1, 1, 1, 1), 255, np.uint8)).item() == 1
+    upsampler = conditioned(low_res_size=4, value_range=(250, 310))
+    assert cond_range_of(upsampler) == value_range_of(upsampler)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"cond_channels": 2, "cond_range": (3, 2)}, r"cond_range must be \[low, high\] with low < high"),
+        ({"cond_channels": 2, "cond_range": ((0, 1),)}, r"cond_range .* per channel \(2\); got 1 pairs"),
+        ({"cond_range": (0, 1)}, "cond_range needs model.cond_channels"),
+        ({"low_res_size": 4, "cond_range": (0, 1)}, "cond_range needs model.cond_channels"),
+    ],
+)
+def test_ranges_that_fit_no_condition_are_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        conditioned(**fields)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from trainer.data import (
     DataConfig,
@@ -258,6 +259,25 @@ def test_values_outside_the_range_are_counted_and_refused_or_clipped(tmp_path: P
     assert "4 values outside are clipped (data.outside_range)" in data.summary
     assert data.images(np.array([3, 4]))[:, 0, :4, 0].tolist() == [[1, 1, 1, 0], [-1, 0, 0, 0]]
     assert "clipped" not in open_dataset(path, 8, 1, DataConfig(value_range=(-2, 2))).summary
+
+
+def test_each_channel_may_have_a_range_of_its_own(tmp_path: Path) -> None:
+    array = np.zeros((3, 8, 8, 2), np.float32)
+    array[1], array[2] = (1, 10), (0.5, 60)
+    path = saved(tmp_path / "a.npz", images=array, labels=[0, 1, 0])
+    ranges = ((0.0, 1.0), (-40.0, 60.0))
+    data = open_dataset(path, 8, 2, DataConfig(value_range=ranges))
+    assert data.images(np.arange(3))[:, 3, 3].tolist() == [[-1, pytest.approx(-0.2)], [1, 0], [0, 1]]
+    assert "float32 values in 0..60, of which 0..1, -40..60 is scaled to -1..1 (data.value_range)" in data.summary
+    with pytest.raises(
+        DataError, match=r"2 images \(indices 1, 2\) contain values outside .*0\.\.1, 0\.\.5: 128 values"
+    ):
+        open_dataset(path, 8, 2, DataConfig(value_range=((0, 1), (0, 5))))
+    put = tmp_path / "folder" / "c" / "0.png"
+    put.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(put)
+    with pytest.raises(DataError, match=r"data.value_range must be one range, \[low, high\], for image files"):
+        open_dataset(tmp_path / "folder", 8, 3, DataConfig(value_range=((0, 1),) * 3))
 
 
 def test_bytes_and_floats_become_the_same_input_of_the_network(tmp_path: Path) -> None:

@@ -99,6 +99,19 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
         open_dataset(path, 8, 1, DataConfig(image_column="mask", label_column="class"))
 
 
+def test_conditioning_images_are_a_column(tmp_path: Path) -> None:
+    inverted = [{"bytes": png(255 - grey), "path": None} for grey in GREYS]
+    path = saved(tmp_path / "data", edges=(inverted, datasets.Image()))
+    data = open_dataset(path, 8, 1, DataConfig(image_column="image", cond_column="edges"), cond_channels=1)
+    assert data.conditions is not None
+    conds = data.conditions.images(np.arange(len(GREYS)))[:, 0, 0, 0]
+    assert (levels(data), conds.tolist()) == (GREYS, [255 - grey for grey in GREYS])
+    with pytest.raises(DataError, match=r"data\.cond_column is 'edge', which is no column of images"):
+        open_dataset(path, 8, 1, DataConfig(image_column="image", cond_column="edge"), cond_channels=1)
+    with pytest.raises(DataError, match=r"are a column of it: choose it with --set data\.cond_column=NAME"):
+        open_dataset(path, 8, 1, DataConfig(image_column="image"), cond_channels=1)
+
+
 @pytest.mark.parametrize(
     ("labels", "kind", "reason"),
     [

@@ -269,7 +269,7 @@ def test_suffixes_are_those_that_pillow_reads() -> None:
     [
         ({"background": "no such colour"}, "must be a colour such as white"),
         ({"background": "#ffffff80"}, "without transparency"),
-        ({"value_range": (5, 5)}, "black < white"),
+        ({"value_range": (5, 5)}, "low < high"),
         ({"value_range": (0, float("inf"))}, "finite number"),
         ({"small_images": "stretch"}, "'frame' or 'enlarge'"),
     ],

@@ -8,7 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from trainer import loop
 from trainer.data import open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve
-from trainer.ranks import OneProcess
+from trainer.ranks import OneProcess, main_first
 from trainer.run_folder import LOG_FILE, checkpoints
 
 FIELDS = {
@@ -198,3 +201,59 @@ def test_rows_are_gathered_in_the_order_of_the_batch() -> None:
     rows = np.arange(12)
     parts = [torch.from_numpy(rows[rank::3]) for rank in range(3)]
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), torch.from_numpy(rows))
+
+
+class Pair(OneProcess):
+    """One of two processes, which are threads here."""
+
+    world = 2
+
+    def __init__(self, rank: int, values: list[int], barrier: threading.Barrier) -> None:
+        super().__init__("cpu")
+        self.rank, self.main = rank, rank == 0
+        self._values, self._barrier = values, barrier
+
+    def highest(self, value: int) -> int:
+        self._values[self.rank] = value
+        self._barrier.wait(PATIENCE_S)
+        return max(self._values)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_main_process_opens_the_data_first(fails: bool) -> None:
+    done: list[int] = []
+    values, barrier = [0, 0], threading.Barrier(2)
+
+    def open_data(rank: int) -> str:
+        if rank == 0:
+            time.sleep(0.1)
+            if fails:
+                raise ValueError("unreadable")
+        done.append(rank)
+        return "data"
+
+    with ThreadPoolExecutor(2) as pool:
+        others, main = (
+            pool.submit(main_first, Pair(rank, values, barrier), partial(open_data, rank)) for rank in (1, 0)
+        )
+        if not fails:
+            assert (main.result(), others.result(), done) == ("data", "data", [0, 1])
+            return
+        with pytest.raises(ValueError, match="unreadable"):
+            main.result()
+        with pytest.raises(TrainError, match="the main process could not read the data"):
+            others.result()
+    assert done == []
+
+
+def test_unreadable_data_end_all_processes_with_one_reason(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=[0, 0])
+    done = subprocess.run(
+        command(tmp_path / "a.npz", tmp_path / "run", world=2),
+        env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    output = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert output.count("choose --set model.image_channels=3") == 1, output
+    assert "lost the connection" not in output
+    assert not (tmp_path / "run").exists()

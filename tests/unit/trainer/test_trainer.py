@@ -123,6 +123,18 @@ def test_an_unconditional_run_ignores_labels(npz: Path, tmp_path: Path) -> None:
     assert (config.model.num_classes, config.class_names, config.sampling.cfg_scale) == (None, None, 1.0)
 
 
+def test_ranges_of_channels_are_recorded_in_the_model(tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    np.savez(data, images=np.zeros((4, 8, 8, 2), np.float32), labels=np.zeros(4, np.int64))
+    (ranges,) = parse_assignments(["data.value_range=[[0,1],[-40,60]]"]).values()
+    model = tiny().model.replace(image_channels=2).model_dump()
+    config = tiny(total_images=4, model=model, preview_per_class=0).with_overrides({"data.value_range": ranges})
+    dataset = open_dataset(data, 8, 2, config.data)
+    trained = read_config(loop.train(resolve(config, dataset), dataset, tmp_path / "run"))
+    assert isinstance(trained, CheckpointConfig)
+    assert trained.channel_ranges == ((0, 1), (-40, 60))
+
+
 @pytest.mark.parametrize("channels", [2, 4, 5, 12])
 def test_images_of_other_channels_are_previewed_side_by_side(tmp_path: Path, channels: int) -> None:
     data = tmp_path / "data.npz"
@@ -159,7 +171,7 @@ def test_a_folder_of_class_folders_is_read_scaled_and_cropped(tmp_path: Path) ->
 
 
 def test_data_that_cannot_be_trained_on_is_refused_by_name(npz: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"toy\.npz has 1 channels, model\.image_channels is 3"):
+    with pytest.raises(DataError, match=r"toy\.npz: the array 'images' has 1 channels, model\.image_channels is 3"):
         open_dataset(npz, 8, 3)
     with pytest.raises(DataError, match="does not exist"):
         open_dataset(tmp_path / "nowhere", 8, 1)
@@ -253,8 +265,3 @@ def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(npz: Pat
     assert code == 0
     assert '"num_classes": 3' in output
     assert not (tmp_path / "run").exists()
-
-
-def test_conditioning_channels_cannot_be_trained() -> None:
-    with pytest.raises(ValueError, match=r"model\.cond_channels must be 0: the trainer reads no conditioning images"):
-        tiny().with_overrides({"model.cond_channels": 2})
