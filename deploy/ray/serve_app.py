@@ -52,8 +52,9 @@ class Fleet(BaseModel):
     """Most replicas; Serve adds one when the others have more requests than rows."""
     cpus: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for a replica; without `IDDPM_THREADS`, also its threads, rounded down."""
-    max_queued_requests: int = Field(default=64, ge=0)
-    """Requests that wait at one proxy while all replicas have their maximum; further ones get 503 with Retry-After."""
+    max_queued_requests: int = Field(default=256, ge=1)
+    """Requests that a proxy holds and has not given to a replica yet; further ones get 503 with Retry-After. In a burst
+    these are also requests for which a replica is free, so a small limit refuses too early."""
 
     @model_validator(mode="after")
     def _order_replicas(self) -> "Fleet":
@@ -71,9 +72,13 @@ class Replica:
         if settings.threads is None:  # not all CPUs of the node, which other replicas use too
             cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
             settings = settings.model_copy(update={"threads": max(1, int(cpus))})
-        self._app = create_app(settings, build_engines)
+        self._app = self.application(settings)
         self._app.add_middleware(SingleRequestId)
         self._watch: asyncio.Task[None] | None = None
+
+    def application(self, settings: Settings) -> FastAPI:
+        """Create the application."""
+        return create_app(settings, build_engines)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application. Serve runs its lifespan: the start of the engine, and its drain at the end."""
@@ -125,8 +130,12 @@ def build(fleet: Fleet) -> Any:
     Raises:
         ValueError: a variable IDDPM_* is unknown, or its value is not allowed (pydantic's ValidationError).
     """
-    settings = read_settings()
-    return serve.deployment(serve.ingress()(Replica), **deployment_options(fleet, settings)).bind(settings)
+    return deployed(Replica, fleet, read_settings())
+
+
+def deployed(replica: type[Replica], fleet: Fleet, settings: Settings) -> Any:
+    """Return the Serve application of a kind of replica."""
+    return serve.deployment(serve.ingress()(replica), **deployment_options(fleet, settings)).bind(settings)
 
 
 def read_settings() -> Settings:
