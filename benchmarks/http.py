@@ -209,7 +209,7 @@ def contenders(litserve_python: Path | None, ray: bool = False) -> list[Contende
 
     Args:
         litserve_python: Python with LitServe; None: without it.
-        ray: whether to include the service in Ray Serve (extra ray), behind each of Serve's two proxies.
+        ray: whether to include the service in Ray Serve (extra ray).
     """
     ours = (sys.executable, "-m", "benchmarks.null_servers.iddpm_server")
     found = [
@@ -222,10 +222,7 @@ def contenders(litserve_python: Path | None, ray: bool = False) -> list[Contende
         found.insert(2, Contender("LitServe", (str(litserve_python), program), has_lag=False))
     if ray:
         in_ray = (sys.executable, "-m", "benchmarks.null_servers.ray_server")
-        found += [
-            Contender("iddpm in Ray Serve", in_ray, ("python",), has_engine=True),
-            Contender("iddpm in Ray Serve, HAProxy", in_ray, ("haproxy",), has_engine=True),
-        ]
+        found.append(Contender("iddpm in Ray Serve", in_ray, has_engine=True))
     return found
 
 
@@ -238,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of load (2)")
     parser.add_argument("--litserve-python", type=Path, help="Python with LitServe installed; omitted if not given")
     parser.add_argument("--ray", action="store_true", help="include the service in Ray Serve (extra ray)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the servers to measure (all)")
     parser.add_argument("--out", type=Path, default=WORK)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -246,6 +244,8 @@ def main() -> None:
     results: dict[str, list[Measured]] = {}
     for _ in range(asked.repeats):
         for contender in contenders(asked.litserve_python, asked.ray):
+            if asked.only and contender.name not in asked.only:
+                continue
             measured = asyncio.run(
                 measure(contender, asked.out / "http.log", asked.alone, asked.clients, asked.seconds)
             )

@@ -1,6 +1,6 @@
-"""The service in Ray Serve, around a network that does nothing: PORT PROXY, which is python or haproxy.
+"""The service in Ray Serve, around a network that does nothing: a cluster of one node with one replica.
 
-A cluster of one node with one replica. Serve's proxies log their requests, as they do by default.
+Serve's proxy logs its requests, as it does by default.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from fastapi import FastAPI
 REPOSITORY = Path(__file__).parents[2]
 
 
-def main(port: int, proxy: str) -> None:
+def main(port: int) -> None:
     """Serve until a signal."""
-    # Read when ray is imported, and by the processes that it starts
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported; else it writes a token into the home folder
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # of the replica's process
 
     import ray
     from ray import serve
@@ -50,4 +48,4 @@ def main(port: int, proxy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]))
