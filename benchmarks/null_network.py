@@ -1,7 +1,9 @@
-"""A network that computes nothing, for benchmarks of the surrounding code."""
+"""A network that computes nothing, at once or in a given time, for benchmarks of the surrounding code."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,20 @@ import numpy as np
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.network_inputs import NetworkInputs
 from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
+from service.backends.pending import Later, Pending
 
 
 class NullDenoiser(DenoiserDefaults[Any]):
-    """Predicts no noise, at once."""
+    """Predicts no noise, at once or after sleeping for the time of a call."""
 
-    def __init__(self, image_size: int, max_rows: int) -> None:
-        """Describe an unconditional network of RGB images, compiled for one batch size."""
+    def __init__(self, image_size: int, max_rows: int, call_s: Mapping[int, float] | None = None) -> None:
+        """Describe an unconditional network of RGB images.
+
+        Args:
+            image_size: height and width.
+            max_rows: the batch size for which it is compiled if `call_s` is None.
+            call_s: seconds of a call by batch size; None: a call takes no time.
+        """
         self.config = CheckpointConfig(
             model=ModelConfig(
                 image_size=image_size,
@@ -32,7 +41,8 @@ class NullDenoiser(DenoiserDefaults[Any]):
         )
         self.network_id = "null"
         self.description = "nothing"
-        self.batch_sizes: tuple[int, ...] | None = (max_rows,)
+        self._call_s = {max_rows: 0.0} if call_s is None else dict(call_s)
+        self.batch_sizes: tuple[int, ...] | None = tuple(sorted(self._call_s))
         self.threads = 1
         self.xp: Any = np
         self.device: Any = "cpu"
@@ -48,5 +58,15 @@ class NullDenoiser(DenoiserDefaults[Any]):
 
     def __call__(self, inputs: NetworkInputs[Any]) -> Any:
         """Predict no noise."""
+        return self.begin(inputs).wait()
+
+    def begin(self, inputs: NetworkInputs[Any]) -> Pending[Any]:
+        """Start the time of a call."""
+        end = time.perf_counter() + self._call_s[len(inputs.x_t)]
+        return Later(lambda: self._predict_at(end, inputs))
+
+    def _predict_at(self, end: float, inputs: NetworkInputs[Any]) -> Any:
+        if (left := end - time.perf_counter()) > 0:
+            time.sleep(left)
         rows, _, *size = inputs.x_t.shape
         return np.zeros((rows, self.config.model.out_channels, *size), dtype=np.float32)

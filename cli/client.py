@@ -1,10 +1,10 @@
 """The Python client: `Client` blocks, `AsyncClient` awaits; `client_core` and `retries` hold what both share.
 
-from cli.client import Client, pixels_of
+from cli.client import Client, arrays_of
 
 with Client("http://127.0.0.1:8000") as client:
     answer = client.generate(class_="sneaker", n=8, seed=3, on_event=print)
-    pixels = [pixels_of(image.b64_json) for image in answer.images]
+    pixels = arrays_of(answer)
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from cli.client_core import (
     Call,
     ClientError,
     ConnectionLost,
+    Denoised,
+    DenoiseFields,
     Encoded,
     EncodeFields,
     Event,
@@ -29,12 +31,15 @@ from cli.client_core import (
     GenerateFields,
     RequestFailed,
     UnexpectedAnswer,
+    arrays_of,
     as_client_errors,
+    denoise_call,
     encode_call,
     failure_of,
     generate_call,
     models_call,
     pixels_of,
+    read_denoised,
     read_encoded,
     read_generated,
     read_models,
@@ -51,6 +56,8 @@ __all__ = [
     "Client",
     "ClientError",
     "ConnectionLost",
+    "DenoiseFields",
+    "Denoised",
     "EncodeFields",
     "Encoded",
     "Event",
@@ -63,6 +70,7 @@ __all__ = [
     "QueuedEvent",
     "RequestFailed",
     "UnexpectedAnswer",
+    "arrays_of",
     "pixels_of",
 ]
 
@@ -162,6 +170,17 @@ class Client:
         """
         return read_encoded(self._send(encode_call(fields)))
 
+    def denoise(self, **fields: Unpack[DenoiseFields]) -> Denoised:
+        """Call the network once for each of the given arrays.
+
+        Raises:
+            RequestFailed: the service refused the request or failed.
+            ConnectionLost: there was no connection, or it ended before the response did.
+            UnexpectedAnswer: the response does not come from this service.
+            ValueError: JSON cannot hold a field.
+        """
+        return read_denoised(self._send(denoise_call(fields)))
+
     def _chunks(self, response: httpx.Response) -> Generator[bytes]:
         with as_client_errors(self._name):  # not around on_event, whose exceptions are the caller's
             try:
@@ -245,6 +264,10 @@ class AsyncClient:
     async def encode(self, **fields: Unpack[EncodeFields]) -> Encoded:
         """See `Client.encode`."""
         return read_encoded(await self._send(encode_call(fields)))
+
+    async def denoise(self, **fields: Unpack[DenoiseFields]) -> Denoised:
+        """See `Client.denoise`."""
+        return read_denoised(await self._send(denoise_call(fields)))
 
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
         with as_client_errors(self._name):

@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Required, TypedDict, TypeVar
+from typing import Any, Literal, Required, TypedDict, TypeVar
+from zipfile import BadZipFile
 
 import httpx
 import numpy as np
@@ -77,6 +78,15 @@ GivenFile = str | bytes | npt.NDArray[Any]
 """A given image: the bytes of a file, an array [H, W, C] or [n, H, W, C], or a file in base64."""
 
 
+class Upsample(TypedDict, total=False):
+    """How the upsampler of a cascade samples."""
+
+    steps: int
+    sampler: str
+    cfg_scale: float
+    classifier_scale: float
+
+
 class Resample(TypedDict):
     """RePaint's resampling of a masked image."""
 
@@ -105,6 +115,7 @@ class GenerateFields(TypedDict, total=False):
     strength: float
     start_timestep: int
     resample: Resample
+    upsample: Upsample
     fit: Fit
     clip: bool
     format: ImageFormat
@@ -132,6 +143,19 @@ class EncodeFields(TypedDict, total=False):
     deadline_s: float
 
 
+class DenoiseFields(TypedDict, total=False):
+    """Fields of `POST /v1/denoise` as keyword arguments; docs/http.md describes them."""
+
+    model: str
+    x_t: Required[GivenFile]
+    timestep: Required[int | Sequence[int]]
+    class_: int | str | Sequence[int | str]
+    cond: GivenFile
+    cfg_scale: float
+    priority: PriorityName
+    deadline_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Latents of images."""
@@ -140,6 +164,18 @@ class Encoded:
     """float32 [n, H, W, C], in the units of the network; `latent` of `generate` takes them."""
     timestep: int
     """t of the training chain where they are, for `start_timestep`."""
+    numerics_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """The output of single calls of the network, float32 [n, H, W, C], in the units of the network."""
+
+    predicts: Literal["eps", "x0"]
+    """What the model's network predicts."""
+    prediction: npt.NDArray[np.float32]
+    log_variance: npt.NDArray[np.float32]
+    """Of p(x_{t-1} | x_t) in the chain of all timesteps."""
     numerics_id: str
 
 
@@ -217,10 +253,23 @@ def encode_call(fields: EncodeFields) -> Call:
     Raises:
         ValueError: JSON cannot hold a field.
     """
+    return _arrays_call("v1/encode", {**fields, "format": "npy"})
+
+
+def denoise_call(fields: DenoiseFields) -> Call:
+    """Return the call that runs the network once per array.
+
+    Raises:
+        ValueError: JSON cannot hold a field.
+    """
+    return _arrays_call("v1/denoise", fields)
+
+
+def _arrays_call(path: str, fields: Mapping[str, object]) -> Call:
     return Call(
         method="POST",
-        path="v1/encode",
-        content=json.dumps(_named({**fields, "format": "npy"})).encode(),
+        path=path,
+        content=json.dumps(_named(fields)).encode(),
         headers={"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex},
         silence_s=ANSWER_S,
         repeatable=True,
@@ -282,6 +331,21 @@ def read_encoded(response: httpx.Response) -> Encoded:
         )
     except (ValueError, KeyError) as error:
         raise UnexpectedAnswer(f"{response.status_code} without an npy file and its timestep") from error
+
+
+def read_denoised(response: httpx.Response) -> Denoised:
+    """Parse the response to `denoise_call`; raise UnexpectedAnswer if it is invalid."""
+    try:
+        with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
+            predicts: Literal["eps", "x0"] = "eps" if "eps" in arrays else "x0"
+            return Denoised(
+                predicts=predicts,
+                prediction=arrays[predicts].astype(np.float32, copy=False),
+                log_variance=arrays["log_variance"].astype(np.float32, copy=False),
+                numerics_id=response.headers["X-Numerics-Id"],
+            )
+    except (ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
+        raise UnexpectedAnswer(f"{response.status_code} without an npz of the network's output") from error
 
 
 def refuse_other_streams(response: httpx.Response) -> None:
@@ -349,6 +413,11 @@ def pixels_of(image_b64: str) -> npt.NDArray[Any]:
     with Image.open(io.BytesIO(content)) as picture:
         flat = np.asarray(picture)
     return flat.reshape(*flat.shape[:2], -1)  # a grey picture is [H, W]
+
+
+def arrays_of(answer: GenerateResponse) -> npt.NDArray[Any]:
+    """Decode all images of a response to one array [n, H, W, C]; see `pixels_of` for its type and units."""
+    return np.stack([pixels_of(image.b64_json) for image in answer.images])
 
 
 def _body(fields: GenerateFields, *, stream: bool) -> bytes:

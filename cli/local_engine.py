@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion.config import CheckpointConfig
-    from service.encoding import Pixels
     from service.engine.request import GivenArrays, ImageParams
+    from service.requests.results import Pixels
 
 MODEL = "model"
 AHEAD = 2
@@ -135,9 +135,9 @@ class LocalEngine:
             GenerationFailed: an image failed.
         """
         from formats.value_range import value_range_of
-        from service.encoding import network_values, output_of
         from service.engine.request import GenerationRequest
         from service.engine.tickets import image_failure
+        from service.requests.results import network_values, output_of
 
         if not self._warm:
             self._engine.warm_up()

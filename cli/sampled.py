@@ -12,8 +12,8 @@ import typer
 
 if TYPE_CHECKING:
     from diffusion.config import ImageSize
-    from service.encoding import Pixels
     from service.requests.generate_request import ImageFormat
+    from service.requests.results import Pixels
 
 ONE_FILE: dict[str, ImageFormat] = {
     ".png": "png",

@@ -16,6 +16,10 @@ def serve_command(
         list[Path] | None,
         typer.Option(help="Model folder, as FOLDER or NAME=FOLDER. Can be repeated; the first model is the default."),
     ] = None,
+    cascade: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=BASE+UPSAMPLER: serve two of the models as one, which enlarges the base's images."),
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; '': all addresses. Default: 127.0.0.1.")
     ] = None,
@@ -43,6 +47,7 @@ def serve_command(
     flags: dict[str, Any] = {"host": host, "port": port, "backend": backend, "threads": threads}
     flags["build_engines"] = build
     flags["models"] = tuple(model) if model else None
+    flags["cascades"] = tuple(cascade) if cascade else None
     configure_logging()
     try:
         refuse_unknown_variables()

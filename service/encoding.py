@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import numpy.typing as npt
 
 from formats.images import PictureFormat, encode, grid
-from formats.value_range import ValueRange
-from service.engine.request import ImageParams, ImageResult
 from service.requests.generate_request import ImageFormat
+from service.requests.results import Pixels
 
 Uint8Array = npt.NDArray[np.uint8]
-Pixels = npt.NDArray[Any]
-"""uint8, or float32 in the formats of arrays."""
 
 MEDIA_TYPES: dict[ImageFormat, str] = {
     "png": "image/png",
@@ -66,35 +63,6 @@ def encode_picture(
         return encode_npy(images)
     picture = images[0] if len(images) == 1 else grid(images)
     return encode(picture, image_format, quality=quality, compression=compression)
-
-
-def output_of(params: ImageParams, result: ImageResult, values: ValueRange) -> Pixels:
-    """Return a finished image: uint8 pixels, or float32 in the units of the data, [H, W, C].
-
-    Values that a mask keeps are those that were given, bit for bit.
-
-    Raises:
-        ValueError: the image has neither.
-    """
-    if result.pixels is not None:
-        return result.pixels
-    if result.values is None:
-        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
-    data, given = values.to_data(result.values), params.given
-    if given is not None and given.mask is not None and given.original is not None:
-        data = np.where(given.mask[0, :, :, None] == 0, given.original, data)
-    return data
-
-
-def network_values(result: ImageResult) -> npt.NDArray[np.float32]:
-    """Return the values of a finished encoding or raw call in the units of the network, float32 [H, W, C].
-
-    Raises:
-        ValueError: the output is not values.
-    """
-    if result.values is None:
-        raise ValueError(f"image {result.position} of {result.request_id} has no values")
-    return np.ascontiguousarray(result.values.transpose(1, 2, 0), dtype=np.float32)
 
 
 def encode_npy(images: Pixels) -> bytes:

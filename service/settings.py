@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     BackendName = Literal[("auto", *BACKENDS)]
 PREFIX = "IDDPM_"
-MAY_BE_EMPTY = frozenset({"cache_dir", "host", "models", "allowed_hosts", "trusted_proxies"})
+MAY_BE_EMPTY = frozenset({"cache_dir", "cascades", "host", "models", "allowed_hosts", "trusted_proxies"})
 """Settings for which an empty value is valid or has its own error message."""
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
 """Variables that are not settings: the client and the tests read them."""
@@ -73,6 +73,33 @@ def _of_engine(name: str) -> Any:
     return copy(EngineConfig.model_fields[name])
 
 
+@dataclass(frozen=True)
+class Cascade:
+    """The name of a cascade and those of its models."""
+
+    name: str
+    base: str
+    upsampler: str
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """Return the names of its models."""
+        return self.base, self.upsampler
+
+
+def read_cascade(text: str) -> Cascade:
+    """Return the cascade given as NAME=BASE+UPSAMPLER.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    name, _, models = text.partition("=")
+    base, _, upsampler = models.partition("+")
+    if not MODEL_NAME.fullmatch(name) or not base or not upsampler or "+" in upsampler:
+        raise ValueError(f"must be NAME=BASE+UPSAMPLER, of two models; got {text!r}")
+    return Cascade(name, base, upsampler)
+
+
 class Settings(BaseSettings):
     """All settings of the service. Flags of `iddpm serve` take precedence over the environment.
 
@@ -83,6 +110,9 @@ class Settings(BaseSettings):
 
     models: Annotated[tuple[Path, ...], NoDecode] = Field(default=(), validate_default=True)
     """Model folders (comma list): FOLDER (served under the folder's name) or NAME=FOLDER; the first is the default."""
+    cascades: Annotated[tuple[str, ...], NoDecode] = ()
+    """Cascades (comma list) NAME=BASE+UPSAMPLER of the names of two models, served as one model: the upsampler enlarges
+    the base's images."""
     backend: BackendName = "auto"
     """Backend that runs the network; auto: the fastest that is installed, fits the machine and passes its self-test."""
     device: Device = BackendOptions.device
@@ -137,7 +167,7 @@ class Settings(BaseSettings):
     traces: bool = False
     """Send traces of requests to an OpenTelemetry collector (extra `otel`), set by the standard OTEL_* variables."""
 
-    @field_validator("models", "allowed_hosts", "trusted_proxies", mode="before")
+    @field_validator("models", "cascades", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -156,6 +186,19 @@ class Settings(BaseSettings):
                     f"models must have different names; {folders} would all be {name!r}: give them names, as in "
                     f"--model NAME={folder}"
                 )
+        return value
+
+    @field_validator("cascades")
+    @classmethod
+    def _need_named_cascades(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        names = [read_model(model)[0] for model in info.data.get("models", ())]
+        for cascade in map(read_cascade, value):
+            for name in cascade.models:
+                if "models" in info.data and name not in names:
+                    raise ValueError(f"{cascade.name}: no model is named {name!r}; the models are {', '.join(names)}")
+            if cascade.name in names:
+                raise ValueError(f"{cascade.name!r} is the name of another model or cascade")
+            names.append(cascade.name)
         return value
 
     @field_validator("port", mode="before")
@@ -203,6 +246,11 @@ class Settings(BaseSettings):
     def model_folders(self) -> dict[str, Path]:
         """The folders of the models, by name, the default one first."""
         return dict(read_model(model) for model in self.models)
+
+    @property
+    def cascade_models(self) -> tuple[Cascade, ...]:
+        """The cascades with the names of their models."""
+        return tuple(map(read_cascade, self.cascades))
 
     def engine_config(self) -> EngineConfig:
         """Return the configuration of the engine."""

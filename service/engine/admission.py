@@ -46,12 +46,14 @@ class Admission:
             DeadlineUnmeetable: the request is predicted to miss its deadline.
             UnknownModel: the model does not exist or was retired.
         """
-        if request.model not in self._accepting:
-            raise UnknownModel(name_of(request.model), sorted({name_of(model) for model in self._accepting}))
+        for model in [request.model] if request.then is None else [request.model, request.then.model]:
+            if model not in self._accepting:
+                raise UnknownModel(name_of(model), sorted({name_of(model) for model in self._accepting}))
         self._check_client_images(request, snapshot)
         self._check_rows(request, snapshot)
         self._check_given(request, snapshot)
-        images = self._order.images_of(request, submitted_at, snapshot.steps[request.model])
+        later = 0 if request.then is None else snapshot.steps[request.then.model]
+        images = self._order.images_of(request, submitted_at, snapshot.steps[request.model], later)
         prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
         self.ledger.add(images)
@@ -64,6 +66,14 @@ class Admission:
             KeyError: the ledger has no such image.
         """
         self.ledger.remove(request_id, position)
+
+    def advance(self, image: Image) -> None:
+        """Replace an image in the ledger by its next stage, which the engine has begun.
+
+        Raises:
+            KeyError: the ledger has no such image.
+        """
+        self.ledger.advance(image)
 
     def release_all(self) -> None:
         """Remove all images from the ledger: none of them will complete."""
@@ -86,7 +96,8 @@ class Admission:
     def remove_finished_models(self) -> list[str]:
         """Remove the retired models whose images have all ended, and return them."""
         models = self.ledger.models
-        finished = [model for model in models if model not in self._accepting and not models[model].rows]
+        busy = {model for model, work in models.items() if work.rows or work.expected}
+        finished = [model for model in models if model not in self._accepting and model not in busy]
         for model in finished:
             self.ledger.remove_model(model)
         return finished

@@ -23,12 +23,13 @@ from service.engine.engine import Engine
 from service.engine.forecast import Prediction
 from service.engine.ledger import Ledger
 from service.engine.mailbox import Mailbox
-from service.engine.request import GenerationRequest, ImageResult
+from service.engine.request import GenerationRequest, Image, ImageResult
 from service.engine.runners.base import Runner
 from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
 from service.engine.thread import (
     Abort,
+    Advanced,
     Command,
     Died,
     Drop,
@@ -204,6 +205,8 @@ class AsyncEngine:
                 self._on_loaded(model)
             case ImagesEnded(results):
                 self._on_results(results)
+            case Advanced(images):
+                self._on_advanced(images)
             case Observed():
                 self._tickets.observe(self._mailbox.take())
             case Died(message):
@@ -225,6 +228,11 @@ class AsyncEngine:
                 self._admission.release(result.request_id, result.position)  # first: events predict remaining work
                 self._tickets.image_ended(result)
         self._drop_finished_models()
+
+    def _on_advanced(self, images: list[Image]) -> None:
+        for image in images:
+            if image.request_id in self._tickets:  # absent if the engine was declared dead while a step hung
+                self._admission.advance(image)
 
     async def _watch_for_hangs(self) -> None:
         watchdog = Watchdog()

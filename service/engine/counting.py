@@ -102,9 +102,8 @@ class ImageCounts:
         self._metrics = metrics
         self._activity = activity
 
-    def done(self, model: str, result: ImageResult) -> None:
-        """Count a completed image and record its times."""
-        name = name_of(model)
+    def done(self, name: str, result: ImageResult) -> None:
+        """Count a completed image of a model or cascade, and record its times."""
         self._metrics.image_done(name, result.queue_s, result.compute_s)
         self._metrics.deadline_misses.inc(result.late_s > 0)
         counts = self._activity.of(name)
@@ -113,8 +112,7 @@ class ImageCounts:
         counts.compute_s += result.compute_s
         counts.last_image_at = time.time()
 
-    def failed(self, model: str) -> None:
-        """Count a failed image of a model."""
-        name = name_of(model)
+    def failed(self, name: str) -> None:
+        """Count a failed image of a model or cascade."""
         self._metrics.model_images.labels(name, "failed").inc()
         self._activity.of(name).images_failed += 1

@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from service.engine.recovery import MemoryLimit, Outcome
 from service.engine.request import (
     FailureReason,
     GenerationRequest,
+    GivenArrays,
     Image,
     ImageResult,
     ImageStatus,
@@ -83,6 +85,8 @@ class Engine:
         """The current step. Other threads may read it to detect a step that hangs."""
         self.observations: list[Observation] = []
         """Progress and previews of watched images from the steps of the last report."""
+        self.advanced: list[Image] = []
+        """Images of which the last report has begun the second stage."""
         self.clock = clock
         self._config = config
         self.activity = Activity() if activity is None else activity
@@ -176,7 +180,9 @@ class Engine:
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Accept a request without admission control."""
-        self.enter(self.scheduler.order.images_of(request, submitted_at, self.scheduler.steps(request.model)))
+        steps = self.scheduler.steps
+        later = 0 if request.then is None else steps(request.then.model)
+        self.enter(self.scheduler.order.images_of(request, submitted_at, steps(request.model), later))
 
     def enter(self, images: Sequence[Image]) -> None:
         """Queue accepted images for their first step."""
@@ -188,15 +194,24 @@ class Engine:
 
         Its started images stay in the snapshot until a step has been launched and reported, as those of a step do.
         """
-        aborted = self.scheduler.abort(request_id)
+        aborted = [*self.scheduler.abort(request_id), *self._abort_between(request_id)]
         self._aborted += [image for image in aborted if image.started_at is not None]
         self._forget(aborted)
         self._counts.in_flight(self.scheduler)
         return [self._result(image, self.clock()) for image in aborted]
 
+    def _abort_between(self, request_id: str) -> list[Image]:
+        """Abort the second stages of images whose first one has ended but is not reported; return them."""
+        lefts = [*[step.left for step in self._launched], *[step.end.left for step in self._settled]]
+        between = [image.then for image in chain(*lefts) if image.request_id == request_id and image.then is not None]
+        aborted = [later for later in dict.fromkeys(between) if later.status is ImageStatus.WAITING]
+        for later in aborted:
+            later.status = ImageStatus.ABORTED
+        return aborted
+
     def has_work(self) -> bool:
-        """Return whether any image is in flight or any step is under way."""
-        return self.scheduler.has_work() or bool(self._launched)
+        """Return whether any image is in flight, any step is under way, or any second stage is about to begin."""
+        return self.scheduler.has_work() or bool(self._launched) or any(map(_continues, self._settled))
 
     def step(self) -> list[ImageResult]:
         """Launch, settle and report one step, without overlap.
@@ -274,6 +289,7 @@ class Engine:
         """
         settled = self._settled
         self.observations = [seen for step in settled for seen in step.end.shown.seen.wait()]
+        self.advanced = []
         results = [result for step in settled for result in self._report(step)]
         self._settled = []
         self._aborted = []
@@ -284,9 +300,26 @@ class Engine:
         outputs = {} if shown.outputs is None else dict(zip(shown.done, shown.outputs.wait(), strict=True))
         self._forget(left, outcome.failures)
         self._learn(step)
-        results = [self._result(image, step.ended, outputs.get(image), _reason(image, outcome)) for image in left]
+        results = []
+        for image in left:
+            result = self._result(image, step.ended, outputs.get(image), _reason(image, outcome))
+            if image.then is None:
+                results.append(result)
+            elif image.then.status is ImageStatus.WAITING:  # else it has been aborted, and has its result
+                if image.status is ImageStatus.DONE:
+                    self._advance(image, image.then, result)
+                else:
+                    results.append(result)
         self._counts.failed(results)
         return results
+
+    def _advance(self, image: Image, later: Image, result: ImageResult) -> None:
+        """Begin the second stage of an image with the result of its first one."""
+        assert image.request.then is not None  # noqa: S101  # `Image`
+        cond = image.request.then.cond_of(image.params, result)
+        later.params = replace(later.params, given=GivenArrays(cond=cond))
+        self.advanced.append(image)
+        self.enter([later])
 
     def _taker(self, model: str, runner: Runner) -> StepTaker:
         return StepTaker(
@@ -317,7 +350,8 @@ class Engine:
         for image in left:
             self._saved.pop(image, None)
             if image.status is not ImageStatus.DONE:
-                self._counts.wasted(image.rows * (image.steps_done - (image in raised)))
+                before = 0 if image.earlier is None else image.earlier.row_steps
+                self._counts.wasted(before + image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
         costs, most = self.costs[model], self._memory[model].rows
@@ -337,7 +371,7 @@ class Engine:
         output: npt.NDArray[Any] | None = None,
         failure: FailureReason | None = None,
     ) -> ImageResult:
-        started = image.started_at
+        started = image.begun_at
         done = {image.params.output: output} if image.status is ImageStatus.DONE else {}
         return ImageResult(
             request_id=image.request_id,
@@ -368,6 +402,11 @@ class Engine:
             observe_step(self.costs[model], runner, batch.rows, batch.classified_rows, step.seconds)
         if self._memory[model].count_step() or step.number % WIDTH_INTERVAL == 0:
             self._choose_width(model)
+
+
+def _continues(step: SettledStep) -> bool:
+    """Return whether the second stage of an image is waiting for the report of a step."""
+    return any(image.then is not None and image.then.status is ImageStatus.WAITING for image in step.end.left)
 
 
 def _reason(image: Image, outcome: Outcome) -> FailureReason | None:

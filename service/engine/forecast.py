@@ -11,6 +11,8 @@ Assumptions and limits of the model:
 - Interactive work gets the rows that the share of batch work leaves, if there is batch work. Batch work waits for all
   interactive work, or gets its share, whichever is sooner. No image waits for more than (the work of its client + the
   allowance of `ClientShares`) * (number of clients).
+- The second stage of an image of a cascade is predicted when its first one is: it begins when that is done, or when the
+  work that is ahead of it now is done, whichever is later. For other requests it is work only once it has begun.
 - No further work arrives. Later work that is served first (shorter under srw, earlier due under deadline, interactive
   before batch) makes predictions too early. Failed and cancelled work makes them too late.
 """
@@ -21,7 +23,7 @@ import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.engine.config import EngineConfig
 from service.engine.ledger import Ledger, Line
@@ -88,14 +90,24 @@ class Forecast:
     def predict(self, images: Sequence[Image], snapshot: Snapshot) -> Prediction:
         """Predict when the new images of one request would finish if accepted now. Their arrival order must be set."""
         placed = [PlacedImage(image, image.order, image.row_steps) for image in images]
-        return self._predict(placed, snapshot, known=False)
+        return self._with_next_stages(self._predict(placed, snapshot, known=False), images, snapshot)
 
     def eta(self, request_id: str, snapshot: Snapshot) -> Prediction | None:
         """Predict when an accepted request will finish; None if all its images have ended."""
         images, orders = self._ledger.unfinished(request_id), self._ledger.orders
         started = {placed.image: placed for placed in snapshot.started if placed.image.request_id == request_id}
-        placed = [started.get(i) or PlacedImage(i, orders[i], i.row_steps) for i in images]
-        return self._predict(placed, snapshot, known=True) if placed else None
+        by_model: dict[str, list[PlacedImage]] = {}
+        for image in images:
+            by_model.setdefault(image.model, []).append(
+                started.get(image) or PlacedImage(image, orders[image], image.row_steps)
+            )
+        predicted = [
+            self._with_next_stages(
+                self._predict(placed, snapshot, known=True), [image for image, *_ in placed], snapshot
+            )
+            for placed in by_model.values()
+        ]
+        return _together(predicted) if predicted else None
 
     def backlog_s(self, snapshot: Snapshot) -> float:
         """Predict the seconds until all accepted work is finished."""
@@ -124,16 +136,26 @@ class Forecast:
             predicted.append(self._predict_image(placed, ahead, snapshot, known=known))
             if not known:
                 ahead.join(placed)
-        return Prediction(
-            position=min(p.position for p in predicted),
-            wait_s=min(p.wait_s for p in predicted),
-            finish_s=max(p.finish_s for p in predicted),
-        )
+        return _together(predicted)
+
+    def _with_next_stages(self, first: Prediction, images: Iterable[Image], snapshot: Snapshot) -> Prediction:
+        """Add the second stages of images to the prediction of their first ones.
+
+        A second stage waits for the first, and for the work ahead of it, which is done meanwhile.
+        """
+        placed = [PlacedImage(i.then, i.then.order, i.then.row_steps) for i in images if i.then is not None]
+        if not placed:
+            return first
+        second = self._predict(placed, snapshot, known=False)
+        return replace(first, finish_s=max(first.finish_s, second.wait_s) + second.finish_s - second.wait_s)
 
     def _ahead(self, image: Image, snapshot: Snapshot) -> _Ahead:
         """Compute the work ahead that all images of a request have in common."""
         model, priority = image.model, image.priority
         accepted = self._ledger.models[model]
+        own = Counter[str]()  # rows of the request's other stages, which do not run at the same time
+        for other in self._ledger.unfinished(image.request_id):
+            own[other.model] += other.rows
         started = sorted((placed for placed in self._started(snapshot) if placed.image.model == model), key=_order)
         left = {Priority.INTERACTIVE: accepted.interactive.work.work, Priority.BATCH: accepted.batch.work.work}
         for placed in started:
@@ -147,7 +169,7 @@ class Forecast:
             others_step_s=sum(
                 self._step_s(other, snapshot.widths[other], snapshot)
                 for other, work in self._ledger.models.items()
-                if other != model and work.rows
+                if other != model and work.rows > own[other]
             ),
         )
 
@@ -205,6 +227,15 @@ class Forecast:
 
 def _order(placed: PlacedImage) -> Order:
     return placed.order
+
+
+def _together(predicted: Sequence[Prediction]) -> Prediction:
+    """Return the prediction for all images of some predictions."""
+    return Prediction(
+        position=min(p.position for p in predicted),
+        wait_s=min(p.wait_s for p in predicted),
+        finish_s=max(p.finish_s for p in predicted),
+    )
 
 
 def _drain(taking_part: Iterable[PlacedImage], placed: PlacedImage, width: int) -> tuple[float, float]:

@@ -26,6 +26,8 @@ class ModelWork:
 
     rows: int = 0
     classified_rows: int = 0
+    expected: int = 0
+    """Images in an earlier stage that will come to this model."""
     interactive: Line = field(default_factory=Line)
     batch: Line = field(default_factory=Line)
 
@@ -59,6 +61,8 @@ class Ledger:
         self.given_bytes = 0
         """Memory of the given arrays of all requests with images in the ledger."""
         self._orders: dict[Image, Order] = {}
+        self._later: dict[Image, Order] = {}
+        """Orders at arrival of second stages that have not begun."""
         self._models = {model: ModelWork() for model in models}
         self._clients: dict[str, ClientWork] = {}
         self._requests: dict[str, dict[int, Image]] = {}
@@ -97,21 +101,25 @@ class Ledger:
     def add(self, images: Iterable[Image]) -> None:
         """Record accepted images. Call this before the scheduler gets them, because it changes their order."""
         for image in images:
-            request, row_steps = image.request, image.row_steps
-            self._orders[image] = image.order
-            if request.request_id not in self._requests:
-                self.given_bytes += request.given_bytes
-            self._requests.setdefault(request.request_id, {})[image.position] = image
-            self.rows += image.rows
-            client = self._clients.setdefault(request.client, ClientWork())
-            client.rows += image.rows
-            client.images += 1
-            model = self._models[request.model]
-            model.rows += image.rows
-            model.classified_rows += image.classified_rows
-            line = model.line(request.priority)
-            line.work.add(image.order, row_steps)
-            line.clients[request.client] += row_steps
+            if image.request_id not in self._requests:
+                self.given_bytes += image.request.given_bytes
+            self._requests.setdefault(image.request_id, {})[image.position] = image
+            self._clients.setdefault(image.client, ClientWork()).images += 1
+            self._enter(image, image.order)
+
+    def advance(self, image: Image) -> None:
+        """Replace an image whose stage is done by its next stage.
+
+        Raises:
+            KeyError: the ledger has no such image.
+            ValueError: it has no next stage.
+        """
+        if image.then is None:
+            raise ValueError(f"image {image.position} of {image.request_id} has no further stage")
+        order = self._later[image.then]  # the scheduler may have changed the image's own
+        self._leave(image)
+        self._requests[image.request_id][image.position] = image.then
+        self._enter(image.then, order)
 
     def remove(self, request_id: str, position: int) -> Image:
         """Remove and return an image that has ended, for any reason.
@@ -121,22 +129,41 @@ class Ledger:
         """
         images = self._requests[request_id]
         image = images.pop(position)
-        request = image.request
         if not images:
             del self._requests[request_id]
-            self.given_bytes -= request.given_bytes
-        self.rows -= image.rows
-        client = self._clients[request.client]
-        client.rows -= image.rows
+            self.given_bytes -= image.request.given_bytes
+        self._leave(image)
+        client = self._clients[image.client]
         client.images -= 1
         if not client.images:
-            del self._clients[request.client]
-        model = self._models[request.model]
+            del self._clients[image.client]
+        return image
+
+    def _enter(self, image: Image, order: Order) -> None:
+        self._orders[image] = order
+        self.rows += image.rows
+        self._clients[image.client].rows += image.rows
+        model = self._models[image.model]
+        model.rows += image.rows
+        model.classified_rows += image.classified_rows
+        line = model.line(image.priority)
+        line.work.add(order, image.row_steps)
+        line.clients[image.client] += image.row_steps
+        if image.then is not None:
+            self._later[image.then] = image.then.order
+            self._models[image.then.model].expected += 1
+
+    def _leave(self, image: Image) -> None:
+        self.rows -= image.rows
+        self._clients[image.client].rows -= image.rows
+        model = self._models[image.model]
         model.rows -= image.rows
         model.classified_rows -= image.classified_rows
-        line = model.line(request.priority)
+        line = model.line(image.priority)
         line.work.remove(self._orders.pop(image))
-        line.clients[request.client] -= image.row_steps
-        if not line.clients[request.client]:
-            del line.clients[request.client]
-        return image
+        line.clients[image.client] -= image.row_steps
+        if not line.clients[image.client]:
+            del line.clients[image.client]
+        if image.then is not None:
+            del self._later[image.then]
+            self._models[image.then.model].expected -= 1

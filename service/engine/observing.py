@@ -18,7 +18,10 @@ def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation
     watched = [image for image in images if image.request.watch is not None and image.status is ImageStatus.RUNNING]
     steps = [
         ImageProgress(
-            request_id=image.request_id, position=image.position, step=image.steps_done, steps=image.params.num_steps
+            request_id=image.request_id,
+            position=image.position,
+            step=image.steps_before + image.steps_done,
+            steps=image.all_steps,
         )
         for image in watched
     ]

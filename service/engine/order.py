@@ -21,17 +21,22 @@ class ServiceOrder:
         self._changes = config.policy in CHANGE_WITH_STEPS
         self._arrivals = itertools.count()
 
-    def images_of(self, request: GenerationRequest, submitted_at: float, model_steps: int) -> list[Image]:
+    def images_of(
+        self, request: GenerationRequest, submitted_at: float, model_steps: int, next_model_steps: int = 0
+    ) -> list[Image]:
         """Return the new images of a request, with arrival numbers after all earlier ones.
 
         Args:
             request: a request to be accepted or, after a prediction, rejected; arrival numbers may therefore have gaps.
             submitted_at: time.monotonic() at admission.
             model_steps: steps that the request's model has taken.
+            next_model_steps: those that the model of its second stage has taken.
         """
         images = [Image(request=request, position=k, submitted_at=submitted_at) for k in range(len(request.images))]
         for image in images:
             self.arrive(image, model_steps)
+            if image.then is not None:
+                self.arrive(image.then, next_model_steps)
         return images
 
     def arrive(self, image: Image, model_steps: int) -> None:

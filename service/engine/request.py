@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.chains import Chain
+from service.engine.model_ids import name_of
 
 FailureReason = Literal["not_finite", "error", "out_of_memory"]
 """Reason of a failed image: its numbers overflowed, the network raised, or it did not fit in memory even alone."""
@@ -108,12 +109,29 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NextStage:
+    """The second stage of a cascade: another model, conditioned on the finished images of the first."""
+
+    model: str
+    images: tuple[ImageParams, ...]
+    """One per image of the request, still without `given`."""
+    cond_of: Callable[[ImageParams, ImageResult], npt.NDArray[np.float32]]
+    """(an image of the first stage, its result) -> conditioning image [C', H, W]. Called in the engine's thread."""
+    cond_bytes: int
+    """Memory of one conditioning image."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One validated request of a client: n images of one model."""
+    """One validated request of a client: n images of one model, or of a cascade of two."""
 
     request_id: str
     model: str
     images: tuple[ImageParams, ...]
+    then: NextStage | None = None
+    """What each image of a cascade runs next."""
+    served_as: str | None = None
+    """Name of the cascade in metrics; None: that of the model."""
     client: str = ""
     """Client id for fair scheduling: an address or the name of a key, opaque here. Unnamed requests share ""."""
     max_client_images: int | None = None
@@ -125,20 +143,36 @@ class GenerationRequest:
     """None to report nothing before an image is done."""
 
     @property
+    def stages(self) -> tuple[tuple[ImageParams, ...], ...]:
+        """Return the images of each stage."""
+        return (self.images,) if self.then is None else (self.images, self.then.images)
+
+    @property
+    def results(self) -> tuple[ImageParams, ...]:
+        """Return the parameters of the stage that makes the results."""
+        return self.stages[-1]
+
+    @property
+    def name(self) -> str:
+        """Return the name of its model or cascade, for metrics."""
+        return name_of(self.model) if self.served_as is None else self.served_as
+
+    @property
     def rows(self) -> int:
-        """Return the network rows per step of all its images."""
-        return sum(image.rows for image in self.images)
+        """Return the network rows per step of all its images, in the stage that has more."""
+        return sum(max(image.rows for image in stages) for stages in zip(*self.stages, strict=True))
 
     @property
     def given_bytes(self) -> int:
-        """Return the memory that the given arrays of its images take."""
+        """Return the memory that the given arrays of its images take, and those that its second stage is given."""
         arrays = {id(image.given): image.given for image in self.images if image.given is not None}
-        return sum(given.nbytes for given in arrays.values())
+        later = 0 if self.then is None else self.then.cond_bytes * len(self.images)
+        return sum(given.nbytes for given in arrays.values()) + later
 
     @property
     def row_steps(self) -> int:
         """Return the work of all its images: rows times steps."""
-        return sum(image.rows * image.num_steps for image in self.images)
+        return sum(image.rows * image.num_steps for images in self.stages for image in images)
 
 
 class ImageStatus(enum.Enum):
@@ -161,10 +195,11 @@ Order = tuple[float, int]
 
 @dataclass(eq=False, kw_only=True)
 class Image:
-    """An accepted image: the same object from admission to result.
+    """An accepted image, or a stage of it: the same object from admission to result.
 
     `ServiceOrder` sets `sequence`, `arrival_step` and `order` at admission. Afterwards only the scheduler writes, and
-    only `order` and the fields below it. Any thread may read the other fields.
+    only `order` and the fields below it; the engine completes `params` of a second stage before it begins. Any thread
+    may read the other fields.
     """
 
     request: GenerationRequest
@@ -172,6 +207,12 @@ class Image:
     """Index of the image in its request."""
     submitted_at: float
     """time.monotonic() at admission."""
+    earlier: Image | None = field(default=None, repr=False)
+    """The first stage, if this is the second one."""
+    then: Image | None = field(default=None, init=False, repr=False)
+    """The second stage, which begins when this one is done; None: this one's result is the image's."""
+    model: str = field(init=False)
+    """Id of the model that runs it."""
     params: ImageParams = field(init=False)
     rows: int = field(init=False)
     """Network rows per step."""
@@ -193,7 +234,15 @@ class Image:
     started_at: float | None = None
 
     def __post_init__(self) -> None:
-        params, deadline_s = self.request.images[self.position], self.request.deadline_s
+        request, deadline_s = self.request, self.request.deadline_s
+        if self.earlier is None:
+            self.model, params = request.model, request.images[self.position]
+            if request.then is not None:
+                self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, earlier=self)
+        elif request.then is None:
+            raise ValueError("a second stage needs a request with `then`")
+        else:
+            self.model, params = request.then.model, request.then.images[self.position]
         self.params = params
         self.rows = params.rows
         self.classified_rows = params.classified_rows
@@ -206,9 +255,19 @@ class Image:
         return self.request.request_id
 
     @property
-    def model(self) -> str:
-        """Return the id of its model."""
-        return self.request.model
+    def begun_at(self) -> float | None:
+        """Return the time of its first step, in any stage."""
+        return self.started_at if self.earlier is None else self.earlier.started_at
+
+    @property
+    def steps_before(self) -> int:
+        """Return the sampling steps of earlier stages."""
+        return 0 if self.earlier is None else self.earlier.params.num_steps
+
+    @property
+    def all_steps(self) -> int:
+        """Return the sampling steps of all stages."""
+        return self.steps_before + self.params.num_steps + (0 if self.then is None else self.then.params.num_steps)
 
     @property
     def client(self) -> str:
@@ -300,7 +359,7 @@ class ImageProgress:
     position: int
     """Index of the image in its request."""
     step: int
-    """Sampling steps taken."""
+    """Sampling steps taken, in all stages."""
     steps: int
     eta_s: float = 0.0
     """Predicted seconds until the request's last image completes; set by `EventStream` when the event is read."""

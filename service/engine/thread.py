@@ -79,6 +79,13 @@ class ImagesEnded:
 
 
 @dataclass(frozen=True)
+class Advanced:
+    """Images have ended a stage, and their next one has begun."""
+
+    images: list[Image]
+
+
+@dataclass(frozen=True)
 class Observed:
     """The mailbox is no longer empty."""
 
@@ -95,7 +102,7 @@ class Stopped:
     """The thread ends. This is the last report."""
 
 
-Report = Warm | Loaded | ImagesEnded | Observed | Died | Stopped
+Report = Warm | Loaded | ImagesEnded | Advanced | Observed | Died | Stopped
 
 
 class EngineThread:
@@ -179,6 +186,8 @@ class EngineThread:
     def _report(self) -> None:
         """Send the results and observations of settled steps; newer observations replace unread ones."""
         self._deliver(self._engine.report())
+        if self._engine.advanced:
+            self._send(Advanced(self._engine.advanced))
         observations = self._engine.observations
         if observations and self._mailbox.put(observations):
             self._send(Observed())

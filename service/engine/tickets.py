@@ -106,10 +106,10 @@ class Tickets:
         ticket = self._tickets[result.request_id]
         ticket.outcomes.append(result)
         if result.status is ImageStatus.DONE:
-            self._counts.done(ticket.request.model, result)
+            self._counts.done(ticket.request.name, result)
             ticket.resolve(result.position, result)
         elif result.failure is not None:
-            self._counts.failed(ticket.request.model)
+            self._counts.failed(ticket.request.name)
             image_index = ticket.request.images[result.position].image_index
             ticket.resolve(result.position, image_failure(image_index, result.failure))
         else:

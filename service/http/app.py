@@ -45,6 +45,7 @@ from service.http.page import routes as page
 from service.http.page.thumbnails import Thumbnails
 from service.http.state import ServiceState
 from service.metrics import Metrics
+from service.models.cascades import linked
 from service.models.registry import LoadModel, ModelRegistry, served_model
 from service.models.served_model import ServedModel
 from service.requests.given import body_bytes
@@ -99,13 +100,16 @@ def assemble(
         tracing: reports requests during each lifespan; None: requests are not reported.
 
     Raises:
-        ModelError: a network was compiled for batches smaller than `max_rows`, or `admin_root` is unusable.
+        ModelError: a network was compiled for batches smaller than `max_rows`, two models do not make a cascade, or
+            `admin_root` is unusable.
         KeysError: the keys file cannot be read.
     """
     config = settings.engine_config()
     metrics, activity = Metrics(), Activity()
     runners: dict[str, Runner] = {name: ArrayRunner(denoiser, config) for name, denoiser in denoisers.items()}
     served = {name: served_model(name, denoiser, runners[name].numerics_id) for name, denoiser in denoisers.items()}
+    cascades = settings.cascade_models
+    served |= {cascade.name: linked(cascade, served) for cascade in cascades}
     root = settings.admin_root
     if root is not None:
         _refuse_unfit_admin_root(root, denoisers.values())
@@ -122,7 +126,7 @@ def assemble(
         encoding = EncodingPool()
         registry = None
         if root is not None and load is not None:
-            registry = ModelRegistry(served, engine, config, load, root, settings.max_loaded)
+            registry = ModelRegistry(served, engine, config, load, root, settings.max_loaded, cascades)
         app.state.service = ServiceState(
             settings, served, engine, metrics, encoding, Thumbnails(engine, encoding), registry, tracing
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -43,9 +44,17 @@ def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
     return f"{rule}; got {quoted(item.get('input'))}"
 
 
-def field_of(location: Location) -> str:
-    """Return the name of the field that a location is in."""
-    return dotted(_inside(location)[:1])  # the next part may be the member of a union that pydantic tried
+def field_of(location: Location, body: type[BaseModel] | None) -> str:
+    """Return the name of the field that a location is in, after the names of the objects that it is in."""
+    inside = _inside(location)
+    depth = 1
+    for part, following in pairwise(inside):
+        field = body.model_fields.get(part) if body is not None and isinstance(part, str) else None
+        body = None if field is None else next(_models(field.annotation), None)
+        if body is None or not isinstance(following, str):
+            break  # what follows may be the member of a union that pydantic tried
+        depth += 1
+    return dotted(inside[:depth])
 
 
 def dotted(location: Location) -> str:

@@ -21,6 +21,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
+from diffusion.quoting import quoted
+from formats.value_range import value_range_of
 from service.engine.events import Event, ImageFailed
 from service.engine.request import GenerationRequest, GivenArrays, ImageParams, ImageResult, Watch
 from service.engine.tickets import Ticket
@@ -39,6 +41,7 @@ from service.requests.array_requests import DenoiseRequest, EncodeRequest, compl
 from service.requests.completion import complete
 from service.requests.generate_request import GenerateRequest
 from service.requests.given import check_cond, check_given, read_given
+from service.requests.results import Pixels, output_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,8 +66,13 @@ class Accepted:
 
     @property
     def images(self) -> tuple[ImageParams, ...]:
-        """The parameters of each image."""
+        """The parameters of each image; of a cascade, those of its base."""
         return self.ticket.request.images
+
+    def pixels(self, result: ImageResult) -> Pixels:
+        """Return a finished image, [H, W, C]."""
+        params = self.ticket.request.results[result.position]
+        return output_of(params, result, value_range_of(self.model.result_config))
 
     def timing(self, results: list[ImageResult]) -> Timing:
         """Return the times predicted at admission and the actual ones, up to now; all images must be done."""
@@ -149,6 +157,8 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
         UnknownModel: no such model.
     """
     model, client = find_model(state.models, body.model), client_of_request(request.scope)
+    if model.stages is not None:
+        raise InvalidRequest("model", f"must be one model; {quoted(model.name)} is a cascade of {_names(model.stages)}")
     most = _most_work(state, client)
     check_cond(body.cond, model.config.model)
     if isinstance(body, EncodeRequest):
@@ -158,6 +168,10 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
     completed = complete_arrays(body, given, model, uuid.uuid4().hex, most, client.name)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=context_of(request.scope).idempotency_key is not None)
+
+
+def _names(stages: tuple[ServedModel, ServedModel]) -> str:
+    return " and ".join(quoted(model.name) for model in stages)
 
 
 def _most_work(state: ServiceState, client: Client) -> int:

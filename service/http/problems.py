@@ -123,7 +123,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     # There may be thousands of errors; only the first of each listed field is described
     broken: dict[str, dict[str, Any]] = {}
     for item in error.errors():
-        broken.setdefault(field_of(item["loc"]), item)
+        broken.setdefault(field_of(item["loc"], body), item)
     listed = islice(broken.items(), MAX_ERRORS)
     errors = [{"field": field, "message": message_of(item, body)} for field, item in listed]
     fields: dict[str, list[str]] = {}  # by message: a rule that several fields break is stated once

@@ -33,7 +33,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.engine.model_ids import name_of
 from service.engine.request import ImageStatus
 from service.engine.tickets import Ticket
 from service.errors import TracingError
@@ -141,7 +140,7 @@ class Tracing:
                 begun,
                 ended,
                 failure,
-                model=name_of(request.model),
+                model=request.name,
                 images=len(request.images),
                 rows=request.rows,
                 row_steps=request.row_steps,

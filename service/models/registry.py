@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +28,11 @@ from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
 from service.engine.step_costs import StepCosts
 from service.engine.timing import time_steps
-from service.errors import LoadConflict, LoadFailed, UnknownModel
+from service.errors import LoadConflict, LoadFailed, ModelError, UnknownModel
+from service.models.cascades import linked
 from service.models.class_names import ClassNames
 from service.models.served_model import ServedModel
-from service.settings import MODEL_NAME
+from service.settings import MODEL_NAME, Cascade
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class ModelRegistry:
         load: LoadModel,
         root: Path,
         max_loaded: int,
+        cascades: Sequence[Cascade] = (),
     ) -> None:
         """Create a registry of the models that are already served.
 
@@ -68,14 +70,16 @@ class ModelRegistry:
             root: the folder whose subfolders may be loaded, by name.
             max_loaded: maximum number of models in memory, including the one being loaded and replaced or unloaded ones
                 that still have images to finish.
+            cascades: the cascades among the models; a reload of one of their models changes them too.
         """
         self._models = models
+        self._cascades = cascades
         self._engine = engine
         self._config = config
         self._load = load
         self._root = root
         self._max_loaded = max_loaded
-        self._times_loaded = Counter({name: model.loaded for name, model in models.items()})
+        self._times_loaded = Counter({name: model.loaded for name, model in models.items() if model.stages is None})
         self._changing: asyncio.Task[ServedModel] | None = None
 
     async def load(self, name: str) -> ServedModel:
@@ -85,7 +89,7 @@ class ModelRegistry:
 
         Raises:
             UnknownModel: the root has no folder with that name.
-            LoadConflict: another model is being loaded, or `max_loaded` models are in memory.
+            LoadConflict: another model is being loaded, `max_loaded` models are in memory, or a cascade has that name.
             LoadFailed: the model cannot be served; the reason is logged.
             Draining: the engine does not accept work.
             EngineDead: the engine stopped during the load.
@@ -93,6 +97,8 @@ class ModelRegistry:
         folder = self._root / name
         if not MODEL_NAME.fullmatch(name) or not folder.is_dir():
             raise UnknownModel(name, self._available())
+        if any(cascade.name == name for cascade in self._cascades):
+            raise LoadConflict(f"{name} is the name of a cascade; reload its models")
         self._refuse_second_change()
         if self._engine.models_held >= self._max_loaded:
             raise LoadConflict(
@@ -107,11 +113,14 @@ class ModelRegistry:
 
         Raises:
             UnknownModel: no model with that name is served.
-            LoadConflict: it is the only model, or a model is being loaded.
+            LoadConflict: it is the only model, a cascade or a part of one, or a model is being loaded.
         """
         if name not in self._models:
             raise UnknownModel(name, list(self._models))
         self._refuse_second_change()
+        for cascade in self._cascades:
+            if name in (cascade.name, *cascade.models):
+                raise LoadConflict(f"{name} belongs to the cascade {cascade.name}, which is served until shutdown")
         if len(self._models) == 1:
             raise LoadConflict(f"{name} is the only model; a service without any cannot answer")
         self._engine.retire(self._models.pop(name).engine_id)
@@ -121,16 +130,30 @@ class ModelRegistry:
         try:
             prepared = await self._prepared(name, folder)
             served = prepared.served
+            relinked = self._relinked(served)
             await self._engine.load(served.engine_id, prepared.runner, prepared.costs)
             self._times_loaded[name] += 1
             replaced = self._models.get(name)
             self._models[name] = served  # keeps its position, so a reloaded default stays the default
+            self._models.update(relinked)
             if replaced is not None:
                 self._engine.retire(replaced.engine_id)
             log.info("model %s: loaded, %s, numerics_id %s", name, served.backend, served.numerics_id)
             return served
         finally:
             self._changing = None
+
+    def _relinked(self, served: ServedModel) -> dict[str, ServedModel]:
+        """Return the cascades that a loaded model belongs to, with that model.
+
+        Raises:
+            LoadFailed: it does not fit into one of them.
+        """
+        models = {**self._models, served.name: served}
+        try:
+            return {c.name: linked(c, models) for c in self._cascades if served.name in c.models}
+        except ModelError as error:
+            raise LoadFailed(str(error)) from error
 
     async def _prepared(self, name: str, folder: Path) -> _Prepared:
         try:

@@ -28,11 +28,18 @@ class ServedModel:
     """Configuration of the noisy classifier that guides the model; None without one."""
     classes: ClassNames | None = None
     """One name per class; None if neither the model nor its classifier has classes."""
+    stages: tuple[ServedModel, ServedModel] | None = None
+    """Base and upsampler of a cascade (`service.models.cascades`), whose other fields are those of its base."""
 
     @property
     def engine_id(self) -> str:
-        """Id of the model in the engine."""
-        return model_id(self.name, self.loaded)
+        """Id of the model in the engine; of a cascade, that of its base."""
+        return model_id(self.name, self.loaded) if self.stages is None else self.stages[0].engine_id
+
+    @property
+    def result_config(self) -> CheckpointConfig:
+        """Configuration of the model that makes the results: of a cascade, its upsampler."""
+        return self.config if self.stages is None else self.stages[1].config
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -13,10 +13,11 @@ from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
 from diffusion.plans import SAMPLERS, samplers_with_eta
 from diffusion.quoting import alternatives, quoted
-from service.engine.request import GenerationRequest, GivenArrays, ImageParams, PlanKey, Priority
+from service.engine.request import GenerationRequest, GivenArrays, ImageParams, Output, PlanKey, Priority
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel
-from service.requests.generate_request import DEFAULT_STEPS, GenerateRequest
+from service.requests.cascading import next_stage, output_of_base
+from service.requests.generate_request import DEFAULT_STEPS, UPSAMPLE_STEPS, GenerateRequest, UpsampleOptions
 from service.requests.given import check_cond
 
 
@@ -48,10 +49,56 @@ def complete(
             "image_index", f"must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images; got {body.image_index}"
         )
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+    output: Output = "values" if body.dtype == "float32" else "pixels"
+    then = None
+    if model.stages is None:
+        if body.upsample is not None:
+            raise InvalidRequest("upsample", f"is valid only for a cascade; {quoted(model.name)} is one model")
+        images = _images(body, model, seed, count, max_row_steps, given, output)
+    else:
+        base, upsampler = model.stages
+        images = _images(body, base, seed, count, max_row_steps, given, output_of_base(base.config))
+        later = _upsampling(body, upsampler, images)
+        try:
+            upsampled = _images(later, upsampler, later.seed or 0, count, max_row_steps, (), output)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"upsample.{error.field}", error.message) from error
+        then = next_stage(base.config, upsampler, upsampled)
+    request = GenerationRequest(
+        request_id=request_id,
+        model=model.engine_id,
+        images=images,
+        then=then,
+        served_as=None if then is None else model.name,
+        client=client,
+        priority=Priority(body.priority),
+        deadline_s=None if body.deadline_s is None else float(body.deadline_s),
+    )
+    if request.row_steps > max_row_steps:
+        guided = any(stage[0].rows == 2 for stage in request.stages)
+        got = " + ".join(f"{stage[0].num_steps}{' x 2' if stage[0].rows == 2 else ''}" for stage in request.stages)
+        raise InvalidRequest(
+            "steps",
+            f"images x steps{' x 2 for guidance' if guided else ''} must be at most {max_row_steps} per request; "
+            f"got {count} x {got if then is None else f'({got})'} = {request.row_steps}",
+        )
+    return request
+
+
+def _images(
+    body: GenerateRequest,
+    model: ServedModel,
+    seed: int,
+    count: int,
+    max_row_steps: int,
+    given: Sequence[GivenArrays],
+    output: Output,
+) -> tuple[ImageParams, ...]:
+    """Return the images of a request, or of a stage of it."""
     plan, num_steps = _plan(body, model.config, max_row_steps)
     cfg_scale = _cfg_scale(body, model.config)
     classifier_scale = _classifier_scale(body, model)
-    images = tuple(
+    return tuple(
         ImageParams(
             plan=plan,
             num_steps=num_steps,
@@ -61,26 +108,25 @@ def complete(
             cfg_scale=cfg_scale,
             classifier_scale=classifier_scale,
             given=given[k % len(given)] if given else None,
-            output="values" if body.dtype == "float32" else "pixels",
+            output=output,
         )
         for k in range(count)
     )
-    request = GenerationRequest(
-        request_id=request_id,
-        model=model.engine_id,
-        images=images,
-        client=client,
-        priority=Priority(body.priority),
-        deadline_s=None if body.deadline_s is None else float(body.deadline_s),
+
+
+def _upsampling(body: GenerateRequest, upsampler: ServedModel, images: Sequence[ImageParams]) -> GenerateRequest:
+    """Return the request to the upsampler that the second stage of a cascade is."""
+    options = body.upsample or UpsampleOptions()
+    fields = {name: value for name in UpsampleOptions.model_fields if (value := getattr(options, name)) is not None}
+    fields.setdefault("steps", min(UPSAMPLE_STEPS, upsampler.config.diffusion.num_timesteps))
+    classes = [image.class_index for image in images]
+    has_classes = upsampler.config.model.num_classes is not None or fields.get("classifier_scale")
+    if has_classes and upsampler.classes is not None and None not in classes:
+        fields["class"] = classes
+    return GenerateRequest.model_validate(
+        fields
+        | {"seed": (images[0].seed + 1) % (MAX_SEED + 1), "image_index": images[0].image_index, "clip": body.clip}
     )
-    if request.row_steps > max_row_steps:
-        guided = images[0].rows == 2
-        raise InvalidRequest(
-            "steps",
-            f"images x steps{' x 2 for guidance' if guided else ''} must be at most {max_row_steps} per request; "
-            f"got {count} x {num_steps}{' x 2' if guided else ''} = {request.row_steps}",
-        )
-    return request
 
 
 def _count(body: GenerateRequest, given: int) -> int:

@@ -116,18 +116,27 @@ def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: Checkpoi
 
 
 def _read_cond(text: str, config: CheckpointConfig) -> npt.NDArray[np.float32]:
-    """Read conditioning images as the network takes them, [n, C', H, W].
+    """Read conditioning images as the network takes them, [n, C', H, W]."""
+    shape = cond_file_shape(config.model)
+    assert shape is not None  # noqa: S101  # `check_cond`
+    images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
+    values = cond_values(images, config)
+    _check_size("cond", values)
+    return values
+
+
+def cond_values(images: npt.NDArray[Any], config: CheckpointConfig) -> npt.NDArray[np.float32]:
+    """Return conditioning images [n, h, w, C'], as `formats.given_files` reads them, as the network takes them.
 
     A low-resolution image is in the units of the data, and is enlarged. Of other arrays, 0..255 of eight-bit pixels
     become -1..1, and floating-point numbers stay as they are.
+
+    Returns:
+        float32 [n, C', H, W].
     """
-    model, shape = config.model, cond_file_shape(config.model)
-    assert shape is not None  # noqa: S101  # `check_cond`
-    images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
+    model = config.model
     ranges = ValueRange((-1.0,), (1.0,)) if model.low_res_size is None else value_range_of(config)
-    values = ranges.to_network(images)
-    _check_size("cond", values)
-    return enlarged(values, model.image_height, model.image_width)
+    return enlarged(ranges.to_network(images), model.image_height, model.image_width)
 
 
 def _named(shape: Shape) -> str:

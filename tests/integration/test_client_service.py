@@ -22,6 +22,7 @@ from cli.client import (
     AsyncClient,
     Client,
     ConnectionLost,
+    Denoised,
     Event,
     PreviewEvent,
     ProgressEvent,
@@ -29,6 +30,7 @@ from cli.client import (
     RequestFailed,
     pixels_of,
 )
+from cli.client import arrays_of as arrays_out
 from cli.main import app
 from service.http.door.keys import ApiKey, Limits, hash_of, new_key
 from service.http.door.keys_file import write_keys
@@ -234,6 +236,41 @@ def test_both_clients_encode_arrays(server: Server, client: Client) -> None:
     assert np.array_equal(asyncio.run(awaited()), encoded.latents)
     with pytest.raises(RequestFailed, match="image: must have shape"):
         client.encode(image=image[:4])
+
+
+def test_both_clients_call_the_network_with_arrays(server: Server, client: Client) -> None:
+    x_t = np.random.default_rng(0).standard_normal((2, 8, 8, 1)).astype(np.float32)
+    found = client.denoise(x_t=x_t, timestep=[10, 999], class_=["bee", 0])
+    assert (found.predicts, found.numerics_id) == ("eps", client.models()[0].numerics_id)
+    assert found.prediction.shape == found.log_variance.shape == (2, 8, 8, 1)
+    assert found.prediction.dtype == found.log_variance.dtype == np.float32
+    assert (found.log_variance[0] < found.log_variance[1]).all()
+
+    async def awaited() -> Denoised:
+        async with AsyncClient(server.url, key=KEY) as asynchronous:
+            return await asynchronous.denoise(x_t=x_t[1], timestep=999, class_=0)
+
+    alone = asyncio.run(awaited())
+    assert np.array_equal(alone.prediction[0], found.prediction[1])
+    assert np.array_equal(alone.log_variance[0], found.log_variance[1])
+    with pytest.raises(RequestFailed, match=r"timestep: must be 0\.\.999; got 1000"):
+        client.denoise(x_t=x_t, timestep=1000)
+
+
+def test_arrays_go_in_and_come_out(client: Client) -> None:
+    images = np.random.default_rng(0).random((2, 8, 8, 1)).astype(np.float32) * 255
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 1
+    answer = client.generate(image=images, mask=mask, class_="bee", steps=3, seed=1, format="npy", dtype="float32")
+    made = arrays_out(answer)
+    assert made.shape == images.shape
+    assert made.dtype == np.float32
+    assert np.array_equal(made[:, :, :4], images[:, :, :4])
+    assert not np.array_equal(made[:, :, 4:], images[:, :, 4:])
+    latents = client.encode(image=images, class_="bee", steps=4).latents
+    decoded = client.generate(latent=latents, class_="bee", steps=4, sampler="ddim", cfg_scale=1)
+    assert arrays_out(decoded).dtype == np.uint8
+    assert arrays_out(decoded).shape == images.shape
 
 
 def test_the_command_writes_a_file_per_image(server: Server, tmp_path: Path) -> None:

@@ -9,74 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from tests.integration.exact_process import serving, status_of, wait_for
 from tests.programs import tool
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S
 
-SERVING = """
-import sys, time
-from pathlib import Path
-from service.http.app import assemble
-from service.logs import configure_logging
-from service.http.server import serve
-from service.settings import Settings
-from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
-from tests.denoisers import ExactDenoiser
-
-class Slow(ExactDenoiser):
-    def __call__(self, inputs):
-        time.sleep(float(sys.argv[3]))
-        return super().__call__(inputs)
-
-configure_logging()
-settings = Settings(models=(Path("m"),), host=sys.argv[1], port=int(sys.argv[2]), allow_keyless=True)
-model = ModelConfig(image_size=8, image_channels=1, model_channels=32, attention_resolutions=(8,), channel_mult=(1,))
-config = CheckpointConfig(model=model, diffusion=DiffusionConfig(num_timesteps=100))
-app = assemble(settings, {"m": Slow(config)})
-sys.exit(0 if serve(app, settings) else 1)
-"""
 DESCRIPTORS = 40
 CONNECTIONS = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serving(output: Any, host: str = "127.0.0.1", seconds: float = 0, **options: Any) -> Iterator[tuple[Any, str]]:
-    """Serve a network whose calls take this number of seconds, in a separate process; yield the process and its URL."""
-    port = free_port()
-    command = [sys.executable, "-c", SERVING, host, str(port), str(seconds)]
-    process = subprocess.Popen(command, stdout=output, stderr=output, **options)
-    try:
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def status_of(url: str) -> int | None:
-    with suppress(httpx.TransportError):
-        return httpx.get(url, timeout=PATIENCE_S).status_code
-    return None
-
-
-def wait_for(process: Any, url: str, status: int) -> None:
-    def answers() -> bool:
-        assert process.poll() is None
-        return status_of(url) == status
-
-    until(answers)
 
 
 def test_an_unread_log_delays_neither_answers_nor_shutdown() -> None:

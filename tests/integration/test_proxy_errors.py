@@ -15,13 +15,12 @@ from http import HTTPStatus
 from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import httpx
 import pytest
 
-from service.http.faults import Fault, as_openai_error
+from service.http.faults import REFUSED_BEFORE_WORK, Fault, as_openai_error
 from service.http.interfaces import Interface, generates
 from service.http.routes import RouteTable
 from tests.integration.exact_service import exact_app
@@ -40,7 +39,6 @@ GENERATES = {
 class Replica(BaseHTTPRequestHandler):
     """A replica that is ready, and disconnects during a request; with a query string it hangs instead."""
 
-    reached = SimpleQueue[str]()
     released = threading.Event()
 
     def do_GET(self) -> None:
@@ -48,7 +46,6 @@ class Replica(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_POST(self) -> None:
-        self.reached.put(self.path)
         self.rfile.read(int(self.headers["Content-Length"] or 0))
         if "?" in self.path:
             self.released.wait(PATIENCE_S)
@@ -64,7 +61,7 @@ def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
     """
     config = (FOLDER / "haproxy.cfg").read_text()
     config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
-    config = re.sub(r"timeout server +\S+", f"timeout server {scaled(5):.0f}s", config)
+    config = re.sub(r"timeout (server|http-request) +\S+", rf"timeout \1 {scaled(5):.0f}s", config)
     generate, name, light = config.partition("\nbackend light\n")
     generate = re.sub(r"server-template .*", f"server one 127.0.0.1:{replica}", generate)
     return generate + name + re.sub(r"server-template .*", "", light)
@@ -114,7 +111,7 @@ def form_of(answer: httpx.Response) -> Interface:
     assert detail in (None, error["message"])
     title = error["code"].replace("_", " ").capitalize()
     assert error == as_openai_error(Fault(status=answer.status_code, title=title, detail=error["message"]))
-    assert answer.headers["x-should-retry"] == ("true" if answer.status_code == 503 else "false")
+    assert answer.headers["x-should-retry"] == ("true" if answer.status_code in REFUSED_BEFORE_WORK else "false")
     return Interface.NATIVE_AND_OPENAI if is_problem else Interface.OPENAI
 
 
@@ -154,19 +151,26 @@ def test_the_error_for_a_foreign_host_has_the_callers_form(proxy: str) -> None:
         assert (answer.status_code, form_of(answer)) == (421, interface)
 
 
-def test_the_error_for_a_damaged_body_has_the_callers_form(proxy: str) -> None:
+@pytest.mark.parametrize(("body", "status"), [("no length\r\n", 400), ("5\r\nhalf", 408)], ids=["damaged", "late"])
+def test_the_error_for_a_body_that_is_damaged_or_late_has_the_callers_form(proxy: str, body: str, status: int) -> None:
     address = httpx.URL(proxy)
-    for path, interface in GENERATES.items():
+
+    def send(path: str) -> httpx.Response:
         with socket.create_connection((address.host, address.port or 0), PATIENCE_S) as client:
-            head = f"POST {path}?damaged HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
-            client.sendall(head.encode())
-            while Replica.reached.get(timeout=PATIENCE_S) != f"{path}?damaged":
-                pass  # of an earlier test
-            client.sendall(b"no length\r\n")
+            lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Transfer-Encoding: chunked", "Expect: 100-continue"]
+            client.sendall("\r\n".join([*lines, "", ""]).encode())
+            while client.recv(1) != b"\n":  # "100 Continue": the proxy has the head, and waits for the body
+                pass
+            assert client.recv(2, socket.MSG_WAITALL) == b"\r\n"
+            client.sendall(body.encode())
             answer = HTTPResponse(client)
             answer.begin()
-            response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
-        assert (response.status_code, form_of(response)) == (400, interface)
+            return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(send, GENERATES))
+    for response, interface in zip(answers, GENERATES.values(), strict=True):
+        assert (response.status_code, form_of(response)) == (status, interface)
 
 
 def test_error_bodies_have_the_same_content_in_every_form() -> None:

@@ -218,7 +218,7 @@ router = server
 
 
 def _outputs(model: ServedModel) -> list[TensorMetadata]:
-    channels, height, width = model.config.model.image_shape
+    channels, height, width = model.result_config.model.image_shape
     outputs = [
         TensorMetadata(name="images", datatype="UINT8", shape=[-1, height, width, channels]),
         TensorMetadata(name="seed", datatype="INT64", shape=[-1]),

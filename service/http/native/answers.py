@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from diffusion.chains import build_chain
 from diffusion.quoting import alternatives, quoted
-from formats.value_range import value_range_of
 from service.encoding import (
     ARRAY_FORMATS,
     CHANNELS,
@@ -22,13 +21,12 @@ from service.encoding import (
     encode_picture,
     encode_zip,
     file_name,
-    output_of,
 )
 from service.engine.request import ImageParams, ImageResult
 from service.errors import InvalidRequest, NotAcceptable
 from service.http.execution import Accepted, Finished
 from service.http.native.accept import preferred
-from service.http.native.schemas import GeneratedImage, GenerateResponse
+from service.http.native.schemas import GeneratedImage, GenerateResponse, Upsampled
 from service.requests.generate_request import GenerateRequest, ImageFormat
 
 JSON_MEDIA_TYPE = "application/json"
@@ -100,8 +98,7 @@ def answer(form: Form, finished: Finished) -> Response:
         ]
         headers["Content-Disposition"] = f'attachment; filename="iddpm-{params[0].seed}.zip"'
         return Response(encode_zip(files), media_type=ZIP_MEDIA_TYPE, headers=headers)
-    values = value_range_of(accepted.model.config)
-    pixels = np.stack([output_of(p, result, values) for p, result in zip(params, results, strict=True)])
+    pixels = np.stack([accepted.pixels(result) for result in results])
     content = encode_picture(
         pixels, [p.class_index for p in params], form.format, quality=form.quality, compression=form.compression
     )
@@ -127,20 +124,30 @@ def generated_image(form: Form, accepted: Accepted, result: ImageResult) -> Gene
         image_index=params.image_index,
         steps=params.num_steps,
         start_timestep=_start_timestep(accepted, params),
+        upsampled=_upsampled(accepted, result),
         queue_ms=round(result.queue_s * 1000, 3),
         compute_ms=round(result.compute_s * 1000, 3),
     )
 
 
 def _encode(form: Form, accepted: Accepted, params: ImageParams, result: ImageResult) -> bytes:
-    output = output_of(params, result, value_range_of(accepted.model.config))
-    return encode_one(output, params.class_index, form.format, quality=form.quality, compression=form.compression)
+    return encode_one(
+        accepted.pixels(result), params.class_index, form.format, quality=form.quality, compression=form.compression
+    )
 
 
 def _start_timestep(accepted: Accepted, params: ImageParams) -> int | None:
     if params.given is None or params.given.image is None:
         return None
     return int(build_chain(accepted.model.config.diffusion, params.plan).timesteps[0])
+
+
+def _upsampled(accepted: Accepted, result: ImageResult) -> Upsampled | None:
+    then, stages = accepted.ticket.request.then, accepted.model.stages
+    if then is None or stages is None:
+        return None
+    params = then.images[result.position]
+    return Upsampled(model=stages[1].name, steps=params.num_steps, seed=params.seed)
 
 
 def _class_name(accepted: Accepted, params: ImageParams) -> str | None:

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from diffusion.chains import encoding_end
-from service.encoding import MEDIA_TYPES, encode_npy, network_values
+from service.encoding import MEDIA_TYPES, encode_npy
 from service.http.execution import Finished, answer_when_done, prepare_arrays
 from service.http.interfaces import NativeRoute
 from service.http.native.generate import ERRORS, FILE, State
 from service.requests.array_requests import DenoiseRequest, EncodeRequest
+from service.requests.results import network_values
 
 router = APIRouter(prefix="/v1", tags=["arrays"], route_class=NativeRoute)
 

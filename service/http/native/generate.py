@@ -68,7 +68,8 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     `preview` of its images, and last `completed`, with the content of the JSON answer, or `failed`, with a problem.
     """
     prepared = await prepare(body, request, state)
-    form = form_of(body, ", ".join(request.headers.getlist("accept")), prepared.model.config.model.image_channels)
+    channels = prepared.model.result_config.model.image_channels
+    form = form_of(body, ", ".join(request.headers.getlist("accept")), channels)
     if body.stream:
         watch = Watch(preview_every=body.preview_every)
         return answer_as_stream(prepared, watch, request, state, partial(NativeEvents, form, state))

@@ -12,7 +12,16 @@ from diffusion.config import ModelConfig
 from diffusion.plans import SAMPLERS
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import OpenAIRoute, SharedRoute
-from service.http.native.schemas import CondInfo, ModelCard, ModelInfo, ModelList, Problem, SamplerInfo, Status
+from service.http.native.schemas import (
+    CascadeInfo,
+    CondInfo,
+    ModelCard,
+    ModelInfo,
+    ModelList,
+    Problem,
+    SamplerInfo,
+    Status,
+)
 from service.http.openai.schemas import OpenAIError
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
@@ -47,9 +56,10 @@ def model_info(model: ServedModel) -> ModelInfo:
     """Return the public details of a model."""
     return ModelInfo(
         name=model.name,
-        image_size=model.config.model.image_size,
-        image_channels=model.config.model.image_channels,
-        value_range=model.config.value_range,
+        image_size=model.result_config.model.image_size,
+        image_channels=model.result_config.model.image_channels,
+        value_range=model.result_config.value_range,
+        cascade=_cascade_info(model),
         cond=_cond_info(model.config.model),
         classes=None if model.class_names is None else list(model.class_names),
         num_timesteps=model.config.diffusion.num_timesteps,
@@ -88,6 +98,18 @@ async def metrics(state: State) -> Response:
 
 router.include_router(shared)
 router.include_router(of_openai)
+
+
+def _cascade_info(model: ServedModel) -> CascadeInfo | None:
+    if model.stages is None:
+        return None
+    base, upsampler = model.stages
+    return CascadeInfo(
+        base=base.name,
+        upsampler=upsampler.name,
+        given_size=base.config.model.image_size,
+        upsampler_num_timesteps=upsampler.config.diffusion.num_timesteps,
+    )
 
 
 def _cond_info(model: ModelConfig) -> CondInfo | None:

@@ -7,6 +7,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class Upsampled(BaseModel):
+    """The second stage of an image of a cascade."""
+
+    model: str
+    steps: int
+    seed: int
+
+
 class GeneratedImage(BaseModel):
     """One image and its parameters."""
 
@@ -21,6 +29,7 @@ class GeneratedImage(BaseModel):
     start_timestep: int | None = Field(
         default=None, description="t of the training chain of its first step, if it began with a given image or latent."
     )
+    upsampled: Upsampled | None = Field(default=None, description="Of a cascade: how the base's image was upsampled.")
     queue_ms: float = Field(description="From admission to its first network call.")
     compute_ms: float = Field(description="From its first network call to its last.")
 
@@ -57,6 +66,15 @@ class CondInfo(BaseModel):
     low_resolution: bool = Field(description="Whether it is the small picture of an upsampler, which is enlarged.")
 
 
+class CascadeInfo(BaseModel):
+    """The models of a cascade."""
+
+    base: str
+    upsampler: str
+    given_size: int | tuple[int, int] = Field(description="Size of given images, which the base's images have.")
+    upsampler_num_timesteps: int = Field(description="The maximum of `upsample.steps`.")
+
+
 class ModelInfo(BaseModel):
     """A served model."""
 
@@ -68,6 +86,9 @@ class ModelInfo(BaseModel):
         "Eight-bit pixels map 0 to low and 255 to high."
     )
     cond: CondInfo | None = Field(description="Conditioning image that every request must have; null: none.")
+    cascade: CascadeInfo | None = Field(
+        default=None, description="The two models of a cascade, whose details are those of its base; null: one model."
+    )
     classes: list[str] | None = Field(
         description="Class names in index order; null if unconditional. Those of the classifier if only it has classes."
     )

@@ -52,9 +52,9 @@ async def generate_images(body: ImagesRequest, request: Request, state: State) -
     model = find_model(state.models, body.model)
     native = native_request(body, model)
     prepared = await prepare(native, request, state)
-    form = form_of(native, "application/json", model.config.model.image_channels)
+    form = form_of(native, "application/json", model.result_config.model.image_channels)
     if body.stream:
-        watch = _watch(body.partial_images, prepared.request.images[0].num_steps)
+        watch = _watch(body.partial_images, sum(stage[0].num_steps for stage in prepared.request.stages))
         return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, form, state))
     answered = await answer_when_done(prepared, request, state, partial(_answer, form))
     return answered.response

@@ -47,7 +47,7 @@ class OpenAIEvents:
 
 def image_size(model: ServedModel) -> str:
     """Return the size of a model's images in OpenAI's notation, width x height, such as 32x32."""
-    return f"{model.config.model.image_width}x{model.config.model.image_height}"
+    return f"{model.result_config.model.image_width}x{model.result_config.model.image_height}"
 
 
 def _partial(form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:

@@ -53,6 +53,7 @@ class Thumbnails:
         return await asyncio.shield(self._tasks[key])  # a caller that is cancelled does not cancel the others
 
     async def _make(self, model: ServedModel, class_index: int) -> bytes:
+        model = model if model.stages is None else model.stages[0]  # a small picture needs no upsampler
         steps = min(STEPS, model.config.diffusion.num_timesteps)
         body = {"class": class_index, "steps": steps, "seed": SEED, "priority": "batch"}
         if model.config.model.num_classes is None:  # only its classifier has classes

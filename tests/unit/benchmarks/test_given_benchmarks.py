@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import repaint, sampler_quality
+from benchmarks import repaint, round_trip, sampler_quality
 from benchmarks.repaint import paper_masks
 from benchmarks.rounds import Timing
 from diffusion.chains import Chain, Resample
@@ -56,3 +56,11 @@ def test_the_section_of_inpainting_counts_images_per_second() -> None:
     text = repaint.section({}, {"openvino:bf16": Timing((2.0, 4.0, 6.0))}, 10, chain, 65)
     assert "10 images with five masks, 25 steps, Resample(times=3, jump=5): 65 network calls per image." in text
     assert "| openvino:bf16 | 4.00 | 3.00-5.00 | 2.500 |" in text
+
+
+def test_errors_of_a_round_trip_are_in_levels() -> None:
+    images = np.full((2, 2, 2, 1), 100, np.uint8)
+    decoded = images + np.array([0.25, 3.0], np.float32)[:, None, None, None]
+    found = round_trip.errors_of(images, decoded, 50, 2040)
+    assert found == round_trip.Errors(steps=50, timestep=2040, mean=1.625, worst=3.0, equal=0.5)
+    assert "| 50 | 2040 | 1.62 | 3.00 | 50.0 % |" in round_trip.table([found])

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.sse import format_sse_event
+from pydantic import BaseModel
 
 from cli import client as client_module
 from cli import client_core
@@ -22,6 +23,8 @@ from cli.client import (
     AsyncClient,
     Client,
     ConnectionLost,
+    DenoiseFields,
+    EncodeFields,
     Event,
     GenerateFields,
     GenerateResponse,
@@ -31,7 +34,8 @@ from cli.client import (
     pixels_of,
 )
 from formats.images import encode
-from service.encoding import encode_npz
+from service.encoding import encode_npy, encode_npz
+from service.requests.array_requests import DenoiseRequest, EncodeRequest
 from service.requests.generate_request import GenerateRequest
 
 ANSWER: dict[str, Any] = {
@@ -141,7 +145,12 @@ PROGRESS = event("progress", position=0, step=3, steps=9, eta_s=1)
 
 
 def test_fields_are_those_of_a_request_except_stream() -> None:
-    assert GenerateFields.__annotations__.keys() == GenerateRequest.model_fields.keys() - {"stream"}
+    def named(body: type[BaseModel]) -> set[str]:
+        return set(body.model_fields)
+
+    assert set(GenerateFields.__annotations__) == named(GenerateRequest) - {"stream"}
+    assert set(EncodeFields.__annotations__) == named(EncodeRequest) - {"format"}
+    assert set(DenoiseFields.__annotations__) == named(DenoiseRequest)
 
 
 def test_given_images_are_sent_in_base64_and_arrays_as_npy(ask: Ask) -> None:
@@ -424,3 +433,29 @@ def test_pixels_are_read_from_every_lossless_format(channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, channels), dtype=np.uint8)
     for content in (encode(pixels), encode(pixels, "webp"), encode_npz(pixels[None], [3])):
         np.testing.assert_array_equal(pixels_of(base64.b64encode(content).decode())[..., :channels], pixels)
+
+
+def npz(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def test_the_output_of_a_network_that_predicts_the_image_is_named() -> None:
+    output = np.ones((1, 2, 2, 1))
+    answer = httpx.Response(200, content=npz(x0=output, log_variance=-output), headers={"X-Numerics-Id": "n"})
+    with Client("http://service", transport=httpx.MockTransport(Service(answer))) as client:
+        found = client.denoise(x_t=output, timestep=3)
+    assert (found.predicts, found.numerics_id) == ("x0", "n")
+    assert found.prediction.dtype == np.float32
+    assert (found.log_variance == -1).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK", npz(eps=np.ones(1)), encode_npy(np.ones((1, 1, 1, 1)))])
+def test_other_files_are_not_taken_for_the_network_s_output(content: bytes) -> None:
+    service = Service(httpx.Response(200, content=content, headers={"X-Numerics-Id": "n"}))
+    with (
+        Client("http://service", transport=httpx.MockTransport(service)) as client,
+        pytest.raises(UnexpectedAnswer, match="200 without an npz of the network's output"),
+    ):
+        client.denoise(x_t=b"", timestep=3)

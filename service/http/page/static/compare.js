@@ -23,7 +23,8 @@ export async function compare(before, after) {
   if (view.hidden) return;
   const sources = [before, after].map((b64) => pictureUrl(b64));
   byId("before-picture").src = sources[0];
-  const difference = differenceOf(...(await Promise.all(sources.map(pixelsOf))));
+  const [before, after] = await Promise.all(sources.map(decoded));
+  const difference = differenceOf(...[before, after].map((image) => pixelsOf(image, after)));
   drawMap(byId("difference"), difference);
   const largest = largestOf(difference.data);
   const share = difference.data.filter((value) => value > 0).length / difference.data.length;
@@ -47,14 +48,18 @@ function showSplit() {
   byId("detail-views").style.setProperty("--split", `${split.value}%`);
 }
 
-/** Decode a picture exactly: RGBA, row by row. */
-async function pixelsOf(source) {
+async function decoded(source) {
   const image = new Image();
   image.src = source;
   await image.decode();
-  const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+  return image;
+}
+
+/** Return a picture exactly, RGBA, row by row; enlarged if it is smaller than the result, as a cascade's first stage is. */
+function pixelsOf(image, { naturalWidth, naturalHeight }) {
+  const canvas = new OffscreenCanvas(naturalWidth, naturalHeight);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
+  context.drawImage(image, 0, 0, naturalWidth, naturalHeight);
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 

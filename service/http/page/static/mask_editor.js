@@ -2,7 +2,7 @@
 
 import { announce, byId, el } from "./dom.js";
 import { Mask } from "./mask.js";
-import { sidesOf } from "./pictures.js";
+import { givenSidesOf } from "./pictures.js";
 import { showSlider } from "./sliders.js";
 
 const TINT = [120, 92, 255, 255]; // the style sheet makes it translucent
@@ -45,7 +45,7 @@ export class MaskEditor {
 
   /** Begin an empty mask for the pictures of a model. */
   reset(model) {
-    const [height, width] = sidesOf(model);
+    const [height, width] = givenSidesOf(model);
     this.#mask = new Mask(height, width);
     const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side / 4)));
     this.#rectangle = { x: Math.floor((width - w) / 2), y: Math.floor((height - h) / 2), width: w, height: h };

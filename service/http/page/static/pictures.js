@@ -69,7 +69,16 @@ export class Picture {
 
 /** Return height and width of a model's images. */
 export function sidesOf(model) {
-  return Array.isArray(model.image_size) ? model.image_size : [model.image_size, model.image_size];
+  return bothOf(model.image_size);
+}
+
+/** Return height and width of the pictures that a model begins with: of a cascade, those of its base. */
+export function givenSidesOf(model) {
+  return bothOf(model.cascade?.given_size ?? model.image_size);
+}
+
+function bothOf(size) {
+  return Array.isArray(size) ? size : [size, size];
 }
 
 /** Return whether a model's images are so small that they are shown with their pixels visible. */

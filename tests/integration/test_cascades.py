@@ -1,0 +1,198 @@
+"""Cascades over HTTP: the bytes of both models run by hand with files between, events, errors, other interfaces."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from service.errors import ModelError
+from service.http.app import assemble
+from service.settings import Settings
+from tests.denoisers import ExactDenoiser
+from tests.fakes import tiny_config
+from tests.integration.exact_service import serving
+from tests.integration.test_given_images import array_of, npy
+from tests.waiting import PATIENCE_S
+
+SMALL = {"image_size": 4, "attention_resolutions": ()}
+MODELS = {
+    "base": ExactDenoiser(tiny_config(**SMALL)),
+    "up": ExactDenoiser(tiny_config(low_res_size=4)),
+}
+CLASSES = [1, 2, 3]
+
+
+def settings_of(*cascades: str, models: tuple[str, ...] = tuple(MODELS)) -> Settings:
+    return Settings(models=tuple(map(Path, models)), cascades=cascades, max_rows=8)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving(assemble(settings_of("both=base+up"), dict(MODELS))) as address:
+        yield address
+
+
+def post(address: str, **body: Any) -> httpx.Response:
+    fields = {"model": "both", "class": CLASSES, "seed": 7, "steps": 4, "format": "npy", "cfg_scale": 1.5} | body
+    return httpx.post(f"http://{address}/v1/generate", json=fields, timeout=PATIENCE_S)
+
+
+def arrays_of(answer: httpx.Response) -> npt.NDArray[Any]:
+    assert answer.status_code == 200, answer.text
+    return np.concatenate([array_of(image["b64_json"]) for image in answer.json()["images"]])
+
+
+@pytest.mark.parametrize("seed", [7, 2**53 - 1])
+def test_a_cascade_gives_the_bytes_of_both_models_run_by_hand(address: str, seed: int) -> None:
+    answer = post(address, seed=seed, upsample={"steps": 3, "cfg_scale": 2.5, "sampler": "dpm++"})
+    small = arrays_of(post(address, model="base", seed=seed))
+    after = (seed + 1) % 2**53
+    options = {"steps": 3, "cfg_scale": 2.5, "sampler": "dpm++", "seed": after}
+    by_hand = post(address, model="up", cond=npy(small), **options)
+    np.testing.assert_array_equal(arrays_of(answer), arrays_of(by_hand))
+    assert arrays_of(answer).shape == (3, 8, 8, 1)
+    image = answer.json()["images"][1]
+    assert (image["seed"], image["steps"], image["class_index"], image["image_index"]) == (seed, 4, 2, 1)
+    assert image["upsampled"] == {"model": "up", "steps": 3, "seed": after}
+    assert by_hand.json()["images"][0]["upsampled"] is None
+
+
+def test_by_default_the_upsampler_takes_25_steps_with_its_own_guidance(address: str) -> None:
+    small = arrays_of(post(address, model="base"))
+    by_hand = post(address, model="up", cond=npy(small), steps=25, seed=8, cfg_scale=None)
+    np.testing.assert_array_equal(arrays_of(post(address)), arrays_of(by_hand))
+
+
+def test_one_image_of_a_cascade_equals_the_same_image_among_others(address: str) -> None:
+    alone = post(address, **{"class": 2, "image_index": 1})
+    np.testing.assert_array_equal(arrays_of(alone)[0], arrays_of(post(address))[1])
+
+
+def test_the_base_begins_with_a_given_image(address: str) -> None:
+    picture = np.arange(16, dtype=np.uint8).reshape(4, 4, 1) * 16
+    body = {"image": npy(picture), "strength": 0.5, "class": 1}
+    small = arrays_of(post(address, model="base", **body))
+    by_hand = post(address, model="up", cond=npy(small), seed=8, steps=25, cfg_scale=None, **{"class": 1})
+    mask = npy(np.zeros((4, 4), np.uint8))
+    np.testing.assert_array_equal(arrays_of(post(address, **body)), arrays_of(by_hand))
+    kept = post(address, image=npy(picture), mask=mask, dtype="float32", **{"class": 1})
+    assert arrays_of(kept).shape == (1, 8, 8, 1)
+
+
+def test_events_count_the_steps_of_both_stages_and_show_previews_of_both(address: str) -> None:
+    body = {"model": "both", "class": 1, "seed": 7, "steps": 4, "stream": True, "preview_every": 1, "format": "npy"}
+    sizes, steps = set(), []
+    with httpx.stream("POST", f"http://{address}/v1/generate", json=body, timeout=PATIENCE_S) as answer:
+        name = ""
+        for line in answer.iter_lines():
+            key, _, value = line.partition(": ")
+            if key == "event":
+                name = value
+            elif key == "data" and name in ("progress", "preview", "completed"):
+                data = json.loads(value)
+                if name == "completed":
+                    last = data
+                else:
+                    steps.append(data["step"])
+                    assert data["steps"] == 29
+                if name == "preview":
+                    sizes.add(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).size)
+    assert sizes <= {(4, 4), (8, 8)}
+    assert sizes
+    assert steps == sorted(steps)
+    assert array_of(last["images"][0]["b64_json"]).shape[-3:] == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "rule"),
+    [
+        ({"model": "up", "upsample": {"steps": 5}}, "upsample", "is valid only for a cascade"),
+        ({"upsample": {"steps": 1001}}, "upsample.steps", "must be 2..1000"),
+        ({"upsample": {"steps": 1}}, "upsample.steps", ""),
+        ({"upsample": {"seed": 1}}, "upsample.seed", ""),
+        ({"upsample": {"classifier_scale": 1}}, "upsample.classifier_scale", "has no noisy classifier"),
+        ({"cond": npy(np.zeros((4, 4, 1), np.uint8))}, "cond", "takes no conditioning image"),
+        ({"class": [1] * 64, "steps": 1000}, "steps", "x (1000 x 2 + 25 x 2) = 131200"),
+    ],
+)
+def test_an_error_names_the_field(address: str, body: dict[str, Any], field: str, rule: str) -> None:
+    if body.get("model") == "up":
+        body = body | {"cond": npy(np.zeros((4, 4, 1), np.uint8))}
+    answer = post(address, **body)
+    assert answer.status_code == 422, answer.text
+    (error,) = answer.json()["errors"]
+    assert (error["field"], rule in error["message"]) == (field, True), error
+
+
+@pytest.mark.parametrize("path", ["v1/encode", "v1/denoise"])
+def test_single_networks_are_called_by_their_own_names(address: str, path: str) -> None:
+    array = npy(np.zeros((4, 4, 1), np.float32))
+    body = {"model": "both", "image": array} if path == "v1/encode" else {"model": "both", "x_t": array, "timestep": 1}
+    answer = httpx.post(f"http://{address}/{path}", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 422
+    assert '"both" is a cascade of "base" and "up"' in answer.json()["detail"]
+
+
+def test_the_list_of_models_and_metrics_have_the_cascade(address: str) -> None:
+    models = {m["name"]: m for m in httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"]}
+    assert list(models) == ["base", "up", "both"]
+    both = models["both"]
+    assert (both["image_size"], both["cond"], both["classes"]) == (8, None, models["base"]["classes"])
+    assert both["cascade"] == {"base": "base", "upsampler": "up", "given_size": 4, "upsampler_num_timesteps": 1000}
+    assert both["numerics_id"] not in (models["base"]["numerics_id"], models["up"]["numerics_id"])
+    arrays_of(post(address))
+    metrics = httpx.get(f"http://{address}/metrics", timeout=PATIENCE_S).text
+    assert 'iddpm_model_images_total{model="both",outcome="done"}' in metrics
+
+
+def test_other_interfaces_serve_it(address: str) -> None:
+    body = {"model": "both", "prompt": "Bee", "n": 1, "size": "8x8", "steps": 4, "seed": 7}
+    answer = httpx.post(f"http://{address}/v1/images/generations", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    (metadata,) = httpx.get(f"http://{address}/v2/models/both", timeout=PATIENCE_S).json()["outputs"][:1]
+    assert metadata["shape"] == [-1, 8, 8, 1]
+    inputs = [{"name": "steps", "datatype": "INT64", "shape": [1], "data": [4]}]
+    inferred = httpx.post(f"http://{address}/v2/models/both/infer", json={"inputs": inputs}, timeout=PATIENCE_S)
+    assert inferred.status_code == 200, inferred.text
+    assert inferred.json()["outputs"][0]["shape"] == [1, 8, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("cascade", "changes", "reason"),
+    [
+        ("both=up+base", {}, '"base" is not an upsampler'),
+        ("both=base+up", {"image_size": 8}, '"up" takes images of 4 x 4 pixels of 1 channel, "base" makes images of 8'),
+        ("both=base+up", {"num_classes": 2}, '"up" has other classes than "base"'),
+        ("both=base+up", {"cond_channels": 1}, 'the base "base" needs a conditioning image itself'),
+    ],
+)
+def test_models_that_do_not_fit_together_end_start_up(cascade: str, changes: dict[str, Any], reason: str) -> None:
+    models = {**MODELS, "base": ExactDenoiser(tiny_config(**SMALL | changes))}
+    with pytest.raises(ModelError, match=reason):
+        assemble(settings_of(cascade), models)
+
+
+@pytest.mark.parametrize(
+    ("cascades", "rule"),
+    [
+        (("both=base",), "NAME=BASE\\+UPSAMPLER"),
+        (("both=base+up+up",), "NAME=BASE\\+UPSAMPLER"),
+        (("=base+up",), "NAME=BASE\\+UPSAMPLER"),
+        (("both=base+other",), "no model is named 'other'; the models are base, up"),
+        (("up=base+up",), "'up' is the name of another model or cascade"),
+        (("a=base+up", "a=base+up"), "'a' is the name of another model or cascade"),
+    ],
+)
+def test_settings_are_checked(cascades: tuple[str, ...], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        settings_of(*cascades)

@@ -1,0 +1,223 @@
+"""Requests of two stages: whatever else runs, their images equal those of the two models run one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion.update import from_uint8_reversibly
+from service.engine.async_engine import AsyncEngine, EngineState
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.forecast import Prediction
+from service.engine.request import (
+    GenerationRequest,
+    GivenArrays,
+    ImageParams,
+    ImageProgress,
+    ImageResult,
+    ImageStatus,
+    NextStage,
+    Watch,
+)
+from service.engine.runners.array_runner import ArrayRunner
+from service.errors import NotFinite, UnknownModel
+from service.metrics import Metrics
+from service.models.registry import served_model
+from service.requests.cascading import next_stage
+from tests.counts import count
+from tests.denoisers import AsNetwork, ExactDenoiser
+from tests.fakes import CountingRunner, generation, params, tiny_config
+from tests.given_images import output_of, sampled_alone
+from tests.waiting import eventually, runs
+
+BASE = ExactDenoiser(tiny_config(image_size=4, attention_resolutions=()))
+UPSAMPLER = ExactDenoiser(tiny_config(low_res_size=4))
+CONFIG = EngineConfig(max_rows=4)
+
+
+def cascade_engine() -> Engine:
+    return Engine({"base": ArrayRunner(BASE, CONFIG), "up": ArrayRunner(UPSAMPLER, CONFIG)}, CONFIG, Metrics())
+
+
+def next_of(images: tuple[ImageParams, ...]) -> NextStage:
+    return next_stage(BASE.config, served_model("up", UPSAMPLER, "numerics"), images)
+
+
+@cache
+def reference(base: ImageParams, upsampled: ImageParams) -> bytes:
+    """Run both models alone, one after the other."""
+    small = np.frombuffer(sampled_alone(base, AsNetwork(BASE)), np.uint8).reshape(4, 4, 1)
+    result = ImageResult(request_id="", position=0, status=ImageStatus.DONE, pixels=small)
+    cond = next_of(()).cond_of(base, result)
+    return sampled_alone(replace(upsampled, given=GivenArrays(cond=cond)), AsNetwork(UPSAMPLER))
+
+
+IMAGES = st.builds(
+    lambda steps, scale, seed: (params(steps, scale, seed), params(steps % 3 + 2, 2.5 - scale, seed + 1)),
+    st.integers(2, 4),
+    st.sampled_from([1.0, 1.5]),
+    st.integers(0, 1),
+)
+SCRIPTS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["cascade", "base"]), st.lists(IMAGES, min_size=1, max_size=3)),
+        st.tuples(st.just("abort"), st.integers(0, 8)),
+        st.tuples(st.sampled_from(["step", "overlap"]), st.integers(1, 3)),
+    ),
+    min_size=2,
+    max_size=14,
+)
+
+
+@settings(max_examples=count(2000, 60))
+@given(script=SCRIPTS)
+def test_images_of_two_stages_equal_those_of_the_models_run_alone(script: list[tuple[str, object]]) -> None:
+    engine = cascade_engine()
+    requests: list[tuple[str, list[tuple[ImageParams, ImageParams]]]] = []
+    results: list[ImageResult] = []
+    for action, argument in script:
+        if isinstance(argument, list):
+            request = generation(str(len(requests)), *[base for base, _ in argument], model="base")
+            if action == "cascade":
+                later = tuple(upsampled for _, upsampled in argument)
+                request = replace(request, then=next_of(later), served_as="cascade")
+            engine.add(request, submitted_at=0.0)
+            requests.append((action, argument))
+        elif action == "abort":
+            results += engine.abort(str(argument))
+        elif action == "step":
+            for _ in range(int(str(argument))):
+                results += engine.step()
+        else:  # as the engine's thread does
+            for _ in range(int(str(argument))):
+                engine.launch()
+                results += engine.report()
+                engine.settle()
+    while engine.has_work():
+        results += engine.step()
+    results += engine.report()
+
+    ends = [(result.request_id, result.position) for result in results]
+    assert sorted(ends) == sorted((str(r), k) for r, (_, images) in enumerate(requests) for k in range(len(images)))
+    for result in results:
+        if result.status is ImageStatus.DONE:
+            action, images = requests[int(result.request_id)]
+            base, upsampled = images[result.position]
+            alone = sampled_alone(base, AsNetwork(BASE)) if action == "base" else reference(base, upsampled)
+            assert output_of(result) == alone
+    assert engine.scheduler.remaining_row_steps == 0
+    assert engine.num_saved == 0
+
+
+def test_what_a_small_image_becomes_is_what_a_file_of_it_would() -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1) * 16
+    result = ImageResult(request_id="", position=0, status=ImageStatus.DONE, pixels=pixels)
+    cond = next_of(()).cond_of(params(), result)
+    assert cond.shape == (1, 8, 8)
+    assert next_of(()).cond_bytes == cond.nbytes
+    np.testing.assert_array_equal(cond[:, 0, 0], from_uint8_reversibly(pixels[None])[0, :, 0, 0])
+
+
+def request_of(
+    name: str = "r", steps: int = 3, later: int = 2, n: int = 1, watch: Watch | None = None
+) -> GenerationRequest:
+    """Describe a request of which only the amount of work matters."""
+    then = NextStage(
+        model="up",
+        images=(params(later),) * n,
+        cond_of=lambda *_: np.zeros((1, 8, 8), np.float32),
+        cond_bytes=256,
+    )
+    base = generation(name, *[params(steps)] * n, model="base", watch=watch)
+    return replace(base, then=then, served_as="cascade")
+
+
+@asynccontextmanager
+async def serving(second: CountingRunner | None = None) -> AsyncIterator[AsyncEngine]:
+    """Run an engine of two models that only count."""
+    runners = {"base": CountingRunner(), "up": second or CountingRunner()}
+    engine = AsyncEngine(Engine(runners, CONFIG, Metrics()), CONFIG, Metrics())
+    engine.start()
+    await eventually(lambda: engine.state is EngineState.READY)
+    yield engine
+    await engine.stop()
+
+
+@runs
+async def test_one_ticket_has_one_result_per_image_and_progress_over_both_stages() -> None:
+    async with serving() as engine:
+        ticket = engine.submit(request_of(watch=Watch(), n=2))
+        assert engine.ledger.given_bytes == 512
+        assert ticket.events is not None
+        seen = [event async for event in ticket.events]
+        results = [await image for image in ticket.images]
+        assert [result.status for result in results] == [ImageStatus.DONE] * 2
+        steps = {event.step for event in seen if isinstance(event, ImageProgress)}
+        assert {event.steps for event in seen if isinstance(event, ImageProgress)} == {5}
+        assert steps <= {1, 2, 4}  # 3: the first stage is done, and not yet the image
+        await engine.wait_idle()
+        assert (engine.ledger.rows, engine.ledger.given_bytes) == (0, 0)
+        assert all(not (work.rows or work.expected or work.row_steps) for work in engine.ledger.models.values())
+        assert engine.activity.of("cascade").images_done == 2
+
+
+@runs
+async def test_an_image_that_fails_in_its_second_stage_fails() -> None:
+    async with serving(CountingRunner(fail_slots_at=dict.fromkeys(range(CONFIG.num_slots), 1))) as engine:
+        ticket = engine.submit(request_of())
+        with pytest.raises(NotFinite):
+            await ticket.images[0]
+        await engine.wait_idle()
+        assert not engine.ledger.orders
+
+
+@runs
+async def test_an_abort_at_any_time_ends_every_image_once() -> None:
+    async with serving() as engine:
+        for pause in range(12):
+            ticket = engine.submit(request_of(f"r{pause}", n=3))
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            engine.abort(f"r{pause}")
+            await asyncio.gather(*ticket.images, return_exceptions=True)
+            await ticket.ended
+            assert len(ticket.outcomes) == 3
+        await engine.wait_idle()
+        assert not engine.ledger.orders
+
+
+@runs
+async def test_a_retired_upsampler_stays_until_its_images_are_done() -> None:
+    async with serving() as engine:
+        ticket = engine.submit(request_of(steps=40))
+        engine.retire("up")
+        assert engine.ledger.models["up"].expected == 1
+        with pytest.raises(UnknownModel):
+            engine.submit(request_of("again"))
+        assert (await ticket.images[0]).status is ImageStatus.DONE
+        await engine.wait_idle()
+        assert "up" not in engine.ledger.models
+
+
+@runs
+async def test_the_prediction_covers_both_stages() -> None:
+    async with serving() as engine:
+        one = engine.submit(generation("one", params(300), model="base"))
+        alone = one.prediction.finish_s
+        await one.images[0]
+        other = engine.submit(request_of("both", steps=300, later=900))
+        assert other.prediction.finish_s > 1.5 * alone
+        newer = engine.eta("both")
+        assert isinstance(newer, Prediction)
+        assert newer.finish_s > 0
+        await other.images[0]
+        assert engine.eta("both") is None
