@@ -8,18 +8,21 @@ from collections.abc import Iterable
 LONGEST = 60
 """Most characters of a value that a message shows."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
 
 def quoted(value: object, longest: int = LONGEST) -> str:
     """Return a value as JSON of at most `longest` characters (for a string, not counting its quotation marks)."""
     if isinstance(value, str) and len(value) > longest:
         value = value[: longest - 3] + "..."
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        return "a value that is nested too deeply"
+    most = longest + len('""')
+    text = ""
+    for part in _ENCODER.iterencode(value):  # part by part, because a value from outside may be long
+        text += part[: most + 1]
+        if len(text) > most:
+            break
     # JSON does not escape lone surrogates, nor C1 controls and direction marks, which terminals interpret
     text = "".join(char if char.isprintable() else _escaped(char) for char in text)
-    most = longest + len('""')
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -29,6 +29,7 @@ MAX_MEMBERS = 16
 FITS: tuple[Fit, ...] = ("crop", "pad", "resize")
 _PICTURES = ("PNG", "WEBP", "JPEG")
 _FORMATS = "a PNG, WebP, JPEG, npy or npz file"
+_WANTS_ALPHA = "must be a picture with an alpha channel: transparent where the image is made"
 _DEEP_COLOUR = ("RGB;16", "RGBA;16", "LA;16")
 
 
@@ -36,7 +37,7 @@ class GivenFileError(ValueError):
     """A file cannot be read, or is not what is wanted; the message states the rule."""
 
 
-def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = None) -> Array:
+def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = None, drop_alpha: bool = False) -> Array:
     """Read one or several images.
 
     Args:
@@ -45,6 +46,7 @@ def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = No
         most: images in the file, at most.
         fit: changes images of another shape: `crop` enlarges or shrinks them to cover the shape and takes the middle,
             `pad` to fit into it and repeats the border, `resize` changes the proportions. None: they are refused.
+        drop_alpha: reads the colours of transparent pixels too, which are refused otherwise.
 
     Returns:
         uint8 or uint16 [n, H, W, C], where 0 is the lowest value and 255 or 65535 is the highest; or float32, in the
@@ -55,7 +57,13 @@ def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = No
     """
     if _is_array(content):
         return _fitted(_as_values(_read_array(content, shape, most, fit)), shape, fit)
-    return _fitted(_read_picture(content, shape, fit)[None], shape, fit)
+    return _fitted(_read_picture(content, shape, fit, drop_alpha=drop_alpha)[None], shape, fit)
+
+
+def images_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -> Array:
+    """Return an array that was sent as one, as `read_images` returns those of files."""
+    check_shape(array.shape, shape, most, fit)
+    return _fitted(_as_values(batched(array, shape)), shape, fit)
 
 
 def read_values(content: bytes, shape: Shape, *, most: int) -> npt.NDArray[np.float32]:
@@ -66,10 +74,13 @@ def read_values(content: bytes, shape: Shape, *, most: int) -> npt.NDArray[np.fl
     """
     if not _is_array(content):
         raise GivenFileError("must be an npy or npz file of floating-point numbers")
-    values = _read_array(content, shape, most, None)
-    if values.dtype.kind != "f":
-        raise GivenFileError(f"must hold floating-point numbers; got {values.dtype}")
-    return _checked_values(values)
+    return _float_values(_read_array(content, shape, most, None))
+
+
+def values_of(array: Array, shape: Shape, *, most: int) -> npt.NDArray[np.float32]:
+    """Return an array that was sent as one, as `read_values` returns those of files."""
+    check_shape(array.shape, shape, most)
+    return _float_values(batched(array, shape))
 
 
 def read_masks(content: bytes, shape: Shape, *, most: int, fit: Fit | None = None) -> npt.NDArray[np.float32]:
@@ -93,11 +104,17 @@ def read_masks(content: bytes, shape: Shape, *, most: int, fit: Fit | None = Non
         masks = _read_array(content, single, most, fit)
     else:
         masks = _read_picture(content, single, fit, grey=True)[None]
-    return mask_levels(_fitted(masks, single, fit, nearest=True))
+    return _mask_levels(_fitted(masks, single, fit, nearest=True))
 
 
-def mask_levels(masks: Array) -> npt.NDArray[np.float32]:
-    """Return masks [n, H, W, 1] as `read_masks` does; raise GivenFileError for values out of range."""
+def masks_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -> npt.NDArray[np.float32]:
+    """Return an array that was sent as one, as `read_masks` returns those of files."""
+    single = (*shape[:2], 1)
+    check_shape(array.shape, single, most, fit)
+    return _mask_levels(_fitted(batched(array, single), single, fit, nearest=True))
+
+
+def _mask_levels(masks: Array) -> npt.NDArray[np.float32]:
     levels = masks[..., 0].astype(np.float32)
     if masks.dtype == np.uint16:
         levels /= 65535
@@ -111,20 +128,40 @@ def mask_levels(masks: Array) -> npt.NDArray[np.float32]:
 def read_transparency(content: bytes, shape: Shape, *, fit: Fit | None = None) -> npt.NDArray[np.float32]:
     """Read a mask in OpenAI's convention: transparent pixels of a picture are made, opaque ones are kept.
 
+    Args:
+        content: of the file.
+        shape: of the images; the channels are ignored.
+        fit: as for `read_masks`.
+
     Returns:
         float32 [1, H, W], in 0..1.
 
     Raises:
         GivenFileError: the file is not a picture with an alpha channel, or has another shape.
     """
+    if _is_array(content):
+        raise GivenFileError(_WANTS_ALPHA)
     with _Picture(content) as image:
         _check_picture(image, (*shape[:2], 4), fit)
         if not image.has_transparency_data:
-            raise GivenFileError("must be a picture with an alpha channel: transparent where the image is made")
+            raise GivenFileError(_WANTS_ALPHA)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         alpha = np.asarray(image.convert("RGBA"))[None, :, :, 3:]
-    return 1 - mask_levels(_fitted(alpha, (*shape[:2], 1), fit, nearest=True)) if alpha.max() > 1 else _all_made(shape)
+    opaque = _fitted(alpha, (*shape[:2], 1), fit, nearest=True)[..., 0].astype(np.float32)
+    return np.float32(1) - opaque / np.float32(255)
+
+
+def may_be_transparent(content: bytes) -> bool:
+    """Return whether a file is a picture whose header has an alpha channel; nothing is decoded.
+
+    Raises:
+        GivenFileError: the file cannot be read.
+    """
+    if _is_array(content):
+        return False
+    with _Picture(content) as image:
+        return bool(image.has_transparency_data)
 
 
 def check_shape(shape: tuple[int, ...], wanted: Shape, most: int, fit: Fit | None = None) -> None:
@@ -160,10 +197,6 @@ def _with_all_axes(shape: tuple[int, ...], wanted: Shape) -> tuple[int, int, int
     if len(shape) == 3:
         return shape[0], shape[1], shape[2], 1
     return (1, *shape, 1) if len(shape) == 2 and wanted[2] == 1 else None
-
-
-def _all_made(shape: Shape) -> npt.NDArray[np.float32]:
-    return np.ones((1, *shape[:2]), np.float32)
 
 
 def _is_array(content: bytes) -> bool:
@@ -216,6 +249,12 @@ def _as_values(array: Array) -> Array:
     return array if array.dtype == np.uint8 else _checked_values(array)
 
 
+def _float_values(array: Array) -> npt.NDArray[np.float32]:
+    if array.dtype.kind != "f":
+        raise GivenFileError(f"must hold floating-point numbers; got {array.dtype}")
+    return _checked_values(array)
+
+
 def _checked_values(array: Array) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         values: npt.NDArray[np.float32] = array.astype(np.float32)
@@ -250,14 +289,16 @@ def _unreadable(error: Exception) -> GivenFileError:
     return GivenFileError(f"is damaged, truncated, or not {_FORMATS}")
 
 
-def _read_picture(content: bytes, shape: Shape, fit: Fit | None, *, grey: bool = False) -> Array:
+def _read_picture(
+    content: bytes, shape: Shape, fit: Fit | None, *, grey: bool = False, drop_alpha: bool = False
+) -> Array:
     """Return a picture, uint8 or uint16 [H, W, C]; `grey` makes it grey even without `fit`."""
     with _Picture(content) as image:
         _check_picture(image, shape, fit)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if shape[2] != 4 and image.has_transparency_data:
-            if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            if not drop_alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise GivenFileError("must have no transparent pixels")
             image = image.convert("RGB" if shape[2] == 3 or image.mode not in ("LA", "La") else "L")
         if image.mode.startswith("I;16"):

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── MalformedJson         the body is not valid JSON
+├── MalformedForm         the body is not a valid multipart form
 ├── InvalidRequest        a field breaks a rule; names the field, the rule and the allowed values
 ├── NotAcceptable         the Accept header excludes every available media type
 ├── UnknownModel          no model of that name is served
@@ -39,6 +40,13 @@ class MalformedJson(ServiceError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the body is not valid JSON: {reason}")
+
+
+class MalformedForm(ServiceError):
+    """The body is not a valid multipart form."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the body is not a valid form: {reason}")
 
 
 class InvalidRequest(ServiceError):

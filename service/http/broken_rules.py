@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
 from diffusion.quoting import quoted
+from service.requests.request_body import classes_in
 
 MAX_NAME = 60
 _RULES = {
@@ -49,8 +50,7 @@ def field_of(location: Location, body: type[BaseModel] | None) -> str:
     inside = _inside(location)
     depth = 1
     for part, following in pairwise(inside):
-        field = body.model_fields.get(part) if body is not None and isinstance(part, str) else None
-        body = None if field is None else next(_models(field.annotation), None)
+        body = _object_in(body, part)
         if body is None or not isinstance(following, str):
             break  # what follows may be the member of a union that pydantic tried
         depth += 1
@@ -71,15 +71,13 @@ def _inside(location: Location) -> Location:
 def _allowed(body: type[BaseModel] | None, location: Location) -> list[str]:
     """List the fields of the object that a field is in."""
     for part in location[:-1]:
-        if isinstance(part, str) and body is not None:
-            field = body.model_fields.get(part)
-            body = next(_models(field.annotation), None) if field is not None else None
+        if isinstance(part, str):
+            body = _object_in(body, part)
     return [] if body is None else [field.alias or name for name, field in body.model_fields.items()]
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in an annotation: X in X | None or list[X]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
+def _object_in(body: type[BaseModel] | None, name: str | int) -> type[BaseModel] | None:
+    """Return the model of the objects that a field holds; None: it holds none."""
+    field = body.model_fields.get(name) if body is not None and isinstance(name, str) else None
+    models = () if field is None else classes_in(field.annotation)
+    return next((model for model in models if issubclass(model, BaseModel)), None)

@@ -1,4 +1,4 @@
-"""Encode images in a fixed number of threads, so that encoding does not block the event loop."""
+"""Encode images, and read large bodies, in a fixed number of threads, so that neither blocks the event loop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from service.cpus import available_cpus
 
 MAX_THREADS = 4
 """Encoders release the interpreter lock; more threads would take processor cores from the network."""
+
+LARGE_BODY = 100_000
+"""Bytes of a body that takes longer to read than to pass to another thread."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,6 +28,12 @@ class EncodingPool:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in one of the threads."""
         return await asyncio.wrap_future(self._threads.submit(function, *args, **kwargs))
+
+    async def run_if_large(self, body_bytes: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that reads a body: in one of the threads if that is `LARGE_BODY` or more, else at once."""
+        if body_bytes < LARGE_BODY:
+            return function(*args, **kwargs)
+        return await self.run(function, *args, **kwargs)
 
     def close(self) -> None:
         """Cancel functions that have not begun, and end the threads."""

@@ -7,9 +7,10 @@ import re
 
 from service.http.door.json_body import JsonRoute
 
-_GENERATES = re.compile(
-    r"/v1/(generate|encode|denoise)|/v1/images/generations|/v2/models/[^/]+(/versions/[^/]+)?/infer"
-)
+_INFER = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
+_GENERATES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/(generations|edits)|{_INFER}")
+_TAKES_IMAGES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/edits|{_INFER}")
+EDITS = "/v1/images/edits"
 
 
 class Interface(enum.Enum):
@@ -48,7 +49,12 @@ class SharedRoute(JsonRoute):
 
 def takes_images(method: str, path: str) -> bool:
     """Return whether a request may have given images in its body, which may then be long."""
-    return method == "POST" and path in ("/v1/generate", "/v1/encode", "/v1/denoise")
+    return method == "POST" and _TAKES_IMAGES.fullmatch(path) is not None
+
+
+def takes_form(path: str) -> bool:
+    """Return whether the body of a request is a multipart form; it is JSON otherwise."""
+    return path == EDITS
 
 
 def generates(method: str, path: str) -> bool:

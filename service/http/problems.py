@@ -26,6 +26,7 @@ from service.errors import (
     InvalidRequest,
     LoadConflict,
     LoadFailed,
+    MalformedForm,
     MalformedJson,
     NotAcceptable,
     NotFinite,
@@ -45,8 +46,8 @@ MAX_ERRORS = 10
 """Maximum number of broken rules in an answer, so that it is not longer than the request."""
 BASE_URL = "base_url of OpenAI's clients is the service's address and /v1, once"
 ROUTES_THAT_GENERATE = (
-    f"images come from POST /v1/generate, from POST /v1/images/generations ({BASE_URL}), and from POST "
-    "/v2/models/{model}/infer (KServe); GET /openapi.json lists all routes"
+    f"images come from POST /v1/generate, from POST /v1/images/generations and /v1/images/edits ({BASE_URL}), and from "
+    "POST /v2/models/{model}/infer (KServe); GET /openapi.json lists all routes"
 )
 HTTP_TITLES = {400: "Bad request", 403: "Forbidden", 404: "Not found", 405: "Method not allowed", 413: "Body too large"}
 
@@ -60,6 +61,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[type[ServiceError], Kind] = {
     MalformedJson: Kind(400, "Malformed JSON"),
+    MalformedForm: Kind(400, "Malformed form"),
     InvalidRequest: Kind(422, "Invalid request"),
     NotAcceptable: Kind(406, "Not acceptable"),
     UnknownModel: Kind(404, "Unknown model"),

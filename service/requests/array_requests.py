@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Stri
 from diffusion.chains import build_chain
 from diffusion.config import CheckpointConfig
 from diffusion.quoting import quoted
-from formats.given_files import Fit, read_images, read_values
+from formats.given_files import Fit
 from service.engine.request import GenerationRequest, GivenArrays, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel
@@ -21,12 +21,12 @@ from service.requests.generate_request import (
     MAX_DEADLINE_S,
     MAX_IMAGES,
     ClassSpec,
-    File,
     PriorityName,
     one_error,
 )
-from service.requests.given import begun_with, given_images, read_file, shape_of, with_cond
+from service.requests.given import begun_with, given_images, reading, shape_of, with_cond
 from service.requests.request_body import RequestBody
+from service.requests.source import File
 
 Timestep = Annotated[StrictInt, Field(ge=0)]
 GREY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAADklEQVR42mM8wcDEwAAAA/oAzJ1i2jMAAAAASUVORK5CYII="
@@ -107,7 +107,7 @@ def read_encoded(body: EncodeRequest, config: CheckpointConfig) -> tuple[GivenAr
         InvalidRequest: the file cannot be read, or has another shape.
     """
     shape = shape_of(config.model)
-    images = read_file("image", body.image, lambda file: read_images(file, shape, most=MAX_IMAGES, fit=body.fit))
+    images = reading("image", lambda: body.image.images(shape, most=MAX_IMAGES, fit=body.fit))
     return with_cond(given_images(images, None, config), body.cond, config)
 
 
@@ -118,7 +118,7 @@ def read_noisy(body: DenoiseRequest, config: CheckpointConfig) -> tuple[GivenArr
         InvalidRequest: the file cannot be read, or has another shape.
     """
     shape = shape_of(config.model)
-    arrays = read_file("x_t", body.x_t, lambda file: read_values(file, shape, most=MAX_IMAGES))
+    arrays = reading("x_t", lambda: body.x_t.values(shape, most=MAX_IMAGES))
     return with_cond(begun_with("x_t", arrays.transpose(0, 3, 1, 2)), body.cond, config)
 
 

@@ -26,6 +26,7 @@ from formats.images import JPEG_QUALITY
 from service.models.class_names import MAX_CLASS_NAME
 from service.requests.registered_name import NameIn
 from service.requests.request_body import RequestBody
+from service.requests.source import File
 
 MAX_IMAGES = 64
 DEFAULT_STEPS = 100
@@ -41,8 +42,6 @@ MAX_RESAMPLE_JUMP = 4000
 
 ImageFormat = Literal["png", "webp", "jpeg", "npz", "npy"]
 ValueType = Literal["uint8", "float32"]
-File = Annotated[StrictStr, Field(min_length=1)]
-"""A file in base64."""
 PriorityName = Literal["interactive", "batch"]
 SamplerName = Annotated[str, NameIn(SAMPLERS)]
 ClassSpec = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=MAX_CLASS_NAME)]
@@ -116,7 +115,24 @@ class ResampleOptions(RequestBody):
     jump: Annotated[StrictInt, Field(ge=1, le=MAX_RESAMPLE_JUMP)] = Field(description="Steps of such a part.")
 
 
-class GivenOptions(RequestBody):
+class UseOfGiven(RequestBody):
+    """What is done with given images; the fields have the same names in all interfaces."""
+
+    strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
+    )
+    start_timestep: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None,
+        description="With `image` or `latent`: t of the training chain to begin at; the nearest step that is taken.",
+    )
+    resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
+    fit: Fit | None = Field(
+        default=None,
+        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
+    )
+
+
+class GivenOptions(UseOfGiven):
     """Images, masks and latents that a request brings along, and what is done with them."""
 
     image: File | None = Field(
@@ -135,18 +151,6 @@ class GivenOptions(RequestBody):
         default=None,
         description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of exactly that shape: a "
         "file as `image`, or an array with one per image. For an upsampler: the small picture.",
-    )
-    strength: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
-        default=None, description="With `image`: part of the steps that is taken; 1: from noise alone."
-    )
-    start_timestep: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        default=None,
-        description="With `image` or `latent`: t of the training chain to begin at; the nearest step that is taken.",
-    )
-    resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
-    fit: Fit | None = Field(
-        default=None,
-        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
     )
 
 

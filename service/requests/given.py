@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
-from formats.given_files import GivenFileError, Shape, read_images, read_masks, read_values
+from formats.given_files import GivenFileError, Shape
 from formats.value_range import ValueRange, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES, GivenOptions
+from service.requests.source import Source
+
+T = TypeVar("T")
 
 FLOAT_BYTES = 4
 LARGEST_VALUE = 1000.0
@@ -66,7 +67,7 @@ def check_given(body: GivenOptions) -> None:
         raise InvalidRequest("image", "needs `strength`, `start_timestep` or `mask`")
 
 
-def check_cond(cond: str | None, model: ModelConfig) -> None:
+def check_cond(cond: Source | None, model: ModelConfig) -> None:
     """Check that a request has a conditioning image if and only if its model takes one.
 
     Raises:
@@ -93,12 +94,12 @@ def read_given(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArray
     return with_cond(_read_begin(body, config), body.cond, config)
 
 
-def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
+def with_cond(begun: tuple[GivenArrays, ...], cond: Source | None, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
     """Add the conditioning images of a request to what its chains begin with.
 
     Args:
         begun: none, one for all images, or one per image.
-        cond: the file in base64; None: the request has none.
+        cond: where they come from; None: the request has none.
         config: of the model.
 
     Raises:
@@ -115,11 +116,11 @@ def with_cond(begun: tuple[GivenArrays, ...], cond: str | None, config: Checkpoi
     return tuple(replace(begun[k % len(begun)], cond=conds[k % len(conds)]) for k in range(count))
 
 
-def _read_cond(text: str, config: CheckpointConfig) -> npt.NDArray[np.float32]:
+def _read_cond(cond: Source, config: CheckpointConfig) -> npt.NDArray[np.float32]:
     """Read conditioning images as the network takes them, [n, C', H, W]."""
     shape = cond_file_shape(config.model)
     assert shape is not None  # noqa: S101  # `check_cond`
-    images = read_file("cond", text, lambda file: read_images(file, shape, most=MAX_IMAGES))
+    images = reading("cond", lambda: cond.images(shape, most=MAX_IMAGES))
     values = cond_values(images, config)
     _check_size("cond", values)
     return values
@@ -147,15 +148,16 @@ def _named(shape: Shape) -> str:
 def _read_begin(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
     """Read what chains begin with and keep."""
     shape = shape_of(config.model)
-    if body.latent is not None:
-        latents = read_file("latent", body.latent, lambda file: read_values(file, shape, most=MAX_IMAGES))
+    image, mask, latent = body.image, body.mask, body.latent
+    if latent is not None:
+        latents = reading("latent", lambda: latent.values(shape, most=MAX_IMAGES))
         return begun_with("latent", latents.transpose(0, 3, 1, 2))
-    if body.image is None:
+    if image is None:
         return ()
-    images = read_file("image", body.image, lambda file: read_images(file, shape, most=MAX_IMAGES, fit=body.fit))
+    images = reading("image", lambda: image.images(shape, most=MAX_IMAGES, fit=body.fit))
     masks: npt.NDArray[Any] | None = None
-    if body.mask is not None:
-        masks = read_file("mask", body.mask, lambda file: read_masks(file, shape, most=MAX_IMAGES, fit=body.fit))
+    if mask is not None:
+        masks = reading("mask", lambda: mask.masks(shape, most=MAX_IMAGES, fit=body.fit))
         if len(images) != len(masks) and 1 not in (len(images), len(masks)):
             raise InvalidRequest("mask", f"must hold 1 or {len(images)} masks, as `image`; got {len(masks)}")
     return given_images(images, masks, config)
@@ -185,19 +187,16 @@ def begun_with(field: str, arrays: npt.NDArray[np.float32]) -> tuple[GivenArrays
     return tuple(GivenArrays(image=np.ascontiguousarray(array)) for array in arrays)
 
 
-def read_file(field: str, text: str, read: Callable[[bytes], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Read a file in base64.
+def reading(field: str, read: Callable[[], T]) -> T:
+    """Return what a function reads.
 
     Raises:
-        InvalidRequest: it is not base64, or cannot be read.
+        InvalidRequest: the file or array cannot be read; names the field.
     """
     try:
-        return read(base64.b64decode(text, validate=True))
-    except binascii.Error as error:
-        raise InvalidRequest(field, "must be a file in base64 (RFC 4648, without line breaks)") from error
-    except ValueError as error:
-        rule = str(error) if isinstance(error, GivenFileError) else "must be a file in base64"
-        raise InvalidRequest(field, rule) from error
+        return read()
+    except GivenFileError as error:
+        raise InvalidRequest(field, str(error)) from error
 
 
 def _check_size(field: str, values: npt.NDArray[np.float32]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -33,6 +34,14 @@ class RequestBody(BaseModel):
             if name not in described.get("required", ()):
                 described["properties"][name] = _or_null(field)
         return schema
+
+
+def classes_in(annotation: Any) -> Iterator[type]:
+    """Yield the classes in an annotation: int and float of Annotated[int | float, ...] | None."""
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from classes_in(argument)
 
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:

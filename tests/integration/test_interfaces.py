@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import BaseModel
 
+from service.http.door.json_body import read_json
+from service.http.encoding_pool import LARGE_BODY
 from service.http.interfaces import Interface, generates
 from service.http.kserve.schemas import InferRequest
-from service.http.openai.schemas import ImagesRequest
+from service.http.openai.schemas import EditRequest, ImagesRequest
 from service.http.routes import RouteTable
 from service.requests.generate_request import GenerateRequest
 from tests.integration.exact_service import exact_app
@@ -56,6 +59,7 @@ def test_every_route_gets_its_interface_from_its_router() -> None:
         "/v1/models/m": Interface.OPENAI,
         "/v1/models/m/thumbnails/1": Interface.NATIVE,
         "/v1/images/generations": Interface.OPENAI,
+        "/v1/images/edits": Interface.OPENAI,
         "/v2": Interface.KSERVE,
         "/v2/health/live": Interface.KSERVE,
         "/v2/models/stats": Interface.KSERVE,
@@ -67,7 +71,7 @@ def test_every_route_gets_its_interface_from_its_router() -> None:
     }
     for path, interface in expected.items():
         assert table.interface_of(path) is interface, path
-    for path in BODIES:
+    for path in (*BODIES, "/v1/images/edits"):
         assert generates("POST", path)
 
 
@@ -78,7 +82,7 @@ ERRORS = [
     ("GET", "/v2/models/other", 404, Interface.KSERVE, 'got "other"'),
     # no such route: the message has the requested path and the routes that exist
     ("POST", "/v1/chat/completions", 404, Interface.OPENAI, "no POST /v1/chat/completions here; images come from POST"),
-    ("POST", "/v1/images/edits", 404, Interface.OPENAI, "base_url of OpenAI's clients is the service's address"),
+    ("POST", "/v1/images/variations", 404, Interface.OPENAI, "base_url of OpenAI's clients is the service's address"),
     ("GET", "/v1", 404, Interface.OPENAI, "no GET /v1 here"),
     ("GET", "/v2/nowhere", 404, Interface.KSERVE, "no GET /v2/nowhere here; images come from"),
     ("POST", "/v2/models/m/generate", 404, Interface.KSERVE, "no POST /v2/models/m/generate here; images come from"),
@@ -157,7 +161,32 @@ async def test_all_interfaces_read_the_same_bytes_as_json() -> None:
         assert (await post(service, "/v2/models/m/infer", head, **framed)).status_code == 200
 
 
-@pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, InferRequest])
+@runs
+async def test_large_bodies_are_read_in_the_pool_with_the_errors_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def noted(text: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return read_json(text)
+
+    monkeypatch.setattr("service.http.door.json_body.read_json", noted)
+    monkeypatch.setattr("service.http.kserve.routes.read_json", noted)
+    async with running() as service:
+        for path in ("/v1/generate", "/v1/encode", "/v1/denoise", "/v2/models/m/infer"):
+            # Malformed JSON comes before broken rules, of which unknown fields come with all others
+            for body, status in ((b'{"a" 1}', 400), (b"null", 422), (b'{"steps": 1, "more": 2}', 422)):
+                small = await post(service, path, body)
+                large = await post(service, path, body + b" " * LARGE_BODY)
+                assert small.status_code == large.status_code == (400 if path.startswith("/v2") else status)
+                assert message_of(small) == message_of(large)
+                inline, in_pool = threads[-2:]
+                assert (inline.startswith("encode"), in_pool.startswith("encode")) == (False, True)
+        assert len(threads) == 24
+        large_body = json.dumps(BODIES["/v1/generate"]).encode() + b" " * LARGE_BODY
+        assert (await post(service, "/v1/generate", large_body)).status_code == 200
+
+
+@pytest.mark.parametrize("body", [GenerateRequest, ImagesRequest, EditRequest, InferRequest])
 def test_null_means_absent_in_every_optional_field_and_in_the_document(body: type[BaseModel]) -> None:
     def check(model: type[BaseModel], schema: dict[str, Any]) -> None:
         for name, field in model.model_fields.items():
@@ -167,7 +196,7 @@ def test_null_means_absent_in_every_optional_field_and_in_the_document(body: typ
 
     schema = body.model_json_schema()
     check(body, schema)
-    required: dict[str, Any] = {"inputs": []} if body is InferRequest else {}
+    required: dict[str, Any] = {"inputs": []} if body is InferRequest else {"image": b""} if body is EditRequest else {}
     nulls = {field.alias or name: None for name, field in body.model_fields.items() if not field.is_required()}
     assert body.model_validate(required | nulls) == body.model_validate(required)
     assert body.model_validate(required | nulls).model_fields_set == set(required)

@@ -15,7 +15,7 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from service.http.kserve.routes import INPUTS
+from service.http.kserve.routes import ARRAYS, INPUTS
 from service.http.kserve.schemas import InferParameters
 from service.requests.generate_request import SamplingOptions
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
@@ -100,7 +100,9 @@ def test_health_metadata_and_configuration(client: Any) -> None:
     assert not client.is_model_ready("other")
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
     metadata = client.get_model_metadata(MODEL)
-    assert {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]} == INPUTS
+    assert {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]} == INPUTS | {
+        name: datatypes[0] for name, datatypes in ARRAYS.items() if name != "cond"
+    }
     assert {"name": "images", "datatype": "UINT8", "shape": [-1, 8, 8, 1]} in metadata["outputs"]
     config = client.get_model_config(MODEL)
     assert {"name": "class", "data_type": "TYPE_STRING", "dims": [-1], "optional": True} in config["input"]

@@ -288,7 +288,8 @@ def test_errors_outside_of_routes_have_the_form_of_openai(address: str) -> None:
         (httpx.post(url, json={}, headers={"Host": "evil.example"}, timeout=PATIENCE_S), 421),
         (httpx.post(url, content=b"{", headers={"Content-Type": "application/json"}, timeout=PATIENCE_S), 400),
         (httpx.post(url, json={"n": 0}, timeout=PATIENCE_S), 400),
-        (httpx.post(f"http://{address}/v1/images/edits", json={}, timeout=PATIENCE_S), 404),
+        (httpx.post(f"http://{address}/v1/images/edits", json={}, timeout=PATIENCE_S), 415),
+        (httpx.post(f"http://{address}/v1/images/variations", json={}, timeout=PATIENCE_S), 404),
     ):
         assert (answer.status_code, set(answer.json())) == (status, {"error"})
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.hosts import canonical_host
 from service.http.door.context import context_of
 from service.http.health import HEALTH_PATHS, QUIET_PATHS
-from service.http.interfaces import Interface
+from service.http.interfaces import Interface, takes_form
 from service.http.problems import problem
 from service.http.routes import interface_of, routes_of
 
@@ -24,7 +24,10 @@ MAX_HEADER_BYTES = 32768
 
 
 class Guard:
-    """Rejects requests before they reach a handler: 503 (too many connections), 421 (host), 431 (head), 415 (type)."""
+    """Rejects requests before they reach a handler.
+
+    503 (too many connections), 421 (host), 431 (head), 403 (origin of a form), 415 (type).
+    """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
         self._app = app
@@ -64,7 +67,11 @@ class Guard:
 
 
 def _refusal_of_body(scope: Scope, headers: Headers) -> Response | None:
-    if (expected := _expected_media_type(interface_of(scope), headers)) is not None:
+    is_form = takes_form(scope["path"])
+    if is_form and _from_another_origin(headers):
+        return problem(403, "Forbidden", "Origin: a page of another origin cannot post forms here")
+    expected = _expected_of_form(headers) if is_form else _expected_media_type(interface_of(scope), headers)
+    if expected is not None:
         return problem(415, "Unsupported media type", f"Content-Type: must be {expected}")
     if headers.get("content-encoding", "identity").lower() != "identity":  # 64 KB could unpack to gigabytes
         refused = "Content-Encoding: compressed bodies are not accepted"
@@ -85,7 +92,7 @@ def _expected_media_type(interface: Interface, headers: Headers) -> str | None:
     preflight. So a declaration that forms cannot have is required. tritonclient sends tensors without one: that is
     allowed if the request is not from a browser, which would send Origin or Sec-Fetch-Site.
     """
-    declared = headers.get("content-type", "").partition(";")[0].strip().lower()
+    declared = _declared(headers)
     if declared == "application/json":
         return None
     if interface is not Interface.KSERVE:
@@ -94,6 +101,27 @@ def _expected_media_type(interface: Interface, headers: Headers) -> str | None:
     if declared == "application/octet-stream" or (not declared and not from_browser):
         return None
     return "application/json or application/octet-stream"
+
+
+def _expected_of_form(headers: Headers) -> str | None:
+    return None if _declared(headers) == "multipart/form-data" else "multipart/form-data"
+
+
+def _from_another_origin(headers: Headers) -> bool:
+    """Return whether a browser sends a form for a page of another origin, which needs no preflight.
+
+    Browsers send Sec-Fetch-Site only to hosts that they trust (https, or this machine), and Origin with every POST. A
+    page can set neither, and other clients send neither.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site != "same-origin"
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+
+
+def _declared(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _host_of(header: str) -> str:

@@ -23,7 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion.noise import MAX_SEED
 from service.http.door.context import client_of_request, context_of
+from service.http.interfaces import takes_form
 from service.http.kserve.tensors import LENGTH_HEADER
+from service.http.multipart import boundary_of
 from service.http.problems import problem
 
 HEADER = "Idempotency-Key"
@@ -177,6 +179,9 @@ class Idempotency:
 def _hash_of(scope: Scope, body: bytes) -> bytes:
     """Hash the parts of a request that determine its answer."""
     headers = Headers(scope=scope)
+    boundary = boundary_of(headers.get("content-type", "")) if takes_form(scope["path"]) else b""
+    if boundary:  # clients draw it anew for every attempt
+        body = (b"\r\n" + body).replace(b"\r\n--" + boundary, b"\r\n--")
     named = (", ".join(headers.getlist(name)).encode() for name in ("accept", LENGTH_HEADER))
     parts = (scope["path"].encode(), scope["query_string"], *named, body)
     return sha256(b"".join(len(part).to_bytes(8) + part for part in parts)).digest()

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.responses import Response
 
-from diffusion.quoting import quoted
+from diffusion.quoting import in_words, quoted
 from service.errors import InvalidRequest, UnknownModel
 from service.http.broken_rules import dotted, message_of
 from service.http.door.json_body import read_json
@@ -21,6 +22,7 @@ from service.http.execution import Finished, answer_when_done, prepare
 from service.http.health import refusal_if_dead, refusal_if_not_ready
 from service.http.interfaces import KserveRoute
 from service.http.kserve.schemas import (
+    ConfigParameter,
     ConfigTensor,
     InferRequest,
     InferResponse,
@@ -45,10 +47,13 @@ from service.http.kserve.tensors import (
     with_member,
     write_tensors,
 )
+from service.http.native.info import samplers
 from service.http.openapi import inlined
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
-from service.requests.generate_request import GenerateRequest, SamplingOptions
+from service.requests.generate_request import GenerateRequest, ResampleOptions, SamplingOptions
+from service.requests.given import cond_file_shape, shape_of
+from service.requests.source import ArraySource
 
 NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
 """Common options that are not tensors here: the path names the model, the others are parameters."""
@@ -61,9 +66,22 @@ INPUTS: dict[str, Datatype] = {
         for name, field in SamplingOptions.model_fields.items()
         if name not in NOT_INPUTS
     },
+    "strength": "FP32",
+    "start_timestep": "INT64",
+    "resample": "INT64",
+    "fit": "BYTES",
 }
 """Input tensors: fields of a native request, all optional; `class_index` is `class` as a number."""
 ONE_PER_IMAGE = frozenset({"class", "class_index"})
+LENGTHS = {"resample": len(ResampleOptions.model_fields)}
+"""Lengths of inputs that are neither of one element nor of one per image: `times` and `jump`."""
+ARRAYS: dict[str, tuple[Datatype, ...]] = {
+    "image": ("UINT8", "FP32"),
+    "mask": ("FP32", "UINT8"),
+    "latent": ("FP32",),
+    "cond": ("UINT8", "FP32"),
+}
+"""Given arrays, and their datatypes, of which metadata states the first."""
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "schedule_policy", "statistics"]
 TRITON_TYPES: dict[Datatype, str] = {
     "BYTES": "TYPE_STRING",
@@ -148,11 +166,9 @@ async def metadata(model: Model) -> ModelMetadata:
         name=model.name,
         versions=[model.numerics_id],
         platform="iddpm",
-        inputs=[
-            TensorMetadata(name=name, datatype=datatype, shape=[-1 if name in ONE_PER_IMAGE else 1])
-            for name, datatype in INPUTS.items()
-        ],
+        inputs=_inputs(model),
         outputs=_outputs(model),
+        samplers=samplers(),
     )
 
 
@@ -172,17 +188,18 @@ async def config(model: Model) -> ModelConfig:
         max_batch_size=0,
         input=[
             ConfigTensor(
-                name=name,
-                data_type=TRITON_TYPES[datatype],
-                dims=[-1 if name in ONE_PER_IMAGE else 1],
-                optional=True,
+                name=tensor.name,
+                data_type=TRITON_TYPES[tensor.datatype],
+                dims=tensor.shape,
+                optional=tensor.name != "cond",
             )
-            for name, datatype in INPUTS.items()
+            for tensor in _inputs(model)
         ],
         output=[
             ConfigTensor(name=tensor.name, data_type=TRITON_TYPES[tensor.datatype], dims=tensor.shape)
             for tensor in _outputs(model)
         ],
+        parameters={"samplers": ConfigParameter(string_value=to_json(samplers()).decode())},
     )
 
 
@@ -205,9 +222,9 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     Elements of tensors are in the JSON object, or behind it as bytes. With bytes, the header
     Inference-Header-Content-Length must give the length of the object.
     """
-    head, behind = split_body(await request.body(), request.headers.get(LENGTH_HEADER))
-    body = _read(head)
-    prepared = await prepare(_generate_request(body, behind, model), request, state)
+    content, length = await request.body(), request.headers.get(LENGTH_HEADER)
+    body, native = await state.encoding.run_if_large(len(content), _read, content, length, model)
+    prepared = await prepare(native, request, state)
     answered = await answer_when_done(prepared, request, state, partial(_answer, body))
     return answered.response
 
@@ -215,6 +232,21 @@ async def infer(model: Model, request: Request, state: State) -> Response:
 server.include_router(of_model, prefix="/models/{model}")
 server.include_router(of_model, prefix="/models/{model}/versions/{version}", dependencies=[Depends(check_version)])
 router = server
+
+
+def _inputs(model: ServedModel) -> list[TensorMetadata]:
+    """Return the input tensors of a model; `cond` only if it takes one, which is then required."""
+    height, width, channels = shape_of(model.config.model)
+    shapes = {"image": [height, width, channels], "mask": [height, width], "latent": [height, width, channels]}
+    if (cond := cond_file_shape(model.config.model)) is not None:
+        shapes["cond"] = [*cond]
+    inputs = [
+        TensorMetadata(name=name, datatype=datatype, shape=[-1 if name in ONE_PER_IMAGE else LENGTHS.get(name, 1)])
+        for name, datatype in INPUTS.items()
+    ]
+    return inputs + [
+        TensorMetadata(name=name, datatype=ARRAYS[name][0], shape=[-1, *shape]) for name, shape in shapes.items()
+    ]
 
 
 def _outputs(model: ServedModel) -> list[TensorMetadata]:
@@ -229,30 +261,37 @@ def _outputs(model: ServedModel) -> list[TensorMetadata]:
     return outputs
 
 
-def _read(head: bytes) -> InferRequest:
+def _read(content: bytes, header_length: str | None, model: ServedModel) -> tuple[InferRequest, GenerateRequest]:
+    """Return the request in a body, and the native request for it. Slow for arrays.
+
+    Raises:
+        MalformedJson, InvalidRequest, RequestValidationError: the body breaks a rule.
+    """
+    head, behind = split_body(content, header_length)
     try:
-        return InferRequest.model_validate(read_json(head))
+        body = InferRequest.model_validate(read_json(head))
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(dotted(first["loc"]), message_of(first, InferRequest)) from error
+    return body, _generate_request(body, behind, model)
 
 
 def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> GenerateRequest:
     """Return the native request for tensors and parameters."""
     for tensor in body.inputs:
-        if tensor.name not in INPUTS:
-            raise InvalidRequest("inputs", f"must be among {', '.join(INPUTS)}; got {quoted(tensor.name)}")
-        if tensor.datatype != INPUTS[tensor.name]:
-            raise InvalidRequest(tensor.name, f"datatype must be {INPUTS[tensor.name]}; got {quoted(tensor.datatype)}")
+        if tensor.name not in INPUTS and tensor.name not in ARRAYS:
+            known = ", ".join([*INPUTS, *ARRAYS])
+            raise InvalidRequest("inputs", f"must be among {known}; got {quoted(tensor.name)}")
+        datatypes = ARRAYS.get(tensor.name) or (INPUTS[tensor.name],)
+        if tensor.datatype not in datatypes:
+            wanted = in_words(datatypes)
+            raise InvalidRequest(tensor.name, f"datatype must be {wanted}; got {quoted(tensor.datatype)}")
     available = [tensor.name for tensor in _outputs(model)]
     if missing := {output.name for output in body.outputs or []}.difference(available):
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
-    elements = read_tensors(body.inputs, behind)
-    fields: dict[str, Element | list[Element]] = {"model": model.name}
-    for name, values in elements.items():
-        if name not in ONE_PER_IMAGE and len(values) != 1:
-            raise InvalidRequest(name, f"shape must be [1]; got [{len(values)}]")
-        fields[name] = values if name in ONE_PER_IMAGE else values[0]
+    fields: dict[str, Any] = {"model": model.name}
+    for name, content in read_tensors(body.inputs, behind, ARRAYS).items():
+        fields[name] = _value_of(name, content)
     if "class_index" in fields:
         if "class" in fields:
             raise InvalidRequest("class_index", "give either `class` or `class_index`, not both")
@@ -264,6 +303,18 @@ def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> 
         return GenerateRequest.model_validate(fields)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
+
+
+def _value_of(name: str, content: list[Element] | npt.NDArray[Any]) -> Any:
+    """Return the value of a native request's field for the content of a tensor."""
+    if isinstance(content, np.ndarray):
+        return ArraySource(content)
+    if name in ONE_PER_IMAGE:
+        return content
+    length = LENGTHS.get(name, 1)
+    if len(content) != length:
+        raise InvalidRequest(name, f"shape must be [{length}]; got [{len(content)}]")
+    return dict(zip(ResampleOptions.model_fields, content, strict=True)) if name == "resample" else content[0]
 
 
 def _answer(body: InferRequest, finished: Finished) -> Response:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from service.http.kserve.tensors import Datatype, InputTensor, OutputTensor
+from service.http.native.schemas import SamplerInfo
 from service.requests.request_body import RequestBody
 
 OutputName = Literal["images", "seed", "image_index", "class_index"]
@@ -68,7 +69,9 @@ class TensorMetadata(BaseModel):
 
     name: str
     datatype: Datatype
-    shape: list[int] = Field(description="-1: the number of images of a request, equal for all such tensors.")
+    shape: list[int] = Field(
+        description="-1: the number of images of a request, equal for all such tensors; of given arrays also 1."
+    )
 
 
 class ModelMetadata(BaseModel):
@@ -79,6 +82,7 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    samplers: list[SamplerInfo] = Field(description="Values of the input `sampler`; not part of the protocol.")
 
 
 class ConfigTensor(BaseModel):
@@ -90,6 +94,12 @@ class ConfigTensor(BaseModel):
     optional: bool | None = None
 
 
+class ConfigParameter(BaseModel):
+    """A parameter in Triton's model configuration."""
+
+    string_value: str
+
+
 class ModelConfig(BaseModel):
     """A model's configuration in Triton's format."""
 
@@ -99,6 +109,7 @@ class ModelConfig(BaseModel):
     max_batch_size: int = Field(description="0: shapes are complete, without an additional batch dimension.")
     input: list[ConfigTensor]
     output: list[ConfigTensor]
+    parameters: dict[str, ConfigParameter] = Field(description="`samplers`: as in the metadata, in JSON.")
 
 
 class ServerMetadata(BaseModel):

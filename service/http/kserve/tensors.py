@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,13 @@ from pydantic_core import to_json
 from diffusion.quoting import quoted
 from service.errors import InvalidRequest
 from service.requests.generate_request import MAX_IMAGES
-from service.requests.request_body import RequestBody
+from service.requests.request_body import RequestBody, classes_in
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 MAX_ELEMENTS = MAX_IMAGES
-"""Maximum number of elements of an input: one per image."""
+"""Maximum number of elements of an input that is not an array: one per image."""
+MAX_LENGTH = 1 << 16
+"""Maximum length of an axis of an array."""
 
 PIECE = 16384
 """Elements converted to JSON at once; this blocks other threads for about a millisecond."""
@@ -35,18 +37,10 @@ NUMPY_TYPES: Mapping[str, npt.DTypeLike] = {"INT64": "<i8", "FP32": "<f4", "UINT
 
 def datatype_of(annotation: Any) -> Datatype:
     """Return the datatype of a tensor that holds values of an annotation: of numbers the widest, else BYTES."""
-    kinds = set(_kinds(annotation))
+    kinds = set(classes_in(annotation))
     if float in kinds:
         return "FP32"
     return "INT64" if int in kinds else "BYTES"
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """Yield the classes in an annotation: int and float of Annotated[int | float, ...] | None."""
-    if isinstance(annotation, type):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _kinds(argument)
 
 
 class InputParameters(RequestBody):
@@ -65,10 +59,12 @@ class InputTensor(RequestBody):
     """An input tensor; `data` is absent if the elements are behind the JSON object."""
 
     name: Annotated[StrictStr, Field(max_length=200)]
-    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=1)]
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MAX_LENGTH)]], Field(min_length=1, max_length=4)]
     datatype: StrictStr
     parameters: InputParameters = InputParameters()
-    data: Annotated[list[JsonElement], Field(max_length=MAX_ELEMENTS)] | None = None
+    data: list[JsonElement] | None = Field(
+        default=None, description="All elements in one list; the last axis varies fastest."
+    )
 
 
 class OutputTensor(BaseModel):
@@ -99,36 +95,44 @@ def split_body(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     return body[: int(header_length)], body[int(header_length) :]
 
 
-def read_tensors(tensors: Sequence[InputTensor], binary: bytes) -> dict[str, list[Element]]:
-    """Return the elements of each tensor, by its name.
+def read_tensors(
+    tensors: Sequence[InputTensor], binary: bytes, arrays: Collection[str] = ()
+) -> dict[str, list[Element] | npt.NDArray[Any]]:
+    """Return the content of each tensor, by its name.
 
     Args:
         tensors: as the JSON object describes them; datatypes have been checked.
         binary: the bytes behind the object.
+        arrays: names of those that are returned as arrays; all others have one axis, and their elements are returned.
 
     Raises:
         InvalidRequest: two tensors have one name, lengths do not agree, or bytes are invalid for their datatype.
     """
-    elements: dict[str, list[Element]] = {}
+    contents: dict[str, list[Element] | npt.NDArray[Any]] = {}
     offset = 0
     for tensor in tensors:
-        if tensor.name in elements:
+        is_array = tensor.name in arrays
+        if not is_array and (len(tensor.shape) != 1 or tensor.shape[0] > MAX_ELEMENTS):
+            raise InvalidRequest(tensor.name, f"shape must be [n], n at most {MAX_ELEMENTS}; got {tensor.shape}")
+        if tensor.name in contents:
             raise InvalidRequest(tensor.name, "is given twice")
         size = tensor.parameters.binary_data_size
         if (size is None) == (tensor.data is None):
             raise InvalidRequest(tensor.name, "must have either `data` or the parameter `binary_data_size`")
         if size is None:
-            elements[tensor.name] = _from_json(tensor)
+            elements = _from_json(tensor)
+            contents[tensor.name] = _array_of(tensor, elements) if is_array else elements
             continue
         if size > len(binary) - offset:
             raise InvalidRequest(
                 tensor.name, f"binary_data_size is {size}, but only {len(binary) - offset} bytes are left in the body"
             )
-        elements[tensor.name] = _from_bytes(tensor, binary[offset : offset + size])
+        content = binary[offset : offset + size]
+        contents[tensor.name] = _array_from_bytes(tensor, content) if is_array else _from_bytes(tensor, content)
         offset += size
     if offset != len(binary):
         raise InvalidRequest("inputs", f"{len(binary) - offset} bytes of the body do not belong to any tensor")
-    return elements
+    return contents
 
 
 def with_member(described: BaseModel, name: str, value: bytes) -> bytes:
@@ -196,11 +200,32 @@ def _from_json(tensor: InputTensor) -> list[Element]:
     return data
 
 
+def _array_of(tensor: InputTensor, elements: list[Element]) -> npt.NDArray[Any]:
+    """Return elements in JSON as an array: uint8, or float64, in which the range of float32 is checked later."""
+    if tensor.datatype == "UINT8":
+        array: npt.NDArray[Any] = np.array(elements)
+        if array.size and (array.dtype.kind != "i" or array.min() < 0 or array.max() > 255):
+            raise InvalidRequest(tensor.name, "data must hold UINT8 elements, integers in 0..255")
+        return array.astype(np.uint8).reshape(tensor.shape)
+    try:
+        return np.array(elements, np.float64).reshape(tensor.shape)
+    except OverflowError as error:  # an integer of many digits
+        raise InvalidRequest(tensor.name, "data must hold FP32 elements, numbers in the range of float32") from error
+
+
 def _from_bytes(tensor: InputTensor, content: bytes) -> list[Element]:
     if tensor.datatype == "BYTES":
         strings = _strings(tensor.name, content)
         _check_count(tensor, len(strings))
         return list(strings)
+    array = _array_from_bytes(tensor, content)
+    if tensor.datatype == "FP32":
+        # The shortest decimal of this float32, such as 0.3: what the client wrote, and what JSON would give
+        return [float(str(element)) for element in array]
+    return array.tolist()
+
+
+def _array_from_bytes(tensor: InputTensor, content: bytes) -> npt.NDArray[Any]:
     size = np.dtype(NUMPY_TYPES[tensor.datatype]).itemsize
     if len(content) != size * math.prod(tensor.shape):
         raise InvalidRequest(
@@ -208,11 +233,7 @@ def _from_bytes(tensor: InputTensor, content: bytes) -> list[Element]:
             f"shape {tensor.shape} of {tensor.datatype} takes {size * math.prod(tensor.shape)} bytes; "
             f"binary_data_size is {len(content)}",
         )
-    array = np.frombuffer(content, NUMPY_TYPES[tensor.datatype])
-    if tensor.datatype == "FP32":
-        # The shortest decimal of this float32, such as 0.3: what the client wrote, and what JSON would give
-        return [float(str(element)) for element in array]
-    return array.tolist()
+    return np.frombuffer(content, NUMPY_TYPES[tensor.datatype]).reshape(tensor.shape)
 
 
 def _strings(name: str, content: bytes) -> list[str]:

@@ -41,15 +41,20 @@ async def models(state: State) -> ModelList:
     return ModelList(
         data=[_card(model) for model in state.models.values()],
         models=[model_info(model) for model in state.models.values()],
-        samplers=[
-            SamplerInfo(
-                name=name,
-                options=["eta"] if sampler.takes_eta else [],
-                recommended_steps=sampler.recommended_steps,
-            )
-            for name, sampler in SAMPLERS.items()
-        ],
+        samplers=samplers(),
     )
+
+
+def samplers() -> list[SamplerInfo]:
+    """Return what clients may know about each sampler."""
+    return [
+        SamplerInfo(
+            name=name,
+            options=["eta"] if sampler.takes_eta else [],
+            recommended_steps=sampler.recommended_steps,
+        )
+        for name, sampler in SAMPLERS.items()
+    ]
 
 
 def model_info(model: ServedModel) -> ModelInfo:

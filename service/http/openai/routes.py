@@ -20,12 +20,20 @@ from service.http.execution import Finished, answer_as_stream, answer_when_done,
 from service.http.interfaces import OpenAIRoute
 from service.http.native.answers import Form, form_of, generated_image
 from service.http.native.event_schemas import ONE_EVENT
-from service.http.openai.schemas import CompletedEvent, ImagesRequest, ImagesResponse, OpenAIError, PartialImageEvent
-from service.http.openai.streaming import OpenAIEvents, image_size
-from service.http.openapi import one_of
+from service.http.openai.edit_form import given_of, read_edit
+from service.http.openai.schemas import (
+    CompletedEvent,
+    EditRequest,
+    ImagesRequest,
+    ImagesResponse,
+    OpenAIError,
+    PartialImageEvent,
+)
+from service.http.openai.streaming import Kind, OpenAIEvents, image_size
+from service.http.openapi import inlined, one_of
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
-from service.requests.generate_request import MAX_IMAGES, GenerateRequest, SamplingOptions
+from service.requests.generate_request import MAX_IMAGES, GenerateRequest, SamplingOptions, UseOfGiven
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -41,6 +49,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
+_EDIT_BODY = {"required": True, "content": {"multipart/form-data": {"schema": inlined(EditRequest)}}}
+_NATIVE_FIELDS = {*SamplingOptions.model_fields, *UseOfGiven.model_fields}
+
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute)
 
 State = Annotated[ServiceState, Depends(service_state)]
@@ -50,12 +61,36 @@ State = Annotated[ServiceState, Depends(service_state)]
 async def generate_images(body: ImagesRequest, request: Request, state: State) -> Response:
     """Generate images of classes; with `stream`, previews and images come as Server-Sent Events."""
     model = find_model(state.models, body.model)
+    return await _answered("image_generation", body, native_request(body, model), request, state)
+
+
+@router.post(
+    "/images/edits",
+    response_model=ImagesResponse,
+    responses=_RESPONSES,
+    openapi_extra={"requestBody": _EDIT_BODY},
+)
+async def edit_images(request: Request, state: State) -> Response:
+    """Make the transparent pixels of `mask`, or of `image`, anew; with `strength`, begin with the image.
+
+    Fields as for generations, and `strength`, `start_timestep`, `resample` and `fit` of the native interface.
+    """
+    content_type = request.headers.get("content-type", "")
+    body = await state.encoding.run(read_edit, content_type, await request.body())
+    model = find_model(state.models, body.model)
     native = native_request(body, model)
+    given = await state.encoding.run(given_of, body, model.config)
+    return await _answered("image_edit", body, native.model_copy(update=given), request, state)
+
+
+async def _answered(
+    kind: Kind, body: ImagesRequest, native: GenerateRequest, request: Request, state: ServiceState
+) -> Response:
     prepared = await prepare(native, request, state)
-    form = form_of(native, "application/json", model.result_config.model.image_channels)
+    form = form_of(native, "application/json", prepared.model.result_config.model.image_channels)
     if body.stream:
         watch = _watch(body.partial_images, sum(stage[0].num_steps for stage in prepared.request.stages))
-        return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, form, state))
+        return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, kind, form, state))
     answered = await answer_when_done(prepared, request, state, partial(_answer, form))
     return answered.response
 
@@ -71,7 +106,7 @@ def native_request(body: ImagesRequest, model: ServedModel) -> GenerateRequest:
         raise InvalidRequest("size", f"must be {image_size(model)} or auto; got {quoted(body.size)}")
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images", "is valid only with `stream`")
-    fields: dict[str, Any] = body.model_dump(include=set(SamplingOptions.model_fields), exclude_unset=True)
+    fields: dict[str, Any] = body.model_dump(include=_NATIVE_FIELDS, exclude_unset=True)
     fields |= {"model": model.name, "n": body.n, "format": body.output_format or "png"}
     if body.output_compression is not None and fields["format"] == "jpeg":
         fields["quality"] = max(1, body.output_compression)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictBytes, StrictInt, StrictStr
 
 from service.http.native.schemas import GeneratedImage, Timing
-from service.requests.generate_request import MAX_IMAGES, SamplingOptions
+from service.requests.generate_request import MAX_IMAGES, SamplingOptions, UseOfGiven
 
 MAX_PROMPT = MAX_IMAGES * 200
 MAX_PARTIAL_IMAGES = 3
@@ -59,6 +59,23 @@ class ImagesRequest(SamplingOptions):
     safety_identifier: Annotated[StrictStr, Field(max_length=512)] | None = Field(default=None, description="Not used.")
 
 
+class EditRequest(UseOfGiven, ImagesRequest):
+    """A form with an image; the SDK sends the fields of the native interface by `extra_body`."""
+
+    image: StrictBytes = Field(
+        description="Image to edit: PNG, WebP, JPEG, npy or npz. Without `mask`, its transparent pixels are made."
+    )
+    mask: StrictBytes | None = Field(
+        default=None, description="Picture with an alpha channel: transparent pixels are made, opaque ones are kept."
+    )
+    cond: StrictBytes | None = Field(
+        default=None, description="Conditioning image of a model that takes one, as for `/v1/generate`; a file."
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(
+        default=None, description="Not used: kept pixels are returned as they are."
+    )
+
+
 class ImagesResponse(BaseModel):
     """The images of a request, in order: OpenAI's members and the parameters of the images."""
 
@@ -104,7 +121,7 @@ class _ImageEvent(BaseModel):
 class PartialImageEvent(_ImageEvent):
     """Preview: the predicted final image."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     b64_json: str
     partial_image_index: int = Field(description="Counts this image's previews, from 0.")
     step: int = Field(description="Steps taken.")
@@ -115,7 +132,7 @@ class PartialImageEvent(_ImageEvent):
 class CompletedEvent(_ImageEvent, GeneratedImage):
     """A finished image."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage = Usage()
 
 

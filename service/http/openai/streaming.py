@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections import Counter
+from typing import Literal
 
 from fastapi.sse import format_sse_event
 
@@ -18,11 +19,15 @@ from service.http.openai.schemas import CompletedEvent, OpenAIError, PartialImag
 from service.http.state import ServiceState
 from service.models.served_model import ServedModel
 
+Kind = Literal["image_generation", "image_edit"]
+"""Of request, in the names of its events."""
+
 
 class OpenAIEvents:
     """Writes the previews and images of one stream; other events are not shown."""
 
-    def __init__(self, form: Form, state: ServiceState, accepted: Accepted) -> None:
+    def __init__(self, kind: Kind, form: Form, state: ServiceState, accepted: Accepted) -> None:
+        self._kind = kind
         self._form = form
         self._state = state
         self._accepted = accepted
@@ -34,9 +39,9 @@ class OpenAIEvents:
         if isinstance(event, ImagePreview):
             index = self._shown[event.position]
             self._shown[event.position] += 1
-            return await self._state.encoding.run(_partial, self._form, self._accepted, event, index)
+            return await self._state.encoding.run(_partial, self._kind, self._form, self._accepted, event, index)
         if isinstance(event, ImageDone):
-            return await deliver(self._state, 1, _completed, self._form, self._accepted, event.result)
+            return await deliver(self._state, 1, _completed, self._kind, self._form, self._accepted, event.result)
         return None
 
     def failure(self, fault: Fault) -> bytes:
@@ -50,11 +55,12 @@ def image_size(model: ServedModel) -> str:
     return f"{model.result_config.model.image_width}x{model.result_config.model.image_height}"
 
 
-def _partial(form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:
+def _partial(kind: Kind, form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:
     class_index = accepted.images[preview.position].class_index
     picture = encode_one(preview.pixels, class_index, form.format, quality=form.quality, compression=form.compression)
     event = PartialImageEvent.model_validate(
         {
+            "type": f"{kind}.partial_image",
             "created_at": int(time.time()),
             "position": preview.position,
             "output_format": form.format,
@@ -69,9 +75,10 @@ def _partial(form: Form, accepted: Accepted, preview: ImagePreview, index: int) 
     return format_sse_event(event=event.type, data_str=event.model_dump_json())
 
 
-def _completed(form: Form, accepted: Accepted, result: ImageResult) -> bytes:
+def _completed(kind: Kind, form: Form, accepted: Accepted, result: ImageResult) -> bytes:
     event = CompletedEvent.model_validate(
         {
+            "type": f"{kind}.completed",
             "created_at": int(time.time()),
             "position": result.position,
             "output_format": form.format,

@@ -38,6 +38,22 @@ def test_a_value_is_shown_as_json(value: Any, shown: str) -> None:
 def test_long_values_are_cut_off() -> None:
     assert quoted(list(range(1000))).endswith("...")
     assert all(len(quoted(value)) <= 62 for value in ("x" * 1000, "\n" * 60, [["x"] * 100] * 100, 10**4000))
+    deep: list[object] = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert quoted(deep) == "[" * 59 + "..."
+
+
+def test_no_more_of_a_long_value_is_encoded_than_is_shown() -> None:
+    asked = []
+
+    class Counted:
+        def __str__(self) -> str:
+            asked.append(self)
+            return "counted"
+
+    assert quoted([Counted()] * 1000).startswith('["counted", ')
+    assert len(asked) < 10
 
 
 def test_short_values_can_be_read_back() -> None:

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from formats.given_files import Fit, GivenFileError, read_images, read_masks, read_transparency, read_values
+from formats.given_files import (
+    Fit,
+    GivenFileError,
+    may_be_transparent,
+    read_images,
+    read_masks,
+    read_transparency,
+    read_values,
+)
 from formats.value_range import ValueRange
 
 RNG = np.random.default_rng(0)
@@ -120,8 +128,19 @@ def test_transparent_pixels_are_made() -> None:
     rgba = np.dstack([np.zeros((2, 2, 3), np.uint8), alpha])
     assert read_transparency(picture(rgba), (2, 2, 1))[0].tolist() == [[1, 0], [0, 1]]
     assert read_transparency(picture(rgba * 0), (2, 2, 1))[0].tolist() == [[1, 1], [1, 1]]
-    with pytest.raises(GivenFileError, match="alpha channel"):
-        read_transparency(picture(rgba[..., :3]), (2, 2, 1))
+    faint = rgba // 255
+    assert np.allclose(read_transparency(picture(faint), (2, 2, 1)), 1 - faint[..., 3] / 255)
+    for content in (picture(rgba[..., :3]), npy(alpha)):
+        with pytest.raises(GivenFileError, match="alpha channel"):
+            read_transparency(content, (2, 2, 1))
+    assert [may_be_transparent(file) for file in (picture(rgba), picture(GREY), npy(GREY))] == [True, False, False]
+
+
+def test_the_colours_below_an_alpha_channel_are_read_on_request() -> None:
+    rgba = np.dstack([RGB, np.zeros((6, 8), np.uint8)])
+    assert np.array_equal(read_images(picture(rgba), (6, 8, 3), most=1, drop_alpha=True)[0], RGB)
+    with pytest.raises(GivenFileError, match="transparent"):
+        read_images(picture(rgba), (6, 8, 3), most=1)
 
 
 def lying_png(width: int, height: int) -> bytes:

@@ -17,10 +17,11 @@ from service.http.kserve.tensors import PIECE, InputTensor, OutputTensor, read_t
 
 
 def tensor(
-    name: str = "x", datatype: str = "INT64", shape: int = 1, size: int | None = None, **more: Any
+    name: str = "x", datatype: str = "INT64", shape: int | list[int] = 1, size: int | None = None, **more: Any
 ) -> InputTensor:
+    axes = shape if isinstance(shape, list) else [shape]
     parameters = {} if size is None else {"parameters": {"binary_data_size": size}}
-    return InputTensor.model_validate({"name": name, "datatype": datatype, "shape": [shape], **parameters, **more})
+    return InputTensor.model_validate({"name": name, "datatype": datatype, "shape": axes, **parameters, **more})
 
 
 def strings(*texts: bytes) -> bytes:
@@ -76,11 +77,37 @@ def test_a_wrong_length_in_the_header_is_refused(header: str) -> None:
         ([tensor(datatype="BYTES", size=5)], b"\1\0\0\0\xff", "must be UTF-8"),
         ([tensor(datatype="BYTES", shape=2, size=5)], strings(b"a"), r"has 2 elements; got 1"),
         ([tensor(datatype="BYTES", size=4000)], bytes(4000), "more than 64 strings"),
+        ([tensor(shape=[1, 1], data=[1])], b"", r"shape must be \[n\], n at most 64; got \[1, 1\]"),
+        ([tensor(shape=65, data=[1] * 65)], b"", r"shape must be \[n\], n at most 64; got \[65\]"),
+        ([tensor("image", "FP32", [2, 2], size=8)], bytes(8), r"shape \[2, 2\] of FP32 takes 16 bytes"),
+        ([tensor("image", "FP32", [65536] * 4, size=8)], bytes(8), "takes 73786976294838206464 bytes"),
+        ([tensor("image", "FP32", [2], data=[1, None])], b"", "numbers in JSON; got null"),
+        ([tensor("image", "FP32", [1], data=[10**400])], b"", "in the range of float32"),
+        ([tensor("image", "UINT8", [2], data=[1, 256])], b"", r"integers in 0\.\.255"),
+        ([tensor("image", "UINT8", [2], data=[1, -1])], b"", r"integers in 0\.\.255"),
+        ([tensor("image", "UINT8", [1], data=[1.5])], b"", r"integers in 0\.\.255"),
     ],
 )
 def test_tensors_with_wrong_sizes_or_types_are_refused(tensors: list[InputTensor], binary: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        read_tensors(tensors, binary)
+        read_tensors(tensors, binary, {"image"})
+
+
+def test_arrays_are_read_with_their_shape() -> None:
+    sent = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    for tensors, binary in (
+        ([tensor("image", "FP32", [1, 2, 3], size=24)], sent.tobytes()),
+        ([tensor("image", "FP32", [1, 2, 3], data=sent.ravel().tolist())], b""),
+        ([tensor("image", "UINT8", [1, 2, 3], data=list(range(6)))], b""),
+        ([tensor("image", "UINT8", [1, 2, 3], size=6)], bytes(range(6))),
+    ):
+        (image,) = read_tensors(tensors, binary, {"image"}).values()
+        assert isinstance(image, np.ndarray)
+        assert image.dtype.kind == ("u" if tensors[0].datatype == "UINT8" else "f")
+        assert np.array_equal(image, sent)
+    (empty,) = read_tensors([tensor("image", "UINT8", [0, 2], data=[])], b"", {"image"}).values()
+    assert isinstance(empty, np.ndarray)
+    assert empty.shape == (0, 2)
 
 
 @given(
