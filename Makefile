@@ -47,7 +47,7 @@ test: check  ## linters, then all tests with reduced counts (minutes)
 test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a processor without AVX-512 and bfloat16
 	$(AVX2_ONLY) $(VENV)/bin/pytest $(PARALLEL) $(COMPUTING)
 
-test-long: check  ## linters, then all tests with full counts (for a release)
+test-long: check $(VENV)/.installed-ray  ## linters, then all tests with full counts, with Ray too (for a release)
 	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
 
 format: $(VENV)/.installed-dev  ## reformat the code with ruff
@@ -74,7 +74,7 @@ clean:  ## remove .venv and caches; trained models in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per extra (torch, train, export, dev, bench; base: none), all in the same .venv: renewed when pyproject.toml or constraints.txt change.
+# One stamp per extra (torch, train, export, dev, bench, ray; base: none), all in the same .venv: renewed when pyproject.toml or constraints.txt change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo 'Installing iddpm ($*) into $(VENV)/ (the first time this takes a while)'
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.$(if $(filter base,$*),,[$*])'

@@ -1,6 +1,6 @@
 """Measure the cost of HTTP: the service around a network that does nothing, a bare FastAPI app, and LitServe.
 
-    python -m benchmarks.http --litserve-python path/to/its/venv/bin/python
+    python -m benchmarks.http --litserve-python path/to/its/venv/bin/python --ray
 
 Each server is a separate process on a loopback port, restarted for every repeat, in turns. A request is for one
 image of 32 x 32 pixels and 2 steps; FastAPI and LitServe have no engine and answer with a prepared picture, so
@@ -204,8 +204,13 @@ def table(results: Mapping[str, Sequence[Measured]]) -> str:
     return markdown_table(header, rows)
 
 
-def contenders(litserve_python: Path | None) -> list[Contender]:
-    """Name the servers that can be started."""
+def contenders(litserve_python: Path | None, ray: bool = False) -> list[Contender]:
+    """Name the servers that can be started.
+
+    Args:
+        litserve_python: Python with LitServe; None: without it.
+        ray: whether to include the service in Ray Serve (extra ray).
+    """
     ours = (sys.executable, "-m", "benchmarks.null_servers.iddpm_server")
     found = [
         Contender("iddpm", ours, has_engine=True),
@@ -215,6 +220,9 @@ def contenders(litserve_python: Path | None) -> list[Contender]:
     if litserve_python is not None:
         program = str(HERE / "litserve_server.py")
         found.insert(2, Contender("LitServe", (str(litserve_python), program), has_lag=False))
+    if ray:
+        in_ray = (sys.executable, "-m", "benchmarks.null_servers.ray_server")
+        found.append(Contender("iddpm in Ray Serve", in_ray, has_engine=True))
     return found
 
 
@@ -226,6 +234,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help="requests in flight under load (16)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of load (2)")
     parser.add_argument("--litserve-python", type=Path, help="Python with LitServe installed; omitted if not given")
+    parser.add_argument("--ray", action="store_true", help="include the service in Ray Serve (extra ray)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the servers to measure (all)")
     parser.add_argument("--out", type=Path, default=WORK)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +243,9 @@ def main() -> None:
     facts["Load"] = f"{asked.clients} clients; middle (least-most) of {asked.repeats} repeats"
     results: dict[str, list[Measured]] = {}
     for _ in range(asked.repeats):
-        for contender in contenders(asked.litserve_python):
+        for contender in contenders(asked.litserve_python, asked.ray):
+            if asked.only and contender.name not in asked.only:
+                continue
             measured = asyncio.run(
                 measure(contender, asked.out / "http.log", asked.alone, asked.clients, asked.seconds)
             )

@@ -12,6 +12,8 @@ REFUSED = frozenset({429, 503})
 """Statuses with which the service refuses a request before any work."""
 LOST_BEHIND_PROXY = 502
 """Status of a proxy that lost its connection to the service."""
+LOST_BEHIND_RAY = 500
+"""Status of Ray Serve's proxies for the same, as plain text; the service describes its own errors in JSON."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 
 Outcome = httpx.Response | httpx.TransportError
@@ -58,12 +60,17 @@ class Retries:
 
     def _may_repeat(self, outcome: Outcome) -> bool:
         if isinstance(outcome, httpx.Response):
-            return outcome.status_code in REFUSED or (self._repeatable and outcome.status_code == LOST_BEHIND_PROXY)
+            return outcome.status_code in REFUSED or (self._repeatable and _lost_by_proxy(outcome))
         if tls_error_of(outcome) is not None:
             return False
         if isinstance(outcome, (httpx.ConnectError, httpx.ConnectTimeout)):
             return True
         return self._repeatable and isinstance(outcome, (httpx.NetworkError, httpx.RemoteProtocolError))
+
+
+def _lost_by_proxy(response: httpx.Response) -> bool:
+    is_text = response.headers.get("content-type", "").startswith("text/plain")
+    return response.status_code == LOST_BEHIND_PROXY or (response.status_code == LOST_BEHIND_RAY and is_text)
 
 
 def tls_error_of(error: BaseException) -> ssl.SSLError | None:

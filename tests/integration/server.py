@@ -35,18 +35,22 @@ class Server:
         return httpx.get(self.url + path, timeout=PATIENCE_S)
 
     def metrics(self) -> dict[str, float]:
-        """Scrape /metrics: samples by name, with label values appended."""
-        samples = {}
-        for family in text_string_to_metric_families(self.get("/metrics").text):
-            for sample in family.samples:
-                samples[" ".join([sample.name, *sample.labels.values()])] = sample.value
-        return samples
+        return scrape(self.url)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE_S)
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Scrape /metrics: samples by name, with label values appended."""
+    samples = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text):
+        for sample in family.samples:
+            samples[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return samples
 
 
 @contextmanager

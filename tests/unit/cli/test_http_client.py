@@ -225,7 +225,12 @@ def test_without_patience_there_are_no_retries(ask: Ask) -> None:
 
 @pytest.mark.parametrize(
     "failing",
-    [httpx.ReadError("reset"), httpx.RemoteProtocolError("closed"), httpx.Response(502, text="Bad Gateway")],
+    [
+        httpx.ReadError("reset"),
+        httpx.RemoteProtocolError("closed"),
+        httpx.Response(502, text="Bad Gateway"),
+        httpx.Response(500, text="Internal Server Error"),  # Ray Serve, whose replica was lost
+    ],
     ids=repr,
 )
 def test_a_request_that_may_have_been_executed_is_retried_with_its_key_and_never_as_a_stream(
