@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # only one pip may run at a time in .venv
-.PHONY: help serve check test test-avx2 test-long format train-demo bench clean
+.PHONY: help serve check test test-avx2 test-long test-containers format train-demo bench clean
 
 VENV := .venv
 PYTHON ?=
@@ -49,6 +49,9 @@ test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a proc
 
 test-long: check $(VENV)/.installed-ray  ## linters, then all tests with full counts, with Ray too (for a release)
 	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
+
+test-containers: $(VENV)/.installed-dev  ## the real Dockerfile and compose file with three replicas (docker; 10 minutes)
+	IDDPM_TEST_CONTAINERS=1 $(VENV)/bin/pytest -v tests/containers
 
 format: $(VENV)/.installed-dev  ## reformat the code with ruff
 	$(VENV)/bin/ruff check --fix

@@ -31,7 +31,7 @@ else:
 PREFIX = "IDDPM_"
 MAY_BE_EMPTY = frozenset({"cache_dir", "cascades", "host", "models", "allowed_hosts", "trusted_proxies"})
 """Settings for which an empty value is valid or has its own error message."""
-OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_REQUIRE_ALL"})
+OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_TEST_CONTAINERS", "IDDPM_REQUIRE_ALL"})
 """Variables that are not settings: the client and the tests read them."""
 SERVICE_LINK = re.compile(r"IDDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 """Variables that Kubernetes sets in containers if the name of a Service begins with `iddpm`; see `LINK_ADDRESS`."""

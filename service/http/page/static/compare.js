@@ -23,8 +23,8 @@ export async function compare(before, after) {
   if (view.hidden) return;
   const sources = [before, after].map((b64) => pictureUrl(b64));
   byId("before-picture").src = sources[0];
-  const [before, after] = await Promise.all(sources.map(decoded));
-  const difference = differenceOf(...[before, after].map((image) => pixelsOf(image, after)));
+  const images = await Promise.all(sources.map(decoded));
+  const difference = differenceOf(...images.map((image) => pixelsOf(image, images[1])));
   drawMap(byId("difference"), difference);
   const largest = largestOf(difference.data);
   const share = difference.data.filter((value) => value > 0).length / difference.data.length;

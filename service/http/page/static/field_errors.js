@@ -13,7 +13,8 @@ let shown = []; // {note, control, describedBy}: what to undo
 export function showFieldErrors(errors) {
   clearFieldErrors();
   for (const { field, message } of errors) {
-    const place = document.querySelector(`[data-fields~="${CSS.escape(field)}"]`);
+    const [name] = field.split("."); // resample.times: fields of an object are together
+    const place = document.querySelector(`[data-fields~="${CSS.escape(name)}"]`);
     if (!place || place.closest("[hidden]")) continue;
     const note = el("p", { className: "error", id: `error-${shown.length}` }, sentence(message));
     place.append(note);
