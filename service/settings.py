@@ -192,13 +192,15 @@ class Settings(BaseSettings):
     @classmethod
     def _need_named_cascades(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         names = [read_model(model)[0] for model in info.data.get("models", ())]
+        taken = set(names)
         for cascade in map(read_cascade, value):
             for name in cascade.models:
                 if "models" in info.data and name not in names:
-                    raise ValueError(f"{cascade.name}: no model is named {name!r}; the models are {', '.join(names)}")
-            if cascade.name in names:
+                    what = "a cascade is no part of another" if name in taken else f"no model is named {name!r}"
+                    raise ValueError(f"{cascade.name}: {what}; the models are {', '.join(names)}")
+            if cascade.name in taken:
                 raise ValueError(f"{cascade.name!r} is the name of another model or cascade")
-            names.append(cascade.name)
+            taken.add(cascade.name)
         return value
 
     @field_validator("port", mode="before")

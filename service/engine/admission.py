@@ -143,7 +143,9 @@ class Admission:
         size, limit, in_flight = request.given_bytes, self._config.max_given_bytes, self.ledger.given_bytes
         if size > limit:
             raise InvalidRequest(
-                "n", f"given images must take at most {limit} bytes of memory in this service; these take {size}"
+                "n",
+                f"given images, and those between the stages of a cascade, must take at most {limit} bytes of memory; "
+                f"these take {size}",
             )
         if size and in_flight + size > limit:
             raise QueueFull(

@@ -236,6 +236,7 @@ class AsyncEngine:
         for image in images:
             if image.request_id in self._tickets:  # absent if the engine was declared dead while a step hung
                 self._admission.advance(image)
+        self._drop_finished_models()
 
     async def _watch_for_hangs(self) -> None:
         watchdog = Watchdog()

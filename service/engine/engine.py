@@ -203,10 +203,12 @@ class Engine:
     def _abort_between(self, request_id: str) -> list[Image]:
         """Abort the second stages of images whose first one has ended but is not reported; return them."""
         lefts = [*[step.left for step in self._launched], *[step.end.left for step in self._settled]]
-        between = [image.then for image in chain(*lefts) if image.request_id == request_id and image.then is not None]
-        aborted = [later for later in dict.fromkeys(between) if later.status is ImageStatus.WAITING]
-        for later in aborted:
-            later.status = ImageStatus.ABORTED
+        aborted = []
+        for image in chain(*lefts):
+            if image.request_id == request_id and image.then is not None and image.then.status is ImageStatus.WAITING:
+                image.then.status = ImageStatus.ABORTED
+                image.then.begun_before = image.started_at
+                aborted.append(image.then)
         return aborted
 
     def has_work(self) -> bool:
@@ -296,20 +298,19 @@ class Engine:
         return results
 
     def _report(self, step: SettledStep) -> list[ImageResult]:
-        outcome, left, shown = step.end
+        outcome, ended, shown = step.end
+        # An image that was aborted between its stages has its result
+        left = [image for image in ended if image.then is None or image.then.status is not ImageStatus.ABORTED]
         outputs = {} if shown.outputs is None else dict(zip(shown.done, shown.outputs.wait(), strict=True))
         self._forget(left, outcome.failures)
         self._learn(step)
         results = []
         for image in left:
             result = self._result(image, step.ended, outputs.get(image), _reason(image, outcome))
-            if image.then is None:
+            if image.then is not None and image.status is ImageStatus.DONE:
+                self._advance(image, image.then, result)
+            else:
                 results.append(result)
-            elif image.then.status is ImageStatus.WAITING:  # else it has been aborted, and has its result
-                if image.status is ImageStatus.DONE:
-                    self._advance(image, image.then, result)
-                else:
-                    results.append(result)
         self._counts.failed(results)
         return results
 
@@ -318,6 +319,7 @@ class Engine:
         assert image.request.then is not None  # noqa: S101  # `Image`
         cond = image.request.then.cond_of(image.params, result)
         later.params = replace(later.params, given=GivenArrays(cond=cond))
+        later.begun_before = image.started_at
         self.advanced.append(image)
         self.enter([later])
 
@@ -350,8 +352,7 @@ class Engine:
         for image in left:
             self._saved.pop(image, None)
             if image.status is not ImageStatus.DONE:
-                before = 0 if image.earlier is None else image.earlier.row_steps
-                self._counts.wasted(before + image.rows * (image.steps_done - (image in raised)))
+                self._counts.wasted(image.row_steps_before + image.rows * (image.steps_done - (image in raised)))
 
     def _choose_width(self, model: str) -> None:
         costs, most = self.costs[model], self._memory[model].rows

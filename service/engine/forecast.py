@@ -153,9 +153,10 @@ class Forecast:
         """Compute the work ahead that all images of a request have in common."""
         model, priority = image.model, image.priority
         accepted = self._ledger.models[model]
-        own = Counter[str]()  # rows of the request's other stages, which do not run at the same time
-        for other in self._ledger.unfinished(image.request_id):
-            own[other.model] += other.rows
+        own = Counter[str]()  # rows of the request's first stages, which will have ended before its second ones run
+        if image.stage and image not in self._ledger.orders:
+            for other in self._ledger.unfinished(image.request_id):
+                own[other.model] += other.rows
         started = sorted((placed for placed in self._started(snapshot) if placed.image.model == model), key=_order)
         left = {Priority.INTERACTIVE: accepted.interactive.work.work, Priority.BATCH: accepted.batch.work.work}
         for placed in started:

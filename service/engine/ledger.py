@@ -57,7 +57,7 @@ class Ledger:
 
     def __init__(self, models: Iterable[str]) -> None:
         self.rows = 0
-        """Rows of all accepted images."""
+        """Rows of all accepted images, each in the stage that has most."""
         self.given_bytes = 0
         """Memory of the given arrays of all requests with images in the ledger."""
         self._orders: dict[Image, Order] = {}
@@ -104,7 +104,10 @@ class Ledger:
             if image.request_id not in self._requests:
                 self.given_bytes += image.request.given_bytes
             self._requests.setdefault(image.request_id, {})[image.position] = image
-            self._clients.setdefault(image.client, ClientWork()).images += 1
+            self.rows += image.held_rows
+            client = self._clients.setdefault(image.client, ClientWork())
+            client.images += 1
+            client.rows += image.held_rows
             self._enter(image, image.order)
 
     def advance(self, image: Image) -> None:
@@ -133,16 +136,16 @@ class Ledger:
             del self._requests[request_id]
             self.given_bytes -= image.request.given_bytes
         self._leave(image)
+        self.rows -= image.held_rows
         client = self._clients[image.client]
         client.images -= 1
+        client.rows -= image.held_rows
         if not client.images:
             del self._clients[image.client]
         return image
 
     def _enter(self, image: Image, order: Order) -> None:
         self._orders[image] = order
-        self.rows += image.rows
-        self._clients[image.client].rows += image.rows
         model = self._models[image.model]
         model.rows += image.rows
         model.classified_rows += image.classified_rows
@@ -154,8 +157,6 @@ class Ledger:
             self._models[image.then.model].expected += 1
 
     def _leave(self, image: Image) -> None:
-        self.rows -= image.rows
-        self._clients[image.client].rows -= image.rows
         model = self._models[image.model]
         model.rows -= image.rows
         model.classified_rows -= image.classified_rows

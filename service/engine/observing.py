@@ -44,4 +44,4 @@ def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation
 
 def _preview_is_due(image: Image) -> bool:
     every = None if image.watch is None else image.watch.preview_every
-    return every is not None and image.steps_done % every == 0
+    return every is not None and (image.steps_before + image.steps_done) % every == 0

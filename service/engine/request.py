@@ -164,7 +164,7 @@ class GenerationRequest:
 
     @property
     def given_bytes(self) -> int:
-        """Return the memory that the given arrays of its images take, and those that its second stage is given."""
+        """Return the memory of the given arrays of its images, and of the conditioning images of its second stage."""
         arrays = {id(image.given): image.given for image in self.images if image.given is not None}
         later = 0 if self.then is None else self.then.cond_bytes * len(self.images)
         return sum(given.nbytes for given in arrays.values()) + later
@@ -207,15 +207,24 @@ class Image:
     """Index of the image in its request."""
     submitted_at: float
     """time.monotonic() at admission."""
-    earlier: Image | None = field(default=None, repr=False)
-    """The first stage, if this is the second one."""
+    stage: int = 0
+    """Index of the stage, 0 or 1."""
     then: Image | None = field(default=None, init=False, repr=False)
-    """The second stage, which begins when this one is done; None: this one's result is the image's."""
+    """The second stage, which begins when this one is done; None: this one's result is the image's. It does not refer
+    to this one: a cycle would keep the arrays of both in memory after their end."""
     model: str = field(init=False)
     """Id of the model that runs it."""
     params: ImageParams = field(init=False)
     rows: int = field(init=False)
     """Network rows per step."""
+    held_rows: int = field(init=False)
+    """Those of the stage that has most, for limits that hold until the image ends."""
+    steps_before: int = field(init=False)
+    """Sampling steps of earlier stages."""
+    row_steps_before: int = field(init=False)
+    """Work of earlier stages."""
+    all_steps: int = field(init=False)
+    """Sampling steps of all stages."""
     classified_rows: int = field(init=False)
     """Classifier rows per step."""
     row_steps: int = field(init=False)
@@ -232,18 +241,25 @@ class Image:
     slot: int | None = None
     steps_done: int = 0
     started_at: float | None = None
+    begun_before: float | None = None
+    """Time of the first step of an earlier stage."""
 
     def __post_init__(self) -> None:
         request, deadline_s = self.request, self.request.deadline_s
-        if self.earlier is None:
-            self.model, params = request.model, request.images[self.position]
+        if self.stage == 0:
+            self.model = request.model
             if request.then is not None:
-                self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, earlier=self)
+                self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, stage=1)
         elif request.then is None:
             raise ValueError("a second stage needs a request with `then`")
         else:
-            self.model, params = request.then.model, request.then.images[self.position]
-        self.params = params
+            self.model = request.then.model
+        stages = [images[self.position] for images in request.stages]
+        self.params = params = stages[self.stage]
+        self.held_rows = max([stage.rows for stage in stages])
+        self.steps_before = sum([stage.num_steps for stage in stages[: self.stage]])
+        self.row_steps_before = sum([stage.rows * stage.num_steps for stage in stages[: self.stage]])
+        self.all_steps = sum([stage.num_steps for stage in stages])
         self.rows = params.rows
         self.classified_rows = params.classified_rows
         self.row_steps = params.rows * params.num_steps
@@ -257,17 +273,7 @@ class Image:
     @property
     def begun_at(self) -> float | None:
         """Return the time of its first step, in any stage."""
-        return self.started_at if self.earlier is None else self.earlier.started_at
-
-    @property
-    def steps_before(self) -> int:
-        """Return the sampling steps of earlier stages."""
-        return 0 if self.earlier is None else self.earlier.params.num_steps
-
-    @property
-    def all_steps(self) -> int:
-        """Return the sampling steps of all stages."""
-        return self.steps_before + self.params.num_steps + (0 if self.then is None else self.then.params.num_steps)
+        return self.started_at if self.begun_before is None else self.begun_before
 
     @property
     def client(self) -> str:

@@ -38,7 +38,7 @@ def linked(cascade: Cascade, models: Mapping[str, ServedModel]) -> ServedModel:
         raise ModelError(f"cascade {cascade.name}: the models have different value ranges")
     if base.config.model.cond_shape is not None:
         raise ModelError(f"cascade {cascade.name}: the base {quoted(base.name)} needs a conditioning image itself")
-    if upsampler.config.model.num_classes is not None and not _have_equal_classes(base, upsampler):
+    if upsampler.classes is not None and not _have_equal_classes(base, upsampler):
         raise ModelError(f"cascade {cascade.name}: {quoted(upsampler.name)} has other classes than {quoted(base.name)}")
     both = f"{base.numerics_id} {upsampler.numerics_id}"
     return replace(

@@ -120,6 +120,11 @@ def _upsampling(body: GenerateRequest, upsampler: ServedModel, images: Sequence[
     fields = {name: value for name in UpsampleOptions.model_fields if (value := getattr(options, name)) is not None}
     fields.setdefault("steps", min(UPSAMPLE_STEPS, upsampler.config.diffusion.num_timesteps))
     classes = [image.class_index for image in images]
+    if upsampler.config.model.num_classes is not None and None in classes:
+        raise InvalidRequest(
+            "classifier_scale",
+            "must not be 0: the upsampler needs a class, and only the base's classifier has classes",
+        )
     has_classes = upsampler.config.model.num_classes is not None or fields.get("classifier_scale")
     if has_classes and upsampler.classes is not None and None not in classes:
         fields["class"] = classes

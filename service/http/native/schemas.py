@@ -31,7 +31,9 @@ class GeneratedImage(BaseModel):
     )
     upsampled: Upsampled | None = Field(default=None, description="Of a cascade: how the base's image was upsampled.")
     queue_ms: float = Field(description="From admission to its first network call.")
-    compute_ms: float = Field(description="From its first network call to its last.")
+    compute_ms: float = Field(
+        description="From its first network call to its last; of a cascade, with the wait between its stages."
+    )
 
 
 class Timing(BaseModel):

@@ -58,13 +58,14 @@ def image_size(model: ServedModel) -> str:
 def _partial(kind: Kind, form: Form, accepted: Accepted, preview: ImagePreview, index: int) -> bytes:
     class_index = accepted.images[preview.position].class_index
     picture = encode_one(preview.pixels, class_index, form.format, quality=form.quality, compression=form.compression)
+    height, width, _ = preview.pixels.shape  # of a cascade's base, in its first stage
     event = PartialImageEvent.model_validate(
         {
             "type": f"{kind}.partial_image",
             "created_at": int(time.time()),
             "position": preview.position,
             "output_format": form.format,
-            "size": image_size(accepted.model),
+            "size": f"{width}x{height}",
             "b64_json": base64.b64encode(picture).decode(),
             "partial_image_index": index,
             "step": preview.step,

@@ -90,7 +90,8 @@ export class Given {
     this.#onChange();
     try {
       const image = await base64Of(this.#file);
-      const body = { model: this.#model.name, image, fit: byId("fit").value, strength: 0, steps: 2, cfg_scale: 1, seed: 0 };
+      const model = this.#model.cascade?.base ?? this.#model.name; // which keeps the picture's size
+      const body = { model, image, fit: byId("fit").value, strength: 0, steps: 2, cfg_scale: 1, seed: 0 };
       const answer = await (await generate(body, reading.signal)).json();
       if (reading === this.#reading) this.#begin(answer.images[0].b64_json);
     } catch (error) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,6 +23,7 @@ from service.engine.forecast import Prediction
 from service.engine.request import (
     GenerationRequest,
     GivenArrays,
+    Image,
     ImageParams,
     ImageProgress,
     ImageResult,
@@ -221,3 +224,52 @@ async def test_the_prediction_covers_both_stages() -> None:
         assert newer.finish_s > 0
         await other.images[0]
         assert engine.eta("both") is None
+
+
+@runs
+async def test_the_arrays_of_an_image_are_freed_with_it() -> None:
+    """Without the garbage collector: given arrays count towards a limit only until their image has ended."""
+    freed: list[weakref.ref[Image]] = []
+    gc.disable()
+    try:
+        engine = Engine({"base": CountingRunner(), "up": CountingRunner()}, CONFIG, Metrics())
+        engine.add(request_of(), 0.0)
+        freed = [weakref.ref(image) for image in engine.scheduler.in_flight()]
+        results: list[ImageResult] = []
+        while engine.has_work():
+            results += engine.step()
+            freed += [weakref.ref(image) for image in engine.scheduler.in_flight()]
+        engine.add(request_of("next"), 0.0)  # the engine keeps the images of the last step
+        while engine.has_work():
+            engine.step()
+        assert [result.status for result in results] == [ImageStatus.DONE]
+        assert [image() for image in freed] == [None] * len(freed)
+    finally:
+        gc.enable()
+
+
+@runs
+async def test_limits_count_an_image_in_the_stage_that_has_more_rows() -> None:
+    request = request_of(n=2)
+    assert request.then is not None
+    wide = replace(request, then=replace(request.then, images=(params(2, cfg_scale=2.0),) * 2))
+    async with serving() as engine:
+        ticket = engine.submit(wide)
+        assert engine.ledger.rows == engine.ledger.client("").rows == 4
+        await asyncio.gather(*ticket.images)
+        await engine.wait_idle()
+        assert engine.ledger.rows == 0
+
+
+def test_a_first_stage_that_fails_after_an_abort_is_counted_once() -> None:
+    metrics = Metrics()
+    failing = CountingRunner(fail_slots_at=dict.fromkeys(range(64), 3))
+    engine = Engine({"base": failing, "up": CountingRunner()}, CONFIG, metrics)
+    engine.add(request_of(), 0.0)
+    for _ in range(3):
+        engine.launch()
+        engine.settle()
+    assert [result.status for result in engine.abort("r")] == [ImageStatus.ABORTED]
+    assert engine.report() == []
+    assert not engine.has_work()
+    assert metrics.registry.get_sample_value("iddpm_wasted_row_steps_total") == 3
