@@ -92,7 +92,10 @@ def test_an_exported_checkpoint_is_compared_described_and_read_back(exports: Exp
     assert all((c.steps, c.images) == (50, 4) for c in manifest.chains)
 
 
-@pytest.mark.parametrize("changes", [{"low_res_size": 4}, {"cond_channels": 2}])
+LONG_ONLY = pytest.mark.skipif(not LONG, reason="most of a minute: IDDPM_TEST_LONG=1")
+
+
+@pytest.mark.parametrize("changes", [pytest.param({"low_res_size": 4}, marks=LONG_ONLY), {"cond_channels": 2}])
 def test_models_with_conditioning_are_exported_for_all_runtimes(
     tmp_path: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

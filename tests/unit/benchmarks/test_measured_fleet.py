@@ -47,7 +47,7 @@ def test_the_steps_of_all_replicas_are_averaged_by_their_rows(monkeypatch: pytes
 
 def test_a_summary_counts_from_the_due_times() -> None:
     requests = [Arrival(float(at), 10, 1) for at in range(100)]
-    summary = Summary.of(requests, [at + (50.0 if at == 0 else 2.0) for at in range(100)])
+    summary = Summary.of(requests, [at + (50.0 if at < 2 else 2.0) for at in range(100)])
     assert summary.figures == (2.0, 50.0, 100 / 101)
     assert Summary.pooled([summary, Summary((3.0,) * 100, 19.0)]).figures == (3.0, 3.0, 200 / 120)
 

@@ -155,7 +155,7 @@ SCRIPTS = st.lists(
 
 
 @SUBJECTS
-@settings(max_examples=count(2000, 40))
+@settings(max_examples=count(2000, 80))
 @given(script=SCRIPTS)
 def test_joining_leaving_cancelled_and_watched_images_change_no_pixel(
     subject: Subject, script: list[tuple[str, object]]
