@@ -349,7 +349,7 @@ def wait_for(server: Server, condition: Any) -> None:
 def test_a_full_queue_refuses_with_retry_after(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "log", environment={"IDDPM_MAX_QUEUE": "2", "IDDPM_MAX_ROWS": "2"}) as small:
         with ThreadPoolExecutor(8) as pool:
-            filling = [pool.submit(small.generate, steps=1000, cfg_scale=1, seed=k) for k in range(4)]
+            filling = [pool.submit(small.generate, steps=300, cfg_scale=1, seed=k) for k in range(4)]
             wait_for(small, lambda now: now["iddpm_images_running"] + now["iddpm_images_waiting"] == 4)
             late = [pool.submit(small.generate, steps=100, cfg_scale=1, seed=k) for k in range(4, 8)]
             responses = [asked.result() for asked in filling + late]

@@ -134,7 +134,13 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.skipif(not LONG, reason="most of a minute: IDDPM_TEST_LONG=1")),
+    ],
+)
 def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
