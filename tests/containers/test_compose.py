@@ -41,7 +41,8 @@ MIX: list[dict[str, Any]] = [
     {"steps": 6, "sampler": "ddim", "n": 3},
 ]
 """Requests that take a fraction of a second."""
-LONG = {"steps": 150}
+LONG = {"steps": 1000, "cfg_scale": 1}
+"""Still running when Prometheus scrapes its replica."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Stack:
 
 def run(*command: str, **options: Any) -> str:
     """Run a command; return its output, or fail with it."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False, **options)
-    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    done = subprocess.run(command, text=True, timeout=4 * PATIENCE_S, check=False, **options)
+    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}{done.stderr or ''}"
+    return str(done.stdout)
 
 
 def docker(*arguments: str) -> str:
@@ -87,7 +89,7 @@ def stack() -> Iterator[Stack]:
     command = compose_command()
 
     def compose(*arguments: str) -> str:
-        return run(*command, *arguments, cwd=ROOT, env=environment)
+        return run(*command, *arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
 
     run("docker", "build", "-t", "iddpm", ".", cwd=ROOT, env={**environment, "DOCKER_BUILDKIT": "1"})
     try:
