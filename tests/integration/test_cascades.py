@@ -15,14 +15,15 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from service.errors import ModelError
+from service.engine.async_engine import EngineState
+from service.errors import LoadConflict, LoadFailed, ModelError
 from service.http.app import assemble
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import serving
 from tests.integration.test_given_images import array_of, npy
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, eventually, runs
 
 SMALL = {"image_size": 4, "attention_resolutions": ()}
 MODELS = {
@@ -196,3 +197,44 @@ def test_models_that_do_not_fit_together_end_start_up(cascade: str, changes: dic
 def test_settings_are_checked(cascades: tuple[str, ...], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         settings_of(*cascades)
+
+
+def test_float_data_is_not_rounded_between_the_stages() -> None:
+    ranges = {"value_range": (-50.0, 950.0)}
+    models = {name: ExactDenoiser(denoiser.config.replace(**ranges)) for name, denoiser in MODELS.items()}
+    with serving(assemble(settings_of("both=base+up"), dict(models))) as address:
+        options = {"steps": 3, "cfg_scale": 1, "dtype": "float32"}
+        small = arrays_of(post(address, model="base", dtype="float32"))
+        assert not np.array_equal(small, np.rint(small))
+        by_hand = post(address, model="up", cond=npy(small), seed=8, **options)
+        answer = post(address, dtype="float32", upsample={"steps": 3, "cfg_scale": 1})
+        np.testing.assert_array_equal(arrays_of(answer), arrays_of(by_hand))
+
+
+@runs
+async def test_a_reloaded_model_is_reloaded_in_its_cascade_and_stays_in_it(tmp_path: Path) -> None:
+    for name in ("base", "up", "both"):
+        (tmp_path / name).mkdir()
+    loaded: list[ExactDenoiser] = []
+    settings = settings_of("both=base+up").model_copy(update={"admin_root": tmp_path})
+    app = assemble(settings, dict(MODELS), lambda _: loaded[-1])
+    async with app.router.lifespan_context(app):
+        state = app.state.service
+        await eventually(lambda: state.engine.state is EngineState.READY)
+        before = state.models["both"]
+        loaded.append(ExactDenoiser(tiny_config(**SMALL)))
+        loaded[-1].network_id = "new weights"
+        await state.registry.load("base")
+        both = state.models["both"]
+        assert both.stages == (state.models["base"], state.models["up"])
+        assert both.engine_id == state.models["base"].engine_id != before.engine_id
+        assert both.numerics_id != before.numerics_id
+        loaded.append(ExactDenoiser(tiny_config()))
+        with pytest.raises(LoadFailed, match='"base" makes images of 8 x 8'):
+            await state.registry.load("base")
+        assert state.models["both"] is both
+        with pytest.raises(LoadConflict, match="both is the name of a cascade"):
+            await state.registry.load("both")
+        for name in ("base", "up", "both"):
+            with pytest.raises(LoadConflict, match="belongs to the cascade both"):
+                state.registry.unload(name)
