@@ -120,11 +120,11 @@ def step_level(policy: PolicyName, ageing: float) -> Server:
                 now = max(now, coming[0][1].at)
             while coming and coming[0][1].at <= now:
                 number, arrival = coming.popleft()
-                request, steps = as_request(number, arrival), scheduler.steps(MODEL)
+                request, steps = as_request(number, arrival), scheduler.all_steps()
                 images = scheduler.order.images_of(request, arrival.at * UNIT_S, steps)
                 snapshot = Snapshot.of(
                     scheduler.started(),
-                    steps={MODEL: steps},
+                    steps=steps,
                     widths={MODEL: scheduler.width(MODEL)},
                     costs={MODEL: costs.now},
                 )

@@ -46,14 +46,13 @@ class Admission:
             DeadlineUnmeetable: the request is predicted to miss its deadline.
             UnknownModel: the model does not exist or was retired.
         """
-        for model in [request.model] if request.then is None else [request.model, request.then.model]:
+        for model in request.models:
             if model not in self._accepting:
                 raise UnknownModel(name_of(model), sorted({name_of(model) for model in self._accepting}))
         self._check_client_images(request, snapshot)
         self._check_rows(request, snapshot)
         self._check_given(request, snapshot)
-        later = 0 if request.then is None else snapshot.steps[request.then.model]
-        images = self._order.images_of(request, submitted_at, snapshot.steps[request.model], later)
+        images = self._order.images_of(request, submitted_at, snapshot.steps)
         prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
         self.ledger.add(images)

@@ -180,9 +180,7 @@ class Engine:
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Accept a request without admission control."""
-        steps = self.scheduler.steps
-        later = 0 if request.then is None else steps(request.then.model)
-        self.enter(self.scheduler.order.images_of(request, submitted_at, steps(request.model), later))
+        self.enter(self.scheduler.order.images_of(request, submitted_at, self.scheduler.all_steps()))
 
     def enter(self, images: Sequence[Image]) -> None:
         """Queue accepted images for their first step."""

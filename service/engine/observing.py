@@ -21,7 +21,7 @@ def observe(images: Sequence[Image], runner: Runner) -> Pending[list[Observation
             request_id=image.request_id,
             position=image.position,
             step=image.steps_before + image.steps_done,
-            steps=image.all_steps,
+            steps=image.request.num_steps(image.position),
         )
         for image in watched
     ]

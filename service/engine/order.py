@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from service.engine.config import EngineConfig
 from service.engine.policies import CHANGE_WITH_STEPS, policy_named
@@ -21,22 +21,19 @@ class ServiceOrder:
         self._changes = config.policy in CHANGE_WITH_STEPS
         self._arrivals = itertools.count()
 
-    def images_of(
-        self, request: GenerationRequest, submitted_at: float, model_steps: int, next_model_steps: int = 0
-    ) -> list[Image]:
+    def images_of(self, request: GenerationRequest, submitted_at: float, steps: Mapping[str, int]) -> list[Image]:
         """Return the new images of a request, with arrival numbers after all earlier ones.
 
         Args:
             request: a request to be accepted or, after a prediction, rejected; arrival numbers may therefore have gaps.
             submitted_at: time.monotonic() at admission.
-            model_steps: steps that the request's model has taken.
-            next_model_steps: those that the model of its second stage has taken.
+            steps: steps that each model has taken; it has those of the request.
         """
         images = [Image(request=request, position=k, submitted_at=submitted_at) for k in range(len(request.images))]
         for image in images:
-            self.arrive(image, model_steps)
+            self.arrive(image, steps[image.model])
             if image.then is not None:
-                self.arrive(image.then, next_model_steps)
+                self.arrive(image.then, steps[image.then.model])
         return images
 
     def arrive(self, image: Image, model_steps: int) -> None:

@@ -148,6 +148,15 @@ class GenerationRequest:
         return (self.images,) if self.then is None else (self.images, self.then.images)
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Return the id of the model of each stage."""
+        return (self.model,) if self.then is None else (self.model, self.then.model)
+
+    def num_steps(self, position: int) -> int:
+        """Return the sampling steps of an image in all stages."""
+        return sum([images[position].num_steps for images in self.stages])
+
+    @property
     def results(self) -> tuple[ImageParams, ...]:
         """Return the parameters of the stage that makes the results."""
         return self.stages[-1]
@@ -217,14 +226,6 @@ class Image:
     params: ImageParams = field(init=False)
     rows: int = field(init=False)
     """Network rows per step."""
-    held_rows: int = field(init=False)
-    """Those of the stage that has most, for limits that hold until the image ends."""
-    steps_before: int = field(init=False)
-    """Sampling steps of earlier stages."""
-    row_steps_before: int = field(init=False)
-    """Work of earlier stages."""
-    all_steps: int = field(init=False)
-    """Sampling steps of all stages."""
     classified_rows: int = field(init=False)
     """Classifier rows per step."""
     row_steps: int = field(init=False)
@@ -246,20 +247,10 @@ class Image:
 
     def __post_init__(self) -> None:
         request, deadline_s = self.request, self.request.deadline_s
-        if self.stage == 0:
-            self.model = request.model
-            if request.then is not None:
-                self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, stage=1)
-        elif request.then is None:
-            raise ValueError("a second stage needs a request with `then`")
-        else:
-            self.model = request.then.model
-        stages = [images[self.position] for images in request.stages]
-        self.params = params = stages[self.stage]
-        self.held_rows = max([stage.rows for stage in stages])
-        self.steps_before = sum([stage.num_steps for stage in stages[: self.stage]])
-        self.row_steps_before = sum([stage.rows * stage.num_steps for stage in stages[: self.stage]])
-        self.all_steps = sum([stage.num_steps for stage in stages])
+        if self.stage == 0 and request.then is not None:
+            self.then = Image(request=request, position=self.position, submitted_at=self.submitted_at, stage=1)
+        self.model = request.models[self.stage]
+        self.params = params = request.stages[self.stage][self.position]
         self.rows = params.rows
         self.classified_rows = params.classified_rows
         self.row_steps = params.rows * params.num_steps
@@ -269,6 +260,25 @@ class Image:
     def request_id(self) -> str:
         """Return the id of its request."""
         return self.request.request_id
+
+    @property
+    def held_rows(self) -> int:
+        """Return the rows of the stage that has most, for limits that hold until the image ends."""
+        return max([images[self.position].rows for images in self.request.stages])
+
+    @property
+    def _before(self) -> list[ImageParams]:
+        return [images[self.position] for images in self.request.stages[: self.stage]]
+
+    @property
+    def steps_before(self) -> int:
+        """Return the sampling steps of earlier stages."""
+        return sum([stage.num_steps for stage in self._before])
+
+    @property
+    def row_steps_before(self) -> int:
+        """Return the work of earlier stages."""
+        return sum([stage.rows * stage.num_steps for stage in self._before])
 
     @property
     def begun_at(self) -> float | None:

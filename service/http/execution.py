@@ -158,7 +158,8 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
     """
     model, client = find_model(state.models, body.model), client_of_request(request.scope)
     if model.stages is not None:
-        raise InvalidRequest("model", f"must be one model; {quoted(model.name)} is a cascade of {_names(model.stages)}")
+        base, upsampler = (quoted(stage.name) for stage in model.stages)
+        raise InvalidRequest("model", f"must be one model; {quoted(model.name)} is a cascade of {base} and {upsampler}")
     most = _most_work(state, client)
     check_cond(body.cond, model.config.model)
     if isinstance(body, EncodeRequest):
@@ -168,10 +169,6 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
     completed = complete_arrays(body, given, model, uuid.uuid4().hex, most, client.name)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=context_of(request.scope).idempotency_key is not None)
-
-
-def _names(stages: tuple[ServedModel, ServedModel]) -> str:
-    return " and ".join(quoted(model.name) for model in stages)
 
 
 def _most_work(state: ServiceState, client: Client) -> int:

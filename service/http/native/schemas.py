@@ -93,7 +93,9 @@ class ModelInfo(BaseModel):
     )
     cond: CondInfo | None = Field(description="Conditioning image that every request must have; null: none.")
     cascade: CascadeInfo | None = Field(
-        default=None, description="The two models of a cascade, whose details are those of its base; null: one model."
+        default=None,
+        description="The two models of a cascade; null: one model. Size, channels and value range are those of its "
+        "results, all else is that of its base.",
     )
     classes: list[str] | None = Field(
         description="Class names in index order; null if unconditional. Those of the classifier if only it has classes."

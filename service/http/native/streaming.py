@@ -40,7 +40,7 @@ class NativeEvents:
                 return self._framed("preview", await self._state.encoding.run(_preview, event, self._form))
             case ImageDone(position=position, result=result, eta_s=eta_s):
                 self._results[position] = result
-                steps = sum(stage[position].num_steps for stage in self._accepted.ticket.request.stages)
+                steps = self._accepted.ticket.request.num_steps(position)
                 done = ProgressEvent(position=position, step=steps, steps=steps, eta_s=eta_s)
                 return self._framed("progress", done)
             case Completed():

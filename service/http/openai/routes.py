@@ -89,7 +89,7 @@ async def _answered(
     prepared = await prepare(native, request, state)
     form = form_of(native, "application/json", prepared.model.result_config.model.image_channels)
     if body.stream:
-        watch = _watch(body.partial_images, sum(stage[0].num_steps for stage in prepared.request.stages))
+        watch = _watch(body.partial_images, prepared.request.num_steps(0))
         return answer_as_stream(prepared, watch, request, state, partial(OpenAIEvents, kind, form, state))
     answered = await answer_when_done(prepared, request, state, partial(_answer, form))
     return answered.response

@@ -253,7 +253,7 @@ def test_predictions_include_the_classifier_s_time_for_images_with_classifier_gu
     snapshot = engine.snapshot
 
     def finish(*images: Any) -> float:
-        accepted = ServiceOrder(CONFIG).images_of(generation("r", *images), 0.0, snapshot.steps["m"])
+        accepted = ServiceOrder(CONFIG).images_of(generation("r", *images), 0.0, snapshot.steps)
         return Forecast(CONFIG, Ledger(["m"])).predict(accepted, snapshot).finish_s
 
     assert finish(params(steps=5)) == 5 * 1

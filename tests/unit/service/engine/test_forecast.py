@@ -40,7 +40,7 @@ class Device4:
     def add(self, name: str, *images: ImageParams, priority: Priority = Priority.INTERACTIVE) -> tuple[float, float]:
         """Accept a request; return its predicted wait and finish, from now."""
         request = generation(name, *images, priority=priority)
-        accepted = self.scheduler.order.images_of(request, self.now, self.scheduler.steps("m"))
+        accepted = self.scheduler.order.images_of(request, self.now, self.scheduler.all_steps())
         predicted = self.forecast.predict(accepted, self.snapshot())
         self.ledger.add(accepted)
         self.scheduler.add(accepted)

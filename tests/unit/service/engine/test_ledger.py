@@ -74,7 +74,7 @@ def test_counts_equal_a_recount_and_nothing_is_left_at_the_end(
                 client=client,
                 priority=priority,
             )
-            accepted = order.images_of(request, 0.0, number)
+            accepted = order.images_of(request, 0.0, dict.fromkeys(MODELS, number))
             ledger.add(accepted)
             images += accepted
         check(ledger, images)
@@ -85,7 +85,7 @@ def test_counts_equal_a_recount_and_nothing_is_left_at_the_end(
 
 def test_an_image_ends_once() -> None:
     ledger = Ledger(MODELS)
-    ledger.add(ServiceOrder(CONFIG).images_of(generation("r", params(), params()), 0.0, 0))
+    ledger.add(ServiceOrder(CONFIG).images_of(generation("r", params(), params()), 0.0, {"m": 0}))
     ledger.remove("r", 1)
     with pytest.raises(KeyError):
         ledger.remove("r", 1)

@@ -23,7 +23,7 @@ def test_a_step_changes_the_order_if_the_policy_uses_the_remaining_work(
 ) -> None:
     order = ServiceOrder(EngineConfig(policy=policy, ageing=0.5))
     request = generation("r", params(steps=10, cfg_scale=2.0), params(steps=10))
-    image, second = order.images_of(request, submitted_at=100.0, model_steps=7)
+    image, second = order.images_of(request, submitted_at=100.0, steps={"m": 7})
     assert (image.arrival_step, image.sequence, second.sequence) == (7, 0, 1)
     assert image.order == first
     image.steps_done += 1
@@ -33,7 +33,7 @@ def test_a_step_changes_the_order_if_the_policy_uses_the_remaining_work(
 
 def test_a_refused_request_leaves_a_gap_and_changes_no_order() -> None:
     order = ServiceOrder(EngineConfig(policy="fifo"))
-    [before] = order.images_of(generation("before", params()), 0.0, 0)
-    order.images_of(generation("refused", params(), params()), 0.0, 0)
-    [after] = order.images_of(generation("after", params()), 0.0, 0)
+    [before] = order.images_of(generation("before", params()), 0.0, {"m": 0})
+    order.images_of(generation("refused", params(), params()), 0.0, {"m": 0})
+    [after] = order.images_of(generation("after", params()), 0.0, {"m": 0})
     assert before.order < after.order

@@ -172,7 +172,7 @@ async def test_a_stopped_engine_has_no_step_of_an_aborted_image_under_way(monkey
         commands.put(Stop())
 
     monkeypatch.setattr(engine, "launch", launch_then_stop)
-    commands.put(Enter(engine.scheduler.order.images_of(generation("r", params(steps=9)), 0.0, 0)))
+    commands.put(Enter(engine.scheduler.order.images_of(generation("r", params(steps=9)), 0.0, {"m": 0})))
     thread = EngineThread(engine, commands, Mailbox(), asyncio.get_running_loop(), reports.append)
     await asyncio.to_thread(thread.run)
     await eventually(lambda: Stopped() in reports)
