@@ -64,16 +64,19 @@ class Proxy:
 
 
 @contextmanager
-def haproxy(folder: Path, replicas: Sequence[int], hosts: str = "127.0.0.1") -> Iterator[Proxy]:
+def haproxy(
+    folder: Path, replicas: Sequence[int], hosts: str = "127.0.0.1", edit: Callable[[str], str] = lambda config: config
+) -> Iterator[Proxy]:
     """Run HAProxy in front of replicas on these ports.
 
     Args:
         folder: for its files.
         replicas: ports of the replicas.
         hosts: Host names that clients may use, separated by spaces.
+        edit: changes the configuration before the addresses of this run are inserted.
     """
     servers = "\n    ".join(f"server api-{number} 127.0.0.1:{port}" for number, port in enumerate(replicas, 1))
-    config, log = (HAPROXY / "haproxy.cfg").read_text(encoding="utf-8"), folder / "haproxy.log"
+    config, log = edit((HAPROXY / "haproxy.cfg").read_text(encoding="utf-8")), folder / "haproxy.log"
     config = _replaced(config, 2, REPLICAS, servers)
     with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as exporter:
         for published, listener in (("8000", front), ("8404", exporter)):  # sockets that HAProxy inherits
@@ -126,25 +129,19 @@ def nginx(folder: Path, replicas: Sequence[int], idle: str = "60s") -> Iterator[
         yield f"http://127.0.0.1:{port}"
 
 
+def self_signed(folder: Path, name: str) -> None:
+    """Write a certificate for a host name, fullchain.pem, which is signed by its own key, privkey.pem."""
+    made = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    named = ["-days", "1", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    files = ["-out", str(folder / "fullchain.pem"), "-keyout", str(folder / "privkey.pem")]
+    subprocess.run([*made, *named, *files], check=True, capture_output=True, timeout=PATIENCE_S)
+
+
 @contextmanager
 def front(folder: Path, proxy: Proxy) -> Iterator[str]:
     """Run nginx with TLS in front of HAProxy; yield its URL. Its certificate is signed by itself."""
     port = free_port()
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "1",
-        "-batch",
-    ]
-    files = ["-out", str(folder / "fullchain.pem"), "-keyout", str(folder / "privkey.pem")]
-    subprocess.run([tool(command[0]), *command[1:], *files], check=True, capture_output=True, timeout=PATIENCE_S)
+    self_signed(folder, FRONT_NAME)
     server = (NGINX / "front.conf").read_text(encoding="utf-8")
     server = _replaced(server, 1, "listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
     server = _replaced(server, 2, "proxy_pass http://127.0.0.1:8000", f"proxy_pass {proxy.url}")

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests.integration.proxies import REPLICAS
 from tests.paths import ROOT
 from tests.programs import tool
 from tests.waiting import PATIENCE_S, until
 
 CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
-REPLICAS = 'server-template api- 32 "${API_HOST-api}:8000" resolvers docker init-addr none'
 
 
 class Replica(BaseHTTPRequestHandler):

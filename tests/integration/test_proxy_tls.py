@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.processes import free_ports
-from tests.integration.test_proxy import CONFIG, REPLICAS, Replica, Replicas
+from tests.integration import proxies
+from tests.integration.exact_process import free_port
+from tests.integration.test_proxy import Replica, Replicas
 from tests.paths import ROOT
-from tests.programs import tool
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import until
 
 NAME = "images.example"
 
@@ -46,34 +43,23 @@ def documented(start: str) -> str:
 @contextmanager
 def proxied(folder: Path) -> Iterator[int]:
     """Run HAProxy with the documented lines; yield the port with TLS."""
-    certificate, key = folder / "site.crt", folder / "site.key"
-    made = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    named = ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-days", "1"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*made, *named, *files], check=True, capture_output=True, timeout=PATIENCE_S)
-    (folder / "site.pem").write_text(certificate.read_text() + key.read_text())
-    first = free_ports(3)
-    plain, tls, exporter = range(first, first + 3)
-    bind = documented("bind :8443")
-    bind = bind.replace(":8443", f"127.0.0.1:{tls}").replace("/usr/local/etc/haproxy/tls/", f"{folder}/")
+    proxies.self_signed(folder, NAME)
+    pair = (folder / name for name in ("fullchain.pem", "privkey.pem"))
+    (folder / "site.pem").write_text("".join(file.read_text() for file in pair))
+    tls = free_port()
+    bind = documented("bind :8443").replace(":8443", f"127.0.0.1:{tls}")
+    bind = bind.replace("/usr/local/etc/haproxy/tls/", f"{folder}/")
+
+    def with_tls(config: str) -> str:
+        assert config.count("bind :8000\n") == 1
+        return config.replace("bind :8000\n", f"bind :8000\n{bind}{documented('replace-path')}")
+
     with Replicas(("127.0.0.1", 0), PathReplica) as replica:
-        config = CONFIG.read_text().replace(REPLICAS, f"server replica 127.0.0.1:{replica.server_port}")
-        config = config.replace("bind :8000\n", f"bind 127.0.0.1:{plain}\n{bind}{documented('replace-path')}").replace(
-            "bind :8404\n", f"bind 127.0.0.1:{exporter}\n"
-        )
-        (folder / "haproxy.cfg").write_text(config)
-        shutil.copy(CONFIG.with_name("errors.map"), folder)
         threading.Thread(target=replica.serve_forever, daemon=True).start()
-        process = subprocess.Popen(
-            [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "ALLOWED_HOSTS": NAME},
-        )
         try:
-            yield tls
+            with proxies.haproxy(folder, [replica.server_port], NAME, with_tls):
+                yield tls
         finally:
-            process.kill()
-            process.wait()
             replica.shutdown()
 
 
@@ -82,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client that trusts the certificate and connects to the proxy."""
     folder = tmp_path_factory.mktemp("proxy")
     with proxied(folder) as tls:
-        trust = ssl.create_default_context(cafile=str(folder / "site.crt"))
+        trust = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
         with httpx.Client(
             base_url=f"https://127.0.0.1:{tls}", verify=trust, headers={"Host": NAME}, trust_env=False
         ) as client:
