@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from benchmarks.contenders import Absent
 from benchmarks.haproxy import haproxy
 from benchmarks.http import connect
 from benchmarks.options import WORK, exit_status, say
-from benchmarks.processes import end_session, free_ports
+from benchmarks.processes import end_session
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -117,14 +118,15 @@ def measure(program: str, case: Case, clients: int, work: Path) -> float:
         RuntimeError: an answer is not 200.
     """
     work.mkdir(parents=True, exist_ok=True)
-    upstream = free_ports()
-    server = subprocess.Popen(  # noqa: S603  # a program of this repository
-        [sys.executable, "-m", "benchmarks.null_servers.fixed_server", str(upstream), str(case.size)],
-        cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        server = subprocess.Popen(  # noqa: S603  # a program of this repository
+            [sys.executable, "-m", "benchmarks.null_servers.fixed_server", str(listener.fileno()), str(case.size)],
+            cwd=ROOT, start_new_session=True, pass_fds=[listener.fileno()],
+        )  # fmt: skip
     try:
         edit = keep_connections if case.kept else str
-        with haproxy(program, work, [upstream], edit=edit) as proxy:
+        with haproxy(program, work, [port], edit=edit) as proxy:
             port = int(proxy.url.rpartition(":")[2])
             asyncio.run(_until_forwarded(port))
             before = processor_seconds(proxy.pid)

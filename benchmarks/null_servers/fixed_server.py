@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 
 
@@ -21,9 +22,10 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, siz
         writer.close()
 
 
-async def main(port: int, size: int) -> None:
-    """Serve until a signal."""
-    server = await asyncio.start_server(lambda reader, writer: answer(reader, writer, size), "127.0.0.1", port)
+async def main(descriptor: int, size: int) -> None:
+    """Serve until a signal, on an inherited socket."""
+    listener = socket.socket(fileno=descriptor)
+    server = await asyncio.start_server(lambda reader, writer: answer(reader, writer, size), sock=listener)
     await server.serve_forever()
 
 
