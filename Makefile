@@ -16,11 +16,16 @@ DATA ?=
 # Each file runs in one process, which sets up its fixtures once; slow folders first; more than four processes need too much memory.
 # If a process dies, the run ends with the test's name: pytest-xdist would start another process and might then wait forever.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
+# Without this variable, which many containers set: pip leaves compiling to the first import, and each of the many processes of the
+# tests would compile every package again, which takes seconds.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/pytest
 
 # Variables that limit libraries to AVX2: oneDNN (in OpenVINO and PyTorch), PyTorch, its MKL, numpy and its OpenBLAS.
 # ONNX Runtime and a few kernels of OpenVINO cannot be limited (tests/parity/test_limited_instructions.py lists them).
 AVX2_ONLY := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     NPY_DISABLE_CPU_FEATURES='X86_V4 AVX512_ICL AVX512_SPR' OPENBLAS_CORETYPE=Haswell
+# "yes" on a processor that has AVX2 and no later vector instructions; empty where that is unknown (only Linux has this file)
+ONLY_AVX2 := $(shell awk '/^flags/ { print (/ avx2( |$$)/ && !/ (avx512|avx_|avx10|amx)/) ? "yes" : "no"; exit }' /proc/cpuinfo 2>/dev/null)
 # Tests whose results depend on the processor's instructions
 COMPUTING := $(filter-out tests/parity/test_manifests.py, $(wildcard tests/parity/test_*.py)) tests/integration/test_bundled_model.py \
     $(addprefix tests/unit/, service/backends/test_backends.py service/backends/test_onnx_backends.py model_export/test_parity.py) \
@@ -42,16 +47,20 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/yamllint --strict .yamllint.yml docker-compose*.yml deploy
 
 test: check  ## linters, then all tests with reduced counts (minutes)
-	$(VENV)/bin/pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
 
 test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a processor without AVX-512 and bfloat16
-	$(AVX2_ONLY) $(VENV)/bin/pytest $(PARALLEL) $(COMPUTING)
+ifeq ($(ONLY_AVX2),yes)
+	@echo 'Skipped: this processor has no instructions beyond AVX2, so that `make test` runs the same kernels.'
+else
+	$(AVX2_ONLY) $(PYTEST) $(PARALLEL) $(COMPUTING)
+endif
 
 test-long: check $(VENV)/.installed-ray  ## linters, then all tests with full counts, with Ray too (for a release)
-	IDDPM_TEST_LONG=1 $(VENV)/bin/pytest $(PARALLEL)
+	IDDPM_TEST_LONG=1 $(PYTEST) $(PARALLEL)
 
 test-containers: $(VENV)/.installed-dev  ## the real Dockerfile and compose file with three replicas (docker; 10 minutes)
-	IDDPM_TEST_CONTAINERS=1 $(VENV)/bin/pytest -v tests/containers
+	IDDPM_TEST_CONTAINERS=1 $(PYTEST) -v tests/containers
 
 format: $(VENV)/.installed-dev  ## reformat the code with ruff
 	$(VENV)/bin/ruff check --fix

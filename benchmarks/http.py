@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,12 @@ class Connection:
     def close(self) -> None:
         """Close it."""
         self._writer.close()
+
+    async def closed(self) -> None:
+        """Close it, and wait until that is done."""
+        self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
 
 
 async def connect(port: int) -> Connection:

@@ -29,6 +29,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.contenders import Absent
+from benchmarks.haproxy import haproxy
 from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.open_loop import OK, Answer, Ask, offer, open_client
 from benchmarks.options import WORK, exit_status, say
@@ -40,8 +41,6 @@ from cli.load.report import percentile
 from service.engine.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
-TEMPLATE = 'server-template api- 32 "${API_HOST-api}:8000" resolvers docker init-addr none'
 START_SECONDS = 120.0
 
 
@@ -87,25 +86,6 @@ class Round:
     """Measured seconds of a step by rows."""
 
 
-def proxy_config(port: int, exporter: int, replicas: Sequence[int]) -> str:
-    """Return the configuration of deploy/haproxy for these ports.
-
-    Raises:
-        ValueError: the file has changed and does not have the expected lines.
-    """
-    text = CONFIG.read_text(encoding="utf-8")
-    servers = "\n    ".join(f"server api-{k} 127.0.0.1:{replica}" for k, replica in enumerate(replicas))
-    for line, count, new in (
-        (TEMPLATE, 2, servers),
-        ("bind :8000\n", 1, f"bind 127.0.0.1:{port}\n"),
-        ("bind :8404\n", 1, f"bind 127.0.0.1:{exporter}\n"),
-    ):
-        if text.count(line) != count:
-            raise ValueError(f"{CONFIG} must have the line {line.strip()!r} {count} times")
-        text = text.replace(line, new)
-    return text
-
-
 @contextmanager
 def started_fleet(device: MeasuredDevice, count: int, work: Path) -> Iterator[tuple[str, list[str]]]:
     """Start replicas and HAProxy; yield the address of the proxy and those of the replicas, when all are ready.
@@ -113,24 +93,20 @@ def started_fleet(device: MeasuredDevice, count: int, work: Path) -> Iterator[tu
     Raises:
         Absent: HAProxy is not installed, or something does not become ready.
     """
-    haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if haproxy is None:
+    program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
         raise Absent("haproxy is not installed")
     folder = work / "fleet"
     folder.mkdir(parents=True, exist_ok=True)
-    first = free_ports(count + 2)
-    proxy, exporter, *replicas = range(first, first + count + 2)
-    (folder / "haproxy.cfg").write_text(proxy_config(proxy, exporter, replicas), encoding="utf-8")
-    shutil.copy(CONFIG.with_name("errors.map"), folder)
+    first = free_ports(count)
+    replicas = range(first, first + count)
     call_ms = ",".join(f"{rows}={1000 * seconds}" for rows, seconds in device.call_s.items())
     server = (sys.executable, "-m", "benchmarks.null_servers.iddpm_server")
     commands: dict[str, tuple[str, ...]] = {
-        f"api-{number}": (*server, str(port), "--call-ms", call_ms) for number, port in enumerate(replicas)
+        f"api-{number}": (*server, str(port), "--call-ms", call_ms) for number, port in enumerate(replicas, 1)
     }
-    commands["haproxy"] = (haproxy, "-db", "-f", str(folder / "haproxy.cfg"))
     environment = {
         **os.environ,
-        "ALLOWED_HOSTS": "127.0.0.1",
         "IDDPM_ALLOWED_HOSTS": "*",
         "IDDPM_MAX_ROWS": str(device.width),
         "OMP_NUM_THREADS": "1",
@@ -138,13 +114,14 @@ def started_fleet(device: MeasuredDevice, count: int, work: Path) -> Iterator[tu
     with ExitStack() as ending:
         for name, command in commands.items():
             log = ending.enter_context((folder / f"{name}.log").open("wb"))
-            process = subprocess.Popen(  # noqa: S603  # programs of this repository, and HAProxy
+            process = subprocess.Popen(  # noqa: S603  # a program of this repository
                 command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=environment
             )
             ending.callback(end_session, process)
         up = 'haproxy_server_status{{proxy="generate",server="api-{}",state="UP"}} 1\n'
-        _until(f"http://127.0.0.1:{exporter}/metrics", lambda text: all(up.format(k) in text for k in range(count)))
-        yield f"http://127.0.0.1:{proxy}", [f"http://127.0.0.1:{port}" for port in replicas]
+        proxy = ending.enter_context(haproxy(program, folder, replicas))
+        _until(f"{proxy.exporter}/metrics", lambda text: all(up.format(k) in text for k in range(1, count + 1)))
+        yield proxy.url, [f"http://127.0.0.1:{port}" for port in replicas]
 
 
 def _until(url: str, holds: Callable[[str], bool]) -> None:

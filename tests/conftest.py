@@ -48,6 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = TEST_LIMIT_S
 
 
+LONGEST = ("test_export.py", "test_fleet.py", "test_base_install.py", "test_ranks.py")
+"""Files of more than 30 seconds. They begin first, so that none runs at the end while other processes have no work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Graphs that many tests read."""

@@ -180,7 +180,7 @@ def deployment_options(fleet: Fleet, settings: Settings) -> dict[str, Any]:
 
 async def _end_with(engine: AsyncEngine) -> None:
     """End the process when the engine has died, as `iddpm serve` does: Serve then starts another replica at once."""
-    await engine.died.wait()
+    await engine.reached(EngineState.DEAD)
     log.critical("the engine has died: this replica ends")
     await asyncio.sleep(DEATH_NOTICE_SECONDS)
     end_process(1)

@@ -12,7 +12,6 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import assert_never
 
@@ -68,22 +67,12 @@ class EngineState(enum.Enum):
 class AsyncEngine:
     """Starts and stops the engine thread and submits requests to it. Runs in the event loop that started it."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: EngineConfig,
-        metrics: Metrics,
-        on_state: Callable[[EngineState], None] | None = None,
-    ) -> None:
-        self.state = EngineState.STARTING
-        self.warm = asyncio.Event()
-        """Set at the end of the warm-up."""
-        self.died = asyncio.Event()
-        """Set when the engine has stopped with an error or hangs."""
+    def __init__(self, engine: Engine, config: EngineConfig, metrics: Metrics) -> None:
+        self._state = EngineState.STARTING
+        self._reached = {state: asyncio.Event() for state in EngineState}
         self._engine = engine
         """Owned by the engine thread; this class reads only `snapshot`, `under_way`, `clock` and `activity`."""
         self._metrics = metrics
-        self._on_state = on_state
         self._admission = Admission(config, engine.costs)
         self._tickets = Tickets(metrics, engine.activity)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -92,6 +81,11 @@ class AsyncEngine:
         self._stopped = asyncio.Event()
         """Set when the thread has ended or was abandoned."""
         self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> EngineState:
+        """Return the lifecycle state."""
+        return self._state
 
     @property
     def ledger(self) -> Ledger:
@@ -174,6 +168,10 @@ class AsyncEngine:
         if self.state in (EngineState.STARTING, EngineState.READY):
             self._set_state(EngineState.DRAINING)
 
+    async def reached(self, state: EngineState) -> None:
+        """Wait until the engine is, or was, in this state: READY after the warm-up, DEAD after an error or a hang."""
+        await self._reached[state].wait()
+
     async def wait_idle(self) -> None:
         """Wait until every accepted request has ended."""
         await self._tickets.wait_empty()
@@ -201,7 +199,6 @@ class AsyncEngine:
     def _on_report(self, report: Report) -> None:
         match report:
             case Warm():
-                self.warm.set()
                 if self.state is EngineState.STARTING:
                     self._set_state(EngineState.READY)
             case Loaded(model):
@@ -260,10 +257,9 @@ class AsyncEngine:
         for loading in self._loading.values():
             loading.set_exception(EngineDead(message))
         self._loading.clear()
-        self.died.set()
 
     def _set_state(self, state: EngineState) -> None:
-        self.state = state
+        self._state = state
+        self._reached[state].set()
         self._metrics.ready.set(state is EngineState.READY)
-        if self._on_state is not None:
-            self._on_state(state)
+        log.info("engine: %s", state.value)

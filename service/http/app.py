@@ -124,7 +124,7 @@ def assemble(
             tracing.open()
         owner = Engine(runners, config, metrics, activity=activity)
         runners.clear()  # while running, only the engine refers to the networks, so that it can free unloaded ones
-        engine = AsyncEngine(owner, config, metrics, on_state=_log_state)
+        engine = AsyncEngine(owner, config, metrics)
         encoding = EncodingPool()
         registry = None
         if root is not None and load is not None:
@@ -220,7 +220,3 @@ def _refuse_unfit_admin_root(root: Path, denoisers: Iterable[LoadedModel]) -> No
     if any(denoiser.threads == 0 for denoiser in denoisers):
         # A CUDA graph would be captured while another thread uses the device, which has not been tested
         raise ModelError("admin_root: on a CUDA device models cannot be loaded while others run; leave it out")
-
-
-def _log_state(state: EngineState) -> None:
-    log.info("engine: %s", state.value)

@@ -104,12 +104,12 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def _announce(self, service: ServiceState, addresses: list[str]) -> None:
-        await service.engine.warm.wait()
+        await service.engine.reached(EngineState.READY)
         facts = start_up_facts(service, addresses, self._connections)
         log.info("the service is ready", extra={START_UP: facts, SCREEN: start_up_screen(facts)})
 
     async def _exit_on_death(self, engine: AsyncEngine) -> None:
-        await engine.died.wait()
+        await engine.reached(EngineState.DEAD)
         await asyncio.sleep(DEATH_NOTICE_SECONDS)
         self.should_exit = self.force_exit = True  # without waiting for connections or a hanging thread
 

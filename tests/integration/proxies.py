@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
+from benchmarks.haproxy import Proxy
+from benchmarks.haproxy import haproxy as run_haproxy
 from tests.integration.exact_process import free_port, status_of
 from tests.paths import ROOT
 from tests.programs import tool
 from tests.waiting import PATIENCE_S, until
 
-HAPROXY = ROOT / "deploy" / "haproxy"
 NGINX = ROOT / "deploy" / "nginx"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
-REPLICAS = 'server-template api- 32 "${API_HOST-api}:8000" resolvers docker init-addr none'
 FRONT_NAME = "images.example"
 """Host name that nginx/front.conf serves."""
 
@@ -53,44 +50,11 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool]
     until(ready_or_gone)
 
 
-@dataclass(frozen=True)
-class Proxy:
-    """A running HAProxy."""
-
-    url: str
-    exporter: str
-    """URL of its metrics."""
-    log: Path
-
-
 @contextmanager
-def haproxy(
-    folder: Path, replicas: Sequence[int], hosts: str = "127.0.0.1", edit: Callable[[str], str] = lambda config: config
-) -> Iterator[Proxy]:
-    """Run HAProxy in front of replicas on these ports.
-
-    Args:
-        folder: for its files.
-        replicas: ports of the replicas.
-        hosts: Host names that clients may use, separated by spaces.
-        edit: changes the configuration before the addresses of this run are inserted.
-    """
-    servers = "\n    ".join(f"server api-{number} 127.0.0.1:{port}" for number, port in enumerate(replicas, 1))
-    config, log = edit((HAPROXY / "haproxy.cfg").read_text(encoding="utf-8")), folder / "haproxy.log"
-    config = _replaced(config, 2, REPLICAS, servers)
-    with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as exporter:
-        for published, listener in (("8000", front), ("8404", exporter)):  # sockets that HAProxy inherits
-            config = _replaced(config, 1, f"bind :{published}\n", f"bind fd@{listener.fileno()}\n")
-        (folder / "haproxy.cfg").write_text(config, encoding="utf-8")
-        shutil.copy(HAPROXY / "errors.map", folder)
-        with _process(
-            [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
-            log,
-            pass_fds=(front.fileno(), exporter.fileno()),
-            env={**os.environ, "ALLOWED_HOSTS": hosts},
-        ):
-            url, metrics = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (front, exporter))
-            yield Proxy(url, metrics, log)
+def haproxy(folder: Path, replicas: Sequence[int], **options: Any) -> Iterator[Proxy]:
+    """Run HAProxy in front of replicas on these ports (`benchmarks.haproxy`)."""
+    with run_haproxy(tool("haproxy"), folder, replicas, **options) as proxy:
+        yield proxy
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.haproxy import Proxy
 from tests.integration import proxies
 from tests.integration.exact_process import free_port, start, wait_for
-from tests.integration.proxies import FRONT_NAME, Prometheus, Proxy
+from tests.integration.proxies import FRONT_NAME, Prometheus
 from tests.observability import queries
 from tests.waiting import PATIENCE_S, until
 
@@ -112,7 +113,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for replica in replicas:
             replica.wait_ready()
         ports = [replica.port for replica in replicas]
-        haproxy = stack.enter_context(proxies.haproxy(folder("haproxy"), ports, f"127.0.0.1 {FRONT_NAME}"))
+        haproxy = stack.enter_context(proxies.haproxy(folder("haproxy"), ports, hosts=f"127.0.0.1 {FRONT_NAME}"))
         nginx = stack.enter_context(proxies.nginx(folder("nginx"), ports, idle=f"{KEEP_ALIVE_S / 2:g}s"))
         front = stack.enter_context(proxies.front(folder("front"), haproxy))
         targets = {
@@ -256,7 +257,7 @@ def test_a_rolling_restart_loses_no_request(fleet: Fleet) -> None:
     def ask(_: int) -> Counter[int]:
         statuses: Counter[int] = Counter()
         with client() as asking:
-            while not stop.is_set():
+            while not stop.wait(0.1):  # restarts take seconds; without pauses the load would slow them down
                 statuses[generate(asking, fleet.haproxy.url).status_code] += 1
         return statuses
 

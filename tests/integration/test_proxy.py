@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import shutil
-import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.proxies import REPLICAS
-from tests.paths import ROOT
-from tests.programs import tool
+from benchmarks.haproxy import Proxy
+from tests.integration import proxies
 from tests.waiting import PATIENCE_S, until
-
-CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 
 
 class Replica(BaseHTTPRequestHandler):
@@ -56,35 +49,14 @@ class Replicas(ThreadingHTTPServer):
 
 
 @contextmanager
-def proxied(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Run HAProxy before a replica; yield the port and the log."""
-    with socket.socket() as front, socket.socket() as exporter, Replicas(("127.0.0.1", 0), Replica) as replica:
-        for listener in (front, exporter):
-            listener.bind(("127.0.0.1", 0))
-        port = front.getsockname()[1]
-        config, log = CONFIG.read_text(), folder / "log"
-        assert config.count(REPLICAS) == 2
-        config = config.replace(REPLICAS, f"server replica 127.0.0.1:{replica.server_port}")
-        for published, listener in (("8000", front), ("8404", exporter)):  # sockets that HAProxy inherits
-            assert f"bind :{published}\n" in config
-            listener.listen()
-            config = config.replace(f"bind :{published}\n", f"bind fd@{listener.fileno()}\n")
-        (folder / "haproxy.cfg").write_text(config)
-        shutil.copy(CONFIG.with_name("errors.map"), folder)
+def proxied(folder: Path) -> Iterator[Proxy]:
+    """Run HAProxy before a replica."""
+    with Replicas(("127.0.0.1", 0), Replica) as replica:
         threading.Thread(target=replica.serve_forever, daemon=True).start()
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [tool("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
-                stdout=output,
-                stderr=output,
-                pass_fds=(front.fileno(), exporter.fileno()),
-                env={**os.environ, "ALLOWED_HOSTS": "127.0.0.1"},
-            )
         try:
-            yield port, log
+            with proxies.haproxy(folder, [replica.server_port]) as proxy:
+                yield proxy
         finally:
-            process.kill()
-            process.wait()
             replica.shutdown()
 
 
@@ -92,8 +64,8 @@ def proxied(folder: Path) -> Iterator[tuple[int, Path]]:
 def test_a_replica_that_dies_during_a_later_request_of_a_client_is_a_502_and_a_log_line(
     tmp_path: Path, method: str, path: str
 ) -> None:
-    with proxied(tmp_path) as (port, log):
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    with proxied(tmp_path) as proxy:
+        client = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=PATIENCE_S)
 
         def ask(**headers: str) -> tuple[int, bytes]:
             client.request(method, path, headers={"Content-Type": "application/json", **headers})
@@ -105,5 +77,5 @@ def test_a_replica_that_dies_during_a_later_request_of_a_client_is_a_502_and_a_l
         assert status == 502
         assert json.loads(body)["status"] == 502
         client.close()
-        until(lambda: b" 502 " in log.read_bytes())
-        assert b" SH-- " in log.read_bytes()
+        until(lambda: b" 502 " in proxy.log.read_bytes())
+        assert b" SH-- " in proxy.log.read_bytes()

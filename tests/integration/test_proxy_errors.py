@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from benchmarks.haproxy import FOLDER
 from service.http.faults import REFUSED_BEFORE_WORK, Fault, as_openai_error
 from service.http.interfaces import Interface, generates
 from service.http.routes import RouteTable
+from tests.integration import proxies
 from tests.integration.exact_service import exact_app
-from tests.paths import ROOT
-from tests.programs import tool
 from tests.waiting import PATIENCE_S, scaled
 
-FOLDER = ROOT / "deploy" / "haproxy"
 GENERATES = {
     "/v1/generate": Interface.NATIVE,
     "/v1/images/generations": Interface.OPENAI,
@@ -55,41 +50,22 @@ class Replica(BaseHTTPRequestHandler):
         pass
 
 
-def configuration(listener: socket.socket, exporter: Path, replica: int) -> str:
-    """Return our configuration with other ports, one replica for routes that generate, none for the rest, and a short
-    timeout.
-    """
-    config = (FOLDER / "haproxy.cfg").read_text()
-    config = config.replace("bind :8000", f"bind fd@{listener.fileno()}").replace("bind :8404", f"bind unix@{exporter}")
-    config = re.sub(r"timeout (server|http-request) +\S+", rf"timeout \1 {scaled(5):.0f}s", config)
-    generate, name, light = config.partition("\nbackend light\n")
-    generate = re.sub(r"server-template .*", f"server one 127.0.0.1:{replica}", generate)
-    return generate + name + re.sub(r"server-template .*", "", light)
+def with_short_timeouts(config: str) -> str:
+    return re.sub(r"timeout (server|http-request) +\S+", rf"timeout \1 {scaled(5):.0f}s", config)
 
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program, folder = tool("haproxy"), tmp_path_factory.mktemp("haproxy")
-    shutil.copy(FOLDER / "errors.map", folder)
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        (folder / "log").open("wb") as log,
-    ):
+    """A proxy with short timeouts, one replica for routes that generate, and none for the rest."""
+    folder = tmp_path_factory.mktemp("haproxy")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as replica:
         threading.Thread(target=replica.serve_forever).start()
-        (folder / "haproxy.cfg").write_text(configuration(listener, folder / "exporter", replica.server_port))
-        process = subprocess.Popen(
-            [program, "-db", "-f", str(folder / "haproxy.cfg")],
-            env={**os.environ, "ALLOWED_HOSTS": "127.0.0.1 [::1]"},
-            pass_fds=[listener.fileno()],
-            stdout=log,
-            stderr=log,
-        )
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with proxies.haproxy(
+                folder, [replica.server_port], light=[], hosts="127.0.0.1 [::1]", edit=with_short_timeouts
+            ) as proxy:
+                yield proxy.url
         finally:
-            process.kill()
-            process.wait()
             Replica.released.set()
             replica.shutdown()
 

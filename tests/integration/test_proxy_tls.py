@@ -57,7 +57,7 @@ def proxied(folder: Path) -> Iterator[int]:
     with Replicas(("127.0.0.1", 0), PathReplica) as replica:
         threading.Thread(target=replica.serve_forever, daemon=True).start()
         try:
-            with proxies.haproxy(folder, [replica.server_port], NAME, with_tls):
+            with proxies.haproxy(folder, [replica.server_port], hosts=NAME, edit=with_tls):
                 yield tls
         finally:
             replica.shutdown()

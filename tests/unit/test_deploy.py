@@ -278,6 +278,21 @@ def test_make_serve_installs_no_more_than_it_needs_and_listens_on_loopback() -> 
     assert 'iddpm serve --model "models/fashion32" --host "127.0.0.1" --port "8000"' in planned
 
 
+def test_make_runs_numerical_tests_again_only_where_the_processor_has_more_than_avx2() -> None:
+    again, skipped = (run(tool("make"), "--dry-run", "test-avx2", f"ONLY_AVX2={known}").stdout for known in ("", "yes"))
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in again
+    assert "tests/parity/test_networks.py" in again
+    assert "pytest" not in skipped
+    assert "Skipped: this processor has no instructions beyond AVX2" in skipped
+
+
+def test_processes_of_the_tests_keep_compiled_modules() -> None:
+    for target in ("test", "test-avx2", "test-long", "test-containers"):
+        planned = run(tool("make"), "--dry-run", target, "ONLY_AVX2=").stdout
+        (line,) = (line for line in planned.splitlines() if "bin/pytest " in line)
+        assert "env -u PYTHONDONTWRITEBYTECODE .venv/bin/pytest" in line
+
+
 def test_make_prints_its_targets_by_default() -> None:
     printed = run(tool("make")).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

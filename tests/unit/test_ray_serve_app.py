@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from service.engine.async_engine import EngineState
+from service.engine.watchdog import Watchdog
 from service.http.server import STRAGGLER_SECONDS, engine_of
 from service.settings import Settings
 from tests.integration.exact_service import exact_app
@@ -132,8 +132,7 @@ async def test_a_replica_whose_engine_died_is_unhealthy_and_ends(monkeypatch: py
         await replica.check_health()
         engine = engine_of(app)
         assert engine is not None
-        engine.state = EngineState.DEAD
-        engine.died.set()
+        monkeypatch.setattr(Watchdog, "hangs", lambda *_: True)
         await ended.wait()
         with pytest.raises(RuntimeError, match="the engine has stopped"):
             await replica.check_health()

@@ -6,26 +6,10 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks import measure_fleet
-from benchmarks.measure_fleet import Round, Summary, measured_steps, proxy_config, table
+from benchmarks.measure_fleet import Round, Summary, measured_steps, table
 from benchmarks.null_network import NullDenoiser
 from benchmarks.traffic import Arrival
 from diffusion.network_inputs import NetworkInputs
-
-
-def test_the_proxy_gets_the_addresses_of_the_replicas_and_is_otherwise_that_of_the_repository() -> None:
-    ours = measure_fleet.CONFIG.read_text(encoding="utf-8").splitlines()
-    text = proxy_config(7000, 7001, [7002, 7003]).splitlines()
-    changed = [line.strip() for line in text if line not in ours]
-    servers = ["server api-0 127.0.0.1:7002", "server api-1 127.0.0.1:7003"]
-    assert sorted(changed) == sorted(["bind 127.0.0.1:7000", "bind 127.0.0.1:7001", *servers, *servers])
-    assert len(text) == len(ours) + 2
-
-
-def test_a_configuration_without_the_expected_lines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_fleet, "TEMPLATE", "server of another kind")
-    with pytest.raises(ValueError, match="must have the line 'server of another kind' 2 times"):
-        proxy_config(7000, 7001, [7002])
 
 
 def test_the_steps_of_all_replicas_are_averaged_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:

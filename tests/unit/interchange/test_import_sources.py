@@ -158,7 +158,8 @@ def test_a_compiled_grey_model_is_imported_without_flags_for_channels(tmp_path: 
     for note in ("'module.' was removed from the names of weights", "image_channels: 1, read from the weights"):
         assert f"note: {note}" in output
         assert note in read_config(tmp_path / "out").provenance["notes"]
-    assert all(torch.equal(tensor, load_file(WEIGHTS)[name]) for name, tensor in read_weights(tmp_path / "out").items())
+    expected = load_file(WEIGHTS)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read_weights(tmp_path / "out").items())
 
 
 # --- channels

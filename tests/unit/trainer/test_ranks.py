@@ -88,8 +88,9 @@ def assert_same_training(run: Path, alone: Path) -> None:
         assert mine["images"] == theirs["images"]
         for name in ("loss", "mse", "vb_bpd", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (mine["images"], name)
+    trained = weights(checkpoints(run)[-1])
     for name, tensor in weights(checkpoints(alone)[-1]).items():
-        assert torch.allclose(weights(checkpoints(run)[-1])[name], tensor, rtol=1e-3, atol=2e-5), name
+        assert torch.allclose(trained[name], tensor, rtol=1e-3, atol=2e-5), name
 
 
 def test_two_processes_go_on_as_one_would_with_the_whole_batch(data: Path, alone: Path, tmp_path: Path) -> None:

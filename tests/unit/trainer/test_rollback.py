@@ -75,8 +75,9 @@ def test_a_rolled_back_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> No
                 shutil.rmtree(folder)
         train(CONFIG, data, killed, resume=True)
         resumed = checkpoints(killed)[-1]
+        found = weights(resumed)
         for name, tensor in weights(whole).items():
-            assert torch.equal(weights(resumed)[name], tensor), (last, name)
+            assert torch.equal(found[name], tensor), (last, name)
         assert rates(killed) == rates(tmp_path / "whole")
         assert read_config(resumed).provenance["rollbacks"] == read_config(whole).provenance["rollbacks"]
 

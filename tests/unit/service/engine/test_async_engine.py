@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -228,7 +229,7 @@ async def test_a_step_that_hangs_fails_all_requests_at_once_without_waiting_for_
     assert now > HANG_FLOOR_S
     outcomes = [await outcome(future) for ticket in tickets for future in ticket.images]
     assert outcomes == [EngineDead.__name__] * 4
-    assert engine.died.is_set()
+    await engine.reached(EngineState.DEAD)
     await engine.stop()
     assert engine.state is EngineState.DEAD
     runner.released.set()
@@ -289,6 +290,21 @@ def test_every_future_resolves_exactly_once_and_nothing_is_left_in_flight(
             assert engine.state is EngineState.READY
 
     run_async(check())
+
+
+@runs
+async def test_a_state_is_logged_when_it_is_reached_and_stays_reached(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="service.engine.async_engine")
+    engine = AsyncEngine(Engine({"m": CountingRunner()}, CONFIG, Metrics()), CONFIG, Metrics())
+    reached = [asyncio.create_task(engine.reached(state)) for state in (EngineState.READY, EngineState.STOPPED)]
+    await asyncio.sleep(0)
+    assert [task.done() for task in reached] == [False, False]
+    engine.start()
+    await engine.reached(EngineState.READY)
+    await engine.stop()
+    await asyncio.gather(*reached)
+    await engine.reached(EngineState.READY)
+    assert [record.message for record in caplog.records] == ["engine: ready", "engine: draining", "engine: stopped"]
 
 
 @runs
