@@ -153,7 +153,7 @@ class Validation:
             t=torch.from_numpy(t).to(self._device),
             weights=torch.ones(len(indices), device=self._device),
             noise=noise_at(self._config.seed, indices, STREAM_VALIDATION, x0),
-            conditions=conditions_of(self._config, x0, cond),
+            conditions=conditions_of(self._config.model, x0, cond),
         )
 
 
