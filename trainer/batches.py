@@ -173,10 +173,10 @@ def read_pairs(
     Raises:
         DataError: an image cannot be read.
     """
-    x0 = torch.from_numpy(network_input(dataset.images(indices, draws)))
     if dataset.conditions is None:
-        return x0, None
-    return x0, torch.from_numpy(network_input(dataset.conditions.images(indices, draws)))
+        return torch.from_numpy(network_input(dataset.images(indices, draws))), None
+    images, conditions = dataset.conditions.pairs(indices, draws)
+    return torch.from_numpy(network_input(images)), torch.from_numpy(network_input(conditions))
 
 
 def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tensor:
