@@ -41,9 +41,10 @@ from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions
 from trainer.evaluation.gradient_noise_report import summarise
 from trainer.evaluation.metrics import frechet_distance
 from trainer.evaluation.nll import NllOptions, evaluate_nll
+from trainer.evaluation.reading import reading_of
 from trainer.evaluation.records import Records
 from trainer.evaluation.scaling import parameter_count, training_flops
-from trainer.evaluation.subject import Subject, data_options, load_subject
+from trainer.evaluation.subject import Subject, load_subject
 from trainer.run_folder import MODEL_FOLDER, checkpoints
 
 FULL = 0
@@ -280,9 +281,9 @@ class Evaluation:
     @cached_property
     def _dataset(self) -> Dataset:
         subject = load_subject(next(self._runs.glob(f"*/{MODEL_FOLDER}")), torch.device("cpu"))
-        model = subject.config.model
+        model, reading = subject.config.model, reading_of(subject.config)
         return open_dataset(
-            self._test, model.image_size, model.image_channels, data_options(subject), labelled=False, cache=self._cache
+            self._test, model.image_size, model.image_channels, reading, labelled=False, cache=self._cache
         )
 
     @cached_property

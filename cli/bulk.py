@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import typer
 
 from cli.split_requests import with_class_index
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from cli.local_engine import LocalEngine
     from formats.generated_folder import GeneratedFolder
     from formats.generation import Generation, GenerationFormat
@@ -24,6 +27,21 @@ if TYPE_CHECKING:
 
 class BulkStopped(Exception):
     """Generation was stopped by a request."""
+
+
+class Conditions(Protocol):
+    """The conditioning images of a generation."""
+
+    description: dict[str, str | int]
+    """The data that they come from, with everything on which they depend."""
+
+    def of(self, images: range) -> npt.NDArray[np.float32]:
+        """Return those of some images as the network takes them, [n, C', H, W].
+
+        Raises:
+            ValueError: a file cannot be read.
+        """
+        ...
 
 
 class Files(NamedTuple):
@@ -42,6 +60,7 @@ def describe_generation(
     count: int,
     classes: Sequence[int] | None,
     files: Files,
+    conditions: Conditions | None = None,
 ) -> Generation:
     """Return the manifest of images, with everything that determines them.
 
@@ -53,6 +72,7 @@ def describe_generation(
         count: number of images.
         classes: classes of the images by image index, repeated as often as needed; None: the images have none.
         files: how they are stored.
+        conditions: the conditioning images, for a model that takes some.
 
     Raises:
         ValidationError, InvalidRequest: a field breaks a rule of requests, or of the model.
@@ -68,7 +88,8 @@ def describe_generation(
     if image_index + count - 1 > MAX_IMAGE_INDEX:
         raise ValueError(f"--image-index must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images")
     one = {} if classes is None else {"class": classes[0]}
-    (image,) = engine.complete({**sampling, **one, "seed": seed, "image_index": image_index, "n": 1})
+    fields = {**sampling, **one, "seed": seed, "image_index": image_index, "n": 1}
+    (image,) = engine.complete(fields, cond=None if conditions is None else conditions.of(range(1)))
     height, width = size_pair(engine.config.model.image_size)
     return Generation(
         iddpm=version("iddpm"),
@@ -90,6 +111,7 @@ def describe_generation(
         image_shape=(height, width, engine.config.model.image_channels),
         classes=None if classes is None else tuple(classes),
         class_names=engine.class_names,
+        conditions=None if conditions is None else conditions.description,
         format=files.format,
         shard_size=files.shard_size,
     )
@@ -120,8 +142,11 @@ def choose_classes(engine: LocalEngine, sampling: dict[str, Any], names: Sequenc
     return found
 
 
-def images_of(engine: LocalEngine, generation: Generation, images: range) -> list[ImageParams]:
-    """Return some images of a generation: exactly what the service makes of requests with their seed, index and class.
+def images_of(
+    engine: LocalEngine, generation: Generation, images: range, conditions: Conditions | None = None
+) -> list[ImageParams]:
+    """Return some images of a generation: exactly what the service makes of requests with their seed, index, class and
+    conditioning image.
 
     Raises:
         ValidationError, InvalidRequest: a field breaks a rule.
@@ -143,11 +168,14 @@ def images_of(engine: LocalEngine, generation: Generation, images: range) -> lis
         part = range(first, min(first + MAX_IMAGES, images.stop))
         labels = generation.labels(part)
         one = {} if labels is None else {"class": labels.tolist()}
-        found += engine.complete({**fields, **one, "image_index": generation.index_of(first), "n": len(part)})
+        found += engine.complete(
+            {**fields, **one, "image_index": generation.index_of(first), "n": len(part)},
+            cond=None if conditions is None else conditions.of(part),
+        )
     return found
 
 
-def generate_into(out: Path, engine: LocalEngine, generation: Generation) -> None:
+def generate_into(out: Path, engine: LocalEngine, generation: Generation, conditions: Conditions | None = None) -> None:
     """Generate the images that a folder lacks, with a progress bar, and complete the folder.
 
     SIGTERM, SIGHUP and Ctrl-C end the command when the shard that is being written is whole; it says how to continue.
@@ -156,6 +184,7 @@ def generate_into(out: Path, engine: LocalEngine, generation: Generation) -> Non
         GenerationError: the folder holds other images or other files, or the format cannot hold the images.
         FolderInUse: another process writes there.
         GenerationFailed: an image failed.
+        ValueError: a conditioning image cannot be read.
         OSError: a file cannot be written.
     """
     from formats.generated_folder import generated_folder
@@ -170,13 +199,15 @@ def generate_into(out: Path, engine: LocalEngine, generation: Generation) -> Non
                     "writes there",
                     err=True,
                 )
-            _generate_missing(engine, folder, stop)
+            _generate_missing(engine, folder, conditions, stop)
     except BulkStopped:
         typer.echo(f"stopped; to continue: {shlex.join(['iddpm', *sys.argv[1:]])}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
 
 
-def _generate_missing(engine: LocalEngine, folder: GeneratedFolder, stop: Callable[[], bool]) -> None:
+def _generate_missing(
+    engine: LocalEngine, folder: GeneratedFolder, conditions: Conditions | None, stop: Callable[[], bool]
+) -> None:
     """Generate what is missing; at most two shards are generated while one is written and one waits to be.
 
     Raises:
@@ -186,7 +217,7 @@ def _generate_missing(engine: LocalEngine, folder: GeneratedFolder, stop: Callab
     from tqdm import tqdm
 
     generation, missing = folder.generation, folder.missing()
-    (first,) = images_of(engine, generation, range(1))
+    (first,) = images_of(engine, generation, range(1), conditions)
     row_steps = first.rows * first.num_steps
     # Counted in rows computed, shown in images
     bar = tqdm(
@@ -206,7 +237,7 @@ def _generate_missing(engine: LocalEngine, folder: GeneratedFolder, stop: Callab
             raise BulkStopped
 
     with bar, _writer(folder) as write:
-        groups = (images_of(engine, generation, images) for images in missing)
+        groups = (images_of(engine, generation, images, conditions) for images in missing)
         for number, pixels in engine.run(groups, advance) if missing else ():  # a run begins with a warm-up
             write(missing[number], np.stack(pixels))
     folder.finish()

@@ -11,12 +11,14 @@ import typer
 
 from cli.errors import needs_extra
 from cli.evaluation_errors import evaluation_errors
+from cli.evaluation_options import CondData
 
 
 def nll_command(
     models: Annotated[list[Path], typer.Argument(help="Checkpoint or ensemble folders to compare on the same images.")],
     data: Annotated[Path, typer.Option(help="Test images: an npz file, or a folder with one subfolder per class.")],
     out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
+    cond: CondData = None,
     steps: Annotated[
         int | None, typer.Option(min=2, help="Evaluate on this many evenly spaced timesteps. Default: the full chain.")
     ] = None,
@@ -45,14 +47,14 @@ def nll_command(
 
         from cli.threads import limit_torch_threads
         from formats.atomic_file import write_file
-        from trainer.data import open_dataset
         from trainer.evaluation.collected import RESULTS_FILE, Results
         from trainer.evaluation.errors import EvaluationError
         from trainer.evaluation.folder import evaluation_folder
-        from trainer.evaluation.nll import NllOptions, evaluate_nll
+        from trainer.evaluation.nll import NllOptions, evaluate_nll, inputs_of
         from trainer.evaluation.nll_report import summarise, table
         from trainer.evaluation.plots import vlb_terms
-        from trainer.evaluation.subject import data_options, distinct_names, load_subject
+        from trainer.evaluation.reading import open_inputs
+        from trainer.evaluation.subject import distinct_names, load_subject
         from trainer.provenance import git_commit
         from trainer.stop_request import StopRequest
 
@@ -70,10 +72,8 @@ def nll_command(
         shapes = {subject.image_shape for subject in subjects}
         if len(shapes) > 1:
             raise EvaluationError(f"models must have images of one shape; got {sorted(shapes)}")
-        model = subjects[0].config.model
         labelled = any(subject.config.model.num_classes is not None for subject in subjects)
-        reading = data_options(subjects[0])
-        dataset = open_dataset(data, model.image_size, model.image_channels, reading, labelled=labelled)
+        dataset, reading = open_inputs(data, [subject.config for subject in subjects], cond, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         spec = str(steps) if steps is not None else respacing or ""
         settings = {
@@ -91,6 +91,9 @@ def nll_command(
             seed=seed,
             batch_size=batch_size,
         )
+        for subject in subjects:
+            inputs_of(subject, dataset)  # refuses data that do not fit
+            options.process_of(subject)  # refuses a respacing that its chain does not have
         results = {}
         with evaluation_folder(out, settings), stop.on_signals():
             for name, subject in zip(distinct_names(subjects), subjects, strict=True):

@@ -12,12 +12,14 @@ import typer
 
 from cli.errors import needs_extra
 from cli.evaluation_errors import evaluation_errors
+from cli.evaluation_options import CondData
 
 
 def noise_scale_command(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     data: Annotated[Path, typer.Option(help="Training images: an npz file, or a folder with one subfolder per class.")],
     out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
+    cond: CondData = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,12 +46,12 @@ def noise_scale_command(
 
         from cli.threads import limit_torch_threads
         from formats.atomic_file import write_file
-        from trainer.data import open_dataset
         from trainer.evaluation.collected import RESULTS_FILE
         from trainer.evaluation.folder import evaluation_folder
         from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
         from trainer.evaluation.gradient_noise_report import summarise, table
-        from trainer.evaluation.subject import data_options, load_subject
+        from trainer.evaluation.reading import open_inputs
+        from trainer.evaluation.subject import load_subject
         from trainer.provenance import git_commit
         from trainer.stop_request import StopRequest
 
@@ -60,10 +62,8 @@ def noise_scale_command(
         options = NoiseOptions(small=small, big=big, batches=batches, history=history, seed=seed)
         subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = [Case.parse(case) for case in cases] if cases else usual_cases(subject)
-        network = subject.config.model
-        reading = data_options(subject)
-        labelled = network.num_classes is not None
-        dataset = open_dataset(data, network.image_size, network.image_channels, reading, labelled=labelled)
+        labelled = subject.config.model.num_classes is not None
+        dataset, reading = open_inputs(data, [subject.config], cond, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         settings = {
             "kind": "noise-scale",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from cli.errors import fail, needs_extra
+from cli.evaluation_options import CondData
 from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def samples_command(
     data: Annotated[
         Path | None, typer.Option(help="Real images to compare with: a data set, as for `iddpm train`.")
     ] = None,
+    cond: CondData = None,
     reference: Annotated[
         Path | None, typer.Option(help="Instead of --data: reference npz of guided-diffusion's evaluator.")
     ] = None,
@@ -50,9 +54,12 @@ def samples_command(
     cfg_scale: CfgScale = None,
     classifier_scale: ClassifierScale = None,
     classes: Annotated[
-        Literal["balanced", "data"],
-        typer.Option(help="Classes of the images: equally often, or as often as in --data."),
-    ] = "balanced",
+        Literal["balanced", "data"] | None,
+        typer.Option(
+            help="Classes of the images: equally often, or as often as in --data. Default: balanced; with conditioning "
+            "images, those of the images that they belong to."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed; image k is image k of this seed.")] = 0,
     features_range: Annotated[
         str, typer.Option(help="Values of black and white in the input of an ONNX or TorchScript network.")
@@ -78,6 +85,7 @@ def samples_command(
         from trainer.evaluation.errors import EvaluationError
         from trainer.evaluation.extractors import open_extractor
         from trainer.evaluation.feature_sets import cache_folder
+        from trainer.evaluation.samples import evaluate_samples, refuse_unfit
 
         limit_torch_threads()
 
@@ -95,12 +103,14 @@ def samples_command(
         if classes == "data" and data is None:
             raise EvaluationError("--classes data needs --data, whose frequencies it takes")
         extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
-        config, numerics_id = generate(model, out, num, seed, sampling, classes, data)
-        from trainer.evaluation.samples import evaluate_samples
+        generated = generate(
+            model, out, num, seed, sampling, classes=classes, data=data, cond=cond,
+            check=partial(refuse_unfit, data=data, split_baseline=split_baseline),
+        )  # fmt: skip
 
         evaluate_samples(
             out,
-            config,
+            generated.config,
             extractor,
             data=data,
             reference=reference,
@@ -110,8 +120,13 @@ def samples_command(
                 "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
                 "command": shlex.join(["iddpm", *sys.argv[1:]]),
                 "model": str(model),
-                "numerics_id": numerics_id,
-                "sampling": {**sampling, "seed": seed, "classes": classes},
+                "numerics_id": generated.numerics_id,
+                "sampling": {
+                    **sampling,
+                    "seed": seed,
+                    "classes": classes or ("data" if generated.conditions else "balanced"),
+                },
+                **({"conditions": generated.conditions} if generated.conditions else {}),
             },
         )
     except ValidationError as error:
@@ -134,37 +149,80 @@ def read_range(text: str) -> tuple[float, float]:
     return low, high
 
 
+class Generated(NamedTuple):
+    """What was generated."""
+
+    config: CheckpointConfig
+    """Of the model."""
+    numerics_id: str
+    conditions: dict[str, str | int] | None
+    """The data whose images condition the generated ones; None: the model takes no conditioning image."""
+
+
 def generate(
-    model: Path, out: Path, num: int, seed: int, sampling: dict[str, Any], classes: str, data: Path | None
-) -> tuple[CheckpointConfig, str]:
-    """Generate the images that are missing in a folder; return the model's configuration and numerics_id."""
+    model: Path,
+    out: Path,
+    num: int,
+    seed: int,
+    sampling: dict[str, Any],
+    *,
+    classes: Literal["balanced", "data"] | None = None,
+    data: Path | None = None,
+    cond: Path | None = None,
+    check: Callable[[CheckpointConfig], None] = lambda _: None,
+) -> Generated:
+    """Generate the images that are missing in a folder.
+
+    Args:
+        model: the model folder.
+        out: the folder.
+        num: number of images.
+        seed: of all images.
+        sampling: fields of a request.
+        classes: see `samples_command`; None: balanced, or those of the conditioning images.
+        data: real images, whose frequencies of classes and conditioning images are taken.
+        cond: conditioning images of the data.
+        check: called with the model's configuration before anything is computed; its exceptions are passed on.
+    """
     from cli.bulk import Files, describe_generation, generate_into
     from cli.local_engine import LocalEngine
+    from trainer.evaluation.conditions import RealConditions, open_conditions
 
-    engine = LocalEngine(model)
+    conditions: RealConditions | None = None
+
+    def check_all(config: CheckpointConfig) -> None:
+        nonlocal conditions
+        guided = bool(sampling.get("classifier_scale"))
+        conditions = open_conditions(config, data, cond, num, classes=classes, guided=guided)
+        check(config)
+
+    engine = LocalEngine(model, check_all)
     generation = describe_generation(
         engine,
         sampling,
         seed=seed,
         image_index=0,
         count=num,
-        classes=_classes(engine, sampling, num, classes, data),
+        classes=_classes(engine, sampling, num, classes, data) if conditions is None else conditions.labels,
         files=Files("npz", SHARD_SIZE),
+        conditions=conditions,
     )
-    generate_into(out, engine, generation)
-    return engine.config, engine.numerics_id
+    generate_into(out, engine, generation, conditions)
+    return Generated(engine.config, engine.numerics_id, generation.conditions)
 
 
 def _classes(
-    engine: LocalEngine, sampling: dict[str, Any], num: int, classes: str, data: Path | None
+    engine: LocalEngine, sampling: dict[str, Any], num: int, classes: str | None, data: Path | None
 ) -> list[int] | None:
     """Return the classes of images by image index, repeated as often as needed; None if images have no class."""
     from cli.bulk import choose_classes
-    from trainer.evaluation.feature_sets import open_real
+    from trainer.evaluation.reading import open_real
     from trainer.evaluation.sample_files import labels_by_frequency
+    from trainer.evaluation.subject import model_labels
 
     count = engine.config.model.num_classes
-    if classes == "balanced" or data is None or count is None:
+    if classes != "data" or data is None or count is None:
         return choose_classes(engine, sampling, None)
-    labels = labels_by_frequency(num, open_real(data, engine.config, labelled=True).labels, count)
-    return [int(label) for label in labels]
+    labels = model_labels("the model", engine.config, open_real(data, engine.config, labelled=True))
+    assert labels is not None  # noqa: S101  # the model has classes
+    return [int(label) for label in labels_by_frequency(num, labels, count)]

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from diffusion.config import CheckpointConfig
     from service.engine.request import GivenArrays, ImageParams
     from service.requests.results import Pixels
+
+    Conditions = npt.NDArray[np.float32]
 
 MODEL = "model"
 AHEAD = 2
@@ -80,19 +85,27 @@ class LocalEngine:
         check_cond(body.cond, self.config.model)
         return read_given(body, self.config)
 
-    def complete(self, fields: dict[str, Any], given: Sequence[GivenArrays] = ()) -> list[ImageParams]:
+    def complete(
+        self, fields: dict[str, Any], given: Sequence[GivenArrays] = (), *, cond: Conditions | None = None
+    ) -> list[ImageParams]:
         """Return the images of a request's fields, with the model's defaults.
 
         Args:
             fields: of the request.
             given: what `read_given` returned for them.
+            cond: instead of a field, the conditioning image of each image as the network takes it, [n, C', H, W].
 
         Raises:
             ValidationError, InvalidRequest: a field breaks a rule.
         """
+        from service.engine.request import GivenArrays
         from service.requests.completion import complete
         from service.requests.generate_request import GenerateRequest
+        from service.requests.source import ArraySource
 
+        if cond is not None:
+            fields = {**fields, "cond": ArraySource(cond)}
+            given = [GivenArrays(cond=one) for one in cond]
         body = GenerateRequest.model_validate(fields)
         return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize, given=given).images)
 

@@ -84,6 +84,7 @@ def scaling_command(
         from trainer.evaluation.nll import NllOptions, evaluate_nll
         from trainer.evaluation.plots import quality_over_compute
         from trainer.evaluation.samples import evaluate_samples
+        from trainer.evaluation.scaling import refuse_unfit
         from trainer.evaluation.scaling import study as run_study
         from trainer.evaluation.subject import load_subject
         from trainer.presets import preset as named_preset
@@ -98,6 +99,7 @@ def scaling_command(
         extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
         free, _ = split_decided(parse_assignments(assignments or []))
         base = named_preset(preset).with_overrides(free)
+        refuse_unfit(base)
         opened = partial(
             open_dataset, image_size=base.model.image_size, channels=base.model.image_channels, options=base.data,
             labelled=base.class_conditional,
@@ -108,11 +110,19 @@ def scaling_command(
         constant = limit if limit is not None else _real_distance(data, reference, base, num, extractor, kept)
 
         def evaluate(model: Path, folder: Path) -> Mapping[str, float]:
-            config, numerics_id = generate(model, folder, num, 0, {"steps": steps}, "balanced", None)
-            facts: dict[str, Any] = {"date": "", "command": command, "model": str(model), "numerics_id": numerics_id}
+            generated = generate(model, folder, num, 0, {"steps": steps})
+            facts: dict[str, Any] = {"date": "", "command": command, "model": str(model)}
+            facts["numerics_id"] = generated.numerics_id
             facts["sampling"] = {"steps": steps, "seed": 0}
             results = evaluate_samples(
-                folder, config, extractor, data=reference, reference=None, split_baseline=None, cache=kept, facts=facts
+                folder,
+                generated.config,
+                extractor,
+                data=reference,
+                reference=None,
+                split_baseline=None,
+                cache=kept,
+                facts=facts,
             )
             names = ("frechet_distance", "precision", "recall")
             measured = {name: results["results"][0][name] for name in names}
@@ -161,8 +171,9 @@ def _real_distance(data: Path, reference: Path, base: Any, num: int, extractor: 
     import numpy as np
 
     from diffusion.config import CheckpointConfig
-    from trainer.evaluation.feature_sets import dataset_features, dataset_reference, open_real
+    from trainer.evaluation.feature_sets import dataset_features, dataset_reference
     from trainer.evaluation.metrics import frechet_distance_of, moments
+    from trainer.evaluation.reading import open_real
 
     config = CheckpointConfig(
         model=base.model, diffusion=base.diffusion, provenance={"train_config": base.model_dump(mode="json")}

@@ -67,6 +67,9 @@ class Generation(FrozenConfig):
     """Classes of the images by image index, repeated as often as needed; None: the images have no class."""
     class_names: tuple[str, ...]
     """Names of all classes of the model, by index; empty if it has none."""
+    conditions: dict[str, str | int] | None = None
+    """The data whose images condition the generated ones (`iddpm evaluate samples`); None: the model takes no
+    conditioning image."""
     format: GenerationFormat
     shard_size: int = Field(ge=1, le=MAX_SHARD_SIZE)
 

@@ -31,15 +31,16 @@ def write_random_model(folder: Path, seed: int, **fields: Any) -> Path:
     Args:
         folder: the checkpoint folder.
         seed: of the weights.
-        fields: other fields of the configuration, and num_classes of the model.
+        fields: other fields of the configuration, num_classes of the model, and other fields of it as `model`.
     """
-    config = CheckpointConfig(
-        model=ModelConfig(
-            image_size=4, image_channels=1, model_channels=32, channel_mult=(1,), num_res_blocks=1,
-            attention_resolutions=(), num_heads=1, num_classes=fields.pop("num_classes", 3), norm_groups=8,
-        ),
-        **{"class_names": ("z", "y", "x"), "diffusion": DiffusionConfig(num_timesteps=RANDOM_MODEL_STEPS), **fields},
+    model = ModelConfig(
+        image_size=4, image_channels=1, model_channels=32, channel_mult=(1,), num_res_blocks=1,
+        attention_resolutions=(), num_heads=1, num_classes=fields.pop("num_classes", 3), norm_groups=8,
     )  # fmt: skip
+    config = CheckpointConfig(
+        model=model.replace(**fields.pop("model", {})),
+        **{"class_names": ("z", "y", "x"), "diffusion": DiffusionConfig(num_timesteps=RANDOM_MODEL_STEPS), **fields},
+    )
     torch.manual_seed(seed)
     network = UNet(config.model)
     for parameter in network.parameters():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.conditioning import enlarged
-from diffusion.config import ModelConfig
+from diffusion.config import ClassifierConfig, ModelConfig
 from diffusion.noise import MAX_WORD, STREAM_AUGMENTATION, STREAM_TRAINING, normal, uniform
 from trainer.config import TrainConfig
 from trainer.data import Dataset, IntArray, batch_indices, network_input
@@ -149,7 +149,7 @@ class Batches:
             t=self._copy(torch.from_numpy(t[self._mine])),
             weights=self._copy(torch.from_numpy(weights[self._mine])),
             noise=noise_at(self._config.seed, images.positions, STREAM_TRAINING, x0),
-            conditions=conditions_of(self._config, x0, cond),
+            conditions=conditions_of(self._config.model, x0, cond),
         )
 
     def draw(self, first: int) -> Batch:
@@ -173,10 +173,10 @@ def read_pairs(
     Raises:
         DataError: an image cannot be read.
     """
-    x0 = torch.from_numpy(network_input(dataset.images(indices, draws)))
     if dataset.conditions is None:
-        return x0, None
-    return x0, torch.from_numpy(network_input(dataset.conditions.images(indices, draws)))
+        return torch.from_numpy(network_input(dataset.images(indices, draws))), None
+    images, conditions = dataset.conditions.pairs(indices, draws)
+    return torch.from_numpy(network_input(images)), torch.from_numpy(network_input(conditions))
 
 
 def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tensor:
@@ -186,23 +186,24 @@ def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tenso
     return normal(torch.full_like(low, seed), low, high, stream, (channels, height, width))
 
 
-def conditions_of(config: TrainConfig, x0: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+def conditions_of(model: ModelConfig | ClassifierConfig, x0: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
     """Return further inputs of the network.
 
     Args:
-        config: of the run.
+        model: the network.
         x0: the images.
         cond: conditioning images of pairs; None: the data are no pairs.
 
     Returns:
-        `cond`: those of pairs; for super-resolution the images' area means, enlarged. Empty for other networks.
+        `cond`: those of pairs; for super-resolution the images' area means, enlarged. Empty if the network takes none.
     """
-    if cond is not None:
+    if not isinstance(model, ModelConfig) or model.cond_shape is None:
+        return {}
+    if model.low_res_size is None:
+        assert cond is not None  # noqa: S101  # a run, or an evaluation, refuses data without them
         return {"cond": cond}
-    if isinstance(config.model, ModelConfig) and config.model.low_res_size is not None:
-        low_res = F.interpolate(x0, config.model.low_res_size, mode="area")
-        return {"cond": enlarged(low_res, config.model.image_height, config.model.image_width)}
-    return {}
+    low_res = F.interpolate(x0, model.low_res_size, mode="area")
+    return {"cond": enlarged(low_res, model.image_height, model.image_width)}
 
 
 def seed_dropout(seed: int, batch: Batch) -> None:

@@ -1,7 +1,8 @@
 """Named training configurations, selected on the command line by name.
 
 `cifar10-*` and `imagenet64-*` are those of IDDPM (arXiv:2102.09672: appendix A, tables 1 and 2, sections 5 and 6),
-`guided-*` those of ADM (arXiv:2105.05233, appendix I), whose networks are the published ones.
+`guided-*` those of ADM (arXiv:2105.05233, appendix I), whose networks are the published ones. docs/training.md lists
+the values without a confirmed source.
 """
 
 from __future__ import annotations
@@ -110,12 +111,26 @@ def guided(name: str, steps: int, batch_size: int = 256, lr: float = 1e-4, **opt
     return published(name, steps, batch_size, lr, horizontal_flip=True, **optimisation)
 
 
-def classifier(size: int, steps: int, batch_size: int = 256, lr: float = 3e-4, decay: float = 0.05) -> TrainConfig:
-    """Return the training of one of ADM's noisy classifiers: random crops and flips, the rate falls to zero."""
-    return guided(
+def classifier(
+    size: int, steps: int, batch_size: int = 256, lr: float = 3e-4, decay: float = 0.05, **process: Any
+) -> TrainConfig:
+    """Return the training of one of ADM's noisy classifiers: crops, flips, a rate that falls to zero, no average.
+
+    Args:
+        size: of the images.
+        steps: batches.
+        batch_size: images per batch.
+        lr: learning rate at the start.
+        decay: weight decay.
+        process: fields of the process that the published file's flags leave at their defaults. A classifier is trained
+            on the noise of the model that it guides.
+    """
+    config = guided(
         f"adm-classifier-{size}", steps, batch_size, lr,
-        weight_decay=decay, lr_schedule="linear", preview_per_class=0, data=PHOTOGRAPHS.replace(random_crop=True),
+        weight_decay=decay, lr_schedule="linear", ema_decay=0.0, preview_per_class=0,
+        data=PHOTOGRAPHS.replace(random_crop=True),
     )  # fmt: skip
+    return config.replace(diffusion=config.diffusion.replace(**process).model_dump())
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
@@ -151,8 +166,11 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "guided-256-uncond": partial(guided, "adm-imagenet256-uncond", 1_980_000),
     "guided-512": partial(guided, "adm-imagenet512", 1_940_000),
     "guided-upsampler-64-256": partial(guided, "adm-upsampler-64-256", 500_000),
-    "guided-upsampler-128-512": partial(guided, "adm-upsampler-128-512", 500_000),
-    "guided-classifier-64": partial(classifier, 64, 300_000, 1024, 6e-4, 0.2),
+    "guided-upsampler-128-512": partial(guided, "adm-upsampler-128-512", 1_050_000),
+    "guided-lsun-bedroom": partial(guided, "adm-lsun-bedroom", 500_000),
+    "guided-lsun-cat": partial(guided, "adm-lsun-cat", 200_000),
+    "guided-lsun-horse": partial(guided, "adm-lsun-horse", 250_000),
+    "guided-classifier-64": partial(classifier, 64, 300_000, 1024, 6e-4, 0.2, noise_schedule="cosine"),
     "guided-classifier-128": partial(classifier, 128, 300_000),
     "guided-classifier-256": partial(classifier, 256, 500_000),
     "guided-classifier-512": partial(classifier, 512, 500_000),

@@ -50,7 +50,7 @@ class Examples:
         else:
             indices = np.arange(len(self._dataset.labels))[row * self._per_row : (row + 1) * self._per_row]
         x0, cond = read_pairs(self._dataset, indices)
-        return x0, conditions_of(self._config, x0, cond)["cond"]
+        return x0, conditions_of(self._config.model, x0, cond)["cond"]
 
 
 def preview(

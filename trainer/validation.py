@@ -15,7 +15,7 @@ from diffusion.noise import STREAM_VALIDATION
 from diffusion.quoting import printable
 from trainer.batches import Batch, conditions_of, noise_at, read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Dataset, ImageSource, IntArray
+from trainer.data import Conditions, Dataset, ImageSource, IntArray
 from trainer.data.listing import shorten
 from trainer.log import Window
 from trainer.objective import Objective
@@ -28,9 +28,9 @@ class Part:
 
     def __init__(self, whole: Dataset, indices: IntArray) -> None:
         self._images = _Chosen(whole, indices)
-        self.conditions: ImageSource | None = None
+        self.conditions: Conditions | None = None
         if whole.conditions is not None:
-            self.conditions = _Chosen(whole.conditions, indices)
+            self.conditions = _ChosenConditions(whole.conditions, indices)
         self.sizes = whole.sizes[indices]
         self.labels = whole.labels[indices]
         self.class_names = whole.class_names
@@ -51,6 +51,17 @@ class _Chosen:
 
     def images(self, indices: IntArray, draws: Any = None) -> Any:
         return self._source.images(self._indices[indices], draws)
+
+
+class _ChosenConditions(_Chosen):
+    """Some conditioning images."""
+
+    def __init__(self, source: Conditions, indices: IntArray) -> None:
+        super().__init__(source, indices)
+        self._conditions = source
+
+    def pairs(self, indices: IntArray, draws: Any = None) -> Any:
+        return self._conditions.pairs(self._indices[indices], draws)
 
 
 def held_out(
@@ -153,7 +164,7 @@ class Validation:
             t=torch.from_numpy(t).to(self._device),
             weights=torch.ones(len(indices), device=self._device),
             noise=noise_at(self._config.seed, indices, STREAM_VALIDATION, x0),
-            conditions=conditions_of(self._config, x0, cond),
+            conditions=conditions_of(self._config.model, x0, cond),
         )
 
 

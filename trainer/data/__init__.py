@@ -1,6 +1,7 @@
 """Training images: listed, checked, decoded as an image viewer shows them, and scaled to the model's size."""
 
 from trainer.data.dataset import (
+    Conditions,
     DataError,
     Dataset,
     Float32Array,
@@ -15,6 +16,7 @@ from trainer.data.options import DataConfig
 from trainer.data.order import batch_indices
 
 __all__ = [
+    "Conditions",
     "DataConfig",
     "DataError",
     "Dataset",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from diffusion.config import ImageSize, ranges_of, size_pair
 from formats.file_content import describe_wrong_content
 from trainer.data.cache import write_in
-from trainer.data.dataset import DataError, Float32Array, ImageSource, IntArray, Uint8Array
+from trainer.data.dataset import Conditions, DataError, Float32Array, IntArray, Uint8Array
 from trainer.data.fitting import fit_array
 from trainer.data.listing import shorten
 from trainer.data.options import ConditionConfig, DataConfig
@@ -38,7 +38,7 @@ class ArrayDataset:
     Conditioning images are read from the array `cond` (`ConditionConfig`).
     """
 
-    conditions: ImageSource | None = None
+    conditions: Conditions | None = None
 
     def __init__(
         self,

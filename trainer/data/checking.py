@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from diffusion.quoting import printable
 from trainer.data.dataset import DataError, IntArray
 from trainer.data.image_file import Header, Mode, Source, check_whole, highest_grey, inspect
 from trainer.data.index import Index, index_name
@@ -48,29 +51,34 @@ class Checked(NamedTuple):
     """Digest of the content of all."""
 
 
-def check_files(
-    folder: Path,
-    files: Sequence[str],
-    mode: Mode,
-    options: DataConfig,
-    summary: Summary,
-    *,
-    decode_all: bool,
-    cache: Path,
-) -> Checked:
-    """Read the header of every file, decode the files if requested or if that is quick, and count their traits.
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What was found about the files of a folder."""
+
+    folder: Path
+    index: Index
+    bad: dict[int, DataError]
+    """Why files cannot be read, by their numbers."""
+    index_file: Path | None
+    """Where the index is kept for the next start; None: it is not."""
+
+    def name_of(self, number: int) -> str:
+        """Return how a file is called in messages."""
+        return printable(self.folder / self.index.files[number])
+
+
+def examine_files(
+    folder: Path, files: Sequence[str], mode: Mode, options: DataConfig, *, decode_all: bool, cache: Path
+) -> Examined:
+    """Read the header of every file, and decode the files if requested or if that is quick.
 
     Args:
         folder: where the files are.
         files: paths below it.
         mode: mode of the decoded images.
-        options: how files are read, and whether unreadable ones are skipped.
-        summary: counts are added to it.
+        options: how files are read.
         decode_all: decode all files, regardless of their number.
         cache: folder of index files.
-
-    Raises:
-        DataError: lists the files that cannot be read.
     """
     index = Index.of_files(folder, files)
     path = cache / index_name(folder, mode, options)
@@ -104,14 +112,30 @@ def check_files(
     finally:  # an interrupted check continues at the next start
         if indexed and (int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))) != before:
             _save(index, path)
-    if indexed and path.exists():
-        summary.remarks.append(f"index of the files: {path}")
-    kept = _without(bad, len(files), options, summary)
+    return Examined(folder, index, bad, path if indexed and path.exists() else None)
+
+
+def check_files(examined: Examined, kept: IntArray, options: DataConfig, summary: Summary) -> Checked:
+    """Count the traits of the files that are used.
+
+    Args:
+        examined: from `examine_files`.
+        kept: numbers of the files that are used, ascending.
+        options: how files are read.
+        summary: counts are added to it.
+    """
+    folder, index = examined.folder, examined.index
+    if examined.index_file is not None:
+        summary.remarks.append(f"index of the files: {examined.index_file}")
+    summary.left_out += Counter({"unreadable": len(examined.bad)})
+    summary.left_out += Counter(
+        {f"with an unreadable {options.counterpart}": len(index.files) - len(kept) - len(examined.bad)}
+    )
     for kind in index.kinds(kept):
         summary.add(*kind)
     if options.value_range is None:
-        deep = index.having("deep")
-        summary.remarks += _remarks_on_range([folder / files[number] for number in deep if number not in bad], options)
+        deep = np.intersect1d(index.having("deep"), kept)
+        summary.remarks += _remarks_on_range([folder / index.files[number] for number in deep], options)
     sizes = np.stack([index.heights[kept], index.widths[kept]], axis=1).astype(np.int64)
     return Checked(kept, sizes, index.sizes[kept].tolist(), _sha256(index.digests[kept]))
 
@@ -146,7 +170,8 @@ def check_sources(
         good = [number for number, _ in headers]
         decoded = each(good, lambda number: check_whole(source(number), mode, options), "decoding images")
         bad |= {number: error for number, error in decoded if error is not None}
-    kept = _without(bad, count, options, summary)
+    kept = readable(bad, count, options)
+    summary.left_out += Counter({"unreadable": len(bad)})
     digests, sizes = [], []
     for number, header in headers:
         if number not in bad:
@@ -185,8 +210,8 @@ def each(
         threads.shutdown(cancel_futures=True)  # after Ctrl-C, do not wait for the other tasks
 
 
-def _without(bad: dict[int, DataError], count: int, options: DataConfig, summary: Summary) -> IntArray:
-    """Return the numbers of the readable images; report the others.
+def readable(bad: dict[int, DataError], count: int, options: DataConfig) -> IntArray:
+    """Return the numbers of the readable images, ascending; report the others.
 
     Raises:
         DataError: images cannot be read, and are not to be skipped, or all cannot be read.
@@ -195,8 +220,37 @@ def _without(bad: dict[int, DataError], count: int, options: DataConfig, summary
     if bad and (options.unreadable == "fail" or len(bad) == count):
         raise DataError(_describe_bad(errors, count))
     if bad:
-        summary.left_out["unreadable"] = len(bad)
         warn(_list_of_bad(f"{len(bad):,} of {count:,} images cannot be read and are skipped:", errors))
+    return _others(bad, count)
+
+
+def readable_pairs(images: Examined, conditions: Examined) -> IntArray:
+    """Return the numbers of the pairs of which both images are readable, ascending; report the others.
+
+    Raises:
+        DataError: there is no such pair.
+    """
+    count = len(images.index.files)
+    bad = sorted({*images.bad, *conditions.bad})
+    errors = [_error_of_pair(number, images, conditions) for number in bad]
+    if len(bad) == count:
+        raise DataError(_list_of_bad(f"{len(bad):,} of {count:,} pairs cannot be read; repair or remove them:", errors))
+    if bad:
+        title = f"{len(bad):,} of {count:,} pairs are skipped, because one of their images cannot be read:"
+        warn(_list_of_bad(title, errors))
+    return _others(bad, count)
+
+
+def _error_of_pair(number: int, images: Examined, conditions: Examined) -> DataError:
+    """Return the error of an unreadable pair, which names both of its files."""
+    if number not in conditions.bad:
+        return DataError(f"{images.bad[number]} (its conditioning image: {conditions.name_of(number)})")
+    if number not in images.bad:
+        return DataError(f"{conditions.bad[number]} (the conditioning image of {images.name_of(number)})")
+    return DataError(f"{images.bad[number]}; its conditioning image: {conditions.bad[number]}")
+
+
+def _others(bad: Iterable[int], count: int) -> IntArray:
     return np.setdiff1d(np.arange(count), np.array(sorted(bad), np.int64))
 
 

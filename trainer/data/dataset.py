@@ -54,6 +54,19 @@ class ImageSource(Protocol):
         ...
 
 
+class Conditions(ImageSource, Protocol):
+    """The conditioning images of a data set's images."""
+
+    def pairs(
+        self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None
+    ) -> tuple[Uint8Array | Float32Array, Uint8Array | Float32Array]:
+        """Return images and their conditioning images; arguments and errors as of `images`.
+
+        A pair of which one image cannot be read is replaced as a whole, if `data.unreadable` allows it.
+        """
+        ...
+
+
 class Dataset(ImageSource, Protocol):
     """Labelled images, and a conditioning image for each if the data have pairs."""
 
@@ -67,5 +80,5 @@ class Dataset(ImageSource, Protocol):
     """The data found and how they are processed: a line, and a second one about conditioning images."""
     sizes: IntArray
     """Height and width of each image as stored, int64 [N, 2]."""
-    conditions: ImageSource | None
+    conditions: Conditions | None
     """The conditioning image of each image, cropped as that by equal draws; None: the data are no pairs."""

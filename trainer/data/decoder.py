@@ -45,7 +45,7 @@ class Decoder:
         """Return the images [N, height, width, channels]; crop with `draws` [N, 3] if random crops are enabled."""
         count = len(indices)
         pixels = np.empty((count, *size_pair(self._size), 1 if self._mode == "L" else 3), np.uint8)
-        crops = [None] * count if draws is None or not self._options.random_crop else draws.tolist()
+        crops = [None] * count if draws is None else draws.tolist()
 
         def decode_one(position: int) -> None:
             pixels[position] = self._image(int(indices[position]), crops[position])
@@ -55,7 +55,7 @@ class Decoder:
 
     def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
         try:
-            return self._decoded(index, draws)
+            return self.image(index, draws)
         except DataError as error:
             if self._options.unreadable == "fail":
                 raise DataError(
@@ -68,7 +68,7 @@ class Decoder:
         at = int(np.searchsorted(alike, index))
         for other in np.roll(alike, -at)[1:].tolist():
             try:
-                pixels = self._decoded(other, draws)
+                pixels = self.image(other, draws)
             except DataError:
                 continue
             if index not in self._unreadable:
@@ -79,8 +79,15 @@ class Decoder:
             return pixels
         raise DataError(f"{error}; no image of its class can be read") from error
 
-    def _decoded(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
+    def image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
+        """Return one image, without a replacement.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        crop = draws if self._options.random_crop else None
+
         def fit(image: Image.Image) -> Uint8Array:
-            return fit_image(image, self._size, self._options.small_images, draws)
+            return fit_image(image, self._size, self._options.small_images, crop)
 
         return decode(self._source(index), self._mode, self._options, fit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from diffusion.config import ImageSize
 from diffusion.quoting import printable
-from trainer.data.checking import check_files
-from trainer.data.dataset import ImageSource, IntArray, Uint8Array
+from trainer.data.checking import Examined, check_files
+from trainer.data.dataset import Conditions, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
 from trainer.data.image_file import mode_of
 from trainer.data.listing import Listing, shorten
@@ -25,24 +25,36 @@ from trainer.data.summary import Summary
 class FolderDataset:
     """Images that were listed below a folder."""
 
-    conditions: ImageSource | None = None
+    conditions: Conditions | None = None
 
     def __init__(
         self,
         path: Path,
         listing: Listing,
+        examined: Examined,
+        kept: IntArray,
         image_size: ImageSize,
         channels: int,
         options: DataConfig,
         *,
         labelled: bool,
-        decode_all: bool,
-        cache: Path,
     ) -> None:
+        """Describe the images.
+
+        Args:
+            path: of the folder.
+            listing: its files.
+            examined: what was found about them.
+            kept: numbers of the files that are used, ascending.
+            image_size: size of the images that the data set returns.
+            channels: 1 for grey, 3 for RGB.
+            options: how images are read.
+            labelled: whether labels are used.
+        """
         mode = mode_of(channels, options)
         summary = Summary(image_size, options, left_out=listing.left_out)
         summary.remarks += _remarks_on_classes(path, listing, options)
-        checked = check_files(path, listing.files, mode, options, summary, decode_all=decode_all, cache=cache)
+        checked = check_files(examined, kept, options, summary)
         files = [listing.files[number] for number in checked.kept.tolist()]
         self.labels: IntArray = np.array(listing.labels, dtype=np.int64)[checked.kept]
         self.class_names = listing.class_names
@@ -67,6 +79,14 @@ class FolderDataset:
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
         return self._decoder.images(indices, draws)
+
+    def image(self, index: int, draws: Sequence[float] | None = None) -> Uint8Array:
+        """Decode one image, [height, width, channels], without a replacement.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self._decoder.image(index, draws)
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from diffusion.config import ImageSize
 from formats.extras import install_command
 from trainer.data.checking import check_sources
-from trainer.data.dataset import DataError, ImageSource, IntArray, Uint8Array
+from trainer.data.dataset import Conditions, DataError, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
 from trainer.data.image_file import Encoded, Mode, Source, mode_of
 from trainer.data.listing import shorten, sorted_class_names
@@ -32,7 +32,7 @@ def is_saved_dataset(path: Path) -> bool:
 class HuggingFaceDataset:
     """A data set with a column of images and one of labels."""
 
-    conditions: ImageSource | None = None
+    conditions: Conditions | None = None
 
     def __init__(
         self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool

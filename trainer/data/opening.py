@@ -8,13 +8,15 @@ from pathlib import Path
 from diffusion.config import ImageSize
 from trainer.data.arrays import ArrayDataset
 from trainer.data.cache import default_cache
-from trainer.data.dataset import DataError, Dataset
+from trainer.data.checking import Examined, examine_files, readable, readable_pairs
+from trainer.data.dataset import DataError, Dataset, IntArray
 from trainer.data.folder import FolderDataset
 from trainer.data.hugging_face import HuggingFaceDataset, is_saved_dataset
-from trainer.data.image_file import SUFFIXES
+from trainer.data.image_file import SUFFIXES, mode_of
 from trainer.data.listing import Listing, list_images
 from trainer.data.options import DataConfig
 from trainer.data.pairs import Pairs, Side, files_of_pairs
+from trainer.data.skipping_pairs import SkippingPairs
 
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"})
 
@@ -75,7 +77,8 @@ class _Opener:
         if path.is_dir() and is_saved_dataset(path):
             return self.hugging_face(path, channels)
         if path.is_dir():
-            return self.folder(path, self.listing(path), channels)
+            listing = self.listing(path)
+            return self.folder(path, listing, channels, self.examined(path, listing, channels))
         _check_file(path, self.labelled)
         return self.arrays(path, channels)
 
@@ -83,12 +86,20 @@ class _Opener:
         """List the image files of a folder."""
         return list_images(path, labelled=self.labelled, class_from=self.options.class_from)
 
-    def folder(self, path: Path, listing: Listing, channels: int) -> Side:
-        """Open the files that were listed below a folder."""
+    def examined(self, path: Path, listing: Listing, channels: int) -> Examined:
+        """Examine the files that were listed below a folder."""
+        mode = mode_of(channels, self.options)
+        return examine_files(path, listing.files, mode, self.options, decode_all=self.decode_all, cache=self.cache)
+
+    def folder(
+        self, path: Path, listing: Listing, channels: int, found: Examined, kept: IntArray | None = None
+    ) -> FolderDataset:
+        """Open the files that were examined; `kept` are the numbers of those that are used, None: the readable ones."""
+        if kept is None:
+            kept = readable(found.bad, len(listing.files), self.options)
         return FolderDataset(
-            path, listing, self.image_size, channels, self.options,
-            labelled=self.labelled, decode_all=self.decode_all, cache=self.cache,
-        )  # fmt: skip
+            path, listing, found, kept, self.image_size, channels, self.options, labelled=self.labelled
+        )
 
     def hugging_face(self, path: Path, channels: int) -> Side:
         """Open a Hugging Face data set."""
@@ -105,9 +116,12 @@ class _Opener:
     def pairs(self, path: Path, channels: int, cond: Path | None, cond_channels: int) -> Dataset:
         """Open images with their conditioning images."""
         conditions = replace(self, options=self.options.for_conditions(), labelled=False)
-        if path.is_dir() and self.options.unreadable == "skip":
-            raise DataError("data.unreadable must be fail for pairs: an image would be replaced without its condition")
         if path.is_dir() and is_saved_dataset(path):
+            if self.options.unreadable == "skip":
+                raise DataError(
+                    "data.unreadable must be fail for pairs of a Hugging Face data set: an image would be replaced "
+                    "without its condition; pairs of two folders can be skipped"
+                )
             if cond is not None or self.options.cond_column is None:
                 raise DataError(
                     f"{path}: the conditioning images of a Hugging Face data set are a column of it: choose it with "
@@ -135,7 +149,23 @@ class _Opener:
             )
         listing, theirs = self.listing(path), conditions.listing(cond)
         theirs = replace(theirs, files=files_of_pairs(path, listing.files, cond, theirs.files))
-        return Pairs(path, self.folder(path, listing, channels), conditions.folder(cond, theirs, cond_channels))
+        mine, others = self.examined(path, listing, channels), conditions.examined(cond, theirs, cond_channels)
+        if self.options.unreadable == "fail":
+            images = self.folder(path, listing, channels, mine)
+            return Pairs(path, images, conditions.folder(cond, theirs, cond_channels, others))
+        kept = readable_pairs(mine, others)
+        images, conds = (
+            opener.without_replacements().folder(folder, files, wanted, found, kept)
+            for opener, folder, files, wanted, found in (
+                (self, path, listing, channels, mine),
+                (conditions, cond, theirs, cond_channels, others),
+            )
+        )
+        return Pairs(path, images, conds, SkippingPairs(images, conds))
+
+    def without_replacements(self) -> _Opener:
+        """Return an opener whose data do not replace unreadable images."""
+        return replace(self, options=self.options.replace(unreadable="fail"))
 
 
 def _check_file(path: Path, labelled: bool) -> None:

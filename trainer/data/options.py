@@ -24,13 +24,15 @@ class DataConfig(FrozenConfig):
     channels_field: ClassVar[str] = "model.image_channels"
     column_field: ClassVar[str] = "data.image_column"
     array: ClassVar[str] = "images"
+    counterpart: ClassVar[str] = "conditioning image"
+    """What belongs to each image, if the data are pairs."""
 
     class_from: ClassFrom = "folder"
     """What a file's class is: the subfolder it is in, or the part of its name before the first underscore, as in
     OpenAI's `<class>_<number>.png`."""
     unreadable: Unreadable = "fail"
     """What happens to an image that cannot be read: `fail` ends the run; `skip` reports and leaves out those that are
-    found before the first step, and later ones are replaced by another image of their class."""
+    found before the first step, and later ones are replaced by another image of their class. Of pairs, both images."""
     workers: int | None = Field(default=None, ge=1, le=256)
     """Threads that decode images; None: one per processor, at most 8. Does not affect the images."""
     image_column: str | None = None
@@ -103,3 +105,4 @@ class ConditionConfig(DataConfig):
     channels_field: ClassVar[str] = "model.cond_channels"
     column_field: ClassVar[str] = "data.cond_column"
     array: ClassVar[str] = "cond"
+    counterpart: ClassVar[str] = "image"

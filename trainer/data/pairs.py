@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusion.quoting import printable
-from trainer.data.dataset import DataError, Dataset, Float32Array, ImageSource, IntArray, Uint8Array
+from trainer.data.dataset import Conditions, DataError, Dataset, Float32Array, IntArray, Uint8Array
 from trainer.data.listing import shorten
+
+Draws = npt.NDArray[np.floating] | None
 
 
 class Side(Dataset, Protocol):
@@ -22,26 +24,56 @@ class Side(Dataset, Protocol):
         ...
 
 
+class Reader(Conditions, Protocol):
+    """Reads pairs."""
+
+    def originals(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
+        """Return images without their conditioning images; arguments as for `Dataset`."""
+        ...
+
+
+class TwoSides:
+    """Reads each side of the pairs by itself."""
+
+    def __init__(self, images: Side, conditions: Side) -> None:
+        self._images, self._conditions = images, conditions
+
+    def originals(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
+        """Return images without their conditioning images; arguments as for `Dataset`."""
+        return self._images.images(indices, draws)
+
+    def images(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
+        """Return conditioning images; arguments as for `Dataset`."""
+        return self._conditions.images(indices, draws)
+
+    def pairs(
+        self, indices: IntArray, draws: Draws = None
+    ) -> tuple[Uint8Array | Float32Array, Uint8Array | Float32Array]:
+        """Return images and their conditioning images; arguments as for `Dataset`."""
+        return self.originals(indices, draws), self.images(indices, draws)
+
+
 class Pairs:
     """A data set whose image k belongs to conditioning image k.
 
     Scaling and cropping depend on an image's size and the draws only, so that both sides of a pair show the same part.
     """
 
-    def __init__(self, path: Path, images: Side, conditions: Side) -> None:
+    def __init__(self, path: Path, images: Side, conditions: Side, reader: Reader | None = None) -> None:
         """Check that both sides fit.
 
         Args:
             path: of the data, for messages.
             images: the images.
             conditions: their conditioning images.
+            reader: reads both; None: each side by itself.
 
         Raises:
             DataError: numbers or sizes differ.
         """
         _check_sizes(path, images, conditions)
-        self._images = images
-        self.conditions: ImageSource | None = conditions
+        self._reader = reader or TwoSides(images, conditions)
+        self.conditions: Conditions | None = self._reader
         self.sizes = images.sizes
         self.labels = images.labels
         self.class_names = images.class_names
@@ -49,9 +81,9 @@ class Pairs:
         self.description: dict[str, str | int] = {**images.description, **theirs}
         self.summary = f"{images.summary}\n{conditions.summary}"
 
-    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array | Float32Array:
+    def images(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
         """Return some of the images; arguments as for `Dataset`."""
-        return self._images.images(indices, draws)
+        return self._reader.originals(indices, draws)
 
 
 def _check_sizes(path: Path, images: Side, conditions: Side) -> None:

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from diffusion.config import CheckpointConfig
 from formats.atomic_file import replace_file
 from formats.images import Uint8Array
-from trainer.data import Dataset, eight_bit_images, open_dataset
-from trainer.data.options import DataConfig
+from trainer.data import eight_bit_images
 from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.extractors import Extractor, Float32Array
 from trainer.evaluation.metrics import Float64Array, Moments, moments
+from trainer.evaluation.reading import content_of, open_real
 from trainer.evaluation.sample_files import stored_images
 
 BATCH = 64
@@ -148,27 +148,14 @@ def _read(path: Path) -> FeatureSet:
         return FeatureSet(arrays["features"], arrays.get("logits"), spatial)
 
 
-def open_real(path: Path, config: CheckpointConfig, *, labelled: bool = False) -> Dataset:
-    """Open real images as they were prepared for the training of a model.
-
-    Raises:
-        DataError: the data cannot be read.
-    """
-    recorded = config.provenance.get("train_config", {}).get("data", {})
-    known = {name: value for name, value in recorded.items() if name in DataConfig.model_fields}
-    options = DataConfig.model_validate(known)
-    return open_dataset(path, config.model.image_size, config.model.image_channels, options, labelled=labelled)
-
-
 def dataset_features(
     path: Path, config: CheckpointConfig, extractor: Extractor, cache: Path, chosen: npt.NDArray[np.int64] | None = None
 ) -> FeatureSet:
     """Compute the features of a data set, or of chosen images of it, unless they are in the cache."""
     data = open_real(path, config)
     indices = np.arange(len(data.labels)) if chosen is None else chosen
-    content = {name: value for name, value in data.description.items() if name not in ("file", "folder", "dataset")}
     key = {
-        "data": content,
+        "data": content_of(data),
         "size": [config.model.image_size, config.model.image_channels],
         "options": config.provenance.get("train_config", {}).get("data", {}),
         "images": hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,10 +17,11 @@ from diffusion.losses import LossType, q_sample, training_losses
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import IntArray, respace
 from trainer.config import TimestepSamplerName
-from trainer.data import Dataset, network_input
+from trainer.data import Dataset
 from trainer.evaluation.folder import EvaluationStopped
+from trainer.evaluation.inputs import RealInputs
 from trainer.evaluation.records import Records
-from trainer.evaluation.subject import Subject, model_labels
+from trainer.evaluation.subject import Subject
 from trainer.noise_scale import NoiseScale, noise_scale, squared_norms
 from trainer.timestep_sampler import LossSecondMomentSampler, TimestepSampler, UniformSampler
 
@@ -80,8 +82,8 @@ class NoiseOptions:
 class GradientNoise:
     """A model with data: draws batches and takes the norms of their gradients.
 
-    The network runs in eval mode (no dropout), with the data's labels and without flips: the noise is that of images,
-    timesteps and eps.
+    The network runs in eval mode (no dropout), with the labels and conditioning images of the data and without flips:
+    the noise is that of images, timesteps and eps.
     """
 
     def __init__(self, subject: Subject, dataset: Dataset, options: NoiseOptions) -> None:
@@ -92,7 +94,7 @@ class GradientNoise:
         self._network = subject.networks[0].requires_grad_(True)
         self._parameters = list(self._network.parameters())
         self._device = self._parameters[0].device
-        self._labels = model_labels(subject, dataset)
+        self._inputs = RealInputs(subject, dataset)
         self._bound = VariationalBound.of(diffusion, respace(diffusion), self._device, clip=False)
         self._uniform = UniformSampler(diffusion.num_timesteps)
 
@@ -124,9 +126,10 @@ class GradientNoise:
                 if stop():
                     raise EvaluationStopped
                 t = np.arange(start, min(start + options.small, steps))
-                x0, y = self._images(images[t])
+                x0, y, conditions = self._inputs.read(images[t])
                 noise = self._noise((turn + 1) * 2**24 + t)
-                terms = self._bound.terms(self._network, x0, y, torch.from_numpy(t).to(self._device), noise)
+                network = partial(self._network, **conditions)
+                terms = self._bound.terms(network, x0, y, torch.from_numpy(t).to(self._device), noise)
                 losses[t] = terms.vb_bpd.cpu().numpy()
                 advance(len(t))
             records.append(losses[None])
@@ -177,11 +180,11 @@ class GradientNoise:
         t, weights = sampler.sample(rng, options.big)
         for start in range(0, options.big, options.small):
             rows = slice(start, start + options.small)
-            x0, y = self._images(images[rows])
+            x0, y, conditions = self._inputs.read(images[rows])
             noise = self._noise(number * options.big + np.arange(start, start + options.small))
             at = torch.from_numpy(t[rows]).to(self._device)
             x_t = q_sample(self._bound.tables, x0, at, noise)
-            output = self._network(x_t, self._bound.t_model[at], y)
+            output = self._network(x_t, self._bound.t_model[at], y, **conditions)
             losses = training_losses(
                 self._bound.tables,
                 self._subject.config.diffusion,
@@ -195,10 +198,6 @@ class GradientNoise:
             )
             yield (losses.loss * torch.from_numpy(weights[rows]).to(self._device)).mean()
             advance(options.small)
-
-    def _images(self, indices: IntArray) -> tuple[Tensor, Tensor | None]:
-        x0 = torch.from_numpy(network_input(self._dataset.images(indices))).to(self._device)
-        return x0, None if self._labels is None else torch.from_numpy(self._labels[indices]).to(self._device)
 
     def _noise(self, rows: IntArray) -> Tensor:
         """Return the eps of rows counted over the measurement; steps are not part of it, so cases share it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,11 @@ import torch
 from diffusion.likelihood import VariationalBound, likelihood_process
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import IntArray, Process
-from diffusion.update import from_uint8
 from trainer.data import Dataset, eight_bit_images
 from trainer.evaluation.folder import EvaluationStopped
+from trainer.evaluation.inputs import RealInputs
 from trainer.evaluation.records import FloatArray, Records
-from trainer.evaluation.subject import Subject, model_labels
+from trainer.evaluation.subject import Subject
 
 TERMS = ("vb_bpd", "eps_mse", "x0_mse")
 """What is recorded of every image and step, as in `BoundTerms`."""
@@ -81,6 +82,17 @@ def chosen_images(dataset: Dataset, options: NllOptions) -> IntArray:
     return order[: options.images].astype(np.int64)
 
 
+def inputs_of(subject: Subject, dataset: Dataset) -> RealInputs:
+    """Return the images of a data set as inputs of a model whose likelihood is evaluated.
+
+    Raises:
+        DataError: the images do not have 8 bits, as the decoder's term assumes; the classes of the data are not those
+            of the model; the data lack the conditioning images that it takes.
+    """
+    eight_bit_images(dataset, np.zeros(1, np.int64))
+    return RealInputs(subject, dataset)
+
+
 def evaluate_nll(
     subject: Subject,
     dataset: Dataset,
@@ -97,7 +109,7 @@ def evaluate_nll(
 
     Args:
         subject: the model.
-        dataset: images of the model's shape, with labels if the model takes them.
+        dataset: images of the model's shape, with labels and conditioning images if the model takes them.
         options: what to evaluate.
         file: of this model and these options, except `images` and `batch_size`; created if it does not exist.
         advance: called with the number of rows (an image at a step) that are done, the recorded ones first.
@@ -105,7 +117,7 @@ def evaluate_nll(
 
     Raises:
         EvaluationStopped: `stop` returned True; call again to continue.
-        DataError: an image cannot be read, or the classes of the data are not those of the model.
+        DataError: an image cannot be read, or the data do not fit the model (`inputs_of`).
         ValueError: a respacing that cannot be met.
         OSError: the file cannot be written.
     """
@@ -129,21 +141,20 @@ def evaluate_nll(
 
 
 class _Evaluated:
-    """A model with its process, labels and device."""
+    """A model with its process, data and device."""
 
     def __init__(self, subject: Subject, dataset: Dataset, options: NllOptions) -> None:
         self._subject = subject
-        self._dataset = dataset
         self._options = options
         self._device = next(subject.networks[0].parameters()).device
-        self._labels = model_labels(subject, dataset)
+        self._inputs = inputs_of(subject, dataset)
         process = options.process_of(subject)
         self.bound = VariationalBound.of(subject.config.diffusion, process, self._device)
         self.steps = process.num_steps
 
     def block(self, images: IntArray, advance: Callable[[int], Any]) -> FloatArray:
         """Return one record per image, float32 [n, 3 S + 1]."""
-        x0 = torch.from_numpy(from_uint8(eight_bit_images(self._dataset, images))).to(self._device)
+        inputs = self._inputs.read(images)
         terms = np.empty((len(images), len(TERMS), self.steps), np.float32)
         for member, network in enumerate(self._subject.networks):
             its_steps = np.flatnonzero(self._subject.network_of[self.bound.process.timestep_map] == member)
@@ -151,20 +162,18 @@ class _Evaluated:
             for start in range(0, len(steps), self._options.batch_size):
                 rows = slice(start, start + self._options.batch_size)
                 place, step = places[rows], steps[rows]
+                x0, y, conditions = inputs.rows(torch.from_numpy(place).to(self._device))
                 found = self.bound.terms(
-                    network,
-                    x0[torch.from_numpy(place).to(self._device)],
-                    self._y(images[place]),
+                    partial(network, **conditions),
+                    x0,
+                    y,
                     torch.from_numpy(step).to(self._device),
                     self._noise(images[place], step),
                 )
                 terms[place, :, step] = torch.stack(found, dim=1).cpu().numpy()
                 advance(len(step))
-        prior_bpd = self.bound.prior_bpd(x0).cpu().numpy()
+        prior_bpd = self.bound.prior_bpd(inputs.x0).cpu().numpy()
         return np.concatenate([terms.reshape(len(images), -1), prior_bpd[:, None]], axis=1)
-
-    def _y(self, images: IntArray) -> torch.Tensor | None:
-        return None if self._labels is None else torch.from_numpy(self._labels[images]).to(self._device)
 
     def _noise(self, images: IntArray, steps: IntArray) -> torch.Tensor:
         index = torch.from_numpy(images)

@@ -12,6 +12,7 @@ from diffusion.config import CheckpointConfig
 from formats.atomic_file import write_file
 from formats.images import Uint8Array, captioned_rows, encode
 from formats.shards import SAMPLES_FILE
+from trainer.data import eight_bit_images
 from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.extractors import Extractor
 from trainer.evaluation.feature_sets import (
@@ -19,8 +20,8 @@ from trainer.evaluation.feature_sets import (
     dataset_reference,
     file_features,
     file_reference,
-    open_real,
 )
+from trainer.evaluation.reading import open_real
 from trainer.evaluation.sample_files import stored_images
 from trainer.evaluation.scores import markdown, score, table
 from trainer.provenance import git_commit
@@ -29,6 +30,22 @@ RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 GRID_FILE = "grid.png"
 GRID_IMAGES = 100
+
+
+def refuse_unfit(config: CheckpointConfig, *, data: Path | None, split_baseline: Path | None) -> None:
+    """Check that real images can be compared with generated ones, before any is generated.
+
+    Raises:
+        EvaluationError: there are too few.
+        DataError: a data set cannot be read, or its images do not have 8 bits.
+    """
+    for option, path in (("--data", data), ("--split-baseline", split_baseline)):
+        if path is None:
+            continue
+        real = open_real(path, config)
+        eight_bit_images(real, np.zeros(1, np.int64))
+        if len(real.labels) < 2:
+            raise EvaluationError(f"{option} {path} must have at least two images; it has {len(real.labels)}")
 
 
 def evaluate_samples(
@@ -46,7 +63,7 @@ def evaluate_samples(
 
     Args:
         out: the folder.
-        config: of the model that generated the images.
+        config: of the model that generated the images; `refuse_unfit` has accepted the data for it.
         extractor: computes the features.
         data: data set to compare with, unless `reference` is given.
         reference: npz file of guided-diffusion's evaluator to compare with.
@@ -72,10 +89,6 @@ def evaluate_samples(
     rows: list[dict[str, Any]] = [{"name": "the model", "images": count, **score(found, against)}]
     if split_baseline is not None:
         available = len(open_real(split_baseline, config).labels)
-        if available < 2:
-            raise EvaluationError(
-                f"--split-baseline {split_baseline} must have at least two images; it has {available}"
-            )
         chosen = np.sort(np.random.default_rng(0).permutation(available)[:count])
         real = dataset_features(split_baseline, config, extractor, cache, chosen)
         name = f"real split {split_baseline.name}"

@@ -137,6 +137,15 @@ def _fit(compute: Any, loss: Any, limit: float) -> tuple[PowerLaw, float] | None
     return law, float(((np.log(predicted) - np.log(np.array(loss))) ** 2).sum())
 
 
+def refuse_unfit(base: TrainConfig) -> None:
+    """Check that a configuration can be studied.
+
+    Raises:
+        EvaluationError: it is that of a classifier, or of a network that takes conditioning images.
+    """
+    _network(base)
+
+
 def study(
     base: TrainConfig,
     dataset: Dataset,
@@ -214,6 +223,9 @@ def _network(config: TrainConfig) -> ModelConfig:
     model = config.model
     if not isinstance(model, ModelConfig):
         raise EvaluationError("a scaling study needs the configuration of a diffusion model")
+    if model.cond_shape is not None:
+        field = "model.cond_channels must be 0" if model.low_res_size is None else "model.low_res_size must be null"
+        raise EvaluationError(f"{field} in a scaling study, whose samples have no conditioning images")
     return model
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from diffusion.config import CheckpointConfig
 from diffusion.respacing import IntArray
@@ -16,7 +15,7 @@ from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import checkpoint_sha256
 from formats.ensemble import is_ensemble, read_ensemble
-from trainer.data import DataConfig, DataError, Dataset
+from trainer.data import DataError, Dataset
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,15 +63,6 @@ def load_subject(folder: Path, device: torch.device) -> Subject:
     )
 
 
-def data_options(subject: Subject) -> DataConfig:
-    """Return how images were read when the model was trained; the defaults if its provenance does not say."""
-    recorded = subject.config.provenance.get("train_config")
-    try:
-        return DataConfig.model_validate(recorded["data"]) if isinstance(recorded, dict) else DataConfig()
-    except (KeyError, ValidationError):  # trained elsewhere, or by another version
-        return DataConfig()
-
-
 def distinct_names(subjects: Sequence[Subject]) -> list[str]:
     """Return the subjects' names, numbered where they are equal."""
     names = [subject.name for subject in subjects]
@@ -82,13 +72,18 @@ def distinct_names(subjects: Sequence[Subject]) -> list[str]:
     ]
 
 
-def model_labels(subject: Subject, dataset: Dataset) -> IntArray | None:
-    """Return the data's labels as indices of the model's classes, int64 [N]; None for an unconditional model.
+def model_labels(name: str, config: CheckpointConfig, dataset: Dataset) -> IntArray | None:
+    """Return the data's labels as indices of a model's classes, int64 [N]; None for an unconditional model.
+
+    Args:
+        name: of the model, for messages.
+        config: of the model.
+        dataset: opened with labels, if the model takes them.
 
     Raises:
         DataError: a class of the data is not a class of the model.
     """
-    count, names = subject.config.model.num_classes, subject.config.class_names
+    count, names = config.model.num_classes, config.class_names
     if count is None:
         return None
     if names is not None and set(dataset.class_names) <= set(names):
@@ -96,11 +91,9 @@ def model_labels(subject: Subject, dataset: Dataset) -> IntArray | None:
     are_numbers = all(name.isdecimal() for name in dataset.class_names)  # an npz without the array `classes`
     if names is not None and not are_numbers:
         missing = sorted(set(dataset.class_names) - set(names))
-        raise DataError(
-            f"classes of the data must be classes of {subject.name}; it does not have: {', '.join(missing[:10])}"
-        )
+        raise DataError(f"classes of the data must be classes of {name}; it does not have: {', '.join(missing[:10])}")
     if len(dataset.class_names) != count:
-        raise DataError(f"the data have {len(dataset.class_names)} classes and {subject.name} has {count}")
+        raise DataError(f"the data have {len(dataset.class_names)} classes and {name} has {count}")
     return dataset.labels
 
 

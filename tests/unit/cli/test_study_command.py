@@ -43,3 +43,9 @@ def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["study", "scaling", "fashion32", *map(str, options), "--num", "6"])
     assert again.exit_code == 1
     assert "other num" in " ".join(again.output.split())
+
+    for field, value in (("cond_channels", 1), ("low_res_size", 4)):
+        arguments = [*map(str, options), "--set", f"model.{field}={value}"]
+        refused = CliRunner().invoke(app, ["study", "scaling", "fashion32", *arguments])
+        assert refused.exit_code == 1
+        assert f"model.{field} must be" in " ".join(refused.output.split())

@@ -136,7 +136,6 @@ def test_what_is_no_pair_is_refused_with_what_is_wanted(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((COUNT, 8, 8), np.uint8))
     np.save(tmp_path / "cond.npy", np.zeros((COUNT - 1, 8, 8, 2)))
     np.savez(tmp_path / "plain.npz", images=np.zeros((2, 8, 8), np.uint8), labels=[0, 0])
-    skipping = DataConfig(unreadable="skip")
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "plain.npz", {}, "must contain the arrays 'cond'; .*may also be a file of their own: --cond"),
         (npz, {"cond": tmp_path / "cond.npy"}, "as many conditioning images as images, 12; got 11"),
@@ -148,7 +147,6 @@ def test_what_is_no_pair_is_refused_with_what_is_wanted(tmp_path: Path) -> None:
         (folder, {}, "must be a folder .*, because model.cond_channels is 2"),
         (folder, {"cond": npz}, "must be a folder .*; .*a.npz is none"),
         (folder, {"cond": folder}, r"image files can be read as 1 .*; model\.cond_channels is 2"),
-        (folder, {"cond": folder, "options": skipping}, "data.unreadable must be fail"),
         (npz, {"cond_channels": 0, "cond": npz}, "set model.cond_channels to their channels"),
     ]
     for path, changes, message in cases:
