@@ -11,7 +11,6 @@ Kept pixels and jumps are the columns `SamplingPlan.after` of a line.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -63,16 +62,15 @@ class Chain:
 
 
 def build_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
-    """Build the plan of a chain. The last `KEPT_PLANS` are cached and shared; they are read-only.
+    """Return the plan of a chain, from `KEPT_PLANS` if it was used lately. It is shared and read-only.
 
     Raises:
         ValueError: as `build_plan`; a strength, timestep or jump out of range; fields that exclude each other.
     """
-    return _cached_chain(diffusion, chain)
+    return KEPT_PLANS.get((diffusion, chain), lambda: _new_chain(diffusion, chain))
 
 
-@lru_cache(maxsize=KEPT_PLANS)
-def _cached_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
+def _new_chain(diffusion: DiffusionConfig, chain: Chain) -> SamplingPlan:
     _check(diffusion, chain)
     if chain.kind == "denoise":
         assert chain.timestep is not None  # noqa: S101  # checked

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusion.config import DiffusionConfig
+from diffusion.plan_cache import PlanCache
 from diffusion.respacing import Process, respace, respace_by_log_snr
 from diffusion.schedules import FloatArray, Schedule, named_betas
 
@@ -50,9 +51,6 @@ AFTER_COLUMNS: Final = (
     "gives_log_variance",  # 1: the log variance takes the place of x0
 )
 """The columns of `SamplingPlan.after`, in order: what may follow a line (`diffusion.update.finish_line`)."""
-
-KEPT_PLANS = 512
-"""Number of recent plans in the process's cache, for all models; a plan of 1000 steps takes 80 KB."""
 
 FloatTable = npt.NDArray[np.float32]
 
@@ -89,6 +87,13 @@ class SamplingPlan:
                 raise ValueError(f"{name} must be float32 {[*expected]}; got {table.dtype} {table.shape}")
 
     @property
+    def nbytes(self) -> int:
+        """Memory of its arrays."""
+        return sum(
+            [array.nbytes for array in (self.table, self.timesteps, self.fresh, self.after) if array is not None]
+        )
+
+    @property
     def num_steps(self) -> int:
         """Number of network calls of the chain."""
         return len(self.table)
@@ -104,6 +109,10 @@ class SamplingPlan:
         return self.after[:, AFTER_COLUMNS.index(name)]
 
 
+KEPT_PLANS: PlanCache[SamplingPlan] = PlanCache(max_bytes=64 << 20)
+"""The process's plans and chains, for all models. A line takes 76 bytes, of a multistep solver 124."""
+
+
 def build_plan(
     diffusion: DiffusionConfig,
     sampler: str = "ancestral",
@@ -111,7 +120,7 @@ def build_plan(
     eta: float = 0.0,
     clip: bool = True,
 ) -> SamplingPlan:
-    """Build the plan of a sampler by name. The last `KEPT_PLANS` are cached and shared; they are read-only.
+    """Return the plan of a sampler by name, from `KEPT_PLANS` if it was used lately. It is shared and read-only.
 
     Args:
         diffusion: the process the network was trained for.
@@ -123,11 +132,11 @@ def build_plan(
     Raises:
         ValueError: an unknown sampler, a spec that cannot be met, eta out of range or given to a sampler without it.
     """
-    return _cached_plan(diffusion, sampler, spec, eta, clip)
+    key = (diffusion, sampler, spec, eta, clip)
+    return KEPT_PLANS.get(key, lambda: _new_plan(diffusion, sampler, spec, eta, clip))
 
 
-@lru_cache(maxsize=KEPT_PLANS)
-def _cached_plan(diffusion: DiffusionConfig, sampler: str, spec: str, eta: float, clip: bool) -> SamplingPlan:
+def _new_plan(diffusion: DiffusionConfig, sampler: str, spec: str, eta: float, clip: bool) -> SamplingPlan:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
     entry = SAMPLERS[sampler]

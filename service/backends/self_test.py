@@ -47,13 +47,14 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     name, compiled = network.description, network.batch_sizes
     largest = largest_size(compiled, width, name)
     rows: _TestRows[A] = _TestRows(network, largest)
-    if not rows.are_independent(largest, rows.results(largest)):
+    together = rows.results(largest)
+    if not rows.are_independent(largest, together):
         raise RuntimeError(f"{name}: a row's result depends on its place in the batch")
     sizes = (*sizes_to_try(width), width) if compiled is None else compiled
     sets: list[tuple[A, list[int]]] = []
     """Results of all rows, and the sizes that give them."""
     for size in reversed(sizes):
-        results = rows.results(size)
+        results = together if size == largest else rows.results(size)
         if compiled is not None and size not in (1, largest) and not rows.are_independent(size, results):
             log.warning("%s: batch size %d excluded: a row's result depends on its place in the batch", name, size)
             continue

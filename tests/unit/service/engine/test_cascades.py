@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.update import from_uint8_reversibly
+from service.backends.pending import Pending
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
@@ -28,6 +30,7 @@ from service.engine.request import (
     ImageProgress,
     ImageResult,
     ImageStatus,
+    ImageStep,
     NextStage,
     Watch,
 )
@@ -145,9 +148,11 @@ def request_of(
 
 
 @asynccontextmanager
-async def serving(second: CountingRunner | None = None) -> AsyncIterator[AsyncEngine]:
+async def serving(
+    second: CountingRunner | None = None, base: CountingRunner | None = None
+) -> AsyncIterator[AsyncEngine]:
     """Run an engine of two models that only count."""
-    runners = {"base": CountingRunner(), "up": second or CountingRunner()}
+    runners = {"base": base or CountingRunner(), "up": second or CountingRunner()}
     engine = AsyncEngine(Engine(runners, CONFIG, Metrics()), CONFIG, Metrics())
     engine.start()
     await eventually(lambda: engine.state is EngineState.READY)
@@ -172,6 +177,31 @@ async def test_one_ticket_has_one_result_per_image_and_progress_over_both_stages
         assert (engine.ledger.rows, engine.ledger.given_bytes) == (0, 0)
         assert all(not (work.rows or work.expected or work.row_steps) for work in engine.ledger.models.values())
         assert engine.activity.of("cascade").images_done == 2
+
+
+@runs
+async def test_images_change_stages_while_the_next_network_call_runs() -> None:
+    class Counted(CountingRunner):
+        launched = 0
+
+        def launch(self, steps: Sequence[ImageStep]) -> Pending[list[bool]]:
+            self.launched += 1
+            return super().launch(steps)
+
+    runner, under_way = Counted(), []
+
+    def cond_of(*_: object) -> npt.NDArray[np.float32]:
+        under_way.append(runner.launched - len(runner.calls))
+        return np.zeros((1, 8, 8), np.float32)
+
+    request = request_of()
+    assert request.then is not None
+    async with serving(base=runner) as engine:
+        longer = engine.submit(generation("longer", params(300), model="base"))
+        ticket = engine.submit(replace(request, then=replace(request.then, cond_of=cond_of)))
+        await ticket.images[0]
+        await longer.images[0]
+    assert under_way == [1]
 
 
 @runs

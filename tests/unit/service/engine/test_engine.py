@@ -254,6 +254,7 @@ def test_the_self_test_of_a_denoiser_runs_once_per_width() -> None:
     calls = len(exact.calls)
     assert invariant_batch_sizes(exact, WIDTH) == found
     assert len(exact.calls) == calls
+    assert exact.calls.count(WIDTH) == 2  # all rows, in both orders; calls of this size cost most of the start-up
     assert invariant_batch_sizes(exact, WIDTH - 1) != found  # the result depends on the width
 
 
