@@ -47,6 +47,9 @@ def scaling_command(
     nll_steps: Annotated[
         int | None, typer.Option(min=2, help="Steps of the respaced chain for bits/dim. Default: the full chain.")
     ] = None,
+    nll_extra_steps: Annotated[
+        bool, typer.Option("--nll-extra-steps", help="Add the steps of appendix E, as for `iddpm evaluate nll`.")
+    ] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Set a field of the configuration, NAME=VALUE. Can be repeated.")
     ] = None,
@@ -119,7 +122,9 @@ def scaling_command(
             if test is not None:
                 subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
                 options = NllOptions(
-                    respacing="" if nll_steps is None else str(nll_steps), images=min(nll_images, len(test.labels))
+                    respacing="" if nll_steps is None else str(nll_steps),
+                    extra_steps=nll_extra_steps,
+                    images=min(nll_images, len(test.labels)),
                 )
                 terms = evaluate_nll(subject, test, options, folder / "nll.f32", stop=stop)
                 measured["bits_per_dim"] = float(terms.total_bpd.mean())
@@ -141,6 +146,7 @@ def scaling_command(
                     "features": extractor.description,
                     "reference": reference.name,
                     **({"nll_images": nll_images, "nll_steps": nll_steps} if nll_images else {}),
+                    **({"nll_extra_steps": True} if nll_extra_steps else {}),
                 },
                 command=command,
                 stop=stop,
