@@ -89,14 +89,11 @@ def measure_opening(data: Path, cache: Path, *, in_threads: bool) -> None:
     ):
         setattr(owner, name, noting(parts, title, getattr(owner, name)))
     wall, cpu = timed(lambda: open_dataset(data, 64, 3, cache=cache))
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
     rest = [total - sum(part[at] for part in parts.values()) for at, total in enumerate((wall, cpu))]
     parts["headers, and the rest"] = rest[0], rest[1]
     for title, (part_wall, part_cpu) in {"all": (wall, cpu), **parts}.items():
         print(f"{title}: {part_wall:.1f} s, processor {part_cpu:.1f} s")
-    print(f"memory: {own:.2f} GiB, and at most {children:.2f} GiB in each process that reads headers", flush=True)
+    print(f"memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
 
 
 def noting(parts: dict[str, tuple[float, float]], title: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,9 +149,15 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int], suffix: str)
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Return the wall and the processor time of a call, in seconds; with ended child processes."""
-    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    wall, cpu = time.perf_counter(), processor_time()
     work()
-    return time.perf_counter() - wall, sum(os.times()[:4]) - cpu
+    return time.perf_counter() - wall, processor_time() - cpu
+
+
+def processor_time() -> float:
+    """Return the processor seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.step_parts TRAIN.npz
     python -m benchmarks.step_parts JPEG_FOLDER --set model.image_size=64 --set model.image_channels=3 --batch 16
 
-The parts are called as `trainer/loop.py` calls them, one after the other in one thread. A run reads its images ahead in a
-thread, so that their time is part of the wall time only where all processors are busy. Medians over steps.
+The parts are called as `trainer/loop.py` calls them, one after the other in one thread. A run reads its images ahead in
+a thread, so their time is part of the wall time only where all processors are busy. Medians over steps.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from trainer.state import TrainState
 WARM_UP = 2
 """Steps that do not count."""
 NETWORK = "gradient"
-Result = TypeVar("Result")
 
 
 class Clock:
@@ -45,12 +44,12 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
-    def __call__(self, name: str, work: Callable[[], Result]) -> Result:
-        """Call a function, and note its time."""
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Note the time that is spent inside."""
         begun = time.process_time()
-        result = work()
+        yield
         self.seconds.setdefault(name, []).append(time.process_time() - begun)
-        return result
 
 
 def measure(args: argparse.Namespace) -> Clock:
@@ -74,12 +73,19 @@ def measure(args: argparse.Namespace) -> Clock:
         first = step * config.batch_size
         if step == WARM_UP:
             clock.seconds.clear()
-        images = clock("images: read, decode, scale", lambda first=first: batches.images(first))
-        batch = clock("timesteps and noise", lambda first=first, images=images: batches.complete(first, images))
-        losses = clock(NETWORK, lambda batch=batch: optimisation.gradient(batch))
-        norm = clock("clip, AdamW", lambda: optimisation.step(config.lr))
-        clock("average", state.average_in)
-        clock("log", lambda: (window.add(losses, batch.t, norm, objective.num_steps), window.summary()))
+        with clock.part("images: read, decode, scale"):
+            images = batches.images(first)
+        with clock.part("timesteps and noise"):
+            batch = batches.complete(first, images)
+        with clock.part(NETWORK):
+            losses = optimisation.gradient(batch)
+        with clock.part("clip, AdamW"):
+            norm = optimisation.step(config.lr)
+        with clock.part("average"):
+            state.average_in()
+        with clock.part("log"):
+            window.add(losses, batch.t, norm, objective.num_steps)
+            window.summary()
     return clock
 
 

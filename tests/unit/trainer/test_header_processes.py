@@ -104,7 +104,7 @@ def test_the_processes_end_when_the_main_process_is_killed(folder: Path, tmp_pat
 def is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-        status = Path(f"/proc/{process}/stat").read_text()
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"  # an orphan may wait for its new parent
