@@ -1,8 +1,16 @@
-"""The judge: a small classifier trained on real images, which classifies generated ones and returns their features."""
+"""The judge: a small classifier trained on real images, which classifies generated ones and returns their features.
+
+    python -m benchmarks.judge features.onnx
+
+writes the network of features of the judge of the bundled model, for the option --features of `iddpm evaluate samples`
+and `iddpm study scaling`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +25,14 @@ from tqdm import tqdm
 from diffusion.config import CheckpointConfig
 from diffusion.update import from_uint8
 from formats.atomic_file import replace_file
+from model_export.onnx_export import export_graph
 from trainer.data import Dataset, IntArray, Uint8Array, batch_indices, network_input, open_dataset
 
 JUDGE_BATCH = 500
 JUDGE_TRAIN_BATCH = 128
 JUDGE_LR = 4e-3
+BUNDLED_JUDGE = Path(__file__).parent / "judges" / "fashion32.safetensors"
+BUNDLED_SHAPE, BUNDLED_CLASSES = (1, 32, 32), 10
 
 
 class JudgeError(ValueError):
@@ -96,7 +107,12 @@ def predict(judge: Judge, pixels: Uint8Array) -> IntArray:
 
 def features_of(judge: Judge, pixels: Uint8Array) -> npt.NDArray[np.float32]:
     """Return the input of the judge's last layer, float32 [N, 128], of uint8 [N, H, W, C]."""
-    return _in_batches(nn.Sequential(judge.features, judge.head[:-1]), pixels)
+    return _in_batches(feature_network(judge), pixels)
+
+
+def feature_network(judge: Judge) -> nn.Sequential:
+    """Return the judge without its last layer."""
+    return nn.Sequential(judge.features, judge.head[:-1])
 
 
 @torch.no_grad()
@@ -122,3 +138,17 @@ def open_split(path: Path, config: CheckpointConfig) -> Dataset:
             f"{config.class_names or config.model.num_classes}; got {data.class_names}"
         )
     return data
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the features of the bundled model's judge as an ONNX file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="to write, such as features.onnx")
+    path: Path = parser.parse_args(arguments).file
+    judge = Judge(BUNDLED_SHAPE, BUNDLED_CLASSES)
+    judge.load_state_dict(load_file(BUNDLED_JUDGE))
+    export_graph(feature_network(judge.eval()), {"images": torch.zeros(2, *BUNDLED_SHAPE)}, "features", path)
+
+
+if __name__ == "__main__":
+    main()

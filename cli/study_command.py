@@ -47,6 +47,9 @@ def scaling_command(
     nll_steps: Annotated[
         int | None, typer.Option(min=2, help="Steps of the respaced chain for bits/dim. Default: the full chain.")
     ] = None,
+    nll_extra_steps: Annotated[
+        bool, typer.Option("--nll-extra-steps", help="Add the steps of appendix E, as for `iddpm evaluate nll`.")
+    ] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Set a field of the configuration, NAME=VALUE. Can be repeated.")
     ] = None,
@@ -62,12 +65,14 @@ def scaling_command(
 ) -> None:
     """Measure quality over training compute for several widths, as figure 10 of Improved DDPM.
 
-    Writes results.json and quality_over_compute.png. An interrupted command is continued by the same command.
+    Writes results.json, results.md and quality_over_compute.png, anew after each evaluation. An interrupted command is
+    continued by the same command; --widths may then be others.
     """
     with needs_extra("train,plots"):
         import matplotlib as mpl
         import torch
         from pydantic import ValidationError
+        from tqdm import tqdm
 
         from cli.evaluate_samples import generate, read_range
         from cli.threads import limit_torch_threads
@@ -86,6 +91,7 @@ def scaling_command(
         from trainer.evaluation.samples import evaluate_samples
         from trainer.evaluation.scaling import refuse_unfit
         from trainer.evaluation.scaling import study as run_study
+        from trainer.evaluation.scaling_report import scaling_page
         from trainer.evaluation.subject import load_subject
         from trainer.presets import preset as named_preset
         from trainer.stop_request import StopRequest
@@ -129,11 +135,19 @@ def scaling_command(
             if test is not None:
                 subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
                 options = NllOptions(
-                    respacing="" if nll_steps is None else str(nll_steps), images=min(nll_images, len(test.labels))
+                    respacing="" if nll_steps is None else str(nll_steps),
+                    extra_steps=nll_extra_steps,
+                    images=min(nll_images, len(test.labels)),
                 )
-                terms = evaluate_nll(subject, test, options, folder / "nll.f32", stop=stop)
+                rows = options.images * options.steps_of(subject)
+                with tqdm(total=rows, desc="bits/dim", unit="row", leave=False) as bar:
+                    terms = evaluate_nll(subject, test, options, folder / "nll.f32", advance=bar.update, stop=stop)
                 measured["bits_per_dim"] = float(terms.total_bpd.mean())
             return measured
+
+        def show(results: Mapping[str, Any]) -> None:
+            write_file(out / "results.md", scaling_page(results).encode())
+            write_file(out / "quality_over_compute.png", quality_over_compute(results))
 
         with stop.on_signals():
             results = run_study(
@@ -151,11 +165,14 @@ def scaling_command(
                     "features": extractor.description,
                     "reference": reference.name,
                     **({"nll_images": nll_images, "nll_steps": nll_steps} if nll_images else {}),
+                    **({"nll_extra_steps": True} if nll_extra_steps else {}),
                 },
+                rows=num * steps + nll_images * (nll_steps or base.diffusion.num_timesteps),
+                show=show,
                 command=command,
                 stop=stop,
             )
-        write_file(out / "quality_over_compute.png", quality_over_compute(results))
+        show(results)
     except ValidationError as error:
         fail(describe_validation_error(error))
     except (Stopped, EvaluationStopped):
@@ -163,7 +180,7 @@ def scaling_command(
         raise typer.Exit(128 + (stop.signal or 0)) from None
     except (TrainError, ServiceError, ModelError, OSError, ValueError) as error:
         fail(error)
-    typer.echo(f"wrote {out / 'results.json'} and {out / 'quality_over_compute.png'}")
+    typer.echo(f"wrote results.json, results.md and quality_over_compute.png to {out}")
 
 
 def _real_distance(data: Path, reference: Path, base: Any, num: int, extractor: Extractor, cache: Path) -> float:

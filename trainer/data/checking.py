@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from diffusion.quoting import printable
 from trainer.data.dataset import DataError, IntArray
+from trainer.data.header_processes import read_in_processes
 from trainer.data.image_file import Header, Mode, Source, check_whole, highest_grey, inspect
 from trainer.data.index import Index, index_name
 from trainer.data.options import DataConfig
@@ -30,6 +33,8 @@ DECODED_FILES, DECODED_PIXELS = 10_000, 200_000_000
 """A data set within both limits is decoded completely, which takes seconds."""
 INDEXED_FILES = 10_000
 """What is known about the files of a folder with at least this number of them is kept in an index file."""
+FILES_FOR_PROCESSES = 30_000
+"""The headers of at least this number of files are read in processes, which take a second or two to start."""
 DEEP_FILES_LOOKED_AT = 16
 """Minimum number of files to sample; fewer than twice as many are sampled."""
 DARK_BITS = 2
@@ -88,15 +93,12 @@ def examine_files(
     bad: dict[int, DataError] = {}
     before = int(np.count_nonzero(index.widths)), int(np.count_nonzero(index.decoded))
 
-    def read_header(number: int) -> Header:
-        return inspect(folder / files[number], mode, options)
-
     def read_whole(number: int) -> None:
         check_whole(folder / files[number], mode, options)
 
     title = "building the index of images" if indexed else "checking images"
     try:
-        for number, header in each(np.flatnonzero(index.widths == 0).tolist(), read_header, title):
+        for number, header in _headers(folder, files, np.flatnonzero(index.widths == 0), mode, options, title):
             if isinstance(header, DataError):
                 bad[number] = header
             else:
@@ -138,6 +140,21 @@ def check_files(examined: Examined, kept: IntArray, options: DataConfig, summary
         summary.remarks += _remarks_on_range([folder / index.files[number] for number in deep], options)
     sizes = np.stack([index.heights[kept], index.widths[kept]], axis=1).astype(np.int64)
     return Checked(kept, sizes, index.sizes[kept].tolist(), _sha256(index.digests[kept]))
+
+
+def _headers(
+    folder: Path, files: Sequence[str], numbers: IntArray, mode: Mode, options: DataConfig, title: str
+) -> Iterator[tuple[int, Header | DataError]]:
+    """Read the headers of the files with these numbers; yield them, or errors, in order."""
+    unread = numbers.tolist()
+    if len(unread) < FILES_FOR_PROCESSES or len(os.sched_getaffinity(0)) == 1:
+        yield from each(unread, lambda number: inspect(folder / files[number], mode, options), title)
+        return
+    with _bar(title, len(unread)) as bar:
+        numbered = iter(unread)
+        for headers in read_in_processes(folder, [files[number] for number in unread], mode, options):
+            yield from zip(islice(numbered, len(headers)), headers, strict=True)
+            bar.update(len(headers))
 
 
 def check_sources(
@@ -202,12 +219,16 @@ def each(
     tasks = [items[start : start + FILES_PER_TASK] for start in range(0, len(items), FILES_PER_TASK)]
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="check")
     try:
-        with tqdm(total=len(items), desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False) as bar:
+        with _bar(title, len(items)) as bar:
             for task, results in zip(tasks, threads.map(several, tasks), strict=True):
                 yield from zip(task, results, strict=True)
                 bar.update(len(task))
     finally:
         threads.shutdown(cancel_futures=True)  # after Ctrl-C, do not wait for the other tasks
+
+
+def _bar(title: str, total: int) -> tqdm[Any]:
+    return tqdm(total=total, desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False)
 
 
 def readable(bad: dict[int, DataError], count: int, options: DataConfig) -> IntArray:

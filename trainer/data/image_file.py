@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
     content: bytes
 
 
-Source = Path | Encoded
+Source = Path | str | Encoded
 
 
 class Header(NamedTuple):
@@ -204,7 +204,7 @@ def _name(source: Source) -> str:
     return printable(source.name if isinstance(source, Encoded) else source)
 
 
-def _opened_file(path: Path) -> IO[bytes]:
+def _opened_file(path: Path | str) -> IO[bytes]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
     try:
         status = os.fstat(descriptor)

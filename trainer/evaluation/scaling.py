@@ -2,7 +2,7 @@
 
 Each width trains once, and is evaluated at several numbers of training images. The folder of a study:
 
-    plan.json               what is studied; a study can only be resumed with an equal plan
+    plan.json               what is studied, except the widths; a study can only be resumed with an equal plan
     WIDTH/run/              the training run
     WIDTH/POINT/            evaluation after POINT training images
     results.json            measures by width and point, written after each evaluation; read by `iddpm plot`
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.evaluation.errors import EvaluationError
 from trainer.loop import resolve, train
-from trainer.run_folder import MODEL_FOLDER, checkpoints
+from trainer.run_folder import MODEL_FOLDER, checkpoints, say
 
 PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
@@ -157,10 +158,14 @@ def study(
     evaluate: Callable[[Path, Path], Mapping[str, float]],
     limits: Mapping[str, float | None],
     settings: Mapping[str, Any],
+    rows: int = 0,
+    show: Callable[[Mapping[str, Any]], object] = lambda results: None,
     command: str = "",
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train and evaluate networks of several widths; continue an interrupted study.
+
+    Other widths may be given to continue: the results keep those that were studied before.
 
     Args:
         base: configuration; its width has its learning rate.
@@ -172,6 +177,8 @@ def study(
         evaluate: called with a checkpoint and a folder for its files; returns measures by name.
         limits: limit of the power law by measure; None: fitted.
         settings: all else that the measures depend on.
+        rows: rows of network calls of one evaluation, for the estimate of the time that is left.
+        show: called with the results after each evaluation.
         command: recorded with the results.
         stop: as for `train`.
 
@@ -183,8 +190,11 @@ def study(
         TrainError, Stopped: as for `train`; the same command continues the study.
     """
     points = points_of(images, count, base.batch_size)
+    done = _earlier_results(out)
     try:
-        configs = {width: width_config(base, width, points[-1]) for width in widths}
+        configs = {
+            width: width_config(base, width, points[-1]) for width in sorted({*widths, *(width for width, _ in done)})
+        }
         networks = {width: _network(resolve(config, dataset)) for width, config in configs.items()}
         for model in networks.values():
             parameter_count(model)
@@ -193,21 +203,22 @@ def study(
     plan = {
         "config": base.model_dump(mode="json"),
         "data": dataset.description,
-        "widths": list(widths),
         "points": points,
         **settings,
     }
     _check_plan(out, plan)
-    done: dict[tuple[int, int], dict[str, float]] = {}
-    if (out / RESULTS_FILE).exists():
-        for network in read_object(out / RESULTS_FILE)["networks"]:
-            done |= {(network["channels"], point["images"]): point for point in network["points"]}
-
-    for width in widths:
+    left = _Left({width: networks[width] for width in widths}, points, rows, done)
+    for number, width in enumerate(widths, start=1):
         run = out / str(width) / "run"
         for point in points:
             if (width, point) in done:
                 continue
+            say(f"{width} channels ({number} of {len(widths)} widths): training up to {point:,} of {images:,} images")
+            if _images_seen(run) > point:
+                raise EvaluationError(
+                    f"{run} has seen more than {point} images, and {out / RESULTS_FILE} has no evaluation after "
+                    f"{point}: delete {run.parent} to study this width again"
+                )
             if _images_seen(run) < point:
                 config = resolve(width_config(base, width, point), dataset)
                 train(config, dataset, run, resume=bool(checkpoints(run)), command=command, stop=stop)
@@ -216,7 +227,38 @@ def study(
             done[width, point] = {"images": point, "flops": flops, **measured}
             results = _summary(networks, done, limits, command)
             write_file(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
+            show(results)
+            values = ", ".join(f"{label} {measured[name]:.4g}" for name, label in MEASURES.items() if name in measured)
+            say(f"{width} channels, {point:,} images: {values}; {left.after(width, point)}")
     return _summary(networks, done, limits, command)
+
+
+class _Left:
+    """Estimates the time that a study still takes, from the compute of what it has done since its start."""
+
+    def __init__(
+        self,
+        networks: Mapping[int, ModelConfig],
+        points: Sequence[int],
+        rows: int,
+        done: Mapping[tuple[int, int], object],
+    ) -> None:
+        self._begun = time.monotonic()
+        self._left = {
+            (width, point): training_flops(model) * (point - before + rows / 3)  # a forward pass is a third
+            for width, model in networks.items()
+            for before, point in zip([0, *points], points, strict=False)
+            if (width, point) not in done
+        }
+        self._done = 0.0
+
+    def after(self, width: int, point: int) -> str:
+        """Count a point as done, and return what is left."""
+        self._done += self._left.pop((width, point))
+        seconds = (time.monotonic() - self._begun) * sum(self._left.values()) / self._done
+        return (
+            f"{len(self._left)} points left, about {math.ceil(seconds / 60)} min" if self._left else "all points done"
+        )
 
 
 def _network(config: TrainConfig) -> ModelConfig:
@@ -234,11 +276,22 @@ def _images_seen(run: Path) -> int:
     return int(found[-1].name) if found else 0
 
 
+def _earlier_results(out: Path) -> dict[tuple[int, int], dict[str, float]]:
+    """Return the measures of earlier evaluations by width and point."""
+    if not (out / RESULTS_FILE).exists():
+        return {}
+    return {
+        (network["channels"], point["images"]): point
+        for network in read_object(out / RESULTS_FILE)["networks"]
+        for point in network["points"]
+    }
+
+
 def _check_plan(out: Path, plan: Mapping[str, Any]) -> None:
     path = out / PLAN_FILE
     plan = json.loads(json.dumps(plan))
     if path.exists():
-        earlier = read_object(path)
+        earlier = {name: value for name, value in read_object(path).items() if name != "widths"}  # of older versions
         if changed := [name for name in {**earlier, **plan} if earlier.get(name) != plan.get(name)]:
             raise EvaluationError(f"{out} holds a study with other {', '.join(changed)}: use another --out")
         return
@@ -258,8 +311,12 @@ def _summary(
     for name, label in MEASURES.items():
         points = [(point["flops"], point[name]) for point in done.values() if name in point]
         if points:
-            law = fit_power_law(frontier(points), limits.get(name))
-            measures[name] = {"label": label, "fit": None if law is None else law._asdict()}
+            best = frontier(points)
+            law = fit_power_law(best, limits.get(name))
+            measures[name] = {
+                "label": label,
+                "fit": None if law is None else {**law._asdict(), "points": len(best)},
+            }
     return {
         "kind": "scaling",
         "command": command,

@@ -26,7 +26,7 @@ def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
         "--data", tmp_path / "train.npz", "--reference", tmp_path / "test.npz", "--out", tmp_path / "study",
         "--features", onnx_means(tmp_path / "means.onnx", ("n", 1, "h", "w")), "--cache", tmp_path / "cache",
         "--widths", "32,64", "--images", 8, "--points", 2, "--num", 4, "--steps", 2,
-        "--nll-images", 3, "--nll-steps", 5,
+        "--nll-images", 3, "--nll-steps", 5, "--nll-extra-steps",
         *(part for field in sets for part in ("--set", field)),
     ]  # fmt: skip
     result = CliRunner().invoke(app, ["study", "scaling", "fashion32", *map(str, options)])
@@ -37,6 +37,8 @@ def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
         assert [point["images"] for point in network["points"]] == [4, 8]
         assert all(point["frechet_distance"] > 0 for point in network["points"])
         assert all(0 < point["bits_per_dim"] < 100 for point in network["points"])
+    assert json.loads((tmp_path / "study" / "plan.json").read_text())["nll_extra_steps"] is True
+    assert "| channels | parameters | images | FLOPs |" in (tmp_path / "study" / "results.md").read_text()
     assert content["measures"].keys() == {"frechet_distance", "bits_per_dim"}
     assert (tmp_path / "study" / "quality_over_compute.png").read_bytes().startswith(b"\x89PNG")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from trainer.evaluation.scaling import (
     training_flops,
     width_config,
 )
+from trainer.evaluation.scaling_report import scaling_page
 
 __all__ = ["npz"]
 
@@ -109,3 +112,55 @@ def test_a_study_of_other_settings_or_impossible_widths_is_refused(npz: Path, tm
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(EvaluationError, match="is not empty"):
         run_study(npz, tmp_path / "full", [])
+
+
+def test_widths_may_be_added_to_a_study_which_keeps_the_others(npz: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    run_study(npz, tmp_path / "study", seen, widths=[64])
+    content = run_study(npz, tmp_path / "study", seen, widths=[32])
+    assert seen == ["64 8 8", "64 16 16", "32 8 8", "32 16 16"]
+    assert [network["channels"] for network in content["networks"]] == [32, 64]
+    assert [len(network["points"]) for network in content["networks"]] == [2, 2]
+    assert content == json.loads((tmp_path / "study" / "results.json").read_text())
+
+
+def test_a_network_that_was_trained_further_is_not_evaluated_for_an_earlier_point(npz: Path, tmp_path: Path) -> None:
+    run_study(npz, tmp_path / "study", [], widths=[32])
+    (tmp_path / "study" / "results.json").unlink()
+    with pytest.raises(EvaluationError, match=r"has seen more than 8 images.*delete .*32 to study this width again"):
+        run_study(npz, tmp_path / "study", [], widths=[32])
+
+
+def test_a_study_shows_its_results_and_what_is_left_after_each_evaluation(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[int] = []
+
+    def show(results: Mapping[str, Any]) -> None:
+        shown.append(sum(len(network["points"]) for network in results["networks"]))
+
+    run_study(npz, tmp_path / "study", [], show=show)
+    assert shown == [1, 2, 3, 4]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " channels" in line]
+    assert lines[0] == "32 channels (1 of 2 widths): training up to 8 of 16 images"
+    assert re.fullmatch(r"32 channels, 8 images: Fréchet distance 10; 3 points left, about \d+ min", lines[1])
+    assert lines[-1] == "64 channels, 16 images: Fréchet distance 2.5; all points done"
+
+
+def test_the_page_of_a_study_has_its_points_and_laws() -> None:
+    point = {"images": 2000, "flops": 1.5e12, "frechet_distance": 12.3456}
+    law = {"limit": 3.0, "scale": 2e-12, "exponent": 0.5, "points": 4}
+    page = scaling_page(
+        {
+            "command": "iddpm study scaling",
+            "measures": {
+                "frechet_distance": {"label": "Fréchet distance", "fit": law},
+                "bits_per_dim": {"label": "NLL (bits/dim)", "fit": None},
+            },
+            "networks": [{"channels": 8, "parameters": 72762, "points": [point]}, {"channels": 16, "points": []}],
+        }
+    )
+    assert "| 8 | 72,762 | 2,000 | 1.5e+12 | 12.35 | - |" in page
+    assert "- Fréchet distance: 3 + (2e-12 C)^-0.5, from 4 points" in page
+    assert "- NLL (bits/dim): no power law" in page
+    assert page.endswith("```\niddpm study scaling\n```\n")
