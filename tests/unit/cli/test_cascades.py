@@ -1,4 +1,4 @@
-"""`iddpm sample` and `iddpm generate` of a cascade: the bytes of a service that serves it."""
+"""`iddpm sample` and `iddpm generate` of a cascade, and conditioning images: the bytes of a service that serves it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -115,6 +116,26 @@ def test_generate_gives_the_bytes_of_the_service(models: tuple[Path, Path], url:
     assert later["model_sha256"] != manifest["model_sha256"]
     code, output = run(*command, "--upsample-steps", 5)
     assert (code, "upsampling.sampling.respacing was" in output) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["small.png", "one.npy", "three.npz"])
+@pytest.mark.parametrize("command", ["sample", "encode"])
+def test_conditioning_images_give_equal_bytes_with_and_without_a_server(
+    models: tuple[Path, Path], url: str, tmp_path: Path, command: str, name: str
+) -> None:
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    Image.fromarray(small[0, ..., 0]).save(tmp_path / "small.png")
+    np.save(tmp_path / "one.npy", small[1].astype(np.float32) + 0.5)
+    np.savez(tmp_path / "three.npz", small)
+    np.save(tmp_path / "images.npy", rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8))
+    options: list[object] = ["--cond", tmp_path / name, "--class", 1, "--steps", 4]
+    options += ["--seed", 6] if command == "sample" else [tmp_path / "images.npy"]
+    for place in (["--model", models[1]], ["--url", url, "--model", "up"]):
+        code, output = run(command, *place, *options, "-o", tmp_path / f"{place[0]}.npy")
+        assert code == 0, output
+    assert (tmp_path / "--model.npy").read_bytes() == (tmp_path / "--url.npy").read_bytes()
+    assert len(np.load(tmp_path / "--url.npy")) == (1 if command == "sample" and name != "three.npz" else 3)
 
 
 @pytest.mark.parametrize("command", [("sample",), ("generate", "--num", 1)])
