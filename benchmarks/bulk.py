@@ -14,6 +14,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,20 +23,18 @@ import torch
 from benchmarks.options import WORK, exit_status
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
-from cli.bulk import Files, choose_classes, describe_generation, generate_into, images_of
+from cli.bulk import Files, choose_classes, describe_generation, generate_into, requests_for
 from cli.local_engine import LocalEngine
 from formats.generation import Generation
 from formats.shards import FORMATS
 from service.backends.artifact_model import cpu_threads
 from service.backends.select import load_model
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest
 from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 from service.settings import Settings
 
 ALONE = "the engine alone"
-MODEL = "model"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -45,10 +44,13 @@ class EngineAlone:
     def __init__(self, model: Path, local: LocalEngine, generation: Generation) -> None:
         settings = Settings(models=(model,))
         config = settings.engine_config()
-        denoiser = load_model(local.folder, settings.backend, settings.backend_options())
-        self._engine = Engine({MODEL: ArrayRunner(denoiser, config)}, config, Metrics())
+        ((served, folder),) = local.stages
+        denoiser = load_model(folder, settings.backend, settings.backend_options())
+        self._engine = Engine({served.name: ArrayRunner(denoiser, config)}, config, Metrics())
         self._engine.warm_up()
-        self._images = tuple(images_of(local, generation, range(generation.count)))
+        requests = requests_for(local, generation, range(generation.count))
+        self._requests = [replace(request, request_id=str(k)) for k, request in enumerate(requests)]
+        self._count = generation.count
 
     def __call__(self) -> None:
         """Generate all images, as the service's thread takes steps.
@@ -57,14 +59,15 @@ class EngineAlone:
             RuntimeError: an image is missing.
         """
         engine, done = self._engine, 0
-        engine.add(GenerationRequest(request_id="all", model=MODEL, images=self._images), time.monotonic())
+        for request in self._requests:
+            engine.add(request, time.monotonic())
         while engine.has_work():
             engine.launch()
             done += len(engine.report())
             engine.settle()
         done += len(engine.report())
-        if done != len(self._images):
-            raise RuntimeError(f"{done} of {len(self._images)} images")
+        if done != self._count:
+            raise RuntimeError(f"{done} of {self._count} images")
 
 
 def generate_once(engine: LocalEngine, generation: Generation) -> None:

@@ -57,7 +57,7 @@ def draw_samples(model: Path, backend: Entry, threads: int) -> Image.Image:
 
 def draw_sneakers(model: Path) -> Image.Image:
     """Draw the answer to the README's request, enlarged four times."""
-    found = sample_local(model, {"class": "Sneaker", "steps": STEPS, "seed": 3}, 4, lambda *_: None)
+    found = sample_local([model], None, {"class": "Sneaker", "steps": STEPS, "seed": 3}, 4, lambda *_: None)
     sheet = grid(np.stack([image.pixels for image in found]))
     return Image.fromarray(np.kron(sheet[:, :, 0], np.ones((4, 4), np.uint8)))
 

@@ -32,6 +32,7 @@ from formats.artifact import (
     NetworkParity,
     file_entry,
     find_artifact,
+    graph_inputs,
     manifest_json,
     read_artifact,
 )
@@ -224,6 +225,7 @@ def export_for_timing(checkpoint: Path, folder: Path) -> None:
             checkpoint_sha256=checkpoint_sha256(checkpoint),
             opset=OPSET,
             buckets=(1,),
+            inputs=graph_inputs(config),
             files={path.name: file_entry(path) for path in sorted(into.iterdir())},
             parity=tuple(parity),
         )

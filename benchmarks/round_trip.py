@@ -58,10 +58,10 @@ def round_trip(
     """Encode images [n, H, W, C] up to a timestep (None: the noisiest one), decode their latents, and compare."""
     fields: dict[str, Any] = {"class": list(labels), "steps": steps, "cfg_scale": 1}
     encoding, timestep = engine.complete_encoding({"image": _base64(images), "end_timestep": end_timestep, **fields})
-    ((_, latents),) = engine.run([encoding], lambda _: None)
+    ((_, latents),) = engine.run([[encoding]], lambda _: None)
     body = {"latent": _base64(np.stack(latents)), "sampler": "ddim", "start_timestep": timestep, "seed": 0, **fields}
     body |= {"format": "npy", "dtype": "float32"}
-    ((_, decoded),) = engine.run([engine.complete(body, engine.read_given(body))], lambda _: None)
+    ((_, decoded),) = engine.run([[engine.complete(body, engine.read_given(body))]], lambda _: None)
     low, high = value_range_of(engine.config).data_of(np.array([[[[0]]], [[[255]]]], np.uint8))
     return errors_of(images, (np.stack(decoded) - low) * (255 / (high - low)), steps, timestep)
 

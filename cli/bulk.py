@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from cli.local_engine import LocalEngine
     from formats.generated_folder import GeneratedFolder
-    from formats.generation import Generation, GenerationFormat
+    from formats.generation import Generation, GenerationFormat, Sampling
     from formats.images import Uint8Array
-    from service.engine.request import ImageParams
+    from service.engine.request import GenerationRequest, ImageParams
 
 
 class BulkStopped(Exception):
@@ -66,7 +66,7 @@ def describe_generation(
 
     Args:
         engine: the model.
-        sampling: fields of a request that say how a chain is computed; absent ones have the model's defaults.
+        sampling: fields of a request that say how chains are computed; absent ones have the defaults of the models.
         seed: of all images.
         image_index: of the first image.
         count: number of images.
@@ -82,38 +82,50 @@ def describe_generation(
 
     from diffusion.config import size_pair
     from diffusion.noise import MAX_IMAGE_INDEX
-    from formats.generation import Generation, Sampling
+    from formats.generation import Generation, Upsampling
     from formats.model_hash import model_sha256
 
     if image_index + count - 1 > MAX_IMAGE_INDEX:
         raise ValueError(f"--image-index must be at most {MAX_IMAGE_INDEX - count + 1} with {count} images")
     one = {} if classes is None else {"class": classes[0]}
     fields = {**sampling, **one, "seed": seed, "image_index": image_index, "n": 1}
-    (image,) = engine.complete(fields, cond=None if conditions is None else conditions.of(range(1)))
-    height, width = size_pair(engine.config.model.image_size)
+    request = engine.complete(fields, cond=None if conditions is None else conditions.of(range(1)))
+    of_stages = [_sampling(images[0]) for images in request.stages]
+    hashes = [(model.name, model_sha256(folder)) for model, folder in engine.stages]
+    result = engine.result_config.model
+    height, width = size_pair(result.image_size)
     return Generation(
         iddpm=version("iddpm"),
         model=engine.name,
-        model_sha256=model_sha256(engine.folder),
+        model_sha256=hashes[0][1],
         numerics_id=engine.numerics_id,
         backend=engine.backend,
-        sampling=Sampling(
-            sampler=image.plan.sampler,
-            respacing=image.plan.spec,
-            num_steps=image.num_steps,
-            eta=image.plan.eta,
-            cfg_scale=image.cfg_scale,
-            classifier_scale=image.classifier_scale,
-        ),
+        sampling=of_stages[0],
+        upsampling=None
+        if request.then is None
+        else Upsampling(model=hashes[1][0], model_sha256=hashes[1][1], sampling=of_stages[1]),
         seed=seed,
         image_index=image_index,
         count=count,
-        image_shape=(height, width, engine.config.model.image_channels),
+        image_shape=(height, width, result.image_channels),
         classes=None if classes is None else tuple(classes),
         class_names=engine.class_names,
         conditions=None if conditions is None else conditions.description,
         format=files.format,
         shard_size=files.shard_size,
+    )
+
+
+def _sampling(image: ImageParams) -> Sampling:
+    from formats.generation import Sampling
+
+    return Sampling(
+        sampler=image.plan.sampler,
+        respacing=image.plan.spec,
+        num_steps=image.num_steps,
+        eta=image.plan.eta,
+        cfg_scale=image.cfg_scale,
+        classifier_scale=image.classifier_scale,
     )
 
 
@@ -130,11 +142,11 @@ def choose_classes(engine: LocalEngine, sampling: dict[str, Any], names: Sequenc
         ValueError: a class is named twice.
     """
     if names is None:
-        (image,) = engine.complete(sampling)
+        (image,) = engine.complete(sampling).images
         return None if image.class_index is None else list(range(len(engine.class_names)))
     found = []
     for name in names:
-        (image,) = engine.complete(with_class_index({**sampling, "class": name}, lambda: engine.class_names))
+        (image,) = engine.complete(with_class_index({**sampling, "class": name}, lambda: engine.class_names)).images
         assert image.class_index is not None  # noqa: S101  # else `complete` refuses a class
         found.append(image.class_index)
     if len(set(found)) < len(found):
@@ -142,10 +154,10 @@ def choose_classes(engine: LocalEngine, sampling: dict[str, Any], names: Sequenc
     return found
 
 
-def images_of(
+def requests_for(
     engine: LocalEngine, generation: Generation, images: range, conditions: Conditions | None = None
-) -> list[ImageParams]:
-    """Return some images of a generation: exactly what the service makes of requests with their seed, index, class and
+) -> list[GenerationRequest]:
+    """Return the requests for some images of a generation: what a client would send for their seed, index, class and
     conditioning image.
 
     Raises:
@@ -163,15 +175,24 @@ def images_of(
     }
     if sampling.eta:
         fields["eta"] = sampling.eta
-    found: list[ImageParams] = []
+    if generation.upsampling is not None:
+        later = generation.upsampling.sampling
+        fields["upsample"] = {
+            "steps": int(later.respacing),
+            "sampler": later.sampler,
+            "cfg_scale": later.cfg_scale,
+            "classifier_scale": later.classifier_scale,
+        }
+    found = []
     for first in range(images.start, images.stop, MAX_IMAGES):
         part = range(first, min(first + MAX_IMAGES, images.stop))
         labels = generation.labels(part)
         one = {} if labels is None else {"class": labels.tolist()}
-        found += engine.complete(
+        request = engine.complete(
             {**fields, **one, "image_index": generation.index_of(first), "n": len(part)},
             cond=None if conditions is None else conditions.of(part),
         )
+        found.append(request)
     return found
 
 
@@ -217,8 +238,8 @@ def _generate_missing(
     from tqdm import tqdm
 
     generation, missing = folder.generation, folder.missing()
-    (first,) = images_of(engine, generation, range(1), conditions)
-    row_steps = first.rows * first.num_steps
+    (first,) = requests_for(engine, generation, range(1), conditions)
+    row_steps = first.row_steps
     # Counted in rows computed, shown in images
     bar = tqdm(
         total=generation.count * row_steps,
@@ -237,7 +258,7 @@ def _generate_missing(
             raise BulkStopped
 
     with bar, _writer(folder) as write:
-        groups = (images_of(engine, generation, images, conditions) for images in missing)
+        groups = (requests_for(engine, generation, images, conditions) for images in missing)
         for number, pixels in engine.run(groups, advance) if missing else ():  # a run begins with a warm-up
             write(missing[number], np.stack(pixels))
     folder.finish()

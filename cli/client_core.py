@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from cli.connecting import CONNECTION_ERRORS
 from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
-from formats.given_files import Fit
+from formats.given_shapes import Fit
 from service.http.native.event_schemas import PreviewEvent, ProgressEvent, QueuedEvent
 from service.http.native.schemas import GenerateResponse, ModelList, Problem
 from service.requests.generate_request import ImageFormat, PriorityName, ValueType

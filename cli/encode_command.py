@@ -107,8 +107,7 @@ def _encode_locally(model: Path, fields: dict[str, Any]) -> Encoded:
     from cli.split_requests import with_class_index
 
     engine = LocalEngine(model)
-    images, timestep = engine.complete_encoding(with_class_index(fields, lambda: engine.class_names))
-    row_steps = sum(image.rows * image.num_steps for image in images)
-    with typer.progressbar(length=row_steps, label="encoding", file=sys.stderr) as bar:
-        ((_, latents),) = engine.run([images], bar.update)
+    request, timestep = engine.complete_encoding(with_class_index(fields, lambda: engine.class_names))
+    with typer.progressbar(length=request.row_steps, label="encoding", file=sys.stderr) as bar:
+        ((_, latents),) = engine.run([[request]], bar.update)
     return Encoded(latents=np.stack(latents), timestep=timestep, numerics_id=engine.numerics_id)

@@ -196,7 +196,7 @@ def generate(
         conditions = open_conditions(config, data, cond, num, classes=classes, guided=guided)
         check(config)
 
-    engine = LocalEngine(model, check_all)
+    engine = LocalEngine(model, check=check_all)
     generation = describe_generation(
         engine,
         sampling,

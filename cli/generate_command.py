@@ -8,12 +8,32 @@ from typing import Annotated, Literal
 import typer
 
 from cli.errors import fail, needs_extra
-from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
+from cli.sampling_options import (
+    CfgScale,
+    ClassifierScale,
+    Eta,
+    Respacing,
+    SamplerName,
+    Steps,
+    UpsampleCfgScale,
+    UpsampleClassifierScale,
+    UpsampleSampler,
+    UpsampleSteps,
+    given,
+    upsample_fields,
+)
 
 
 def generate_command(
-    model: Annotated[Path, typer.Argument(help="Model folder: a checkpoint, an artifact or an ensemble.")],
+    model: Annotated[
+        list[Path],
+        typer.Argument(help="Model folder: a checkpoint, an artifact or an ensemble. For a cascade, two of them."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the images, or one to continue.")],
+    cascade: Annotated[
+        str | None,
+        typer.Option(help="NAME=BASE+UPSAMPLER: generate with two models, of which the second enlarges images."),
+    ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Number of images, of all classes equally often.")] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="Instead of --num: images of each class.")] = None,
     classes: Annotated[
@@ -37,6 +57,10 @@ def generate_command(
     eta: Eta = None,
     cfg_scale: CfgScale = None,
     classifier_scale: ClassifierScale = None,
+    upsample_steps: UpsampleSteps = None,
+    upsample_sampler: UpsampleSampler = None,
+    upsample_cfg_scale: UpsampleCfgScale = None,
+    upsample_classifier_scale: UpsampleClassifierScale = None,
     seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed of all images.")] = 0,
     image_index: Annotated[
         int, typer.Option(min=0, help="Image index of the first image; other machines can generate other ranges.")
@@ -66,11 +90,11 @@ def generate_command(
         eta=eta,
         cfg_scale=cfg_scale,
         classifier_scale=classifier_scale,
-    )
+    ) | upsample_fields(upsample_steps, upsample_sampler, upsample_cfg_scale, upsample_classifier_scale)
     try:
         if (num is None) == (per_class is None):
             raise ValueError("give either --num or --per-class")
-        engine = LocalEngine(model)
+        engine = LocalEngine(*model, cascade=cascade)
         chosen = choose_classes(engine, sampling, classes)
         if per_class is not None and chosen is None:
             raise ValueError("--per-class needs a model with classes; use --num")

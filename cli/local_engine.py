@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,54 +17,98 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from diffusion.config import CheckpointConfig
-    from service.engine.request import GivenArrays, ImageParams
+    from service.engine.request import GenerationRequest, GivenArrays
+    from service.models.served_model import ServedModel
     from service.requests.results import Pixels
 
     Conditions = npt.NDArray[np.float32]
 
-MODEL = "model"
 AHEAD = 2
 """Batches of images that the engine holds while there are more to come: one that runs, and one that follows it."""
 
 
 class LocalEngine:
-    """A model folder, loaded and run in this process."""
+    """A model folder, or the two of a cascade, loaded and run in this process."""
 
-    def __init__(self, model: Path, check: Callable[[CheckpointConfig], None] = lambda _: None) -> None:
-        """Load a model.
+    def __init__(
+        self,
+        *models: Path,
+        cascade: str | None = None,
+        check: Callable[[CheckpointConfig], None] = lambda _: None,
+    ) -> None:
+        """Load the models.
 
         Args:
-            model: the folder, as FOLDER or NAME=FOLDER.
-            check: called with the model's configuration before the network is run; its exceptions are passed on.
+            *models: the folders, as FOLDER or NAME=FOLDER.
+            cascade: the cascade that is run, as NAME=BASE+UPSAMPLER; None: there is one model, which is run.
+            check: called with the configuration of the model that makes the results, before a network is run; its
+                exceptions are passed on.
 
         Raises:
-            ValidationError: a setting in the environment breaks a rule.
-            ValueError: an environment variable has the name of an unknown setting; also from `check`.
-            ModelError: the model cannot be run.
+            ValidationError: a setting in the environment breaks a rule, or the cascade names another model.
+            ValueError: an environment variable has the name of an unknown setting; there are more models than are run;
+                also from `check`.
+            ModelError: a model cannot be run, or the two do not make a cascade.
         """
         from service.backends.select import load_model
         from service.engine.engine import Engine
         from service.engine.runners.array_runner import ArrayRunner
         from service.metrics import Metrics
+        from service.models.cascades import linked
         from service.models.registry import served_model
         from service.settings import Settings, refuse_unknown_variables
 
         refuse_unknown_variables()
-        settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
+        cascades = () if cascade is None else (cascade,)
+        settings = Settings(models=models, cascades=cascades, host="127.0.0.1")  # no socket is opened
+        linking = settings.cascade_models
+        if unused := settings.model_folders.keys() - (linking[0].models if linking else [*settings.model_folders][:1]):
+            raise ValueError(
+                f"--model: {', '.join(sorted(unused))} would not be run: give one model, or two and "
+                "--cascade NAME=BASE+UPSAMPLER"
+            )
         self._config = settings.engine_config()
-        ((self.name, self.folder),) = settings.model_folders.items()
-        backend = load_model(self.folder, settings.backend, settings.backend_options())
-        self.config: CheckpointConfig = backend.config
-        """Configuration of the model."""
-        check(self.config)
-        self._runner = ArrayRunner(backend, self._config)
-        self.numerics_id = self._runner.numerics_id
-        """Identity of the numerics: equal ids give equal pixels."""
-        self.backend: str = backend.description
-        """Backend, device and precision, for human readers."""
-        self._served = served_model(MODEL, backend, self.numerics_id)
-        self._engine = Engine({MODEL: self._runner}, self._config, Metrics())
+        runners: dict[str, ArrayRunner[Any]] = {}
+        served: dict[str, ServedModel] = {}
+        for name, folder in settings.model_folders.items():
+            backend = load_model(folder, settings.backend, settings.backend_options())
+            runners[name] = ArrayRunner(backend, self._config)
+            served[name] = served_model(name, backend, runners[name].numerics_id)
+        self._served = linked(linking[0], served) if linking else next(iter(served.values()))
+        check(self.result_config)
+        self.stages = tuple((model, settings.model_folders[model.name]) for model in self._stages)
+        """The model and its folder; of a cascade, those of its base and its upsampler."""
+        self._engine = Engine(runners, self._config, Metrics())
         self._warm = False
+
+    @property
+    def _stages(self) -> tuple[ServedModel, ...]:
+        return self._served.stages or (self._served,)
+
+    @property
+    def name(self) -> str:
+        """Name of the model or cascade."""
+        return self._served.name
+
+    @property
+    def config(self) -> CheckpointConfig:
+        """Configuration of the model; of a cascade, that of its base."""
+        return self._served.config
+
+    @property
+    def result_config(self) -> CheckpointConfig:
+        """Configuration of the model that makes the results."""
+        return self._served.result_config
+
+    @property
+    def numerics_id(self) -> str:
+        """Identity of the numerics: equal ids give equal pixels."""
+        return self._served.numerics_id
+
+    @property
+    def backend(self) -> str:
+        """Backend, device and precision, for human readers."""
+        return self._served.backend
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -87,8 +131,8 @@ class LocalEngine:
 
     def complete(
         self, fields: dict[str, Any], given: Sequence[GivenArrays] = (), *, cond: Conditions | None = None
-    ) -> list[ImageParams]:
-        """Return the images of a request's fields, with the model's defaults.
+    ) -> GenerationRequest:
+        """Return the request of some fields, with the model's defaults.
 
         Args:
             fields: of the request.
@@ -107,16 +151,16 @@ class LocalEngine:
             fields = {**fields, "cond": ArraySource(cond)}
             given = [GivenArrays(cond=one) for one in cond]
         body = GenerateRequest.model_validate(fields)
-        return list(complete(body, self._served, "cli", max_row_steps=sys.maxsize, given=given).images)
+        return complete(body, self._served, "cli", max_row_steps=sys.maxsize, given=given)
 
-    def complete_encoding(self, fields: dict[str, Any]) -> tuple[list[ImageParams], int]:
+    def complete_encoding(self, fields: dict[str, Any]) -> tuple[GenerationRequest, int]:
         """Read the images of a request to encode them.
 
         Args:
             fields: of the body of `POST /v1/encode`.
 
         Returns:
-            The images, and the training timestep of their latents.
+            The request, and the training timestep of its latents.
 
         Raises:
             ValidationError, InvalidRequest: a field breaks a rule, or the file has another shape than the model's
@@ -129,13 +173,13 @@ class LocalEngine:
         body = EncodeRequest.model_validate(fields)
         check_cond(body.cond, self.config.model)
         given = read_encoded(body, self.config)
-        images = complete_arrays(body, given, self._served, "cli", max_row_steps=sys.maxsize).images
-        return list(images), encoding_end(self.config.diffusion, images[0].plan)
+        request = complete_arrays(body, given, self._served, "cli", max_row_steps=sys.maxsize)
+        return request, encoding_end(self.config.diffusion, request.images[0].plan)
 
     def run(
-        self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], object]
+        self, groups: Iterable[Sequence[GenerationRequest]], progress: Callable[[int], object]
     ) -> Iterator[tuple[int, list[Pixels]]]:
-        """Generate groups of images, and yield each group when it is complete, with its number.
+        """Generate the images of groups of requests, and yield each group when it is complete, with its number.
 
         The engine always holds enough images to fill its batches, across groups, and never many more.
 
@@ -152,14 +196,13 @@ class LocalEngine:
             GenerationFailed: an image failed.
         """
         from formats.value_range import value_range_of
-        from service.engine.request import GenerationRequest
         from service.engine.tickets import image_failure
         from service.requests.results import network_values, output_of
 
         if not self._warm:
             self._engine.warm_up()
             self._warm = True
-        engine, values = self._engine, value_range_of(self.config)
+        engine, values = self._engine, value_range_of(self.result_config)
         parts = _parts(groups, self._config.max_rows)
         running: dict[str, _Part] = {}
         outputs: dict[int, dict[int, Pixels]] = {}
@@ -172,12 +215,10 @@ class LocalEngine:
                 if part is None:
                     more = False
                     break
-                name = f"{part.group} {part.first}"
-                running[name] = part
+                running[part.request.request_id] = part
                 outputs.setdefault(part.group, {})
-                request = GenerationRequest(request_id=name, model=MODEL, images=tuple(part.images))
-                engine.add(request, time.monotonic())
-                in_flight += len(part.images)
+                engine.add(part.request, time.monotonic())
+                in_flight += len(part.request.images)
             engine.launch()
             results = engine.report()  # of the step before, while the device computes this one
             engine.settle()
@@ -187,7 +228,7 @@ class LocalEngine:
             counted = engine.activity.row_steps
             for result in results:
                 part = running[result.request_id]
-                image = part.images[result.position]
+                image = part.request.results[result.position]
                 if result.failure is not None:
                     raise image_failure(image.image_index, result.failure)
                 found = outputs[part.group]
@@ -212,13 +253,21 @@ class _Part:
     """Position of the first image in the group."""
     of: int
     """Images of the whole group."""
-    images: Sequence[ImageParams]
+    request: GenerationRequest
     left: int
     """Images without a result."""
 
 
-def _parts(groups: Iterable[Sequence[ImageParams]], size: int) -> Iterator[_Part]:
-    for group, images in enumerate(groups):
-        for first in range(0, len(images), size):
-            part = images[first : first + size]
-            yield _Part(group, first, len(images), part, len(part))
+def _parts(groups: Iterable[Sequence[GenerationRequest]], size: int) -> Iterator[_Part]:
+    for group, requests in enumerate(groups):
+        first, of = 0, sum(len(request.images) for request in requests)
+        for request in requests:
+            for begin in range(0, len(request.images), size):
+                part = _part(request, slice(begin, begin + size), f"{group} {first}")
+                yield _Part(group, first, of, part, len(part.images))
+                first += len(part.images)
+
+
+def _part(request: GenerationRequest, images: slice, name: str) -> GenerationRequest:
+    then = None if request.then is None else replace(request.then, images=request.then.images[images])
+    return replace(request, request_id=name, images=request.images[images], then=then)

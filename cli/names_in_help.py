@@ -34,7 +34,7 @@ def recommended_steps() -> str:
 def fits() -> str:
     """Return the names of the ways to fit an image to a model's shape."""
     from diffusion.quoting import in_words
-    from formats.given_files import FITS
+    from formats.given_shapes import FITS
 
     return in_words(FITS)
 

@@ -20,7 +20,22 @@ from cli.given_options import (
     Strength,
     given_fields,
 )
-from cli.sampling_options import CfgScale, ClassifierScale, Eta, Key, Respacing, SamplerName, Steps, Url, given
+from cli.sampling_options import (
+    CfgScale,
+    ClassifierScale,
+    Eta,
+    Key,
+    Respacing,
+    SamplerName,
+    Steps,
+    UpsampleCfgScale,
+    UpsampleClassifierScale,
+    UpsampleSampler,
+    UpsampleSteps,
+    Url,
+    given,
+    upsample_fields,
+)
 
 if TYPE_CHECKING:
     from cli.sampled import CheckImages, SampledImage
@@ -35,7 +50,15 @@ def sample_command(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Model folder. With --url: name of a served model; default: its first model.")
+        list[str] | None,
+        typer.Option(
+            help="Model folder, as FOLDER or NAME=FOLDER; for a cascade, two of them. With --url: name of a served "
+            "model or cascade; default: the first."
+        ),
+    ] = None,
+    cascade: Annotated[
+        str | None,
+        typer.Option(help="NAME=BASE+UPSAMPLER: sample with two models, of which the second enlarges images."),
     ] = None,
     url: Url = None,
     key: Key = None,
@@ -54,6 +77,10 @@ def sample_command(
     eta: Eta = None,
     cfg_scale: CfgScale = None,
     classifier_scale: ClassifierScale = None,
+    upsample_steps: UpsampleSteps = None,
+    upsample_sampler: UpsampleSampler = None,
+    upsample_cfg_scale: UpsampleCfgScale = None,
+    upsample_classifier_scale: UpsampleClassifierScale = None,
     image: ImageFile = None,
     mask: MaskFile = None,
     latent: LatentFile = None,
@@ -92,7 +119,8 @@ def sample_command(
 
     try:
         output = output_at(out, image_format, dtype)
-        fields = given_fields(
+        fields = upsample_fields(upsample_steps, upsample_sampler, upsample_cfg_scale, upsample_classifier_scale)
+        fields |= given_fields(
             image=image,
             mask=mask,
             latent=latent,
@@ -122,7 +150,7 @@ def sample_command(
         def check(channels: int, size: ImageSize) -> None:
             refuse_impossible_pictures(output, channels, size, n or 1)
 
-        images = _sample(fields, n, at_once, model, url, key, check)
+        images = _sample(fields, n, at_once, model or [], cascade, url, key, check)
         ids = sorted({image.numerics_id for image in images})  # several if replicas differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
         write_images(output, images)
@@ -136,7 +164,8 @@ def _sample(
     params: dict[str, Any],
     n: int | None,
     at_once: int,
-    model: str | None,
+    models: list[str],
+    cascade: str | None,
     url: str | None,
     key: str | None,
     check: CheckImages,
@@ -145,10 +174,14 @@ def _sample(
         from cli.client import Client
         from cli.sample_remote import sample_remote
 
+        if cascade is not None:
+            raise ValueError("--cascade is valid only without --url, where --model names a cascade that is served")
+        if len(models) > 1:
+            raise ValueError(f"--model: with --url, one name; got {', '.join(models)}")
         with Client(url, key=key) as client:
-            return sample_remote(client, params if model is None else {**params, "model": model}, n, at_once, check)
-    if model is None:
+            return sample_remote(client, {**params, "model": models[0]} if models else params, n, at_once, check)
+    if not models:
         fail("--model FOLDER or --url ADDRESS must be given", code=2)
     from cli.sample_local import sample_local
 
-    return sample_local(Path(model), params, n, check)
+    return sample_local([Path(model) for model in models], cascade, params, n, check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,36 +14,42 @@ from cli.sampled import CheckImages, SampledImage
 from cli.split_requests import split_requests
 
 if TYPE_CHECKING:
-    from service.engine.request import ImageParams
+    from diffusion.config import CheckpointConfig
 
 
-def sample_local(model: Path, params: dict[str, Any], n: int | None, check: CheckImages) -> list[SampledImage]:
-    """Sample images with a model folder.
+def sample_local(
+    models: Sequence[Path], cascade: str | None, params: dict[str, Any], n: int | None, check: CheckImages
+) -> list[SampledImage]:
+    """Sample images with a model folder, or with the two of a cascade.
 
     Args:
-        model: the folder, as FOLDER or NAME=FOLDER.
+        models: the folders, as FOLDER or NAME=FOLDER.
+        cascade: NAME=BASE+UPSAMPLER; None: there is one model.
         params: fields of a request, including the seed.
         n: number of images; None: one per given image.
-        check: called when the model is loaded.
+        check: called when the models are loaded.
 
     Raises:
         ValidationError: a field, or a setting in the environment, breaks a rule.
-        ValueError: an environment variable has the name of an unknown setting; also from `check`.
+        ValueError: an environment variable has the name of an unknown setting, or there are more models than are run;
+            also from `check`.
         InvalidRequest: a field breaks a rule of the model, or a given image has another shape than its images.
         ModelError: the model cannot be run.
         GenerationFailed: an image failed.
     """
     from service.requests.generate_request import MAX_IMAGES
 
-    engine = LocalEngine(model, lambda config: check(config.model.image_channels, config.model.image_size))
-    images: list[ImageParams] = []
-    given = engine.read_given(params)
-    for fields in split_requests(params, n, MAX_IMAGES, lambda: engine.class_names):
-        images += engine.complete(fields, given)
+    def check_result(config: CheckpointConfig) -> None:
+        check(config.model.image_channels, config.model.image_size)
 
-    row_steps = sum(image.rows * image.num_steps for image in images)
+    engine = LocalEngine(*models, cascade=cascade, check=check_result)
+    given = engine.read_given(params)
+    requests = [
+        engine.complete(fields, given) for fields in split_requests(params, n, MAX_IMAGES, lambda: engine.class_names)
+    ]
+    row_steps = sum(request.row_steps for request in requests)
     with typer.progressbar(length=row_steps, label="sampling", file=sys.stderr) as bar:
-        ((_, pixels),) = engine.run([images], bar.update)
+        ((_, pixels),) = engine.run([requests], bar.update)
     return [
         SampledImage(
             seed=p.seed,
@@ -51,5 +58,5 @@ def sample_local(model: Path, params: dict[str, Any], n: int | None, check: Chec
             numerics_id=engine.numerics_id,
             pixels=pixels[k],
         )
-        for k, p in enumerate(images)
+        for k, p in enumerate(image for request in requests for image in request.images)
     ]

@@ -21,6 +21,25 @@ CfgScale = Annotated[
 ClassifierScale = Annotated[
     float | None, typer.Option(help="Scale of guidance by the model's noisy classifier; 0: off. Default: 0.")
 ]
+UpsampleSteps = Annotated[
+    int | None, typer.Option(min=2, help="Of a cascade: sampling steps of its upsampler. Default: 25.")
+]
+UpsampleSampler = Annotated[str | None, typer.Option(help="Of a cascade: {samplers}. Default: ancestral.")]
+UpsampleCfgScale = Annotated[
+    float | None,
+    typer.Option(help="Of a cascade: guidance scale of its upsampler. Default: recommended by the upsampler."),
+]
+UpsampleClassifierScale = Annotated[
+    float | None, typer.Option(help="Of a cascade: scale of guidance by its upsampler's classifier. Default: 0.")
+]
+
+
+def upsample_fields(
+    steps: int | None, sampler: str | None, cfg_scale: float | None, classifier_scale: float | None
+) -> dict[str, Any]:
+    """Return the field `upsample` of a request for the options that were given; nothing without any."""
+    options = given(steps=steps, sampler=sampler, cfg_scale=cfg_scale, classifier_scale=classifier_scale)
+    return {"upsample": options} if options else {}
 
 
 def given(**fields: Any) -> dict[str, Any]:

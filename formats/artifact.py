@@ -162,6 +162,8 @@ class Manifest(FrozenConfig):
     opset: int
     buckets: tuple[int, ...] = Field(min_length=1)
     """Batch sizes to compile the graph for, ascending."""
+    inputs: tuple[str, ...] = ()
+    """Names of the inputs of `model.onnx`; empty in artifacts of versions that did not record them."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Versions of the packages used for the export."""
     files: dict[str, FileEntry]
@@ -201,6 +203,16 @@ def failures(
     return [p for p in measured if p.gates(precision) and not p.passed]
 
 
+def graph_inputs(config: CheckpointConfig | ClassifierCheckpointConfig) -> tuple[str, ...]:
+    """Return the names of the inputs that a network's `model.onnx` has."""
+    names = ["x_t", "emb_t"]
+    if config.kind == "unet" and config.model.num_classes is not None:
+        names.append("y")
+    if config.kind == "unet" and config.model.cond_shape is not None:
+        names.append("cond")
+    return tuple(names)
+
+
 def file_entry(path: Path) -> FileEntry:
     """Return the size and hash of a file."""
     with path.open("rb") as file:
@@ -232,6 +244,7 @@ def read_artifact(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     manifest = _parse(path)
+    _refuse_other_inputs(folder, manifest)
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file() or file.is_symlink():
@@ -252,6 +265,23 @@ def read_artifact(folder: Path) -> Manifest:
     for checkpoint in _checkpoints_around(folder):
         refuse_foreign(folder, manifest, checkpoint)
     return manifest
+
+
+def _refuse_other_inputs(folder: Path, manifest: Manifest) -> None:
+    """Check that the graph has the inputs that this version feeds.
+
+    Upsamplers were exported with another input before inputs were recorded: `low_res`, the small picture.
+    """
+    config, wanted = manifest.checkpoint, graph_inputs(manifest.checkpoint)
+    is_upsampler = config.kind == "unet" and config.model.low_res_size is not None
+    if manifest.inputs == wanted or not (manifest.inputs or is_upsampler):
+        return
+    found = ", ".join(manifest.inputs) or "not recorded"
+    checkpoint = next(iter(_checkpoints_around(folder)), "CHECKPOINT")
+    raise ArtifactError(
+        f"{folder} was exported by another version: the inputs of {MODEL_FILE} must be {', '.join(wanted)}; they are "
+        f"{found}; export it again with: iddpm export {checkpoint} {folder}"
+    )
 
 
 def _checkpoints_around(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ GenerationFormat = Literal["png", "webdataset", "parquet", "npz"]
 MAX_SHARD_SIZE = 100_000
 """Most images of a shard; a few shards are held in memory."""
 
-DESCRIPTIVE = frozenset({"complete", "iddpm", "model", "backend"})
+DESCRIPTIVE = frozenset({"complete", "iddpm", "model", "backend", "upsampling.model"})
 """Fields on which no image depends: a folder can be continued with other values."""
 
 
@@ -35,6 +35,14 @@ class Sampling(FrozenConfig):
     classifier_scale: float
 
 
+class Upsampling(FrozenConfig):
+    """The second model of a cascade, and how its chains are computed."""
+
+    model: str
+    model_sha256: str
+    sampling: Sampling
+
+
 class Generation(FrozenConfig):
     """A set of images, numbered 0 .. count - 1, and the files that hold them.
 
@@ -49,14 +57,16 @@ class Generation(FrozenConfig):
     iddpm: str
     """Version of the package that began the folder."""
     model: str
-    """Name of the model."""
+    """Name of the model or cascade."""
     model_sha256: str
-    """See `formats.model_hash`."""
+    """See `formats.model_hash`; of a cascade, that of its base."""
     numerics_id: str
     """Identity of the numerics: equal ids give equal pixels."""
     backend: str
     """Backend, device and precision, for human readers; part of the numerics_id."""
     sampling: Sampling
+    upsampling: Upsampling | None = None
+    """Of a cascade: its second stage; `sampling` is that of its base."""
     seed: int = Field(ge=0, le=MAX_SEED)
     image_index: int = Field(ge=0, le=MAX_IMAGE_INDEX)
     """Image index of the first image."""
@@ -117,5 +127,9 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     """Return fields with those of nested objects as `outer.inner`."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= (
+            {f"{name}.{inner}": one for inner, one in _flat(value).items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     return flat

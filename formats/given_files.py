@@ -8,33 +8,17 @@ from __future__ import annotations
 
 import io
 import math
-from typing import IO, Any, Literal
+from typing import IO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
-from diffusion.quoting import alternatives
+from formats.given_pictures import FORMATS, WANTS_ALPHA, has_alpha, read_alpha, read_picture
+from formats.given_shapes import Array, Fit, GivenFileError, Shape, batched, check_shape, fitted
 
-Fit = Literal["crop", "pad", "resize"]
-Shape = tuple[int, int, int]
-"""Height, width, channels."""
-Array = npt.NDArray[Any]
-
-MAX_PICTURE_PIXELS = 1 << 24
-"""Most pixels of a picture that is fitted to a model's shape."""
 MAX_MEMBERS = 16
 """Most files in an npz, of which one is read."""
-FITS: tuple[Fit, ...] = ("crop", "pad", "resize")
-_PICTURES = ("PNG", "WEBP", "JPEG")
-_FORMATS = "a PNG, WebP, JPEG, npy or npz file"
-_WANTS_ALPHA = "must be a picture with an alpha channel: transparent where the image is made"
-_DEEP_COLOUR = ("RGB;16", "RGBA;16", "LA;16")
-
-
-class GivenFileError(ValueError):
-    """A file cannot be read, or is not what is wanted; the message states the rule."""
 
 
 def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = None, drop_alpha: bool = False) -> Array:
@@ -56,14 +40,14 @@ def read_images(content: bytes, shape: Shape, *, most: int, fit: Fit | None = No
         GivenFileError: the file cannot be read, or has another shape.
     """
     if _is_array(content):
-        return _fitted(_as_values(_read_array(content, shape, most, fit)), shape, fit)
-    return _fitted(_read_picture(content, shape, fit, drop_alpha=drop_alpha)[None], shape, fit)
+        return fitted(_as_values(_read_array(content, shape, most, fit)), shape, fit)
+    return fitted(read_picture(content, shape, fit, drop_alpha=drop_alpha)[None], shape, fit)
 
 
 def images_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -> Array:
     """Return an array that was sent as one, as `read_images` returns those of files."""
     check_shape(array.shape, shape, most, fit)
-    return _fitted(_as_values(batched(array, shape)), shape, fit)
+    return fitted(_as_values(batched(array, shape)), shape, fit)
 
 
 def read_values(content: bytes, shape: Shape, *, most: int) -> npt.NDArray[np.float32]:
@@ -103,15 +87,15 @@ def read_masks(content: bytes, shape: Shape, *, most: int, fit: Fit | None = Non
     if _is_array(content):
         masks = _read_array(content, single, most, fit)
     else:
-        masks = _read_picture(content, single, fit, grey=True)[None]
-    return _mask_levels(_fitted(masks, single, fit, nearest=True))
+        masks = read_picture(content, single, fit, grey=True)[None]
+    return _mask_levels(fitted(masks, single, fit, nearest=True))
 
 
 def masks_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -> npt.NDArray[np.float32]:
     """Return an array that was sent as one, as `read_masks` returns those of files."""
     single = (*shape[:2], 1)
     check_shape(array.shape, single, most, fit)
-    return _mask_levels(_fitted(batched(array, single), single, fit, nearest=True))
+    return _mask_levels(fitted(batched(array, single), single, fit, nearest=True))
 
 
 def _mask_levels(masks: Array) -> npt.NDArray[np.float32]:
@@ -140,16 +124,10 @@ def read_transparency(content: bytes, shape: Shape, *, fit: Fit | None = None) -
         GivenFileError: the file is not a picture with an alpha channel, or has another shape.
     """
     if _is_array(content):
-        raise GivenFileError(_WANTS_ALPHA)
-    with _Picture(content) as image:
-        _check_picture(image, (*shape[:2], 4), fit)
-        if not image.has_transparency_data:
-            raise GivenFileError(_WANTS_ALPHA)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        alpha = np.asarray(image.convert("RGBA"))[None, :, :, 3:]
-    opaque = _fitted(alpha, (*shape[:2], 1), fit, nearest=True)[..., 0].astype(np.float32)
-    return np.float32(1) - opaque / np.float32(255)
+        raise GivenFileError(WANTS_ALPHA)
+    alpha = read_alpha(content, shape, fit)[None]
+    opaque = fitted(alpha, (*shape[:2], 1), fit, nearest=True)[..., 0].astype(np.float32)
+    return np.float32(1) - opaque / np.float32(np.iinfo(alpha.dtype).max)
 
 
 def may_be_transparent(content: bytes) -> bool:
@@ -158,45 +136,7 @@ def may_be_transparent(content: bytes) -> bool:
     Raises:
         GivenFileError: the file cannot be read.
     """
-    if _is_array(content):
-        return False
-    with _Picture(content) as image:
-        return bool(image.has_transparency_data)
-
-
-def check_shape(shape: tuple[int, ...], wanted: Shape, most: int, fit: Fit | None = None) -> None:
-    """Check an array's shape: [H, W, C], [n, H, W, C], or either without C if that is 1.
-
-    Raises:
-        GivenFileError: it is another one; names the shapes that are wanted.
-    """
-    images = _with_all_axes(shape, wanted)
-    if images is None or (fit is None and images[1:] != wanted) or images[3] != wanted[2] or 0 in images:
-        cure = f"; or set fit to {alternatives(FITS)}" if images is not None and images[3] == wanted[2] else ""
-        raise GivenFileError(
-            f"must have shape {[*wanted]} (height, width, channels), or {['n', *wanted]} for one per image"
-            f"{cure}; got {[*shape]}".replace("'", "")
-        )
-    if images[0] > most:
-        raise GivenFileError(f"must hold at most {most} arrays; got {images[0]}")
-    if images[0] * images[1] * images[2] > max(MAX_PICTURE_PIXELS, most * wanted[0] * wanted[1]):
-        raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got shape {[*shape]}")
-
-
-def batched(array: Array, wanted: Shape) -> Array:
-    """Return an array that `check_shape` accepts as [n, H, W, C]."""
-    return array.reshape(_with_all_axes(array.shape, wanted) or array.shape)
-
-
-def _with_all_axes(shape: tuple[int, ...], wanted: Shape) -> tuple[int, int, int, int] | None:
-    """Return a shape as n, H, W, C; None if it cannot be one."""
-    if len(shape) == 4:
-        return shape[0], shape[1], shape[2], shape[3]
-    if len(shape) == 3 and (wanted[2] != 1 or shape[2] == 1):
-        return 1, shape[0], shape[1], shape[2]
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2], 1
-    return (1, *shape, 1) if len(shape) == 2 and wanted[2] == 1 else None
+    return not _is_array(content) and has_alpha(content)
 
 
 def _is_array(content: bytes) -> bool:
@@ -211,7 +151,7 @@ def _read_array(content: bytes, shape: Shape, most: int, fit: Fit | None) -> Arr
     except GivenFileError:
         raise
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        raise GivenFileError(f"is damaged, or not {_FORMATS}") from error
+        raise GivenFileError(f"is damaged, or not {FORMATS}") from error
 
 
 def _from_npz(content: bytes, shape: Shape, most: int, fit: Fit | None) -> Array:
@@ -261,109 +201,3 @@ def _checked_values(array: Array) -> npt.NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise GivenFileError("must hold finite numbers only, in the range of float32")
     return values
-
-
-class _Picture:
-    """Opens a picture; converts every exception until it is closed."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self._image = Image.open(io.BytesIO(self._content), formats=_PICTURES)
-        except Exception as error:
-            raise _unreadable(error) from error
-        return self._image
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._image.close()
-        # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
-        if isinstance(error, Exception) and not isinstance(error, GivenFileError):
-            raise _unreadable(error) from error
-
-
-def _unreadable(error: Exception) -> GivenFileError:
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels")
-    return GivenFileError(f"is damaged, truncated, or not {_FORMATS}")
-
-
-def _read_picture(
-    content: bytes, shape: Shape, fit: Fit | None, *, grey: bool = False, drop_alpha: bool = False
-) -> Array:
-    """Return a picture, uint8 or uint16 [H, W, C]; `grey` makes it grey even without `fit`."""
-    with _Picture(content) as image:
-        _check_picture(image, shape, fit)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if shape[2] != 4 and image.has_transparency_data:
-            if not drop_alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                raise GivenFileError("must have no transparent pixels")
-            image = image.convert("RGB" if shape[2] == 3 or image.mode not in ("LA", "La") else "L")
-        if image.mode.startswith("I;16"):
-            deep = np.asarray(image).astype(np.uint16)[..., None]
-            return np.repeat(deep, shape[2], axis=2) if shape[2] == 3 else deep
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
-        if mode == "L" and image.mode not in ("1", "L"):
-            colours = np.asarray(image.convert("RGB"))
-            if (colours == colours[..., :1]).all():  # a WebP always has three channels
-                return colours[..., :1]
-            if fit is None and not grey:
-                raise GivenFileError(f"must be grey, as the model's images; or set fit to {alternatives(FITS)}")
-        pixels = np.asarray(image.convert(mode))
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _check_picture(image: Image.Image, shape: Shape, fit: Fit | None) -> None:
-    """Check what the header says, before anything is decoded."""
-    if shape[2] not in (1, 3, 4):
-        raise GivenFileError(f"must be an npy or npz: pictures have 1, 3 or 4 channels, the model's images {shape[2]}")
-    if image.format != "JPEG" and getattr(image, "is_animated", False):
-        raise GivenFileError("must not be animated")
-    turned = image.getexif().get(274, 1) in (5, 6, 7, 8) if image.format != "PNG" or "exif" in image.info else False
-    width, height = image.size[::-1] if turned else image.size
-    if fit is None and (height, width) != shape[:2]:
-        raise GivenFileError(
-            f"must be {shape[1]} pixels wide and {shape[0]} high; or set fit to {alternatives(FITS)}; "
-            f"got {width} x {height}"
-        )
-    if width * height > max(MAX_PICTURE_PIXELS, shape[0] * shape[1]):
-        raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got {width} x {height}")
-    tile = getattr(image, "tile", None)
-    raw_mode = str(tile[0].args) if image.format == "PNG" and tile else ""
-    if raw_mode.startswith(_DEEP_COLOUR):
-        raise GivenFileError("of 16 bits must be grey, without an alpha channel; send other 16-bit images as npy")
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B"):
-        raise GivenFileError(f"must be grey or RGB; got colour mode {image.mode}")
-
-
-def _fitted(arrays: Array, shape: Shape, fit: Fit | None, *, nearest: bool = False) -> Array:
-    """Fit arrays [n, H, W, C] to a shape."""
-    if fit is None or arrays.shape[1:] == shape:
-        return arrays
-    return np.stack([_fitted_one(array, shape, fit, nearest=nearest) for array in arrays])
-
-
-def _fitted_one(array: Array, shape: Shape, fit: Fit, *, nearest: bool) -> Array:
-    (height, width), (rows, columns) = shape[:2], array.shape[:2]
-    if fit == "resize":
-        return _resized(array, height, width, nearest=nearest)
-    choose = max if fit == "crop" else min
-    scale = choose(height / rows, width / columns)
-    scaled = _resized(array, max(1, round(rows * scale)), max(1, round(columns * scale)), nearest=nearest)
-    above, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
-    if fit == "crop":
-        return scaled[-above : height - above, -left : width - left]
-    below, right = height - scaled.shape[0] - above, width - scaled.shape[1] - left
-    return np.pad(scaled, ((above, below), (left, right), (0, 0)), mode="edge")
-
-
-def _resized(array: Array, height: int, width: int, *, nearest: bool) -> Array:
-    filtering = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    channels = [
-        np.asarray(Image.fromarray(array[..., k].astype(np.float32)).resize((width, height), filtering))
-        for k in range(array.shape[2])
-    ]
-    resized = np.stack(channels, axis=-1)
-    return resized if array.dtype.kind == "f" else np.rint(resized).astype(array.dtype)

@@ -26,6 +26,7 @@ from formats.artifact import (
     NotMeasured,
     failures,
     file_entry,
+    graph_inputs,
     manifest_json,
 )
 from formats.atomic_folder import may_replace, write_folder
@@ -142,6 +143,7 @@ def _write(
         precision=precision,
         opset=OPSET,
         buckets=batch_sizes,
+        inputs=graph_inputs(config),
         versions={name: version(name) for name in MADE_BY},
         files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
         parity=parity,

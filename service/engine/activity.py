@@ -16,7 +16,10 @@ class StepTotal:
 
 @dataclass
 class ModelActivity:
-    """Work of one model. The event loop writes the image fields, the engine thread writes the others."""
+    """Work of one model or cascade. The event loop writes the image fields, the engine thread writes the others.
+
+    A step of a cascade's model counts for the cascade too, if it advances one of the cascade's images.
+    """
 
     images_done: int = 0
     images_failed: int = 0
@@ -40,5 +43,5 @@ class Activity:
         self._models = defaultdict[str, ModelActivity](ModelActivity)
 
     def of(self, model: str) -> ModelActivity:
-        """Return the counts of a model by name. Reloading a model keeps its counts."""
+        """Return the counts of a model or cascade by name. Reloading a model keeps its counts."""
         return self._models[model]

@@ -35,11 +35,12 @@ class EngineCounts:
         for counter in (self._metrics.network_calls, self._metrics.uncaptured_steps):
             counter.labels(name)
 
-    def attempt(self, model: str, runner: Runner, rows: int, classified: int) -> None:
-        """Count a network call by its rows, and its classifier call if `classified` is not 0."""
-        metrics, name = self._metrics, name_of(model)
+    def attempt(self, part: StepBatch, runner: Runner) -> None:
+        """Count a network call by its rows, and its classifier call if images are guided by a classifier."""
+        metrics, name, rows, classified = self._metrics, name_of(part.model), part.rows, part.classified_rows
         metrics.network_calls.labels(name).inc()
-        self._activity.of(name).network_calls += 1
+        for counted in (name, *part.cascades):
+            self._activity.of(counted).network_calls += 1
         metrics.rows_per_call.observe(rows)
         if padding := runner.padded_rows(rows) - rows:
             metrics.padded_rows.inc(padding)
@@ -60,9 +61,10 @@ class EngineCounts:
         metrics.row_steps.inc(row_steps)
         self._activity.row_steps += row_steps
         metrics.step_seconds.labels(name, str(padded_rows)).observe(seconds)
-        total = self._activity.of(name).steps[padded_rows]
-        total.count += 1
-        total.seconds += seconds
+        for counted in (name, *batch.cascades):
+            total = self._activity.of(counted).steps[padded_rows]
+            total.count += 1
+            total.seconds += seconds
         if batch.preempted:
             metrics.preemptions.inc(batch.preempted)
         if batch.evictions:

@@ -325,7 +325,7 @@ class Engine:
         return StepTaker(
             runner,
             self.scheduler,
-            attempted=lambda part: self._counts.attempt(model, runner, part.rows, part.classified_rows),
+            attempted=lambda part: self._counts.attempt(part, runner),
             expect=self._expect,
             failed=self._on_failure,
         )

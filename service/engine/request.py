@@ -355,6 +355,11 @@ class StepBatch:
         """Return the classifier rows, without padding."""
         return sum([image.classified_rows for image in self.images])
 
+    @cached_property
+    def cascades(self) -> frozenset[str]:
+        """Return the names of the cascades that images belong to."""
+        return frozenset([name for image in self.images if (name := image.request.served_as) is not None])
+
     def part(self, images: Sequence[Image]) -> StepBatch:
         """Return the batch of some of its images, given in its order.
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Stri
 from diffusion.chains import build_chain
 from diffusion.config import CheckpointConfig
 from diffusion.quoting import quoted
-from formats.given_files import Fit
+from formats.given_shapes import Fit
 from service.engine.request import GenerationRequest, GivenArrays, ImageParams, PlanKey, Priority
 from service.errors import InvalidRequest
 from service.models.served_model import ServedModel

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED
 from diffusion.plans import SAMPLERS, samplers_with_eta
 from diffusion.quoting import in_words
-from formats.given_files import Fit
+from formats.given_shapes import Fit
 from formats.images import JPEG_QUALITY
 from service.models.class_names import MAX_CLASS_NAME
 from service.requests.registered_name import NameIn

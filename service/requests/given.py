@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
-from formats.given_files import GivenFileError, Shape
+from formats.given_shapes import GivenFileError, Shape
 from formats.value_range import cond_range_of, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest

@@ -14,9 +14,6 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from formats.given_files import (
-    Fit,
-    GivenFileError,
-    Shape,
     images_of,
     masks_of,
     read_images,
@@ -24,6 +21,7 @@ from formats.given_files import (
     read_values,
     values_of,
 )
+from formats.given_shapes import Fit, GivenFileError, Shape
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]

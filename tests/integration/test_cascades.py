@@ -168,6 +168,30 @@ def test_other_interfaces_serve_it(address: str) -> None:
     assert inferred.json()["outputs"][0]["shape"] == [1, 8, 8, 1]
 
 
+def test_statistics_of_a_cascade_count_the_calls_that_advanced_its_images(address: str) -> None:
+    def stats() -> dict[str, Any]:
+        listed = httpx.get(f"http://{address}/v2/models/stats", timeout=PATIENCE_S).json()["model_stats"]
+        return {model["name"]: model for model in listed}
+
+    def calls(of: dict[str, Any]) -> dict[str, int]:
+        for model in of.values():
+            assert sum(batch["compute_infer"]["count"] for batch in model["batch_stats"]) == model["execution_count"]
+        return {name: model["execution_count"] for name, model in of.items()}
+
+    before = stats()
+    arrays_of(post(address, upsample={"steps": 3}, **{"class": 1}))
+    cascade = stats()
+    arrays_of(post(address, model="base", **{"class": 1}))
+    found = {name: count - calls(before)[name] for name, count in calls(cascade).items()}
+    assert found == {"base": 4, "up": 3, "both": 7}
+    assert {name: count - calls(cascade)[name] for name, count in calls(stats()).items()} == {
+        "base": 4,
+        "up": 0,
+        "both": 0,
+    }
+    assert cascade["both"]["inference_count"] - before["both"]["inference_count"] == 1
+
+
 @pytest.mark.parametrize(
     ("cascade", "changes", "reason"),
     [

@@ -106,6 +106,7 @@ def test_models_with_conditioning_are_exported_for_all_runtimes(
     assert code == 0, output
     graph = onnx.load(checkpoint / "artifact" / "model.onnx")
     assert [value.name for value in graph.graph.input] == ["x_t", "emb_t", "y", "cond"]
+    assert read_artifact(checkpoint / "artifact").inputs == ("x_t", "emb_t", "y", "cond")
     config, network = load_unet(checkpoint)
     x_t, cond, y = torch.randn(2, 1, 8, 8), torch.rand(2, *(config.model.cond_shape or ())), torch.tensor([0, 3])
     with torch.no_grad():

@@ -23,6 +23,7 @@ from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import exact_app, serving
 from tests.integration.in_process import running
+from tests.pictures import deep_png
 from tests.waiting import PATIENCE_S, runs
 
 RNG = np.random.default_rng(0)
@@ -30,6 +31,8 @@ PIXELS = RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8)
 MASK = np.zeros((8, 8), np.uint8)
 MASK[2:6, 3:] = 255
 LATENT = RNG.standard_normal((8, 8, 1)).astype(np.float32)
+SHORT = base64.b64encode(deep_png(np.zeros((7, 8, 1)), size=(8, 8))).decode()
+"""A picture with fewer rows than its header says."""
 
 
 def png(pixels: npt.NDArray[Any]) -> str:
@@ -136,6 +139,15 @@ def test_kept_float_values_are_equal_bit_for_bit(address: str) -> None:
     assert not np.array_equal(floats[~kept], given[~kept])
 
 
+def test_kept_values_of_sixteen_bit_pictures_have_full_precision(address: str) -> None:
+    deep = RNG.integers(0, 65536, (8, 8, 1), dtype=np.uint16)
+    opaque = np.dstack([deep, np.full_like(deep, 65535)])
+    file = base64.b64encode(deep_png(opaque)).decode()
+    fields = {"image": file, "mask": png(MASK), "dtype": "float32"}
+    floats = array_of(post(address, **fields).json()["images"][0]["b64_json"])[0]
+    np.testing.assert_allclose(floats[MASK == 0], deep[MASK == 0] / 257, rtol=1e-6)
+
+
 def test_one_array_per_image_and_a_file_as_the_answer(address: str) -> None:
     images = RNG.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
     fields = {"image": npy(images), "strength": 0.4, "class": 1, "seed": 7, "steps": 5, "cfg_scale": 1.5}
@@ -171,6 +183,8 @@ def test_progress_counts_the_calls_of_the_longer_plan(address: str) -> None:
         ({"latent": npy(LATENT * 1e6)}, "latent", "at most 1000"),
         ({"image": "not base64", "strength": 0.5}, "image", "base64"),
         ({"image": "é", "strength": 0.5}, "image", "base64"),
+        ({"image": SHORT, "strength": 0.5}, "image", "its header announces 8 x 8 pixels"),
+        ({"image": png(PIXELS), "mask": SHORT}, "mask", "its header announces 8 x 8 pixels"),
         ({"image": png(PIXELS[:7]), "strength": 0.5}, "image", "must be 8 pixels wide and 8 high"),
         ({"image": npy(np.zeros((3, 8, 8, 1))), "strength": 0.5, "n": 2}, "image", "must hold 1 or 2 arrays; got 3"),
         ({"image": npy(np.zeros((2, 8, 8, 1))), "mask": npy(np.zeros((3, 8, 8)))}, "mask", "must hold 1 or 2 masks"),

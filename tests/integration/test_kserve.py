@@ -104,6 +104,7 @@ def test_health_metadata_and_configuration(client: Any) -> None:
         name: datatypes[0] for name, datatypes in ARRAYS.items() if name != "cond"
     }
     assert {"name": "images", "datatype": "UINT8", "shape": [-1, 8, 8, 1]} in metadata["outputs"]
+    assert {"name": "values", "datatype": "FP32", "shape": [-1, 8, 8, 1]} in metadata["outputs"]
     config = client.get_model_config(MODEL)
     assert {"name": "class", "data_type": "TYPE_STRING", "dims": [-1], "optional": True} in config["input"]
     assert config["max_batch_size"] == 0

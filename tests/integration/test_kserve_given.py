@@ -89,6 +89,29 @@ def test_tritonclient_gets_the_bytes_of_a_native_request(
     assert images.tobytes() == native(address, model, **fields).tobytes()
 
 
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_values_are_those_of_a_native_request(client: Any, address: str, binary: bool, clip: bool) -> None:
+    fields = {"class": "bee", "image": PIXELS, "mask": MASK, "n": 2}
+    answer = client.infer(
+        "plain",
+        tensors(COMMON | fields | {"class": ["bee"] * 2}),
+        outputs=[triton.InferRequestedOutput(name, binary_data=binary) for name in ("values", "seed")],
+        parameters={"clip": clip},
+    )
+    values = answer.as_numpy("values")
+    assert (values.dtype, values.shape, answer.as_numpy("images")) == (np.float32, (2, 8, 8, 1), None)
+    assert values.tobytes() == native(address, "plain", dtype="float32", clip=clip, **fields).tobytes()
+    assert (values.max() > 255) is not clip
+
+
+def test_values_are_not_sent_unasked_nor_with_pixels(client: Any) -> None:
+    assert client.infer("plain", tensors(COMMON)).as_numpy("values") is None
+    both = [triton.InferRequestedOutput(name) for name in ("values", "images")]
+    with pytest.raises(InferenceServerException, match="outputs: give either `images`, eight-bit pixels, or `values`"):
+        client.infer("plain", tensors(COMMON), outputs=both)
+
+
 def test_metadata_and_configuration_describe_arrays_and_samplers(client: Any, address: str) -> None:
     described = {name: client.get_model_metadata(name) for name in MODELS}
     shapes = {

@@ -82,6 +82,8 @@ ARRAYS: dict[str, tuple[Datatype, ...]] = {
     "cond": ("UINT8", "FP32"),
 }
 """Given arrays, and their datatypes, of which metadata states the first."""
+VALUES = "values"
+"""Output that has the images as float32, as `dtype` of a native request; it is instead of `images`."""
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "schedule_policy", "statistics"]
 TRITON_TYPES: dict[Datatype, str] = {
     "BYTES": "TYPE_STRING",
@@ -253,6 +255,7 @@ def _outputs(model: ServedModel) -> list[TensorMetadata]:
     channels, height, width = model.result_config.model.image_shape
     outputs = [
         TensorMetadata(name="images", datatype="UINT8", shape=[-1, height, width, channels]),
+        TensorMetadata(name=VALUES, datatype="FP32", shape=[-1, height, width, channels]),
         TensorMetadata(name="seed", datatype="INT64", shape=[-1]),
         TensorMetadata(name="image_index", datatype="INT64", shape=[-1]),
     ]
@@ -287,8 +290,11 @@ def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> 
             wanted = in_words(datatypes)
             raise InvalidRequest(tensor.name, f"datatype must be {wanted}; got {quoted(tensor.datatype)}")
     available = [tensor.name for tensor in _outputs(model)]
-    if missing := {output.name for output in body.outputs or []}.difference(available):
+    requested = {output.name for output in body.outputs or []}
+    if missing := requested.difference(available):
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
+    if {"images", VALUES} <= requested:
+        raise InvalidRequest("outputs", "give either `images`, eight-bit pixels, or `values`, float32; not both")
     fields: dict[str, Any] = {"model": model.name}
     for name, content in read_tensors(body.inputs, behind, ARRAYS).items():
         fields[name] = _value_of(name, content)
@@ -298,6 +304,7 @@ def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> 
         fields["class"] = fields.pop("class_index")
     if body.parameters.timeout:
         fields["deadline_s"] = body.parameters.timeout / 1e6
+    fields |= {"clip": body.parameters.clip, "dtype": "float32" if VALUES in requested else "uint8"}
     fields["priority"] = "batch" if body.parameters.priority >= BATCH_PRIORITY else "interactive"
     try:
         return GenerateRequest.model_validate(fields)
@@ -318,9 +325,11 @@ def _value_of(name: str, content: list[Element] | npt.NDArray[Any]) -> Any:
 
 
 def _answer(body: InferRequest, finished: Finished) -> Response:
-    params, model = finished.accepted.images, finished.accepted.model
+    accepted = finished.accepted
+    params, model = accepted.images, accepted.model
+    wants_values = any(output.name == VALUES for output in body.outputs or [])
     arrays: dict[str, npt.NDArray[Any]] = {
-        "images": np.stack([result.pixels for result in finished.results if result.pixels is not None]),
+        VALUES if wants_values else "images": np.stack([accepted.pixels(result) for result in finished.results]),
         "seed": np.array([image.seed for image in params], np.int64),
         "image_index": np.array([image.image_index for image in params], np.int64),
     }

@@ -10,7 +10,7 @@ from service.http.kserve.tensors import Datatype, InputTensor, OutputTensor
 from service.http.native.schemas import SamplerInfo
 from service.requests.request_body import RequestBody
 
-OutputName = Literal["images", "seed", "image_index", "class_index"]
+OutputName = Literal["images", "values", "seed", "image_index", "class_index"]
 
 
 class InferParameters(RequestBody):
@@ -27,6 +27,7 @@ class InferParameters(RequestBody):
         description="Deadline for all images, in microseconds; rejected at once if predicted to be missed. "
         "0: whenever.",
     )
+    clip: StrictBool = Field(default=True, description="Whether the predicted image is clamped in each step.")
 
 
 class RequestedOutputParameters(RequestBody):
@@ -49,7 +50,9 @@ class InferRequest(RequestBody):
     parameters: InferParameters = InferParameters()
     inputs: Annotated[list[InputTensor], Field(max_length=32)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=32)] | None = Field(
-        default=None, description="Absent or empty: all."
+        default=None,
+        description="Absent or empty: all but `values`, the images as float32 in the units of the data, which are "
+        "instead of `images`.",
     )
 
 

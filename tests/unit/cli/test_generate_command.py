@@ -21,7 +21,7 @@ from cli.local_engine import AHEAD, LocalEngine
 from cli.main import app
 from formats.folder_lock import folder_lock
 from formats.generated_folder import GeneratedFolder, read_generation
-from service.engine.request import ImageParams
+from service.engine.request import GenerationRequest
 from service.http.app import create_app
 from service.settings import Settings
 from tests.fakes import tiny_checkpoint
@@ -197,10 +197,10 @@ def test_the_engine_is_full_across_groups_and_reads_few_ahead(model: Path) -> No
     engine = LocalEngine(model)
     read, rows, done = [0], list[int](), list[int]()
 
-    def groups() -> Iterator[list[ImageParams]]:
+    def groups() -> Iterator[list[GenerationRequest]]:
         for first in range(0, 24, 3):
             read[0] += 3
-            yield engine.complete({"n": 3, "seed": 1, "image_index": first, "steps": 5, "cfg_scale": 1})
+            yield [engine.complete({"n": 3, "seed": 1, "image_index": first, "steps": 5, "cfg_scale": 1})]
 
     def progress(computed: int) -> None:
         rows.append(computed)

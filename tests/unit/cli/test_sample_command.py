@@ -83,7 +83,6 @@ def test_a_folder_gets_one_file_per_image(model: Path, tmp_path: Path) -> None:
         (["--steps", "1001"], "error: steps: must be 2..1000"),
         (["--sampler", "euler"], "error: sampler: Input should be 'ancestral', 'ddim', 'dpm++' or 'sde-dpm++'"),
         (["--seed", "-1"], "error: seed:"),
-        (["--model", "/nonexistent"], "error: /nonexistent: there is no such folder"),
         (["--out", "x.gif"], "error: --out: must be a folder, or a file that ends in .png, .webp, .jpg, .jpeg, .npz"),
     ],
 )
@@ -92,6 +91,11 @@ def test_invalid_arguments_end_with_one_line(model: Path, tmp_path: Path, argume
     assert code == 1
     assert message in output
     assert "Traceback" not in output
+
+
+def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+    code, output = sample(tmp_path / "nowhere", "--out", str(tmp_path / "x.png"))
+    assert (code, f"error: {tmp_path / 'nowhere'}: there is no such folder" in output) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from formats.artifact import (
     failures,
     file_entry,
     find_artifact,
+    graph_inputs,
     manifest_json,
     read_artifact,
 )
@@ -263,6 +264,38 @@ def test_a_graph_without_parity_in_its_precision_is_refused(folder: Path) -> Non
     change(folder, lambda m: m.update(parity=m["parity"][1:]))
     with pytest.raises(ArtifactError, match=r"model\.onnx was not compared with PyTorch"):
         read_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs", "found"),
+    [
+        ({"low_res_size": 4}, [], "not recorded"),
+        ({"low_res_size": 4}, ["x_t", "emb_t", "y", "low_res"], "x_t, emb_t, y, low_res"),
+        ({"cond_channels": 2}, ["x_t", "emb_t", "y"], "x_t, emb_t, y"),
+    ],
+)
+def test_a_graph_with_other_inputs_is_refused_with_the_command_that_exports_it_again(
+    tmp_path: Path, changes: dict[str, int], inputs: list[str], found: str
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", **changes)
+    own = write_fake(checkpoint / "artifact", checkpoint_sha256(checkpoint))
+    config = tiny_config(**changes)
+    change(own, lambda m: m.update(checkpoint=config.model_dump(mode="json"), inputs=inputs))
+    with pytest.raises(ArtifactError) as refused:
+        read_artifact(own)
+    assert str(refused.value).endswith(
+        f"the inputs of model.onnx must be x_t, emb_t, y, cond; they are {found}; "
+        f"export it again with: iddpm export {checkpoint} {own}"
+    )
+    change(own, lambda m: m.update(inputs=["x_t", "emb_t", "y", "cond"]))
+    assert read_artifact(own).inputs == graph_inputs(config)
+
+
+def test_artifacts_without_a_record_of_inputs_are_read_unless_they_are_upsamplers(folder: Path) -> None:
+    assert read_artifact(folder).inputs == ()
+    cond = tiny_config(cond_channels=2).model_dump(mode="json")
+    change(folder, lambda m: m.update(checkpoint=cond))
+    assert read_artifact(folder).inputs == ()
 
 
 def test_an_artifact_elsewhere_needs_no_checkpoint(tmp_path: Path) -> None:

@@ -13,19 +13,20 @@ import pytest
 from PIL import Image
 
 from formats.given_files import (
-    Fit,
-    GivenFileError,
     may_be_transparent,
     read_images,
     read_masks,
     read_transparency,
     read_values,
 )
+from formats.given_shapes import Fit, GivenFileError
 from formats.value_range import ValueRange
+from tests.pictures import chunk, deep_png
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8)
 RGB = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+DEEP = RNG.integers(0, 65536, (8, 8, 3), dtype=np.uint16)
 
 
 def picture(pixels: Any, kind: str = "PNG", mode: str | None = None, **options: Any) -> bytes:
@@ -67,6 +68,54 @@ def test_sixteen_bit_grey_spans_the_range() -> None:
     assert images.dtype == np.uint16
     assert np.array_equal(images[0], deep)
     assert ValueRange((0,), (255,)).data_of(np.array([65535], np.uint16)) == 255
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("wanted", [1, 3, 4])
+def test_every_sixteen_bit_png_is_read_in_full(channels: int, wanted: int) -> None:
+    colours = DEEP if channels > 2 and wanted != 1 else np.repeat(DEEP[..., :1], 3, axis=2)
+    alpha = DEEP[..., 1:2] if wanted == 4 and channels in (2, 4) else np.full_like(DEEP[..., :1], 65535)
+    file = deep_png(np.dstack([colours[..., : 1 if channels < 3 else 3], *([alpha] if channels in (2, 4) else [])]))
+    images = read_images(file, (8, 8, wanted), most=1)
+    assert images.dtype == np.uint16
+    expected = np.dstack([colours, alpha])[..., : {1: 1, 3: 3, 4: 4}[wanted]]
+    assert np.array_equal(images[0], expected)
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_an_alpha_channel() -> None:
+    for colours in (DEEP, DEEP[..., :1]):
+        file = deep_png(colours, transparent=colours[3, 5])
+        image = read_images(file, (8, 8, 4), most=1)[0]
+        assert np.array_equal(image[..., :3], np.broadcast_to(colours, (8, 8, 3)))
+        assert np.array_equal(image[..., 3] == 0, (colours == colours[3, 5]).all(axis=2))
+        assert may_be_transparent(file)
+        assert read_transparency(file, (8, 8, 1))[0].sum() == 1
+        assert np.array_equal(
+            read_images(file, (8, 8, 3), most=1, drop_alpha=True)[0], np.broadcast_to(colours, (8, 8, 3))
+        )
+
+
+def test_sixteen_bit_colours_become_grey_as_eight_bit_ones_do() -> None:
+    deep = read_images(deep_png(RGB.astype(np.uint16) * 257), (6, 8, 1), most=1, fit="crop")
+    grey = read_images(picture(RGB), (6, 8, 1), most=1, fit="crop")
+    assert np.abs(deep / 257 - grey).max() <= 1
+    assert read_masks(deep_png(np.full_like(DEEP, 65535)), (8, 8, 3), most=1).min() == 1
+
+
+def test_half_transparent_pixels_of_sixteen_bits_are_mixed_in_full_precision() -> None:
+    made = read_transparency(deep_png(np.dstack([DEEP, DEEP[..., 0]])), (8, 8, 1))
+    np.testing.assert_allclose(made[0], 1 - DEEP[..., 0] / 65535, atol=1e-7)
+
+
+def test_a_sixteen_bit_picture_is_turned_as_its_exif_says() -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # a viewer turns it by 90 degrees
+    for colours in (DEEP, DEEP[..., :2], DEEP[..., :1]):
+        plain = deep_png(colours[:5])
+        turned = plain[:33] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + plain[33:]
+        image = read_images(turned, (8, 5, 3), most=1, drop_alpha=True)[0]
+        wanted = np.rot90(colours[:5], -1)
+        assert np.array_equal(image, np.broadcast_to(wanted if wanted.shape[2] == 3 else wanted[..., :1], (8, 5, 3)))
 
 
 @pytest.mark.parametrize("dtype", ["f2", ">f4", "f8", "i2", "u2", "?"])
@@ -157,15 +206,6 @@ def lying_npy(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
     return buffer.getvalue()
 
 
-def deep_alpha_png(colour_type: int, channels: int) -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    rows = b"".join(b"\0" + bytes(8 * 2 * channels) for _ in range(8))
-    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def pickled() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -199,9 +239,19 @@ def animated(kind: str) -> bytes:
         (lying_png(100_000, 100_000), "must have at most 16777216 pixels"),
         (animated("PNG"), "must not be animated"),
         (animated("WEBP"), "must not be animated"),
-        (deep_alpha_png(4, 2), "of 16 bits must be grey"),
-        (deep_alpha_png(6, 4), "of 16 bits must be grey"),
-        (deep_alpha_png(2, 3), "of 16 bits must be grey"),
+        (deep_png(DEEP)[:300], "is damaged or truncated: its header announces 8 x 8 pixels"),
+        (deep_png(DEEP, size=(9, 8)), "must be 8 pixels wide and 8 high"),
+        (deep_png(DEEP[:7], size=(8, 8)), "is damaged or truncated: its header announces 8 x 8 pixels"),
+        (deep_png(np.zeros((9, 8, 3)), size=(8, 8)), "is damaged or truncated"),
+        (deep_png(np.zeros((8, 9, 3)), size=(8, 8)), "is damaged or truncated"),
+        (picture(GREY)[:-1], "is damaged or truncated"),
+        (deep_png(DEEP, size=(100_000, 100_000)), "must have at most 16777216 pixels"),
+        (deep_png(DEEP), "must be grey, as the model's images; or set fit"),
+        (deep_png(DEEP, animated=True), "must not be animated"),
+        (deep_png(np.dstack([DEEP, DEEP[..., 0]])), "must have no transparent pixels"),
+        (deep_png(np.dstack([DEEP[..., :1], DEEP[..., 0]])), "must have no transparent pixels"),
+        (deep_png(DEEP, transparent=DEEP[3, 5]), "must have no transparent pixels"),
+        (deep_png(DEEP[..., :1], transparent=DEEP[3, 5, :1]), "must have no transparent pixels"),
         (picture(np.dstack([GREY[..., 0]] * 4)), "must have no transparent pixels"),
         (picture(GREY, "JPEG", mode="CMYK"), "must be grey or RGB; got colour mode CMYK"),
         (pickled(), "must hold numbers; got object"),

@@ -237,6 +237,22 @@ def test_a_checkpoint_without_artifact_is_refused(tmp_path: Path) -> None:
         TensorRTBackend(tiny_checkpoint(tmp_path / "tiny"), OPTIONS)
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "openvino", "onnxruntime"])
+def test_a_graph_of_an_earlier_version_s_upsampler_is_refused(artifact: Path, backend: str) -> None:
+    write_artifact(artifact, tiny_config(low_res_size=4))
+    options = replace(OPTIONS, build_engines=lambda *_: pytest.fail("built"))
+    with pytest.raises(ModelError, match=f"export it again with: iddpm export CHECKPOINT {artifact}$"):
+        load_denoiser(artifact, backend, options)
+
+
+def test_a_checkpoint_beside_a_graph_of_an_earlier_version_is_served_with_torch(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", low_res_size=4)
+    write_artifact(checkpoint / "artifact", tiny_config(low_res_size=4))
+    assert load_denoiser(checkpoint, "torch", OPTIONS).config.model.low_res_size == 4
+    with pytest.raises(ModelError, match=f"iddpm export {checkpoint} {checkpoint / 'artifact'}$"):
+        load_denoiser(checkpoint, "openvino", OPTIONS)
+
+
 def test_a_damaged_graph_is_refused(engines: Path) -> None:
     (engines / MODEL_FILE).write_bytes(b"another")
     with pytest.raises(ModelError, match=r"model\.onnx does not match manifest\.json"):
