@@ -22,7 +22,7 @@ import torch
 from benchmarks.options import WORK, exit_status
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
-from cli.bulk import Files, choose_classes, describe_generation, generate_into, images_of
+from cli.bulk import Files, choose_classes, describe_generation, generate_into, images_of, produce_here
 from cli.local_engine import LocalEngine
 from formats.generation import Generation
 from formats.shards import FORMATS
@@ -70,7 +70,7 @@ class EngineAlone:
 def generate_once(engine: LocalEngine, generation: Generation) -> None:
     """Generate images into a new folder, which is removed, without showing the progress."""
     with tempfile.TemporaryDirectory(dir=WORK) as folder, contextlib.redirect_stderr(io.StringIO()):
-        generate_into(Path(folder) / "out", engine, generation)
+        generate_into(Path(folder) / "out", generation, produce_here(engine, generation))
 
 
 def compare(args: argparse.Namespace) -> dict[str, Timing]:

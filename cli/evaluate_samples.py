@@ -138,7 +138,7 @@ def generate(
     model: Path, out: Path, num: int, seed: int, sampling: dict[str, Any], classes: str, data: Path | None
 ) -> tuple[CheckpointConfig, str]:
     """Generate the images that are missing in a folder; return the model's configuration and numerics_id."""
-    from cli.bulk import Files, describe_generation, generate_into
+    from cli.bulk import Files, describe_generation, generate_into, produce_here
     from cli.local_engine import LocalEngine
 
     engine = LocalEngine(model)
@@ -151,7 +151,7 @@ def generate(
         classes=_classes(engine, sampling, num, classes, data),
         files=Files("npz", SHARD_SIZE),
     )
-    generate_into(out, engine, generation)
+    generate_into(out, generation, produce_here(engine, generation))
     return engine.config, engine.numerics_id
 
 
