@@ -293,13 +293,15 @@ def _generate_missing(folder: GeneratedFolder, produce: Produce, stop: Callable[
     )
 
     def advance(images: float) -> None:
-        bar.update(images)
+        if images:
+            bar.update(images)
         if stop():
             raise BulkStopped
 
     with bar, _writer(folder) as write:
         for images, pixels in produce(missing, advance) if missing else ():
             write(images, pixels)
+        bar.update(generation.count - bar.n)  # parts of images may not add up exactly
     folder.finish()
 
 

@@ -16,20 +16,38 @@ if TYPE_CHECKING:
     from diffusion.config import CheckpointConfig
     from service.engine.request import GivenArrays, ImageParams
     from service.requests.results import Pixels
+    from service.settings import Settings
 
 MODEL = "model"
 AHEAD = 2
 """Batches of images that the engine holds while there are more to come: one that runs, and one that follows it."""
 
 
+def local_settings(model: Path) -> Settings:
+    """Read the settings of an engine without HTTP from the environment.
+
+    Args:
+        model: the folder, as FOLDER or NAME=FOLDER.
+
+    Raises:
+        ValidationError: a setting breaks a rule.
+        ValueError: an environment variable has the name of an unknown setting.
+    """
+    from service.settings import Settings, refuse_unknown_variables
+
+    refuse_unknown_variables()
+    return Settings(models=(model,), host="127.0.0.1")  # no socket is opened
+
+
 class LocalEngine:
     """A model folder, loaded and run in this process."""
 
-    def __init__(self, model: Path, check: Callable[[CheckpointConfig], None] = lambda _: None) -> None:
+    def __init__(self, model: Path | Settings, check: Callable[[CheckpointConfig], None] = lambda _: None) -> None:
         """Load a model.
 
         Args:
-            model: the folder, as FOLDER or NAME=FOLDER.
+            model: the folder, as FOLDER or NAME=FOLDER; or what `local_settings` returned for it, here or on another
+                machine.
             check: called with the model's configuration before the network is run; its exceptions are passed on.
 
         Raises:
@@ -42,10 +60,8 @@ class LocalEngine:
         from service.engine.runners.array_runner import ArrayRunner
         from service.metrics import Metrics
         from service.models.registry import served_model
-        from service.settings import Settings, refuse_unknown_variables
 
-        refuse_unknown_variables()
-        settings = Settings(models=(model,), host="127.0.0.1")  # no socket is opened
+        settings = local_settings(model) if isinstance(model, Path) else model
         self._config = settings.engine_config()
         ((self.name, self.folder),) = settings.model_folders.items()
         backend = load_model(self.folder, settings.backend, settings.backend_options())
@@ -120,14 +136,15 @@ class LocalEngine:
         return list(images), encoding_end(self.config.diffusion, images[0].plan)
 
     def run(
-        self, groups: Iterable[Sequence[ImageParams]], progress: Callable[[int], object]
+        self, groups: Iterable[Sequence[ImageParams] | None], progress: Callable[[int], object]
     ) -> Iterator[tuple[int, list[Pixels]]]:
         """Generate groups of images, and yield each group when it is complete, with its number.
 
         The engine always holds enough images to fill its batches, across groups, and never many more.
 
         Args:
-            groups: read as needed.
+            groups: read as needed. None, which has no number, means that there is no group now: the next is asked for
+                after a step.
             progress: called with the network rows computed since the last call. After an exception of it, or if not all
                 groups are taken, the engine cannot be used again.
 
@@ -155,9 +172,12 @@ class LocalEngine:
         counted = engine.activity.row_steps
         while more or in_flight:
             while more and in_flight < AHEAD * self._config.max_rows:
-                part = next(parts, None)
-                if part is None:
+                try:
+                    part = next(parts)
+                except StopIteration:
                     more = False
+                    break
+                if part is None:
                     break
                 name = f"{part.group} {part.first}"
                 running[name] = part
@@ -204,8 +224,13 @@ class _Part:
     """Images without a result."""
 
 
-def _parts(groups: Iterable[Sequence[ImageParams]], size: int) -> Iterator[_Part]:
-    for group, images in enumerate(groups):
+def _parts(groups: Iterable[Sequence[ImageParams] | None], size: int) -> Iterator[_Part | None]:
+    group = -1
+    for images in groups:
+        if images is None:
+            yield None
+            continue
+        group += 1
         for first in range(0, len(images), size):
             part = images[first : first + size]
             yield _Part(group, first, len(images), part, len(part))
