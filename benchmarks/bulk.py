@@ -42,8 +42,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class EngineAlone:
     """An engine with the settings of the service, and the images of a generation."""
 
-    def __init__(self, model: Path, local: LocalEngine, generation: Generation) -> None:
-        settings = Settings(models=(model,))
+    def __init__(self, settings: Settings, local: LocalEngine, generation: Generation) -> None:
         config = settings.engine_config()
         denoiser = load_model(local.folder, settings.backend, settings.backend_options())
         self._engine = Engine({MODEL: ArrayRunner(denoiser, config)}, config, Metrics())
@@ -92,7 +91,7 @@ def compare(args: argparse.Namespace) -> dict[str, Timing]:
         for form in FORMATS
         if form in args.formats
     }
-    alone = EngineAlone(args.model, local, describe(files=Files("npz", args.shard_size)))
+    alone = EngineAlone(Settings(models=(args.model,)), local, describe(files=Files("npz", args.shard_size)))
     pace = Pace(rounds=args.rounds, max_seconds=args.max_seconds, warm_up_calls=1)
     return take_turns({ALONE: alone, **contenders}, pace, clock=CLOCKS[args.clock])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,24 +16,7 @@ from tests.paths import ROOT
 
 OBJECT_STORE_BYTES = 200 << 20
 """Of a node; Ray would take a third of the memory."""
-AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-"""A raylet without them dies if its agent, which chooses them, takes longer than 15 s to start on a busy machine."""
-
-
-def free_port() -> int:
-    """Return a port of loopback on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def node_options() -> dict[str, int]:
-    """Return the options of a node: one CPU, little memory, ports of its own."""
-    return {
-        "num_cpus": 1,
-        "object_store_memory": OBJECT_STORE_BYTES,
-        **{name: free_port() for name in AGENT_PORTS},
-    }
+NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_log_monitor": False}
 
 
 class TwoNodes:
@@ -50,7 +32,7 @@ class TwoNodes:
 
     def add_node(self) -> None:
         """Add the second node."""
-        self.node = self.cluster.add_node(**node_options())
+        self.node = self.cluster.add_node(**NODE)
 
     def workers(self, title: str = "") -> list[int]:
         """Return the processes of the second node whose title begins with a text."""
@@ -98,7 +80,9 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
         for name, value in environment.items():
             patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args={**node_options(), "include_dashboard": False})
+        # A raylet dies if its agent takes longer than 15 s to start; without the dashboard's packages it is fast
+        patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("not needed"))
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "no_monitor": True})
         try:
             nodes = TwoNodes(cluster)
             nodes.add_node()
