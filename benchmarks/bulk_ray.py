@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ START_S = 1800.0
 """Longest time in which all workers start."""
 TICKS = os.sysconf("SC_CLK_TCK")
 WORKER = "ray::MapWorker"
-OF_RAY = ("raylet", "gcs_server", "ray::", "ray-dashboard")
-"""How the command lines of Ray's own processes begin; `WORKER` is not one of them."""
+RAYLET = "/raylet"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reading:
     cpu: float
     """Of the workers and this process."""
     ray: float
-    """Of Ray's own processes."""
+    """Of Ray's processes on each node: raylet, agents, idle workers."""
 
     def since(self, earlier: Reading) -> Reading:
         """Return the seconds between two times."""
@@ -73,32 +73,38 @@ class Rates:
         return self.images / self.spent.cpu
 
 
-def read_clocks() -> Reading:
-    """Read the wall clock, and the CPU seconds of all processes of this machine that belong to the run."""
-    workers = own = 0.0
+def read_clocks(address: str) -> Reading:
+    """Read the wall clock, and the CPU seconds of all processes of this machine that belong to the run.
+
+    Args:
+        address: HOST:PORT of the cluster, of which other clusters on this machine are no part.
+    """
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().decode(errors="replace")
             fields = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        seconds = (int(fields[11]) + int(fields[12])) / TICKS
-        name = line.partition("\0")[0].rpartition("/")[2]
-        if line.startswith(WORKER):
+        found[int(process.name)] = (int(fields[1]), line, (int(fields[11]) + int(fields[12])) / TICKS)
+    raylets = {process for process, (_, line, _) in found.items() if RAYLET in line and address in line}
+    workers = own = 0.0
+    for process, (parent, line, seconds) in found.items():
+        if parent in raylets and line.startswith(WORKER):
             workers += seconds
-        elif name.startswith(OF_RAY):
+        elif process in raylets or parent in raylets:
             own += seconds
     return Reading(time.perf_counter(), workers + time.process_time(), own)
 
 
-def alone(engine: Callable[[], None], images: int) -> Rates:
+def alone(engine: Callable[[], None], images: int, clocks: Callable[[], Reading]) -> Rates:
     """Time the engine alone, in this process."""
-    begun = read_clocks()
+    begun = clocks()
     engine()
-    return Rates(images, read_clocks().since(begun))
+    return Rates(images, clocks().since(begun))
 
 
-def on_ray(pool: Pool, generation: Generation) -> Rates:
+def on_ray(pool: Pool, generation: Generation, clocks: Callable[[], Reading]) -> Rates:
     """Time the generation of a folder from each worker's first batch to the end.
 
     Raises:
@@ -110,7 +116,7 @@ def on_ray(pool: Pool, generation: Generation) -> Rates:
     def timed(missing: list[range], advance: Callable[[float], None]) -> Iterator[tuple[range, Any]]:
         def read(images: float) -> None:
             if images:
-                readings.append((read_clocks(), int(images)))
+                readings.append((clocks(), int(images)))
             advance(images)
 
         yield from produce(missing, read)
@@ -144,9 +150,10 @@ def compare(args: argparse.Namespace) -> dict[str, list[Rates]]:
     )  # fmt: skip
     generation = next(iter(pools.values())).describe(order)
     engine = EngineAlone(settings, LocalEngine(settings), generation)
-    contenders: dict[str, Callable[[], Rates]] = {ALONE: lambda: alone(engine, generation.count)}
+    clocks = partial(read_clocks, ray.get_runtime_context().gcs_address)
+    contenders: dict[str, Callable[[], Rates]] = {ALONE: partial(alone, engine, generation.count, clocks)}
     for name, pool in pools.items():
-        contenders[name] = lambda pool=pool: on_ray(pool, generation)  # type: ignore[misc]  # binds the pool of now
+        contenders[name] = partial(on_ray, pool, generation, clocks)
     found: dict[str, list[Rates]] = {name: [] for name in contenders}
     engine()  # warm
     for number in range(args.rounds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,19 @@ from tests.paths import ROOT
 OBJECT_STORE_BYTES = 200 << 20
 """Of a node; Ray would take a third of the memory."""
 NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_log_monitor": False}
+ATTEMPTS = 5
+"""A raylet ends if its agent takes longer than 15 s to start, as on a busy machine; that is no setting."""
+
+
+def started(start: Callable[[], Any]) -> Any:
+    """Start a node; try again if it ended at once."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return start()
+        except Exception as error:  # of no other type
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 class TwoNodes:
@@ -32,7 +45,7 @@ class TwoNodes:
 
     def add_node(self) -> None:
         """Add the second node."""
-        self.node = self.cluster.add_node(**NODE)
+        self.node = started(lambda: self.cluster.add_node(**NODE))
 
     def workers(self, title: str = "") -> list[int]:
         """Return the processes of the second node whose title begins with a text."""
@@ -80,9 +93,10 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
         for name, value in environment.items():
             patch.setenv(name, value)
-        # A raylet dies if its agent takes longer than 15 s to start; without the dashboard's packages it is fast
+        # See ATTEMPTS: without the dashboard's packages, an agent starts faster
         patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("not needed"))
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "no_monitor": True})
+        head = {**NODE, "include_dashboard": False, "no_monitor": True}
+        cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
         try:
             nodes = TwoNodes(cluster)
             nodes.add_node()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,31 +26,56 @@ input()
 """
 
 
-def test_the_seconds_of_workers_count_and_those_of_ray_are_apart() -> None:
-    before = read_clocks()
-    processes = []
-    for name in ("ray::MapWorker(MapBatches(Worker)).submit", "ray::IDLE", "another"):
-        command = [name, "-c", BURN]
-        processes.append(
-            subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+RAYLET = """
+import subprocess, sys
+names = ["ray::MapWorker(MapBatches(Worker)).submit", "ray::IDLE"]
+burn = sys.argv[2]
+children = [
+    subprocess.Popen([name, "-c", burn], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for name in names
+]
+for child in children:
+    child.stdout.readline()
+print(1, flush=True)
+input()
+for child in children:
+    child.communicate(b"\\n")
+"""
+
+
+def test_the_seconds_of_workers_count_those_of_ray_are_apart_and_other_clusters_are_not_there() -> None:
+    before = read_clocks("10.0.0.1:6379")
+    raylets = [
+        subprocess.Popen(
+            ["/ray/raylet", "-c", RAYLET, f"--gcs-address={address}", BURN],
+            executable=sys.executable,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
+        for address in ("10.0.0.1:6379", "10.0.0.2:6379")
+    ]
     try:
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()
-        own = os.times()
-        spent = read_clocks().since(before)
+        for raylet in raylets:
+            assert raylet.stdout is not None
+            raylet.stdout.readline()
+        own = time.process_time()
+        spent = read_clocks("10.0.0.1:6379").since(before)
+        both = read_clocks(":6379").since(before)
     finally:
-        for process in processes:
-            process.communicate(b"\n")
-    assert 0.2 <= spent.ray < spent.wall
-    assert 0.2 <= spent.cpu <= spent.wall + own.user + own.system
+        for raylet in raylets:
+            raylet.communicate(b"\n")
+    assert spent.ray >= 0.2
+    assert both.ray >= spent.ray + 0.2
+    assert 0.2 <= spent.cpu <= both.cpu - 0.2 + own
 
 
 def test_images_count_from_the_first_batch_of_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
+    seconds = iter(range(100))
+
+    def clocks() -> Reading:
+        return Reading(wall=next(seconds), cpu=10.0, ray=0.0)
+
     monkeypatch.setattr(bulk_ray, "WORK", tmp_path)
-    monkeypatch.setattr(bulk_ray, "read_clocks", lambda: Reading(wall=next(clock), cpu=10.0, ray=0.0))
 
     def produce_on(pool: Pool, images: Any) -> Any:
         def produce(missing: list[range], advance: Any) -> Iterator[Any]:
@@ -63,11 +88,11 @@ def test_images_count_from_the_first_batch_of_each_worker(tmp_path: Path, monkey
 
     monkeypatch.setattr(bulk_ray, "produce_on", produce_on)
     pool: Any = Pool(workers=1, settings=None, reserved={})  # type: ignore[arg-type]  # not used
-    rates = bulk_ray.on_ray(pool, generation(shard_size=4))
+    rates = bulk_ray.on_ray(pool, generation(shard_size=4), clocks)
     assert rates == Rates(COUNT - 4, Reading(wall=2, cpu=0.0, ray=0.0))
     assert rates.per_wall_second == (COUNT - 4) / 2
     with pytest.raises(RuntimeError, match="generate more images"):
-        bulk_ray.on_ray(pool, generation(shard_size=COUNT))
+        bulk_ray.on_ray(pool, generation(shard_size=COUNT), clocks)
 
 
 def test_the_report_has_the_share_of_the_engine_of_each_round(
