@@ -91,6 +91,7 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
+        patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait for all else that a busy machine does
         for name, value in environment.items():
             patch.setenv(name, value)
         # See ATTEMPTS: without the dashboard's packages, an agent starts faster

@@ -29,7 +29,7 @@ pytest.importorskip("ray.data", reason="needs the extra ray")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and processes to the garbage collector
 
-SHARDS, SHARD_SIZE = 8, 12
+SHARDS, SHARD_SIZE = 8, 8
 OPTIONS = ["--num", str(SHARDS * SHARD_SIZE), "--shard-size", str(SHARD_SIZE), "--format", "webdataset"]
 OPTIONS += [
     "--steps",
@@ -79,6 +79,13 @@ class Driver:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([*command, *OPTIONS, *more], cwd=ROOT, stdout=log, stderr=log)
 
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def wait_for(self, shards: int) -> None:
         """Wait until this number of shards is written, and more are to be."""
         until(lambda: len(shards_of(self.out)) >= shards or self.process.poll() is not None, poll_s=0.05)
@@ -104,11 +111,11 @@ def shards_of(out: Path) -> dict[str, int]:
 def test_a_worker_is_killed_and_the_files_equal_those_of_iddpm_generate(
     cluster: TwoNodes, model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    driver = Driver(cluster, model, tmp_path / "out")  # as many workers as fit: one on each node
-    driver.wait_for(1)
-    (worker,) = cluster.workers("ray::MapWorker")
-    os.kill(worker, signal.SIGKILL)
-    assert driver.end() == 0, driver.output()
+    with Driver(cluster, model, tmp_path / "out") as driver:  # as many workers as fit: one on each node
+        driver.wait_for(1)
+        (worker,) = cluster.workers("ray::MapWorker")
+        os.kill(worker, signal.SIGKILL)
+        assert driver.end() == 0, driver.output()
     assert files(tmp_path / "out") == expected
 
 
@@ -116,24 +123,24 @@ def test_the_driver_is_stopped_then_killed_and_the_same_command_continues(
     cluster: TwoNodes, model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    driver = Driver(cluster, model, out)
-    driver.wait_for(1)
-    driver.process.terminate()
-    assert driver.end() == 128 + signal.SIGTERM
-    assert f"stopped; to continue: python -m deploy.ray.bulk {model}" in driver.output()
+    with Driver(cluster, model, out) as driver:
+        driver.wait_for(1)
+        driver.process.terminate()
+        assert driver.end() == 128 + signal.SIGTERM
+        assert f"stopped; to continue: python -m deploy.ray.bulk {model}" in driver.output()
     stopped = shards_of(out)
     assert 0 < len(stopped) < SHARDS
 
-    driver = Driver(cluster, model, out)
-    driver.wait_for(len(stopped) + 1)
-    driver.process.kill()
-    driver.end()
+    with Driver(cluster, model, out) as driver:
+        driver.wait_for(len(stopped) + 1)
+        driver.process.kill()
+        driver.end()
     killed = shards_of(out)
     assert len(killed) < SHARDS
     assert stopped.items() <= killed.items()
 
-    driver = Driver(cluster, model, out)
-    assert driver.end() == 0, driver.output()
+    with Driver(cluster, model, out) as driver:
+        assert driver.end() == 0, driver.output()
     assert killed.items() <= shards_of(out).items()  # not generated again
     assert files(out) == expected
 
@@ -141,20 +148,20 @@ def test_the_driver_is_stopped_then_killed_and_the_same_command_continues(
 def test_a_node_dies_and_the_workers_that_are_left_finish(
     cluster: TwoNodes, model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    driver = Driver(cluster, model, tmp_path / "out", "--workers", "2")
-    driver.wait_for(1)
-    cluster.kill_node()
-    try:
-        assert driver.end() == 0, driver.output()
-    finally:
-        cluster.add_node()
+    with Driver(cluster, model, tmp_path / "out", "--workers", "2") as driver:
+        driver.wait_for(1)
+        cluster.kill_node()
+        try:
+            assert driver.end() == 0, driver.output()
+        finally:
+            cluster.add_node()
     assert files(tmp_path / "out") == expected
 
 
 def test_wrong_options_are_refused_in_one_line_before_anything_is_written(
     cluster: TwoNodes, model: Path, tmp_path: Path
 ) -> None:
-    driver = Driver(cluster, model, tmp_path / "out", "--class", "Dog")
-    assert driver.end() == 1
-    assert 'error: class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"' in driver.output().splitlines()
+    with Driver(cluster, model, tmp_path / "out", "--class", "Dog") as driver:
+        assert driver.end() == 1
+        assert 'error: class: must be one of Ape, Bee, Cat, T-shirt/top; got "Dog"' in driver.output().splitlines()
     assert not driver.out.exists()
