@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +17,38 @@ from tests.paths import ROOT
 
 OBJECT_STORE_BYTES = 200 << 20
 """Of a node; Ray would take a third of the memory."""
-NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_log_monitor": False}
-ATTEMPTS = 5
-"""A raylet ends if its agent takes longer than 15 s to start, as on a busy machine; that is no setting."""
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+"""A raylet that does not know the ports of its agents ends if an agent takes longer than 15 s to start, which is not a
+setting; on a busy machine that happens."""
 
 
-def started(start: Callable[[], Any]) -> Any:
-    """Start a node; try again if it ended at once."""
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return start()
-        except Exception as error:  # of no other type
-            if "timed out during startup" not in str(error):
-                raise
-    return start()
+def node_options() -> dict[str, Any]:
+    """Return the options of a node: one CPU, and all ports for which its raylet would wait."""
+    return {
+        "num_cpus": 1,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_log_monitor": False,
+        **{name: free_port() for name in AGENT_PORTS},
+    }
+
+
+def free_port() -> int:
+    """Return a port of loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def without_waiting(start_raylet: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of Ray's `Node` that starts a raylet which waits for no agent: one port cannot be given."""
+
+    def start(node: Any, *args: Any, **options: Any) -> Any:
+        from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
+
+        persist_port(node.get_session_dir_path(), node.node_id, DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)  # none
+        return start_raylet(node, *args, **options)
+
+    return start
 
 
 class TwoNodes:
@@ -45,7 +64,7 @@ class TwoNodes:
 
     def add_node(self) -> None:
         """Add the second node."""
-        self.node = started(lambda: self.cluster.add_node(**NODE))
+        self.node = self.cluster.add_node(**node_options())
 
     def workers(self, title: str = "") -> list[int]:
         """Return the processes of the second node whose title begins with a text."""
@@ -80,6 +99,7 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         folders: of the test run.
         environment: variables of the nodes and their workers. Those of this process that begin with IDDPM_ are unset.
     """
+    from ray._private.node import Node
     from ray.cluster_utils import Cluster
 
     own = folders.getbasetemp()
@@ -94,10 +114,9 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait for all else that a busy machine does
         for name, value in environment.items():
             patch.setenv(name, value)
-        # See ATTEMPTS: without the dashboard's packages, an agent starts faster
-        patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("not needed"))
-        head = {**NODE, "include_dashboard": False, "no_monitor": True}
-        cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
+        patch.setattr("ray._private.node.Node.start_raylet", without_waiting(Node.start_raylet))
+        head = {**node_options(), "include_dashboard": False, "no_monitor": True}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             nodes = TwoNodes(cluster)
             nodes.add_node()
