@@ -23,8 +23,8 @@ import torch
 from benchmarks.options import WORK, exit_status
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
-from cli.bulk import Files, choose_classes, describe_generation, generate_into, requests_for
-from cli.local_engine import LocalEngine
+from cli.bulk import Files, choose_classes, describe_generation, generate_into, produce_here, requests_for
+from cli.local_engine import LocalEngine, local_settings
 from formats.generation import Generation
 from formats.shards import FORMATS
 from service.backends.artifact_model import cpu_threads
@@ -41,8 +41,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class EngineAlone:
     """An engine with the settings of the service, and the images of a generation."""
 
-    def __init__(self, model: Path, local: LocalEngine, generation: Generation) -> None:
-        settings = Settings(models=(model,))
+    def __init__(self, settings: Settings, local: LocalEngine, generation: Generation) -> None:
         config = settings.engine_config()
         ((served, folder),) = local.stages
         denoiser = load_model(folder, settings.backend, settings.backend_options())
@@ -73,13 +72,13 @@ class EngineAlone:
 def generate_once(engine: LocalEngine, generation: Generation) -> None:
     """Generate images into a new folder, which is removed, without showing the progress."""
     with tempfile.TemporaryDirectory(dir=WORK) as folder, contextlib.redirect_stderr(io.StringIO()):
-        generate_into(Path(folder) / "out", engine, generation)
+        generate_into(Path(folder) / "out", generation, produce_here(engine, generation))
 
 
 def compare(args: argparse.Namespace) -> dict[str, Timing]:
     """Time the engine alone and `iddpm generate` in each format."""
     WORK.mkdir(parents=True, exist_ok=True)
-    local = LocalEngine(args.model)
+    local = LocalEngine(local_settings(args.model))
     sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}
     describe = partial(
         describe_generation,
@@ -95,7 +94,7 @@ def compare(args: argparse.Namespace) -> dict[str, Timing]:
         for form in FORMATS
         if form in args.formats
     }
-    alone = EngineAlone(args.model, local, describe(files=Files("npz", args.shard_size)))
+    alone = EngineAlone(Settings(models=(args.model,)), local, describe(files=Files("npz", args.shard_size)))
     pace = Pace(rounds=args.rounds, max_seconds=args.max_seconds, warm_up_calls=1)
     return take_turns({ALONE: alone, **contenders}, pace, clock=CLOCKS[args.clock])
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from benchmarks.judge import open_split
 from benchmarks.options import exit_status, say
 from benchmarks.reporting import markdown_table
-from cli.local_engine import LocalEngine
+from cli.local_engine import LocalEngine, local_settings
 from formats.value_range import value_range_of
 from service.encoding import encode_npy
 from service.requests.generate_request import MAX_IMAGES
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if not 1 <= args.count <= MAX_IMAGES:
         raise ValueError(f"--count must be 1..{MAX_IMAGES}; got {args.count}")
-    engine = LocalEngine(args.model)
+    engine = LocalEngine(local_settings(args.model))
     data = open_split(args.images, engine.config)
     images = eight_bit_images(data, np.arange(args.count))
     labels = [int(label) for label in data.labels[: args.count]]

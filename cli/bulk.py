@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
     from cli.local_engine import LocalEngine
     from formats.generated_folder import GeneratedFolder
-    from formats.generation import Generation, GenerationFormat, Sampling
+    from formats.generation import Generation, GenerationFormat, Sampling, Upsampling
     from formats.images import Uint8Array
     from service.engine.request import GenerationRequest, ImageParams
+
+Advance = Callable[[float], None]
+"""Called with the images generated since the last call, parts of images counted; its exceptions must be passed on."""
+Produce = Callable[[list[range], Advance], "Iterator[tuple[range, Uint8Array]]"]
+"""Generates the images of some shards, and yields each shard with its pixels, [n, H, W, C], in any order."""
 
 
 class BulkStopped(Exception):
@@ -49,6 +55,48 @@ class Files(NamedTuple):
 
     format: GenerationFormat
     shard_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The images that a command asks for, as its options say it."""
+
+    sampling: dict[str, Any]
+    """Fields of a request that say how a chain is computed; absent ones have the model's defaults."""
+    num: int | None
+    """Number of images; either this or `per_class`."""
+    per_class: int | None
+    """Images of each class."""
+    classes: Sequence[str] | None
+    """Names or indices of the classes; None: all."""
+    seed: int
+    image_index: int
+    """Of the first image."""
+    files: Files
+
+    def __post_init__(self) -> None:
+        if (self.num is None) == (self.per_class is None):
+            raise ValueError("give either --num or --per-class")
+
+
+def describe_order(engine: LocalEngine, order: Order) -> Generation:
+    """Return the manifest of ordered images.
+
+    Raises:
+        ValidationError, InvalidRequest, ValueError: an option breaks a rule, or one of the model.
+    """
+    chosen = choose_classes(engine, order.sampling, order.classes)
+    if order.per_class is not None and chosen is None:
+        raise ValueError("--per-class needs a model with classes; use --num")
+    return describe_generation(
+        engine,
+        order.sampling,
+        seed=order.seed,
+        image_index=order.image_index,
+        count=order.num or (order.per_class or 0) * len(chosen or ()),
+        classes=chosen,
+        files=order.files,
+    )
 
 
 def describe_generation(
@@ -162,21 +210,60 @@ def requests_for(
 
     Raises:
         ValidationError, InvalidRequest: a field breaks a rule.
+        ValueError: a conditioning image cannot be read.
+    """
+    labels = generation.labels(images)
+    return requests_from(
+        engine,
+        generation.sampling,
+        generation.upsampling,
+        seed=generation.seed,
+        image_index=generation.index_of(images.start),
+        count=len(images),
+        labels=None if labels is None else labels.tolist(),
+        cond=None if conditions is None else conditions.of(images),
+    )
+
+
+def requests_from(
+    engine: LocalEngine,
+    sampling: Sampling,
+    upsampling: Upsampling | None,
+    *,
+    seed: int,
+    image_index: int,
+    count: int,
+    labels: list[int] | None,
+    cond: npt.NDArray[np.float32] | None = None,
+) -> list[GenerationRequest]:
+    """Return the requests for images of consecutive indices.
+
+    Args:
+        engine: the model or cascade.
+        sampling: how a chain is computed.
+        upsampling: of a cascade: how its second model's chains are computed.
+        seed: of all images.
+        image_index: of the first image.
+        count: number of images.
+        labels: the class of each image; None: the images have none.
+        cond: the conditioning image of each image as the network takes it, [count, C', H, W]; None: they have none.
+
+    Raises:
+        ValidationError, InvalidRequest: a field breaks a rule.
     """
     from service.requests.generate_request import MAX_IMAGES
 
-    sampling = generation.sampling
     fields: dict[str, Any] = {
         "sampler": sampling.sampler,
         "respacing": sampling.respacing,
         "cfg_scale": sampling.cfg_scale,
         "classifier_scale": sampling.classifier_scale,
-        "seed": generation.seed,
+        "seed": seed,
     }
     if sampling.eta:
         fields["eta"] = sampling.eta
-    if generation.upsampling is not None:
-        later = generation.upsampling.sampling
+    if upsampling is not None:
+        later = upsampling.sampling
         fields["upsample"] = {
             "steps": int(later.respacing),
             "sampler": later.sampler,
@@ -184,28 +271,49 @@ def requests_for(
             "classifier_scale": later.classifier_scale,
         }
     found = []
-    for first in range(images.start, images.stop, MAX_IMAGES):
-        part = range(first, min(first + MAX_IMAGES, images.stop))
-        labels = generation.labels(part)
-        one = {} if labels is None else {"class": labels.tolist()}
+    for first in range(0, count, MAX_IMAGES):
+        part = slice(first, min(first + MAX_IMAGES, count))
+        one = {} if labels is None else {"class": labels[part]}
         request = engine.complete(
-            {**fields, **one, "image_index": generation.index_of(first), "n": len(part)},
-            cond=None if conditions is None else conditions.of(part),
+            {**fields, **one, "image_index": image_index + first, "n": part.stop - first},
+            cond=None if cond is None else cond[part],
         )
         found.append(request)
     return found
 
 
-def generate_into(out: Path, engine: LocalEngine, generation: Generation, conditions: Conditions | None = None) -> None:
+def produce_here(engine: LocalEngine, generation: Generation, conditions: Conditions | None = None) -> Produce:
+    """Return a function that generates shards with an engine in this process.
+
+    At most two shards are generated while one is written and one waits to be. The function raises GenerationFailed if
+    an image failed, ValueError if a conditioning image cannot be read.
+    """
+
+    def produce(missing: list[range], advance: Advance) -> Iterator[tuple[range, Uint8Array]]:
+        import numpy as np
+
+        (first,) = requests_for(engine, generation, range(1), conditions)
+        groups = (requests_for(engine, generation, images, conditions) for images in missing)
+        for number, pixels in engine.run(groups, lambda rows: advance(rows / first.row_steps)):
+            yield missing[number], np.stack(pixels)
+
+    return produce
+
+
+def generate_into(out: Path, generation: Generation, produce: Produce, command: Sequence[str] = ("iddpm",)) -> None:
     """Generate the images that a folder lacks, with a progress bar, and complete the folder.
 
     SIGTERM, SIGHUP and Ctrl-C end the command when the shard that is being written is whole; it says how to continue.
 
+    Args:
+        out: the folder.
+        generation: the images.
+        produce: generates images; its exceptions are passed on.
+        command: the program, as a user starts it.
+
     Raises:
         GenerationError: the folder holds other images or other files, or the format cannot hold the images.
         FolderInUse: another process writes there.
-        GenerationFailed: an image failed.
-        ValueError: a conditioning image cannot be read.
         OSError: a file cannot be written.
     """
     from formats.generated_folder import generated_folder
@@ -220,31 +328,25 @@ def generate_into(out: Path, engine: LocalEngine, generation: Generation, condit
                     "writes there",
                     err=True,
                 )
-            _generate_missing(engine, folder, conditions, stop)
+            _generate_missing(folder, produce, stop)
     except BulkStopped:
-        typer.echo(f"stopped; to continue: {shlex.join(['iddpm', *sys.argv[1:]])}", err=True)
+        typer.echo(f"stopped; to continue: {shlex.join([*command, *sys.argv[1:]])}", err=True)
         raise typer.Exit(128 + (stop.signal or 0)) from None
 
 
-def _generate_missing(
-    engine: LocalEngine, folder: GeneratedFolder, conditions: Conditions | None, stop: Callable[[], bool]
-) -> None:
-    """Generate what is missing; at most two shards are generated while one is written and one waits to be.
+def _generate_missing(folder: GeneratedFolder, produce: Produce, stop: Callable[[], bool]) -> None:
+    """Generate what is missing.
 
     Raises:
-        BulkStopped: `stop`, which is asked after each step, returned True. Shards that were complete are written.
+        BulkStopped: `stop`, which is asked whenever there is progress, returned True. Shards that were complete are
+            written.
     """
-    import numpy as np
     from tqdm import tqdm
 
     generation, missing = folder.generation, folder.missing()
-    (first,) = requests_for(engine, generation, range(1), conditions)
-    row_steps = first.row_steps
-    # Counted in rows computed, shown in images
     bar = tqdm(
-        total=generation.count * row_steps,
-        initial=(generation.count - sum(map(len, missing))) * row_steps,
-        unit_scale=1 / row_steps,
+        total=generation.count,
+        initial=generation.count - sum(map(len, missing)),
         bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]",
         desc="generating",
         unit="img",
@@ -252,15 +354,16 @@ def _generate_missing(
         file=sys.stderr,
     )
 
-    def advance(rows: int) -> None:
-        bar.update(rows)
+    def advance(images: float) -> None:
+        if images:
+            bar.update(images)
         if stop():
             raise BulkStopped
 
     with bar, _writer(folder) as write:
-        groups = (requests_for(engine, generation, images, conditions) for images in missing)
-        for number, pixels in engine.run(groups, advance) if missing else ():  # a run begins with a warm-up
-            write(missing[number], np.stack(pixels))
+        for images, pixels in produce(missing, advance) if missing else ():
+            write(images, pixels)
+        bar.update(generation.count - bar.n)  # parts of images may not add up exactly
     folder.finish()
 
 

@@ -103,10 +103,10 @@ def _encode_locally(model: Path, fields: dict[str, Any]) -> Encoded:
     import numpy as np
 
     from cli.client import Encoded
-    from cli.local_engine import LocalEngine
+    from cli.local_engine import LocalEngine, local_settings
     from cli.split_requests import with_class_index
 
-    engine = LocalEngine(model)
+    engine = LocalEngine(local_settings(model))
     request, timestep = engine.complete_encoding(with_class_index(fields, lambda: engine.class_names))
     with typer.progressbar(length=request.row_steps, label="encoding", file=sys.stderr) as bar:
         ((_, latents),) = engine.run([[request]], bar.update)

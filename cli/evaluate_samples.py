@@ -184,8 +184,8 @@ def generate(
         cond: conditioning images of the data.
         check: called with the model's configuration before anything is computed; its exceptions are passed on.
     """
-    from cli.bulk import Files, describe_generation, generate_into
-    from cli.local_engine import LocalEngine
+    from cli.bulk import Files, describe_generation, generate_into, produce_here
+    from cli.local_engine import LocalEngine, local_settings
     from trainer.evaluation.conditions import RealConditions, open_conditions
 
     conditions: RealConditions | None = None
@@ -196,7 +196,7 @@ def generate(
         conditions = open_conditions(config, data, cond, num, classes=classes, guided=guided)
         check(config)
 
-    engine = LocalEngine(model, check=check_all)
+    engine = LocalEngine(local_settings(model), check_all)
     generation = describe_generation(
         engine,
         sampling,
@@ -207,7 +207,7 @@ def generate(
         files=Files("npz", SHARD_SIZE),
         conditions=conditions,
     )
-    generate_into(out, engine, generation, conditions)
+    generate_into(out, generation, produce_here(engine, generation, conditions))
     return Generated(engine.config, engine.numerics_id, generation.conditions)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
-
 import typer
 
+from cli.bulk_options import Cascade, Classes, FirstIndex, Format, Models, Num, Out, PerClass, Seed, ShardSize
 from cli.errors import fail, needs_extra
 from cli.sampling_options import (
     CfgScale,
@@ -25,32 +23,14 @@ from cli.sampling_options import (
 
 
 def generate_command(
-    model: Annotated[
-        list[Path],
-        typer.Argument(help="Model folder: a checkpoint, an artifact or an ensemble. For a cascade, two of them."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the images, or one to continue.")],
-    cascade: Annotated[
-        str | None,
-        typer.Option(help="NAME=BASE+UPSAMPLER: generate with two models, of which the second enlarges images."),
-    ] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="Number of images, of all classes equally often.")] = None,
-    per_class: Annotated[int | None, typer.Option(min=1, help="Instead of --num: images of each class.")] = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option("--class", help="Name or index of a class; can be repeated. Default: all classes."),
-    ] = None,
-    image_format: Annotated[
-        Literal["png", "webdataset", "parquet", "npz"],
-        typer.Option(
-            "--format",
-            help="png: a folder per class. webdataset: tar files. parquet: as Hugging Face's data sets. npz: one file, "
-            "as guided-diffusion's evaluator reads it.",
-        ),
-    ] = "png",
-    shard_size: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Images that are written together; memory holds four times as many.")
-    ] = 1000,
+    model: Models,
+    out: Out,
+    cascade: Cascade = None,
+    num: Num = None,
+    per_class: PerClass = None,
+    classes: Classes = None,
+    image_format: Format = "png",
+    shard_size: ShardSize = 1000,
     steps: Steps = None,
     respacing: Respacing = None,
     sampler: SamplerName = "ancestral",
@@ -61,10 +41,8 @@ def generate_command(
     upsample_sampler: UpsampleSampler = None,
     upsample_cfg_scale: UpsampleCfgScale = None,
     upsample_classifier_scale: UpsampleClassifierScale = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed of all images.")] = 0,
-    image_index: Annotated[
-        int, typer.Option(min=0, help="Image index of the first image; other machines can generate other ranges.")
-    ] = 0,
+    seed: Seed = 0,
+    image_index: FirstIndex = 0,
 ) -> None:
     """Generate many images with this project's engine.
 
@@ -78,8 +56,8 @@ def generate_command(
             import pyarrow  # noqa: F401
     from pydantic import ValidationError
 
-    from cli.bulk import Files, choose_classes, describe_generation, generate_into
-    from cli.local_engine import LocalEngine
+    from cli.bulk import Files, Order, describe_order, generate_into, produce_here
+    from cli.local_engine import LocalEngine, local_settings
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
@@ -92,22 +70,18 @@ def generate_command(
         classifier_scale=classifier_scale,
     ) | upsample_fields(upsample_steps, upsample_sampler, upsample_cfg_scale, upsample_classifier_scale)
     try:
-        if (num is None) == (per_class is None):
-            raise ValueError("give either --num or --per-class")
-        engine = LocalEngine(*model, cascade=cascade)
-        chosen = choose_classes(engine, sampling, classes)
-        if per_class is not None and chosen is None:
-            raise ValueError("--per-class needs a model with classes; use --num")
-        generation = describe_generation(
-            engine,
-            sampling,
+        order = Order(
+            sampling=sampling,
+            num=num,
+            per_class=per_class,
+            classes=classes,
             seed=seed,
             image_index=image_index,
-            count=num or (per_class or 0) * len(chosen or ()),
-            classes=chosen,
             files=Files(image_format, shard_size),
         )
-        generate_into(out, engine, generation)
+        engine = LocalEngine(local_settings(*model, cascade=cascade))
+        generation = describe_order(engine, order)
+        generate_into(out, generation, produce_here(engine, generation))
     except ValidationError as error:
         fail(describe_validation_error(error))
     except (ServiceError, ModelError, OSError, ValueError) as error:

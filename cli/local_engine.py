@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from service.engine.request import GenerationRequest, GivenArrays
     from service.models.served_model import ServedModel
     from service.requests.results import Pixels
+    from service.settings import Settings
 
     Conditions = npt.NDArray[np.float32]
 
@@ -27,27 +28,43 @@ AHEAD = 2
 """Batches of images that the engine holds while there are more to come: one that runs, and one that follows it."""
 
 
+def local_settings(*models: Path, cascade: str | None = None) -> Settings:
+    """Read the settings of an engine without HTTP from the environment.
+
+    Args:
+        *models: the folders, as FOLDER or NAME=FOLDER.
+        cascade: the cascade that is run, as NAME=BASE+UPSAMPLER; None: there is one model, which is run.
+
+    Raises:
+        ValidationError: a setting breaks a rule, or the cascade names another model.
+        ValueError: an environment variable has the name of an unknown setting; there are more models than are run.
+    """
+    from service.settings import Settings, refuse_unknown_variables
+
+    refuse_unknown_variables()
+    cascades = () if cascade is None else (cascade,)
+    settings = Settings(models=models, cascades=cascades, host="127.0.0.1")  # no socket is opened
+    linking = settings.cascade_models
+    if unused := settings.model_folders.keys() - (linking[0].models if linking else [*settings.model_folders][:1]):
+        raise ValueError(
+            f"--model: {', '.join(sorted(unused))} would not be run: give one model, or two and "
+            "--cascade NAME=BASE+UPSAMPLER"
+        )
+    return settings
+
+
 class LocalEngine:
     """A model folder, or the two of a cascade, loaded and run in this process."""
 
-    def __init__(
-        self,
-        *models: Path,
-        cascade: str | None = None,
-        check: Callable[[CheckpointConfig], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, settings: Settings, check: Callable[[CheckpointConfig], None] = lambda _: None) -> None:
         """Load the models.
 
         Args:
-            *models: the folders, as FOLDER or NAME=FOLDER.
-            cascade: the cascade that is run, as NAME=BASE+UPSAMPLER; None: there is one model, which is run.
+            settings: what `local_settings` returned, here or on another machine.
             check: called with the configuration of the model that makes the results, before a network is run; its
                 exceptions are passed on.
 
         Raises:
-            ValidationError: a setting in the environment breaks a rule, or the cascade names another model.
-            ValueError: an environment variable has the name of an unknown setting; there are more models than are run;
-                also from `check`.
             ModelError: a model cannot be run, or the two do not make a cascade.
         """
         from service.backends.select import load_model
@@ -56,27 +73,17 @@ class LocalEngine:
         from service.metrics import Metrics
         from service.models.cascades import linked
         from service.models.registry import served_model
-        from service.settings import Settings, refuse_unknown_variables
 
-        refuse_unknown_variables()
-        cascades = () if cascade is None else (cascade,)
-        settings = Settings(models=models, cascades=cascades, host="127.0.0.1")  # no socket is opened
-        linking = settings.cascade_models
-        if unused := settings.model_folders.keys() - (linking[0].models if linking else [*settings.model_folders][:1]):
-            raise ValueError(
-                f"--model: {', '.join(sorted(unused))} would not be run: give one model, or two and "
-                "--cascade NAME=BASE+UPSAMPLER"
-            )
         self._config = settings.engine_config()
-        runners: dict[str, ArrayRunner[Any]] = {}
-        served: dict[str, ServedModel] = {}
-        for name, folder in settings.model_folders.items():
-            backend = load_model(folder, settings.backend, settings.backend_options())
-            runners[name] = ArrayRunner(backend, self._config)
-            served[name] = served_model(name, backend, runners[name].numerics_id)
+        folders, linking = settings.model_folders, settings.cascade_models
+        backends = {
+            name: load_model(folder, settings.backend, settings.backend_options()) for name, folder in folders.items()
+        }
+        check(backends[linking[0].models[-1] if linking else next(iter(backends))].config)
+        runners = {name: ArrayRunner(backend, self._config) for name, backend in backends.items()}
+        served = {name: served_model(name, backends[name], runner.numerics_id) for name, runner in runners.items()}
         self._served = linked(linking[0], served) if linking else next(iter(served.values()))
-        check(self.result_config)
-        self.stages = tuple((model, settings.model_folders[model.name]) for model in self._stages)
+        self.stages = tuple((model, folders[model.name]) for model in self._stages)
         """The model and its folder; of a cascade, those of its base and its upsampler."""
         self._engine = Engine(runners, self._config, Metrics())
         self._warm = False
@@ -177,14 +184,15 @@ class LocalEngine:
         return request, encoding_end(self.config.diffusion, request.images[0].plan)
 
     def run(
-        self, groups: Iterable[Sequence[GenerationRequest]], progress: Callable[[int], object]
+        self, groups: Iterable[Sequence[GenerationRequest] | None], progress: Callable[[int], object]
     ) -> Iterator[tuple[int, list[Pixels]]]:
         """Generate the images of groups of requests, and yield each group when it is complete, with its number.
 
         The engine always holds enough images to fill its batches, across groups, and never many more.
 
         Args:
-            groups: read as needed.
+            groups: read as needed. None, which has no number, means that there is no group now: the next is asked for
+                after a step.
             progress: called with the network rows computed since the last call. After an exception of it, or if not all
                 groups are taken, the engine cannot be used again.
 
@@ -211,9 +219,12 @@ class LocalEngine:
         counted = engine.activity.row_steps
         while more or in_flight:
             while more and in_flight < AHEAD * self._config.max_rows:
-                part = next(parts, None)
-                if part is None:
+                try:
+                    part = next(parts)
+                except StopIteration:
                     more = False
+                    break
+                if part is None:
                     break
                 running[part.request.request_id] = part
                 outputs.setdefault(part.group, {})
@@ -258,8 +269,13 @@ class _Part:
     """Images without a result."""
 
 
-def _parts(groups: Iterable[Sequence[GenerationRequest]], size: int) -> Iterator[_Part]:
-    for group, requests in enumerate(groups):
+def _parts(groups: Iterable[Sequence[GenerationRequest] | None], size: int) -> Iterator[_Part | None]:
+    group = -1
+    for requests in groups:
+        if requests is None:
+            yield None
+            continue
+        group += 1
         first, of = 0, sum(len(request.images) for request in requests)
         for request in requests:
             for begin in range(0, len(request.images), size):

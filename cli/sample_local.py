@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cli.local_engine import LocalEngine
+from cli.local_engine import LocalEngine, local_settings
 from cli.sampled import CheckImages, SampledImage
 from cli.split_requests import split_requests
 
@@ -42,7 +42,7 @@ def sample_local(
     def check_result(config: CheckpointConfig) -> None:
         check(config.model.image_channels, config.model.image_size)
 
-    engine = LocalEngine(*models, cascade=cascade, check=check_result)
+    engine = LocalEngine(local_settings(*models, cascade=cascade), check_result)
     given = engine.read_given(params)
     requests = [
         engine.complete(fields, given) for fields in split_requests(params, n, MAX_IMAGES, lambda: engine.class_names)

@@ -5,14 +5,11 @@ It takes minutes and needs the extra ray, so that only `make test-long` runs it.
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,8 +17,9 @@ import pytest
 
 from cli.client import Client
 from tests.counts import LONG
+from tests.integration.ray_cluster import TwoNodes, two_nodes
 from tests.integration.server import Server, running, scrape
-from tests.paths import BUNDLED, ROOT
+from tests.paths import BUNDLED
 from tests.waiting import PATIENCE_S, until
 
 if not LONG:
@@ -47,10 +45,9 @@ RUNS_LONG = {"steps": 200, "cfg_scale": 1.0}
 class Fleet:
     """A cluster with the application, and what the tests do to it."""
 
-    def __init__(self, cluster: Any, port: int) -> None:
-        self.cluster = cluster
+    def __init__(self, nodes: TwoNodes, port: int) -> None:
+        self.nodes = nodes
         self.url = f"http://127.0.0.1:{port}"
-        self.node: Any = None
 
     def deploy(self, replicas: int) -> None:
         """Run this number of replicas; each fills its node."""
@@ -60,18 +57,6 @@ class Fleet:
         arguments = Arguments(min_replicas=replicas, max_replicas=replicas, cpus=1, max_queued_requests=QUEUED)
         serve.run(build(arguments))
         self.wait_for(replicas)
-
-    def add_node(self) -> None:
-        """Add a node with room for one replica."""
-        self.node = self.cluster.add_node(num_cpus=1)
-
-    def kill_node(self) -> None:
-        """Kill the second node with all its processes, without a warning."""
-        raylet = self.node.all_processes["raylet"][0].process.pid
-        workers = Path(f"/proc/{raylet}/task/{raylet}/children").read_text(encoding="utf-8").split()
-        for process in (raylet, *map(int, workers)):
-            os.kill(process, signal.SIGKILL)
-        self.cluster.remove_node(self.node, allow_graceful=False)
 
     def wait_for(self, replicas: int) -> None:
         """Wait until exactly this number of replicas exists, and all run."""
@@ -87,34 +72,26 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    from ray.cluster_utils import Cluster
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("IDDPM_") and name != "IDDPM_TEST_LONG"]:
-            patch.delenv(name)
-        patch.setenv("IDDPM_MODELS", str(BUNDLED))
-        patch.setenv("IDDPM_ALLOW_KEYLESS", "true")
-        patch.setenv("IDDPM_MAX_ROWS", str(WIDTH))
-        patch.setenv("PYTHONPATH", str(ROOT))  # of the nodes' workers
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING", "0")  # both replicas get requests at any load
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with two_nodes(
+        tmp_path_factory,
+        IDDPM_MODELS=str(BUNDLED),
+        IDDPM_ALLOW_KEYLESS="true",
+        IDDPM_MAX_ROWS=str(WIDTH),
+        RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING="0",  # both replicas get requests at any load
+    ) as nodes:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        fleet = Fleet(nodes, port)
         try:
-            ray.init(address=cluster.address, log_to_driver=False)
-            fleet = Fleet(cluster, port)
-            fleet.add_node()
+            ray.init(address=nodes.address, log_to_driver=False)
             serve.start(proxy_location="HeadOnly", http_options={"port": port})
             fleet.deploy(2)
             yield fleet
             serve.shutdown()
         finally:
             ray.shutdown()
-            cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +133,7 @@ def test_a_node_dies_under_load_no_request_is_lost_and_a_new_node_takes_over(
 
     def kill() -> None:
         until(lambda: len(done) >= len(numbers) // 4)
-        fleet.kill_node()
+        fleet.nodes.kill_node()
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -167,7 +144,7 @@ def test_a_node_dies_under_load_no_request_is_lost_and_a_new_node_takes_over(
     assert retried["answered 500"] > 0  # the node was computing when it died
     assert set(retried) <= {"answered 500", "answered 503"}
 
-    fleet.add_node()
+    fleet.nodes.add_node()
     fleet.wait_for(2)
     more = range(len(numbers), len(numbers) + 32)
     assert answers(fleet.url, more) == answers(plain.url, more)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cli.local_engine import AHEAD, LocalEngine
+from cli.local_engine import AHEAD, LocalEngine, local_settings
 from cli.main import app
 from formats.folder_lock import folder_lock
 from formats.generated_folder import GeneratedFolder, read_generation
@@ -194,7 +194,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_the_engine_is_full_across_groups_and_reads_few_ahead(model: Path) -> None:
-    engine = LocalEngine(model)
+    engine = LocalEngine(local_settings(model))
     read, rows, done = [0], list[int](), list[int]()
 
     def groups() -> Iterator[list[GenerationRequest]]:
