@@ -80,13 +80,13 @@ def read_clocks(address: str) -> Reading:
         address: HOST:PORT of the cluster, of which other clusters on this machine are no part.
     """
     found = {}
-    for process in Path("/proc").glob("[0-9]*"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line = (process / "cmdline").read_bytes().decode(errors="replace")
-            fields = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            line = (folder / "cmdline").read_bytes().decode(errors="replace")
+            fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        found[int(process.name)] = (int(fields[1]), line, (int(fields[11]) + int(fields[12])) / TICKS)
+        found[int(folder.name)] = (int(fields[1]), line, (int(fields[11]) + int(fields[12])) / TICKS)
     raylets = {process for process, (_, line, _) in found.items() if RAYLET in line and address in line}
     workers = own = 0.0
     for process, (parent, line, seconds) in found.items():
