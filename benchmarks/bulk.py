@@ -14,6 +14,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 ALONE = "the engine alone"
+WORKER = "a worker of deploy.ray.bulk, without Ray"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -75,6 +77,24 @@ def generate_once(engine: LocalEngine, generation: Generation) -> None:
         generate_into(Path(folder) / "out", generation, produce_here(engine, generation))
 
 
+class WorkerAlone:
+    """A worker of bulk generation on Ray, called as Ray Data calls it, but without Ray."""
+
+    def __init__(self, settings: Settings, generation: Generation) -> None:
+        from deploy.ray.bulk import CALLS_PER_WORKER, WIDTHS_PER_BATCH, batches_of
+        from deploy.ray.bulk_worker import Worker
+
+        self._worker, self._calls = Worker(settings, generation), CALLS_PER_WORKER
+        tables = batches_of(generation, [range(generation.count)], WIDTHS_PER_BATCH * settings.max_rows)
+        self._batches = [{name: table[name].to_numpy() for name in table.column_names} for table in tables]
+
+    def __call__(self) -> None:
+        """Generate all images."""
+        with ThreadPoolExecutor(self._calls) as pool:
+            for _ in pool.map(self._worker, self._batches):
+                pass
+
+
 def compare(args: argparse.Namespace) -> dict[str, Timing]:
     """Time the engine alone and `iddpm generate` in each format."""
     WORK.mkdir(parents=True, exist_ok=True)
@@ -94,7 +114,10 @@ def compare(args: argparse.Namespace) -> dict[str, Timing]:
         for form in FORMATS
         if form in args.formats
     }
-    alone = EngineAlone(Settings(models=(args.model,)), local, describe(files=Files("npz", args.shard_size)))
+    settings, generation = Settings(models=(args.model,)), describe(files=Files("npz", args.shard_size))
+    if args.worker:
+        contenders[WORKER] = WorkerAlone(settings, generation)
+    alone = EngineAlone(settings, local, generation)
     pace = Pace(rounds=args.rounds, max_seconds=args.max_seconds, warm_up_calls=1)
     return take_turns({ALONE: alone, **contenders}, pace, clock=CLOCKS[args.clock])
 
@@ -132,7 +155,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (50)")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="classifier-free guidance (1: off)")
     parser.add_argument("--shard-size", type=int, default=16, help="images of a shard (16)")
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--worker", action="store_true", help="time a worker of deploy.ray.bulk too")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--clock",

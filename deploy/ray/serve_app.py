@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cli.engines import build_engines
+from deploy.ray.devices import gpus_of, refuse_one_gpu, with_threads
 from service.engine.async_engine import RETRY_WHILE_DRAINING_S, AsyncEngine, EngineState
 from service.http.app import create_app
 from service.http.server import DEATH_NOTICE_SECONDS, STRAGGLER_SECONDS, SWITCH_INTERVAL_S, end_process, engine_of
@@ -69,9 +70,9 @@ class Replica:
     def __init__(self, settings: Settings) -> None:
         configure_logging()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        if settings.threads is None:  # not all CPUs of the node, which other replicas use too
+        if settings.threads is None:
             cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-            settings = settings.model_copy(update={"threads": max(1, int(cpus))})
+            settings = with_threads(settings, cpus)
         self._app = self.application(settings)
         self._app.add_middleware(SingleRequestId)
         self._watch: asyncio.Task[None] | None = None
@@ -154,8 +155,7 @@ def read_settings() -> Settings:
                 f"{name} has no effect: Ray Serve's proxies listen. Remove it, and use Serve's http_options"
             )
     settings = Settings(host="", port=0)
-    if settings.device.startswith("cuda:"):
-        raise ValueError(f"IDDPM_DEVICE: {settings.device!r} names one GPU, but Ray gives each replica one: set 'cuda'")
+    refuse_one_gpu(settings)
     return settings
 
 
@@ -163,7 +163,7 @@ def deployment_options(fleet: Fleet, settings: Settings) -> dict[str, Any]:
     """Return the options of the Serve deployment."""
     return {
         "name": "iddpm",
-        "ray_actor_options": {"num_cpus": fleet.cpus, "num_gpus": 1 if settings.device == "cuda" else 0},
+        "ray_actor_options": {"num_cpus": fleet.cpus, "num_gpus": gpus_of(settings)},
         "max_ongoing_requests": ONGOING_PER_ROW * settings.max_rows,
         "max_queued_requests": fleet.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=RETRY_WHILE_DRAINING_S),

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,13 @@ def without_waiting(start_raylet: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of Ray's `Node` that starts a raylet which waits for no agent: one port cannot be given."""
 
     def start(node: Any, *args: Any, **options: Any) -> Any:
-        from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
-
-        persist_port(node.get_session_dir_path(), node.node_id, DASHBOARD_AGENT_LISTEN_PORT_NAME, -1)  # none
+        raylet = import_module("ray._raylet")  # compiled, without types
+        raylet.persist_port(
+            node.get_session_dir_path(),
+            node.node_id,
+            raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+            -1,  # none
+        )
         return start_raylet(node, *args, **options)
 
     return start
@@ -111,6 +116,7 @@ def two_nodes(folders: pytest.TempPathFactory, **environment: str) -> Iterator[T
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
         patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait for all else that a busy machine does
         for name, value in environment.items():
             patch.setenv(name, value)

@@ -5,7 +5,6 @@ It takes minutes and needs the extra ray, so that only `make test-long` runs it.
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ import pytest
 
 from cli.client import Client
 from tests.counts import LONG
-from tests.integration.ray_cluster import TwoNodes, two_nodes
+from tests.integration.ray_cluster import TwoNodes, free_port, two_nodes
 from tests.integration.server import Server, running, scrape
 from tests.paths import BUNDLED
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S, scaled, until
 
 if not LONG:
     pytest.skip("takes minutes: make test-long", allow_module_level=True)
@@ -73,16 +72,20 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with two_nodes(
-        tmp_path_factory,
-        IDDPM_MODELS=str(BUNDLED),
-        IDDPM_ALLOW_KEYLESS="true",
-        IDDPM_MAX_ROWS=str(WIDTH),
-        RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING="0",  # both replicas get requests at any load
-    ) as nodes:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    with (
+        two_nodes(
+            tmp_path_factory,
+            IDDPM_MODELS=str(BUNDLED),
+            IDDPM_ALLOW_KEYLESS="true",
+            IDDPM_MAX_ROWS=str(WIDTH),
+            RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING="0",  # both replicas get requests at any load
+            RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=str(scaled(5)),
+            RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S=str(scaled(10)),
+        ) as nodes,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", PATIENCE_S)
+        port = free_port()
         fleet = Fleet(nodes, port)
         try:
             ray.init(address=nodes.address, log_to_driver=False)

@@ -401,9 +401,10 @@ def test_generating_into_files_is_compared_with_the_engine_alone(
     monkeypatch.setattr("benchmarks.bulk.WORK", tmp_path)
     monkeypatch.setenv("IDDPM_MAX_ROWS", "2")
     model = tiny_checkpoint(tmp_path / "model")
-    options = ["--images", "3", "--steps", "2", "--rounds", "1", "--shard-size", "2", "--formats", "npz"]
+    options = ["--images", "3", "--steps", "2", "--rounds", "1", "--shard-size", "2", "--formats", "npz", "--worker"]
     bulk.report(bulk.parse_arguments([str(model), *options, "--out", str(tmp_path)]))
     lines = (tmp_path / "bulk.md").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("| the engine alone |") and "100.0 %" in line for line in lines)
-    assert sum(line.startswith("| iddpm generate --format npz |") for line in lines) == 1
+    for name in ("iddpm generate --format npz", "a worker of deploy.ray.bulk, without Ray"):
+        assert sum(line.startswith(f"| {name} |") for line in lines) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bulk.md", "model"]
