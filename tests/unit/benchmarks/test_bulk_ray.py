@@ -29,9 +29,9 @@ input()
 RAYLET = """
 import subprocess, sys
 names = ["ray::MapWorker(MapBatches(Worker)).submit", "ray::IDLE"]
-burn = sys.argv[2]
+burn, python = sys.argv[2:]
 children = [
-    subprocess.Popen([name, "-c", burn], executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    subprocess.Popen([name, "-c", burn], executable=python, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for name in names
 ]
 for child in children:
@@ -47,7 +47,7 @@ def test_the_seconds_of_workers_count_those_of_ray_are_apart_and_other_clusters_
     before = read_clocks("10.0.0.1:6379")
     raylets = [
         subprocess.Popen(
-            ["/ray/raylet", "-c", RAYLET, f"--gcs-address={address}", BURN],
+            ["/ray/raylet", "-c", RAYLET, f"--gcs-address={address}", BURN, sys.executable],
             executable=sys.executable,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
