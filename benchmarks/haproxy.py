@@ -92,7 +92,7 @@ def haproxy(
         log.open("wb") as output,
     ):
         listeners = front, exporter
-        config = proxy_config(text, *(f"fd@{listener.fileno()}" for listener in listeners), replicas, light)
+        config = proxy_config(text, f"fd@{front.fileno()}", f"fd@{exporter.fileno()}", replicas, light)
         (folder / "haproxy.cfg").write_text(config, encoding="utf-8")
         process = subprocess.Popen(  # noqa: S603  # HAProxy
             [program, "-db", "-f", str(folder / "haproxy.cfg")],

@@ -20,7 +20,7 @@ from diffusion.network_inputs import NetworkInputs
 from service.backends.torch_backend import TorchBackend
 from service.http.app import assemble
 from service.settings import Settings
-from tests.fakes import tiny_checkpoint
+from tests.fakes import tiny_checkpoint, tiny_config
 from tests.integration.collector import collecting
 from tests.waiting import PATIENCE_S, eventually, run_async, until
 
@@ -52,14 +52,14 @@ def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_r
             async def is_ready() -> bool:
                 return (await client.get("/readyz")).status_code == 200
 
-            async def is_running() -> bool:
-                return "iddpm_images_running 0.0" not in (await client.get("/metrics")).text
+            async def all_are_accepted() -> bool:
+                return "iddpm_predicted_wait_seconds_count 4.0" in (await client.get("/metrics")).text
 
             await eventually(is_ready)
 
             body = {"steps": 1000, "n": 4}
             waiting = [asyncio.create_task(client.post("/v1/generate", json=body)) for _ in range(4)]
-            await eventually(is_running)
+            await eventually(all_are_accepted)
             backend.doomed.set()
             answers = await asyncio.gather(*waiting)
 
@@ -79,6 +79,7 @@ def test_an_error_in_the_engine_reaches_every_waiting_request_and_turns_health_r
 DOOMED = """
 import sys, time
 from pathlib import Path
+from diffusion.config import CheckpointConfig
 from service.http import tracing
 from service.http.app import assemble
 from service.logs import configure_logging
@@ -87,9 +88,8 @@ from service.http.tracing import tracing_to_collector
 from service.engine import watchdog
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
-from tests.fakes import tiny_config
 
-fate, folder, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+fate, folder, port, config = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 watchdog.HANG_FLOOR_S = float("inf")  # until it hangs on purpose
 tracing.CLOSE_SECONDS = 1000.0
 
@@ -107,7 +107,8 @@ class Doomed(ExactDenoiser):
 
 configure_logging()
 settings = Settings(models=(Path("doomed"),), port=port)
-app = assemble(settings, {"doomed": Doomed(tiny_config())}, tracing=tracing_to_collector())
+doomed = Doomed(CheckpointConfig.model_validate_json(config))
+app = assemble(settings, {"doomed": doomed}, tracing=tracing_to_collector())
 sys.exit(0 if serve(app, settings) else 1)
 """
 
@@ -122,7 +123,7 @@ def test_the_process_ends_with_an_error_after_it_has_answered_all_requests(
     url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
     with collecting() as collector, log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", DOOMED, fate, str(tmp_path), str(port)],
+            [sys.executable, "-c", DOOMED, fate, str(tmp_path), str(port), tiny_config().model_dump_json()],
             env={**os.environ, "OMP_NUM_THREADS": "1", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
             stdout=output,
             stderr=subprocess.STDOUT,
