@@ -28,17 +28,14 @@ def has_all_data(content: bytes) -> bool:
     Args:
         content: of the file; it has a valid header.
     """
-    chunks = list(_chunks(content))
-    if not chunks or chunks[-1][0] != b"IEND":
-        return False
-    announced, found = _announced_bytes(content), 0
+    announced, found, name = _announced_bytes(content), 0, b""
     decompressor = zlib.decompressobj()
-    for name, data in chunks:
+    for name, data in _chunks(content):
         rest = data if name == b"IDAT" else b""
         while rest and not decompressor.eof and found <= announced:
             found += len(decompressor.decompress(rest, PIECE))
             rest = decompressor.unconsumed_tail
-    return found == announced and decompressor.eof
+    return name == b"IEND" and found == announced and decompressor.eof
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
