@@ -15,6 +15,7 @@ from torch import Tensor
 
 from formats.atomic_file import write_file
 from formats.disk_errors import disk_errors_name
+from trainer.noise_scale import estimates
 
 QUARTILES = 4
 
@@ -27,10 +28,19 @@ class Window:
     Args:
         by_quartile: losses whose means are also given for each quarter of the timesteps.
         skips: whether steps with a gradient that is not finite were skipped; its norm then does not count.
+        noise_of: images of a micro-batch, and of a batch of all processes, whose norms estimate the gradient noise;
+            None: it is not estimated.
     """
 
-    def __init__(self, by_quartile: Sequence[str] = ("mse",), *, skips: bool = False) -> None:
+    def __init__(
+        self,
+        by_quartile: Sequence[str] = ("mse",),
+        *,
+        skips: bool = False,
+        noise_of: tuple[int, int] | None = None,
+    ) -> None:
         self._skips = skips
+        self._noise_of = noise_of
         self._by_quartile = by_quartile
         self._started = time.perf_counter()
         self._rows: list[Tensor] = []
@@ -40,14 +50,22 @@ class Window:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def add(self, losses: Mapping[str, Tensor], t: Tensor, grad_norm: Tensor, num_steps: int) -> None:
-        """Add the losses of one batch, [B] each, at timesteps t, and the norm of its gradient."""
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        t: Tensor,
+        grad_norm: Tensor,
+        num_steps: int,
+        micro_norm: Tensor | None = None,
+    ) -> None:
+        """Add the losses of one batch, [B] each, at timesteps t, and the norms of its gradient and a micro-batch's."""
         self.names = tuple(losses)
         quartile = (t * QUARTILES // num_steps).float()
-        self._rows.append(torch.stack([*losses.values(), quartile, grad_norm.expand_as(quartile)], dim=1))
+        norms = [norm.expand_as(quartile) for norm in (grad_norm, grad_norm if micro_norm is None else micro_norm)]
+        self._rows.append(torch.stack([*losses.values(), quartile, *norms], dim=1))
 
     def rows(self) -> Tensor:
-        """Return a row per image: its losses, the quartile of its timestep, its batch's norm; float32 [N, losses + 2].
+        """Return a row per image: its losses, the quartile of its timestep, its batch's norms; float32 [N, losses + 3].
 
         They are on the device still.
         """
@@ -67,7 +85,7 @@ class Window:
             rows: `rows` of all processes; None: those of this one.
         """
         rows = (self.rows() if rows is None else rows).cpu()
-        *terms, quartile, grad_norm = rows.unbind(1)
+        *terms, quartile, grad_norm, micro_norm = rows.unbind(1)
         named = dict(zip(self.names, terms, strict=True))
         values = {name: term.mean().item() for name, term in named.items()}
         for name in self._by_quartile:
@@ -77,6 +95,9 @@ class Window:
         if self._skips and (kept := torch.isfinite(grad_norm)).any():
             grad_norm = grad_norm[kept]
         values["grad_norm"] = grad_norm.mean().item()
+        if self._noise_of is not None:
+            small, big = (norm.double().square().mean().item() for norm in (micro_norm, grad_norm))
+            values["noise_trace"], values["gradient_squared"] = estimates(small, big, *self._noise_of)
         values["images_per_second"] = len(rows) / (time.perf_counter() - self._started)
         return {name: float(f"{value:.5g}") for name, value in values.items()}
 

@@ -212,7 +212,8 @@ class _Run:
                 grad_norm = self._optimisation.step(self._lr)
                 state.average_in()
                 state.images_seen = before + config.batch_size
-                self._window.add(losses, batch.t, grad_norm, self._objective.num_steps)
+                micro_norm = self._optimisation.micro_norm
+                self._window.add(losses, batch.t, grad_norm, self._objective.num_steps, micro_norm)
                 self._bar.update(config.batch_size)
                 for every in recurring:
                     every.run_if_due(before, state.images_seen, done=state.images_seen >= config.total_images)
@@ -272,7 +273,12 @@ class _Run:
             or_warn("entry in TensorBoard", partial(self._board.scalars, self._state.images_seen, line))
 
     def _new_window(self) -> Window:
-        return Window(self._objective.by_quartile, skips=self._optimisation.scaler.is_enabled())
+        micro = self._optimisation.micro_batch
+        return Window(
+            self._objective.by_quartile,
+            skips=self._optimisation.scaler.is_enabled(),
+            noise_of=None if micro is None else (micro, self._config.batch_size),
+        )
 
     def _checkpoint(self) -> None:
         """Save, and draw what the network can do."""

@@ -63,16 +63,29 @@ def noise_scale(norms: FloatArray, small: int, big: int) -> NoiseScale:
         raise ValueError(f"the small batch must be smaller than the big one; got {small} and {big}")
 
     def trace(mean: FloatArray) -> float:
-        return float((mean[0] - mean[1]) / (1 / small - 1 / big))
+        return estimates(float(mean[0]), float(mean[1]), small, big)[0]
 
     def gradient_squared(mean: FloatArray) -> float:
-        return float((big * mean[1] - small * mean[0]) / (big - small))
+        return estimates(float(mean[0]), float(mean[1]), small, big)[1]
 
     def ratio(mean: FloatArray) -> float:
         below = gradient_squared(mean)
         return trace(mean) / below if below > 0 else math.inf
 
     return NoiseScale(*(_jackknife(norms, statistic) for statistic in (ratio, trace, gradient_squared)))
+
+
+def estimates(small_norm: float, big_norm: float, small: int, big: int) -> tuple[float, float]:
+    """Return unbiased estimates of tr(Sigma) and |G|^2 (A.1).
+
+    Args:
+        small_norm: mean squared norm of the gradients of small batches.
+        big_norm: mean squared norm of those of big batches.
+        small: images of a small batch.
+        big: images of a big batch.
+    """
+    trace = (small_norm - big_norm) / (1 / small - 1 / big)
+    return trace, (big * big_norm - small * small_norm) / (big - small)
 
 
 def _jackknife(norms: FloatArray, statistic: Callable[[FloatArray], float]) -> Estimate:

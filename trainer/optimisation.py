@@ -46,6 +46,14 @@ class Optimisation:
             fused=True if ranks.device.type == "cuda" else None,
         )
         self._micro = config.microbatch_size or config.batch_size // ranks.world
+        measures = config.timestep_sampler != "stratified" and not self.scaler.is_enabled()
+        self.micro_batch = self._micro if measures and self._micro < config.batch_size // ranks.world else None
+        """Images of a micro-batch, whose gradient has noise that says something about that of the batch.
+
+        None: the batch is one micro-batch; its timesteps are not independent (`stratified`); or float16 scales them.
+        """
+        self.micro_norm: Tensor | None = None
+        """Norm of the gradient of the first micro-batch of this process, on the device; None without `micro_batch`."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch's first micro-batch, [B] each, without exchange between processes."""
@@ -71,6 +79,8 @@ class Optimisation:
             else:
                 losses = self._backward(part, len(batch))
             parts.append({name: loss.detach() for name, loss in losses.items()})
+            if start == 0 and self.micro_batch is not None:
+                self.micro_norm = self._norm() * (len(batch) / self.micro_batch)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def step(self, lr: float) -> Tensor:
@@ -85,6 +95,10 @@ class Optimisation:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return grad_norm.detach()
+
+    def _norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _backward(self, part: Batch, batch_size: int) -> dict[str, Tensor]:
         losses = self._objective.losses(self.autocast(self._wrapped), part)

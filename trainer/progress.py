@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-HIDDEN = frozenset({"images", "images_per_second"})
-"""The bar itself shows them."""
+HIDDEN = frozenset({"images", "images_per_second", "noise_trace", "gradient_squared"})
+"""The bar itself shows the first two; single estimates of the gradient noise say little."""
 
 
 def bar_entries(line: Mapping[str, float]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer.evaluation.collected import Collected, Line, Results, distinct_names, of_kind
 from trainer.log import QUARTILES
@@ -42,6 +43,8 @@ def plots_of(found: Sequence[Collected], theme: Theme = "light") -> dict[str, by
     if runs:
         drawn["loss_by_quartile"] = loss_by_quartile(runs, theme)
         drawn["training"] = training(runs, theme)
+    if any("noise_trace" in line for lines in runs.values() for line in lines):
+        drawn["noise_scale_training"] = noise_scale_training(runs, theme)
     if nll := of_kind(found, "nll"):
         drawn["vlb_terms"] = vlb_terms(nll, theme)
     if noise := of_kind(found, "noise-scale"):
@@ -145,6 +148,28 @@ def noise_scale(results: Sequence[Results], theme: Theme = "light") -> bytes:
     return _png(figure, theme)
 
 
+def noise_scale_training(runs: Mapping[str, Sequence[Line]], theme: Theme = "light") -> bytes:
+    """Draw the gradient noise scale during training, as in figure 7 of the paper: the ratio of two running means."""
+    figure, axes = _panels(1, 1, theme, width=8, height=5)
+    (axis,) = axes.flat
+    for index, (name, lines) in enumerate(runs.items()):
+        points = [
+            (line["images"], line["noise_trace"], line["gradient_squared"]) for line in lines if "noise_trace" in line
+        ]
+        if not points:
+            continue
+        x, trace, squared = (np.array(values, np.float64) for values in zip(*points, strict=True))
+        trace, squared = _running_mean(trace), _running_mean(squared)
+        ratio = np.divide(trace, squared, out=np.full_like(trace, math.nan), where=(squared > 0) & (trace > 0))
+        axis.plot(x, ratio, _style(index), color=_colour(index, theme), linewidth=1.8, label=name)
+    _images_axis(axis)
+    axis.set_yscale("log")
+    axis.set_ylabel("gradient noise scale (images)")
+    axis.set_title("Gradient noise scale during training")
+    _legend(axis, len(runs))
+    return _png(figure, theme)
+
+
 def quality_over_compute(content: Mapping[str, Any], theme: Theme = "light") -> bytes:
     """Draw the measures of a scaling study over training compute, as in figure 10 of the paper.
 
@@ -224,11 +249,17 @@ def _curve(axis: Any, lines: Sequence[Line], key: str, name: str, index: int, th
     x, y = (np.array(values, np.float64) for values in zip(*points, strict=True))
     if key != "lr":
         axis.plot(x, y, color=_colour(index, theme), alpha=0.25, linewidth=0.8)
-        sums = np.cumsum(np.concatenate([[0.0], y]))
-        last = np.arange(len(y))
-        first = last - last // SMOOTHING
-        y = (sums[1:] - sums[first]) / (last - first + 1)
+        y = _running_mean(y)
     axis.plot(x, y, _style(index), color=_colour(index, theme), linewidth=1.8, label=name)
+
+
+def _running_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the mean over the last 1 / SMOOTHING of the values so far."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    last = np.arange(len(values))
+    first = last - last // SMOOTHING
+    means: npt.NDArray[np.float64] = (sums[1:] - sums[first]) / (last - first + 1)
+    return means
 
 
 def _images_axis(axis: Any) -> None:

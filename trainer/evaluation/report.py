@@ -25,6 +25,7 @@ CAPTIONS = {
     "training": "Loss terms, norm of the gradient and learning rate over training.",
     "vlb_terms": "Terms of the variational bound by diffusion step (as figure 2 of arXiv:2102.09672).",
     "noise_scale": "Gradient noise scale by objective (as figure 7 of arXiv:2102.09672).",
+    "noise_scale_training": "Gradient noise scale during training, from the micro-batches of each step.",
     "quality_over_compute": "Quality over training compute (as figure 10 of arXiv:2102.09672).",
 }
 

@@ -77,7 +77,7 @@ def test_a_report_has_everything_in_one_file(tmp_path: Path) -> None:
     assert [name for name in ("after 100 images", "after 1,100 images", "after 200 images") if name in page] == [
         *("after 100 images", "after 1,100 images"),
     ]
-    assert page.count('prefers-color-scheme: dark)" srcset') == 5
+    assert page.count('prefers-color-scheme: dark)" srcset') == 6
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def write_run(folder: Path, log: str = "metrics.jsonl", scale: float = 1.0) -> P
     folder.mkdir(parents=True)
     lines = [
         {"images": 100 * k, "lr": 1e-3, "mse": scale / k, "vb_bpd": 0.1 / k, "grad_norm": 1.0}
+        | {"noise_trace": 90.0 + k, "gradient_squared": 1.0 - 0.2 * (k % 9)}
         | {f"mse_q{q}": scale / k / (q + 1) for q in range(4)}
         for k in range(1, 30)
     ]
@@ -76,7 +77,8 @@ def test_runs_and_evaluations_become_png_files(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {
-        *("loss_by_quartile.png", "training.png", "vlb_terms.png", "noise_scale.png", "quality_over_compute.png"),
+        *("loss_by_quartile.png", "training.png", "vlb_terms.png", "noise_scale.png", "noise_scale_training.png"),
+        "quality_over_compute.png",
     }
     for path in (tmp_path / "plots").iterdir():
         with Image.open(path) as picture:

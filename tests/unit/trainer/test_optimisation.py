@@ -65,6 +65,55 @@ def test_channels_last_gives_the_same_gradient_but_for_rounding(npz: Path) -> No
         assert torch.allclose(last[name], tensor, rtol=1e-3, atol=1e-5 * largest), name
 
 
+def test_the_gradient_noise_is_estimated_from_the_first_micro_batch_and_the_batch(npz: Path, tmp_path: Path) -> None:
+    config = tiny(
+        microbatch_size=2, timestep_sampler="uniform", preview_per_class=0, log_every_batches=1, total_images=8
+    )
+    dataset = open_dataset(npz, 8, 1)
+    config = resolve(config, dataset)
+    torch.manual_seed(0)
+    objective = objective_of(config, "cpu")
+    network = objective.build().train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
+    assert (optimisation.micro_batch, optimisation.micro_norm) == (2, None)
+    batch = batches(config, dataset).draw(4)
+    optimisation.gradient(batch)
+    micro_norm = optimisation.micro_norm
+    assert micro_norm is not None
+    optimisation.gradient(batch.rows(slice(0, 2)))  # the mean gradient of the first micro-batch
+    torch.testing.assert_close(micro_norm, optimisation.step(0.0))
+
+    train(config, npz, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:  # E |G_B|^2 = |G|^2 + tr(Sigma) / B
+        assert line["gradient_squared"] + line["noise_trace"] / 4 == pytest.approx(line["grad_norm"] ** 2, rel=1e-3)
+    plain = train(config.replace(timestep_sampler="stratified"), npz, tmp_path / "plain")
+    assert "noise_trace" not in (plain.parent / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"microbatch_size": None}, {"timestep_sampler": "stratified"}, {"precision": "float16"}],
+)
+def test_the_gradient_noise_is_not_estimated_where_it_cannot_be(npz: Path, changes: dict[str, Any]) -> None:
+    config = resolve(tiny(**{"microbatch_size": 2, "timestep_sampler": "uniform", **changes}), open_dataset(npz, 8, 1))
+    objective = objective_of(config, "cpu")
+    assert Optimisation(config, objective, objective.build(), OneProcess("cpu")).micro_batch is None
+
+
+def test_a_line_of_the_log_has_unbiased_estimates_of_the_gradient_noise() -> None:
+    window = Window((), noise_of=(2, 8))
+    zeros = torch.zeros(3)
+    for grad_norm, micro_norm in ((1.0, 2.0), (3.0, 4.0)):
+        window.add({"loss": zeros}, zeros.long(), torch.tensor(grad_norm), 10, torch.tensor(micro_norm))
+    summary = window.summary()
+    assert summary["noise_trace"] == pytest.approx((10 - 5) / (1 / 2 - 1 / 8), rel=1e-4)
+    assert summary["gradient_squared"] == pytest.approx((8 * 5 - 2 * 10) / 6, rel=1e-4)
+
+
 def test_a_float16_run_resumes_with_its_loss_scale(npz: Path, tmp_path: Path) -> None:
     config = tiny(precision="float16", preview_per_class=0)
     train(config, npz, tmp_path / "whole")
@@ -106,18 +155,18 @@ def test_steps_wait_for_the_device_only_when_a_line_of_the_log_is_due(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(npz, 8, 1)
-    config = resolve(tiny(model=DEEP, microbatch_size=2, grad_clip=1.0), dataset)
+    config = resolve(tiny(model=DEEP, microbatch_size=2, timestep_sampler="uniform", grad_clip=1.0), dataset)
     objective = objective_of(config, "cpu")
     network = objective.build().train()
     optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
     monkeypatch.setattr(optimisation.optimizer, "step", lambda: None)  # on a CPU it reads its counts of steps
-    ema, window = EMA(network, exponential_decay(0.9, warmup=True)), Window()
+    ema, window = EMA(network, exponential_decay(0.9, warmup=True)), Window(noise_of=(2, 4))
     source = batches(config, dataset)
     drawn = [source.draw(first) for first in (0, 4, 8)]
     with Waits() as waits:
         for batch in drawn:
             losses = optimisation.gradient(batch)
-            window.add(losses, batch.t, optimisation.step(1e-3), objective.num_steps)
+            window.add(losses, batch.t, optimisation.step(1e-3), objective.num_steps, optimisation.micro_norm)
             ema.update(network.state_dict())
         rows = window.rows()
         assert waits.count == 0
