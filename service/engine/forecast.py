@@ -144,7 +144,7 @@ class Forecast:
         A second stage waits for the first, and for the work ahead of it, which is done meanwhile.
         """
         placed = [PlacedImage(i.then, i.then.order, i.then.row_steps) for i in images if i.then is not None]
-        if not placed:
+        if not placed:  # as for all but cascades
             return first
         second = self._predict(placed, snapshot, known=False)
         return replace(first, finish_s=max(first.finish_s, second.wait_s) + second.finish_s - second.wait_s)
@@ -153,10 +153,10 @@ class Forecast:
         """Compute the work ahead that all images of a request have in common."""
         model, priority = image.model, image.priority
         accepted = self._ledger.models[model]
-        own = Counter[str]()  # rows of the request's first stages, which will have ended before its second ones run
+        own: dict[str, int] = {}  # rows of the request's first stages, which will have ended before its second ones run
         if image.stage and image not in self._ledger.orders:
             for other in self._ledger.unfinished(image.request_id):
-                own[other.model] += other.rows
+                own[other.model] = own.get(other.model, 0) + other.rows
         started = sorted((placed for placed in self._started(snapshot) if placed.image.model == model), key=_order)
         left = {Priority.INTERACTIVE: accepted.interactive.work.work, Priority.BATCH: accepted.batch.work.work}
         for placed in started:
@@ -170,7 +170,7 @@ class Forecast:
             others_step_s=sum(
                 self._step_s(other, snapshot.widths[other], snapshot)
                 for other, work in self._ledger.models.items()
-                if other != model and work.rows > own[other]
+                if other != model and work.rows > own.get(other, 0)
             ),
         )
 
@@ -232,6 +232,8 @@ def _order(placed: PlacedImage) -> Order:
 
 def _together(predicted: Sequence[Prediction]) -> Prediction:
     """Return the prediction for all images of some predictions."""
+    if len(predicted) == 1:
+        return predicted[0]
     return Prediction(
         position=min(p.position for p in predicted),
         wait_s=min(p.wait_s for p in predicted),

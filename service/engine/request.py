@@ -169,7 +169,9 @@ class GenerationRequest:
     @property
     def rows(self) -> int:
         """Return the network rows per step of all its images, in the stage that has more."""
-        return sum(max(image.rows for image in stages) for stages in zip(*self.stages, strict=True))
+        if self.then is None:
+            return sum([image.rows for image in self.images])
+        return sum([max(first.rows, second.rows) for first, second in zip(*self.stages, strict=True)])
 
     @property
     def given_bytes(self) -> int:
@@ -181,7 +183,7 @@ class GenerationRequest:
     @property
     def row_steps(self) -> int:
         """Return the work of all its images: rows times steps."""
-        return sum(image.rows * image.num_steps for images in self.stages for image in images)
+        return sum([image.rows * image.num_steps for images in self.stages for image in images])
 
 
 class ImageStatus(enum.Enum):
@@ -264,6 +266,8 @@ class Image:
     @property
     def held_rows(self) -> int:
         """Return the rows of the stage that has most, for limits that hold until the image ends."""
+        if self.request.then is None:
+            return self.rows
         return max([images[self.position].rows for images in self.request.stages])
 
     @property

@@ -1,4 +1,4 @@
-"""Requests of two stages: whatever else runs, their images equal those of the two models run one after the other."""
+"""Requests of two stages: results, progress, limits, predictions, failures. `test_random_scripts` compares pixels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from diffusion.update import from_uint8_reversibly
 from service.backends.pending import Pending
@@ -24,7 +21,6 @@ from service.engine.engine import Engine
 from service.engine.forecast import Prediction
 from service.engine.request import (
     GenerationRequest,
-    GivenArrays,
     Image,
     ImageParams,
     ImageProgress,
@@ -34,15 +30,12 @@ from service.engine.request import (
     NextStage,
     Watch,
 )
-from service.engine.runners.array_runner import ArrayRunner
 from service.errors import NotFinite, UnknownModel
 from service.metrics import Metrics
 from service.models.registry import served_model
 from service.requests.cascading import next_stage
-from tests.counts import count
-from tests.denoisers import AsNetwork, ExactDenoiser
+from tests.denoisers import ExactDenoiser
 from tests.fakes import CountingRunner, generation, params, tiny_config
-from tests.given_images import output_of, sampled_alone
 from tests.waiting import eventually, runs
 
 BASE = ExactDenoiser(tiny_config(image_size=4, attention_resolutions=()))
@@ -50,78 +43,8 @@ UPSAMPLER = ExactDenoiser(tiny_config(low_res_size=4))
 CONFIG = EngineConfig(max_rows=4)
 
 
-def cascade_engine() -> Engine:
-    return Engine({"base": ArrayRunner(BASE, CONFIG), "up": ArrayRunner(UPSAMPLER, CONFIG)}, CONFIG, Metrics())
-
-
 def next_of(images: tuple[ImageParams, ...]) -> NextStage:
     return next_stage(BASE.config, served_model("up", UPSAMPLER, "numerics"), images)
-
-
-@cache
-def reference(base: ImageParams, upsampled: ImageParams) -> bytes:
-    """Run both models alone, one after the other."""
-    small = np.frombuffer(sampled_alone(base, AsNetwork(BASE)), np.uint8).reshape(4, 4, 1)
-    result = ImageResult(request_id="", position=0, status=ImageStatus.DONE, pixels=small)
-    cond = next_of(()).cond_of(base, result)
-    return sampled_alone(replace(upsampled, given=GivenArrays(cond=cond)), AsNetwork(UPSAMPLER))
-
-
-IMAGES = st.builds(
-    lambda steps, scale, seed: (params(steps, scale, seed), params(steps % 3 + 2, 2.5 - scale, seed + 1)),
-    st.integers(2, 4),
-    st.sampled_from([1.0, 1.5]),
-    st.integers(0, 1),
-)
-SCRIPTS = st.lists(
-    st.one_of(
-        st.tuples(st.sampled_from(["cascade", "base"]), st.lists(IMAGES, min_size=1, max_size=3)),
-        st.tuples(st.just("abort"), st.integers(0, 8)),
-        st.tuples(st.sampled_from(["step", "overlap"]), st.integers(1, 3)),
-    ),
-    min_size=2,
-    max_size=14,
-)
-
-
-@settings(max_examples=count(2000, 60))
-@given(script=SCRIPTS)
-def test_images_of_two_stages_equal_those_of_the_models_run_alone(script: list[tuple[str, object]]) -> None:
-    engine = cascade_engine()
-    requests: list[tuple[str, list[tuple[ImageParams, ImageParams]]]] = []
-    results: list[ImageResult] = []
-    for action, argument in script:
-        if isinstance(argument, list):
-            request = generation(str(len(requests)), *[base for base, _ in argument], model="base")
-            if action == "cascade":
-                later = tuple(upsampled for _, upsampled in argument)
-                request = replace(request, then=next_of(later), served_as="cascade")
-            engine.add(request, submitted_at=0.0)
-            requests.append((action, argument))
-        elif action == "abort":
-            results += engine.abort(str(argument))
-        elif action == "step":
-            for _ in range(int(str(argument))):
-                results += engine.step()
-        else:  # as the engine's thread does
-            for _ in range(int(str(argument))):
-                engine.launch()
-                results += engine.report()
-                engine.settle()
-    while engine.has_work():
-        results += engine.step()
-    results += engine.report()
-
-    ends = [(result.request_id, result.position) for result in results]
-    assert sorted(ends) == sorted((str(r), k) for r, (_, images) in enumerate(requests) for k in range(len(images)))
-    for result in results:
-        if result.status is ImageStatus.DONE:
-            action, images = requests[int(result.request_id)]
-            base, upsampled = images[result.position]
-            alone = sampled_alone(base, AsNetwork(BASE)) if action == "base" else reference(base, upsampled)
-            assert output_of(result) == alone
-    assert engine.scheduler.remaining_row_steps == 0
-    assert engine.num_saved == 0
 
 
 def test_what_a_small_image_becomes_is_what_a_file_of_it_would() -> None:
