@@ -32,6 +32,7 @@ CLASSES = 1000
 PICTURES, LINKED_PICTURES = 400, 4000
 BATCH, REPEATS = 64, 20
 WORKERS = (1, 2, 4)
+"""1: the thread that reads ahead, without a pool."""
 
 
 def main() -> None:

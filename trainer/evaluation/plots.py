@@ -198,6 +198,8 @@ def quality_over_compute(content: Mapping[str, Any], theme: Theme = "light") -> 
             text = f"{fit['limit']:.3g} + ({fit['scale']:.2g} C)$^{{-{fit['exponent']:.2g}}}$"
             axis.plot(x, y, "--", color=INK[theme], linewidth=1.3, label=text)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(_plain_numbers())
+        axis.xaxis.set_minor_formatter(_plain_numbers(few=True))  # the default's overlap over one or two decades
         _logarithmic_y(axis)
         axis.set_xlabel("training compute C (FLOPs)")
         axis.set_ylabel(described["label"])
