@@ -62,7 +62,7 @@ def expect_state(run: Locator, state: str) -> None:
 
 def shown(run: Locator) -> list[bytes]:
     """Return the images of a run, as files."""
-    sources = [image.get_attribute("src") or "" for image in run.locator(".frame img").all()]
+    sources = [image.get_attribute("src") or "" for image in run.locator("button.frame img").all()]
     return [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
 
 
