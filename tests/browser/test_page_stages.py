@@ -180,7 +180,7 @@ def test_arrays_condition_too_and_what_cannot_is_refused_by_the_field(page: Page
     file.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(page.get_by_text("Must be a PNG, WebP or JPEG picture, or an npy or npz file.")).to_be_visible()
     expect(page.locator("#cond-chosen")).to_be_hidden()
-    expect(choose(page, npy(np.zeros((8, 8, 2), np.uint8)), "two.npy")).to_be_hidden()
+    expect(choose(page, npy(np.zeros((1, 8, 8, 2), np.uint8)), "two.npy")).to_be_hidden()
     run = ask(page)
     expect_state(run, "failed")
     expect(page.locator("[data-fields=cond] .error")).to_contain_text("must have shape [8, 8, 1]", ignore_case=True)
