@@ -84,12 +84,12 @@ def test_a_sampler_brings_its_options_and_its_recommended_steps(page: Page, site
     opened(page, site)
     steps, eta = page.get_by_label("Steps", exact=True), page.get_by_label("Eta", exact=True)
     expect(eta).to_be_hidden()
-    page.get_by_text("DPM++", exact=True).click()
+    page.locator("#samplers").get_by_text("DPM++", exact=True).click()
     least, most = SAMPLERS["dpm++"].recommended_steps
     expect(steps).to_have_value(str(most))  # it was 100
     expect(page.locator("#steps-value")).to_have_text(str(most))
     expect(page.get_by_text(f"Recommended for DPM++: {least} to {most}.")).to_be_visible()
-    page.get_by_text("DDIM", exact=True).click()
+    page.locator("#samplers").get_by_text("DDIM", exact=True).click()
     expect(steps).to_have_value(str(SAMPLERS["ddim"].recommended_steps[0]))
     eta.fill("0.5")
     run = ask(page)

@@ -30,10 +30,11 @@ export class Picture {
     this.element.dataset.state = "waiting";
   }
 
-  /** Show the number of steps taken. */
-  progress(step, steps) {
+  /** Show the number of steps taken; the last ones of a cascade, `later`, are those of its second stage. */
+  progress(step, steps, later) {
     this.element.dataset.state = "sampling";
     this.#bar.style.setProperty("--done", step / steps);
+    this.#bar.style.setProperty("--border", 1 - later / steps);
     this.#time.textContent = `${step}/${steps}`;
   }
 
@@ -104,7 +105,7 @@ export function showFitted(picture, content, fit) {
 /** Return the conditioning image of a request, as an element beside its results. */
 export function conditionPicture(model, { cond, fit }) {
   const title = model.cond.low_resolution ? "To enlarge" : "Condition";
-  const picture = el("img", { alt: title });
+  const picture = el("img", { alt: "" }); // its caption names it
   showFitted(picture, cond, fit);
   const frame = el("span", { className: "frame" }, picture.hidden ? el("span", { className: "array" }, "Array") : picture);
   const caption = el("span", { className: "caption" }, el("span", {}, title));

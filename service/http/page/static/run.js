@@ -142,7 +142,7 @@ export class Run {
 
   #onProgress({ position, step, steps, eta_s: eta }) {
     this.element.dataset.state = "sampling";
-    this.#pictures[position].progress(step, steps);
+    this.#pictures[position].progress(step, steps, this.request.upsample?.steps ?? 0);
     this.#steps.set(position, step);
     const taken = [...this.#steps.values()].reduce((sum, value) => sum + value, 0);
     this.#bar.value = taken / (steps * this.request.n);
