@@ -203,6 +203,24 @@ def test_a_reload_keeps_settings_and_images_and_ends_runs_in_progress(page: Page
     expect(page.locator(".run")).to_have_count(0)
 
 
+def test_a_run_that_is_too_large_to_keep_replaces_no_other(page: Page, site: Site) -> None:
+    expect_state(ask(opened(page, site), n=1), "done")
+    page.evaluate(
+        """() => {
+            for (let filler = "", size = 1 << 22; size > 8; size >>= 1) {
+                try {
+                    sessionStorage.setItem("filler", filler + "x".repeat(size));
+                    filler += "x".repeat(size);
+                } catch {}
+            }
+        }"""
+    )
+    expect_state(ask(page, n=4, seed=8), "done")
+    page.reload()
+    expect(page.locator(".run")).to_have_count(1)
+    expect(page.locator(".run")).to_contain_text("seed 7")
+
+
 def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, site: Site) -> None:
     context = new_context()
     first, second = opened(context.new_page(), site), opened(context.new_page(), site)

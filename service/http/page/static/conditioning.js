@@ -45,10 +45,10 @@ export class Conditioning {
   /** Condition the next runs on a file, as on one that the user chooses. */
   async use(file) {
     const turn = ++this.#newest;
-    clearFieldErrors();
     const content = await base64Of(file);
     const isReadable = isArray(content) || (await createImageBitmap(file).then((image) => !image.close(), () => false));
     if (turn !== this.#newest) return;
+    clearFieldErrors();
     if (!isReadable) {
       this.#forget();
       showFieldErrors([{ field: "cond", message: UNREADABLE }]);
