@@ -39,7 +39,10 @@ ResampleText = Annotated[
     typer.Option("--resample", metavar="TIMES,JUMP", help="With --mask: RePaint's resampling, e.g. '5,10'."),
 ]
 FitName = Annotated[
-    str | None, typer.Option(help="Changes an image and mask of another shape: {fits}. Default: they are refused.")
+    str | None,
+    typer.Option(
+        help="Changes an image, mask and conditioning image of another shape: {fits}. Default: they are refused."
+    ),
 ]
 
 

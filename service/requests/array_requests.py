@@ -73,7 +73,8 @@ class EncodeRequest(ArrayOptions):
         "[n, height, width, channels] holds several."
     )
     fit: Fit | None = Field(
-        default=None, description="Changes an `image` of another shape: `crop`, `pad` or `resize`; default: refused."
+        default=None,
+        description="Changes an `image` and `cond` of another shape: `crop`, `pad` or `resize`; default: refused.",
     )
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
         default=None, description=f"Respaced timesteps, 2..T of the model; default {DEFAULT_STEPS}."
@@ -108,7 +109,7 @@ def read_encoded(body: EncodeRequest, config: CheckpointConfig) -> tuple[GivenAr
     """
     shape = shape_of(config.model)
     images = reading("image", lambda: body.image.images(shape, most=MAX_IMAGES, fit=body.fit))
-    return with_cond(given_images(images, None, config), body.cond, config)
+    return with_cond(given_images(images, None, config), body.cond, config, body.fit)
 
 
 def read_noisy(body: DenoiseRequest, config: CheckpointConfig) -> tuple[GivenArrays, ...]:

@@ -128,7 +128,8 @@ class UseOfGiven(RequestBody):
     resample: ResampleOptions | None = Field(default=None, description="With `mask`: RePaint's resampling.")
     fit: Fit | None = Field(
         default=None,
-        description="Changes an `image` and `mask` of another shape: `crop`, `pad` or `resize`; default: refused.",
+        description="Changes an `image`, `mask` and `cond` of another shape: `crop`, `pad` or `resize`; default: "
+        "refused.",
     )
 
 
@@ -149,8 +150,8 @@ class GivenOptions(UseOfGiven):
     )
     cond: File | None = Field(
         default=None,
-        description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of exactly that shape: a "
-        "file as `image`, or an array with one per image. For an upsampler: the small picture.",
+        description="Conditioning image of a model that takes one (`cond` in GET /v1/models), of that shape: a file as "
+        "`image`, or an array with one per image. For an upsampler: the small picture.",
     )
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from diffusion.conditioning import enlarged
 from diffusion.config import CheckpointConfig, ModelConfig
-from formats.given_shapes import GivenFileError, Shape
+from formats.given_shapes import Fit, GivenFileError, Shape
 from formats.value_range import cond_range_of, value_range_of
 from service.engine.request import GivenArrays
 from service.errors import InvalidRequest
@@ -54,15 +54,17 @@ def check_given(body: GivenOptions) -> None:
         InvalidRequest: a field needs another one, or excludes it.
     """
     given = {name for name in type(body).model_fields if getattr(body, name) is not None}
-    if "latent" in given and (other := given & {"image", "mask", "strength", "resample", "fit"}):
+    if "latent" in given and (other := given & {"image", "mask", "strength", "resample"}):
         raise InvalidRequest(min(other), "is not valid with `latent`, which the chain begins with as it is")
     if "strength" in given and "start_timestep" in given:
         raise InvalidRequest("start_timestep", "give either `strength` or `start_timestep`, not both")
     if "start_timestep" in given and not given & {"image", "latent"}:
         raise InvalidRequest("start_timestep", "is valid only with `image` or `latent`")
-    for name, needed in (("strength", "image"), ("fit", "image"), ("mask", "image"), ("resample", "mask")):
+    for name, needed in (("strength", "image"), ("mask", "image"), ("resample", "mask")):
         if name in given and needed not in given:
             raise InvalidRequest(name, f"is valid only with `{needed}`")
+    if "fit" in given and not given & {"image", "cond"}:
+        raise InvalidRequest("fit", "is valid only with `image` or `cond`")
     if "image" in given and not given & {"mask", "strength", "start_timestep"}:
         raise InvalidRequest("image", "needs `strength`, `start_timestep` or `mask`")
 
@@ -91,23 +93,26 @@ def read_given(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArray
     Raises:
         InvalidRequest: a file cannot be read, or has another shape; names the field, the rule and what is wanted.
     """
-    return with_cond(_read_begin(body, config), body.cond, config)
+    return with_cond(_read_begin(body, config), body.cond, config, body.fit)
 
 
-def with_cond(begun: tuple[GivenArrays, ...], cond: Source | None, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
+def with_cond(
+    begun: tuple[GivenArrays, ...], cond: Source | None, config: CheckpointConfig, fit: Fit | None = None
+) -> tuple[GivenArrays, ...]:
     """Add the conditioning images of a request to what its chains begin with.
 
     Args:
         begun: none, one for all images, or one per image.
         cond: where they come from; None: the request has none.
         config: of the model.
+        fit: how images of another shape are changed; None: they are refused.
 
     Raises:
         InvalidRequest: the file cannot be read, or has another shape or number of images.
     """
     if cond is None:
         return begun
-    conds = _read_cond(cond, config)
+    conds = _read_cond(cond, config, fit)
     if 1 not in (len(conds), len(begun) or 1) and len(conds) != len(begun):
         raise InvalidRequest("cond", f"must hold 1 or {len(begun)} images, as the other files; got {len(conds)}")
     if not begun:
@@ -116,11 +121,11 @@ def with_cond(begun: tuple[GivenArrays, ...], cond: Source | None, config: Check
     return tuple(replace(begun[k % len(begun)], cond=conds[k % len(conds)]) for k in range(count))
 
 
-def _read_cond(cond: Source, config: CheckpointConfig) -> npt.NDArray[np.float32]:
+def _read_cond(cond: Source, config: CheckpointConfig, fit: Fit | None) -> npt.NDArray[np.float32]:
     """Read conditioning images as the network takes them, [n, C', H, W]."""
     shape = cond_file_shape(config.model)
     assert shape is not None  # noqa: S101  # `check_cond`
-    images = reading("cond", lambda: cond.images(shape, most=MAX_IMAGES))
+    images = reading("cond", lambda: cond.images(shape, most=MAX_IMAGES, fit=fit))
     values = cond_values(images, config)
     _check_size("cond", values)
     return values

@@ -26,9 +26,10 @@ DESKTOP = {"width": 1280, "height": 800}
 class Site:
     """A running service, as a browser reaches it."""
 
-    def __init__(self, server: uvicorn.Server, port: int, denoiser: PausedDenoiser) -> None:
+    def __init__(self, server: uvicorn.Server, port: int, *denoisers: PausedDenoiser) -> None:
         self.server = server
-        self.denoiser = denoiser
+        self.denoiser = denoisers[0]
+        self.denoisers = denoisers
         self.url = f"http://127.0.0.1:{port}/"
 
     def metric(self, name: str, **labels: str) -> float:
@@ -53,7 +54,7 @@ def serving(*denoisers: PausedDenoiser, **settings: Any) -> Iterator[Site]:
     try:
         until(lambda: server.started or not thread.is_alive())
         assert server.started
-        site = Site(server, server.servers[0].sockets[0].getsockname()[1], next(iter(served.values())))
+        site = Site(server, server.servers[0].sockets[0].getsockname()[1], *served.values())
         site.until(lambda: httpx.get(site.url + "readyz", timeout=PATIENCE_S).status_code == 200)
         yield site
     finally:

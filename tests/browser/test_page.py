@@ -62,7 +62,7 @@ def expect_state(run: Locator, state: str) -> None:
 
 def shown(run: Locator) -> list[bytes]:
     """Return the images of a run, as files."""
-    sources = [image.get_attribute("src") or "" for image in run.locator(".frame img").all()]
+    sources = [image.get_attribute("src") or "" for image in run.locator("button.frame img").all()]
     return [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
 
 
@@ -84,12 +84,12 @@ def test_a_sampler_brings_its_options_and_its_recommended_steps(page: Page, site
     opened(page, site)
     steps, eta = page.get_by_label("Steps", exact=True), page.get_by_label("Eta", exact=True)
     expect(eta).to_be_hidden()
-    page.get_by_text("DPM++", exact=True).click()
+    page.locator("#samplers").get_by_text("DPM++", exact=True).click()
     least, most = SAMPLERS["dpm++"].recommended_steps
     expect(steps).to_have_value(str(most))  # it was 100
     expect(page.locator("#steps-value")).to_have_text(str(most))
     expect(page.get_by_text(f"Recommended for DPM++: {least} to {most}.")).to_be_visible()
-    page.get_by_text("DDIM", exact=True).click()
+    page.locator("#samplers").get_by_text("DDIM", exact=True).click()
     expect(steps).to_have_value(str(SAMPLERS["ddim"].recommended_steps[0]))
     eta.fill("0.5")
     run = ask(page)
@@ -201,6 +201,24 @@ def test_a_reload_keeps_settings_and_images_and_ends_runs_in_progress(page: Page
     page.get_by_role("button", name="Clear").click()
     page.reload()
     expect(page.locator(".run")).to_have_count(0)
+
+
+def test_a_run_that_is_too_large_to_keep_replaces_no_other(page: Page, site: Site) -> None:
+    expect_state(ask(opened(page, site), n=1), "done")
+    page.evaluate(
+        """() => {
+            for (let filler = "", size = 1 << 22; size > 8; size >>= 1) {
+                try {
+                    sessionStorage.setItem("filler", filler + "x".repeat(size));
+                    filler += "x".repeat(size);
+                } catch {}
+            }
+        }"""
+    )
+    expect_state(ask(page, n=4, seed=8), "done")
+    page.reload()
+    expect(page.locator(".run")).to_have_count(1)
+    expect(page.locator(".run")).to_contain_text("seed 7")
 
 
 def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, site: Site) -> None:

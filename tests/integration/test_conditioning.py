@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusion.conditioning import enlarged
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.update import from_uint8_reversibly
+from formats.given_shapes import FITS, Fit, read_images
 from service.http.app import assemble
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
@@ -71,6 +73,26 @@ def test_an_upsampler_gets_the_small_picture_enlarged(address: str) -> None:
         np.testing.assert_array_equal(images_of(post(address, model="upsampler", cond=picture))[0], expected)
     values = images_of(post(address, model="upsampler", cond=npy(SMALL.astype(np.float32))))[0]  # in the data's units
     assert np.abs(values.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_conditioning_image_of_another_shape_is_fitted_on_request(address: str, fit: Fit) -> None:
+    picture = npy(RNG.integers(0, 256, (12, 8, 1), dtype=np.uint8))
+    fitted = read_images(base64.b64decode(picture), (4, 4, 1), most=1, fit=fit)
+    wanted = images_of(post(address, model="upsampler", cond=npy(fitted)))
+    np.testing.assert_array_equal(images_of(post(address, model="upsampler", cond=picture, fit=fit)), wanted)
+    body = {"model": "maps", "image": png(PIXELS), "steps": 4, "class": 0, "cond": npy(MAPS[0, :4])}
+    statuses = [
+        httpx.post(f"http://{address}/v1/encode", json=body | options, timeout=PATIENCE_S).status_code
+        for options in ({}, {"fit": fit})
+    ]
+    assert statuses == [422, 200]
+
+
+def test_fit_needs_something_to_fit(address: str) -> None:
+    answer = post(address, model="plain", fit="crop")
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"field": "fit", "message": "is valid only with `image` or `cond`"}]
 
 
 def test_conditioning_goes_with_a_kept_part(address: str) -> None:

@@ -1,7 +1,8 @@
 // A picture before and after: one over the other with a border that moves, and a map of the differences.
 
 import { byId } from "./dom.js";
-import { pictureUrl } from "./files.js";
+import { isArray, pictureUrl } from "./files.js";
+import { showFitted } from "./pictures.js";
 import { showSlider } from "./sliders.js";
 
 /** Set up the controls; call it once. */
@@ -12,17 +13,20 @@ export function installCompare() {
 
 /**
  * Offer the comparison of the picture that the dialog shows.
- * @param {string | undefined} before - base64 of the picture that it began with; undefined: there was none
+ * @param {object} body - of its request: it may begin with a picture, or be conditioned on one
  * @param {string} after - base64 of the result
  */
-export async function compare(before, after) {
+export async function compare({ image, cond, fit }, after) {
+  const before = image ?? cond;
   const view = byId("view");
-  view.hidden = before === undefined;
+  view.hidden = before === undefined || isArray(before);
   document.querySelector("input[name=view][value=after]").checked = true;
+  byId("view-difference").hidden = image === undefined; // a conditioning image may show something else
   showView();
   if (view.hidden) return;
+  showFitted(byId("before-picture"), before, image ? "resize" : fit);
+  if (image === undefined) return;
   const sources = [before, after].map((b64) => pictureUrl(b64));
-  byId("before-picture").src = sources[0];
   const images = await Promise.all(sources.map(decoded));
   const difference = differenceOf(...images.map((image) => pixelsOf(image, images[1])));
   drawMap(byId("difference"), difference);

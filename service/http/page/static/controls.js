@@ -1,20 +1,23 @@
 // The form: converts its fields to the body of a request. Its values are kept across reloads, per tab.
 
+import { Conditioning } from "./conditioning.js";
 import { byId } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { Given } from "./given.js";
 import { Samplers } from "./samplers.js";
 import { showSlider } from "./sliders.js";
+import { Upsampling } from "./upsampling.js";
 
 const SLOT = "iddpm.settings";
 const SEEDS = 1_000_000; // short enough to remember
-const OFF = { "cfg-scale": "1", "classifier-scale": "0" };
 
 export class Controls {
   #form = byId("controls");
   #gallery = new Gallery(() => this.#keep());
   #samplers = new Samplers(() => this.#recommendSteps());
-  #given = new Given(() => this.#allowGenerate());
+  #upsampling = new Upsampling();
+  #conditioning = new Conditioning(() => this.#allowGenerate());
+  #given = new Given(this.#conditioning, () => this.#allowGenerate());
   #sliders = ["n", "steps", "cfg-scale", "classifier-scale", "strength"].map(byId);
   #model = null;
   #isOnlyModel = true;
@@ -22,6 +25,7 @@ export class Controls {
   constructor(onGenerate) {
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
+      if (!this.#conditioning.isComplete()) return;
       if (byId("roll").checked) this.#roll();
       this.#keep();
       onGenerate(this.request());
@@ -39,20 +43,23 @@ export class Controls {
   }
 
   /** Offer the samplers of the service; call it before `show`. See `Samplers.offer`. */
-  offerSamplers(samplers, fields) {
-    this.#samplers.offer(samplers, fields);
+  offerSamplers(samplers, { GenerateRequest, UpsampleOptions }) {
+    this.#samplers.offer(samplers, GenerateRequest.properties);
+    this.#upsampling.offer(samplers, UpsampleOptions.properties);
   }
 
-  /** Offer the options of a model, and restore the values set before. */
-  show(model, isOnlyModel) {
+  /** Offer the options of one of the served models, and restore the values set before. */
+  show(model, models) {
     this.#model = model;
-    this.#isOnlyModel = isOnlyModel;
+    this.#isOnlyModel = models.length === 1;
     const [, steps, guidance] = this.#sliders;
     [steps.min, steps.max] = this.#samplers.stepsOfAll.map((bound) => Math.min(bound, model.num_timesteps));
     guidance.value = model.default_cfg_scale;
     byId("guidance-field").hidden = !model.guidance;
     byId("classifier-field").hidden = !model.classifier_guidance;
     this.#gallery.show(model);
+    this.#upsampling.show(model, models);
+    this.#conditioning.show(model);
     this.#given.show(model);
     this.#restore();
     this.#changed();
@@ -66,9 +73,18 @@ export class Controls {
     this.#changed();
   }
 
-  /** Begin the next runs with a picture. */
+  /** Begin the next runs with a result, and show where. */
   useFile(file) {
+    byId("picture").focus();
     return this.#given.use(file);
+  }
+
+  /** Condition the next runs on a result of a class, and show where. */
+  useCondition(file, classIndex) {
+    this.#gallery.choose(classIndex);
+    this.#changed();
+    byId("cond").focus();
+    return this.#conditioning.use(file);
   }
 
   /** Return the values of the fields as the body of POST v1/generate. */
@@ -84,7 +100,9 @@ export class Controls {
       ...(this.#model.guidance ? { cfg_scale: guidance } : {}),
       ...(this.#model.classifier_guidance ? { classifier_scale: byClassifier } : {}),
       seed: Number(byId("seed").value),
+      ...this.#upsampling.fields,
       ...this.#given.fields,
+      ...this.#conditioning.fields,
     };
   }
 
@@ -105,9 +123,10 @@ export class Controls {
   }
 
   #changed() {
-    for (const slider of this.#sliders) showSlider(slider, slider.value === OFF[slider.id] ? "off" : slider.value);
+    for (const slider of this.#sliders) showSlider(slider);
     if (!this.#model) return;
     this.#samplers.show();
+    this.#upsampling.refresh();
     this.#given.refresh();
     this.#keep();
   }
@@ -118,6 +137,7 @@ export class Controls {
       model: this.#model.name,
       class: this.#gallery.chosen,
       ...this.#samplers.settings,
+      ...this.#upsampling.settings,
       seed: byId("seed").value,
       roll: byId("roll").checked,
       ...sliders,
@@ -131,6 +151,7 @@ export class Controls {
     for (const slider of this.#sliders) slider.value = settings[slider.id] ?? slider.value;
     this.#gallery.choose(settings.class);
     this.#samplers.restore(settings);
+    this.#upsampling.restore(settings);
     byId("seed").value = settings.seed;
     byId("roll").checked = settings.roll;
   }

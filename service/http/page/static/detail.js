@@ -14,10 +14,11 @@ let wanted = null;
  * @param {object} image - an image of the service's answer
  * @param {object} body - the request that generates this image alone
  * @param {object} answer - the answer that contains the image
- * @param {{onSeed: (seed: number) => void, onEdit: (file: Blob) => void}} callbacks - called when the user selects its
- *   seed, or to begin with it
+ * @param {{onSeed: (seed: number) => void, onEdit: (file: Blob) => void,
+ *   onCondition: (model: object, file: Blob, image: object) => void, takers: () => object[]}} callbacks - called when the
+ *   user selects its seed, or to begin with it, or to condition a model on it: one of the `takers`
  */
-export function openDetail(image, body, answer, { onSeed, onEdit }) {
+export function openDetail(image, body, answer, { onSeed, onEdit, onCondition, takers }) {
   const dialog = byId("detail");
   wanted = { url: serviceUrl(), accept: "image/png", file: fileName(image), body };
   byId("detail-title").textContent = image.class ?? "Picture";
@@ -36,6 +37,7 @@ export function openDetail(image, body, answer, { onSeed, onEdit }) {
     ...(body.cfg_scale === undefined ? {} : { Guidance: body.cfg_scale === 1 ? "off" : body.cfg_scale }),
     ...(body.classifier_scale === undefined ? {} : { Classifier: body.classifier_scale || "off" }),
     ...(body.strength === undefined ? {} : { Strength: body.strength, Mask: body.mask ? "painted" : "none" }),
+    ...(image.upsampled ? { Upsampled: `${image.upsampled.steps} steps, ${samplerTitle(body.upsample.sampler)}` } : {}),
     ...(body.resample ? { Resampled: `${body.resample.times} × ${body.resample.jump} steps` } : {}),
     Waited: duration(image.queue_ms / 1000),
     Sampled: duration(image.compute_ms / 1000),
@@ -49,9 +51,13 @@ export function openDetail(image, body, answer, { onSeed, onEdit }) {
     el("button", { type: "button", onclick: () => save(png, fileName(image)) }, "Download PNG"),
     el("button", { type: "button", onclick: () => (onSeed(image.seed), dialog.close()) }, "Use this seed"),
     el("button", { type: "button", onclick: () => (dialog.close(), onEdit(png)) }, "Edit this picture"),
+    ...takers().map((model) => {
+      const label = model.cond.low_resolution ? `Enlarge with ${model.name}` : `Condition ${model.name} on it`;
+      return el("button", { type: "button", onclick: () => (dialog.close(), onCondition(model, png, image)) }, label);
+    }),
   );
   showCode();
-  compare(body.image, image.b64_json);
+  compare(body, image.b64_json);
   dialog.showModal();
 }
 

@@ -13,8 +13,7 @@ let shown = []; // {note, control, describedBy}: what to undo
 export function showFieldErrors(errors) {
   clearFieldErrors();
   for (const { field, message } of errors) {
-    const [name] = field.split("."); // resample.times: fields of an object are together
-    const place = document.querySelector(`[data-fields~="${CSS.escape(name)}"]`);
+    const place = placeOf(field) ?? placeOf(field.split(".")[0]); // resample.times: fields of an object can be together
     if (!place || place.closest("[hidden]")) continue;
     const note = el("p", { className: "error", id: `error-${shown.length}` }, sentence(message));
     place.append(note);
@@ -25,6 +24,10 @@ export function showFieldErrors(errors) {
     shown.push({ note, control, describedBy });
   }
   return errors.length > 0 && shown.length === errors.length;
+}
+
+function placeOf(field) {
+  return document.querySelector(`[data-fields~="${CSS.escape(field)}"]`);
 }
 
 /** Remove all errors from the form. */

@@ -20,6 +20,11 @@ export function pictureUrl(b64, format = "png") {
   return `data:image/${format};base64,${b64}`;
 }
 
+/** Return whether a file in base64 is an npy or npz, which browsers cannot show. */
+export function isArray(b64) {
+  return b64.startsWith("k05VTVBZ") || b64.startsWith("UEs"); // "\x93NUMPY", and "PK" of zip archives
+}
+
 /** Return a file name of letters, digits and hyphens for any class name; `image` is that of the service's answer. */
 export function fileName(image) {
   const readable = (image.class ?? "").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 40);

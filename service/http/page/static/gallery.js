@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { byId, el } from "./dom.js";
-import { isSmall } from "./pictures.js";
+import { isSmall, sidesOf } from "./pictures.js";
 import { count } from "./words.js";
 
 const SEARCH_FROM = 24;
@@ -43,7 +43,8 @@ export class Gallery {
     this.#box.replaceChildren(entry("", "Any", "?"), ...names.map((name, index) => entry(index, name, "")));
     this.#filter();
     this.choose(null);
-    for (const label of this.#labels().slice(1)) this.#seen.observe(label);
+    this.#box.classList.toggle("bare", Boolean(model.cond)); // there are no thumbnails without a conditioning image
+    if (!model.cond) for (const label of this.#labels().slice(1)) this.#seen.observe(label);
   }
 
   /** The index of the chosen class; null for any class. */
@@ -106,7 +107,7 @@ export class Gallery {
       const path = `v1/models/${encodeURIComponent(model.name)}/thumbnails/${label.control.value}`;
       const answer = await call(path, { background: true, headers: { "X-Requested-With": "iddpm" } });
       const url = URL.createObjectURL(await answer.blob());
-      const picture = el("img", { src: url, alt: "", className: isSmall(model) ? "pixels" : "" });
+      const picture = el("img", { src: url, alt: "", className: isSmall(sidesOf(model)) ? "pixels" : "" });
       picture.addEventListener("load", () => URL.revokeObjectURL(url));
       label.querySelector(".thumb").replaceChildren(picture);
     } catch (error) {

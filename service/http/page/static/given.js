@@ -8,7 +8,8 @@ import { byId } from "./dom.js";
 import { clearFieldErrors, showFieldErrors } from "./field_errors.js";
 import { base64Of, pictureUrl } from "./files.js";
 import { MaskEditor } from "./mask_editor.js";
-import { isSmall } from "./pictures.js";
+import { givenSidesOf, isSmall } from "./pictures.js";
+import { takeFiles } from "./sources.js";
 import { explain } from "./words.js";
 
 const CHANNELS = [1, 3]; // a canvas does not show exactly what has transparency
@@ -19,27 +20,23 @@ export class Given {
   #picture = null; // PNG in base64, in the size and the channels of the model
   #reading = null; // aborts the request that fits the picture
   #editor;
+  #conditioning;
   #onChange;
 
   /**
+   * @param {Conditioning} conditioning - of the same requests
    * @param {() => void} onChange - called when `isReading`, or the fields, have changed
    */
-  constructor(onChange) {
+  constructor(conditioning, onChange) {
+    this.#conditioning = conditioning;
     this.#onChange = onChange;
     this.#editor = new MaskEditor(() => this.#changed());
-    const input = byId("picture");
-    input.addEventListener("change", () => {
-      const [file] = input.files;
-      input.value = ""; // the same file may be chosen again
-      if (file) this.use(file);
-    });
+    takeFiles(byId("picture"), (file) => this.use(file), () => true);
     byId("fit").addEventListener("change", () => this.#fit());
     byId("given-remove").addEventListener("click", () => {
       this.#forget();
-      input.focus();
+      byId("picture").focus();
     });
-    this.#takeDrops();
-    document.addEventListener("paste", ({ clipboardData }) => this.#useFirst(clipboardData));
   }
 
   /** Begin with a file, as with one that the user chooses. */
@@ -52,7 +49,7 @@ export class Given {
   show(model) {
     this.#model = model;
     byId("given").hidden = !CHANNELS.includes(model.image_channels);
-    byId("given-picture").className = isSmall(model) ? "pixels" : "";
+    byId("given-picture").className = isSmall(givenSidesOf(model)) ? "pixels" : "";
     this.#editor.reset(model);
     if (this.#file) this.#fit();
   }
@@ -92,6 +89,8 @@ export class Given {
       const image = await base64Of(this.#file);
       const model = this.#model.cascade?.base ?? this.#model.name; // which keeps the picture's size
       const body = { model, image, fit: byId("fit").value, strength: 0, steps: 2, cfg_scale: 1, seed: 0 };
+      // Of strength 0, no step is taken: any conditioning image does
+      if (this.#model.cond) body.cond = this.#conditioning.fields.cond ?? image;
       const answer = await (await generate(body, reading.signal)).json();
       if (reading === this.#reading) this.#begin(answer.images[0].b64_json);
     } catch (error) {
@@ -126,25 +125,5 @@ export class Given {
   #changed() {
     this.refresh();
     this.#onChange();
-  }
-
-  #takeDrops() {
-    const zone = byId("drop");
-    document.addEventListener("dragover", (event) => {
-      if (!event.dataTransfer.types.includes("Files")) return;
-      event.preventDefault(); // otherwise the browser leaves the page and opens the file
-      zone.classList.add("over");
-    });
-    document.addEventListener("dragleave", ({ relatedTarget }) => relatedTarget || zone.classList.remove("over"));
-    document.addEventListener("drop", (event) => {
-      zone.classList.remove("over");
-      if (!event.dataTransfer.types.includes("Files")) return;
-      event.preventDefault();
-      this.#useFirst(event.dataTransfer);
-    });
-  }
-
-  #useFirst({ files: [file] }) {
-    if (file && !byId("given").hidden && !document.querySelector("dialog[open]")) this.use(file);
   }
 }

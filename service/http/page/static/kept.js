@@ -7,7 +7,7 @@ export function keptRuns() {
   return JSON.parse(sessionStorage.getItem(SLOT)) ?? [];
 }
 
-/** Keep one more run. */
+/** Keep one more run; one that is too large by itself, as with a large picture, is not kept. */
 export function keepRun(run) {
   const runs = [run, ...keptRuns()];
   while (runs.length) {
@@ -19,7 +19,6 @@ export function keepRun(run) {
       runs.pop();
     }
   }
-  forgetRuns();
 }
 
 /** Remove all kept runs. */

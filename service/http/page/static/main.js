@@ -7,28 +7,30 @@ import { byId, el } from "./dom.js";
 import { forgetRuns, keepRun, keptRuns } from "./kept.js";
 import { watchService } from "./live.js";
 import { drawNoise } from "./noise.js";
-import { sidesOf } from "./pictures.js";
+import { sidesOf, sizeText } from "./pictures.js";
 import { Run } from "./run.js";
 import { installTheme } from "./theme.js";
 import { explain } from "./words.js";
 
 const runs = byId("runs");
 const controls = new Controls((request) => start(request));
+let models = [];
 let model = null;
 
 installTheme();
 installDetail();
 drawNoise(byId("empty-noise"));
 byId("clear").addEventListener("click", clear);
+byId("model").addEventListener("change", ({ target }) => choose(target.value));
 for (const kept of keptRuns().reverse()) add(kept.request, kept.model).finish(kept.answer);
 await connect();
 watchService();
 
 async function connect() {
   try {
-    const [{ models, samplers }, { components }] = await Promise.all(["v1/models", "openapi.json"].map(read));
-    controls.offerSamplers(samplers, components.schemas.GenerateRequest.properties);
-    offer(models);
+    const [served, { components }] = await Promise.all(["v1/models", "openapi.json"].map(read));
+    controls.offerSamplers(served.samplers, components.schemas);
+    offer(served.models);
     byId("notice").replaceChildren();
   } catch (error) {
     const { title, text } = explain(error);
@@ -41,20 +43,30 @@ async function read(path) {
   return (await call(path)).json();
 }
 
-function offer(models) {
-  const choice = byId("model");
-  const choose = (name) => {
-    model = models.find((one) => one.name === name) ?? models[0];
-    choice.value = model.name;
-    controls.show(model, models.length === 1);
-    const channels = { 1: "grey", 3: "colour" }[model.image_channels] ?? `${model.image_channels} channels`;
-    const [height, width] = sidesOf(model);
-    byId("about-model").textContent = `${model.name}: ${width} × ${height}, ${channels}. ${model.backend}.`;
-  };
-  choice.replaceChildren(...models.map(({ name }) => el("option", { value: name }, name)));
-  choice.addEventListener("change", () => choose(choice.value));
+function offer(served) {
+  models = served;
+  byId("model").replaceChildren(...models.map(({ name }) => el("option", { value: name }, name)));
   byId("model-choice").hidden = models.length === 1;
   choose(keptSettings()?.model);
+}
+
+/** Choose a model by name; the first one if there is none of that name. */
+function choose(name) {
+  model = models.find((one) => one.name === name) ?? models[0];
+  byId("model").value = model.name;
+  controls.show(model, models);
+  byId("about-model").textContent = `${model.name}: ${sizeText(shapeOf(model))}. ${model.backend}.`;
+}
+
+function shapeOf(ofModel) {
+  const [height, width] = sidesOf(ofModel);
+  return { height, width, channels: ofModel.image_channels };
+}
+
+/** Return the models that are conditioned on pictures of a model's shape. */
+function takersOf(ofModel) {
+  const shape = Object.entries(shapeOf(ofModel));
+  return models.filter(({ cond }) => cond && shape.every(([name, size]) => cond[name] === size));
 }
 
 function start(request) {
@@ -69,6 +81,12 @@ function add(request, ofModel) {
     onDone: (answer) => keepRun({ request, model: ofModel, answer }),
     onSeed: (seed) => controls.useSeed(seed),
     onEdit: (file) => controls.useFile(file),
+    onCondition: (taker, file, image) => {
+      choose(taker.name);
+      const isSameClass = taker.classes?.[image.class_index] === image.class;
+      controls.useCondition(file, isSameClass ? image.class_index : null);
+    },
+    takers: () => takersOf(ofModel),
     onAgain: () => {
       const again = add(request, ofModel);
       run.element.replaceWith(again.element);

@@ -1,7 +1,7 @@
 // The images of one run: first noise, then previews, then the results.
 
 import { el } from "./dom.js";
-import { pictureUrl } from "./files.js";
+import { isArray, pictureUrl } from "./files.js";
 import { drawNoise } from "./noise.js";
 import { duration } from "./words.js";
 
@@ -30,10 +30,11 @@ export class Picture {
     this.element.dataset.state = "waiting";
   }
 
-  /** Show the number of steps taken. */
-  progress(step, steps) {
+  /** Show the number of steps taken; the last ones of a cascade, `later`, are those of its second stage. */
+  progress(step, steps, later) {
     this.element.dataset.state = "sampling";
     this.#bar.style.setProperty("--done", step / steps);
+    this.#bar.style.setProperty("--border", 1 - later / steps);
     this.#time.textContent = `${step}/${steps}`;
   }
 
@@ -63,7 +64,7 @@ export class Picture {
   #show(src, alt) {
     const shown = this.#frame.firstChild;
     if (shown instanceof HTMLImageElement) shown.src = src;
-    else shown.replaceWith(el("img", { src, alt, className: isSmall(this.#model) ? "pixels" : "" }));
+    else shown.replaceWith(el("img", { src, alt, className: isSmall(sidesOf(this.#model)) ? "pixels" : "" }));
   }
 }
 
@@ -81,9 +82,34 @@ function bothOf(size) {
   return Array.isArray(size) ? size : [size, size];
 }
 
-/** Return whether a model's images are so small that they are shown with their pixels visible. */
-export function isSmall(model) {
-  return Math.max(...sidesOf(model)) <= PIXELS_UP_TO;
+/** Return the size of images as text: "32 × 32 pixels, grey". */
+export function sizeText({ height, width, channels }) {
+  const colours = { 1: "grey", 3: "colour" }[channels] ?? `${channels} channels`;
+  return `${width}\u00a0×\u00a0${height} pixels, ${colours}`;
+}
+
+/** Return whether images are so small that they are shown with their pixels visible. */
+export function isSmall([height, width]) {
+  return Math.max(height, width) <= PIXELS_UP_TO;
+}
+
+/** Show a file in base64 as the service fits it; of an array there is nothing to show. */
+export function showFitted(picture, content, fit) {
+  picture.hidden = isArray(content);
+  if (picture.hidden) return;
+  picture.src = pictureUrl(content);
+  picture.dataset.fit = fit;
+  picture.onload = () => picture.classList.toggle("pixels", isSmall([picture.naturalHeight, picture.naturalWidth]));
+}
+
+/** Return the conditioning image of a request, as an element beside its results. */
+export function conditionPicture(model, { cond, fit }) {
+  const title = model.cond.low_resolution ? "To enlarge" : "Condition";
+  const picture = el("img", { alt: "" }); // its caption names it
+  showFitted(picture, cond, fit);
+  const frame = el("span", { className: "frame" }, picture.hidden ? el("span", { className: "array" }, "Array") : picture);
+  const caption = el("span", { className: "caption" }, el("span", {}, title));
+  return el("li", { className: "picture condition" }, frame, caption);
 }
 
 /** Return the width to show images at: an integer multiple of their pixels, if possible. */

@@ -6,7 +6,7 @@ import { announce, el } from "./dom.js";
 import { readEvents } from "./events.js";
 import { clearFieldErrors, showFieldErrors } from "./field_errors.js";
 import { bytesOf, copy, fileName, save } from "./files.js";
-import { Picture, pictureWidth, sidesOf } from "./pictures.js";
+import { Picture, conditionPicture, pictureWidth, sidesOf } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
 import { count, duration, explain, samplerTitle } from "./words.js";
 import { zip } from "./zip.js";
@@ -26,17 +26,18 @@ export class Run {
   /**
    * @param {object} request - body of POST v1/generate
    * @param {object} model - a model of GET v1/models
-   * @param {{onDone: (answer: object) => void, onSeed: (seed: number) => void,
-   *   onEdit: (file: Blob) => void, onAgain: () => void}} callbacks
+   * @param {{onDone: (answer: object) => void, onAgain: () => void}} callbacks - and those of `openDetail`
    */
   constructor(request, model, callbacks) {
     this.request = request;
     this.#model = model;
     this.#callbacks = callbacks;
     this.#pictures = Array.from({ length: request.n }, () => new Picture(model, this.#label));
-    const grid = el("ul", { className: "pictures" }, ...this.#pictures.map(({ element }) => element));
+    const items = this.#pictures.map(({ element }) => element);
+    if (request.cond) items.unshift(conditionPicture(model, request));
+    const grid = el("ul", { className: "pictures" }, ...items);
     grid.style.setProperty("--aspect", sidesOf(model).toReversed().join(" / "));
-    grid.style.setProperty("--picture", `${pictureWidth(...sidesOf(model), request.n)}px`);
+    grid.style.setProperty("--picture", `${pictureWidth(...sidesOf(model), items.length)}px`);
     this.#bar.setAttribute("aria-label", `Progress of ${this.#title}`);
     const head = el("div", { className: "run-head" }, el("h3", {}, this.#label), this.#actions);
     const facts = el("div", { className: "run-head" }, el("p", { className: "recipe" }, this.#recipe), this.#status);
@@ -51,7 +52,8 @@ export class Run {
     announce(`Generating ${this.#title}`);
     clearFieldErrors();
     try {
-      const every = Math.max(1, Math.round(this.request.steps / PREVIEWS));
+      const steps = this.request.steps + (this.request.upsample?.steps ?? 0);
+      const every = Math.max(1, Math.round(steps / PREVIEWS));
       const answer = await generate({ ...this.request, stream: true, preview_every: every }, this.#abort.signal);
       for await (const { name, data } of readEvents(answer)) {
         if (name === "queued") this.#onQueued(data);
@@ -115,12 +117,14 @@ export class Run {
 
   get #recipe() {
     const { n, steps, sampler, eta, cfg_scale: guidance, classifier_scale: byClassifier, seed } = this.request;
-    const { image, mask, strength, resample } = this.request;
+    const { image, mask, strength, resample, cond, upsample } = this.request;
     const guided = guidance === undefined || guidance === 1 ? [] : [`guidance ${guidance}`];
     if (byClassifier) guided.push(`classifier ${byClassifier}`);
     const bySampler = [samplerTitle(sampler), ...(eta ? [`eta ${eta}`] : [])];
     const given = image === undefined ? [] : [`strength ${strength}`, ...(mask ? ["mask"] : [])];
     if (resample) given.push(`resampled ${resample.times}×${resample.jump}`);
+    if (cond) given.push(this.#model.cond.low_resolution ? "enlarged" : "conditioned");
+    if (upsample) given.push(...upsampled(upsample));
     return [count(n, "image"), `${steps} steps`, ...bySampler, ...guided, ...given, `seed ${seed}`].join(" · ");
   }
 
@@ -138,7 +142,7 @@ export class Run {
 
   #onProgress({ position, step, steps, eta_s: eta }) {
     this.element.dataset.state = "sampling";
-    this.#pictures[position].progress(step, steps);
+    this.#pictures[position].progress(step, steps, this.request.upsample?.steps ?? 0);
     this.#steps.set(position, step);
     const taken = [...this.#steps.values()].reduce((sum, value) => sum + value, 0);
     this.#bar.value = taken / (steps * this.request.n);
@@ -152,6 +156,16 @@ export class Run {
     this.#actions.replaceChildren(button("Try again", () => this.#callbacks.onAgain()));
     announce(`${title}. ${text}`);
   }
+}
+
+/** Describe the second stage of a cascade. */
+function upsampled({ steps, sampler, cfg_scale: guidance = 1, classifier_scale: byClassifier }) {
+  return [
+    `then ${steps} steps`,
+    samplerTitle(sampler),
+    ...(guidance === 1 ? [] : [`guidance ${guidance}`]),
+    ...(byClassifier ? [`classifier ${byClassifier}`] : []),
+  ];
 }
 
 function button(label, onclick) {

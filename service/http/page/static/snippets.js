@@ -22,7 +22,7 @@ export function curl({ url, accept, file, body }) {
   ];
   // A picture can be longer than a shell allows an argument to be
   const data = JSON.stringify(body);
-  const [argument, input] = body.image ? ["-d @-", ` <<'BODY'\n${data}\nBODY`] : [`-d ${quoted(data)}`, ""];
+  const [argument, input] = body.image || body.cond ? ["-d @-", ` <<'BODY'\n${data}\nBODY`] : [`-d ${quoted(data)}`, ""];
   return [...lines, argument].join(" \\\n     ") + input;
 }
 
