@@ -17,7 +17,8 @@ from diffusion.conditioning import enlarged
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.update import from_uint8_reversibly
-from formats.given_shapes import FITS, Fit, read_images
+from formats.given_files import read_images
+from formats.given_shapes import FITS, Fit
 from service.http.app import assemble
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
