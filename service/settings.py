@@ -162,6 +162,9 @@ class Settings(BaseSettings):
     keep_alive_s: int = Field(default=130, ge=1)
     """Time for which an idle connection is kept open. It must exceed the keep-alive time of a proxy in front, which
     otherwise may send a request into a closing connection."""
+    drain_notice_s: float = Field(default=2.0, ge=0, le=3600)
+    """Minimum time after SIGTERM for which new requests are answered with 503, so that a proxy that checks readiness
+    sends its requests elsewhere before connections are refused."""
     max_row_steps: int = Field(default=64_000, ge=2)
     """Maximum work of one request: images x steps, doubled with classifier-free guidance."""
     traces: bool = False

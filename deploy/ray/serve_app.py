@@ -36,7 +36,7 @@ can choose. The other requests wait at the proxy, which gives them to the replic
 START_POLL_S = 0.1
 """Interval at which a starting replica looks whether its warm-up has ended."""
 REQUEST_ID = "x-request-id"
-NOT_OURS = ("host", "port", "read_timeout_s", "write_timeout_s", "keep_alive_s")
+NOT_OURS = ("host", "port", "read_timeout_s", "write_timeout_s", "keep_alive_s", "drain_notice_s")
 """Settings of the HTTP server that `iddpm serve` starts. Here, Serve's proxies listen, with Serve's own options."""
 
 log = logging.getLogger(__name__)

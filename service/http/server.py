@@ -43,13 +43,14 @@ log = logging.getLogger(__name__)
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that drains on a signal: it keeps answering (503, also at /readyz) until it is idle.
 
-    Uvicorn itself closes its socket at once.
+    After SIGTERM, proxies also get time to notice that. Uvicorn itself closes its socket at once.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, connections: int) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, connections: int, drain_notice_s: float) -> None:
         super().__init__(config)
         self._app = app
         self._connections = connections
+        self._drain_notice_s = drain_notice_s
         self._announcement: asyncio.Task[None] | None = None
         self._drain: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -94,13 +95,16 @@ class DrainingServer(uvicorn.Server):
             log.info("%s during start-up: ending; nothing was accepted yet", number.name, extra=SHOWN_EARLY)
             end_process(0)  # warm-up cannot be interrupted, and may take minutes
         log.info("%s: finishing accepted requests, refusing new ones", number.name)
-        self._drain = asyncio.get_running_loop().create_task(self._drain_then_exit())
+        self._drain = asyncio.get_running_loop().create_task(
+            # SIGINT and SIGHUP come from a terminal, where no proxy has to notice
+            self._drain_then_exit(self._drain_notice_s if number is signal.SIGTERM else 0)
+        )
 
-    async def _drain_then_exit(self) -> None:
+    async def _drain_then_exit(self, notice_s: float) -> None:
         engine = engine_of(self._app)
         if engine is not None:
             engine.drain()
-            await engine.wait_idle()
+            await asyncio.gather(engine.wait_idle(), asyncio.sleep(notice_s))
         self.should_exit = True
 
     async def _announce(self, service: ServiceState, addresses: list[str]) -> None:
@@ -154,7 +158,7 @@ def serve(app: FastAPI, settings: Settings) -> bool:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    DrainingServer(config, app, budget.connections).run(sockets)
+    DrainingServer(config, app, budget.connections, settings.drain_notice_s).run(sockets)
     service = _service_of(app)
     if service is None:
         return False

@@ -68,7 +68,7 @@ def running(
             [*command, *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "IDDPM_DRAIN_NOTICE_S": "0", **(environment or {})},
         )
     server = Server(process, port, log)
     try:

@@ -257,8 +257,9 @@ def test_a_rolling_restart_loses_no_request(fleet: Fleet) -> None:
     def ask(_: int) -> Counter[int]:
         statuses: Counter[int] = Counter()
         with client() as asking:
-            while not stop.is_set():
+            while not stop.wait(0.1):  # so that replicas are idle, and end at once when they are told to
                 statuses[generate(asking, fleet.haproxy.url).status_code] += 1
+                statuses[asking.get(f"{fleet.haproxy.url}/v1/models").status_code] += 1
         return statuses
 
     with ThreadPoolExecutor(6) as pool:

@@ -21,6 +21,7 @@ from tests.waiting import PATIENCE_S
 
 DESCRIPTORS = 40
 CONNECTIONS = 120
+LONG_NOTICE = {**os.environ, "IDDPM_DRAIN_NOTICE_S": "3600"}
 
 
 def test_an_unread_log_delays_neither_answers_nor_shutdown() -> None:
@@ -71,6 +72,25 @@ def test_health_and_log_work_without_free_file_descriptors_and_sighup_drains(
     assert len(lines) < 50
     assert any(line.endswith("idle ones are closed for new ones") for line in lines)
     assert "SIGHUP: finishing accepted requests, refusing new ones" in lines
+
+
+def test_an_idle_service_answers_503_for_a_while_after_sigterm_so_that_proxies_notice() -> None:
+    with serving(subprocess.DEVNULL, env=LONG_NOTICE) as (process, url):
+        wait_for(process, f"{url}/readyz", 200)
+        process.send_signal(signal.SIGTERM)
+        wait_for(process, f"{url}/readyz", 503)
+        for _ in range(3):
+            assert httpx.post(f"{url}/v1/generate", json={"steps": 2}, timeout=PATIENCE_S).status_code == 503
+            assert status_of(f"{url}/v1/models") == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 1
+
+
+def test_ctrl_c_ends_an_idle_service_without_waiting_for_proxies() -> None:
+    with serving(subprocess.DEVNULL, env=LONG_NOTICE) as (process, url):
+        wait_for(process, f"{url}/readyz", 200)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_a_signal_while_the_network_warms_up_ends_the_process_at_once(tmp_path: Path) -> None:
