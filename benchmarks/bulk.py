@@ -24,7 +24,8 @@ import torch
 from benchmarks.options import WORK, exit_status
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from benchmarks.rounds import Pace, Timing, take_turns
-from cli.bulk import Files, choose_classes, describe_generation, generate_into, produce_here, requests_for
+from cli.bulk import generate_into, produce_here
+from cli.bulk_order import Files, choose_classes, describe_generation, requests_for
 from cli.local_engine import LocalEngine, local_settings
 from formats.generation import Generation
 from formats.shards import FORMATS

@@ -27,7 +27,8 @@ import torch
 from benchmarks.bulk import ALONE, EngineAlone
 from benchmarks.options import WORK, exit_status, say
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
-from cli.bulk import Files, Order, Produce, generate_into
+from cli.bulk import Produce, generate_into
+from cli.bulk_order import Files, Order
 from cli.local_engine import LocalEngine, local_settings
 from deploy.ray.bulk import Pool, connect, produce_on, reservation
 from deploy.ray.devices import with_threads

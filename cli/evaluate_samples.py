@@ -184,7 +184,8 @@ def generate(
         cond: conditioning images of the data.
         check: called with the model's configuration before anything is computed; its exceptions are passed on.
     """
-    from cli.bulk import Files, describe_generation, generate_into, produce_here
+    from cli.bulk import generate_into, produce_here
+    from cli.bulk_order import Files, describe_generation
     from cli.local_engine import LocalEngine, local_settings
     from trainer.evaluation.conditions import RealConditions, open_conditions
 
@@ -215,7 +216,7 @@ def _classes(
     engine: LocalEngine, sampling: dict[str, Any], num: int, classes: str | None, data: Path | None
 ) -> list[int] | None:
     """Return the classes of images by image index, repeated as often as needed; None if images have no class."""
-    from cli.bulk import choose_classes
+    from cli.bulk_order import choose_classes
     from trainer.evaluation.reading import open_real
     from trainer.evaluation.sample_files import labels_by_frequency
     from trainer.evaluation.subject import model_labels

@@ -56,7 +56,8 @@ def generate_command(
             import pyarrow  # noqa: F401
     from pydantic import ValidationError
 
-    from cli.bulk import Files, Order, describe_order, generate_into, produce_here
+    from cli.bulk import generate_into, produce_here
+    from cli.bulk_order import Files, Order, describe_order
     from cli.local_engine import LocalEngine, local_settings
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError

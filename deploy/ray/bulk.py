@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
-    from cli.bulk import Advance, Order, Produce
+    from cli.bulk import Advance, Produce
+    from cli.bulk_order import Order
     from deploy.ray.bulk_worker import Batch
     from formats.generation import Generation
     from formats.images import Uint8Array
@@ -271,7 +272,8 @@ def bulk_command(
 
     from pydantic import ValidationError
 
-    from cli.bulk import Files, Order, generate_into
+    from cli.bulk import generate_into
+    from cli.bulk_order import Files, Order
     from cli.local_engine import local_settings
     from deploy.ray.devices import with_threads
     from formats.checkpoint_config import describe_validation_error

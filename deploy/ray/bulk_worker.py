@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from pydantic import ValidationError
 
-from cli.bulk import Order, describe_order, requests_from
+from cli.bulk_order import Order, describe_order, requests_from
 from cli.local_engine import LocalEngine
 from formats.checkpoint_config import describe_validation_error
 from formats.generation import Generation

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.bulk import Files, Order, describe_order, requests_for
+from cli.bulk_order import Files, Order, describe_order, requests_for
 from cli.local_engine import LocalEngine, local_settings
 from deploy.ray.bulk import WIDTHS_PER_BATCH, batches_of, fitting, reason_of, reservation
 from deploy.ray.bulk_worker import Worker, describe
