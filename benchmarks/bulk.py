@@ -97,7 +97,7 @@ class WorkerAlone:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Timing]:
-    """Time the engine alone and `iddpm generate` in each format."""
+    """Time the engine alone, `iddpm generate` in each format, and a worker of deploy.ray.bulk if it is asked for."""
     WORK.mkdir(parents=True, exist_ok=True)
     local = LocalEngine(local_settings(args.model))
     sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}

@@ -14,6 +14,7 @@ import argparse
 import functools
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -53,21 +54,24 @@ def main() -> None:
         write_many(options.folder, data, options.files, distinct=options.distinct)
         for index in (options.folder / "cache").glob("*"):
             index.unlink()
-        for _ in ("first start", "second start"):  # each in a process of its own: its memory is that of one start
-            arguments = [argument for argument in sys.argv[1:] if argument != "start"]
-            subprocess.run(  # noqa: S603  # this file
-                [sys.executable, "-m", "benchmarks.data_loading", "open", *arguments], check=True
-            )
+        command = [sys.executable, "-m", "benchmarks.data_loading", "open", options.folder, f"--files={options.files}"]
+        command += [f"--{name}" for name in ("distinct", "threads") if getattr(options, name)]
+        for title in ("first start", "second start"):  # each in a process of its own: its memory is that of one start
+            print(title, flush=True)
+            subprocess.run(command, check=True)  # noqa: S603  # this file
 
 
 def write_many(folder: Path, data: Path, count: int, *, distinct: bool) -> None:
-    """Make a folder of many small files in class folders, unless it exists."""
+    """Make a folder of many small files in class folders, unless it exists; it appears when it is complete."""
     if data.exists():
         return
+    unfinished = data.with_name(f"{data.name}.unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
     pictures = write_pictures(folder / "pictures", LINKED_PICTURES, (64, 64), "png")
     contents = [path.read_bytes() for path in pictures] if distinct else []
     for label in range(min(CLASSES, count)):
-        below = data / f"n{label:08d}"
+        below = unfinished / f"n{label:08d}"
         below.mkdir(parents=True)
         for number in range(label, count, CLASSES):
             path = f"{below}/{number}.png"
@@ -75,6 +79,7 @@ def write_many(folder: Path, data: Path, count: int, *, distinct: bool) -> None:
                 Path(path).write_bytes(contents[number % len(contents)])
             else:
                 os.link(pictures[number % len(pictures)], path)
+    unfinished.rename(data)
 
 
 def measure_opening(data: Path, cache: Path, *, in_threads: bool) -> None:

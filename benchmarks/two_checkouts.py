@@ -18,7 +18,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.options import WORK, say
+from benchmarks.options import WORK, exit_status, say
 from benchmarks.processes import end_session, free_ports
 from benchmarks.reporting import describe_run, markdown_section, markdown_table
 
@@ -40,6 +40,7 @@ class EngineCosts:
     """A process of `benchmarks.checkout_costs` in a checkout."""
 
     def __init__(self, checkout: Path, model: Path, options: Sequence[str]) -> None:
+        self._checkout = checkout
         script = Path(__file__).with_name("checkout_costs.py")
         command = [str(checkout / ".venv/bin/python"), "-P", str(script), "--model", str(model), *options]
         self._process = subprocess.Popen(  # noqa: S603  # files of the repository
@@ -59,18 +60,30 @@ class EngineCosts:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(b"\n")
-        self._process.stdin.flush()
-        costs: dict[str, float] = json.loads(self._process.stdout.readline())
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self._checkout}: benchmarks/checkout_costs.py has ended; its error is above")
+        costs: dict[str, float] = json.loads(line)
         return costs
 
     def close(self) -> None:
         """End the process."""
         end_session(self._process)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # what was not sent is lost
+                pipe.close()
 
 
 def service_costs(checkout: Path, model: Path) -> Costs:
-    """Start the service of a checkout and ask for images; return processor seconds and memory in MiB."""
+    """Start the service of a checkout and ask for images; return processor seconds and memory in MiB.
+
+    Raises:
+        ValueError: the service does not start.
+    """
     with _serving(checkout, model) as (process, client):
         costs = {"start-up: processor seconds": _processor_seconds(process.pid)}
         costs |= _memory(process.pid, "start-up")
@@ -88,22 +101,24 @@ def _serving(checkout: Path, model: Path) -> Iterator[tuple[subprocess.Popen[byt
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS) as client:
-            _wait_ready(client)
+            _wait_ready(client, process)
             yield process, client
     finally:
         end_session(process)
 
 
-def _wait_ready(client: httpx.Client) -> None:
+def _wait_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ValueError(f"the service has ended ({process.returncode}); start it by itself: {process.args!r}")
         try:
             if client.get("/readyz").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.05)
-    raise TimeoutError("the service is not ready")
+    raise ValueError(f"the service is not ready after {START_SECONDS:g} s: {process.args!r}")
 
 
 def _environment(checkout: Path) -> dict[str, str]:
@@ -138,8 +153,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def run(asked: argparse.Namespace) -> str:
-    """Measure in turns and return a section of RESULTS.md; the costs of every turn go into a file."""
+def run(asked: argparse.Namespace) -> None:
+    """Measure in turns and print a section of RESULTS.md; the costs of every turn go into a file."""
     facts = describe_run(torch.device("cpu"), threads=1)
     del facts["Commit"]
     checkouts = [asked.before.resolve(), asked.after.resolve()]
@@ -163,7 +178,7 @@ def run(asked: argparse.Namespace) -> str:
     asked.out.mkdir(parents=True, exist_ok=True)
     raw: Any = {str(checkout): costs for checkout, costs in measured.items()}
     (asked.out / "two_checkouts.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    return markdown_section(facts, table(*measured.values()), "benchmarks.two_checkouts")
+    print(markdown_section(facts, table(*measured.values()), "benchmarks.two_checkouts"))
 
 
 def _commit(checkout: Path) -> str:
@@ -182,7 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="timed steps of the engine per policy and turn (500)")
     parser.add_argument("--parts", nargs="+", choices=("engine", "service"), default=("engine", "service"))
     parser.add_argument("--out", type=Path, default=WORK)
-    print(run(parser.parse_args()))
+    raise SystemExit(exit_status(run, parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ class SkippingPairs:
         labels = self._images.labels
         alike = np.flatnonzero(labels == labels[index])
         for other in np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist():
+            if other in self._replaced:  # even if it is readable by now: two pairs must not replace each other
+                continue
             if self._error_of(other) is None:
                 self._replaced[index] = other
                 mine, theirs = self._images.name_of(index), self._conditions.name_of(index)

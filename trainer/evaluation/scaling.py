@@ -190,12 +190,12 @@ def study(
         TrainError, Stopped: as for `train`; the same command continues the study.
     """
     points = points_of(images, count, base.batch_size)
-    done = _earlier_results(out)
+
+    def network_of(width: int) -> ModelConfig:
+        return _network(resolve(width_config(base, width, points[-1]), dataset))
+
     try:
-        configs = {
-            width: width_config(base, width, points[-1]) for width in sorted({*widths, *(width for width, _ in done)})
-        }
-        networks = {width: _network(resolve(config, dataset)) for width, config in configs.items()}
+        networks = {width: network_of(width) for width in widths}
         for model in networks.values():
             parameter_count(model)
     except ValueError as error:
@@ -207,7 +207,10 @@ def study(
         **settings,
     }
     _check_plan(out, plan)
-    left = _Left({width: networks[width] for width in widths}, points, rows, done)
+    done = _earlier_results(out)
+    left = _Left(networks, points, rows, done)
+    networks |= {width: network_of(width) for width, _ in done}
+    networks = dict(sorted(networks.items()))
     for number, width in enumerate(widths, start=1):
         run = out / str(width) / "run"
         for point in points:

@@ -124,6 +124,22 @@ def test_a_class_without_a_readable_pair_ends_the_run(folders: Path, monkeypatch
         levels(opened(folders), [7])
 
 
+def test_a_pair_that_is_readable_again_does_not_replace_its_own_replacement(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folders / "images" / "a" / "0.png"
+    whole = path.read_bytes()
+    damage(path)
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    data = opened(folders)
+    assert levels(data, [0]) == ([10], [15])
+    path.write_bytes(whole)  # as after an error of a network drive
+    for number in (1, 2, 3):
+        damage(folders / "images" / "a" / f"{number}.png")
+    with pytest.raises(DataError, match="no pair of its class can be read"):
+        levels(data, [0])
+
+
 def test_the_index_sees_the_same_pairs(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "INDEXED_FILES", 1)
     (folders / "images" / "a" / "1.png").write_bytes(b"junk")

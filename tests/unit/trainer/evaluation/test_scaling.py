@@ -112,6 +112,9 @@ def test_a_study_of_other_settings_or_impossible_widths_is_refused(npz: Path, tm
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(EvaluationError, match="is not empty"):
         run_study(npz, tmp_path / "full", [])
+    (tmp_path / "full" / "results.json").write_text('{"results": []}')  # of another command
+    with pytest.raises(EvaluationError, match="is not empty"):
+        run_study(npz, tmp_path / "full", [])
 
 
 def test_widths_may_be_added_to_a_study_which_keeps_the_others(npz: Path, tmp_path: Path) -> None:
