@@ -156,6 +156,7 @@ class DenoiseFields(TypedDict, total=False):
     timestep: Required[int | Sequence[int]]
     class_: int | str | Sequence[int | str]
     cond: GivenFile
+    fit: Fit
     cfg_scale: float
     priority: PriorityName
     deadline_s: float

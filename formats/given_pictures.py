@@ -47,24 +47,13 @@ def read_picture(
     """
     with _Picture(content) as image:
         _check_picture(image, content, shape, fit)
+        pixels: Array
         if (deep := _deep_pixels(image, content)) is not None:
-            return _deep_channels(deep, shape[2], drop_alpha=drop_alpha, to_grey=grey or fit is not None)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if shape[2] != 4 and image.has_transparency_data:
-            if not drop_alpha:
-                _refuse_transparent(np.asarray(image.convert("RGBA"))[..., 3], 255)
-            converted = image.convert("RGB" if shape[2] == 3 or image.mode not in ("LA", "La") else "L")
+            pixels = _deep_channels(deep, shape[2], drop_alpha=drop_alpha, to_grey=grey or fit is not None)
         else:
-            converted = image
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
-        if mode == "L" and converted.mode not in ("1", "L"):
-            colours = np.asarray(converted.convert("RGB"))
-            if (colours == colours[..., :1]).all():  # a WebP always has three channels
-                return colours[..., :1]
-            _refuse_colours(allowed=grey or fit is not None)
-        pixels = np.asarray(converted.convert(mode))
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+            pixels = _eight_bit_pixels(image, shape[2], drop_alpha=drop_alpha, to_grey=grey or fit is not None)
+    _check_size(pixels.shape[1], pixels.shape[0], shape, fit)  # what stands behind the pixels can turn them
+    return pixels
 
 
 def read_alpha(content: bytes, shape: Shape, fit: Fit | None) -> Array:
@@ -83,10 +72,13 @@ def read_alpha(content: bytes, shape: Shape, fit: Fit | None) -> Array:
         if not image.has_transparency_data:
             raise GivenFileError(WANTS_ALPHA)
         if (deep := _deep_pixels(image, content)) is not None:
-            return deep[..., -1:]
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(image.convert("RGBA"))[..., 3:]
+            alpha: Array = deep[..., -1:]
+        else:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            alpha = np.asarray(image.convert("RGBA"))[..., 3:]
+    _check_size(alpha.shape[1], alpha.shape[0], shape, fit)
+    return alpha
 
 
 def has_alpha(content: bytes) -> bool:
@@ -133,17 +125,21 @@ def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit
         raise GivenFileError("must not be animated")
     turned = image.getexif().get(274, 1) in (5, 6, 7, 8) if image.format != "PNG" or "exif" in image.info else False
     width, height = image.size[::-1] if turned else image.size
-    if fit is None and (height, width) != shape[:2]:
-        raise GivenFileError(
-            f"must be {shape[1]} pixels wide and {shape[0]} high; or set fit to {alternatives(FITS)}; "
-            f"got {width} x {height}"
-        )
+    _check_size(width, height, shape, fit)
     if width * height > max(MAX_PICTURE_PIXELS, shape[0] * shape[1]):
         raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got {width} x {height}")
     if image.mode not in _MODES:
         raise GivenFileError(f"must be grey or RGB; got colour mode {image.mode}")
     if image.format == "PNG" and not has_all_data(content):
         raise GivenFileError(f"is damaged or truncated: its header announces {image.width} x {image.height} pixels")
+
+
+def _check_size(width: int, height: int, shape: Shape, fit: Fit | None) -> None:
+    if fit is None and (height, width) != shape[:2]:
+        raise GivenFileError(
+            f"must be {shape[1]} pixels wide and {shape[0]} high; or set fit to {alternatives(FITS)}; "
+            f"got {width} x {height}"
+        )
 
 
 def _refuse_transparent(alpha: npt.NDArray[Any], opaque: int) -> None:
@@ -154,6 +150,28 @@ def _refuse_transparent(alpha: npt.NDArray[Any], opaque: int) -> None:
 def _refuse_colours(*, allowed: bool) -> None:
     if not allowed:
         raise GivenFileError(f"must be grey, as the model's images; or set fit to {alternatives(FITS)}")
+
+
+def _eight_bit_pixels(
+    image: ImageFile.ImageFile, channels: int, *, drop_alpha: bool, to_grey: bool
+) -> npt.NDArray[np.uint8]:
+    """Decode a picture, with 1, 3 or 4 channels."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if channels != 4 and image.has_transparency_data:
+        if not drop_alpha:
+            _refuse_transparent(np.asarray(image.convert("RGBA"))[..., 3], 255)
+        converted = image.convert("RGB" if channels == 3 or image.mode not in ("LA", "La") else "L")
+    else:
+        converted = image
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    if mode == "L" and converted.mode not in ("1", "L"):
+        colours = np.asarray(converted.convert("RGB"))
+        if (colours == colours[..., :1]).all():  # a WebP always has three channels
+            return colours[..., :1]
+        _refuse_colours(allowed=to_grey)
+    pixels = np.asarray(converted.convert(mode))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _deep_pixels(image: ImageFile.ImageFile, content: bytes) -> npt.NDArray[np.uint16] | None:

@@ -31,10 +31,11 @@ def has_all_data(content: bytes) -> bool:
     announced, found, name = _announced_bytes(content), 0, b""
     decompressor = zlib.decompressobj()
     for name, data in _chunks(content):
-        rest = data if name == b"IDAT" else b""
-        while rest and not decompressor.eof and found <= announced:
-            found += len(decompressor.decompress(rest, PIECE))
-            rest = decompressor.unconsumed_tail
+        for start in range(0, len(data) if name == b"IDAT" else 0, PIECE):
+            rest: bytes | memoryview = data[start : start + PIECE]  # each call copies what it leaves of it
+            while rest and not decompressor.eof and found <= announced:
+                found += len(decompressor.decompress(rest, PIECE))
+                rest = decompressor.unconsumed_tail
     return name == b"IEND" and found == announced and decompressor.eof
 
 

@@ -175,6 +175,27 @@ def fitting(nodes: list[dict[str, Any]], reserved: dict[str, Any]) -> int:
     return total
 
 
+def workers_on(nodes: list[dict[str, Any]], reserved: dict[str, Any], wanted: int | None) -> int:
+    """Return the number of workers to start: as many as are wanted, or as have room.
+
+    Args:
+        nodes: as `ray.nodes` returns them.
+        reserved: see `Pool`.
+        wanted: None: as many as have room. A given number waits for nodes; if there is none yet, that is printed.
+
+    Raises:
+        ValueError: no number is given, and no node is large enough.
+    """
+    try:
+        room = fitting(nodes, reserved)
+    except ValueError as error:
+        if wanted is None:
+            raise
+        typer.echo(f"waiting: {error}", err=True)
+        return wanted
+    return wanted or room
+
+
 def _mapped(tables: list[pa.Table], pool: Pool, generation: Generation) -> Iterator[Batch]:
     """Generate batches, in the order in which they become complete."""
     import ray.data
@@ -301,7 +322,8 @@ def bulk_command(
         reserved = reservation(settings, cpus, resource or ())
         connect(address)
         try:
-            pool = Pool(workers=workers or fitting(ray.nodes(), reserved), settings=settings, reserved=reserved)
+            workers = workers_on(ray.nodes(), reserved, workers)
+            pool = Pool(workers=workers, settings=settings, reserved=reserved)
             generation = pool.describe(order)
             generate_into(out, generation, produce_on(pool, generation), COMMAND)
         finally:
@@ -343,7 +365,10 @@ def absolute(model: Path) -> Path:
 def reason_of(error: Exception) -> str:
     """Return what went wrong in a task or an actor of Ray, without its traceback."""
     cause = getattr(error, "cause", None)  # that of a task
-    return str(cause or str(error).strip().splitlines()[-1])
+    if cause is not None:
+        return str(cause)
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 app = typer.Typer(add_completion=False)

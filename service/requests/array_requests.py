@@ -99,6 +99,9 @@ class DenoiseRequest(ArrayOptions):
     timestep: Annotated[Timestep | Annotated[list[Timestep], Field(min_length=1, max_length=MAX_IMAGES)], Field()] = (
         Field(description="t of the training chain, 0..T-1, or a list with one per array.")
     )
+    fit: Fit | None = Field(
+        default=None, description="Changes a `cond` of another shape: `crop`, `pad` or `resize`; default: refused."
+    )
 
 
 def read_encoded(body: EncodeRequest, config: CheckpointConfig) -> tuple[GivenArrays, ...]:
@@ -116,11 +119,13 @@ def read_noisy(body: DenoiseRequest, config: CheckpointConfig) -> tuple[GivenArr
     """Read the arrays of a request. Slow: call it in the `EncodingPool`.
 
     Raises:
-        InvalidRequest: the file cannot be read, or has another shape.
+        InvalidRequest: the file cannot be read, or has another shape; or there is nothing to fit.
     """
+    if body.fit is not None and body.cond is None:
+        raise InvalidRequest("fit", "is valid only with `cond`")
     shape = shape_of(config.model)
     arrays = reading("x_t", lambda: body.x_t.values(shape, most=MAX_IMAGES))
-    return with_cond(begun_with("x_t", arrays.transpose(0, 3, 1, 2)), body.cond, config)
+    return with_cond(begun_with("x_t", arrays.transpose(0, 3, 1, 2)), body.cond, config, body.fit)
 
 
 def complete_arrays(

@@ -97,7 +97,7 @@ def read_given(body: GivenOptions, config: CheckpointConfig) -> tuple[GivenArray
 
 
 def with_cond(
-    begun: tuple[GivenArrays, ...], cond: Source | None, config: CheckpointConfig, fit: Fit | None = None
+    begun: tuple[GivenArrays, ...], cond: Source | None, config: CheckpointConfig, fit: Fit | None
 ) -> tuple[GivenArrays, ...]:
     """Add the conditioning images of a request to what its chains begin with.
 

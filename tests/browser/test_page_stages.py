@@ -193,6 +193,14 @@ def test_arrays_condition_too_and_what_cannot_is_refused_by_the_field(page: Page
     expect(page.get_by_role("radiogroup", name="View")).to_be_hidden()
 
 
+def test_a_file_that_cannot_be_read_is_refused_by_the_field(page: Page, site: Site) -> None:
+    chosen(page, site, PAIRED)
+    fail = "() => { FileReader.prototype.readAsDataURL = function () { this.onerror(); }; }"
+    page.evaluate(fail)  # as for a dropped folder
+    page.locator("#cond").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b""})
+    expect(page.get_by_text("Must be a PNG, WebP or JPEG picture, or an npy or npz file.")).to_be_visible()
+
+
 def test_dropped_files_go_where_they_are_dropped_and_else_to_what_is_missing(page: Page, site: Site) -> None:
     chosen(page, site, PAIRED)
     drop = DROP.replace("document.body", "document.querySelector(where)")

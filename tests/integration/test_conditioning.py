@@ -82,18 +82,28 @@ def test_a_conditioning_image_of_another_shape_is_fitted_on_request(address: str
     fitted = read_images(base64.b64decode(picture), (4, 4, 1), most=1, fit=fit)
     wanted = images_of(post(address, model="upsampler", cond=npy(fitted)))
     np.testing.assert_array_equal(images_of(post(address, model="upsampler", cond=picture, fit=fit)), wanted)
-    body = {"model": "maps", "image": png(PIXELS), "steps": 4, "class": 0, "cond": npy(MAPS[0, :4])}
-    statuses = [
-        httpx.post(f"http://{address}/v1/encode", json=body | options, timeout=PATIENCE_S).status_code
-        for options in ({}, {"fit": fit})
-    ]
-    assert statuses == [422, 200]
+    x_t = {"x_t": npy(np.zeros((8, 8, 1), np.float32)), "timestep": 5}
+    for path, body in (("encode", {"image": png(PIXELS), "steps": 4}), ("denoise", x_t)):
+        body |= {"model": "maps", "class": 0, "cond": npy(MAPS[0, :4])}
+        statuses = [
+            httpx.post(f"http://{address}/v1/{path}", json=body | options, timeout=PATIENCE_S).status_code
+            for options in ({}, {"fit": fit})
+        ]
+        assert statuses == [422, 200]
 
 
-def test_fit_needs_something_to_fit(address: str) -> None:
-    answer = post(address, model="plain", fit="crop")
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("generate", {}, "is valid only with `image` or `cond`"),
+        ("denoise", {"x_t": npy(np.zeros((8, 8, 1), np.float32)), "timestep": 5}, "is valid only with `cond`"),
+    ],
+)
+def test_fit_needs_something_to_fit(address: str, path: str, body: dict[str, Any], message: str) -> None:
+    url = f"http://{address}/v1/{path}"
+    answer = httpx.post(url, json={"model": "plain", "fit": "crop", **body}, timeout=PATIENCE_S)
     assert answer.status_code == 422
-    assert answer.json()["errors"] == [{"field": "fit", "message": "is valid only with `image` or `cond`"}]
+    assert answer.json()["errors"] == [{"field": "fit", "message": message}]
 
 
 def test_conditioning_goes_with_a_kept_part(address: str) -> None:

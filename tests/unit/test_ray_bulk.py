@@ -13,7 +13,7 @@ import pytest
 
 from cli.bulk_order import Files, Order, describe_order, requests_for
 from cli.local_engine import LocalEngine, local_settings
-from deploy.ray.bulk import WIDTHS_PER_BATCH, batches_of, fitting, reason_of, reservation
+from deploy.ray.bulk import batches_of, fitting, reason_of, reservation, workers_on
 from deploy.ray.bulk_worker import Worker, describe
 from deploy.ray.devices import with_threads
 from formats.generation import Generation
@@ -137,7 +137,6 @@ def test_batches_hold_class_seed_and_index_of_missing_images_and_never_cross_sha
     without = batches_of(generation(classes=None), [range(COUNT)], COUNT)
     assert without[0].column_names == ["seed", "image_index"]
     assert without[0]["image_index"].to_pylist() == list(range(FIRST, FIRST + COUNT))
-    assert WIDTHS_PER_BATCH > 1
 
 
 def test_a_worker_has_its_cpus_as_threads_and_with_cuda_one_gpu(settings: Settings) -> None:
@@ -165,6 +164,17 @@ def test_as_many_workers_run_as_fit_on_each_node() -> None:
         fitting(nodes, {"num_cpus": 8, "num_gpus": 1, "resources": {}})
 
 
+def test_workers_without_a_node_wait_if_their_number_is_given_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    reserved = {"num_cpus": 2, "num_gpus": 0, "resources": {}}
+    nodes = [{"Alive": True, "Resources": {"CPU": 5.0}}]
+    assert [workers_on(nodes, reserved, wanted) for wanted in (None, 1, 7)] == [2, 1, 7]
+    assert capsys.readouterr().err == ""
+    assert workers_on([], reserved, 3) == 3
+    assert "waiting: no node of the cluster has room for a worker, which needs 2 CPU" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no node of the cluster has room"):
+        workers_on([], reserved, None)
+
+
 class TaskError(Exception):
     cause = ValueError("class: there is none")
 
@@ -174,6 +184,7 @@ class TaskError(Exception):
     [
         (TaskError("ray::task\n  File\n"), "class: there is none"),
         (RuntimeError("The actor died\n  File\nValueError: a node differs\n\n"), "ValueError: a node differs"),
+        (RuntimeError(), "RuntimeError"),
     ],
 )
 def test_the_reason_of_an_error_in_ray_is_its_cause(error: Exception, reason: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats import png_data
 from formats.given_files import (
     may_be_transparent,
     read_images,
@@ -116,6 +117,50 @@ def test_a_sixteen_bit_picture_is_turned_as_its_exif_says() -> None:
         image = read_images(turned, (8, 5, 3), most=1, drop_alpha=True)[0]
         wanted = np.rot90(colours[:5], -1)
         assert np.array_equal(image, np.broadcast_to(wanted if wanted.shape[2] == 3 else wanted[..., :1], (8, 5, 3)))
+
+
+def turned_at_its_end(png: bytes) -> bytes:
+    """Return a PNG with the orientation behind its pixels: viewers turn it by 90 degrees."""
+    exif = Image.Exif()
+    exif[274] = 6
+    return png[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + png[-12:]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_picture_that_is_turned_behind_its_pixels_has_its_shape_after_that(deep: bool) -> None:
+    alpha = np.dstack([DEEP, DEEP[..., 0]])[:6]
+    rgb, rgba = (deep_png(alpha[..., :3]), deep_png(alpha)) if deep else (picture(RGB), picture(alpha.astype(np.uint8)))
+    for read in (read_images, read_masks):
+        with pytest.raises(GivenFileError, match=r"must be 8 pixels wide and 6 high; .* got 6 x 8"):
+            read(turned_at_its_end(rgb), (6, 8, 3), most=1)
+        assert read(turned_at_its_end(rgb), (6, 8, 3), most=1, fit="crop").shape[1:3] == (6, 8)
+    with pytest.raises(GivenFileError, match="got 6 x 8"):
+        read_transparency(turned_at_its_end(rgba), (6, 8, 3))
+    assert read_transparency(turned_at_its_end(rgba), (8, 6, 3), fit="crop").shape == (1, 8, 6)
+
+
+def test_a_png_is_checked_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompression copies what it leaves of its input: with all of a large chunk, each time."""
+    given: list[int] = []
+
+    class Counted:
+        def __init__(self) -> None:
+            self.inner = decompressor()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            given.append(len(data))
+            return self.inner.decompress(data, most)
+
+    decompressor = zlib.decompressobj
+    content = picture(RGB)
+    monkeypatch.setattr(zlib, "decompressobj", Counted)
+    monkeypatch.setattr(png_data, "PIECE", 16)
+    assert png_data.has_all_data(content)
+    assert max(given) <= 16
+    assert sum(given) < 3 * len(content)
 
 
 @pytest.mark.parametrize("dtype", ["f2", ">f4", "f8", "i2", "u2", "?"])

@@ -45,7 +45,7 @@ export class Conditioning {
   /** Condition the next runs on a file, as on one that the user chooses. */
   async use(file) {
     const turn = ++this.#newest;
-    const content = await base64Of(file);
+    const content = await base64Of(file).catch(() => ""); // a folder, or a file that is gone
     const isReadable = isArray(content) || (await createImageBitmap(file).then((image) => !image.close(), () => false));
     if (turn !== this.#newest) return;
     clearFieldErrors();
