@@ -51,6 +51,8 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._connections = connections
         self._drain_notice_s = drain_notice_s
+        self._idle_until: asyncio.Future[None] | None = None
+        """While a drained server waits for proxies to notice: ends the wait."""
         self._announcement: asyncio.Task[None] | None = None
         self._drain: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -89,6 +91,10 @@ class DrainingServer(uvicorn.Server):
             if number is signal.SIGHUP:  # a closed terminal may send several
                 log.info("SIGHUP: requests are already being finished")
                 return
+            if self._idle_until is not None and not self._idle_until.done():
+                log.info("%s again: ending without waiting for proxies to notice", number.name)
+                self._idle_until.set_result(None)
+                return
             log.warning("%s again: stopping at once, accepted requests are lost", number.name)
             end_process(1)
         elif engine is not None and engine.state is EngineState.STARTING:
@@ -103,8 +109,13 @@ class DrainingServer(uvicorn.Server):
     async def _drain_then_exit(self, notice_s: float) -> None:
         engine = engine_of(self._app)
         if engine is not None:
+            loop = asyncio.get_running_loop()
+            end = loop.time() + notice_s
             engine.drain()
-            await asyncio.gather(engine.wait_idle(), asyncio.sleep(notice_s))
+            await engine.wait_idle()
+            self._idle_until = loop.create_future()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle_until, end - loop.time())
         self.should_exit = True
 
     async def _announce(self, service: ServiceState, addresses: list[str]) -> None:
