@@ -64,9 +64,7 @@ class Decoder:
             return self._replacement(index, draws, error)
 
     def _replacement(self, index: int, draws: Sequence[float] | None, error: DataError) -> Uint8Array:
-        alike = np.flatnonzero(self._labels == self._labels[index])
-        at = int(np.searchsorted(alike, index))
-        for other in np.roll(alike, -at)[1:].tolist():
+        for other in stand_ins(self._labels, index):
             try:
                 pixels = self.image(other, draws)
             except DataError:
@@ -91,3 +89,10 @@ class Decoder:
             return fit_image(image, self._size, self._options.small_images, crop)
 
         return decode(self._source(index), self._mode, self._options, fit)
+
+
+def stand_ins(labels: IntArray, index: int) -> list[int]:
+    """Return the images that may take the place of an unreadable one: those of its class, the ones behind it first."""
+    alike = np.flatnonzero(labels == labels[index])
+    others: list[int] = np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist()
+    return others

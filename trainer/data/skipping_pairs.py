@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.dataset import DataError, IntArray, Uint8Array
+from trainer.data.decoder import stand_ins
 from trainer.data.folder import FolderDataset
 from trainer.run_folder import warn
 
@@ -68,9 +69,7 @@ class SkippingPairs:
         return None
 
     def _replace(self, index: int, error: DataError) -> None:
-        labels = self._images.labels
-        alike = np.flatnonzero(labels == labels[index])
-        for other in np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist():
+        for other in stand_ins(self._images.labels, index):
             if other in self._replaced:  # even if it is readable by now: two pairs must not replace each other
                 continue
             if self._error_of(other) is None:
