@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.options import WORK
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from service.backends.base import FailureKind, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 from service.engine.async_engine import AsyncEngine, EngineState
@@ -237,9 +237,7 @@ def main() -> None:
     facts["Load"] = f"{asked.waiting:,} images waiting, width {asked.width}, a step of {asked.step_ms:g} ms"
     costs = measure(asked.waiting, asked.width, asked.steps, asked.repeats)
     section = markdown_section(facts, table(costs, asked.step_ms / 1000), "benchmarks.bookkeeping")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "bookkeeping.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "bookkeeping", section)
 
 
 if __name__ == "__main__":

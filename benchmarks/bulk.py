@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import WORK, exit_status
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from benchmarks.rounds import Pace, Timing, take_turns
 from cli.bulk import generate_into, produce_here
 from cli.bulk_order import Files, choose_classes, describe_generation, requests_for
@@ -143,9 +143,7 @@ def report(args: argparse.Namespace) -> None:
         ("", f"images per {args.clock} second", "best", "of the engine's, median of rounds", "quartiles"), rows
     )
     section = markdown_section(facts, table, "benchmarks.bulk")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bulk.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(args.out, "bulk", section)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.bulk import ALONE, EngineAlone
 from benchmarks.options import WORK, exit_status, say
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from cli.bulk import Produce, generate_into
 from cli.bulk_order import Files, Order
 from cli.local_engine import LocalEngine, local_settings
@@ -183,9 +183,7 @@ def report(args: argparse.Namespace) -> None:
         ])  # fmt: skip
     header = ("", "images per CPU second", "of the engine's", "images per wall second", "CPU ms of Ray per image")
     section = markdown_section(facts, markdown_table(header, rows), "benchmarks.bulk_ray")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bulk_ray.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(args.out, "bulk_ray", section)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

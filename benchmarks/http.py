@@ -34,7 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.options import WORK
 from benchmarks.processes import end_session, free_ports
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 
 HERE = Path(__file__).parent / "null_servers"
 BODY = json.dumps({"steps": 2, "seed": 1}).encode()
@@ -257,8 +257,7 @@ def main() -> None:
             )
             results.setdefault(contender.name, []).append(measured)
     section = markdown_section(facts, table(results), "benchmarks.http")
-    (asked.out / "http.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "http", section)
 
 
 if __name__ == "__main__":

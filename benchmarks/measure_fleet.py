@@ -34,7 +34,7 @@ from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.open_loop import OK, Answer, Ask, offer, open_client
 from benchmarks.options import WORK, exit_status, say
 from benchmarks.processes import end_session, free_ports
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from benchmarks.simulated_fleet import Proxy, simulate_fleet
 from benchmarks.traffic import MIX, Arrival, draw_arrivals, mean_row_steps
 from cli.load.report import percentile
@@ -257,9 +257,7 @@ def run(asked: argparse.Namespace) -> None:
     steps = [_ms(rounds[0].step_s), _ms(device.call_s)]
     facts["Step in the first run, and as given"] = "; ".join(steps)
     section = markdown_section(facts, table(rounds), "benchmarks.measure_fleet")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "fleet.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "fleet", section)
 
 
 def _ms(seconds: Mapping[int, float]) -> str:

@@ -32,7 +32,7 @@ from benchmarks.haproxy import haproxy
 from benchmarks.http import connect
 from benchmarks.options import WORK, exit_status, say
 from benchmarks.processes import end_session
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 
 ROOT = Path(__file__).parents[1]
 BODY = json.dumps({"steps": 50, "seed": 1}).encode()
@@ -180,8 +180,7 @@ def run(asked: argparse.Namespace) -> None:
         rounds.append([measure(program, case, asked.clients, asked.out / "proxy") for case in CASES])
         say(f"round {number + 1}: " + ", ".join(f"{1e6 * seconds:.0f} µs" for seconds in rounds[-1]))
     section = markdown_section(facts, table(list(zip(*rounds, strict=True))), "benchmarks.proxy_rate")
-    (asked.out / "proxy_rate.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "proxy_rate", section)
 
 
 if __name__ == "__main__":

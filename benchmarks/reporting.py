@@ -45,6 +45,13 @@ def markdown_section(facts: Mapping[str, str], table: str, module: str) -> str:
     return "\n".join([*lines, "", table, "", "```", command_line(module), "```", ""])
 
 
+def publish(folder: Path, name: str, section: str) -> None:
+    """Print a section of RESULTS.md, and write it as NAME.md into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(section, encoding="utf-8")
+    print(section)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a markdown table: the first column to the left, numbers to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.options import exit_status
-from benchmarks.reporting import command_line, describe_run, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from cli.train_command import parse_assignments
 from trainer.batches import Batches
 from trainer.data import open_dataset
@@ -100,10 +100,8 @@ def run(args: argparse.Namespace) -> None:
     for name, values in {**seconds, "all but the gradient": other}.items():
         low, middle, high = 1e3 * np.quantile(values, (0.25, 0.5, 0.75))
         rows.append([name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{0.1 * middle / total:.2f} %"])
-    print("\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    print()
-    print(markdown_table(["part", "processor ms", "quartiles", "share of the step"], rows))
-    print(f"\n```\n{command_line('benchmarks.step_parts')}\n```")
+    table = markdown_table(["part", "processor ms", "quartiles", "share of the step"], rows)
+    print(markdown_section(facts, table, "benchmarks.step_parts"))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

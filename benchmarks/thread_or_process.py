@@ -38,7 +38,7 @@ import torch
 
 from benchmarks.engine_process import EngineProcess
 from benchmarks.null_network import NullDenoiser
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from diffusion.network_inputs import NetworkInputs
 from service.backends.pending import Later, Pending
 from service.engine.async_engine import AsyncEngine, EngineState
@@ -228,9 +228,7 @@ def main() -> None:
     facts = describe_run(torch.device("cpu"), threads=1)
     facts["Thread, interval"] = f"sys.setswitchinterval of {asked.switch_ms:g} ms"
     section = markdown_section(facts, table(runs), "benchmarks.thread_or_process")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "thread_or_process.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "thread_or_process", section)
 
 
 if __name__ == "__main__":

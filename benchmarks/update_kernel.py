@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.options import WORK
-from benchmarks.reporting import describe_run, markdown_section, markdown_table
+from benchmarks.reporting import describe_run, markdown_section, markdown_table, publish
 from diffusion.config import DiffusionConfig
 from diffusion.plans import build_plan
 from service.backends.cuda_graphs import CallAgain, Capture, CudaCapture
@@ -90,9 +90,7 @@ def main() -> None:
     section = markdown_section(
         describe_run(device, asked.threads), markdown_table(header, rows), "benchmarks.update_kernel"
     )
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "update_kernel.md").write_text(section, encoding="utf-8")
-    print(section)
+    publish(asked.out, "update_kernel", section)
 
 
 if __name__ == "__main__":
