@@ -1,7 +1,8 @@
 """numpy arrays and torch tensors through the Python array API standard.
 
-One implementation serves both, and this module does not import torch. Use minimum and maximum instead of `clip`: that
-of array-api-compat indexes tensors by a mask, which makes a CUDA device wait.
+One implementation serves both, and this module does not import torch. numpy implements the standard itself; what
+array-api-compat wraps around it imports 180 modules more. Use minimum and maximum instead of `clip`: that of
+array-api-compat indexes tensors by a mask, which makes a CUDA device wait.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def namespace(x: A) -> Any:
     """Return the array API namespace of an array: `xp.where`, `xp.exp`, `xp.float32`, ..."""
     kind = type(x)
     if kind not in _NAMESPACES:
-        _NAMESPACES[kind] = array_api_compat.array_namespace(x)
+        _NAMESPACES[kind] = np if isinstance(x, (np.ndarray, np.generic)) else array_api_compat.array_namespace(x)
     return _NAMESPACES[kind]
 
 
