@@ -24,11 +24,15 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from service.engine.config import EngineConfig
 from service.engine.ledger import Ledger, Line
 from service.engine.request import Image, Order, Priority
 from service.engine.snapshot import PlacedImage, Snapshot
+
+_ORDER = attrgetter("order")
+"""Sort key of `PlacedImage`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class _Ahead:
 
     def join(self, placed: PlacedImage) -> None:
         """Add a predicted image to the work ahead of the remaining images of its request."""
-        insort(self.taking_part, placed, key=_order)
+        insort(self.taking_part, placed, key=_ORDER)
         self.joined_rows += placed.image.rows
         self.joined_classified += placed.image.classified_rows
         self.joined_work += placed.remaining_row_steps
@@ -129,7 +133,7 @@ class Forecast:
 
     def _predict(self, images: Sequence[PlacedImage], snapshot: Snapshot, *, known: bool) -> Prediction:
         """Predict images of one request: all of them accepted (`known`), or none."""
-        ordered = sorted(images, key=_order)
+        ordered = sorted(images, key=_ORDER)
         ahead = self._ahead(ordered[0].image, snapshot)
         predicted = []
         for placed in ordered:
@@ -157,16 +161,19 @@ class Forecast:
         if image.stage and image not in self._ledger.orders:
             for other in self._ledger.unfinished(image.request_id):
                 own[other.model] = own.get(other.model, 0) + other.rows
-        started = sorted((placed for placed in self._started(snapshot) if placed.image.model == model), key=_order)
-        left = {Priority.INTERACTIVE: accepted.interactive.work.work, Priority.BATCH: accepted.batch.work.work}
-        for placed in started:
-            left[placed.image.priority] -= placed.image.row_steps - placed.remaining_row_steps
+        started = sorted([placed for placed in self._started(snapshot) if placed.image.model == model], key=_ORDER)
+        interactive, batch = accepted.interactive.work.work, accepted.batch.work.work
+        for image_ahead, _, remaining in started:
+            if image_ahead.request.priority is Priority.BATCH:
+                batch -= image_ahead.row_steps - remaining
+            else:
+                interactive -= image_ahead.row_steps - remaining
         return _Ahead(
             line=accepted.line(priority),
-            progress=self._progress(placed for placed in started if placed.image.priority is priority),
+            progress=self._progress([placed for placed in started if placed.image.request.priority is priority]),
             taking_part=[placed for placed in started if placed.remaining_row_steps],
-            interactive=left[Priority.INTERACTIVE],
-            batch=left[Priority.BATCH],
+            interactive=interactive,
+            batch=batch,
             others_step_s=sum(
                 self._step_s(other, snapshot.widths[other], snapshot)
                 for other, work in self._ledger.models.items()
@@ -224,10 +231,6 @@ class Forecast:
             changes.append((self._ledger.orders[image], -1, -image.row_steps))
             changes.append((order, +1, +remaining))
         return sorted(changes)
-
-
-def _order(placed: PlacedImage) -> Order:
-    return placed.order
 
 
 def _together(predicted: Sequence[Prediction]) -> Prediction:
