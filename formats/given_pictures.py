@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
 from diffusion.quoting import alternatives
+from formats import jpeg_data, png_data
 from formats.given_shapes import FITS, MAX_PICTURE_PIXELS, Array, Fit, GivenFileError, Shape
-from formats.png_data import has_all_data
 
 FORMATS = "a PNG, WebP, JPEG, npy or npz file"
 WANTS_ALPHA = "must be a picture with an alpha channel: transparent where the image is made"
@@ -118,7 +118,7 @@ def _unreadable(error: Exception) -> GivenFileError:
 
 
 def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit: Fit | None) -> None:
-    """Check what the header says, and that a PNG has the data for it, before anything is decoded."""
+    """Check what the header says, and that a PNG or JPEG has the data for it, before all pixels are decoded."""
     if shape[2] not in (1, 3, 4):
         raise GivenFileError(f"must be an npy or npz: pictures have 1, 3 or 4 channels, the model's images {shape[2]}")
     if image.format != "JPEG" and getattr(image, "is_animated", False):
@@ -130,7 +130,8 @@ def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit
         raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got {width} x {height}")
     if image.mode not in _MODES:
         raise GivenFileError(f"must be grey or RGB; got colour mode {image.mode}")
-    if image.format == "PNG" and not has_all_data(content):
+    has_all_data = {"PNG": png_data.has_all_data, "JPEG": jpeg_data.has_all_data}.get(image.format or "")
+    if has_all_data is not None and not has_all_data(content):
         raise GivenFileError(f"is damaged or truncated: its header announces {image.width} x {image.height} pixels")
 
 

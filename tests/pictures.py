@@ -1,7 +1,8 @@
-"""PNG files that Pillow cannot write."""
+"""PNG and JPEG files that Pillow cannot write."""
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from typing import Any
@@ -42,3 +43,10 @@ def deep_png(
             chunk(b"IEND", b""),
         ]
     )
+
+
+def jpeg_announcing(content: bytes, width: int, height: int) -> bytes:
+    """Return a JPEG with another size in its header."""
+    frame = re.search(rb"\xff[\xc0-\xc2]\x00[\x0b\x11]\x08", content)
+    assert frame is not None
+    return content[: frame.end()] + struct.pack(">HH", height, width) + content[frame.end() + 4 :]

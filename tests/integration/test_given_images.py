@@ -23,7 +23,7 @@ from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import exact_app, serving
 from tests.integration.in_process import running
-from tests.pictures import deep_png
+from tests.pictures import deep_png, jpeg_announcing
 from tests.waiting import PATIENCE_S, runs
 
 RNG = np.random.default_rng(0)
@@ -39,6 +39,13 @@ def png(pixels: npt.NDArray[Any]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.squeeze(pixels)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def short_jpeg() -> str:
+    """Return a picture of 8 x 8 pixels whose header announces 8 x 48."""
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[..., 0]).save(buffer, "JPEG")
+    return base64.b64encode(jpeg_announcing(buffer.getvalue(), 8, 48)).decode()
 
 
 def npy(array: npt.NDArray[Any]) -> str:
@@ -185,6 +192,8 @@ def test_progress_counts_the_calls_of_the_longer_plan(address: str) -> None:
         ({"image": "é", "strength": 0.5}, "image", "base64"),
         ({"image": SHORT, "strength": 0.5}, "image", "its header announces 8 x 8 pixels"),
         ({"image": png(PIXELS), "mask": SHORT}, "mask", "its header announces 8 x 8 pixels"),
+        ({"image": short_jpeg(), "strength": 0.5, "fit": "crop"}, "image", "its header announces 8 x 48 pixels"),
+        ({"image": png(PIXELS), "mask": short_jpeg(), "fit": "crop"}, "mask", "its header announces 8 x 48 pixels"),
         ({"image": png(PIXELS[:7]), "strength": 0.5}, "image", "must be 8 pixels wide and 8 high"),
         ({"image": npy(np.zeros((3, 8, 8, 1))), "strength": 0.5, "n": 2}, "image", "must hold 1 or 2 arrays; got 3"),
         ({"image": npy(np.zeros((2, 8, 8, 1))), "mask": npy(np.zeros((3, 8, 8)))}, "mask", "must hold 1 or 2 masks"),
