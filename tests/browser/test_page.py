@@ -33,6 +33,21 @@ from tests.waiting import PATIENCE_S
 STEPS = 20
 LONG_ONLY = pytest.mark.skipif(not LONG, reason="seconds of a browser: IDDPM_TEST_LONG=1")
 NewContext = Callable[..., BrowserContext]
+FILL = """() => {
+    for (let filler = "", size = 1 << 22; size > 0; size >>= 1) {
+        try {
+            sessionStorage.setItem("filler", filler + "x".repeat(size));
+            filler += "x".repeat(size);
+        } catch {}
+    }
+}"""
+"""Leaves no space in the storage of the tab."""
+FORBID = """
+    for (const name of ["sessionStorage", "localStorage"]) {
+        Object.defineProperty(window, name, { get() { throw new DOMException("Access is denied", "SecurityError"); } });
+    }
+"""
+"""What a browser does that blocks the data of sites."""
 
 
 def opened(page: Page, site: Site) -> Page:
@@ -205,20 +220,37 @@ def test_a_reload_keeps_settings_and_images_and_ends_runs_in_progress(page: Page
 
 def test_a_run_that_is_too_large_to_keep_replaces_no_other(page: Page, site: Site) -> None:
     expect_state(ask(opened(page, site), n=1), "done")
-    page.evaluate(
-        """() => {
-            for (let filler = "", size = 1 << 22; size > 8; size >>= 1) {
-                try {
-                    sessionStorage.setItem("filler", filler + "x".repeat(size));
-                    filler += "x".repeat(size);
-                } catch {}
-            }
-        }"""
-    )
+    page.evaluate(FILL)
     expect_state(ask(page, n=4, seed=8), "done")
     page.reload()
     expect(page.locator(".run")).to_have_count(1)
     expect(page.locator(".run")).to_contain_text("seed 7")
+
+
+def test_settings_that_do_not_fit_into_the_storage_stop_nothing(page: Page, site: Site) -> None:
+    opened(page, site)
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.evaluate(FILL)
+    expect_state(ask(page, n=1, seed=123_456_789), "done")
+    page.reload()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
+
+
+def test_a_browser_that_forbids_storage_shows_the_page_all_the_same(new_context: NewContext, tmp_path: Path) -> None:
+    key, keys_file = new_key(), tmp_path / "keys.json"
+    write_keys(keys_file, [ApiKey(name="alice", sha256=hash_of(key))])
+    context = new_context(color_scheme="dark")
+    context.add_init_script(FORBID)
+    page = context.new_page()
+    with serving(keys_file=keys_file) as site:
+        page.goto(site.url)
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
+        expect_state(ask(page, n=1), "done")
+        page.get_by_role("button", name="Light").click()
+        expect(page.get_by_role("button", name="Dark")).to_be_visible()
+        page.get_by_role("button", name="Clear").click()
+        expect(page.locator(".run")).to_have_count(0)
 
 
 def test_two_tabs_share_the_service_and_nothing_else(new_context: NewContext, site: Site) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import FilePayload, Locator, Page, expect
 
 from tests.browser.conftest import Site, serving
 from tests.browser.test_page import NewContext, answered, ask, assert_accessible, expect_state, shown
@@ -199,6 +199,40 @@ def test_a_file_that_cannot_be_read_is_refused_by_the_field(page: Page, site: Si
     page.evaluate(fail)  # as for a dropped folder
     page.locator("#cond").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b""})
     expect(page.get_by_text("Must be a PNG, WebP or JPEG picture, or an npy or npz file.")).to_be_visible()
+
+
+def test_nothing_is_generated_while_a_conditioning_image_is_read(page: Page, site: Site) -> None:
+    chosen(page, site, PAIRED)
+    generate = page.get_by_role("button", name="Generate")
+    old, new = (png(np.full((8, 8), level, np.uint8)) for level in (10, 20))
+    choose(page, old, "old.png")
+    page.evaluate(
+        """() => {
+            const read = FileReader.prototype.readAsDataURL;
+            FileReader.prototype.readAsDataURL = function (blob) { window.go = () => read.call(this, blob); };
+        }"""
+    )
+    second: FilePayload = {"name": "new.png", "mimeType": "image/png", "buffer": new}
+    page.locator("#cond").set_input_files(second)
+    expect(generate).to_be_disabled()
+    page.keyboard.press("Control+Enter")
+    page.locator("#model").select_option("m0")  # takes none
+    expect(generate).to_be_enabled()
+    page.locator("#model").select_option(PAIRED)
+    expect(generate).to_be_disabled()
+    page.evaluate("() => go()")
+    expect(page.locator("#cond-name")).to_have_text("new.png")
+    expect(page.locator(".run")).to_have_count(0)
+    _, body = asked_with(page)
+    assert body["cond"] == b64(new)
+
+    page.locator("#cond").set_input_files(second)
+    expect(generate).to_be_disabled()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    expect(generate).to_be_enabled()
+    page.evaluate("() => go()")
+    generate.click()
+    expect(page.get_by_text(MISSING)).to_be_visible()
 
 
 def test_dropped_files_go_where_they_are_dropped_and_else_to_what_is_missing(page: Page, site: Site) -> None:

@@ -12,11 +12,12 @@ const UNREADABLE = "Must be a PNG, WebP or JPEG picture, or an npy or npz file."
 export class Conditioning {
   #cond = null; // of GET v1/models; null: the model takes none
   #content = null; // the file in base64
+  #isReading = false;
   #newest = 0; // counts the choices: a large file may be read after a smaller one that was chosen later
   #onChange;
 
   /**
-   * @param {() => void} onChange - called when the fields have changed
+   * @param {() => void} onChange - called when `isReading`, or the fields, have changed
    */
   constructor(onChange) {
     this.#onChange = onChange;
@@ -45,9 +46,12 @@ export class Conditioning {
   /** Condition the next runs on a file, as on one that the user chooses. */
   async use(file) {
     const turn = ++this.#newest;
+    this.#isReading = true;
+    this.#onChange();
     const content = await base64Of(file).catch(() => ""); // a folder, or a file that is gone
     const isReadable = isArray(content) || (await createImageBitmap(file).then((image) => !image.close(), () => false));
     if (turn !== this.#newest) return;
+    this.#isReading = false;
     clearFieldErrors();
     if (!isReadable) {
       this.#forget();
@@ -57,6 +61,11 @@ export class Conditioning {
     this.#content = content;
     byId("cond-name").textContent = file.name ?? "";
     this.#show();
+  }
+
+  /** Whether the model takes such an image, and the chosen one is not ready yet. */
+  get isReading() {
+    return Boolean(this.#cond) && this.#isReading;
   }
 
   /** The fields of a request: none if the model takes no such image. */
@@ -75,6 +84,7 @@ export class Conditioning {
 
   #forget() {
     this.#newest++;
+    this.#isReading = false;
     this.#content = null;
     this.#show();
   }

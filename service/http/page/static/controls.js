@@ -6,6 +6,7 @@ import { Gallery } from "./gallery.js";
 import { Given } from "./given.js";
 import { Samplers } from "./samplers.js";
 import { showSlider } from "./sliders.js";
+import { store, stored } from "./storage.js";
 import { Upsampling } from "./upsampling.js";
 
 const SLOT = "iddpm.settings";
@@ -115,7 +116,7 @@ export class Controls {
   }
 
   #allowGenerate() {
-    byId("generate").disabled = !this.#model || this.#given.isReading;
+    byId("generate").disabled = !this.#model || this.#given.isReading || this.#conditioning.isReading;
   }
 
   #roll() {
@@ -142,7 +143,7 @@ export class Controls {
       roll: byId("roll").checked,
       ...sliders,
     };
-    sessionStorage.setItem(SLOT, JSON.stringify(settings));
+    store(SLOT, JSON.stringify(settings));
   }
 
   #restore() {
@@ -159,7 +160,7 @@ export class Controls {
 
 /** Return the values set in this tab before, or null. */
 export function keptSettings() {
-  return JSON.parse(sessionStorage.getItem(SLOT));
+  return JSON.parse(stored(SLOT));
 }
 
 /** Return how a request names a class: by name, or by index if several classes have this name. */

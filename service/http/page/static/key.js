@@ -1,19 +1,20 @@
-// The API key, if the service requires one. It is kept for the lifetime of this tab.
+// The API key, if the service requires one. It is kept for the lifetime of this tab, or of the page without storage.
 
 import { byId } from "./dom.js";
+import { store, stored } from "./storage.js";
 
 const SLOT = "iddpm.key";
+let key = stored(SLOT);
 let asking = null;
 
 /** Return the header with the key; empty if no key was entered. */
 export function authorization() {
-  const key = sessionStorage.getItem(SLOT);
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 /** Return whether requests have a key. */
 export function hasKey() {
-  return sessionStorage.getItem(SLOT) !== null;
+  return key !== null;
 }
 
 /**
@@ -41,7 +42,10 @@ function ask(wasWrong) {
       "close",
       () => {
         const given = dialog.returnValue === "use";
-        if (given) sessionStorage.setItem(SLOT, field.value.trim());
+        if (given) {
+          key = field.value.trim();
+          store(SLOT, key);
+        }
         field.value = "";
         resolve(given);
       },
