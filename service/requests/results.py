@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusion.update import to_uint8
 from formats.value_range import ValueRange
 from service.engine.request import ImageParams, ImageResult
 
@@ -30,6 +31,19 @@ def output_of(params: ImageParams, result: ImageResult, values: ValueRange) -> P
     if given is not None and given.mask is not None and given.original is not None:
         data = np.where(given.mask[0, :, :, None] == 0, given.original, data)
     return data
+
+
+def eight_bits_of(result: ImageResult) -> npt.NDArray[np.uint8]:
+    """Return a finished image with eight bits, whichever output was asked for: uint8 [H, W, C].
+
+    Raises:
+        ValueError: the image has neither pixels nor values.
+    """
+    if result.pixels is not None:
+        return result.pixels
+    if result.values is None:
+        raise ValueError(f"image {result.position} of {result.request_id} has no pixels")
+    return to_uint8(result.values[None])[0]
 
 
 def network_values(result: ImageResult) -> npt.NDArray[np.float32]:

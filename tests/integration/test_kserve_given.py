@@ -25,6 +25,7 @@ from tests.waiting import PATIENCE_S
 
 COMMON: dict[str, Any] = {"class": "bee", "steps": 5, "seed": 7, "cfg_scale": 1.5}
 RNG = np.random.default_rng(4)
+FLOATS = RNG.uniform(0, 255, (8, 8, 1)).astype(np.float32)
 SEVERAL = RNG.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
 TYPES = {np.dtype(np.uint8): "UINT8", np.dtype(np.float32): "FP32"}
 
@@ -105,11 +106,34 @@ def test_values_are_those_of_a_native_request(client: Any, address: str, binary:
     assert (values.max() > 255) is not clip
 
 
-def test_values_are_not_sent_unasked_nor_with_pixels(client: Any) -> None:
-    assert client.infer("plain", tensors(COMMON)).as_numpy("values") is None
-    both = [triton.InferRequestedOutput(name) for name in ("values", "images")]
-    with pytest.raises(InferenceServerException, match="outputs: give either `images`, eight-bit pixels, or `values`"):
-        client.infer("plain", tensors(COMMON), outputs=both)
+def test_values_are_not_sent_unasked(client: Any) -> None:
+    answer = client.infer("plain", tensors(COMMON))
+    assert [output["name"] for output in answer.get_response()["outputs"]] == [
+        "images",
+        "seed",
+        "image_index",
+        "class_index",
+    ]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"image": PIXELS, "mask": MASK}, {"image": FLOATS, "mask": MASK}])
+def test_values_and_pixels_of_one_request_are_those_of_two(
+    client: Any, address: str, fields: dict[str, Any], binary: bool, clip: bool
+) -> None:
+    fields = {"class": "bee", "n": 2} | fields
+    answer = client.infer(
+        "plain",
+        tensors(COMMON | fields | {"class": ["bee"] * 2}),
+        outputs=[triton.InferRequestedOutput(name, binary_data=binary) for name in ("values", "seed", "images")],
+        parameters={"clip": clip},
+    )
+    assert [output["name"] for output in answer.get_response()["outputs"]] == ["values", "seed", "images"]
+    for name, dtype in (("values", "float32"), ("images", "uint8")):
+        wanted = native(address, "plain", dtype=dtype, clip=clip, **fields)
+        assert answer.as_numpy(name).dtype == wanted.dtype
+        assert answer.as_numpy(name).tobytes() == wanted.tobytes()
 
 
 def test_metadata_and_configuration_describe_arrays_and_samplers(client: Any, address: str) -> None:

@@ -53,6 +53,7 @@ from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
 from service.requests.generate_request import GenerateRequest, ResampleOptions, SamplingOptions
 from service.requests.given import cond_file_shape, shape_of
+from service.requests.results import eight_bits_of
 from service.requests.source import ArraySource
 
 NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
@@ -83,7 +84,7 @@ ARRAYS: dict[str, tuple[Datatype, ...]] = {
 }
 """Given arrays, and their datatypes, of which metadata states the first."""
 VALUES = "values"
-"""Output that has the images as float32, as `dtype` of a native request; it is instead of `images`."""
+"""Output that has the images as float32, as `dtype` of a native request; only if it is requested."""
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "schedule_policy", "statistics"]
 TRITON_TYPES: dict[Datatype, str] = {
     "BYTES": "TYPE_STRING",
@@ -293,8 +294,6 @@ def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> 
     requested = {output.name for output in body.outputs or []}
     if missing := requested.difference(available):
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
-    if {"images", VALUES} <= requested:
-        raise InvalidRequest("outputs", "give either `images`, eight-bit pixels, or `values`, float32; not both")
     fields: dict[str, Any] = {"model": model.name}
     for name, content in read_tensors(body.inputs, behind, ARRAYS).items():
         fields[name] = _value_of(name, content)
@@ -327,9 +326,13 @@ def _value_of(name: str, content: list[Element] | npt.NDArray[Any]) -> Any:
 def _answer(body: InferRequest, finished: Finished) -> Response:
     accepted = finished.accepted
     params, model = accepted.images, accepted.model
-    wants_values = any(output.name == VALUES for output in body.outputs or [])
-    arrays: dict[str, npt.NDArray[Any]] = {
-        VALUES if wants_values else "images": np.stack([accepted.pixels(result) for result in finished.results]),
+    requested = {output.name for output in body.outputs or []}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if not requested or "images" in requested:
+        arrays["images"] = np.stack([eight_bits_of(result) for result in finished.results])
+    if VALUES in requested:
+        arrays[VALUES] = np.stack([accepted.pixels(result) for result in finished.results])
+    arrays |= {
         "seed": np.array([image.seed for image in params], np.int64),
         "image_index": np.array([image.image_index for image in params], np.int64),
     }

@@ -51,8 +51,7 @@ class InferRequest(RequestBody):
     inputs: Annotated[list[InputTensor], Field(max_length=32)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=32)] | None = Field(
         default=None,
-        description="Absent or empty: all but `values`, the images as float32 in the units of the data, which are "
-        "instead of `images`.",
+        description="Absent or empty: all but `values`, the images as float32 in the units of the data.",
     )
 
 
