@@ -41,6 +41,7 @@ from service.http.door.context import context_of
 from service.http.faults import Fault, FaultResponse
 from service.http.interfaces import Interface
 from service.http.routes import printable, routes_of
+from service.requests.generate_request import GenerateRequest
 
 MAX_ERRORS = 10
 """Maximum number of broken rules in an answer, so that it is not longer than the request."""
@@ -171,7 +172,9 @@ def _instance(request: Request) -> str | None:
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:
-    """Return the model of the body that the request's route takes."""
+    """Return the model of the body that the request's route takes, or of the native request that it makes of one."""
     route = request.scope.get("route")
-    body = route.body_field.field_info.annotation if isinstance(route, APIRoute) and route.body_field else None
+    if not isinstance(route, APIRoute):
+        return None
+    body = GenerateRequest if route.body_field is None else route.body_field.field_info.annotation
     return body if isinstance(body, type) and issubclass(body, BaseModel) else None

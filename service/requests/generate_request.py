@@ -64,6 +64,21 @@ def one_error(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
+class UpsampleOptions(RequestBody):
+    """How the upsampler of a cascade samples; the options of the request itself are those of the base."""
+
+    steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
+        default=None, description=f"Respaced sampling steps, 2..T of the upsampler; default {UPSAMPLE_STEPS}."
+    )
+    sampler: SamplerName = Field(default="ancestral", description=f"{_in_code(SAMPLERS)}.")
+    cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
+        default=None, description="Classifier-free guidance scale; default: the value that the upsampler recommends."
+    )
+    classifier_scale: (
+        Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
+    ) = Field(default=None, description="Classifier guidance scale, if the upsampler has a classifier; default 0.")
+
+
 class SamplingOptions(RequestBody):
     """Options with the same names in all interfaces."""
 
@@ -103,6 +118,9 @@ class SamplingOptions(RequestBody):
     deadline_s: Annotated[StrictFloat | StrictInt, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Deadline for all images, in seconds; rejected at once (422) if predicted to be missed.",
+    )
+    upsample: UpsampleOptions | None = Field(
+        default=None, description="Of a cascade: how its upsampler samples, with `seed` + 1."
     )
 
 
@@ -155,21 +173,6 @@ class GivenOptions(UseOfGiven):
     )
 
 
-class UpsampleOptions(RequestBody):
-    """How the upsampler of a cascade samples; the options of the request itself are those of the base."""
-
-    steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
-        default=None, description=f"Respaced sampling steps, 2..T of the upsampler; default {UPSAMPLE_STEPS}."
-    )
-    sampler: SamplerName = Field(default="ancestral", description=f"{_in_code(SAMPLERS)}.")
-    cfg_scale: Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CFG_SCALE, allow_inf_nan=False)] | None = Field(
-        default=None, description="Classifier-free guidance scale; default: the value that the upsampler recommends."
-    )
-    classifier_scale: (
-        Annotated[StrictFloat | StrictInt, Field(ge=0, le=MAX_CLASSIFIER_SCALE, allow_inf_nan=False)] | None
-    ) = Field(default=None, description="Classifier guidance scale, if the upsampler has a classifier; default 0.")
-
-
 class GenerateRequest(GivenOptions, SamplingOptions):
     """A request for images. Requests of the other interfaces are converted to this one."""
 
@@ -193,9 +196,6 @@ class GenerateRequest(GivenOptions, SamplingOptions):
         default="uint8", description="Of `npz` and `npy`: `uint8`, or `float32` in the units of the data."
     )
     clip: StrictBool = Field(default=True, description="Whether the predicted image is clamped in each step.")
-    upsample: UpsampleOptions | None = Field(
-        default=None, description="Of a cascade: how its upsampler samples, with `seed` + 1."
-    )
     quality: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
         default=None, description=f"Quality of format `jpeg`, 1..100; default {JPEG_QUALITY}."
     )

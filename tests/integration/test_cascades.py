@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
+import openai
 import pytest
 from PIL import Image
 
 from service.engine.async_engine import EngineState
 from service.errors import LoadConflict, LoadFailed, ModelError
 from service.http.app import assemble
+from service.http.kserve.routes import INPUTS
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
@@ -166,6 +168,75 @@ def test_other_interfaces_serve_it(address: str) -> None:
     inferred = httpx.post(f"http://{address}/v2/models/both/infer", json={"inputs": inputs}, timeout=PATIENCE_S)
     assert inferred.status_code == 200, inferred.text
     assert inferred.json()["outputs"][0]["shape"] == [1, 8, 8, 1]
+
+
+UPSAMPLE = {"steps": 3, "cfg_scale": 2.5, "sampler": "dpm++"}
+
+
+@pytest.mark.parametrize("path", ["generations", "edits"])
+def test_openai_s_interface_takes_the_options_of_the_upsampler(address: str, path: str) -> None:
+    fields = {"model": "both", "seed": 7, "steps": 4, "cfg_scale": 1.5}
+    client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
+    extra = fields | {"upsample": UPSAMPLE}
+    if path == "edits":
+        small = io.BytesIO()
+        Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).save(small, "PNG")
+        answer = client.images.edit(image=small.getvalue(), prompt="Bee", extra_body=extra | {"strength": 0.5})
+        given = {"image": base64.b64encode(small.getvalue()).decode(), "strength": 0.5}
+    else:
+        answer = client.images.generate(prompt="Bee", extra_body=extra)
+        given = {}
+    assert answer.data is not None
+    [image] = answer.data
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json or ""))))
+    native = arrays_of(post(address, **{"class": "Bee"}, upsample=UPSAMPLE, **given))
+    np.testing.assert_array_equal(pixels, native[0, ..., 0])
+    assert image.model_extra is not None
+    assert image.model_extra["upsampled"] == {"model": "up", "steps": 3, "seed": 8}
+
+
+def inferred(address: str, model: str, **inputs: Any) -> httpx.Response:
+    tensors = [
+        {"name": name, "datatype": INPUTS[name], "shape": [len(values)], "data": values}
+        for name, values in inputs.items()
+    ]
+    url = f"http://{address}/v2/models/{model}/infer"
+    return httpx.post(url, json={"inputs": tensors, "outputs": [{"name": "images"}]}, timeout=PATIENCE_S)
+
+
+def test_kserve_s_interface_takes_the_options_of_the_upsampler(address: str) -> None:
+    options = {f"upsample.{name}": [value] for name, value in UPSAMPLE.items()}
+    asked = {"class_index": CLASSES, "seed": [7], "steps": [4], "cfg_scale": [1.5]}
+    [images] = inferred(address, "both", **asked, **options).json()["outputs"]
+    native = arrays_of(post(address, upsample=UPSAMPLE))
+    assert images["data"] == native.ravel().tolist()
+    assert images["data"] != arrays_of(post(address)).ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("both", {"upsample.steps": [1001]}, "upsample.steps: must be 2..1000"),
+        ("both", {"upsample.steps": [2, 3]}, "upsample.steps: shape must be [1]; got [2]"),
+        ("both", {"upsample.sampler": ["none"]}, 'upsample.sampler: must be "ancestral", '),
+        ("base", {"upsample.steps": [3]}, "upsample: is valid only for a cascade"),
+    ],
+)
+def test_kserve_s_errors_name_the_input_of_the_upsampler(
+    address: str, model: str, options: dict[str, Any], message: str
+) -> None:
+    answer = inferred(address, model, **options)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+
+
+def test_kserve_s_metadata_list_the_options_of_the_upsampler_for_cascades_only(address: str) -> None:
+    wanted = {"upsample.steps": "INT64", "upsample.sampler": "BYTES"}
+    wanted |= {"upsample.cfg_scale": "FP32", "upsample.classifier_scale": "FP32"}
+    for model, expected in (("both", wanted), ("base", {}), ("up", {})):
+        metadata = httpx.get(f"http://{address}/v2/models/{model}", timeout=PATIENCE_S).json()
+        found = {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"] if "upsample" in tensor["name"]}
+        assert found == expected
 
 
 def test_statistics_of_a_cascade_count_the_calls_that_advanced_its_images(address: str) -> None:

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from service.http.kserve.routes import ARRAYS, INPUTS
 from service.http.kserve.schemas import InferParameters
-from service.requests.generate_request import SamplingOptions
+from service.requests.generate_request import SamplingOptions, UpsampleOptions
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
 from tests.waiting import PATIENCE_S
 
@@ -100,7 +100,8 @@ def test_health_metadata_and_configuration(client: Any) -> None:
     assert not client.is_model_ready("other")
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
     metadata = client.get_model_metadata(MODEL)
-    assert {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]} == INPUTS | {
+    always = {name: datatype for name, datatype in INPUTS.items() if not name.startswith("upsample.")}
+    assert {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]} == always | {
         name: datatypes[0] for name, datatypes in ARRAYS.items() if name != "cond"
     }
     assert {"name": "images", "datatype": "UINT8", "shape": [-1, 8, 8, 1]} in metadata["outputs"]
@@ -135,7 +136,8 @@ def test_statistics_count_images_and_network_calls(client: Any) -> None:
 def test_every_option_of_a_native_request_can_be_given_as_a_tensor_or_a_parameter() -> None:
     parameters = {"priority": "priority", "deadline_s": "timeout", "model": None}
     for name in SamplingOptions.model_fields:
-        assert name in INPUTS or name in parameters
+        assert name in INPUTS or name in parameters or name == "upsample"
+    assert {f"upsample.{name}" for name in UpsampleOptions.model_fields} < set(INPUTS)
     assert set(filter(None, parameters.values())) < set(InferParameters.model_fields)
 
 

@@ -51,13 +51,16 @@ from service.http.native.info import samplers
 from service.http.openapi import inlined
 from service.http.state import ServiceState, service_state
 from service.models.served_model import ServedModel, find_model
-from service.requests.generate_request import GenerateRequest, ResampleOptions, SamplingOptions
+from service.requests.generate_request import GenerateRequest, ResampleOptions, SamplingOptions, UpsampleOptions
 from service.requests.given import cond_file_shape, shape_of
 from service.requests.results import eight_bits_of
 from service.requests.source import ArraySource
 
-NOT_INPUTS = frozenset({"model", "priority", "deadline_s"})
-"""Common options that are not tensors here: the path names the model, the others are parameters."""
+NOT_INPUTS = frozenset({"model", "priority", "deadline_s", "upsample"})
+"""Common options that are not tensors here: the path names the model, `upsample` is a tensor per field, the others are
+parameters."""
+OF_UPSAMPLER = "upsample."
+"""Begins the names of inputs that are fields of `upsample`; only cascades have them."""
 INPUTS: dict[str, Datatype] = {
     "class": "BYTES",
     "class_index": "INT64",
@@ -71,6 +74,7 @@ INPUTS: dict[str, Datatype] = {
     "start_timestep": "INT64",
     "resample": "INT64",
     "fit": "BYTES",
+    **{OF_UPSAMPLER + name: datatype_of(field.annotation) for name, field in UpsampleOptions.model_fields.items()},
 }
 """Input tensors: fields of a native request, all optional; `class_index` is `class` as a number."""
 ONE_PER_IMAGE = frozenset({"class", "class_index"})
@@ -238,7 +242,8 @@ router = server
 
 
 def _inputs(model: ServedModel) -> list[TensorMetadata]:
-    """Return the input tensors of a model; `cond` only if it takes one, which is then required."""
+    """Return the input tensors of a model: `cond` only if it takes one, which is then required; of a cascade, those of
+    its upsampler too."""
     height, width, channels = shape_of(model.config.model)
     shapes = {"image": [height, width, channels], "mask": [height, width], "latent": [height, width, channels]}
     if (cond := cond_file_shape(model.config.model)) is not None:
@@ -246,6 +251,7 @@ def _inputs(model: ServedModel) -> list[TensorMetadata]:
     inputs = [
         TensorMetadata(name=name, datatype=datatype, shape=[-1 if name in ONE_PER_IMAGE else LENGTHS.get(name, 1)])
         for name, datatype in INPUTS.items()
+        if model.stages is not None or not name.startswith(OF_UPSAMPLER)
     ]
     return inputs + [
         TensorMetadata(name=name, datatype=ARRAYS[name][0], shape=[-1, *shape]) for name, shape in shapes.items()
@@ -296,7 +302,11 @@ def _generate_request(body: InferRequest, behind: bytes, model: ServedModel) -> 
         raise InvalidRequest("outputs", f"must be among {', '.join(available)}; got {', '.join(sorted(missing))}")
     fields: dict[str, Any] = {"model": model.name}
     for name, content in read_tensors(body.inputs, behind, ARRAYS).items():
-        fields[name] = _value_of(name, content)
+        owner, _, member = name.partition(".")
+        if member:
+            fields.setdefault(owner, {})[member] = _value_of(name, content)
+        else:
+            fields[name] = _value_of(name, content)
     if "class_index" in fields:
         if "class" in fields:
             raise InvalidRequest("class_index", "give either `class` or `class_index`, not both")
