@@ -57,10 +57,8 @@ class EMA:
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Update the averages: target = decay * target + (1 - decay) * source."""
-        decay = self.decay(self.num_updates)
-        targets = list(self.weights.values())
-        torch._foreach_mul_(targets, decay)
-        torch._foreach_add_(targets, [weights[name].float() for name in self.weights], alpha=1 - decay)
+        sources = [weights[name].float() for name in self.weights]
+        torch._foreach_lerp_(list(self.weights.values()), sources, 1 - self.decay(self.num_updates))
         self.num_updates += 1
 
 

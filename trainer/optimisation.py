@@ -39,11 +39,12 @@ class Optimisation:
         self._dtype = torch.float16 if self.precision == "float16" else torch.bfloat16
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "float16")
         self.network = network
+        self._parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            self._parameters,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            fused=True if ranks.device.type == "cuda" else None,
+            fused=True,  # a quarter of the time; gradients and values must have the strides of their weights
         )
         self._micro = config.microbatch_size or config.batch_size // ranks.world
         measures = config.timestep_sampler != "stratified" and not self.scaler.is_enabled()
@@ -89,15 +90,17 @@ class Optimisation:
         In float16 a step whose gradient overflows is skipped, and the next one scales the loss less.
         """
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip or math.inf)
+        grad_norm = self._norm()
+        if self._config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return grad_norm.detach()
+        return grad_norm
 
     def _norm(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     def _backward(self, part: Batch, batch_size: int) -> dict[str, Tensor]:

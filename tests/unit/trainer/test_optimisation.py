@@ -139,6 +139,29 @@ def test_a_float16_step_that_overflows_is_skipped(npz: Path) -> None:
     assert optimisation.scaler.get_scale() == scale / 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_steps_with_equal_gradients_do_not_depend_on_the_number_of_threads(npz: Path, precision: str) -> None:
+    config = resolve(tiny(precision=precision, grad_clip=0.1), open_dataset(npz, 8, 1))
+    objective = objective_of(config, "cpu")
+    before = torch.get_num_threads()
+    stepped = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            optimisation = Optimisation(config, objective, objective.build(), OneProcess("cpu"))
+            optimisation.scaler.scale(torch.ones(()))  # float16: as the backward pass does
+            for step in range(3):
+                for number, parameter in enumerate(optimisation.network.parameters()):
+                    generator = torch.Generator().manual_seed(1000 * step + number)
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+                optimisation.step(1e-3)
+            stepped.append([parameter.detach() for parameter in optimisation.network.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*stepped, strict=True))
+
+
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that would make the host wait for a device."""
 
@@ -151,15 +174,12 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_steps_wait_for_the_device_only_when_a_line_of_the_log_is_due(
-    npz: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_wait_for_the_device_only_when_a_line_of_the_log_is_due(npz: Path) -> None:
     dataset = open_dataset(npz, 8, 1)
     config = resolve(tiny(model=DEEP, microbatch_size=2, timestep_sampler="uniform", grad_clip=1.0), dataset)
     objective = objective_of(config, "cpu")
     network = objective.build().train()
     optimisation = Optimisation(config, objective, network, OneProcess("cpu"))
-    monkeypatch.setattr(optimisation.optimizer, "step", lambda: None)  # on a CPU it reads its counts of steps
     ema, window = EMA(network, exponential_decay(0.9, warmup=True)), Window(noise_of=(2, 4))
     source = batches(config, dataset)
     drawn = [source.draw(first) for first in (0, 4, 8)]

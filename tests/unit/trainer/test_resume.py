@@ -106,6 +106,24 @@ def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None
     assert [line["images"] for line in lines] == [8, 16, 20, 28, 32]
 
 
+def test_a_checkpoint_of_adamw_that_was_not_fused_is_resumed(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions trained so on CPUs. The rest of the run differs by rounding: in weights as a whole, at most 1e-3."""
+    config = tiny(channels_last=True, timestep_sampler="uniform", preview_per_class=0)
+    whole = load_file(train(config, npz, tmp_path / "whole") / "model.safetensors")
+    fused = torch.optim.AdamW
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim, "AdamW", lambda *args, **kwargs: fused(*args, **{**kwargs, "fused": None}))
+        train(config.replace(total_images=20), npz, tmp_path / "halves")
+    halves = load_file(train(config, npz, tmp_path / "halves", resume=True) / "model.safetensors")
+    gap, size = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in ([halves[name] - whole[name] for name in whole], list(whole.values()))
+    )
+    assert gap < 1e-3 * size
+
+
 # --- data
 
 

@@ -65,10 +65,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "state" / "train_state.safetensors")}
 
 
-def test_ten_steps_equal_five_and_a_resume_and_five(npz: Path, tmp_path: Path) -> None:
-    train(tiny(), npz, tmp_path / "whole")
-    train(tiny(total_images=20), npz, tmp_path / "halves")
-    train(tiny(), npz, tmp_path / "halves", resume=True)
+@pytest.mark.parametrize("changes", [{}, {"channels_last": True}, {"precision": "bfloat16", "grad_clip": 1.0}])
+def test_ten_steps_equal_five_and_a_resume_and_five(npz: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    config = tiny(**changes)
+    train(config, npz, tmp_path / "whole")
+    train(config.replace(total_images=20), npz, tmp_path / "halves")
+    train(config, npz, tmp_path / "halves", resume=True)
     whole, halves = (weights(checkpoints(tmp_path / name)[-1]) for name in ("whole", "halves"))
     assert whole.keys() == halves.keys()
     for name, tensor in whole.items():
