@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffusion.quoting import printable
 from trainer.data.dataset import DataError, IntArray
 from trainer.data.header_processes import read_in_processes
-from trainer.data.image_file import Header, Mode, Source, check_whole, highest_grey, inspect
+from trainer.data.image_file import Header, Mode, Source, check_whole, highest_grey, inspect, name_of_source
 from trainer.data.index import Index, index_name
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
@@ -56,6 +56,24 @@ class Checked(NamedTuple):
     """Digest of the content of all."""
 
 
+class Findings(Protocol):
+    """What was found about the images of a data set."""
+
+    @property
+    def count(self) -> int:
+        """Number of images, unreadable ones included."""
+        ...
+
+    @property
+    def bad(self) -> dict[int, DataError]:
+        """Why images cannot be read, by their numbers."""
+        ...
+
+    def name_of(self, number: int) -> str:
+        """Return how an image is called in messages."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Examined:
     """What was found about the files of a folder."""
@@ -67,9 +85,31 @@ class Examined:
     index_file: Path | None
     """Where the index is kept for the next start; None: it is not."""
 
+    @property
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.index.files)
+
     def name_of(self, number: int) -> str:
         """Return how a file is called in messages."""
         return printable(self.folder / self.index.files[number])
+
+
+@dataclass(frozen=True, eq=False)
+class ExaminedSources:
+    """What was found about images that are part of a larger file."""
+
+    source: Callable[[int], Source]
+    """Returns the encoded image of a number."""
+    count: int
+    headers: dict[int, Header]
+    """By the numbers of the images whose header can be read."""
+    bad: dict[int, DataError]
+    """Why images cannot be read, by their numbers."""
+
+    def name_of(self, number: int) -> str:
+        """Return how an image is called in messages."""
+        return name_of_source(self.source(number))
 
 
 def examine_files(
@@ -129,10 +169,7 @@ def check_files(examined: Examined, kept: IntArray, options: DataConfig, summary
     folder, index = examined.folder, examined.index
     if examined.index_file is not None:
         summary.remarks.append(f"index of the files: {examined.index_file}")
-    summary.left_out += Counter({"unreadable": len(examined.bad)})
-    summary.left_out += Counter(
-        {f"with an unreadable {options.counterpart}": len(index.files) - len(kept) - len(examined.bad)}
-    )
+    _count_left_out(examined, kept, options, summary)
     for kind in index.kinds(kept):
         summary.add(*kind)
     if options.value_range is None:
@@ -157,49 +194,49 @@ def _headers(
             bar.update(len(headers))
 
 
-def check_sources(
-    count: int, source: Callable[[int], Source], mode: Mode, options: DataConfig, summary: Summary, *, decode_all: bool
-) -> Checked:
+def examine_sources(
+    count: int, source: Callable[[int], Source], mode: Mode, options: DataConfig, *, decode_all: bool
+) -> ExaminedSources:
     """Do the same for images that are part of a larger file.
 
     Args:
         count: number of images.
         source: returns the encoded image of a number.
         mode: mode of the decoded images.
-        options: how images are read, and whether unreadable ones are skipped.
-        summary: counts are added to it.
+        options: how images are read.
         decode_all: decode all images, regardless of their number.
-
-    Raises:
-        DataError: lists the images that cannot be read.
     """
     bad: dict[int, DataError] = {}
-    deep: list[Source] = []
-    pixels = 0
-    headers: list[tuple[int, Header]] = []
+    headers: dict[int, Header] = {}
     for number, header in each(range(count), lambda number: inspect(source(number), mode, options), "checking images"):
         if isinstance(header, DataError):
             bad[number] = header
         else:
-            headers.append((number, header))
-            pixels += header.width * header.height
+            headers[number] = header
+    pixels = sum(header.width * header.height for header in headers.values())
     if decode_all or (count <= DECODED_FILES and pixels <= DECODED_PIXELS):
-        good = [number for number, _ in headers]
-        decoded = each(good, lambda number: check_whole(source(number), mode, options), "decoding images")
+        decoded = each(list(headers), lambda number: check_whole(source(number), mode, options), "decoding images")
         bad |= {number: error for number, error in decoded if error is not None}
-    kept = readable(bad, count, options)
-    summary.left_out += Counter({"unreadable": len(bad)})
-    digests, sizes = [], []
-    for number, header in headers:
-        if number not in bad:
-            digests.append(header.digest)
-            sizes.append((header.height, header.width))
-            summary.add(header.width, header.height, header.traits)
-            if "deep" in header.traits:
-                deep.append(source(number))
+    return ExaminedSources(source, count, headers, bad)
+
+
+def check_sources(examined: ExaminedSources, kept: IntArray, options: DataConfig, summary: Summary) -> Checked:
+    """Count the traits of the images that are used; arguments as of `check_files`."""
+    _count_left_out(examined, kept, options, summary)
+    headers = [examined.headers[number] for number in kept.tolist()]
+    for header in headers:
+        summary.add(header.width, header.height, header.traits)
     if options.value_range is None:
-        summary.remarks += _remarks_on_range(deep, options)
-    return Checked(kept, np.array(sizes, np.int64).reshape(-1, 2), [], _sha256(np.array(digests, np.uint64)))
+        deep = [number for number in kept.tolist() if "deep" in examined.headers[number].traits]
+        summary.remarks += _remarks_on_range([examined.source(number) for number in deep], options)
+    sizes = np.array([(header.height, header.width) for header in headers], np.int64).reshape(-1, 2)
+    return Checked(kept, sizes, [], _sha256(np.array([header.digest for header in headers], np.uint64)))
+
+
+def _count_left_out(examined: Findings, kept: IntArray, options: DataConfig, summary: Summary) -> None:
+    bad = len(examined.bad)
+    summary.left_out += Counter({"unreadable": bad})
+    summary.left_out += Counter({f"with an unreadable {options.counterpart}": examined.count - len(kept) - bad})
 
 
 def each(
@@ -231,12 +268,13 @@ def _bar(title: str, total: int) -> tqdm[Any]:
     return tqdm(total=total, desc=title, unit="file", delay=BAR_DELAY_SECONDS, leave=False)
 
 
-def readable(bad: dict[int, DataError], count: int, options: DataConfig) -> IntArray:
+def readable(examined: Findings, options: DataConfig) -> IntArray:
     """Return the numbers of the readable images, ascending; report the others.
 
     Raises:
         DataError: images cannot be read, and are not to be skipped, or all cannot be read.
     """
+    bad, count = examined.bad, examined.count
     errors = list(bad.values())
     if bad and (options.unreadable == "fail" or len(bad) == count):
         raise DataError(_describe_bad(errors, count))
@@ -245,13 +283,13 @@ def readable(bad: dict[int, DataError], count: int, options: DataConfig) -> IntA
     return _others(bad, count)
 
 
-def readable_pairs(images: Examined, conditions: Examined) -> IntArray:
+def readable_pairs(images: Findings, conditions: Findings) -> IntArray:
     """Return the numbers of the pairs of which both images are readable, ascending; report the others.
 
     Raises:
         DataError: there is no such pair.
     """
-    count = len(images.index.files)
+    count = images.count
     bad = sorted({*images.bad, *conditions.bad})
     errors = [_error_of_pair(number, images, conditions) for number in bad]
     if len(bad) == count:
@@ -262,7 +300,7 @@ def readable_pairs(images: Examined, conditions: Examined) -> IntArray:
     return _others(bad, count)
 
 
-def _error_of_pair(number: int, images: Examined, conditions: Examined) -> DataError:
+def _error_of_pair(number: int, images: Findings, conditions: Findings) -> DataError:
     """Return the error of an unreadable pair, which names both of its files."""
     if number not in conditions.bad:
         return DataError(f"{images.bad[number]} (its conditioning image: {conditions.name_of(number)})")

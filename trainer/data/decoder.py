@@ -9,10 +9,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffusion.config import ImageSize, size_pair
-from diffusion.quoting import printable
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.fitting import fit_image
-from trainer.data.image_file import Encoded, Mode, Source, decode
+from trainer.data.image_file import Mode, Source, decode, name_of_source
 from trainer.data.options import DataConfig
 from trainer.data.workers import Workers
 from trainer.run_folder import warn
@@ -71,8 +70,7 @@ class Decoder:
                 continue
             if index not in self._unreadable:
                 self._unreadable.add(index)
-                source = self._source(other)
-                name = printable(source.name if isinstance(source, Encoded) else source)
+                name = name_of_source(self._source(other))
                 warn(f"{error}; {name} takes its place; unreadable images found so far: {len(self._unreadable)}")
             return pixels
         raise DataError(f"{error}; no image of its class can be read") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import numpy.typing as npt
 
 from diffusion.config import ImageSize
 from formats.extras import install_command
-from trainer.data.checking import check_sources
+from trainer.data.checking import ExaminedSources, check_sources
 from trainer.data.dataset import Conditions, DataError, IntArray, Uint8Array
 from trainer.data.decoder import Decoder
-from trainer.data.image_file import Encoded, Mode, Source, mode_of
+from trainer.data.image_file import Encoded, Source, mode_of
 from trainer.data.listing import shorten, sorted_class_names
 from trainer.data.options import DataConfig
 from trainer.data.summary import Summary
@@ -29,44 +30,85 @@ def is_saved_dataset(path: Path) -> bool:
     )
 
 
-class HuggingFaceDataset:
-    """A data set with a column of images and one of labels."""
+class Rows:
+    """The rows of a saved data set: an encoded image of one column and a label each."""
 
-    conditions: Conditions | None = None
+    def __init__(self, path: Path, options: DataConfig, *, labelled: bool) -> None:
+        """Open the data set, and find its columns.
 
-    def __init__(
-        self, path: Path, image_size: ImageSize, channels: int, options: DataConfig, *, labelled: bool, decode_all: bool
-    ) -> None:
-        mode: Mode = mode_of(channels, options)
+        Raises:
+            DataError: it cannot be read or has no row, or a column is missing or ambiguous; the columns are named.
+        """
         dataset = _load(path)
         image_column = _image_column(path, dataset, options)
+        self.path = path
         self._images = dataset.data.column(image_column)
-        self._path = path
-        summary = Summary(image_size, options)
-        count = len(self._images)
-        if count == 0:
+        if len(self) == 0:
             raise DataError(f"{path} contains no image")
-        self.labels: IntArray = np.zeros(count, np.int64)
+        self.labelled = labelled
+        self.labels: IntArray = np.zeros(len(self), np.int64)
         self.class_names: tuple[str, ...] = ()
         columns = f"column {image_column!r}"
         if labelled:
             label_column = _label_column(path, dataset, options.label_column)
             self.labels, self.class_names = _labels(path, dataset, label_column)
             columns = f"columns {image_column!r} and {label_column!r}"
-        checked = check_sources(count, self._row, mode, options, summary, decode_all=decode_all)
+        self.remark = f"{columns} of a Hugging Face data set"
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def source(self, row: int) -> Source:
+        """Return the encoded image of a row, or the path of its file."""
+        image = self._images[row].as_py() or {}
+        path, content = image.get("path"), image.get("bytes")
+        if content is None and path:
+            return Path(path)
+        return Encoded(f"{self.path}, row {row}" + (f" ({path})" if path else ""), content or b"")
+
+
+class HuggingFaceDataset:
+    """A data set with a column of images and one of labels."""
+
+    conditions: Conditions | None = None
+
+    def __init__(
+        self,
+        rows: Rows,
+        examined: ExaminedSources,
+        kept: IntArray,
+        image_size: ImageSize,
+        channels: int,
+        options: DataConfig,
+    ) -> None:
+        """Describe the images.
+
+        Args:
+            rows: of the saved data set.
+            examined: what was found about their images.
+            kept: numbers of the rows that are used, ascending.
+            image_size: size of the images that the data set returns.
+            channels: 1 for grey, 3 for RGB.
+            options: how images are read.
+        """
+        summary = Summary(image_size, options)
+        checked = check_sources(examined, kept, options, summary)
         self._kept, self.sizes = checked.kept, checked.sizes
-        self.labels = self.labels[self._kept]
-        if labelled:
+        self.labels = rows.labels[kept]
+        self.class_names = rows.class_names
+        if rows.labelled:
             summary.count_classes(self.class_names, self.labels)
-        summary.remarks.append(f"{columns} of a Hugging Face data set")
+        summary.remarks.append(rows.remark)
         self.summary = summary.line()
         self.description: dict[str, str | int] = {
-            "dataset": path.name,
+            "dataset": rows.path.name,
             "content_sha256": checked.content_sha256,
             "labels_sha256": hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest(),
             "images": len(self.labels),
         }
-        self._decoder = Decoder(self._source, self.labels, image_size, mode, options)
+        self._decoder = Decoder(
+            lambda index: rows.source(int(kept[index])), self.labels, image_size, mode_of(channels, options), options
+        )
 
     def name_of(self, index: int) -> str:
         """Return how an image is called in messages."""
@@ -76,16 +118,13 @@ class HuggingFaceDataset:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
         return self._decoder.images(indices, draws)
 
-    def _source(self, index: int) -> Source:
-        return self._row(int(self._kept[index]))
+    def image(self, index: int, draws: Sequence[float] | None = None) -> Uint8Array:
+        """Decode one image, [height, width, channels], without a replacement.
 
-    def _row(self, row: int) -> Source:
-        """Return the encoded image of a row, or the path of its file."""
-        image = self._images[row].as_py() or {}
-        path, content = image.get("path"), image.get("bytes")
-        if content is None and path:
-            return Path(path)
-        return Encoded(f"{self._path}, row {row}" + (f" ({path})" if path else ""), content or b"")
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self._decoder.image(index, draws)
 
 
 def _load(path: Path) -> Any:

@@ -194,13 +194,14 @@ def _opened(source: Source) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 yield file, image
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise DataError(f"{_name(source)}: it has more than {most:,} pixels; shrink it") from error
+        raise DataError(f"{name_of_source(source)}: it has more than {most:,} pixels; shrink it") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError, zlib.error and more
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{_name(source)}: {' '.join(reason.split()) or type(error).__name__}") from error
+        raise DataError(f"{name_of_source(source)}: {' '.join(reason.split()) or type(error).__name__}") from error
 
 
-def _name(source: Source) -> str:
+def name_of_source(source: Source) -> str:
+    """Return how an image is called in messages."""
     return printable(source.name if isinstance(source, Encoded) else source)
 
 

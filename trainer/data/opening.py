@@ -8,10 +8,17 @@ from pathlib import Path
 from diffusion.config import ImageSize
 from trainer.data.arrays import ArrayDataset
 from trainer.data.cache import default_cache
-from trainer.data.checking import Examined, examine_files, readable, readable_pairs
+from trainer.data.checking import (
+    Examined,
+    ExaminedSources,
+    examine_files,
+    examine_sources,
+    readable,
+    readable_pairs,
+)
 from trainer.data.dataset import DataError, Dataset, IntArray
 from trainer.data.folder import FolderDataset
-from trainer.data.hugging_face import HuggingFaceDataset, is_saved_dataset
+from trainer.data.hugging_face import HuggingFaceDataset, Rows, is_saved_dataset
 from trainer.data.image_file import SUFFIXES, mode_of
 from trainer.data.listing import Listing, list_images
 from trainer.data.options import DataConfig
@@ -75,7 +82,8 @@ class _Opener:
     def images(self, path: Path, channels: int) -> Side:
         """Open a path of any kind."""
         if path.is_dir() and is_saved_dataset(path):
-            return self.hugging_face(path, channels)
+            rows = self.rows(path)
+            return self.hugging_face(rows, channels, self.examined_rows(rows, channels))
         if path.is_dir():
             listing = self.listing(path)
             return self.folder(path, listing, channels, self.examined(path, listing, channels))
@@ -96,16 +104,27 @@ class _Opener:
     ) -> FolderDataset:
         """Open the files that were examined; `kept` are the numbers of those that are used, None: the readable ones."""
         if kept is None:
-            kept = readable(found.bad, len(listing.files), self.options)
+            kept = readable(found, self.options)
         return FolderDataset(
             path, listing, found, kept, self.image_size, channels, self.options, labelled=self.labelled
         )
 
-    def hugging_face(self, path: Path, channels: int) -> Side:
-        """Open a Hugging Face data set."""
-        return HuggingFaceDataset(
-            path, self.image_size, channels, self.options, labelled=self.labelled, decode_all=self.decode_all
-        )
+    def rows(self, path: Path) -> Rows:
+        """Find the columns of a Hugging Face data set."""
+        return Rows(path, self.options, labelled=self.labelled)
+
+    def examined_rows(self, rows: Rows, channels: int) -> ExaminedSources:
+        """Examine the images of a Hugging Face data set."""
+        mode = mode_of(channels, self.options)
+        return examine_sources(len(rows), rows.source, mode, self.options, decode_all=self.decode_all)
+
+    def hugging_face(
+        self, rows: Rows, channels: int, found: ExaminedSources, kept: IntArray | None = None
+    ) -> HuggingFaceDataset:
+        """Open the rows that were examined; `kept` as of `folder`."""
+        if kept is None:
+            kept = readable(found, self.options)
+        return HuggingFaceDataset(rows, found, kept, self.image_size, channels, self.options)
 
     def arrays(self, path: Path, channels: int, *, paired: bool = False) -> Side:
         """Open an npz or npy file."""
@@ -117,17 +136,12 @@ class _Opener:
         """Open images with their conditioning images."""
         conditions = replace(self, options=self.options.for_conditions(), labelled=False)
         if path.is_dir() and is_saved_dataset(path):
-            if self.options.unreadable == "skip":
-                raise DataError(
-                    "data.unreadable must be fail for pairs of a Hugging Face data set: an image would be replaced "
-                    "without its condition; pairs of two folders can be skipped"
-                )
             if cond is not None or self.options.cond_column is None:
                 raise DataError(
                     f"{path}: the conditioning images of a Hugging Face data set are a column of it: choose it with "
                     "--set data.cond_column=NAME, without --cond"
                 )
-            return Pairs(path, self.hugging_face(path, channels), conditions.hugging_face(path, cond_channels))
+            return self._columns(path, channels, conditions, cond_channels)
         if path.is_dir():
             return self._folders(path, channels, conditions, cond, cond_channels)
         _check_file(path, self.labelled)
@@ -161,6 +175,17 @@ class _Opener:
                 (conditions, cond, theirs, cond_channels, others),
             )
         )
+        return Pairs(path, images, conds, SkippingPairs(images, conds))
+
+    def _columns(self, path: Path, channels: int, conditions: _Opener, cond_channels: int) -> Dataset:
+        rows, theirs = self.rows(path), conditions.rows(path)
+        mine, others = self.examined_rows(rows, channels), conditions.examined_rows(theirs, cond_channels)
+        if self.options.unreadable == "fail":
+            images = self.hugging_face(rows, channels, mine)
+            return Pairs(path, images, conditions.hugging_face(theirs, cond_channels, others))
+        kept = readable_pairs(mine, others)
+        images = self.without_replacements().hugging_face(rows, channels, mine, kept)
+        conds = conditions.without_replacements().hugging_face(theirs, cond_channels, others, kept)
         return Pairs(path, images, conds, SkippingPairs(images, conds))
 
     def without_replacements(self) -> _Opener:

@@ -1,16 +1,34 @@
-"""Pairs of files of which one image turns out to be unreadable: another pair takes their place."""
+"""Pairs of which one image turns out to be unreadable: another pair takes their place."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.data.dataset import DataError, IntArray, Uint8Array
 from trainer.data.decoder import stand_ins
-from trainer.data.folder import FolderDataset
+from trainer.data.pairs import Side
 from trainer.run_folder import warn
 
 Draws = npt.NDArray[np.floating] | None
+
+
+class SingleImages(Side, Protocol):
+    """One side of the pairs, whose images can be read one by one."""
+
+    def images(self, indices: IntArray, draws: Draws = None) -> Uint8Array:
+        """Return some of the images; arguments as for `Dataset`."""
+        ...
+
+    def image(self, index: int) -> Uint8Array:
+        """Decode one image, [height, width, channels], without a replacement.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        ...
 
 
 class SkippingPairs:
@@ -19,11 +37,11 @@ class SkippingPairs:
     The replacement is a function of the data only, so that a resumed run trains on the same pairs.
 
     Args:
-        images: a folder, opened with `data.unreadable=fail`.
-        conditions: the folder of the conditioning images, in the same order, opened in the same way.
+        images: opened with `data.unreadable=fail`.
+        conditions: the conditioning images, in the same order, opened in the same way.
     """
 
-    def __init__(self, images: FolderDataset, conditions: FolderDataset) -> None:
+    def __init__(self, images: SingleImages, conditions: SingleImages) -> None:
         self._images, self._conditions = images, conditions
         self._replaced: dict[int, int] = {}
         """The pair that takes the place of each pair found to be unreadable."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data import DataConfig, DataError, Dataset, Uint8Array, open_dataset
+from tests.unit.trainer.test_unreadable_images import damage
+from trainer.data import DataConfig, DataError, Dataset, Uint8Array, checking, open_dataset
 
 datasets = pytest.importorskip("datasets")
 
@@ -21,6 +22,19 @@ GREYS = [10, 20, 30, 40]
 def png(grey: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (8, 8), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+def damaged_png(folder: Path) -> bytes:
+    """Return a PNG of 64x64 with a good header, whose pixels are damaged."""
+    damage(folder / "damaged.png")
+    return (folder / "damaged.png").read_bytes()
+
+
+def whole_png() -> bytes:
+    """Return a PNG of the size of `damaged_png`."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -110,6 +124,52 @@ def test_conditioning_images_are_a_column(tmp_path: Path) -> None:
         open_dataset(path, 8, 1, DataConfig(image_column="image", cond_column="edge"), cond_channels=1)
     with pytest.raises(DataError, match=r"are a column of it: choose it with --set data\.cond_column=NAME"):
         open_dataset(path, 8, 1, DataConfig(image_column="image"), cond_channels=1)
+
+
+def pairs(path: Path, contents: list[bytes], conds: list[bytes], unreadable: str = "skip") -> Dataset:
+    """Open a data set of pairs: image k has the grey level GREYS[k], its condition 255 - GREYS[k]."""
+    encoded = [{"bytes": content, "path": None} for content in conds]
+    saved(path, labels=(0, 0, 1, 0), contents=contents, edges=(encoded, datasets.Image()))
+    options = DataConfig.model_validate({"image_column": "image", "cond_column": "edges", "unreadable": unreadable})
+    return open_dataset(path, 8, 1, options, cond_channels=1)
+
+
+def levels_of_pairs(data: Dataset) -> tuple[list[int], list[int]]:
+    assert data.conditions is not None
+    images, conds = data.conditions.pairs(np.arange(len(data.labels)))
+    return images[:, 0, 0, 0].tolist(), conds[:, 0, 0, 0].tolist()
+
+
+def test_pairs_found_before_the_first_step_are_left_out_and_named_by_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, conds = [png(grey) for grey in GREYS], [png(255 - grey) for grey in GREYS]
+    images[0] = conds[0] = conds[2] = b"junk"
+    with pytest.raises(DataError, match=r"failing, row 0: it is damaged, .* data.unreadable=skip"):
+        pairs(tmp_path / "failing", images, conds, "fail")
+    data = pairs(tmp_path / "data", images, conds)
+    assert (data.labels.tolist(), levels_of_pairs(data)) == ([0, 0], ([20, 40], [235, 215]))
+    first, second = data.summary.splitlines()
+    assert "; skipped: 1 unreadable, 1 with an unreadable conditioning image; " in first
+    assert "; skipped: 2 unreadable; " in second
+    error = capsys.readouterr().err
+    assert "warning: 2 of 4 pairs are skipped, because one of their images cannot be read:" in error
+    assert "data, row 0: it is damaged" in error
+    assert f"(the conditioning image of {tmp_path / 'data'}, row 2)" in error
+
+
+def test_pairs_found_later_are_replaced_as_pairs_of_their_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    images, conds = [png(grey) for grey in GREYS], [png(255 - grey) for grey in GREYS]
+    images[0], conds[1] = damaged_png(tmp_path), damaged_png(tmp_path)
+    images[1] = conds[0] = whole_png()
+    data = pairs(tmp_path / "data", images, conds)
+    assert (data.labels.tolist(), levels_of_pairs(data)) == ([0, 0, 1, 0], ([40, 40, 30, 40], [215, 215, 225, 215]))
+    error = capsys.readouterr().err
+    assert "the pair of image row 0 and conditioning image row 0 is replaced by that of image row 3" in error
+    assert "unreadable pairs found so far: 2" in error
 
 
 @pytest.mark.parametrize(
