@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,53 +14,12 @@ from diffusion.noise import STREAM_VALIDATION
 from diffusion.quoting import printable
 from trainer.batches import Batch, conditions_of, noise_at, read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Conditions, Dataset, ImageSource, IntArray
+from trainer.data import Dataset, IntArray
 from trainer.data.listing import shorten
 from trainer.log import Window
 from trainer.objective import Objective
 from trainer.optimisation import Optimisation
 from trainer.resume import data_differences
-
-
-class Part:
-    """Some images of a data set, as a data set; its description is that of the whole."""
-
-    def __init__(self, whole: Dataset, indices: IntArray) -> None:
-        self._images = _Chosen(whole, indices)
-        self.conditions: Conditions | None = None
-        if whole.conditions is not None:
-            self.conditions = _ChosenConditions(whole.conditions, indices)
-        self.sizes = whole.sizes[indices]
-        self.labels = whole.labels[indices]
-        self.class_names = whole.class_names
-        self.description = whole.description
-        self.summary = whole.summary
-
-    def images(self, indices: IntArray, draws: Any = None) -> Any:
-        """Return some of the images; arguments as for `Dataset`."""
-        return self._images.images(indices, draws)
-
-
-class _Chosen:
-    """Some images of a source."""
-
-    def __init__(self, source: ImageSource, indices: IntArray) -> None:
-        self._source = source
-        self._indices = indices
-
-    def images(self, indices: IntArray, draws: Any = None) -> Any:
-        return self._source.images(self._indices[indices], draws)
-
-
-class _ChosenConditions(_Chosen):
-    """Some conditioning images."""
-
-    def __init__(self, source: Conditions, indices: IntArray) -> None:
-        super().__init__(source, indices)
-        self._conditions = source
-
-    def pairs(self, indices: IntArray, draws: Any = None) -> Any:
-        return self._conditions.pairs(self._indices[indices], draws)
 
 
 def held_out(
@@ -80,7 +38,7 @@ def held_out(
         ValueError: no image would be left for training.
     """
     if validation is not None:
-        return dataset, Part(validation, _shuffled(config, validation)[: config.validation_images])
+        return dataset, validation.part(_shuffled(config, validation)[: config.validation_images])
     if config.validation_share == 0:
         return dataset, None
     count = len(dataset.labels)
@@ -88,7 +46,7 @@ def held_out(
     held = max(1, round(config.validation_share * count))
     if held >= count:
         raise ValueError(f"validation_share={config.validation_share:g} leaves none of {count} images for training")
-    return Part(dataset, np.sort(shuffled[held:])), Part(dataset, shuffled[: min(held, config.validation_images)])
+    return dataset.part(np.sort(shuffled[held:])), dataset.part(shuffled[: min(held, config.validation_images)])
 
 
 def _shuffled(config: TrainConfig, dataset: Dataset) -> IntArray:

@@ -20,6 +20,7 @@ from trainer.data.dataset import Conditions, DataError, Float32Array, IntArray, 
 from trainer.data.fitting import fit_array
 from trainer.data.listing import shorten
 from trainer.data.options import ConditionConfig, DataConfig
+from trainer.data.part import Part
 from trainer.data.stored_array import IN_MEMORY_BYTES, Rows, open_member, open_npy, parts_of
 from trainer.data.summary import Summary
 from trainer.data.workers import Workers
@@ -102,6 +103,10 @@ class ArrayDataset:
 
         self._workers.each(len(indices), read_one)
         return cast("Uint8Array | Float32Array", pixels)
+
+    def part(self, indices: IntArray) -> Part:
+        """Return some of the images as a data set."""
+        return Part(self, indices, lambda chosen, draws: self.images(indices[chosen], draws))
 
     def _scaled(self, image: Array) -> Float32Array:
         """Return values of value_range as float32 in -1..1."""

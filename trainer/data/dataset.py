@@ -82,3 +82,7 @@ class Dataset(ImageSource, Protocol):
     """Height and width of each image as stored, int64 [N, 2]."""
     conditions: Conditions | None
     """The conditioning image of each image, cropped as that by equal draws; None: the data are no pairs."""
+
+    def part(self, indices: IntArray) -> Dataset:
+        """Return some of the images as a data set, which replaces unreadable images by others of its own only."""
+        ...

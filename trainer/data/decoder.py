@@ -16,6 +16,8 @@ from trainer.data.options import DataConfig
 from trainer.data.workers import Workers
 from trainer.run_folder import warn
 
+FOUND_BEFORE = "--decode-all leaves out such images before the first step"
+
 
 class Decoder:
     """Decodes encoded images by index.
@@ -52,6 +54,14 @@ class Decoder:
         self._workers.each(count, decode_one)
         return pixels
 
+    def part(self, indices: IntArray) -> Decoder:
+        """Return a decoder of some of the images, which replaces them by one another only."""
+
+        def source(index: int) -> Source:
+            return self._source(int(indices[index]))
+
+        return Decoder(source, self._labels[indices], self._size, self._mode, self._options)
+
     def _image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
         try:
             return self.image(index, draws)
@@ -73,7 +83,7 @@ class Decoder:
                 name = name_of_source(self._source(other))
                 warn(f"{error}; {name} takes its place; unreadable images found so far: {len(self._unreadable)}")
             return pixels
-        raise DataError(f"{error}; no image of its class can be read") from error
+        raise DataError(f"{error}; no image of its class can be read; {FOUND_BEFORE}") from error
 
     def image(self, index: int, draws: Sequence[float] | None) -> Uint8Array:
         """Return one image, without a replacement.

@@ -20,6 +20,7 @@ from trainer.data.decoder import Decoder
 from trainer.data.image_file import Encoded, Source, mode_of
 from trainer.data.listing import shorten, sorted_class_names
 from trainer.data.options import DataConfig
+from trainer.data.part import Part
 from trainer.data.summary import Summary
 
 
@@ -117,6 +118,10 @@ class HuggingFaceDataset:
     def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
         """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
         return self._decoder.images(indices, draws)
+
+    def part(self, indices: IntArray) -> Part:
+        """Return some of the images as a data set; see `Dataset`."""
+        return Part(self, indices, self._decoder.part(indices).images)
 
     def image(self, index: int, draws: Sequence[float] | None = None) -> Uint8Array:
         """Decode one image, [height, width, channels], without a replacement.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from diffusion.quoting import printable
 from trainer.data.dataset import Conditions, DataError, Dataset, Float32Array, IntArray, Uint8Array
 from trainer.data.listing import shorten
+from trainer.data.part import Part
 
 Draws = npt.NDArray[np.floating] | None
 
@@ -31,11 +32,15 @@ class Reader(Conditions, Protocol):
         """Return images without their conditioning images; arguments as for `Dataset`."""
         ...
 
+    def part(self, indices: IntArray) -> Reader:
+        """Return a reader of some of the pairs, which replaces them by one another only."""
+        ...
+
 
 class TwoSides:
     """Reads each side of the pairs by itself."""
 
-    def __init__(self, images: Side, conditions: Side) -> None:
+    def __init__(self, images: Dataset, conditions: Dataset) -> None:
         self._images, self._conditions = images, conditions
 
     def originals(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
@@ -51,6 +56,10 @@ class TwoSides:
     ) -> tuple[Uint8Array | Float32Array, Uint8Array | Float32Array]:
         """Return images and their conditioning images; arguments as for `Dataset`."""
         return self.originals(indices, draws), self.images(indices, draws)
+
+    def part(self, indices: IntArray) -> TwoSides:
+        """Return a reader of some of the pairs."""
+        return TwoSides(self._images.part(indices), self._conditions.part(indices))
 
 
 class Pairs:
@@ -72,7 +81,7 @@ class Pairs:
             DataError: numbers or sizes differ.
         """
         _check_sizes(path, images, conditions)
-        self._reader = reader or TwoSides(images, conditions)
+        self._reader: Reader = reader or TwoSides(images, conditions)
         self.conditions: Conditions | None = self._reader
         self.sizes = images.sizes
         self.labels = images.labels
@@ -84,6 +93,11 @@ class Pairs:
     def images(self, indices: IntArray, draws: Draws = None) -> Uint8Array | Float32Array:
         """Return some of the images; arguments as for `Dataset`."""
         return self._reader.originals(indices, draws)
+
+    def part(self, indices: IntArray) -> Part:
+        """Return some of the pairs as a data set; see `Dataset`."""
+        reader = self._reader.part(indices)
+        return Part(self, indices, reader.originals, reader)
 
 
 def _check_sizes(path: Path, images: Side, conditions: Side) -> None:

@@ -8,11 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.dataset import DataError, IntArray, Uint8Array
-from trainer.data.decoder import stand_ins
+from trainer.data.decoder import FOUND_BEFORE, stand_ins
 from trainer.data.pairs import Side
 from trainer.run_folder import warn
 
 Draws = npt.NDArray[np.floating] | None
+
+
+OTHER_PART = -1
+"""Label of pairs that are not members."""
 
 
 class SingleImages(Side, Protocol):
@@ -39,10 +43,14 @@ class SkippingPairs:
     Args:
         images: opened with `data.unreadable=fail`.
         conditions: the conditioning images, in the same order, opened in the same way.
+        members: numbers of the pairs that are read, and may replace one another; None: all.
     """
 
-    def __init__(self, images: SingleImages, conditions: SingleImages) -> None:
+    def __init__(self, images: SingleImages, conditions: SingleImages, members: IntArray | None = None) -> None:
         self._images, self._conditions = images, conditions
+        self._members = np.arange(len(images.labels)) if members is None else members
+        self._labels = np.full_like(images.labels, OTHER_PART)
+        self._labels[self._members] = images.labels[self._members]
         self._replaced: dict[int, int] = {}
         """The pair that takes the place of each pair found to be unreadable."""
 
@@ -70,8 +78,12 @@ class SkippingPairs:
         used = self._used(indices)
         return self._images.images(used, draws), self._conditions.images(used, draws)
 
+    def part(self, indices: IntArray) -> SkippingPairs:
+        """Return a reader of some of the pairs, which replaces them by one another only."""
+        return SkippingPairs(self._images, self._conditions, self._members[indices])
+
     def _used(self, indices: IntArray) -> IntArray:
-        used = indices.tolist()
+        used = self._members[indices].tolist()
         for position, index in enumerate(used):
             while index in self._replaced:
                 index = self._replaced[index]  # follows the replacements of replacements
@@ -87,7 +99,7 @@ class SkippingPairs:
         return None
 
     def _replace(self, index: int, error: DataError) -> None:
-        for other in stand_ins(self._images.labels, index):
+        for other in stand_ins(self._labels, index):
             if other in self._replaced:  # even if it is readable by now: two pairs must not replace each other
                 continue
             if self._error_of(other) is None:
@@ -98,4 +110,4 @@ class SkippingPairs:
                     f"{self._images.name_of(other)}; unreadable pairs found so far: {len(self._replaced)}"
                 )
                 return
-        raise DataError(f"{error}; no pair of its class can be read") from error
+        raise DataError(f"{error}; no pair of its class can be read; {FOUND_BEFORE}") from error

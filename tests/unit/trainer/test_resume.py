@@ -109,7 +109,7 @@ def test_a_resumed_run_has_each_log_line_once(npz: Path, tmp_path: Path) -> None
 def test_a_checkpoint_of_adamw_that_was_not_fused_is_resumed(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Earlier versions trained so on CPUs. The rest of the run differs by rounding: in weights as a whole, at most 1e-3."""
+    """Earlier versions trained so on CPUs. The rest of the run differs by rounding: all weights by at most 1e-3."""
     config = tiny(channels_last=True, timestep_sampler="uniform", preview_per_class=0)
     whole = load_file(train(config, npz, tmp_path / "whole") / "model.safetensors")
     fused = torch.optim.AdamW

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.unit.trainer.test_trainer import tiny
 from trainer.data import DataConfig, DataError, Dataset, checking, open_dataset
+from trainer.validation import held_out
 
 
 def folder(tmp_path: Path) -> Path:
@@ -95,6 +97,37 @@ def test_a_class_without_a_readable_image_ends_the_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(checking, "DECODED_FILES", 0)
     with pytest.raises(DataError, match=r"7\.png: .*; no image of its class can be read"):
         opened(path, unreadable="skip").images(np.array([7]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_training_and_held_out_images_do_not_replace_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    for number in range(8):
+        Image.new("L", (8, 8), 10 * number + 1).save(tmp_path / f"{number}.png")
+    damage(tmp_path / "3.png")
+    damage(tmp_path / "6.png")
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    data = open_dataset(tmp_path, 8, 1, DataConfig(unreadable="skip"), labelled=False)
+    config = tiny(validation_share=0.5, validation_every_images=8, seed=seed)
+    training, held = held_out(config, data)
+    assert held is not None
+    mine, theirs = (levels(part, np.arange(4)) for part in (training, held))
+    assert {*mine, *theirs} == {1, 11, 21, 41, 51, 71}
+    assert not set(mine) & set(theirs)
+
+
+def test_a_part_without_a_readable_image_of_the_class_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path)
+    damage(path / "a" / "1.png")
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    data = opened(path, unreadable="skip")
+    assert levels(data.part(np.array([3, 1, 5])), [1, 0, 2]) == [30, 30, 50]
+    assert levels(data.part(np.array([5, 1, 3, 0])).part(np.array([3, 1])), [1]) == [0]
+    with pytest.raises(DataError, match=r"no image of its class can be read; --decode-all leaves out such images"):
+        levels(data.part(np.array([1, 5])), [0])
 
 
 @pytest.mark.parametrize("workers", [None, 1, 2, 5])

@@ -116,6 +116,17 @@ def test_pairs_found_later_are_replaced_as_pairs_of_their_class(
     torch.testing.assert_close(cond - x0, torch.full_like(x0, 5 / 127.5))
 
 
+def test_a_pair_is_replaced_by_one_of_its_own_part(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(folders / "conds" / "a" / "2.png")
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    data = opened(folders)
+    assert levels(data, [2]) == ([30], [35])
+    assert levels(data.part(np.array([1, 2, 5])), [0, 1, 2]) == ([10, 10, 50], [15, 15, 55])
+    assert levels(data.part(np.array([6, 2, 0, 3])).part(np.array([1, 2])), [0]) == ([0], [5])
+    with pytest.raises(DataError, match="no pair of its class can be read"):
+        levels(data.part(np.array([2, 4])), [0])
+
+
 def test_a_class_without_a_readable_pair_ends_the_run(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4, 8):
         damage(folders / ("images", "conds")[number % 2] / "b" / f"{number}.png")
