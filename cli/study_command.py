@@ -98,6 +98,9 @@ def scaling_command(
 
     mpl.use("Agg")
     limit_torch_threads()
+    if not nll_images and (nll_extra_steps or nll_steps is not None):
+        option = "--nll-extra-steps" if nll_extra_steps else "--nll-steps"
+        fail(f"{option} needs --nll-images of at least 1: without, no bits/dim are evaluated")
     stop = StopRequest()
     command = shlex.join(["iddpm", *sys.argv[1:]])
     kept = cache or cache_folder()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -51,3 +52,12 @@ def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, ["study", "scaling", "fashion32", *arguments])
         assert refused.exit_code == 1
         assert f"model.{field} must be" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize("option", [["--nll-extra-steps"], ["--nll-steps", "5"]])
+def test_options_of_bits_per_dim_without_images_for_it_are_refused(tmp_path: Path, option: list[str]) -> None:
+    arguments = [f"--{name}={tmp_path / name}" for name in ("data", "reference", "features", "out")]
+    result = CliRunner().invoke(app, ["study", "scaling", "fashion32", *arguments, "--images", "8", *option])
+    assert result.exit_code == 1
+    assert f"{option[0]} needs --nll-images of at least 1" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
