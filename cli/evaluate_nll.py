@@ -11,7 +11,7 @@ import typer
 
 from cli.errors import needs_extra
 from cli.evaluation_errors import evaluation_errors
-from cli.evaluation_options import CondData
+from cli.evaluation_options import CondData, DataOptions
 
 
 def nll_command(
@@ -19,6 +19,7 @@ def nll_command(
     data: Annotated[Path, typer.Option(help="Test images: an npz file, or a folder with one subfolder per class.")],
     out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
     cond: CondData = None,
+    assignments: DataOptions = None,
     steps: Annotated[
         int | None, typer.Option(min=2, help="Evaluate on this many evenly spaced timesteps. Default: the full chain.")
     ] = None,
@@ -46,6 +47,7 @@ def nll_command(
         from tqdm import tqdm
 
         from cli.threads import limit_torch_threads
+        from cli.train_command import parse_assignments
         from formats.atomic_file import write_file
         from trainer.evaluation.collected import RESULTS_FILE, Results
         from trainer.evaluation.errors import EvaluationError
@@ -53,7 +55,7 @@ def nll_command(
         from trainer.evaluation.nll import NllOptions, evaluate_nll, inputs_of
         from trainer.evaluation.nll_report import summarise, table
         from trainer.evaluation.plots import vlb_terms
-        from trainer.evaluation.reading import open_inputs
+        from trainer.evaluation.reading import open_inputs, with_reading
         from trainer.evaluation.subject import distinct_names, load_subject
         from trainer.provenance import git_commit
         from trainer.stop_request import StopRequest
@@ -73,7 +75,9 @@ def nll_command(
         if len(shapes) > 1:
             raise EvaluationError(f"models must have images of one shape; got {sorted(shapes)}")
         labelled = any(subject.config.model.num_classes is not None for subject in subjects)
-        dataset, reading = open_inputs(data, [subject.config for subject in subjects], cond, labelled=labelled)
+        changes = parse_assignments(assignments or [])
+        configs = [with_reading(subject.config, changes) for subject in subjects]
+        dataset, reading = open_inputs(data, configs, cond, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         spec = str(steps) if steps is not None else respacing or ""
         settings = {

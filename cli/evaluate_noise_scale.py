@@ -12,7 +12,7 @@ import typer
 
 from cli.errors import needs_extra
 from cli.evaluation_errors import evaluation_errors
-from cli.evaluation_options import CondData
+from cli.evaluation_options import CondData, DataOptions
 
 
 def noise_scale_command(
@@ -20,6 +20,7 @@ def noise_scale_command(
     data: Annotated[Path, typer.Option(help="Training images: an npz file, or a folder with one subfolder per class.")],
     out: Annotated[Path, typer.Option(help="Folder for results; the same command continues what was interrupted.")],
     cond: CondData = None,
+    assignments: DataOptions = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,12 +46,13 @@ def noise_scale_command(
         from tqdm import tqdm
 
         from cli.threads import limit_torch_threads
+        from cli.train_command import parse_assignments
         from formats.atomic_file import write_file
         from trainer.evaluation.collected import RESULTS_FILE
         from trainer.evaluation.folder import evaluation_folder
         from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
         from trainer.evaluation.gradient_noise_report import summarise, table
-        from trainer.evaluation.reading import open_inputs
+        from trainer.evaluation.reading import open_inputs, with_reading
         from trainer.evaluation.subject import load_subject
         from trainer.provenance import git_commit
         from trainer.stop_request import StopRequest
@@ -63,7 +65,8 @@ def noise_scale_command(
         subject = load_subject(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = [Case.parse(case) for case in cases] if cases else usual_cases(subject)
         labelled = subject.config.model.num_classes is not None
-        dataset, reading = open_inputs(data, [subject.config], cond, labelled=labelled)
+        config = with_reading(subject.config, parse_assignments(assignments or []))
+        dataset, reading = open_inputs(data, [config], cond, labelled=labelled)
         typer.echo(dataset.summary, err=True)
         settings = {
             "kind": "noise-scale",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from cli.errors import fail, needs_extra
-from cli.evaluation_options import CondData
+from cli.evaluation_options import CondData, DataOptions
 from cli.sampling_options import CfgScale, ClassifierScale, Eta, Respacing, SamplerName, Steps, given
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def samples_command(
         Path | None, typer.Option(help="Real images to compare with: a data set, as for `iddpm train`.")
     ] = None,
     cond: CondData = None,
+    assignments: DataOptions = None,
     reference: Annotated[
         Path | None, typer.Option(help="Instead of --data: reference npz of guided-diffusion's evaluator.")
     ] = None,
@@ -80,6 +82,7 @@ def samples_command(
         from pydantic import ValidationError
 
         from cli.threads import limit_torch_threads
+        from cli.train_command import parse_assignments
         from formats.checkpoint_config import describe_validation_error
         from service.errors import ModelError, ServiceError
         from trainer.evaluation.errors import EvaluationError
@@ -105,6 +108,7 @@ def samples_command(
         extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
         generated = generate(
             model, out, num, seed, sampling, classes=classes, data=data, cond=cond,
+            reading=parse_assignments(assignments or []),
             check=partial(refuse_unfit, data=data, split_baseline=split_baseline),
         )  # fmt: skip
 
@@ -153,7 +157,7 @@ class Generated(NamedTuple):
     """What was generated."""
 
     config: CheckpointConfig
-    """Of the model."""
+    """Of the model, with the options by which real images are read."""
     numerics_id: str
     conditions: dict[str, str | int] | None
     """The data whose images condition the generated ones; None: the model takes no conditioning image."""
@@ -169,6 +173,7 @@ def generate(
     classes: Literal["balanced", "data"] | None = None,
     data: Path | None = None,
     cond: Path | None = None,
+    reading: Mapping[str, Any] | None = None,
     check: Callable[[CheckpointConfig], None] = lambda _: None,
 ) -> Generated:
     """Generate the images that are missing in a folder.
@@ -182,38 +187,50 @@ def generate(
         classes: see `samples_command`; None: balanced, or those of the conditioning images.
         data: real images, whose frequencies of classes and conditioning images are taken.
         cond: conditioning images of the data.
+        reading: options of the data that differ from those of the model's training, by dotted name.
         check: called with the model's configuration before anything is computed; its exceptions are passed on.
     """
     from cli.bulk import generate_into, produce_here
     from cli.bulk_order import Files, describe_generation
     from cli.local_engine import LocalEngine, local_settings
     from trainer.evaluation.conditions import RealConditions, open_conditions
+    from trainer.evaluation.reading import with_reading
 
+    changes = reading or {}
     conditions: RealConditions | None = None
 
     def check_all(config: CheckpointConfig) -> None:
         nonlocal conditions
+        config = with_reading(config, changes)
         guided = bool(sampling.get("classifier_scale"))
         conditions = open_conditions(config, data, cond, num, classes=classes, guided=guided)
+        if conditions is not None and changes:  # read otherwise, the same files are other conditioning images
+            conditions.description["reading"] = json.dumps(changes, sort_keys=True)
         check(config)
 
     engine = LocalEngine(local_settings(model), check_all)
+    config = with_reading(engine.config, changes)
     generation = describe_generation(
         engine,
         sampling,
         seed=seed,
         image_index=0,
         count=num,
-        classes=_classes(engine, sampling, num, classes, data) if conditions is None else conditions.labels,
+        classes=_classes(engine, config, sampling, num, classes, data) if conditions is None else conditions.labels,
         files=Files("npz", SHARD_SIZE),
         conditions=conditions,
     )
     generate_into(out, generation, produce_here(engine, generation, conditions))
-    return Generated(engine.config, engine.numerics_id, generation.conditions)
+    return Generated(config, engine.numerics_id, generation.conditions)
 
 
 def _classes(
-    engine: LocalEngine, sampling: dict[str, Any], num: int, classes: str | None, data: Path | None
+    engine: LocalEngine,
+    config: CheckpointConfig,
+    sampling: dict[str, Any],
+    num: int,
+    classes: str | None,
+    data: Path | None,
 ) -> list[int] | None:
     """Return the classes of images by image index, repeated as often as needed; None if images have no class."""
     from cli.bulk_order import choose_classes
@@ -221,9 +238,9 @@ def _classes(
     from trainer.evaluation.sample_files import labels_by_frequency
     from trainer.evaluation.subject import model_labels
 
-    count = engine.config.model.num_classes
+    count = config.model.num_classes
     if classes != "data" or data is None or count is None:
         return choose_classes(engine, sampling, None)
-    labels = model_labels("the model", engine.config, open_real(data, engine.config, labelled=True))
+    labels = model_labels("the model", config, open_real(data, config, labelled=True))
     assert labels is not None  # noqa: S101  # the model has classes
     return [int(label) for label in labels_by_frequency(num, labels, count)]

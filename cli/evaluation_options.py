@@ -14,3 +14,12 @@ CondData = Annotated[
         "Default: array `cond` of the npz file."
     ),
 ]
+
+DataOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Read the images with another option than in the model's training, data.NAME=VALUE: for example "
+        "data.unreadable=skip, or data.image_column of a Hugging Face data set. Can be repeated.",
+    ),
+]

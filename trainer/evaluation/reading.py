@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffusion.config import CheckpointConfig
+from formats.checkpoint_config import describe_validation_error
 from trainer.data import DataConfig, Dataset, open_dataset
 from trainer.evaluation.errors import EvaluationError
+from trainer.objective import EIGHT_BITS
 
 COND_FIELDS = ("cond_range", "cond_column")
 """Fields of `DataConfig` that say how conditioning images are read."""
 
 
 def reading_of(config: CheckpointConfig) -> DataConfig:
-    """Return how images were read when a model was trained; the defaults if its provenance does not say."""
+    """Return how images were read when a model was trained.
+
+    Those of a model without a record, which was imported, are read by the defaults, in the units of its configuration.
+
+    Raises:
+        EvaluationError: the record has options or values that this version does not know.
+    """
     recorded: Any = config.provenance.get("train_config")
     found = recorded.get("data") if isinstance(recorded, dict) else None
-    known = {name: found[name] for name in DataConfig.model_fields if name in found} if isinstance(found, dict) else {}
+    if found is None:
+        found = {} if config.value_range == EIGHT_BITS else {"value_range": config.value_range}
     try:
-        return DataConfig.model_validate(known)
-    except ValidationError:  # trained elsewhere, or by another version
-        return DataConfig()
+        return DataConfig.model_validate(found)
+    except ValidationError as error:
+        raise EvaluationError(
+            "this version cannot read images as the training of the model did (train_config.data in its config.json): "
+            f"{describe_validation_error(error)}"
+        ) from error
+
+
+def with_reading(config: CheckpointConfig, changes: Mapping[str, Any]) -> CheckpointConfig:
+    """Return the configuration of a model whose images are to be read with other options than in its training.
+
+    Args:
+        config: of the model.
+        changes: values by dotted name, as `data.background`.
+
+    Raises:
+        EvaluationError: a name is no option of the data, or a value is not allowed.
+    """
+    if not changes:
+        return config
+    allowed = [f"data.{name}" for name in DataConfig.model_fields]
+    if unknown := [name for name in changes if name not in allowed]:
+        raise EvaluationError(
+            f"--set takes options of the data here, because a trained model determines all others; got {unknown[0]!r}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    values = {name.removeprefix("data."): value for name, value in changes.items()}
+    try:
+        reading = DataConfig.model_validate({**reading_of(config).model_dump(), **values})
+    except ValidationError as error:
+        raise EvaluationError(f"--set: {describe_validation_error(error)}") from error
+    recorded = {**config.provenance.get("train_config", {}), "data": reading.model_dump(mode="json")}
+    return config.replace(provenance={**config.provenance, "train_config": recorded})
 
 
 def open_real(path: Path, config: CheckpointConfig, *, labelled: bool = False) -> Dataset:

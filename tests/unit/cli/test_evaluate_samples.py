@@ -105,6 +105,18 @@ def test_classes_have_the_frequencies_of_the_data_when_asked(model: Path, data: 
         assert np.bincount(arrays["arr_1"], minlength=4).tolist() == [5, 3, 0, 2]
 
 
+def test_real_images_are_read_with_the_options_that_are_set(model: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(200, 256, (4, 4, 4, 1), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", images=images)
+    distances = []
+    for arguments in ([], ["--set", "data.small_images=enlarge"]):  # without the option, in black frames
+        code, output = evaluate(model, tmp_path / "out", "--data", tmp_path / "real.npz", *arguments, num=2)
+        assert code == 0, output
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+        distances.append(row["frechet_distance"])
+    assert distances[0] != pytest.approx(distances[1], rel=0.1)
+
+
 def test_samples_are_scored_against_a_reference_file(model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=np.zeros(1), sigma=np.eye(1))
     code, output = evaluate(model, tmp_path / "out", "--reference", tmp_path / "reference.npz")
@@ -120,6 +132,7 @@ def test_samples_are_scored_against_a_reference_file(model: Path, tmp_path: Path
     (["--reference", "y", "--features-range", "0"], "--features-range must be BLACK,WHITE"),
     (["--reference", "y", "--steps", "1001"], "1000"),
     (["--reference", "y", "--features", "absent.pth"], INCEPTION_SHA256),
+    (["--reference", "y", "--set", "model.dropout=0"], "--set takes options of the data here"),
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
     arguments: list[str], message: str, model: Path, tmp_path: Path
