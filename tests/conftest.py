@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import locale
 import os
-from typing import TYPE_CHECKING
+import ssl
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -29,6 +31,19 @@ if not torch.cuda.is_available():
 
 # Tiny networks: more threads only wait for each other.
 torch.set_num_threads(1)
+
+_create_context = ssl.create_default_context
+
+
+@cache
+def _context(_key_log: str | None, *arguments: Any, **options: Any) -> ssl.SSLContext:
+    return _create_context(*arguments, **options)
+
+
+# httpx.get reads the machine's certificates at each call, which takes 30 ms; tests call it thousands of times.
+ssl.create_default_context = lambda *arguments, **options: _context(
+    os.environ.get("SSLKEYLOGFILE"), *arguments, **options
+)
 
 
 _CHARACTERS = locale.setlocale(locale.LC_CTYPE)

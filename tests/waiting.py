@@ -24,6 +24,8 @@ REFERENCE_S = 0.2
 """Seconds that `_compute` takes on the reference machine; about twice its time on an idle core of 2025."""
 MOST = 16.0
 POLL_S = 0.01
+START_POLL_S = 0.1
+"""Between two questions to a process that is starting, which needs the processor itself."""
 
 
 def _compute() -> int:

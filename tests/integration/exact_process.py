@@ -23,7 +23,7 @@ from service.logs import configure_logging
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.paths import ROOT
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S, START_POLL_S, until
 
 
 def free_port() -> int:
@@ -61,7 +61,7 @@ def wait_for(process: subprocess.Popen[bytes], url: str, status: int) -> None:
         assert process.poll() is None
         return status_of(url) == status
 
-    until(answers)
+    until(answers, START_POLL_S)
 
 
 def main() -> None:

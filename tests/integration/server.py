@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S, START_POLL_S, until
 
 
 class Server:
@@ -88,7 +88,7 @@ def _wait_ready(server: Server) -> None:
         return False
 
     with suppress(TimeoutError):
-        until(ready_or_gone)
+        until(ready_or_gone, START_POLL_S)
         if server.process.poll() is None:
             return
     raise RuntimeError(f"the server did not become ready:\n{server.log.read_text()}")
