@@ -1,4 +1,4 @@
-"""Several processes under torchrun: they train what one process trains, and stop together."""
+"""Several processes train what one process trains, and stop together; torchrun starts those of some tests."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from tests.counts import LONG
 from tests.paths import ROOT
+from tests.unit.trainer.forked_ranks import run_ranks
 from tests.unit.trainer.test_resume import write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
 from tests.waiting import PATIENCE_S, scaled
@@ -40,18 +41,21 @@ FIELDS = {
 }  # fmt: skip
 
 
-def command(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> list[str]:
+def arguments(data: Path, run: Path, *options: str, **changes: str) -> list[str]:
     sets = [part for name, value in {**FIELDS, **changes}.items() for part in ("--set", f"{name}={value}")]
-    arguments = ["-m", "cli.main", "train", "fashion32", "--data", str(data), "--out", str(run), *sets, *options]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    return [sys.executable, *torchrun, *arguments]
+    return ["train", "fashion32", "--data", str(data), "--out", str(run), *sets, *options]
+
+
+def command(data: Path, run: Path, *options: str, world: int, **changes: str) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return [*torchrun, "-m", "cli.main", *arguments(data, run, *options, **changes)]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def train(data: Path, run: Path, *options: str, world: int = 1, **changes: str) -> str:
+def train(data: Path, run: Path, *options: str, world: int, **changes: str) -> str:
     done = subprocess.run(
         command(data, run, *options, world=world, **changes),
         env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
@@ -78,8 +82,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_alone(data: Path, run: Path, *options: str, **changes: str) -> None:
     """Train in this process."""
-    module = command(data, run, *options, world=1, **changes)
-    result = CliRunner().invoke(app, module[module.index("train") :])
+    result = CliRunner().invoke(app, arguments(data, run, *options, **changes))
     assert result.exit_code == 0, result.output
 
 
@@ -96,7 +99,10 @@ def assert_same_training(run: Path, alone: Path) -> None:
 def test_two_processes_go_on_as_one_would_with_the_whole_batch(data: Path, alone: Path, tmp_path: Path) -> None:
     """Gradients are averaged in another order, so that losses agree to 1e-4 over these steps, and are not equal."""
     train_alone(data, tmp_path / "run", total_images="24")
-    output = train(data, tmp_path / "run", "--resume", world=2, microbatch_size="2")
+    log = tmp_path / "log"
+    codes = run_ranks(arguments(data, tmp_path / "run", "--resume", microbatch_size="2"), 2, log)
+    output = log.read_text(encoding="utf-8")
+    assert codes == [0, 0], output
     assert_same_training(tmp_path / "run", alone)
     assert output.count("trained: ") == 1
 
@@ -169,12 +175,10 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
 def test_all_processes_roll_back_together(data: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(alone, run)
-    done = subprocess.run(
-        command(data, run, "--resume", world=2, total_images="96", lr="1e7", max_rollbacks="1"),
-        env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
-    output = " ".join(done.stderr.split())
-    assert done.returncode != 0
+    again = arguments(data, run, "--resume", total_images="96", lr="1e7", max_rollbacks="1")
+    codes = run_ranks(again, 2, tmp_path / "log")
+    output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
+    assert codes == [1, 1], output
     assert output.count("Rolled back to the weights after 48 images") == 1, output
     assert "after 1 rollback" in output
     assert "lost the connection" not in output
@@ -255,12 +259,9 @@ def test_the_main_process_opens_the_data_first(fails: bool) -> None:
 
 def test_unreadable_data_end_all_processes_with_one_reason(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=[0, 0])
-    done = subprocess.run(
-        command(tmp_path / "a.npz", tmp_path / "run", world=2),
-        env=environment(), capture_output=True, encoding="utf-8", timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
-    output = " ".join(done.stderr.split())
-    assert done.returncode != 0
+    codes = run_ranks(arguments(tmp_path / "a.npz", tmp_path / "run"), 2, tmp_path / "log")
+    output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
+    assert codes == [1, 1], output
     assert output.count("choose --set model.image_channels=3") == 1, output
     assert "lost the connection" not in output
     assert not (tmp_path / "run").exists()
