@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # only one pip may run at a time in .venv
-.PHONY: help serve check test test-avx2 test-long test-containers format train-demo bench clean
+.PHONY: help serve check test pytest test-avx2 test-long test-containers format train-demo bench clean
 
 VENV := .venv
 PYTHON ?=
@@ -46,7 +46,9 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/yamllint --strict .yamllint.yml docker-compose*.yml deploy
 
-test: check  ## linters, then all tests with reduced counts (minutes)
+test: check pytest  ## linters, then all tests with reduced counts (minutes)
+
+pytest: $(VENV)/.installed-dev  ## these tests without the linters
 	$(PYTEST) $(PARALLEL)
 
 test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a processor without AVX-512 and bfloat16
