@@ -71,7 +71,7 @@ def _configure_torch() -> None:
 
 
 LONGEST = ("test_export.py", "test_fleet.py", "test_base_install.py", "test_ranks.py")
-"""Files of more than 30 seconds. They begin first, so that none runs at the end while other processes have no work."""
+"""The longest files. They begin first, so that none runs at the end while other processes have no work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
