@@ -92,10 +92,8 @@ def test_an_exported_checkpoint_is_compared_described_and_read_back(exports: Exp
     assert all((c.steps, c.images) == (50, 4) for c in manifest.chains)
 
 
-LONG_ONLY = pytest.mark.skipif(not LONG, reason="most of a minute: IDDPM_TEST_LONG=1")
-
-
-@pytest.mark.parametrize("changes", [pytest.param({"low_res_size": 4}, marks=LONG_ONLY), {"cond_channels": 2}])
+@pytest.mark.skipif(not LONG, reason="traces two graphs; test_shapes.py exports a model with conditioning always")
+@pytest.mark.parametrize("changes", [{"low_res_size": 4}, {"cond_channels": 2}])
 def test_models_with_conditioning_are_exported_for_all_runtimes(
     tmp_path: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Networks of any shape and number of channels: trained, exported with parity, and served, in the data's units."""
+"""Networks of any shape and number of channels, conditioned or not: trained, exported, served, in the data's units."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from model_export import parity
 from service.http.app import create_app
 from service.settings import Settings
 from tests.counts import LONG
+from tests.integration.test_given_images import npy
 from tests.waiting import PATIENCE_S, POLL_S, run_async
 
 SETTINGS = (
@@ -34,7 +35,9 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def ask(folder: Path, backend: str) -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
+def ask(
+    folder: Path, backend: str, conditions: dict[str, str]
+) -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
     settings = Settings.model_validate(
         {"models": (folder,), "backend": backend, "max_rows": 2, "threads": 1, "cache_dir": ""}
     )
@@ -49,7 +52,7 @@ def ask(folder: Path, backend: str) -> tuple[dict[str, Any], bytes, httpx.Respon
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(POLL_S)
             (model,) = (await client.get("/v1/models")).json()["models"]
-            body = {"n": 2, "steps": 4, "seed": 3}
+            body = {"n": 2, "steps": 4, "seed": 3, **conditions}
             arrays = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})
             assert arrays.status_code == 200, arrays.text
             picture = await client.post("/v1/generate", json={**body, "n": 1}, headers={"Accept": "image/png"})
@@ -59,17 +62,23 @@ def ask(folder: Path, backend: str) -> tuple[dict[str, Any], bytes, httpx.Respon
     return run_async(requests())
 
 
-@pytest.mark.parametrize(("height", "width", "channels"), [(12, 20, 2), *([(16, 8, 4)] if LONG else [])])
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "cond_channels"), [(12, 20, 2, 1), *([(16, 8, 4, 0)] if LONG else [])]
+)
 def test_a_network_of_any_shape_is_trained_exported_and_served(
-    height: int, width: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    height: int, width: int, channels: int, cond_channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "STEPS", 5)
     monkeypatch.setattr(parity, "ROWS", 2)
-    data = np.random.default_rng(0).uniform(-3, 5, (8, height, width, channels)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", images=data)
+    rng = np.random.default_rng(0)
+    data: dict[str, Any] = {"images": rng.uniform(-3, 5, (8, height, width, channels)).astype(np.float32)}
+    if cond_channels:
+        data["cond"] = rng.uniform(0, 9, (8, height, width, cond_channels)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", **data)
     chosen = [
         *SETTINGS, f"model.image_size={height},{width}", f"model.image_channels={channels}",
-        f"model.attention_resolutions={height // 2}",
+        f"model.attention_resolutions={height // 2}", f"model.cond_channels={cond_channels}",
+        *(["data.cond_range=0,9"] if cond_channels else []),
     ]  # fmt: skip
     assignments = [part for setting in chosen for part in ("--set", setting)]
     run("train", "fashion32", "--data", tmp_path / "data.npz", "--out", tmp_path / "run", *assignments)
@@ -83,9 +92,12 @@ def test_a_network_of_any_shape_is_trained_exported_and_served(
 
     run("export", folder, folder / "artifact")
     manifest = read_artifact(folder / "artifact")
+    assert manifest.inputs == ("x_t", "emb_t", *(["cond"] if cond_channels else []))
+    assert {p.backend.split(" ")[0] for p in manifest.parity} == {"onnxruntime", "openvino"}
     assert all(p.limit is None or p.worst < p.limit for p in manifest.parity)
 
-    model, arrays, picture, metadata = ask(folder / "artifact", "openvino")
+    conditions = {"cond": npy(data["cond"][0])} if cond_channels else {}
+    model, arrays, picture, metadata = ask(folder / "artifact", "openvino", conditions)
     assert model["image_size"] == [height, width]
     assert (model["image_channels"], model["value_range"]) == (channels, [-3, 5])
     with np.load(io.BytesIO(arrays)) as archive:
