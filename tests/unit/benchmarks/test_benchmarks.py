@@ -44,6 +44,7 @@ from service.engine.request import ImageStatus
 from service.metrics import Metrics
 from tests import bfloat16
 from tests.counts import LONG
+from tests.exports import Exports
 from tests.fakes import CountingRunner, generation, params, tiny_checkpoint
 from tests.paths import ROOT
 from tests.waiting import TEST_LIMIT_S
@@ -54,7 +55,7 @@ CONFIG = CheckpointConfig(
         image_size=8,
         image_channels=1,
         model_channels=32,
-        channel_mult=(1,),  # small: exporting it takes most of the time here
+        channel_mult=(1,),
         num_res_blocks=1,
         attention_resolutions=(),
         num_heads=2,
@@ -68,6 +69,12 @@ CONFIG = CheckpointConfig(
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> BenchNetwork:
     return random_network("tiny", CONFIG, tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def exported(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> BenchNetwork:
+    """Return a network that has an artifact: to trace one takes most of the time here."""
+    return BenchNetwork("golden", exports.checkpoint(), tmp_path_factory.mktemp("golden"), trained=True)
 
 
 # --- turns
@@ -173,11 +180,11 @@ def test_the_artifact_for_timing_reports_what_was_measured(network: BenchNetwork
         ("diffusers:bf16", 0.1),
     ],
 )
-def test_every_contender_computes_the_same_network(network: BenchNetwork, text: str, tolerance: float) -> None:
-    rows = Rows.make(CONFIG, 3)
-    out = open_contender(Entry.parse(text), network, rows, PLACE)()
-    assert tuple(out.shape) == (3, 2, 8, 8)
-    assert relative_error(out, reference_output(network, rows)) < tolerance
+def test_every_contender_computes_the_same_network(exported: BenchNetwork, text: str, tolerance: float) -> None:
+    rows = Rows.make(exported.config, 3)
+    out = open_contender(Entry.parse(text), exported, rows, PLACE)()
+    assert tuple(out.shape) == (3, 6, 8, 8)
+    assert relative_error(out, reference_output(exported, rows)) < tolerance
 
 
 def test_a_row_is_equal_in_every_batch() -> None:
@@ -206,13 +213,13 @@ def test_a_network_without_a_diffusers_form_is_absent_with_the_reason(tmp_path: 
         open_contender(Entry.parse("diffusers:fp32"), unmapped, Rows.make(CONFIG, 1), PLACE)
 
 
-def test_a_backend_compiles_only_the_given_sizes(network: BenchNetwork) -> None:
+def test_a_backend_compiles_only_the_given_sizes(exported: BenchNetwork) -> None:
     assert BackendOptions(max_rows=6).sizes_to_compile == (1, 2, 4, 6)
     from service.backends.openvino_backend import OpenVinoBackend
 
     options = BackendOptions(max_rows=3, batch_sizes=(3,), device="cpu", precision="fp32", threads=1, cache_dir="")
-    assert OpenVinoBackend(network.artifact(), options).batch_sizes == (3,)
-    assert TorchBackend(network.checkpoint, options).batch_sizes is None
+    assert OpenVinoBackend(exported.artifact(), options).batch_sizes == (3,)
+    assert TorchBackend(exported.checkpoint, options).batch_sizes is None
 
 
 # --- ceiling
@@ -305,9 +312,9 @@ def test_the_engine_sampler_gives_the_pixels_of_the_reference_loop(network: Benc
 
 
 @pytest.mark.parametrize("text", ["eager:fp32", "torch:fp32", "openvino:fp32", "diffusers:fp32"])
-def test_every_sampler_gives_images(network: BenchNetwork, text: str) -> None:
-    pixels = sample.open_sampler(Entry.parse(text), network, PLACE, width=2)(3, 3)
-    assert (pixels.shape, pixels.dtype) == ((3, 8, 8, 1), np.uint8)
+def test_every_sampler_gives_images(exported: BenchNetwork, text: str) -> None:
+    pixels = sample.open_sampler(Entry.parse(text), exported, PLACE, width=2)(3, 3)
+    assert (pixels.shape, pixels.dtype) == ((3, 8, 8, 3), np.uint8)
     assert pixels.std() > 1
 
 
