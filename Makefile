@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # only one pip may run at a time in .venv
-.PHONY: help serve check test pytest test-avx2 test-long test-containers format train-demo bench clean
+.PHONY: help serve check test test-avx2 test-long test-containers format train-demo bench clean
 
 VENV := .venv
 PYTHON ?=
@@ -46,10 +46,13 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/yamllint --strict .yamllint.yml docker-compose*.yml deploy
 
-test: check pytest  ## linters, then all tests with reduced counts (minutes)
-
-pytest: $(VENV)/.installed-dev  ## these tests without the linters
-	$(PYTEST) $(PARALLEL)
+# The linters use one processor; what they print follows when they end, as a whole. The tests stay in the foreground: a shell lets
+# processes in the background ignore SIGINT, which tests send.
+test: $(VENV)/.installed-dev  ## all tests with reduced counts, and the linters beside them (minutes)
+	@{ output=$$($(MAKE) check 2>&1); status=$$?; printf '\n%s\n' "$$output"; exit $$status; } & linters=$$!; \
+	$(PYTEST) $(PARALLEL); tests=$$?; \
+	wait $$linters || { echo 'make check failed: what it printed is above, between the lines of the tests' >&2; exit 1; }; \
+	exit $$tests
 
 test-avx2: $(VENV)/.installed-dev  ## numerical tests with the kernels of a processor without AVX-512 and bfloat16
 ifeq ($(ONLY_AVX2),yes)
