@@ -31,6 +31,12 @@ Measured with the right flags: 0.02 on networks trained for 500 steps, 0.002 on 
 heads or attention order: 0.04 to 0.1 on networks that use their attention. With shuffled weights: 1.0 to 1.7.
 """
 
+SMALL_EPS_ERROR = 0.02
+"""Mean squared error of eps at both noise levels up to which a preset's flags are not compared with others.
+
+Smaller than any measured with wrong heads or attention order.
+"""
+
 MAX_X0_ERROR = 0.3
 """The limit for networks that predict x0, at alphas_cumprod 0.5 with plain images; also in units of eps.
 
@@ -67,7 +73,8 @@ class SanityReport:
 def check_predictions(config: CheckpointConfig, weights: Mapping[str, Tensor]) -> SanityReport:
     """Check that a network predicts the eps (or x0) of its process, with noise from a fixed seed.
 
-    The check takes about ten network calls on one to four images per noise level. It detects untrained or damaged
+    The check takes about ten network calls on one to four images per noise level; one call if the flags are those of
+    a preset and the errors are small, because other flags are then not tried. It detects untrained or damaged
     weights, a wrong prediction type and, on networks that depend on them, wrong heads, attention order, rescaling, T or
     noise schedule. It cannot detect flags that a network hardly depends on (heads of a small network, timesteps after a
     short training), a wrong T with rescale_timesteps True (the timestep inputs are the same), a wrong fixed variance,
@@ -85,15 +92,18 @@ def check_predictions(config: CheckpointConfig, weights: Mapping[str, Tensor]) -
     steps = (_nearest_step(config.diffusion, NOISY_ABAR), config.diffusion.num_timesteps - 1)
     x_t, eps = _noisy_images(config, steps, brightness=0.0)
     errors = _eps_errors(config, weights, x_t, eps)
-    flags, better = _best_alternative(config, weights, x_t, eps, errors)
 
     at_last = float(errors[-1])
     what = f"mean squared error of eps, whose variance is 1: {_in_words(errors)}"
+    passed = SanityReport(at_last, True, f"{what} (limit {MAX_EPS_ERROR})")
+    if "preset" in config.provenance and bool((errors <= SMALL_EPS_ERROR).all()):
+        return passed  # the flags are published, and on large images the calls with other flags take many minutes
+    flags, better = _best_alternative(config, weights, x_t, eps, errors)
     if _ratio(better, errors) < CLEARLY_BETTER:
         return SanityReport(at_last, False, f"{what}. With {flags}: {_in_words(better)}. {words_for(config).cure}")
     if not at_last <= MAX_EPS_ERROR:
         return SanityReport(at_last, False, f"{what}, more than {MAX_EPS_ERROR}. {_suspects(config)}")
-    return SanityReport(at_last, True, f"{what} (limit {MAX_EPS_ERROR})")
+    return passed
 
 
 def _suspects(config: CheckpointConfig) -> str:

@@ -375,6 +375,25 @@ def test_a_network_that_predicts_x0_passes_and_an_untrained_one_fails(monkeypatc
     assert check_predictions(config, _weights("imp_superres")).passed
 
 
+@pytest.mark.parametrize(("error", "calls"), [(0.01, 1), (0.05, 9)])
+def test_other_flags_are_not_tried_if_those_of_a_preset_give_small_errors(
+    monkeypatch: pytest.MonkeyPatch, error: float, calls: int
+) -> None:
+    config = _golden_config("imp_uncond", num_timesteps=1000)
+    made: list[int] = []
+
+    def predict(_config: object, _weights: object, x_t: Tensor, _eps: Tensor) -> Tensor:
+        made.append(len(x_t))
+        return torch.full((2,), error)
+
+    monkeypatch.setattr(sanity_check, "_eps_errors", predict)
+    assert check_predictions(config.replace(provenance={"preset": "a-preset"}), {}).passed
+    assert len(made) == calls
+    made.clear()
+    assert check_predictions(config, {}).passed
+    assert len(made) == 9
+
+
 def test_untrained_weights_fail_and_the_error_lists_possible_flags() -> None:
     weights = {name: torch.zeros_like(tensor) for name, tensor in _weights("imp_uncond").items()}
     report = check_predictions(_golden_config("imp_uncond", num_timesteps=1000), weights)
