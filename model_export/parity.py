@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.classifier import Classifier, classifier_gradient
 from diffusion.conditioning import enlarged
-from diffusion.config import CheckpointConfig, DiffusionConfig
+from diffusion.config import CheckpointConfig, ClassifierConfig, DiffusionConfig, ModelConfig
 from diffusion.noise import STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import build_plan
 from diffusion.respacing import respace
@@ -34,9 +35,13 @@ from formats.precision import Precision
 from model_export.runtimes import Arrays, Graph, Runtime
 
 STEPS = 50
-"""Sampling steps of a chain."""
+"""Sampling steps of a chain, if the network is not too large."""
 ROWS = 4
-"""Images in a chain."""
+"""Images in a chain, if the network is not too large."""
+LEAST_STEPS = 10
+"""Sampling steps of a chain of the largest networks: two in each band."""
+CHAIN_FLOPS = 2e13
+"""Floating-point operations that a chain may take: some minutes on two cores. Each runtime repeats it twice."""
 BANDS = 5
 """Number of bands of timesteps, of equal width."""
 LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
@@ -62,17 +67,54 @@ class Call:
 
 
 @dataclass(frozen=True)
+class ChainSize:
+    """The number of network calls of a reference."""
+
+    steps: int
+    images: int
+    """Images per call."""
+
+
+def chain_size(model: ModelConfig | ClassifierConfig, diffusion: DiffusionConfig) -> ChainSize:
+    """Return the size of the chain by which a network is measured: with large networks fewer images, then fewer steps.
+
+    It depends on the configuration only, so that every export of a checkpoint makes the same measurements.
+    """
+    calls = int(CHAIN_FLOPS / flops_of_call(model))
+    steps = min(STEPS, max(calls, LEAST_STEPS), diffusion.num_timesteps)
+    return ChainSize(steps, images=min(ROWS, max(calls // steps, 1)))
+
+
+def flops_of_call(model: ModelConfig | ClassifierConfig) -> int:
+    """Return the floating-point operations of a network call on one image; multiplications and additions count as two.
+
+    Only matrix products and convolutions are counted.
+    """
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        x_t, emb_t = torch.zeros(1, *model.image_shape), torch.zeros(1, model.emb_channels)
+        if isinstance(model, ModelConfig):
+            y = None if model.num_classes is None else torch.zeros(1, dtype=torch.int64)
+            cond = None if model.cond_shape is None else torch.zeros(1, *model.cond_shape)
+            UNet(model).eval().forward_emb(x_t, emb_t, y, cond)
+        else:
+            Classifier(model).eval().forward_emb(x_t, emb_t)
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
 class Reference:
     """A chain of the reference: its network calls and its pixels."""
 
     config: CheckpointConfig
+    size: ChainSize
     calls: Sequence[Call]
     pixels: npt.NDArray[np.uint8]
 
 
 def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -> Reference:
     """Sample images with PyTorch, and record every network call."""
-    conditions = _conditions(config)
+    size = chain_size(config.model, config.diffusion)
+    conditions = _conditions(config, size.images)
     calls: list[Call] = []
 
     def run(x_t: Tensor, t: Tensor) -> Tensor:
@@ -81,18 +123,19 @@ def unet_reference(network: UNet, config: CheckpointConfig, time_mlp: TimeMLP) -
         calls.append(Call(float(t[0]), inputs, out.numpy()))
         return out
 
-    return Reference(config, calls, sample_chain(config, run, torch))
+    return Reference(config, size, calls, sample_chain(config, size, run, torch))
 
 
 def classifier_calls(classifier: Classifier, diffusion: DiffusionConfig, time_mlp: TimeMLP) -> tuple[list[Call], ...]:
     """Classify unit noise at each timestep of a chain with PyTorch; return the calls for logits and for gradients."""
-    t_model = respace(diffusion, str(_steps(diffusion))).t_model
-    ids = np.arange(ROWS)
+    size = chain_size(classifier.config, diffusion)
+    t_model = respace(diffusion, str(size.steps)).t_model
+    ids = np.arange(size.images)
     y = ids % classifier.config.num_classes
     logits, gradients = [], []
     for k, t in enumerate(t_model):
-        x_t = torch.from_numpy(normal(ids, ids, np.full(ROWS, k), STREAM_X_T, classifier.config.image_shape))
-        t_rows = np.full(ROWS, t, dtype=np.float32)
+        x_t = torch.from_numpy(normal(ids, ids, np.full_like(ids, k), STREAM_X_T, classifier.config.image_shape))
+        t_rows = np.full(size.images, t, dtype=np.float32)
         inputs = {"x_t": x_t.numpy(), "emb_t": time_mlp(t_rows)}
         with torch.no_grad():
             out = classifier(x_t, torch.from_numpy(t_rows))
@@ -147,18 +190,19 @@ def network_parity(
 
 def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime: Runtime) -> ChainParity:
     """Sample the reference's images with a graph, and compare pixels."""
-    conditions = _conditions(reference.config)
+    config, size = reference.config, reference.size
+    conditions = _conditions(config, size.images)
 
     def run(x_t: FloatArray, t: FloatArray) -> FloatArray:
         return graph({"x_t": x_t, "emb_t": time_mlp(t), **conditions})
 
-    pixels = sample_chain(reference.config, run, np)
+    pixels = sample_chain(config, size, run, np)
     difference = np.abs(pixels.astype(int) - reference.pixels)
     return ChainParity(
         backend=runtime.backend,
         precision=runtime.precision,
-        steps=_steps(reference.config.diffusion),
-        images=ROWS,
+        steps=size.steps,
+        images=size.images,
         beyond_1=float((difference > 1).mean()),
         beyond_2=float((difference > 2).mean()),
         beyond_4=float((difference > 4).mean()),
@@ -166,10 +210,10 @@ def chain_parity(graph: Graph, reference: Reference, time_mlp: TimeMLP, runtime:
     )
 
 
-def sample_chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
-    """Return pixels [ROWS, H, W, C] of a short ancestral chain with a network of (x_t, t), in a library of arrays."""
-    ids = xp.arange(ROWS)
-    plan = build_plan(config.diffusion, "ancestral", str(_steps(config.diffusion)))
+def sample_chain(config: CheckpointConfig, size: ChainSize, network: Any, xp: Any) -> npt.NDArray[np.uint8]:
+    """Return pixels [images, H, W, C] of a short ancestral chain with a network of (x_t, t), in a library of arrays."""
+    ids = xp.arange(size.images)
+    plan = build_plan(config.diffusion, "ancestral", str(size.steps))
 
     def noise(step: int, stream: int) -> Any:
         return normal(ids, ids, xp.full_like(ids, step), stream, config.model.image_shape)
@@ -177,22 +221,18 @@ def sample_chain(config: CheckpointConfig, network: Any, xp: Any) -> npt.NDArray
     return to_uint8(sample_loop(network, plan, noise(0, STREAM_X_T), lambda step: noise(step, STREAM_STEP)))
 
 
-def _conditions(config: CheckpointConfig) -> dict[str, npt.NDArray[Any]]:
+def _conditions(config: CheckpointConfig, count: int) -> dict[str, npt.NDArray[Any]]:
     """Return the constant inputs of a chain: labels spread over all classes, random conditioning images."""
     model = config.model
-    ids = np.arange(ROWS)
+    ids = np.arange(count)
     conditions: dict[str, npt.NDArray[Any]] = {}
     if model.num_classes is not None:
-        conditions["y"] = np.linspace(0, model.num_labels - 1, ROWS).astype(np.int64)
+        conditions["y"] = np.linspace(0, model.num_labels - 1, count).astype(np.int64)
     shape = model.low_res_shape or model.cond_shape
     if shape is not None:
-        images = np.clip(normal(ids, ids + ROWS, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
+        images = np.clip(normal(ids, ids + count, ids * 0, STREAM_X_T, shape) / 2, -1, 1)
         conditions["cond"] = enlarged(images, model.image_height, model.image_width)
     return conditions
-
-
-def _steps(diffusion: DiffusionConfig) -> int:
-    return min(STEPS, diffusion.num_timesteps)
 
 
 def _relative(sums: npt.NDArray[np.float64]) -> float:

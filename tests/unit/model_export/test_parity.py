@@ -12,6 +12,7 @@ import pytest
 
 from diffusion.time_mlp import WEIGHTS, TimeMLP
 from formats.artifact import NetworkParity
+from interchange.published import PUBLISHED
 from model_export import parity
 from model_export.parity import Reference, chain_parity, network_parity, unet_reference
 from model_export.runtimes import Arrays, Graph, Runtime
@@ -81,7 +82,7 @@ def test_an_overflow_is_a_finite_error_beyond_every_limit(reference: Reference) 
 def test_pixels_are_counted_by_their_error(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "STEPS", 6)
     replay = Replay(reference, 0.0, 0.0)
-    pixels = parity.sample_chain(CONFIG, lambda x_t, t: replay({"x_t": x_t}), np).astype(int)
+    pixels = parity.sample_chain(CONFIG, reference.size, lambda x_t, t: replay({"x_t": x_t}), np).astype(int)
     off = np.zeros_like(pixels)
     off.ravel()[:4] = [1, 2, 3, 5]
     elsewhere = replace(reference, pixels=np.where(pixels > 127, pixels - off, pixels + off).astype(np.uint8))
@@ -95,3 +96,33 @@ def test_errors_name_the_file_and_the_runtime(reference: Reference) -> None:
     graph = Replay(reference, 0.0, 0.0)
     found = network_parity(graph, reference.calls, CONFIG, Runtime("x 2", "bf16", lambda _: graph), Path("g").name)
     assert (found.backend, found.precision, found.file, found.limit) == ("x 2", "bf16", "g", parity.LIMITS["bf16"])
+
+
+def test_large_networks_are_measured_with_fewer_images_and_then_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    flops = parity.flops_of_call(CONFIG.model)
+
+    def size(calls: float) -> tuple[int, int]:
+        monkeypatch.setattr(parity, "CHAIN_FLOPS", calls * flops)
+        chosen = parity.chain_size(CONFIG.model, CONFIG.diffusion)
+        return chosen.steps, chosen.images
+
+    assert [size(calls) for calls in (1e4, 200, 199, 99, 20, 3)] == [
+        (50, 4),
+        (50, 4),
+        (50, 3),
+        (50, 1),
+        (20, 1),
+        (10, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("cifar10-uncond-50m", (50, 4)), ("adm-imagenet64", (50, 1)), ("adm-upsampler-64-256", (15, 1))],
+)
+def test_export_of_the_published_networks_takes_a_limited_number_of_calls(
+    preset: str, expected: tuple[int, int]
+) -> None:
+    config = PUBLISHED[preset].config
+    chosen = parity.chain_size(config.model, config.diffusion)
+    assert (chosen.steps, chosen.images) == expected
