@@ -16,9 +16,16 @@ _TIMED = ImageParams(
 """A dummy image for timing. Every model has a plan of two steps."""
 _TIMED_CLASSIFIED = replace(_TIMED, classifier_scale=1.0)
 
+ENOUGH_S = 60.0
+"""Seconds after which only the smallest size is still timed.
+
+The costs of larger sizes are then taken as proportional to their rows, which is nearly so for networks this slow, and
+are learned from the first steps.
+"""
+
 
 def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float]) -> StepCosts:
-    """Time steps of every batch size, in rounds, each after a warm-up step of the same size.
+    """Time steps of every batch size, in rounds, each after a warm-up step of the same size, for `ENOUGH_S` seconds.
 
     Overwrites slots: call this only while no image holds one.
     """
@@ -28,10 +35,17 @@ def time_steps(runner: Runner, config: EngineConfig, clock: Callable[[], float])
     classifier = sorted({runner.padded_classified_rows(rows) for rows in widths} - {0})
     timed, classified = (replace(image, given=runner.trial_given) for image in (_TIMED, _TIMED_CLASSIFIED))
     kinds = [*((timed, rows) for rows in network), *((classified, rows) for rows in classifier)]
-    rounds = [[_time(runner, config, clock, rows, params) for params, rows in kinds] for _ in range(config.timed_calls)]
-    for (params, rows), *seconds in zip(kinds, *rounds, strict=True) if rounds else ():
-        used = _used(rows, config)  # use the minimum: delays by other load are not part of the cost
-        observe_step(costs, runner, used, used * params.classified_rows, min(seconds))
+    smallest = (0, len(network))
+    found: list[list[float]] = [[] for _ in kinds]
+    begun = clock()
+    for number in range(config.timed_calls):
+        for place, (params, rows) in enumerate(kinds):
+            if clock() - begun < ENOUGH_S or (number == 0 and place in smallest):
+                found[place].append(_time(runner, config, clock, rows, params))
+    for (params, rows), seconds in zip(kinds, found, strict=True):
+        if seconds:
+            used = _used(rows, config)  # use the minimum: delays by other load are not part of the cost
+            observe_step(costs, runner, used, used * params.classified_rows, min(seconds))
     return costs
 
 

@@ -91,6 +91,21 @@ def test_steps_are_timed_before_the_engine_gets_the_runner() -> None:
     assert costs.table() == {1: 0.5, 2: 0.5}
 
 
+def test_of_a_slow_network_only_the_smallest_size_is_timed() -> None:
+    now = 0.0
+
+    class Slow(CountingRunner):
+        def step(self, slots: Sequence[int]) -> list[bool]:
+            nonlocal now
+            now += 70.0 * len(slots)
+            return super().step(slots)
+
+    runner = Slow()
+    costs = time_steps(runner, CONFIG.replace(timed_calls=2), lambda: now)
+    assert (costs.table(), now) == ({1: 70.0}, 140.0)  # after a warm-up step
+    assert costs.seconds(2) == 140.0
+
+
 class Held(CountingRunner):
     """Waits in every step until it is released."""
 
