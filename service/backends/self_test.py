@@ -7,6 +7,7 @@ and other batches are padded to the next size that passed.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any, Generic
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,11 @@ from service.backends.base import RowNetwork
 from service.backends.batch_sizes import largest_size, sizes_to_try
 
 log = logging.getLogger(__name__)
+
+SLOW_TEST_S = 60.0
+"""Expected seconds of a self-test from which the log announces it."""
+LEAST_WIDTH = 2
+"""Smallest IDDPM_MAX_ROWS."""
 
 _found: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
 """Results by network and width, cached because backend selection and the runner both request them."""
@@ -47,10 +53,18 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
     name, compiled = network.description, network.batch_sizes
     largest = largest_size(compiled, width, name)
     rows: _TestRows[A] = _TestRows(network, largest)
+    sizes = (*sizes_to_try(width), width) if compiled is None else compiled
+    begun = time.monotonic()
     together = rows.results(largest)
+    seconds = time.monotonic() - begun
+    if seconds * (len(sizes) + 1) > SLOW_TEST_S:
+        log.warning(
+            "%s: the self-test takes about %.0f s more, because %d rows took %.0f s%s",
+            *(name, seconds * len(sizes), largest, seconds),
+            "; a smaller IDDPM_MAX_ROWS shortens it" if width > LEAST_WIDTH else "",
+        )
     if not rows.are_independent(largest, together):
         raise RuntimeError(f"{name}: a row's result depends on its place in the batch")
-    sizes = (*sizes_to_try(width), width) if compiled is None else compiled
     sets: list[tuple[A, list[int]]] = []
     """Results of all rows, and the sizes that give them."""
     for size in reversed(sizes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -24,6 +25,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_images
 from diffusion.update import to_uint8
+from service.backends import self_test
 from service.backends.self_test import invariant_batch_sizes
 from service.backends.torch_backend import TorchBackend
 from service.engine.config import EngineConfig
@@ -256,6 +258,20 @@ def test_the_self_test_of_a_denoiser_runs_once_per_width() -> None:
     assert len(exact.calls) == calls
     assert exact.calls.count(WIDTH) == 2  # all rows, in both orders; calls of this size cost most of the start-up
     assert invariant_batch_sizes(exact, WIDTH - 1) != found  # the result depends on the width
+
+
+@pytest.mark.parametrize(("width", "cure"), [(WIDTH, "; a smaller IDDPM_MAX_ROWS shortens it"), (2, "")])
+def test_the_log_announces_a_long_self_test(
+    width: int, cure: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = ExactDenoiser(tiny_config())
+    invariant_batch_sizes(exact, width + 1)
+    assert caplog.messages == []
+    monkeypatch.setattr(self_test, "SLOW_TEST_S", -1.0)
+    invariant_batch_sizes(exact, width)
+    (message,) = caplog.messages
+    expected = rf"exact arithmetic: the self-test takes about \d+ s more, because {width} rows took \d+ s{cure}"
+    assert re.fullmatch(expected, message)
 
 
 def test_a_width_beyond_the_largest_compiled_size_is_refused() -> None:
