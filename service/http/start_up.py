@@ -28,7 +28,7 @@ def start_up_facts(service: ServiceState, addresses: Sequence[str], connections:
         "models": [
             {
                 "name": model.name,
-                "image_shape": list(model.config.model.image_shape),
+                "image_shape": list(model.result_config.model.image_shape),
                 "classes": len(model.class_names or ()),
                 "num_timesteps": model.config.diffusion.num_timesteps,
                 "backend": model.backend,

@@ -20,6 +20,7 @@ from service.engine.async_engine import EngineState
 from service.errors import LoadConflict, LoadFailed, ModelError
 from service.http.app import assemble
 from service.http.kserve.routes import INPUTS
+from service.http.start_up import start_up_facts
 from service.settings import Settings
 from tests.denoisers import ExactDenoiser
 from tests.fakes import tiny_config
@@ -261,6 +262,15 @@ def test_statistics_of_a_cascade_count_the_calls_that_advanced_its_images(addres
         "both": 0,
     }
     assert cascade["both"]["inference_count"] - before["both"]["inference_count"] == 1
+
+
+@runs
+async def test_start_up_describes_a_cascade_by_the_size_of_its_results() -> None:
+    app = assemble(settings_of("both=base+up"), dict(MODELS))
+    async with app.router.lifespan_context(app):
+        facts = start_up_facts(app.state.service, [], 1)
+    shapes = {model["name"]: model["image_shape"] for model in facts["models"]}
+    assert shapes == {"base": [1, 4, 4], "up": [1, 8, 8], "both": [1, 8, 8]}
 
 
 @pytest.mark.parametrize(
