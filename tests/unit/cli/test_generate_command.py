@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -21,10 +24,13 @@ from cli.local_engine import AHEAD, LocalEngine, local_settings
 from cli.main import app
 from formats.folder_lock import folder_lock
 from formats.generated_folder import GeneratedFolder, read_generation
+from formats.generation import GenerationFormat
+from formats.images import encode
+from formats.shards import FORMATS
 from service.engine.request import GenerationRequest
 from service.http.app import create_app
 from service.settings import Settings
-from tests.fakes import tiny_checkpoint
+from tests.fakes import CLASS_NAMES, tiny_checkpoint
 from tests.integration.exact_service import serving
 from tests.waiting import PATIENCE_S
 
@@ -47,28 +53,92 @@ def samples(out: Path) -> tuple[list[list[int]], list[int]]:
         return arrays["arr_0"].tolist(), arrays["arr_1"].tolist()
 
 
-def test_every_image_has_the_bytes_that_the_service_returns(model: Path, tmp_path: Path) -> None:
-    options = ("--num", 6, "--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--cfg-scale", 1.5)
-    chosen = ("--seed", 3, "--image-index", 5, "--class", "cat", "--class", 0, "--shard-size", 4)
-    assert generate(model, tmp_path, *options, *chosen)[0] == 0
+CHOSEN = range(5, 11)
+"""Image indices of the images that are compared with the service's."""
+
+
+class Served(NamedTuple):
+    """What the service returned for the images of `CHOSEN`."""
+
+    classes: list[str]
+    pictures: list[bytes]
+    """PNG files."""
+    numerics_id: str
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Served:
     body = {"steps": 4, "sampler": "ddim", "eta": 0.5, "cfg_scale": 1.5, "seed": 3}
+    classes = [("Cat", "Ape")[image_index % 2] for image_index in CHOSEN]
     with serving(create_app(Settings(models=(model,)))) as address:
-        for image_index in range(5, 11):
-            name = ("Cat", "Ape")[image_index % 2]
-            answer = httpx.post(
+        answers = [
+            httpx.post(
                 f"http://{address}/v1/generate",
                 json={**body, "image_index": image_index, "class": name},
                 headers={"Accept": "image/png"},
                 timeout=PATIENCE_S,
             ).raise_for_status()
-            with (
-                Image.open(io.BytesIO(answer.content)) as served,
-                Image.open(tmp_path / "images" / name / f"3_{image_index}.png") as generated,
-            ):
-                assert generated.tobytes() == served.tobytes()
+            for image_index, name in zip(CHOSEN, classes, strict=True)
+        ]
         (served_model,) = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["models"]
+    return Served(classes, [answer.content for answer in answers], served_model["numerics_id"])
+
+
+def pictures_in_folders(out: Path, served: Served) -> list[bytes]:
+    names = [f"{name}/3_{image_index}.png" for image_index, name in zip(CHOSEN, served.classes, strict=True)]
+    assert sorted(str(path.relative_to(out / "images")) for path in out.rglob("*.png")) == sorted(names)
+    return [(out / "images" / name).read_bytes() for name in names]
+
+
+def pictures_in_tars(out: Path, served: Served) -> list[bytes]:
+    pictures = list[bytes]()
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name.endswith(".png"):
+                    assert member.name == f"3_{CHOSEN[len(pictures)]}.png"
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    pictures.append(file.read())
+    return pictures
+
+
+def pictures_in_tables(out: Path, served: Served) -> list[bytes]:
+    table = pq.read_table(sorted(out.glob("*.parquet")))
+    assert table["image_index"].to_pylist() == list(CHOSEN)
+    assert [CLASS_NAMES[label] for label in table["label"].to_pylist()] == served.classes
+    return [image["bytes"] for image in table["image"].to_pylist()]
+
+
+def pictures_of_arrays(out: Path, served: Served) -> list[bytes]:
+    """Return the pictures that the service sends for these pixels."""
+    with np.load(out / "samples.npz", allow_pickle=False) as arrays:
+        assert [CLASS_NAMES[label] for label in arrays["arr_1"]] == served.classes
+        for pixels, picture in zip(arrays["arr_0"], served.pictures, strict=True):
+            with Image.open(io.BytesIO(picture)) as decoded:
+                assert pixels.tobytes() == decoded.tobytes()
+        return [encode(pixels) for pixels in arrays["arr_0"]]
+
+
+PICTURES: dict[GenerationFormat, Callable[[Path, Served], list[bytes]]] = {
+    "png": pictures_in_folders,
+    "webdataset": pictures_in_tars,
+    "parquet": pictures_in_tables,
+    "npz": pictures_of_arrays,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_image_has_the_bytes_that_the_service_returns(
+    form: GenerationFormat, model: Path, served: Served, tmp_path: Path
+) -> None:
+    options = ("--num", len(CHOSEN), "--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--cfg-scale", 1.5)
+    chosen = ("--seed", 3, "--image-index", CHOSEN.start, "--class", "cat", "--class", 0, "--shard-size", 4)
+    assert generate(model, tmp_path, *options, *chosen, "--format", form)[0] == 0
+    assert PICTURES[form](tmp_path, served) == served.pictures
+    assert len(set(served.pictures)) == len(CHOSEN)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["numerics_id"] == served_model["numerics_id"]
+    assert manifest["numerics_id"] == served.numerics_id
     assert manifest["complete"] is True
 
 
