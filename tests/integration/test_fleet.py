@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ CALL_S = 0.004
 STEPS = 20
 LONG_STEPS = 1000
 """Steps of a request that is still running when the test has looked at it: seconds."""
+MOST_IMAGES = 64
+"""Images of the largest request."""
+REQUESTS_THAT_FILL = 4
+"""Requests of `MOST_IMAGES` that a replica accepts: 16 rows that run, and 256 that wait, are not enough for another."""
+RETRIES = 3
+"""Of HAProxy (haproxy.cfg)."""
 KEEP_ALIVE_S = 2
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -182,6 +189,36 @@ def test_a_replica_gets_its_maximum_the_rest_wait_at_the_proxy_and_other_routes_
         assert asking.get(f"{fleet.haproxy.url}/v1/models").status_code == 200
         assert {answer.result().status_code for answer in asked} == {200}
     assert waiting() == 0
+
+
+def test_what_full_replicas_refuse_runs_on_another_and_if_all_are_full_the_client_gets_retry_after(
+    fleet: Fleet,
+) -> None:
+    def refused() -> list[float]:
+        return [replica.count('iddpm_requests_total{outcome="rejected"}') for replica in fleet.replicas]
+
+    def ask(url: str) -> httpx.Response:
+        return asking.post(f"{url}/v1/generate", json={"steps": 2, "n": MOST_IMAGES})
+
+    def is_answered_after_refusals_by_all(full: int) -> bool:
+        assert ask(fleet.haproxy.url).status_code == 200
+        return all(now > then for now, then in zip(refused()[:full], before[:full], strict=True))
+
+    long = {"steps": LONG_STEPS, "n": MOST_IMAGES, "stream": True, "priority": "batch"}  # batch: may wait for long
+    with client() as asking, ExitStack() as running:
+        for full, replica in enumerate(fleet.replicas, 1):
+            for _ in range(REQUESTS_THAT_FILL):
+                begun = running.enter_context(asking.stream("POST", f"{replica.url}/v1/generate", json=long))
+                assert begun.status_code == 200
+            before = refused()
+            if full < REPLICAS:
+                until(partial(is_answered_after_refusals_by_all, full))
+        for url, asked in ((fleet.haproxy.url, 1 + RETRIES), (fleet.nginx, 1)):  # nginx repeats no POST
+            before = refused()
+            answer = ask(url)
+            assert (answer.status_code, answer.json()["type"]) == (503, "urn:iddpm:queue-full")
+            assert int(answer.headers["Retry-After"]) > 0
+            assert sum(refused()) - sum(before) == asked
 
 
 @pytest.mark.parametrize("way", WAYS)
