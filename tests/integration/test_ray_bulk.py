@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,21 +30,9 @@ pytest.importorskip("ray.data", reason="needs the extra ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and processes to the garbage collector
 
 SHARDS, SHARD_SIZE = 8, 8
-OPTIONS = ["--num", str(SHARDS * SHARD_SIZE), "--shard-size", str(SHARD_SIZE), "--format", "webdataset"]
-OPTIONS += [
-    "--steps",
-    "40",
-    "--cfg-scale",
-    "1",
-    "--seed",
-    "5",
-    "--image-index",
-    "7",
-    "--class",
-    "Cat",
-    "--class",
-    "Ape",
-]
+OPTIONS = ["--num", str(SHARDS * SHARD_SIZE), "--shard-size", str(SHARD_SIZE), "--steps", "40", "--cfg-scale", "1"]
+OPTIONS += ["--seed", "5", "--image-index", "7", "--class", "Cat", "--class", "Ape"]
+TARS, TABLES = ("--format", "webdataset"), ("--format", "parquet")
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +48,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 
 @pytest.fixture(scope="module")
 def expected(cluster: TwoNodes, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that `iddpm generate` writes with the threads of a worker."""
-    out = tmp_path_factory.mktemp("expected") / "out"
+    """The files of `TARS`."""
+    return generated(model, tmp_path_factory.mktemp("expected") / "out", *TARS)
+
+
+def generated(model: Path, out: Path, *more: str) -> dict[str, bytes]:
+    """Return the files that `iddpm generate` writes with the threads of a worker."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IDDPM_THREADS", "1")
-        result = CliRunner().invoke(app, ["generate", str(model), "--out", str(out), *OPTIONS])
+        result = CliRunner().invoke(app, ["generate", str(model), "--out", str(out), *OPTIONS, *more])
     assert result.exit_code == 0, result.output
     return files(out)
 
@@ -72,12 +64,12 @@ def expected(cluster: TwoNodes, model: Path, tmp_path_factory: pytest.TempPathFa
 class Driver:
     """A running command."""
 
-    def __init__(self, cluster: TwoNodes, model: Path, out: Path, *more: str) -> None:
+    def __init__(self, cluster: TwoNodes, model: Path, out: Path, *more: str, form: Sequence[str] = TARS) -> None:
         self.out = out
         command = [sys.executable, "-m", "deploy.ray.bulk", str(model), "--out", str(out), "--address", cluster.address]
         self.log = out.with_suffix(".log")
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*command, *OPTIONS, *more], cwd=ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*command, *OPTIONS, *form, *more], cwd=ROOT, stdout=log, stderr=log)
 
     def __enter__(self) -> Driver:
         return self
@@ -117,6 +109,18 @@ def test_a_worker_is_killed_and_the_files_equal_those_of_iddpm_generate(
         os.kill(worker, signal.SIGKILL)
         assert driver.end() == 0, driver.output()
     assert files(tmp_path / "out") == expected
+
+
+def test_workers_with_half_a_cpu_each_write_the_tables_of_iddpm_generate(
+    cluster: TwoNodes, model: Path, tmp_path: Path
+) -> None:
+    with Driver(cluster, model, tmp_path / "out", "--cpus", "0.5", form=TABLES) as driver:
+        until(lambda: len(cluster.workers("ray::MapWorker")) == 2 or driver.process.poll() is not None, poll_s=0.05)
+        assert driver.process.poll() is None, driver.output()  # two workers on a node of one CPU
+        assert driver.end() == 0, driver.output()
+    found = files(tmp_path / "out")
+    assert len([name for name in found if name.endswith(".parquet")]) == SHARDS
+    assert found == generated(model, tmp_path / "expected", *TABLES)
 
 
 def test_the_driver_is_stopped_then_killed_and_the_same_command_continues(
