@@ -13,6 +13,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +54,10 @@ WIDTHS_PER_BATCH = 4
 """Images of a batch, in widths of the engine: enough that the time between two calls does not count."""
 CALLS_PER_WORKER = 2
 """Batches that a worker has: while one ends and the next is on its way, the engine is full with the other."""
+BATCHES_PER_WORKER = 512
+"""Batches that Ray Data is given at once, per worker. Before the first image it stores a table and runs a task for
+each, so that a million images at once would cost time and memory. After these batches the workers load the model again.
+"""
 POLL_S = 0.2
 """Interval at which this process, while it waits for workers, looks whether it shall stop."""
 SHARE_OF_RESOURCE = 0.001
@@ -91,7 +97,7 @@ def produce_on(pool: Pool, generation: Generation) -> Produce:
         awaited = {images.start // generation.shard_size: images for images in missing}
         begun: dict[range, tuple[Uint8Array, npt.NDArray[np.bool_]]] = {}
         tables = batches_of(generation, missing, WIDTHS_PER_BATCH * pool.settings.max_rows)
-        for batch in _read_ahead(lambda: _mapped(tables, pool, generation), lambda: advance(0)):
+        for batch in _generated(tables, pool, generation, lambda: advance(0)):
             numbers = batch["image_index"] - generation.image_index
             images = awaited[int(numbers[0]) // generation.shard_size]
             if images not in begun:
@@ -110,8 +116,8 @@ def produce_on(pool: Pool, generation: Generation) -> Produce:
     return produce
 
 
-def batches_of(generation: Generation, missing: list[range], size: int) -> list[pa.Table]:
-    """Return the rows (class, seed, image_index) of missing images, a table per batch.
+def batches_of(generation: Generation, missing: list[range], size: int) -> Iterator[pa.Table]:
+    """Yield the rows (class, seed, image_index) of missing images, a table per batch.
 
     Args:
         generation: the images.
@@ -120,7 +126,6 @@ def batches_of(generation: Generation, missing: list[range], size: int) -> list[
     """
     import pyarrow as pa
 
-    tables = []
     for images in missing:
         for start in range(images.start, images.stop, size):
             part = range(start, min(start + size, images.stop))
@@ -128,8 +133,7 @@ def batches_of(generation: Generation, missing: list[range], size: int) -> list[
             columns = {} if labels is None else {"class": pa.array(labels)}
             columns["seed"] = pa.array([generation.seed] * len(part), pa.int64())
             columns["image_index"] = pa.array(map(generation.index_of, part), pa.int64())
-            tables.append(pa.table(columns))
-    return tables
+            yield pa.table(columns)
 
 
 def reservation(settings: Settings, cpus: float, resources: Sequence[str]) -> dict[str, Any]:
@@ -194,6 +198,14 @@ def workers_on(nodes: list[dict[str, Any]], reserved: dict[str, Any], wanted: in
         typer.echo(f"waiting: {error}", err=True)
         return wanted
     return wanted or room
+
+
+def _generated(
+    tables: Iterator[pa.Table], pool: Pool, generation: Generation, poll: Callable[[], None]
+) -> Iterator[Batch]:
+    """Generate batches, a part of them at a time; call a function while there is none."""
+    while part := list(islice(tables, BATCHES_PER_WORKER * pool.workers)):
+        yield from _read_ahead(partial(_mapped, part, pool, generation), poll)
 
 
 def _mapped(tables: list[pa.Table], pool: Pool, generation: Generation) -> Iterator[Batch]:

@@ -64,9 +64,17 @@ def generated(model: Path, out: Path, *more: str) -> dict[str, bytes]:
 class Driver:
     """A running command."""
 
-    def __init__(self, cluster: TwoNodes, model: Path, out: Path, *more: str, form: Sequence[str] = TARS) -> None:
+    def __init__(
+        self,
+        cluster: TwoNodes,
+        model: Path,
+        out: Path,
+        *more: str,
+        form: Sequence[str] = TARS,
+        program: Sequence[str] = ("-m", "deploy.ray.bulk"),
+    ) -> None:
         self.out = out
-        command = [sys.executable, "-m", "deploy.ray.bulk", str(model), "--out", str(out), "--address", cluster.address]
+        command = [sys.executable, *program, str(model), "--out", str(out), "--address", cluster.address]
         self.log = out.with_suffix(".log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([*command, *OPTIONS, *form, *more], cwd=ROOT, stdout=log, stderr=log)
@@ -121,6 +129,22 @@ def test_workers_with_half_a_cpu_each_write_the_tables_of_iddpm_generate(
     found = files(tmp_path / "out")
     assert len([name for name in found if name.endswith(".parquet")]) == SHARDS
     assert found == generated(model, tmp_path / "expected", *TABLES)
+
+
+FEW_BATCHES_AT_ONCE = """
+from deploy.ray import bulk
+
+bulk.BATCHES_PER_WORKER = 2
+bulk.app()
+"""
+
+
+def test_batches_that_ray_is_given_in_parts_become_the_same_files(
+    cluster: TwoNodes, model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    with Driver(cluster, model, tmp_path / "out", program=("-c", FEW_BATCHES_AT_ONCE)) as driver:
+        assert driver.end() == 0, driver.output()
+    assert files(tmp_path / "out") == expected
 
 
 def test_the_driver_is_stopped_then_killed_and_the_same_command_continues(

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cli.bulk_order import Files, Order, describe_order, requests_for
 from cli.local_engine import LocalEngine, local_settings
-from deploy.ray.bulk import batches_of, fitting, reason_of, reservation, workers_on
+from deploy.ray.bulk import (
+    WIDTHS_PER_BATCH,
+    Pool,
+    batches_of,
+    fitting,
+    produce_on,
+    reason_of,
+    reservation,
+    workers_on,
+)
 from deploy.ray.bulk_worker import Worker, describe
 from deploy.ray.devices import with_threads
 from formats.generation import Generation
@@ -130,13 +140,50 @@ def test_the_description_is_that_of_generate_and_its_errors_can_be_pickled(
 
 def test_batches_hold_class_seed_and_index_of_missing_images_and_never_cross_shards() -> None:
     images = generation(shard_size=4)
-    tables = batches_of(images, images.shards()[1:], 3)
+    tables = list(batches_of(images, images.shards()[1:], 3))
     assert [table["image_index"].to_pylist() for table in tables] == [[9, 10, 11], [12], [13, 14, 15]]
     assert [label for table in tables for label in table["class"].to_pylist()] == LABELS[4:]
     assert {seed for table in tables for seed in table["seed"].to_pylist()} == {7}
-    without = batches_of(generation(classes=None), [range(COUNT)], COUNT)
-    assert without[0].column_names == ["seed", "image_index"]
-    assert without[0]["image_index"].to_pylist() == list(range(FIRST, FIRST + COUNT))
+    (without,) = batches_of(generation(classes=None), [range(COUNT)], COUNT)
+    assert without.column_names == ["seed", "image_index"]
+    assert without["image_index"].to_pylist() == list(range(FIRST, FIRST + COUNT))
+
+
+def test_of_a_million_images_only_the_batches_that_ray_is_given_exist(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    million = generation(count=1_000_000, shard_size=1000, image_shape=(1, 1, 1))
+    made, given, taken = [0], list[int](), [0]
+    make = pa.table
+
+    def count(columns: dict[str, Any]) -> pa.Table:
+        made[0] += 1
+        return make(columns)
+
+    def mapped(tables: list[pa.Table], pool: Pool, _: Generation) -> Iterator[dict[str, Any]]:
+        given.append(len(tables))
+        assert made[0] == sum(given)  # none for later
+        assert pool.workers == 2
+        for table in tables:
+            assert len(table) <= WIDTHS_PER_BATCH * MAX_ROWS
+            numbers = table["image_index"].to_numpy()
+            yield {"image_index": numbers, "pixels": (numbers % 251).astype(np.uint8).reshape(-1, 1, 1, 1)}
+
+    monkeypatch.setattr("pyarrow.table", count)
+    monkeypatch.setattr("deploy.ray.bulk._mapped", mapped)
+    monkeypatch.setattr("deploy.ray.bulk.BATCHES_PER_WORKER", 1000)
+
+    def advance(images: float) -> None:
+        taken[0] += int(images)
+
+    missing = million.shards()[:1] + million.shards()[-40:]
+    shards = produce_on(Pool(workers=2, settings=settings, reserved={}), million)(missing, advance)
+    for images, (found, pixels) in zip(missing, shards, strict=True):
+        assert found == images
+        expected = (FIRST + np.arange(images.start, images.stop)) % 251
+        assert pixels.ravel().tolist() == expected.tolist()
+    assert taken == [41_000]
+    assert given == [2000, 2000, 1125]
 
 
 def test_a_worker_has_its_cpus_as_threads_and_with_cuda_one_gpu(settings: Settings) -> None:
