@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -26,9 +27,11 @@ if not LONG:
 if TYPE_CHECKING:
     import ray
     from ray import serve
+    from ray.serve.config import AutoscalingConfig
 else:
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     serve = pytest.importorskip("ray.serve")
+    AutoscalingConfig = pytest.importorskip("ray.serve.config").AutoscalingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and processes to the garbage collector
 
@@ -48,23 +51,24 @@ class Fleet:
         self.nodes = nodes
         self.url = f"http://127.0.0.1:{port}"
 
-    def deploy(self, replicas: int) -> None:
-        """Run this number of replicas; each fills its node."""
+    def deploy(self, replicas: int, most: int | None = None) -> None:
+        """Run this number of replicas, or up to `most` if there is load; each fills its node."""
         from deploy.ray.serve_app import Fleet as Arguments
         from deploy.ray.serve_app import build
 
-        arguments = Arguments(min_replicas=replicas, max_replicas=replicas, cpus=1, max_queued_requests=QUEUED)
+        most = replicas if most is None else most
+        arguments = Arguments(min_replicas=replicas, max_replicas=most, cpus=1, max_queued_requests=QUEUED)
         serve.run(build(arguments))
         self.wait_for(replicas)
 
     def wait_for(self, replicas: int) -> None:
         """Wait until exactly this number of replicas exists, and all run."""
+        until(lambda: self.has(replicas), poll_s=0.2)
 
-        def states() -> dict[str, int]:
-            (application,) = serve.status().applications.values()
-            return dict(application.deployments["iddpm"].replica_states)
-
-        until(lambda: states() == {"RUNNING": replicas}, poll_s=0.2)
+    def has(self, replicas: int) -> bool:
+        """Return whether exactly this number of replicas exists, and all run."""
+        (application,) = serve.status().applications.values()
+        return dict(application.deployments["iddpm"].replica_states) == {"RUNNING": replicas}
 
     def ask(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/generate", json=body, timeout=PATIENCE_S)
@@ -215,3 +219,25 @@ def test_refusals_of_the_service_arrive_unchanged(fleet: Fleet) -> None:
     assert "deadline_s" in answer.json()["detail"]
     assert answer.headers["content-type"] == "application/problem+json"
     assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+def test_replicas_follow_the_load_and_no_request_is_lost(
+    fleet: Fleet, plain: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "cli.retries")
+    often = {"metrics_interval_s": 0.5, "look_back_period_s": 2.0, "upscale_delay_s": 1.0, "downscale_delay_s": 3.0}
+    monkeypatch.setattr("deploy.ray.serve_app.AutoscalingConfig", partial(AutoscalingConfig, **often))
+    found = dict[int, tuple[str, list[str]]]()
+
+    def ask_until_there_are(replicas: int, at_a_time: int) -> None:
+        def there() -> bool:
+            found.update(answers(fleet.url, range(len(found), len(found) + at_a_time)))
+            return fleet.has(replicas)
+
+        until(there)
+
+    fleet.deploy(1, most=2)  # and without load, one that was there before goes
+    ask_until_there_are(2, at_a_time=2 * ONGOING)
+    ask_until_there_are(1, at_a_time=1)
+    assert found == answers(plain.url, range(len(found)))
+    assert [record.getMessage() for record in caplog.records if record.name == "cli.retries"] == []  # none sent twice
