@@ -113,10 +113,7 @@ def final_cells(options: Options, seeds: Sequence[int] = SEEDS) -> list[Cell]:
                 name = run_name(objective, schedule, seed)
                 cells.append(Cell("nll", name))
                 cells += [Cell("frechet", name, steps) for steps in options.steps]
-            simple = run_name("simple", schedule, seed)
-            cells.append(Cell("nll", simple, FULL, "fixed_large"))
-            if FULL in options.steps:
-                cells.append(Cell("frechet", simple, FULL, "fixed_large"))
+            cells.append(Cell("nll", run_name("simple", schedule, seed), FULL, "fixed_large"))
         hybrid, simple, uniform = (run_name(name, "cosine", seed) for name in ("hybrid", "simple", "vlbuniform"))
         cells.append(Cell("nll", uniform))
         cells += [Cell("frechet", uniform, steps) for steps in options.steps]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from benchmarks import reproduction_cells
+from benchmarks import reproduction_cells, reproduction_report
 from benchmarks.judge import Judge
-from benchmarks.reproduction import parse_arguments
+from benchmarks.reproduction import DOCUMENT, parse_arguments
 from benchmarks.reproduction_cells import (
     EXTRA,
     FULL,
@@ -74,6 +75,51 @@ def test_every_cell_of_a_claim_is_measured() -> None:
     for claim in claims():
         for seed in (0, 1):
             assert {claim.lower(seed).file_name, claim.higher(seed).file_name} <= cells, claim.text
+
+
+@pytest.fixture
+def looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, tuple[Cell, str]]]:
+    """The tables of a report whose every value is a number of its own, and what each number stands for."""
+    numbers: dict[tuple[Cell, str], float] = {}
+
+    class Content(dict[str, float]):
+        def __init__(self, cell: Cell) -> None:
+            super().__init__(kept=0.0)  # an empty one would count as not measured
+            self._cell = cell
+
+        def get(self, field: str, default: object = None) -> float:
+            return numbers.setdefault((self._cell, field), 1000.0 + len(numbers))
+
+    monkeypatch.setattr(reproduction_report, "read_cell", lambda _, cell: Content(cell))
+    write_report(tmp_path, tmp_path / "docs" / "reproduction.md")
+    text = _tables((tmp_path / "docs" / "reproduction.md").read_text())
+    return text, {str(int(number)): key for key, number in numbers.items()}
+
+
+def _tables(document: str) -> str:
+    return document.partition("## Tables 1 and 2")[2]
+
+
+def test_every_cell_of_the_report_is_measured(looked_up: tuple[str, dict[str, tuple[Cell, str]]]) -> None:
+    planned = final_cells(Options())
+    assert {cell for cell, _ in looked_up[1].values()} <= set(planned)
+
+
+def test_the_document_names_every_ordering_and_agrees_with_its_own_tables(
+    looked_up: tuple[str, dict[str, tuple[Cell, str]]],
+) -> None:
+    text = DOCUMENT.read_text()
+    places, found = (re.findall(r"(?<=[ |])\d+\.\d+", part) for part in (looked_up[0], _tables(text)))
+    values = {looked_up[1][place.partition(".")[0]]: float(number) for place, number in zip(places, found, strict=True)}
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (figure|.*tables) \d", line)]
+    assert [row[:2] for row in rows] == [[claim.source, claim.text] for claim in claims()]
+    for claim, (_, name, ratios, interval, result) in zip(claims(), rows, strict=True):
+        verdict = judge_claim(claim, lambda cell, field: values[cell, field])
+        assert result == verdict.text, name
+        assert [float(ratio) for ratio in ratios.split(", ")] == pytest.approx(verdict.ratios, rel=5e-3, abs=1e-3), name
+        low, high = (float(end) for end in interval.split(" to "))
+        if low > 0.05:
+            assert math.sqrt(low * high) == pytest.approx(np.prod(verdict.ratios) ** 0.5, rel=1e-2), name
 
 
 def test_cells_have_names_of_their_own() -> None:
