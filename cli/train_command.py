@@ -27,6 +27,16 @@ def _list_presets(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_fields(wanted: bool) -> None:
+    if wanted:
+        with needs_extra("train"):
+            from trainer.fields import train_fields
+        for field in train_fields():
+            allowed = f", {field.allowed}" if field.allowed else ""
+            typer.echo(f"{field.name}: {field.type}{allowed}; default: {field.default}\n    {field.meaning}")
+        raise typer.Exit
+
+
 def train_command(
     preset: Annotated[
         str, typer.Argument(help="Name of a configuration, e.g. fashion32, cifar10, guided-256; --list shows all.")
@@ -57,11 +67,19 @@ def train_command(
     _: Annotated[
         bool, typer.Option("--list", callback=_list_presets, is_eager=True, help="List the configurations and exit.")
     ] = False,
+    _fields: Annotated[
+        bool,
+        typer.Option(
+            "--fields", callback=_list_fields, is_eager=True, help="List the fields that --set takes, and exit."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/PRESET.")] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Set a field of the configuration, NAME=VALUE, e.g. model.dropout=0.1. Can be repeated."
+            "--set",
+            help="Set a field of the configuration (--fields lists all), NAME=VALUE, e.g. model.dropout=0.1. Can be "
+            "repeated.",
         ),
     ] = None,
     initial: Annotated[

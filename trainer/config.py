@@ -65,6 +65,8 @@ class TrainConfig(FrozenConfig):
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Weight the prediction's loss by min(SNR, gamma) / SNR (arXiv:2303.09556; 5 is usual); None: no weights."""
     timestep_sampler: TimestepSamplerName = "uniform"
+    """How timesteps are drawn: `uniform`; `stratified`, evenly over each batch; or `loss_second_moment`, the importance
+    sampling of L_vlb (paper, section 3.3)."""
 
     total_images: int = Field(ge=1)
     """Training images after which the run ends, repetitions included."""
@@ -73,6 +75,7 @@ class TrainConfig(FrozenConfig):
     microbatch_size: int | None = Field(default=None, ge=1)
     """Images per forward pass of a process; None: all of its images. Gradients are averaged over the batch."""
     lr: float = Field(default=1e-4, gt=0)
+    """Learning rate of AdamW, after the warm-up."""
     lr_warmup_images: int = Field(default=0, ge=0)
     """The learning rate rises linearly over this many images."""
     lr_schedule: LrSchedule = "constant"
@@ -84,6 +87,7 @@ class TrainConfig(FrozenConfig):
     lr_decay_images: int = Field(default=100_000, ge=1)
     """Images after which `inverse_sqrt` starts to fall; other schedules ignore it."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
     grad_clip: float | None = Field(default=None, gt=0)
     """Maximum norm of the gradient; None: no limit."""
     max_rollbacks: int = Field(default=0, ge=0)
@@ -117,6 +121,7 @@ class TrainConfig(FrozenConfig):
     """Keep only the inputs of residual and attention blocks and compute them again in the backward pass: the same
     gradients with much less memory, for about a third more time."""
     seed: int = Field(default=0, ge=0, lt=2**53)
+    """Determines initial weights, order of images, timesteps, noise, dropped labels, flips, crops, held-out images."""
 
     sampling: SamplingDefaults = SamplingDefaults()
     """Recommended sampling options; stored in the model's config.json."""
@@ -132,9 +137,11 @@ class TrainConfig(FrozenConfig):
     """Early stopping: the run ends after this many validations in a row that were not better than the best one."""
 
     checkpoint_every_images: int = Field(default=1_000_000, ge=1)
+    """A checkpoint, with a sample grid, is written after every so many training images, and at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Older checkpoints are deleted."""
+    """Newest checkpoints that are kept; older ones are deleted."""
     log_every_batches: int = Field(default=50, ge=1)
+    """A line of means is written to `metrics.jsonl` after every so many batches."""
     preview_per_class: int = Field(default=4, ge=0)
     """Images per class in the sample grid at each checkpoint (times ten for an unconditional model); 0: no grid."""
     preview_steps: int = Field(default=50, ge=2)
@@ -198,7 +205,10 @@ class TrainConfig(FrozenConfig):
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or leaf not in node:
                 allowed = node if isinstance(node, dict) else values
-                raise ValueError(f"unknown field {name!r}; allowed here: {', '.join(sorted(allowed))}")
+                raise ValueError(
+                    f"unknown field {name!r}; allowed here: {', '.join(sorted(allowed))}. `iddpm train --fields` "
+                    "describes them"
+                )
             is_list = isinstance(node[leaf], tuple)
             node[leaf] = [value] if is_list and not isinstance(value, list) else value
         return type(self).model_validate(values)

@@ -11,6 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from service.metrics import Metrics
 from service.requests.generate_request import GenerateRequest
 from tests.paths import ROOT
+from trainer.fields import train_fields
 
 MARKDOWN = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "runs", "build", "data"} & set(path.parts))
 
@@ -28,6 +29,17 @@ def test_every_field_of_a_request_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, field in GenerateRequest.model_fields.items():
         assert f"`{field.alias or name}`" in readme
+
+
+def test_every_field_of_a_training_run_is_documented_as_it_is() -> None:
+    rows = [
+        f"| `{field.name}` | {field.type} | {field.default} | {field.allowed} | {field.meaning} |".replace(
+            "q|k|v", r"q\|k\|v"
+        )
+        for field in train_fields()
+    ]
+    document = (ROOT / "docs" / "train-fields.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `.*", document, re.MULTILINE) == rows, "the table should be:\n" + "\n".join(rows)
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
