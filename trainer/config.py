@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from diffusion.config import (
     ClassifierConfig,
@@ -211,7 +211,26 @@ class TrainConfig(FrozenConfig):
                 )
             is_list = isinstance(node[leaf], tuple)
             node[leaf] = [value] if is_list and not isinstance(value, list) else value
+        if "model.attention_resolutions" not in assignments:
+            self._refuse_lost_attention(values)
         return type(self).model_validate(values)
+
+    def _refuse_lost_attention(self, values: dict[str, Any]) -> None:
+        """Refuse a network without the levels that have attention here, and name the setting that keeps it there."""
+        try:
+            now = type(self.model).model_validate({**values["model"], "attention_resolutions": []})
+        except ValidationError:
+            return  # the validation of all fields reports it
+        attended, sizes = self.model.attention_resolutions, now.level_sizes
+        if set(attended) <= set(sizes):
+            return
+        depths = [self.model.level_sizes.index(size) for size in attended]
+        kept = [sizes[depth] for depth in depths if depth < len(sizes)] or [sizes[-1]]
+        raise ValueError(
+            f"model.attention_resolutions is {list(attended)}, and the levels of this network are {list(sizes)} pixels "
+            f"high: add --set model.attention_resolutions={','.join(map(str, kept))} for attention at the same levels, "
+            "or choose others"
+        )
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Return the fields that differ from another configuration, by dotted name: (its value, the value here)."""

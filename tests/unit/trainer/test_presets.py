@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.train_command import parse_assignments
 from diffusion.config import ModelConfig
 from interchange.published import PUBLISHED
 from tests.golden import GOLDEN_DIR
@@ -209,3 +211,32 @@ def test_the_command_line_lists_the_presets() -> None:
     assert result.exit_code == 0
     for name in PRESETS:
         assert f"{name} " in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cure"),
+    [
+        ("fashion32", {"model.image_size": 64}, "16"),
+        ("fashion32", {"model.image_size": [64, 32]}, "16"),
+        ("fashion32", {"model.channel_mult": [1, 2]}, "16"),
+        ("guided-64", {"model.image_size": 128}, "64,32,16"),
+    ],
+)
+def test_a_size_without_the_levels_that_have_attention_is_refused_with_a_cure(
+    name: str, changes: dict[str, Any], cure: str
+) -> None:
+    base = preset(name)
+    with pytest.raises(ValueError, match=rf"add --set model\.attention_resolutions={cure} for") as caught:
+        base.with_overrides(changes)
+    (setting,) = re.findall(r"--set (\S+)", str(caught.value))
+    changed = base.with_overrides({**changes, **parse_assignments([setting])})
+    depths = [
+        [config.model.level_sizes.index(size) for size in config.model.attention_resolutions]
+        for config in (base, changed)
+    ]
+    assert depths[0] == depths[1] or "model.channel_mult" in changes
+
+
+def test_a_size_with_all_levels_that_have_attention_needs_no_setting() -> None:
+    changed = preset("cifar10").with_overrides({"model.image_size": 64})
+    assert changed.model.attention_resolutions == (16, 8)
