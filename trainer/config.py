@@ -142,9 +142,11 @@ class TrainConfig(FrozenConfig):
     """Newest checkpoints that are kept; older ones are deleted."""
     log_every_batches: int = Field(default=50, ge=1)
     """A line of means is written to `metrics.jsonl` after every so many batches."""
-    preview_per_class: int = Field(default=4, ge=0)
-    """Images per class in the sample grid at each checkpoint (times ten for an unconditional model); 0: no grid."""
-    preview_steps: int = Field(default=50, ge=2)
+    preview_per_class: int = Field(default=2, ge=0)
+    """Images per row of the sample grid at each checkpoint; 0: no grid.
+
+    The grid has a row per class, or ten: for ten classes spread evenly over all, or without classes."""
+    preview_steps: int = Field(default=25, ge=2)
     """Respaced steps of the sample grid."""
     tensorboard: bool = False
     """Also write the log lines and sample grids for TensorBoard, into the run's folder `tensorboard/`."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion.config import CheckpointConfig
-from diffusion.plans import SamplingPlan, ancestral_plan
+from diffusion.plans import ancestral_plan
 from diffusion.sampling import ImageSpec, sample_images
 from diffusion.unet import UNet
 from diffusion.update import to_uint8
@@ -24,6 +26,7 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset
 
 PREVIEW_ROWS = 10
+"""Rows of a grid at most; of more classes, some are shown, spread evenly over all."""
 
 
 class Examples:
@@ -35,9 +38,10 @@ class Examples:
         self._labelled = config.model.num_classes is not None
         self._per_row = per_row
         count = len(dataset.labels)
-        rows = np.unique(dataset.labels).tolist() if self._labelled else range(-(-count // per_row))
-        self.rows: Sequence[int] = rows[:PREVIEW_ROWS]
-        """The first classes that have an image; or numbers of rows."""
+        self.rows: Sequence[int] = (
+            spread(np.unique(dataset.labels).tolist()) if self._labelled else range(-(-count // per_row))[:PREVIEW_ROWS]
+        )
+        """Classes that have an image; or numbers of rows."""
 
     def of_row(self, row: int) -> tuple[Tensor, Tensor]:
         """Return the images of a row, [n, C, H, W], and their conditioning images; n is at most `per_row`.
@@ -53,6 +57,13 @@ class Examples:
         return x0, conditions_of(self._config.model, x0, cond)["cond"]
 
 
+def spread(classes: Sequence[int]) -> Sequence[int]:
+    """Return at most PREVIEW_ROWS of the classes, evenly spread from the first to the last one."""
+    if len(classes) <= PREVIEW_ROWS:
+        return classes
+    return [classes[position] for position in np.linspace(0, len(classes) - 1, PREVIEW_ROWS).round().astype(int)]
+
+
 def preview(
     network: UNet,
     config: CheckpointConfig,
@@ -64,7 +75,8 @@ def preview(
 ) -> Image.Image | None:
     """Draw a captioned grid of samples, one row per class, with fixed seeds so that grids can be compared.
 
-    Of a model that takes conditioning images, each sample stands between its condition and the image of the data.
+    Of a model that takes conditioning images, each sample stands between its condition and the image of the data. At a
+    terminal, a second progress bar counts the sampling steps.
 
     Args:
         network: in eval mode.
@@ -77,32 +89,38 @@ def preview(
     """
     plan = ancestral_plan(config.diffusion, str(steps))
     names, labelled = config.class_names, config.model.num_classes is not None
-    numbers = range(PREVIEW_ROWS if names is None else min(PREVIEW_ROWS, len(names)))
+    numbers = range(PREVIEW_ROWS) if names is None else spread(range(len(names)))
+    chosen = numbers if examples is None else examples.rows
     rows = []
-    for row in numbers if examples is None else examples.rows:
-        if stop():
-            return None
-        specs = [
-            ImageSpec(seed=k, class_index=row, cfg_scale=config.sampling.cfg_scale)
-            if labelled
-            else ImageSpec(seed=k + row * per_class)
-            for k in range(per_class)
-        ]
-        drawn = (
-            sample_images(network, plan, specs, device=device)
-            if examples is None
-            else _between(network, plan, specs, device, *examples.of_row(row))
-        )
-        rows.append(("" if names is None else names[row], drawn))
+    with tqdm(
+        total=len(chosen) * plan.num_steps, desc="sample grid", unit="step", leave=False, dynamic_ncols=True,
+        disable=None,
+    ) as bar:  # fmt: skip
+
+        def advance(_step: int, _result: object) -> None:
+            bar.update()
+
+        for row in chosen:
+            if stop():
+                return None
+            specs = [
+                ImageSpec(seed=k, class_index=row, cfg_scale=config.sampling.cfg_scale)
+                if labelled
+                else ImageSpec(seed=k + row * per_class)
+                for k in range(per_class)
+            ]
+            sample = partial(sample_images, network, plan, on_step=advance, device=device)
+            drawn = sample(specs) if examples is None else _between(sample, specs, *examples.of_row(row))
+            rows.append(("" if names is None else names[row], drawn))
     return captioned_rows(rows)
 
 
 def _between(
-    network: UNet, plan: SamplingPlan, specs: Sequence[ImageSpec], device: torch.device | None, x0: Tensor, cond: Tensor
+    sample: Callable[[list[ImageSpec]], Uint8Array], specs: Sequence[ImageSpec], x0: Tensor, cond: Tensor
 ) -> Uint8Array:
     """Sample with conditioning images, and return each sample between its condition and the image of the data."""
     conditioned = [replace(spec, cond=one.numpy()) for spec, one in zip(specs, cond, strict=False)]
-    return side_by_side([to_uint8(cond), sample_images(network, plan, conditioned, device=device), to_uint8(x0)])
+    return side_by_side([to_uint8(cond), sample(conditioned), to_uint8(x0)])
 
 
 def write_preview(
