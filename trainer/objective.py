@@ -81,8 +81,12 @@ class _OnNoisedImages:
 class DiffusionObjective(_OnNoisedImages):
     """L_simple, L_vlb or L_hybrid of a UNet (diffusion/losses.py)."""
 
-    by_quartile: tuple[str, ...] = ("mse",)
     judged_by = "mse"
+
+    def __init__(self, config: TrainConfig, device: torch.device | str) -> None:
+        super().__init__(config, device)
+        has_bound = config.loss == "vlb" or config.diffusion.learns_variance
+        self.by_quartile: tuple[str, ...] = ("loss", "mse", *(["vb_bpd"] if has_bound else []))
 
     def build(self) -> nn.Module:
         return UNet(_model(self._config))

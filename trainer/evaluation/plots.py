@@ -28,6 +28,13 @@ DPI = 130
 SMOOTHING = 10
 """A curve is the mean over the last 1 / SMOOTHING of the lines so far, so that a steep start is not smeared."""
 QUARTER_NAMES = ("least noise: first quarter of t", "second quarter", "third quarter", "most noise: last quarter")
+QuartileTerm = Literal["loss", "mse", "vb_bpd"]
+BY_QUARTILE: Mapping[QuartileTerm, tuple[str, str, str]] = {
+    "loss": ("objective_by_quartile", "The loss that is minimised,", "loss, unweighted"),
+    "mse": ("loss_by_quartile", "Prediction error", "mean squared error of eps"),
+    "vb_bpd": ("bound_by_quartile", "Terms of the variational bound", r"$L_{vlb}$ / T (bits/dim)"),
+}
+"""Name of the plot, its title, and the label of its axis, by term of the log."""
 LOSSES = {"simple": r"$L_{simple}$", "vlb": r"$L_{vlb}$", "hybrid": r"$L_{hybrid}$"}
 TIMESTEP_SAMPLERS = {"uniform": "uniform t", "loss_second_moment": "importance-sampled t", "stratified": "stratified t"}
 
@@ -40,8 +47,10 @@ def plots_of(found: Sequence[Collected], theme: Theme = "light") -> dict[str, by
     """
     runs = {name: each.lines for name, each in zip(distinct_names(found), found, strict=True) if each.lines}
     drawn: dict[str, bytes] = {}
+    for term, (name, *_) in BY_QUARTILE.items():
+        if _has(runs, f"{term}_q") and not (term == "loss" and _is_error_only(runs)):
+            drawn[name] = loss_by_quartile(runs, theme, term)
     if runs:
-        drawn["loss_by_quartile"] = loss_by_quartile(runs, theme)
         drawn["training"] = training(runs, theme)
     if any("noise_trace" in line for lines in runs.values() for line in lines):
         drawn["noise_scale_training"] = noise_scale_training(runs, theme)
@@ -55,25 +64,42 @@ def plots_of(found: Sequence[Collected], theme: Theme = "light") -> dict[str, by
     return drawn
 
 
-def loss_by_quartile(runs: Mapping[str, Sequence[Line]], theme: Theme = "light") -> bytes:
-    """Draw the mean squared error of eps over training, a panel per quarter of the timesteps and a curve per run."""
+def loss_by_quartile(runs: Mapping[str, Sequence[Line]], theme: Theme = "light", term: QuartileTerm = "mse") -> bytes:
+    """Draw a loss term over training, a panel per quarter of the timesteps and a curve per run that has the term."""
+    _, title, label = BY_QUARTILE[term]
     figure, axes = _panels(2, 2, theme, width=10, height=7)
     for q, axis in enumerate(axes.flat):
         for index, (name, lines) in enumerate(runs.items()):
-            _curve(axis, lines, f"mse_q{q}", name, index, theme)
+            _curve(axis, lines, f"{term}_q{q}", name, index, theme)
         _images_axis(axis)
         _logarithmic_y(axis)
         axis.set_title(QUARTER_NAMES[q])
-        axis.set_ylabel("mean squared error of eps")
+        axis.set_ylabel(label)
     assert len(axes.flat) == QUARTILES  # noqa: S101
-    figure.suptitle("Prediction error by quarter of the timesteps", fontsize=14)
+    figure.suptitle(f"{title} by quarter of the timesteps", fontsize=14)
     _legend(axes.flat[0], len(runs))
     return _png(figure, theme)
+
+
+def _has(runs: Mapping[str, Sequence[Line]], prefix: str) -> bool:
+    return any(key.startswith(prefix) for lines in runs.values() for line in lines for key in line)
+
+
+def _is_error_only(runs: Mapping[str, Sequence[Line]]) -> bool:
+    """Return whether every run minimises the mean squared error, which has a plot of its own."""
+    return all(
+        line[key] == line.get(key.replace("loss", "mse"))
+        for lines in runs.values()
+        for line in lines
+        for key in line
+        if key.startswith("loss_q")
+    )
 
 
 def training(runs: Mapping[str, Sequence[Line]], theme: Theme = "light") -> bytes:
     """Draw loss terms, gradient norm, learning rate and speed over training."""
     panels = {
+        "loss": ("The loss that is minimised", "loss", "log"),
         "mse": ("Mean squared error of eps", "mean squared error", "log"),
         "vb_bpd": ("Term of the variational bound", r"$L_{vlb}$ / T (bits/dim)", "log"),
         "grad_norm": ("Norm of the gradient", "norm", "log"),

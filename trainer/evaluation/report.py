@@ -22,6 +22,8 @@ GRID_FILE = "grid.png"
 CAPTIONS = {
     "loss_by_quartile": "Error of the predicted noise over training, for each quarter of the timesteps. Pale: single "
     "lines of the log; strong: means.",
+    "objective_by_quartile": "The loss that is minimised over training, for each quarter of the timesteps.",
+    "bound_by_quartile": "Terms of the variational bound over training, for each quarter of the timesteps.",
     "training": "Loss terms, norm of the gradient and learning rate over training.",
     "vlb_terms": "Terms of the variational bound by diffusion step (as figure 2 of arXiv:2102.09672).",
     "noise_scale": "Gradient noise scale by objective (as figure 7 of arXiv:2102.09672).",

@@ -34,12 +34,12 @@ SCALING: dict[str, Any] = {
 }
 
 
-def write_run(folder: Path, log: str = "metrics.jsonl", scale: float = 1.0) -> Path:
+def write_run(folder: Path, log: str = "metrics.jsonl", scale: float = 1.0, terms: tuple[str, ...] = ("mse",)) -> Path:
     folder.mkdir(parents=True)
     lines = [
         {"images": 100 * k, "lr": 1e-3, "mse": scale / k, "vb_bpd": 0.1 / k, "grad_norm": 1.0}
         | {"noise_trace": 90.0 + k, "gradient_squared": 1.0 - 0.2 * (k % 9)}
-        | {f"mse_q{q}": scale / k / (q + 1) for q in range(4)}
+        | {f"{term}_q{q}": scale / k / (q + n) for n, term in enumerate(terms, start=1) for q in range(4)}
         for k in range(1, 30)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -83,6 +83,30 @@ def test_runs_and_evaluations_become_png_files(tmp_path: Path) -> None:
     for path in (tmp_path / "plots").iterdir():
         with Image.open(path) as picture:
             assert min(picture.size) >= 400
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        (("mse",), {"loss_by_quartile"}),
+        (("mse", "vb_bpd", "loss"), {"loss_by_quartile", "bound_by_quartile", "objective_by_quartile"}),
+        (("loss", "acc@1"), {"objective_by_quartile"}),
+    ],
+)
+def test_every_term_of_the_loss_is_drawn_by_quartile(
+    terms: tuple[str, ...], expected: set[str], tmp_path: Path
+) -> None:
+    drawn = plots_of([collect(write_run(tmp_path / "run", terms=terms))])
+    assert {name for name in drawn if name.endswith("quartile")} == expected
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_a_loss_that_is_the_prediction_error_is_not_drawn_twice(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    copied = [{**line, **{f"loss_q{q}": line[f"mse_q{q}"] for q in range(4)}} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in copied))
+    assert {name for name in plots_of([collect(folder)]) if name.endswith("quartile")} == {"loss_by_quartile"}
 
 
 def test_plots_have_the_background_of_their_theme(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def test_every_objective_variance_and_prediction_trains(
     train(config, npz, tmp_path / "run")
     lines = log(tmp_path / "run")
     assert all(np.isfinite(line["loss"]) for line in lines)
+    terms = {"loss", "mse", "vb_bpd"} if learned or loss == "vlb" else {"loss", "mse"}
+    assert {name.partition("_q")[0] for line in lines for name in line if "_q" in name} == terms
     if loss == "vlb":
         assert lines[0]["loss"] == pytest.approx(30 * lines[0]["vb_bpd"], rel=1e-3)
 
