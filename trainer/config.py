@@ -28,13 +28,14 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("preview_per_class", "preview_steps", "sampling", "tensorboard"),
         *("lr", "lr_warmup_images", "lr_schedule", "lr_decay_images", "weight_decay", "grad_clip", "max_rollbacks"),
         *("precision", "microbatch_size", "channels_last", "compile", "use_checkpoint"),
-        *("validation_every_images", "stop_after_worse", "data.workers"),
+        *("validation_every_images", "stop_after_worse", "data.workers", "data.unreadable"),
     }
 )
 """Fields that a resumed run may change; its checkpoints record the changes. Any other change is refused.
 
 The fields in the first two lines do not affect training, except that most learning-rate schedules end at total_images.
-The others allow a run to continue after it diverged or ran out of memory.
+The others allow a run to continue after it diverged, ran out of memory, or met an image that cannot be read: that one
+is replaced, and the order of all others stays. Images that are left out at the start are other data.
 """
 
 

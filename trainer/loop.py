@@ -31,7 +31,7 @@ from trainer.optimisation import Optimisation, learning_rate
 from trainer.progress import bar_entries
 from trainer.provenance import git_commit
 from trainer.ranks import OneProcess, Ranks
-from trainer.resume import Origin, find_origin, recovery_hint
+from trainer.resume import Origin, find_origin, kind_of, recovery_hint
 from trainer.run_folder import (
     BEST_FOLDER,
     EMA_FOLDER,
@@ -247,9 +247,19 @@ class _Run:
             raise Stopped(self._state.images_seen)
         if unreadable is None:
             raise TrainError("another process could not read an image; its message names the file", resume_with=())
+        problem, skipping = str(unreadable), ("data.unreadable=skip",) if self._may_skip() else ()
+        if skipping:
+            problem += f"; or set {skipping[0]}, which puts another image of its class in its place"
         if checkpoints(self._run):
-            raise TrainError(str(unreadable), resume_with=()) from unreadable
-        raise unreadable
+            raise TrainError(problem, resume_with=skipping) from unreadable
+        raise DataError(problem) from unreadable
+
+    def _may_skip(self) -> bool:
+        """Return whether `data.unreadable=skip` would let a run that cannot read an image continue."""
+        kind = kind_of(self._dataset.description)
+        return self._config.data.unreadable == "fail" and (
+            kind == "folder" or (kind == "dataset" and self._dataset.conditions is None)
+        )
 
     def _learn_timesteps(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
         if self._timestep_sampler.uses_losses:

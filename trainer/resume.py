@@ -128,12 +128,17 @@ def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     Entries that only one of the two descriptions has are not compared, because versions describe data in different
     detail. Data of different kinds (file, folder) always differ.
     """
-    kinds = [next((name for name in NAMES_OF_DATA if name in described), None) for described in (before, now)]
+    kinds = [kind_of(described) for described in (before, now)]
     if kinds[0] != kinds[1]:
         return [f"a {kinds[0] or 'source'} then, a {kinds[1] or 'source'} now"]
     kept = [name for name in before if name in now and name.removeprefix("cond_") not in NAMES_OF_DATA]
     common = [name for name in kept if before[name] != now[name]]
     return [f"{name} was {_short(before[name])}, is {_short(now[name])}" for name in common]
+
+
+def kind_of(described: Mapping[str, Any]) -> str | None:
+    """Return what a data set's description is of: one of NAMES_OF_DATA; None: of something else."""
+    return next((name for name in NAMES_OF_DATA if name in described), None)
 
 
 def _short(value: object) -> str:

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.unit.trainer.test_trainer import weights
+from tests.unit.trainer.test_unreadable_images import damage, folder
 from trainer.config import TrainConfig
-from trainer.data import Uint8Array, open_dataset
+from trainer.data import Uint8Array, checking, open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve, train
+from trainer.run_folder import checkpoints
 
 
 def config(**fields: Any) -> TrainConfig:
@@ -33,9 +37,9 @@ def config(**fields: Any) -> TrainConfig:
     )
 
 
-def run(tmp_path: Path, config: TrainConfig, **options: Any) -> None:
+def run(tmp_path: Path, config: TrainConfig, name: str = "run", **options: Any) -> None:
     dataset = open_dataset(tmp_path / "data", 8, 1, config.data)
-    train(resolve(config, dataset), dataset, tmp_path / "run", **options)
+    train(resolve(config, dataset), dataset, tmp_path / name, **options)
 
 
 @pytest.fixture
@@ -59,6 +63,30 @@ def test_a_mended_image_of_equal_size_is_noticed(tmp_path: Path, picture: Uint8A
 def test_only_options_without_effect_on_the_images_may_change(tmp_path: Path) -> None:
     run(tmp_path, config())
     run(tmp_path, config(total_images=8, data={"workers": 1}), resume=True)
-    for change in ({"random_crop": True}, {"unreadable": "skip"}, {"value_range": [0, 1]}):
+    for change in ({"random_crop": True}, {"value_range": [0, 1]}):
         with pytest.raises(TrainError, match=f"started with other values: data.{next(iter(change))} was"):
             run(tmp_path, config(total_images=12, data={"workers": 1, **change}), resume=True)
+
+
+def test_a_run_that_meets_an_unreadable_image_continues_with_skip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order of the images stays: the resumed run equals one that skipped from its start."""
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    damage(folder(tmp_path) / "b" / "6.png")  # in the second batch
+    start = config(batch_size=2, total_images=16, precision="float32")
+    with pytest.raises(TrainError, match=r"6\.png: .*; or set data\.unreadable=skip") as caught:
+        run(tmp_path, start)
+    assert caught.value.resume_with == ("data.unreadable=skip",)
+    assert 0 < int(checkpoints(tmp_path / "run")[-1].name) < 8
+    capsys.readouterr()
+    skipping = start.with_overrides({"data.unreadable": "skip"})
+    run(tmp_path, skipping, resume=True)
+    error = capsys.readouterr().err
+    assert "; changed: data.unreadable fail -> skip" in error
+    assert "6.png: " in error
+    assert ".png takes its place" in error
+    resumed = weights(checkpoints(tmp_path / "run")[-1])
+    run(tmp_path, skipping, name="whole")
+    whole = weights(checkpoints(tmp_path / "whole")[-1])
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
