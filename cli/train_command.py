@@ -99,7 +99,7 @@ def train_command(
         bool, typer.Option("--tensorboard", help="Also write the log and sample grids for TensorBoard.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the data, print the resolved configuration and exit.")
+        bool, typer.Option("--dry-run", help="Check --out and the data, print the resolved configuration and exit.")
     ] = False,
     decode_all: Annotated[
         bool,
@@ -128,6 +128,7 @@ def train_command(
         from trainer.presets import preset as named_preset
         from trainer.ranks import joined, main_first
         from trainer.resume import resumed_config
+        from trainer.run_folder import check_out
         from trainer.stop_request import StopRequest
 
         limit_torch_threads()
@@ -148,6 +149,8 @@ def train_command(
         config = (resumed_config(run, preset) if resume else start).with_overrides(free)
         if validation_cond is not None and validation is None:
             raise ValueError("--validation-cond can only be used with --validation")
+        if main and (out is not None or not dry_run):
+            check_out(run, resume=resume)  # reading the data may take minutes
         with stop.on_signals(), joined(stop) as ranks:
             opened = partial(
                 open_dataset,

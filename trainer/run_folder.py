@@ -16,6 +16,7 @@ The training process claims the folder first. It writes only to a folder that is
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from formats.atomic_folder import may_replace
 from formats.checkpoint_config import CONFIG_FILE
-from formats.folder_lock import FolderInUse, folder_lock
+from formats.folder_lock import LOCK_FILE, FolderInUse, folder_lock
 from formats.leftovers import remove_leftovers
 from trainer.errors import TrainError
 
@@ -74,6 +75,23 @@ def delete_old(run: Path, keep: int) -> None:
     """Delete all but the newest checkpoints."""
     for folder in checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
+
+
+def check_out(run: Path, *, resume: bool) -> None:
+    """Check, without changing anything, that `claimed` would accept a folder now.
+
+    Raises:
+        TrainError: it would not, or the folder cannot be written to.
+    """
+    _refuse_unfit(run, resume=resume)
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise TrainError(f"--out must be a folder; {existing} is not one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise TrainError(f"--out must be a folder that this user may write to; {existing} is not one")
+    if (run / LOCK_FILE).exists():
+        with _locked(run):
+            pass
 
 
 @contextmanager

@@ -397,6 +397,25 @@ def test_files_not_written_by_a_run_are_not_changed(npz: Path, tmp_path: Path, n
     ]
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_the_folder_of_the_run_is_checked_before_the_data(tmp_path: Path, dry: list[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "old" / "checkpoints" / "000000000004").mkdir(parents=True)
+    for out, options, message in (
+        ("file", [], "--out must be a folder"),
+        ("file/run", [], f"--out must be a folder; {tmp_path / 'file'} is not one"),
+        ("old", [], "old already contains a run; use another --out"),
+        ("new", ["--resume"], "new holds no checkpoint to resume from"),
+    ):
+        options += ["--data", str(tmp_path / "absent"), "--out", str(tmp_path / out), *dry]
+        code, output = invoke(*options)
+        assert (code, message in output) == (1, True), output
+    with claimed(tmp_path / "busy", resume=False):
+        code, output = invoke("--data", str(tmp_path / "absent"), "--out", str(tmp_path / "busy"), *dry)
+    assert (code, "busy is in use by another training run" in output) == (1, True), output
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_that_never_reached_a_checkpoint_may_start_again(npz: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / ".000000000004.new-1234").mkdir(parents=True)
     (tmp_path / "run" / ".model.new-1234").mkdir()
