@@ -43,7 +43,7 @@ def fashion32() -> TrainConfig:
         lr_schedule="cosine",
         grad_clip=1.0,
         data=DataConfig(small_images="frame"),
-        sampling=SamplingDefaults(cfg_scale=2.0),
+        sampling=SamplingDefaults(cfg_scale=1.3),  # 2 costs diversity (docs/experiments.md)
         checkpoint_every_images=20_000,
     )
 
