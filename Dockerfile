@@ -28,6 +28,7 @@ RUN pip --python /opt/iddpm/bin/python install --no-deps --force-reinstall . \
     && rm -rf /opt/iddpm/lib/python3.*/site-packages/torch/include /opt/iddpm/lib/python3.*/site-packages/torch/test
 
 # For NVIDIA GPUs: docker build --target gpu -t iddpm-gpu .     pip's index must have torch with CUDA (PyPI has)
+# With TensorRT: --build-arg GPU_EXTRA=tensorrt (data-centre GPUs) or GPU_EXTRA=tensorrt-rtx (RTX cards); both include torch
 FROM build AS build-gpu
 ARG GPU_EXTRA=torch
 RUN pip --python /opt/iddpm/bin/python install -c constraints.txt ".[$GPU_EXTRA]"
@@ -59,9 +60,10 @@ USER 0
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libc6-dev && rm -rf /var/lib/apt/lists/* \
     && install -d -o 10001 -g 10001 /cache
 COPY --from=build-gpu /opt/iddpm /opt/iddpm
-# Compiled kernels are loaded from here: it must allow execution, which a tmpfs of docker does not.
+# Compiled kernels are loaded from here, and engines are built here: it must be writable and allow execution, which a tmpfs
+# of docker does not.
 ENV TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor CUDA_CACHE_PATH=/cache/cuda \
-    IDDPM_CACHE_DIR=/cache/openvino NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    IDDPM_CACHE_DIR=/cache/openvino IDDPM_ENGINES_DIR=/cache/tensorrt NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /cache
 USER 10001:10001
 

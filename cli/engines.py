@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from service.backends.base import Denoiser
 
 
-def build_engines(artifact: Path, target: Target, batch_sizes: tuple[int, ...]) -> None:
+def build_engines(artifact: Path, store: Path, target: Target, batch_sizes: tuple[int, ...]) -> None:
     """Build the missing or unusable engines of the given batch sizes; a `BuildEngines` for the service.
 
     Raises:
         ArtifactError: the artifact cannot be read.
         EngineError: a build failed.
+        OSError: the store cannot be written.
     """
     from model_export.tensorrt_build import build_missing
 
-    build_missing(artifact, target, batch_sizes, notify=lambda line: typer.echo(line, err=True), progress=show_phase)
+    def notify(line: str) -> None:
+        typer.echo(line, err=True)
+
+    build_missing(artifact, target, batch_sizes, store=store, notify=notify, progress=show_phase)
 
 
 def show_phase(phase: str, done: int, of: int) -> None:
@@ -69,7 +73,7 @@ def measure_engines(checkpoint: Path, artifact: Path, device: str = "auto") -> d
         graph = as_graph(backend, size)
         runtime = Runtime(f"{target.flavour} {target.version}", manifest.precision, functools.partial(_opened, graph))
         found[size] = network_parity(graph, reference.calls, config, runtime, MODEL_FILE)
-        record_parity(artifact, backend.wanted, size, found[size])
+        record_parity(backend.store, backend.wanted, size, found[size])
     return found
 
 

@@ -1,4 +1,4 @@
-"""The lock that allows one writer in a folder at a time: a run, an evaluation, generated images."""
+"""The lock that allows one writer in a folder at a time: a run, an evaluation, generated images, engines."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ class FolderInUse(ValueError):
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[OSError | None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[OSError | None]:
     """Lock an existing folder inside the block; the lock also ends with the process, however it ends.
+
+    Args:
+        folder: the folder.
+        wait: wait while another process holds the lock.
 
     Yields:
         None; or the error of a file system without locks, where the folder is not locked.
 
     Raises:
-        FolderInUse: another process holds the lock.
+        FolderInUse: another process holds the lock, and `wait` is false.
         OSError: the lock file cannot be written.
     """
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
             raise FolderInUse(folder, lock.read().strip() or "just started") from error

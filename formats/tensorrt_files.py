@@ -1,6 +1,7 @@
 """TensorRT engine files: their names, their records, and the checks before use.
 
-Engines are stored in the artifact by GPU, TensorRT version and batch size (field `bucket` of the record):
+A store holds the engines of one graph, by GPU, TensorRT version and batch size (field `bucket` of the record). It is
+the folder `tensorrt` of the artifact, or a folder named after the graph in one that keeps the engines of all graphs:
 
     tensorrt/sm89-rtx-1.7.1.116/4.plan         the engine for a batch of 4
     tensorrt/sm89-rtx-1.7.1.116/4.json         its record, written last: a plan without a record is not used
@@ -91,8 +92,8 @@ class EngineRecord(FrozenConfig):
     """Measured error against PyTorch; None: not measured."""
 
 
-BuildEngines = Callable[[Path, Target, tuple[int, ...]], None]
-"""(artifact folder, target, batch sizes): build missing engines. The service gets one if it is allowed to build."""
+BuildEngines = Callable[[Path, Path, Target, tuple[int, ...]], None]
+"""(artifact folder, store, target, batch sizes): build missing engines. The service gets one if it may build."""
 
 
 def graph_sha256(files: Mapping[str, FileEntry]) -> str:
@@ -101,16 +102,27 @@ def graph_sha256(files: Mapping[str, FileEntry]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def engine_folder(artifact: Path, target: Target) -> Path:
-    """Return the folder of an artifact's engines for a target."""
-    return artifact / FOLDER / target.name
-
-
-def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write an engine into an artifact: first the plan, then its record, each atomically.
+def engine_store(artifact: Path, onnx_sha256: str, engines_dir: str | None = None) -> Path:
+    """Return the folder of a graph's engines.
 
     Args:
         artifact: the artifact folder.
+        onnx_sha256: see `graph_sha256`.
+        engines_dir: folder of the engines of all graphs; None or empty: engines are kept in the artifact.
+    """
+    return Path(engines_dir) / onnx_sha256[:16] if engines_dir else artifact / FOLDER
+
+
+def engine_folder(store: Path, target: Target) -> Path:
+    """Return the folder of a store's engines for a target."""
+    return store / target.name
+
+
+def write_engine(store: Path, plan: bytes, record: EngineRecord) -> Path:
+    """Write an engine into a store: first the plan, then its record, each atomically.
+
+    Args:
+        store: see `engine_store`.
         plan: the serialised engine, which `record.plan` describes.
         record: the engine's target and description.
 
@@ -122,7 +134,7 @@ def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
     """
     if record.plan != entry_of(plan):
         raise EngineError(f"the record of bucket {record.bucket} describes another plan")
-    folder = engine_folder(artifact, record.target)
+    folder = engine_folder(store, record.target)
     folder.mkdir(parents=True, exist_ok=True)
     path, record_path = _paths(folder, record.bucket)
     record_path.unlink(missing_ok=True)  # a new plan under an old record would look damaged
@@ -131,7 +143,7 @@ def write_engine(artifact: Path, plan: bytes, record: EngineRecord) -> Path:
     return path
 
 
-def read_engine(artifact: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRecord, bytes]:
+def read_engine(store: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRecord, bytes]:
     """Read an engine and check that it is what is wanted.
 
     Returns:
@@ -140,20 +152,20 @@ def read_engine(artifact: Path, wanted: Wanted, batch_size: int) -> tuple[Engine
     Raises:
         EngineError: the engine is missing, damaged, stale or built for another target; names the file and the reason.
     """
-    record = _read_record(artifact, wanted, batch_size)
-    path = _paths(engine_folder(artifact, wanted.target), batch_size)[0]
+    record = _read_record(store, wanted, batch_size)
+    path = _paths(engine_folder(store, wanted.target), batch_size)[0]
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan.sha256:
         raise EngineError(f"{path} is damaged or was replaced: its sha256 differs from its record's")
     return record, plan
 
 
-def unusable_engines(artifact: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, str]:
+def unusable_engines(store: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, str]:
     """Return the batch sizes whose engine is missing or fails the checks, each with the reason."""
     reasons = {}
     for batch_size in batch_sizes:
         try:
-            read_engine(artifact, wanted, batch_size)
+            read_engine(store, wanted, batch_size)
         except EngineError as error:
             reasons[batch_size] = str(error)
     return reasons
@@ -174,14 +186,14 @@ def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None
     return None
 
 
-def record_parity(artifact: Path, wanted: Wanted, batch_size: int, parity: NetworkParity) -> None:
+def record_parity(store: Path, wanted: Wanted, batch_size: int, parity: NetworkParity) -> None:
     """Record an engine's measured parity; if it is outside the limit, the engine is rejected from then on.
 
     Raises:
         EngineError: as for `read_engine`.
     """
-    record, _ = read_engine(artifact, wanted, batch_size)
-    _write_record(engine_folder(artifact, wanted.target), record.replace(parity=parity))
+    record, _ = read_engine(store, wanted, batch_size)
+    _write_record(engine_folder(store, wanted.target), record.replace(parity=parity))
 
 
 def entry_of(content: bytes) -> FileEntry:
@@ -198,15 +210,15 @@ def _write_record(folder: Path, record: EngineRecord) -> None:
     write_file(_paths(folder, record.bucket)[1], text.encode())
 
 
-def _read_record(artifact: Path, wanted: Wanted, batch_size: int) -> EngineRecord:
+def _read_record(store: Path, wanted: Wanted, batch_size: int) -> EngineRecord:
     """Read and check a record; of the plan, check only that it exists and has the recorded size."""
-    folder = engine_folder(artifact, wanted.target)
+    folder = engine_folder(store, wanted.target)
     path, record_path = _paths(folder, batch_size)
     for file in (record_path, path):
         if file.is_symlink():
-            raise EngineError(f"{file} is a link; engines must be regular files in the artifact")
+            raise EngineError(f"{file} is a link; engines must be regular files")
     if not record_path.is_file():
-        raise EngineError(_missing(artifact, folder, batch_size))
+        raise EngineError(_missing(store, folder, batch_size))
     try:
         content: Any = json.loads(record_path.read_text(encoding="utf-8"))
         record = EngineRecord.model_validate(content)
@@ -223,7 +235,7 @@ def _read_record(artifact: Path, wanted: Wanted, batch_size: int) -> EngineRecor
     return record
 
 
-def _missing(artifact: Path, folder: Path, batch_size: int) -> str:
-    others = sorted(path.name for path in (artifact / FOLDER).glob("*") if path.is_dir() and path != folder)
+def _missing(store: Path, folder: Path, batch_size: int) -> str:
+    others = sorted(path.name for path in store.glob("*") if path.is_dir() and path != folder)
     note = f"; the engines for {', '.join(others)} cannot be used here" if others else ""
     return f"{folder} has no engine for batches of {batch_size}{note}"

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from formats.artifact import MODEL_FILE, file_entry, read_artifact
 from formats.atomic_file import write_file
+from formats.folder_lock import FolderInUse, folder_lock
 from formats.precision import Precision
 from formats.tensorrt_files import (
     DATA_FILE,
@@ -28,6 +30,7 @@ from formats.tensorrt_files import (
     Target,
     Wanted,
     engine_folder,
+    engine_store,
     entry_of,
     graph_sha256,
     unusable_engines,
@@ -50,16 +53,20 @@ def build_missing(
     target: Target | None = None,
     batch_sizes: Iterable[int] | None = None,
     *,
+    store: Path | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     notify: Notify = lambda _: None,
     progress: Progress = lambda _phase, _done, _of: None,
 ) -> tuple[int, ...]:
     """Build the missing engines of an artifact, and those that the service would refuse.
 
+    If another process builds in the same folder, wait until it has finished, and build only what is still missing.
+
     Args:
-        artifact: the artifact folder; engines are written into it.
+        artifact: the artifact folder.
         target: the GPU to build for; None: this machine's GPU (`find_target` returns others).
         batch_sizes: sizes to build; None: those of the manifest.
+        store: folder of the engines (`engine_store`); None: in the artifact.
         workspace_bytes: limit of a kernel's scratch memory.
         notify: called with a message that describes each build and its reason.
         progress: called with the progress of a build.
@@ -70,15 +77,34 @@ def build_missing(
     Raises:
         ArtifactError: the artifact cannot be read.
         EngineError: TensorRT or the GPU is missing, or a build failed; engines built before are kept.
+        OSError: the folder of the engines cannot be written.
     """
     manifest = read_artifact(artifact)
     target = find_target() if target is None else target
     wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
-    reasons = unusable_engines(artifact, wanted, manifest.buckets if batch_sizes is None else sorted(set(batch_sizes)))
-    for batch_size, reason in reasons.items():
-        notify(f"building {target.name}, batches of {batch_size}: {reason}")
-        build_engine(artifact, wanted, batch_size, workspace_bytes=workspace_bytes, progress=progress)
+    store = engine_store(artifact, wanted.onnx_sha256) if store is None else store
+    sizes = manifest.buckets if batch_sizes is None else sorted(set(batch_sizes))
+    with _only_builder(engine_folder(store, target), notify):
+        reasons = unusable_engines(store, wanted, sizes)
+        for batch_size, reason in reasons.items():
+            notify(f"building {target.name}, batches of {batch_size}: {reason}")
+            build_engine(artifact, wanted, batch_size, store=store, workspace_bytes=workspace_bytes, progress=progress)
     return tuple(reasons)
+
+
+@contextmanager
+def _only_builder(folder: Path, notify: Notify) -> Iterator[None]:
+    """Make a folder, and lock it against other builders inside the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            unlocked = stack.enter_context(folder_lock(folder))
+        except FolderInUse as busy:
+            notify(f"{folder}: waiting for another process ({busy.holder}), which builds engines there")
+            unlocked = stack.enter_context(folder_lock(folder, wait=True))
+        if unlocked is not None:
+            log.warning("%s cannot be locked (%s): build in it with one process at a time", folder, unlocked.strerror)
+        yield
 
 
 def build_engine(
@@ -86,6 +112,7 @@ def build_engine(
     wanted: Wanted,
     batch_size: int,
     *,
+    store: Path | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     progress: Progress = lambda _phase, _done, _of: None,
 ) -> EngineRecord:
@@ -95,6 +122,7 @@ def build_engine(
         artifact: a folder with `model.onnx`, whose inputs have only one dynamic dimension, the first.
         wanted: description of the engine. Graph and precision must match it.
         batch_size: rows of its inputs.
+        store: folder of the engines; None: in the artifact.
         workspace_bytes: limit of a kernel's scratch memory.
         progress: called with the progress of the build. An exception raised by it ends the build and propagates.
 
@@ -106,6 +134,7 @@ def build_engine(
             available; the message includes TensorRT's messages.
     """
     onnx = artifact / MODEL_FILE
+    store = engine_store(artifact, wanted.onnx_sha256) if store is None else store
     refuse_other_graph(artifact, wanted.onnx_sha256)
     trt = load_tensorrt(wanted.target)
     logger = logger_of(trt)
@@ -127,7 +156,7 @@ def build_engine(
         choose_capability(trt, config, wanted.target.compute_capability)
     else:
         _refuse_other_gpu(wanted.target)
-        cache = TimingCache(config, engine_folder(artifact, wanted.target) / TIMING_CACHE_FILE)
+        cache = TimingCache(config, engine_folder(store, wanted.target) / TIMING_CACHE_FILE)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
 
@@ -148,7 +177,7 @@ def build_engine(
         flags=flags,
         workspace_bytes=workspace_bytes,
     )
-    write_engine(artifact, plan, record)
+    write_engine(store, plan, record)
     if cache is not None:
         cache.save()
     return record

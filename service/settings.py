@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     BackendName = Literal[("auto", *BACKENDS)]
 PREFIX = "IDDPM_"
-MAY_BE_EMPTY = frozenset({"cache_dir", "cascades", "host", "models", "allowed_hosts", "trusted_proxies"})
+MAY_BE_EMPTY = frozenset({"cache_dir", "engines_dir", "cascades", "host", "models", "allowed_hosts", "trusted_proxies"})
 """Settings for which an empty value is valid or has its own error message."""
 OTHER_VARIABLES = frozenset({"IDDPM_KEY", "IDDPM_TEST_LONG", "IDDPM_TEST_CONTAINERS", "IDDPM_REQUIRE_ALL"})
 """Variables that are not settings: the client and the tests read them."""
@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     device: Device = BackendOptions.device
     precision: PrecisionChoice = BackendOptions.precision
     cache_dir: str | None = BackendOptions.cache_dir
+    engines_dir: str | None = BackendOptions.engines_dir
     build_engines: bool = False
     """Let the TensorRT backend build missing engines; this takes minutes at start-up for each batch size."""
     torch_compile: bool = BackendOptions.torch_compile

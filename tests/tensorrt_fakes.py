@@ -92,8 +92,10 @@ def fake_plan(config: CheckpointConfig, bucket: int, **changes: object) -> bytes
     return json.dumps({"tensors": tensors, **changes}).encode()
 
 
-def write_fake_engine(folder: Path, manifest: Manifest, bucket: int, **changes: Any) -> EngineRecord:
-    """Write an engine of the fake into an artifact, and its record."""
+def write_fake_engine(
+    artifact: Path, manifest: Manifest, bucket: int, store: Path | None = None, **changes: Any
+) -> EngineRecord:
+    """Write an engine of the fake into an artifact or another store, and its record."""
     assert isinstance(manifest.checkpoint, CheckpointConfig)
     plan = fake_plan(manifest.checkpoint, bucket, **changes)
     wanted = wanted_of(manifest)
@@ -105,7 +107,7 @@ def write_fake_engine(folder: Path, manifest: Manifest, bucket: int, **changes: 
         plan=entry_of(plan),
         workspace_bytes=0,
     )
-    write_engine(folder, plan, record)
+    write_engine(artifact / "tensorrt" if store is None else store, plan, record)
     return record
 
 

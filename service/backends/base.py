@@ -54,6 +54,8 @@ class BackendOptions:
     PyTorch's operations."""
     build_engines: BuildEngines | None = None
     """Builds missing engines for the TensorRT backend; None: do not build, a missing engine is an error."""
+    engines_dir: str | None = None
+    """Folder where TensorRT engines are kept, by graph; unset or empty: the folder `tensorrt` of each artifact."""
     cache_dir: str | None = None
     """Folder where openvino caches compiled graphs for the next start; unset: the user's cache folder; empty: none."""
 

@@ -26,6 +26,7 @@ from formats.tensorrt_files import (
     EngineRecord,
     Target,
     Wanted,
+    engine_store,
     graph_sha256,
     read_engine,
     unusable_engines,
@@ -76,8 +77,10 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
         target = Target.of_device(flavour, str(trt.__version__), capability, gpu)
         self.wanted = Wanted(target, manifest.precision, graph_sha256(manifest.files))
         """The target, precision and graph that the engines must have been built for."""
+        self.store = engine_store(artifact, self.wanted.onnx_sha256, options.engines_dir)
+        """The folder of the engines."""
         sizes = covering_width(manifest.buckets, options.max_rows)
-        engines = load_engines(artifact, self.wanted, sizes, options, self.device)
+        engines = load_engines(artifact, self.store, self.wanted, sizes, options, self.device)
 
         with torch.cuda.device(self.device):
             network = EngineNetwork(trt, self.device)
@@ -116,7 +119,12 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
 
 
 def load_engines(
-    artifact: Path, wanted: Wanted, sizes: tuple[int, ...], options: BackendOptions, device: torch.device
+    artifact: Path,
+    store: Path,
+    wanted: Wanted,
+    sizes: tuple[int, ...],
+    options: BackendOptions,
+    device: torch.device,
 ) -> dict[int, tuple[EngineRecord, bytes]]:
     """Read the engines of the batch sizes; if `options.build_engines` is set, build those that are unusable first.
 
@@ -127,16 +135,19 @@ def load_engines(
         ModelError: engines are missing, damaged, stale or built for another target; the message gives the reason for
             each and the command that builds them.
     """
-    if options.build_engines is not None and (lacking := unusable_engines(artifact, wanted, sizes)):
+    if options.build_engines is not None and (lacking := unusable_engines(store, wanted, sizes)):
         try:
             with torch.cuda.device(device):
-                options.build_engines(artifact, wanted.target, tuple(lacking))
+                options.build_engines(artifact, store, wanted.target, tuple(lacking))
         except (EngineError, ArtifactError) as error:
             raise ModelError(str(error)) from error
+        except OSError as error:
+            cure = "set engines_dir (IDDPM_ENGINES_DIR) to a folder that the service may write"
+            raise ModelError(f"engines cannot be written: {error}; {cure}") from error
     engines, reasons = {}, []
     for size in sizes:
         try:
-            engines[size] = read_engine(artifact, wanted, size)
+            engines[size] = read_engine(store, wanted, size)
         except EngineError as error:
             reasons.append(str(error))
     if reasons:

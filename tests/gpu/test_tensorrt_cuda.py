@@ -49,8 +49,8 @@ BANDS = 5
 PRECISION_LIMITS: list[tuple[Precision, float]] = [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 5e-2)]
 
 
-def build(artifact: Path, target: Target, buckets: tuple[int, ...]) -> None:
-    build_missing(artifact, target, buckets)
+def build(artifact: Path, store: Path, target: Target, buckets: tuple[int, ...]) -> None:
+    build_missing(artifact, target, buckets, store=store)
 
 
 def tiny_artifact(folder: Path, precision: Precision) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from cli.engines import build_engines
 from formats.artifact import MODEL_FILE
+from formats.folder_lock import folder_lock
 from formats.precision import Precision
 from formats.tensorrt_files import Target, Wanted, engine_folder, read_engine, unusable_engines
 from formats.tensorrt_package import EngineError, logger_of
@@ -29,6 +32,7 @@ from model_export.tensorrt_build import (
 from tests.counts import LONG
 from tests.fakes import tiny_config, tiny_network
 from tests.tensorrt_fakes import wanted_of, write_artifact
+from tests.waiting import until
 
 trt: Any = pytest.importorskip("tensorrt_rtx")
 onnx: Any = pytest.importorskip("onnx")
@@ -103,17 +107,23 @@ def test_an_engine_is_built_for_each_bucket_in_the_precision_of_the_graph(tmp_pa
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph(precision), precision)
     assert build_missing(folder, SM89) == (1, 2)
-    assert names(folder / "tensorrt" / f"sm89-rtx-{trt.__version__}") == ["1.json", "1.plan", "2.json", "2.plan"]
+    assert names(folder / "tensorrt" / f"sm89-rtx-{trt.__version__}") == [
+        ".lock",
+        "1.json",
+        "1.plan",
+        "2.json",
+        "2.plan",
+    ]
     plans = []
     for bucket in (1, 2):
-        record, plan = read_engine(folder, wanted, bucket)
+        record, plan = read_engine(folder / "tensorrt", wanted, bucket)
         assert (record.precision, record.bucket, record.target) == (precision, bucket, SM89)
         assert record.onnx_sha256 == wanted.onnx_sha256
         assert "TF32" not in record.flags
         assert "REQUIRE_USER_ALLOCATION" in record.flags
         plans.append(plan)
     assert plans[0] != plans[1]
-    assert unusable_engines(folder, wanted, (1, 2)) == {}
+    assert unusable_engines(folder / "tensorrt", wanted, (1, 2)) == {}
 
 
 def test_only_unusable_engines_are_rebuilt(tmp_path: Path) -> None:
@@ -122,14 +132,32 @@ def test_only_unusable_engines_are_rebuilt(tmp_path: Path) -> None:
     notes: list[str] = []
     assert build_missing(folder, SM89, [1, 2], notify=notes.append) == (1, 2)
     assert build_missing(folder, SM89, [1, 2], notify=notes.append) == ()
-    path = engine_folder(folder, SM89) / "2.plan"
+    path = engine_folder(folder / "tensorrt", SM89) / "2.plan"
     path.write_bytes(path.read_bytes()[:-100])
     assert build_missing(folder, SM89, [1, 2], notify=notes.append) == (2,)
     assert [line.split(": ", 1)[0] for line in notes] == [
         f"building {SM89.name}, batches of {bucket}" for bucket in (1, 2, 2)
     ]
     assert notes[-1].endswith("it is damaged")
-    read_engine(folder, wanted, 2)
+    read_engine(folder / "tensorrt", wanted, 2)
+
+
+def test_a_second_builder_waits_for_the_first_and_builds_nothing_again(tmp_path: Path) -> None:
+    wanted = artifact_of(tmp_path / "artifact", small_graph())
+    store = tmp_path / "engines"
+    engine_folder(store, SM89).mkdir(parents=True)
+    notes: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with folder_lock(engine_folder(store, SM89)):
+            second = pool.submit(build_missing, tmp_path / "artifact", SM89, [1], store=store, notify=notes.append)
+            until(lambda: bool(notes))
+            build_engine(tmp_path / "artifact", wanted, 1, store=store)
+            assert not second.done()
+        assert second.result() == ()
+    (note,) = notes
+    assert f"waiting for another process (process {os.getpid()} on " in note
+    read_engine(store, wanted, 1)
+    assert not (tmp_path / "artifact" / "tensorrt").exists()
 
 
 def test_an_engine_of_another_graph_is_refused_and_replaced(tmp_path: Path) -> None:
@@ -138,9 +166,9 @@ def test_an_engine_of_another_graph_is_refused_and_replaced(tmp_path: Path) -> N
     new = artifact_of(tmp_path / "new", small_graph(operator="Sigmoid"))
     (tmp_path / "old" / "tensorrt").rename(tmp_path / "new" / "tensorrt")
     with pytest.raises(EngineError, match=r"1\.plan is stale: it was built from another graph"):
-        read_engine(tmp_path / "new", new, 1)
+        read_engine(tmp_path / "new" / "tensorrt", new, 1)
     assert build_missing(tmp_path / "new", SM89, [1]) == (1,)
-    read_engine(tmp_path / "new", new, 1)
+    read_engine(tmp_path / "new" / "tensorrt", new, 1)
 
 
 def test_an_engine_of_another_gpu_is_not_used(tmp_path: Path) -> None:
@@ -149,7 +177,7 @@ def test_an_engine_of_another_gpu_is_not_used(tmp_path: Path) -> None:
     build_engine(folder, wanted, 1)
     sm120 = Wanted(SM89.replace(compute_capability="sm120"), wanted.precision, wanted.onnx_sha256)
     with pytest.raises(EngineError, match=f"the engines for {SM89.name} cannot be used here"):
-        read_engine(folder, sm120, 1)
+        read_engine(folder / "tensorrt", sm120, 1)
 
 
 def test_progress_is_reported(tmp_path: Path) -> None:
@@ -167,8 +195,8 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 def test_the_command_line_shows_what_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "artifact"
     wanted = artifact_of(folder, small_graph())
-    build_engines(folder, SM89, (2,))
-    read_engine(folder, wanted, 2)
+    build_engines(folder, folder / "tensorrt", SM89, (2,))
+    read_engine(folder / "tensorrt", wanted, 2)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"building {SM89.name}, batches of 2: ")
     assert any(line.startswith("  Building engine (") for line in lines[1:])
@@ -333,4 +361,4 @@ def test_a_unet_is_built(tmp_path: Path, precision: Precision) -> None:
     wanted = artifact_of(folder, graph.read_bytes(), precision)
     assert build_missing(folder, SM89) == (1, 2)
     for bucket in (1, 2):
-        assert read_engine(folder, wanted, bucket)[0].plan.size > 0
+        assert read_engine(folder / "tensorrt", wanted, bucket)[0].plan.size > 0

@@ -10,12 +10,14 @@ import sys
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from formats.tensorrt_files import engine_store
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.http.interfaces import generates
@@ -179,6 +181,35 @@ def test_compiled_kernels_lie_on_a_volume_that_allows_execution(
     assert len(folders) == 3
     assert all(path.startswith(f"{folder}/") for path in folders)
     assert any("g++" in line and f"-g 10001 {folder}" in line for line in dockerfile)  # writable for the user
+
+
+def test_engines_are_built_on_the_volume_and_not_in_the_read_only_image(
+    gpu_overlay: dict[str, Any], compose: dict[str, Any], dockerfile: list[str]
+) -> None:
+    replica, gpu = compose["services"]["api"], gpu_overlay["services"]["api"]
+    assert replica["read_only"]
+    variable = re.fullmatch(r"\$\{IDDPM_ENGINES_DIR-(.+)\}", gpu["environment"]["IDDPM_ENGINES_DIR"])
+    assert variable is not None
+    (in_the_image,) = [word for line in dockerfile for word in line.split() if word.startswith("IDDPM_ENGINES_DIR=")]
+    settings = Settings(models=(ROOT / "models/fashion32",), engines_dir=variable[1])
+    assert in_the_image == f"IDDPM_ENGINES_DIR={settings.engines_dir}"  # for docker run and Kubernetes
+
+    store = engine_store(Path("/models/fashion32/artifact"), "0" * 64, settings.backend_options().engines_dir)
+    volume, folder, *mode = gpu["volumes"][0].split(":")
+    assert volume in gpu_overlay["volumes"]  # of docker's local driver, which allows execution
+    assert not gpu_overlay["volumes"][volume]
+    assert not mode  # writable
+    assert store.is_relative_to(folder)
+    assert not any(store.is_relative_to(mount) for mount in replica["tmpfs"])
+    assert f"VOLUME {folder}" in dockerfile  # a new volume gets the owner of the image's folder
+
+
+def test_the_gpu_image_can_be_built_with_tensorrt(gpu_overlay: dict[str, Any], dockerfile: list[str]) -> None:
+    assert gpu_overlay["services"]["api"]["build"]["args"] == {"GPU_EXTRA": "${GPU_EXTRA:-torch}"}
+    assert "ARG GPU_EXTRA=torch" in dockerfile
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("tensorrt", "tensorrt-rtx"):
+        assert "iddpm[torch]" in extras[extra]
 
 
 def test_a_stop_outlasts_the_longest_request(compose: dict[str, Any]) -> None:

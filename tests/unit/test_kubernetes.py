@@ -312,7 +312,7 @@ def test_the_service_accepts_its_settings(objects: Objects, overlay: str, compos
     networks = found(r":-(.*)\}", compose["api"]["environment"]["IDDPM_TRUSTED_PROXIES"]).split(",")
     assert set(networks) <= set(values["IDDPM_TRUSTED_PROXIES"].split(","))
     if overlay == "gpu":
-        defaults = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", v) for name, v in compose["gpu"]["environment"].items()}
+        defaults = {name: re.sub(r"^\$\{\w+:?-(.*)\}$", r"\1", v) for name, v in compose["gpu"]["environment"].items()}
         assert defaults.items() <= values.items()
 
 
@@ -362,7 +362,7 @@ def test_the_proxy_has_the_configuration_of_compose(objects: Objects, compose: d
     assert volume["configMap"]["name"] == objects["ConfigMap", "proxy"]["metadata"]["name"]  # with the content's hash
     environment = variables(objects, "proxy")
     assert environment["API_HOST"] == "api.iddpm.svc.cluster.local"
-    assert set(re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", compose["proxy"]["environment"]["ALLOWED_HOSTS"]).split()) < set(
+    assert set(re.sub(r"^\$\{\w+:?-(.*)\}$", r"\1", compose["proxy"]["environment"]["ALLOWED_HOSTS"]).split()) < set(
         environment["ALLOWED_HOSTS"].split()
     )
     checked = subprocess.run(

@@ -47,7 +47,7 @@ def wanted(manifest: Manifest) -> Wanted:
 
 
 def plan_path(artifact: Path, bucket: int = 2) -> Path:
-    return engine_folder(artifact, TARGET) / f"{bucket}.plan"
+    return engine_folder(artifact / "tensorrt", TARGET) / f"{bucket}.plan"
 
 
 def test_a_folder_is_named_by_gpu_flavour_and_version() -> None:
@@ -80,31 +80,31 @@ def test_the_hash_of_a_graph_includes_its_weights_file() -> None:
 
 def test_an_engine_survives_a_round_trip(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     record = write_fake_engine(artifact, manifest, 2)
-    assert read_engine(artifact, wanted, 2) == (record, plan_path(artifact).read_bytes())
+    assert read_engine(artifact / "tensorrt", wanted, 2) == (record, plan_path(artifact).read_bytes())
     assert sorted(path.name for path in plan_path(artifact).parent.iterdir()) == ["2.json", "2.plan"]
-    assert list(unusable_engines(artifact, wanted, [1, 2, 4])) == [1, 4]
+    assert list(unusable_engines(artifact / "tensorrt", wanted, [1, 2, 4])) == [1, 4]
 
 
 def test_a_record_of_another_plan_is_not_written(artifact: Path, manifest: Manifest) -> None:
     record = write_fake_engine(artifact, manifest, 2)
     with pytest.raises(EngineError, match="the record of bucket 2 describes another plan"):
-        write_engine(artifact, b"another", record)
+        write_engine(artifact / "tensorrt", b"another", record)
 
 
 def test_the_error_for_a_missing_engine_lists_existing_ones(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     with pytest.raises(EngineError, match=r"nvidia-h200-sm90-10.99.0.1 has no engine for batches of 2$"):
-        read_engine(artifact, wanted, 2)
+        read_engine(artifact / "tensorrt", wanted, 2)
     write_fake_engine(artifact, manifest, 2)
     other = Wanted(RTX, wanted.precision, wanted.onnx_sha256)
     with pytest.raises(EngineError, match=r"the engines for nvidia-h200-sm90-10\.99\.0\.1 cannot"):
-        read_engine(artifact, other, 2)
+        read_engine(artifact / "tensorrt", other, 2)
 
 
 def test_a_plan_without_a_record_is_refused(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     write_fake_engine(artifact, manifest, 2)
     plan_path(artifact).with_suffix(".json").unlink()
     with pytest.raises(EngineError, match="has no engine for batches of 2"):
-        read_engine(artifact, wanted, 2)
+        read_engine(artifact / "tensorrt", wanted, 2)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_a_damaged_plan_is_refused(
     else:
         path.unlink()
     with pytest.raises(EngineError, match=reason):
-        read_engine(artifact, wanted, 2)
-    assert list(unusable_engines(artifact, wanted, [2])) == [2]
+        read_engine(artifact / "tensorrt", wanted, 2)
+    assert list(unusable_engines(artifact / "tensorrt", wanted, [2])) == [2]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_damaged_record_is_refused(
     write_fake_engine(artifact, manifest, 2)
     plan_path(artifact).with_suffix(".json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(EngineError, match=reason):
-        read_engine(artifact, wanted, 2)
+        read_engine(artifact / "tensorrt", wanted, 2)
 
 
 def test_a_record_of_a_later_format_is_refused(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
@@ -153,7 +153,7 @@ def test_a_record_of_a_later_format_is_refused(artifact: Path, manifest: Manifes
     path = plan_path(artifact).with_suffix(".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
     with pytest.raises(EngineError, match="format_version"):
-        read_engine(artifact, wanted, 2)
+        read_engine(artifact / "tensorrt", wanted, 2)
 
 
 def test_links_are_refused(artifact: Path, manifest: Manifest, wanted: Wanted, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_links_are_refused(artifact: Path, manifest: Manifest, wanted: Wanted, t
     path = plan_path(artifact)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(EngineError, match=r"2\.plan is a link; engines must be regular files in the artifact"):
-        read_engine(artifact, wanted, 2)
+    with pytest.raises(EngineError, match=r"2\.plan is a link; engines must be regular files"):
+        read_engine(artifact / "tensorrt", wanted, 2)
 
 
 def test_an_engine_moved_to_the_folder_of_another_gpu_is_refused(
@@ -171,7 +171,7 @@ def test_an_engine_moved_to_the_folder_of_another_gpu_is_refused(
     write_fake_engine(artifact, manifest, 2)
     plan_path(artifact).parent.rename(artifact / "tensorrt" / RTX.name)
     with pytest.raises(EngineError, match=r"was built for nvidia-h200-sm90-10\.99\.0\.1, and this is sm89-rtx-1\.7\."):
-        read_engine(artifact, Wanted(RTX, wanted.precision, wanted.onnx_sha256), 2)
+        read_engine(artifact / "tensorrt", Wanted(RTX, wanted.precision, wanted.onnx_sha256), 2)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def test_the_error_names_the_difference(change: dict[str, object], reason: str |
 
 def test_measured_parity_is_stored_and_checked(artifact: Path, manifest: Manifest, wanted: Wanted) -> None:
     record = write_fake_engine(artifact, manifest, 2)
-    record_parity(artifact, wanted, 2, parity(0.001))
-    assert read_engine(artifact, wanted, 2)[0] == record.replace(parity=parity(0.001))
-    record_parity(artifact, wanted, 2, parity(0.1))
+    record_parity(artifact / "tensorrt", wanted, 2, parity(0.001))
+    assert read_engine(artifact / "tensorrt", wanted, 2)[0] == record.replace(parity=parity(0.001))
+    record_parity(artifact / "tensorrt", wanted, 2, parity(0.1))
     with pytest.raises(EngineError, match="is too far from PyTorch"):
-        read_engine(artifact, wanted, 2)
+        read_engine(artifact / "tensorrt", wanted, 2)
 
 
 def test_a_folder_called_tensorrt_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

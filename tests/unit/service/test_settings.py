@@ -108,6 +108,7 @@ def variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Settings
         ("keys_file", " keys.json ", Path("keys.json")),
         ("traces", "true ", True),
         ("cache_dir", "", ""),
+        ("engines_dir", "", ""),
     ],
 )
 def test_values_are_normalised_and_stripped(
@@ -232,9 +233,11 @@ def test_settings_of_the_engine_and_the_backends_reach_them() -> None:
         "precision": "fp32",
         "torch_compile": True,
         "fuse_update": False,
+        "cache_dir": "c",
+        "engines_dir": "e",
     }
-    options = Settings(models=MODELS, max_rows=4, cache_dir="c", build_engines=True, **run).backend_options()
-    assert options == BackendOptions(max_rows=4, cache_dir="c", **run)
+    options = Settings(models=MODELS, max_rows=4, build_engines=True, **run).backend_options()
+    assert options == BackendOptions(max_rows=4, **run)
 
 
 def test_the_documentation_of_settings_matches_them() -> None:

@@ -24,7 +24,7 @@ from cli.main import app
 from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json
+from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json, read_artifact
 from formats.checkpoint_config import checkpoint_sha256
 from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, logger_of
@@ -165,19 +165,46 @@ def test_unusable_engines_are_built_on_request(artifact: Path, manifest: Manifes
     (artifact / "tensorrt" / TARGET.name / "2.plan").write_bytes(b"damaged")
     asked = []
 
-    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
-        asked.append((folder, target, buckets))
+    def build(folder: Path, store: Path, target: Target, buckets: tuple[int, ...]) -> None:
+        asked.append((folder, store, target, buckets))
         for bucket in buckets:
-            write_fake_engine(folder, manifest, bucket)
+            write_fake_engine(folder, manifest, bucket, store)
 
     options = BackendOptions(max_rows=4, build_engines=build)
     assert TensorRTBackend(artifact, options).batch_sizes == (1, 2, 4)
     assert TensorRTBackend(artifact, options).batch_sizes == (1, 2, 4)
-    assert asked == [(artifact, TARGET, (2, 4))]
+    assert asked == [(artifact, artifact / "tensorrt", TARGET, (2, 4))]
+
+
+def test_engines_are_kept_in_the_folder_of_the_setting_by_graph(
+    artifact: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    write_artifact(tmp_path / "other", tiny_config(), b"another graph")
+
+    def build(folder: Path, store: Path, target: Target, buckets: tuple[int, ...]) -> None:
+        for bucket in buckets:
+            write_fake_engine(folder, read_artifact(folder), bucket, store)
+
+    options = BackendOptions(max_rows=4, engines_dir=str(tmp_path / "engines"), build_engines=build)
+    stores = [TensorRTBackend(folder, options).store for folder in (artifact, tmp_path / "other")]
+    assert sorted(stores) == sorted((tmp_path / "engines").iterdir())
+    assert not (artifact / "tensorrt").exists()
+    assert TensorRTBackend(artifact, replace(options, build_engines=None)).store == stores[0]
+    with pytest.raises(ModelError, match="has no engine for batches of 1"):
+        TensorRTBackend(artifact, OPTIONS)
+
+
+def test_the_error_about_a_folder_that_cannot_be_written_names_the_setting(
+    artifact: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    options = BackendOptions(max_rows=4, engines_dir=str(tmp_path / "file"), build_engines=build_engines)
+    with pytest.raises(ModelError, match=r"engines cannot be written: .*file.*; set engines_dir \(IDDPM_ENGINES_DIR\)"):
+        TensorRTBackend(artifact, options)
 
 
 def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) -> None:
-    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
+    def build(folder: Path, store: Path, target: Target, buckets: tuple[int, ...]) -> None:
         raise EngineError("no kernel for this")
 
     with pytest.raises(ModelError, match="no kernel for this"):
@@ -313,10 +340,10 @@ def test_the_builder_is_passed_to_the_backend_only_if_the_settings_request_it(
 ) -> None:
     asked = []
 
-    def build(folder: Path, target: Target, buckets: tuple[int, ...]) -> None:
+    def build(folder: Path, store: Path, target: Target, buckets: tuple[int, ...]) -> None:
         asked.append(buckets)
         for bucket in buckets:
-            write_fake_engine(folder, manifest, bucket)
+            write_fake_engine(folder, manifest, bucket, store)
 
     settings = Settings(models=(artifact,), backend="tensorrt", max_rows=4)
     with pytest.raises(ModelError, match="has no engine for batches of 1"):
