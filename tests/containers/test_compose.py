@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.integration.exact_process import free_port
 from tests.integration.proxies import Prometheus
@@ -102,6 +104,43 @@ def stack() -> Iterator[Stack]:
         print(compose("logs", "--no-color", "--tail", "20"))  # noqa: T201  # shown if a test failed
     finally:
         compose("down", "-v", "-t", "30")
+
+
+OVERLAYS = {"observability": (), "gpu": ("gpus-2", "gpus-4", "gpus-8")}
+"""The profiles of each overlay."""
+COMBINATIONS = [
+    pytest.param(names, profile, id="-".join([*names, *([profile] if profile else [])]) or "plain")
+    for count in range(len(OVERLAYS) + 1)
+    for names in combinations(OVERLAYS, count)
+    for profile in (None, *(profile for name in names for profile in OVERLAYS[name]))
+]
+
+
+def config_of(names: Sequence[str], profile: str | None, *arguments: str) -> str:
+    """Run `config` on the compose file with these overlays."""
+    if shutil.which("docker") is None:
+        pytest.fail("docker is not installed")
+    files = ["docker-compose.yml", *(f"docker-compose.{name}.yml" for name in names)]
+    options = [option for file in files for option in ("-f", file)] + (["--profile", profile] if profile else [])
+    return run(*compose_command(), *options, "config", *arguments, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(("names", "profile"), COMBINATIONS)
+def test_compose_accepts_all_its_files_together(names: Sequence[str], profile: str | None) -> None:
+    assert config_of(names, profile, "-q") == ""
+
+
+def test_replicas_on_further_gpus_differ_from_the_first_in_their_gpu_only() -> None:
+    services = yaml.safe_load(config_of(("gpu",), "gpus-8"))["services"]
+    own = {"deploy", "networks", "profiles"}
+    first, *others = (
+        {key: value for key, value in service.items() if key not in own}
+        for name, service in sorted(services.items())
+        if name.startswith("api")
+    )
+    assert others == [first] * 7
+    assert first["read_only"]  # of docker-compose.yml
+    assert first["build"]["target"] == "gpu"
 
 
 def _status(url: str) -> int | None:

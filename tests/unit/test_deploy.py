@@ -139,9 +139,7 @@ def test_the_image_s_health_is_that_of_the_service(dockerfile: list[str], status
 
 @pytest.fixture(scope="module")
 def gpu_overlay() -> dict[str, Any]:
-    text = (ROOT / "docker-compose.gpu.yml").read_text()
-    # With the commented example of a second GPU
-    config = yaml.safe_load(re.sub(r"^  # (?=(api-gpu1:|  ))", "  ", text, flags=re.MULTILINE))
+    config = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())
     assert isinstance(config, dict)
     return config
 
@@ -156,18 +154,32 @@ def test_the_image_is_by_default_the_one_without_torch(dockerfile: list[str]) ->
 
 def test_each_service_of_the_gpu_overlay_has_its_own_gpu(gpu_overlay: dict[str, Any], compose: dict[str, Any]) -> None:
     devices = []
+    shared = ("image", "build", "environment", "volumes", "healthcheck")
+    first = gpu_overlay["services"]["api"]
     for name, service in gpu_overlay["services"].items():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
         devices += device["device_ids"]
         assert service["build"]["target"] == "gpu"
-        assert name == "api" or service["networks"]["default"]["aliases"] == ["api"]
-    assert devices == ["0", "1"]
-    extended = gpu_overlay["services"]["api-gpu1"]["extends"]
-    assert (ROOT / extended["file"]).exists()
-    assert extended["service"] in compose["services"]
+        assert {key: service[key] for key in shared} == {key: first[key] for key in shared}
+        if name != "api":
+            assert name == f"api-gpu{device['device_ids'][0]}"
+            assert service["networks"]["default"]["aliases"] == ["api"]
+            assert service["extends"] == {"file": "docker-compose.yml", "service": "api"}
+    assert devices == [str(number) for number in range(8)]
+    assert "api" in compose["services"]
     settings = {f"IDDPM_{name.upper()}" for name in Settings.model_fields}
-    assert set(gpu_overlay["services"]["api"]["environment"]) <= settings
+    assert set(first["environment"]) <= settings
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_a_profile_starts_one_replica_per_gpu(gpu_overlay: dict[str, Any], gpus: int) -> None:
+    started = [
+        name
+        for name, service in gpu_overlay["services"].items()
+        if "profiles" not in service or f"gpus-{gpus}" in service["profiles"]
+    ]
+    assert started == ["api", *(f"api-gpu{number}" for number in range(1, gpus))]
 
 
 def test_compiled_kernels_lie_on_a_volume_that_allows_execution(
