@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from service.metrics import Metrics
+from service.settings import Settings
 from tests.observability import ALERTS, DASHBOARD, RULES, alert_names, dashboard, queries, recorded_names
 from tests.paths import ROOT
 from tests.programs import tool
@@ -51,6 +52,12 @@ def section(title: str) -> str:
     found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert found is not None, title
     return found[1]
+
+
+def table(text: str) -> list[list[str]]:
+    """Return the cells of the only table of a text, by row."""
+    rows = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
 
 
 def test_rules_and_alerts_pass_their_tests() -> None:
@@ -132,8 +139,33 @@ def test_prometheus_of_compose_reads_the_rules() -> None:
     assert ALERTS in RULES
 
 
-def test_the_runbook_explains_every_alert_and_every_panel() -> None:
-    alerts = re.findall(r"^\| `(\w+)` \|", section("Alerts"), re.MULTILINE)
-    assert alerts == alert_names()
-    panels = re.findall(r"^\| ([^|`]+?) \|", section("Dashboard"), re.MULTILINE)
-    assert panels[1:] == [panel["title"] for panel in dashboard()["panels"]]  # after the table's own title
+@pytest.mark.parametrize(
+    ("title", "columns", "names"),
+    [
+        ("Alerts", ["alert", "cause", "cure"], [f"`{name}`" for name in alert_names()]),
+        (
+            "Dashboard",
+            ["panel", "shows", "cause when abnormal", "cure"],
+            [panel["title"] for panel in dashboard()["panels"]],
+        ),
+    ],
+)
+def test_the_runbook_explains_every_alert_and_every_panel(title: str, columns: list[str], names: list[str]) -> None:
+    heading, line, *rows = table(section(title))
+    assert heading == columns
+    assert set(line) == {"---"}
+    assert [row[0] for row in rows] == names
+    for row in rows:
+        assert len(row) == len(columns), row
+        assert all(re.search(r"\w{2}", cell) for cell in row), row
+
+
+def test_the_runbook_names_alerts_panels_and_settings_that_exist() -> None:
+    text = section("Dashboard") + section("Alerts")
+    titles = [panel["title"] for panel in dashboard()["panels"]]
+    for quoted in re.findall(r'"([A-Z][a-z][^"]+)"', text):
+        assert any(title.startswith(quoted) for title in titles), quoted
+    for alert in re.findall(r"`([A-Z][a-z]+[A-Z]\w+)`", text):
+        assert alert in alert_names()
+    for setting in re.findall(r"`IDDPM_(\w+)", text):
+        assert setting.lower() in Settings.model_fields
