@@ -64,6 +64,12 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
+        self.encode_seconds = Histogram(
+            "iddpm_encode_seconds",
+            "Encoding of an answer, including the wait for a thread; in OpenAI's streams of each image",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
         self.model_images = Counter(
             "iddpm_model_images_total",
             "Finished images by model and outcome: done, failed",

@@ -227,7 +227,7 @@ def answer_as_stream(
 
 
 async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Encode finished images in the encoding pool and count them as delivered.
+    """Encode finished images in the encoding pool, measure that, and count them as delivered.
 
     Args:
         state: the service.
@@ -236,8 +236,10 @@ async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *arg
         *args: positional arguments of `encode`.
         **kwargs: keyword arguments of `encode`.
     """
+    begun = time.monotonic()
     with nullcontext() if state.tracing is None else state.tracing.encoding():
         encoded = await state.encoding.run(encode, *args, **kwargs)
+    state.metrics.encode_seconds.observe(time.monotonic() - begun)
     state.metrics.images.inc(images)
     return encoded
 

@@ -293,3 +293,24 @@ async def test_pages_contain_no_absolute_address() -> None:
         assert "'/openapi.json'" not in docs
         document = (await service.ask("GET", "/openapi.json")).json()
         assert [server["url"] for server in document["servers"]] == ["."]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "encodings"),
+    [
+        ("/v1/generate", {"n": 2}, 1),
+        ("/v1/generate", {"n": 2, "stream": True}, 1),
+        ("/v1/images/generations", {"n": 2, "prompt": "0"}, 1),
+        ("/v1/images/generations", {"n": 2, "prompt": "0", "stream": True}, 2),
+        ("/v2/models/m/infer", BODIES["/v2/models/m/infer"], 1),
+        ("/v1/generate", {"n": 0}, 0),
+    ],
+)
+@runs
+async def test_the_encoding_of_answers_is_measured(path: str, body: dict[str, Any], encodings: int) -> None:
+    async with running() as service:
+        steps = {} if "inputs" in body else {"steps": 2}
+        answer = await service.ask("POST", path, json=body | steps)
+        assert answer.status_code == (200 if encodings else 422)
+        assert await service.metric("iddpm_encode_seconds_count") == encodings
+        assert (await service.metric("iddpm_encode_seconds_sum") > 0) == (encodings > 0)

@@ -317,6 +317,7 @@ def test_sixteen_clients_with_mixed_requests_get_their_pixels_and_the_metrics_ag
 
     counted = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
     assert counted["iddpm_requests_total ok"] == counted["iddpm_request_duration_seconds_count"] == 16
+    assert counted["iddpm_encode_seconds_count"] == 16
     assert counted["iddpm_requests_total invalid"] == 2
     assert counted["iddpm_requests_total failed"] == counted["iddpm_requests_total rejected"] == 0
     assert counted["iddpm_images_total"] == counted["iddpm_image_queue_seconds_count"] == images
