@@ -14,6 +14,8 @@ ALERTS = ROOT / "deploy" / "prometheus" / "rules" / "alerts.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "iddpm.json"
 WINDOW = "1m"
 """What Grafana inserts for $__rate_interval, at least."""
+REPLICA_METRIC = "iddpm_ready"
+"""The metric whose label `instance` has the values of the dashboard's variable `replica`."""
 
 
 def _names(kind: str) -> list[str]:
@@ -38,10 +40,16 @@ def dashboard() -> dict[str, Any]:
     return found
 
 
-def queries() -> list[str]:
-    """Return every query of the dashboard, as Prometheus gets it."""
+def queries(replica: str | None = None) -> list[str]:
+    """Return every query of the dashboard, as Prometheus gets it.
+
+    Args:
+        replica: the chosen replica, as its label `instance` names it; None: all.
+    """
+    (variable,) = dashboard()["templating"]["list"]
+    chosen = variable["allValue"] if replica is None else replica.replace(".", r"\\.")
     return [
-        target["expr"].replace("$__rate_interval", WINDOW)
+        target["expr"].replace("$__rate_interval", WINDOW).replace("$replica", chosen)
         for panel in dashboard()["panels"]
         for target in panel["targets"]
     ]

@@ -29,7 +29,7 @@ from benchmarks.haproxy import Proxy
 from tests.integration import proxies
 from tests.integration.exact_process import free_port, start, wait_for
 from tests.integration.proxies import FRONT_NAME, Prometheus
-from tests.observability import queries
+from tests.observability import REPLICA_METRIC, queries
 from tests.waiting import PATIENCE_S, until
 
 REPLICAS = 3
@@ -382,14 +382,23 @@ def test_prometheus_counts_what_clients_counted(fleet: Fleet) -> None:
 
 def test_every_query_of_the_dashboard_returns_data_and_every_rule_works(fleet: Fleet) -> None:
     with client() as asking:
-        until(lambda: fleet.prometheus.one("job:iddpm_images:rate1m"))
-        for query in queries():
+
+        def is_recorded() -> bool:
+            assert generate(asking, fleet.haproxy.url).status_code == 200
+            return bool(fleet.prometheus.one("sum(instance:iddpm_images:rate1m)"))
+
+        until(is_recorded)
+        shown = fleet.prometheus.get("label/instance/values", **{"match[]": REPLICA_METRIC})
+        assert sorted(shown) == sorted(replica.url.removeprefix("http://") for replica in fleet.replicas)
+        for query in dict.fromkeys([*queries(), *queries(shown[0])]):
 
             def has_data(query: str = query) -> bool:
                 assert generate(asking, fleet.haproxy.url).status_code == 200
                 return any(map(math.isfinite, fleet.prometheus.query(query)))
 
             until(has_data)
+    ready = next(query for query in queries(shown[0]) if query.startswith(f"sum({REPLICA_METRIC}"))
+    assert fleet.prometheus.one(ready) == 1
     rules = [rule for group in fleet.prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert rules
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []

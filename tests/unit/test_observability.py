@@ -17,7 +17,16 @@ import yaml
 
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.observability import ALERTS, DASHBOARD, RULES, alert_names, dashboard, queries, recorded_names
+from tests.observability import (
+    ALERTS,
+    DASHBOARD,
+    REPLICA_METRIC,
+    RULES,
+    alert_names,
+    dashboard,
+    queries,
+    recorded_names,
+)
 from tests.paths import ROOT
 from tests.programs import tool
 from tests.waiting import PATIENCE_S
@@ -87,6 +96,29 @@ def test_every_metric_of_a_query_exists(source: Any) -> None:
         names = set(re.findall(r"(?<![:\w])iddpm_\w+", query))
         assert names <= known, query
         assert names or re.search(r":iddpm_|haproxy_|ALERTS|up\{", query), query
+
+
+def test_every_query_about_replicas_is_about_the_chosen_ones() -> None:
+    (variable,) = dashboard()["templating"]["list"]
+    assert (variable["name"], variable["multi"], variable["includeAll"]) == ("replica", True, True)
+    assert variable["query"]["query"] == f"label_values({REPLICA_METRIC}, instance)"
+    for panel in dashboard()["panels"]:
+        for target in panel["targets"]:
+            selectors = re.findall(r"(?:instance:)?\biddpm_\w+(?::\w+)?(\{[^}]*\})?", target["expr"])
+            assert all('{instance=~"$replica"' in selector for selector in selectors), target["expr"]
+            assert selectors or re.search(r"haproxy_|ALERTS", target["expr"]), target["expr"]
+    chosen = [query for query in queries("10.0.0.1:8000") if "iddpm_" in query]
+    assert all(r'instance=~"10\\.0\\.0\\.1:8000"' in query for query in chosen)
+    assert all('instance=~".*"' in query for query in queries() if "iddpm_" in query)
+
+
+@pytest.mark.parametrize("title", ["Latency of requests", "Stage: queue", "Stage: network calls", "Stage: encoding"])
+def test_each_stage_has_three_percentiles_and_one_of_each_replica(title: str) -> None:
+    (panel,) = [panel for panel in dashboard()["panels"] if panel["title"] == title]
+    assert [target["legendFormat"] for target in panel["targets"]] == ["p50", "p95", "p99", "p95 {{instance}}"]
+    quantiles = [re.search(r"histogram_quantile\((0\.\d+), sum by \((.*?)\)", t["expr"]) for t in panel["targets"]]
+    found = [quantile and quantile.groups() for quantile in quantiles]
+    assert found == [("0.5", "le"), ("0.95", "le"), ("0.99", "le"), ("0.95", "instance, le")]
 
 
 def test_every_recorded_series_is_used() -> None:
