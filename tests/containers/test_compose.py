@@ -1,6 +1,6 @@
 """The real Dockerfile and compose file: three replicas in containers, under load, killed, restarted and scaled down.
 
-    make test-containers          docker, and its compose plugin or docker-compose
+    make test-containers          docker, its compose plugin or docker-compose, and promtool
 
 tests/integration/test_fleet.py does the same with processes on loopback, which needs no docker and runs in CI.
 """
@@ -141,6 +141,13 @@ def test_replicas_on_further_gpus_differ_from_the_first_in_their_gpu_only() -> N
     assert others == [first] * 7
     assert first["read_only"]  # of docker-compose.yml
     assert first["build"]["target"] == "gpu"
+
+
+def test_rules_and_alerts_pass_their_tests() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.fail("promtool is not installed")
+    run(promtool, "test", "rules", str(ROOT / "deploy/prometheus/tests/rules.yml"))
 
 
 def _status(url: str) -> int | None:
