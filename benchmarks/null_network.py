@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion.config import CheckpointConfig, DiffusionConfig, ModelConfig
 from diffusion.network_inputs import NetworkInputs
+from formats.precision import Precision
 from service.backends.base import DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 
@@ -40,6 +41,7 @@ class NullDenoiser(DenoiserDefaults[Any]):
             diffusion=DiffusionConfig(num_timesteps=1000),
         )
         self.network_id = "null"
+        self.precision: Precision = "fp32"
         self.description = "nothing"
         self._call_s = {max_rows: 0.0} if call_s is None else dict(call_s)
         self.batch_sizes: tuple[int, ...] | None = tuple(sorted(self._call_s))

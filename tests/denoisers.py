@@ -12,6 +12,7 @@ import numpy as np
 from diffusion.arrays import namespace
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
+from formats.precision import Precision
 from service.backends.base import Denoiser, DenoiserDefaults, FailureKind, GuidingClassifier, synchronous_failure_kind
 from service.backends.pending import Later, Pending
 
@@ -32,6 +33,7 @@ class ExactDenoiser(DenoiserDefaults[Any]):
         self.config = config
         self.network_id = "exact"
         self.description = "exact arithmetic"
+        self.precision: Precision = "fp32"
         self.classifier = classifier
         self.batch_sizes = batch_sizes
         self.threads = 1
@@ -108,6 +110,7 @@ class BatchDependent(DenoiserDefaults[Any]):
     ) -> None:
         self.config = honest.config
         self.network_id = honest.network_id
+        self.precision: Precision = honest.precision
         self.description = "batch dependent"
         self.classifier = honest.classifier
         self.batch_sizes = batch_sizes

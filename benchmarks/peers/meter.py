@@ -154,6 +154,7 @@ class MeteredNetwork(DenoiserDefaults[Any]):
     def __init__(self, network: TimedNetwork, meter: Meter) -> None:
         self.config = network.config
         self.network_id = network.network_id
+        self.precision = network.precision
         self.description = network.description
         self.batch_sizes = network.batch_sizes
         self.threads = network.threads

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.network_inputs import NetworkInputs
+from formats.precision import Precision
 from service.backends.artifact_model import FloatArray, open_artifact
 from service.backends.base import (
     BackendOptions,
@@ -29,6 +30,7 @@ class SimulatedDevice(DenoiserDefaults[Any]):
         """Describe a device on which a call of n rows takes `fixed_ms + row_ms * n`."""
         self.config = open_artifact(folder, "openvino").config
         self.network_id = "simulated"
+        self.precision: Precision = "fp32"
         self.description = f"simulated, {fixed_ms:g} + {row_ms:g} n ms"
         self.batch_sizes: tuple[int, ...] | None = options.sizes_to_compile
         self.threads = 1

@@ -16,7 +16,7 @@ from diffusion.arrays import A
 from diffusion.config import CheckpointConfig, ClassifierCheckpointConfig
 from diffusion.network_inputs import NetworkInputs
 from formats.checkpoint_config import AnyCheckpointConfig
-from formats.precision import PrecisionChoice
+from formats.precision import Precision, PrecisionChoice
 from formats.tensorrt_files import BuildEngines
 from service.backends.batch_sizes import doubling_sizes
 from service.backends.device_queue import DeviceQueue
@@ -123,6 +123,8 @@ class Denoiser(RowNetwork[A], Protocol[A]):
     network_id: str
     """Identifies everything besides the inputs that determines the outputs of network and classifier: weights, backend,
     precision, versions, machine. Part of a runner's `numerics_id`."""
+    precision: Precision
+    """Precision in which the network computes."""
     threads: int
     """Number of CPU threads that a network call uses; 0 if it does not run on the CPU."""
     classifier: GuidingClassifier[A] | None

@@ -40,6 +40,11 @@ class DenoiserEnsemble(Generic[A]):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
+    def precision(self) -> str:
+        """Return the precision of the members; several if they differ."""
+        return ", ".join(dict.fromkeys(member.precision for member in self.members))
+
+    @property
     def threads(self) -> int:
         """Return the number of CPU threads of a network call, as `Denoiser.threads`."""
         return self.members[0].threads

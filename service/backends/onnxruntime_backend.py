@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from diffusion.network_inputs import NetworkInputs, take_rows
+from formats.precision import Precision
 from service.backends.artifact_model import (
     ArtifactClassifier,
     FloatArray,
@@ -48,6 +49,7 @@ class OnnxRuntimeBackend(DenoiserDefaults[npt.NDArray[Any]]):
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
         self.batch_sizes: tuple[int, ...] | None = None
+        self.precision: Precision = "fp32"
         self.description = f"onnxruntime {onnxruntime.__version__} cpu fp32"
         self.network_id = self._model.network_id(self.description)
 

@@ -54,6 +54,7 @@ class OpenVinoBackend(DenoiserDefaults[npt.NDArray[Any]]):
         precision = choose_precision(self._model, options.precision)
         self.config = self._model.config
         self.threads = cpu_threads(options.threads)
+        self.precision = precision
         self.description = f"openvino {_version()} cpu {precision} static parts"
         self.network_id = self._model.network_id(self.description)
 

@@ -97,6 +97,7 @@ class TensorRTBackend(DenoiserDefaults[Tensor]):
 
         self.batch_sizes: tuple[int, ...] | None = sizes
         self.time_mlp = model.time_mlp
+        self.precision = manifest.precision
         words = [flavour, target.version, "cuda", gpu, manifest.precision]
         self.description = " ".join(words if graphs else [*words, "without graphs"])
         records = {size: record for size, (record, _) in engines.items()}

@@ -16,7 +16,7 @@ from diffusion.network_inputs import NetworkInputs
 from diffusion.unet import UNet
 from formats.checkpoint import load_unet
 from formats.checkpoint_config import CheckpointError, checkpoint_sha256
-from formats.precision import PrecisionChoice
+from formats.precision import Precision, PrecisionChoice
 from service.backends.base import (
     BackendOptions,
     DenoiserDefaults,
@@ -40,7 +40,7 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Text of an allocation error on the CPU; torch has no exception type for it."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Least compute capability with bfloat16 arithmetic."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend(DenoiserDefaults[Tensor]):
@@ -67,6 +67,7 @@ class TorchBackend(DenoiserDefaults[Tensor]):
 
         self._dtype = choose_dtype(options.precision, self.device)
         self.threads = 0 if on_cuda else torch.get_num_threads()
+        self.precision = next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
         self.description = _describe(self.device, self._dtype, options.torch_compile)
         facts = _gpu(self.device) if on_cuda else _processor()
         if on_cuda:

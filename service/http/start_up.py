@@ -32,6 +32,7 @@ def start_up_facts(service: ServiceState, addresses: Sequence[str], connections:
                 "classes": len(model.class_names or ()),
                 "num_timesteps": model.config.diffusion.num_timesteps,
                 "backend": model.backend,
+                "precision": model.precision,
                 "threads": model.threads,
                 "width": widths[model.engine_id],
                 "numerics_id": model.numerics_id,
@@ -87,7 +88,7 @@ def _model_lines(model: dict[str, Any], *, is_default: bool) -> list[str]:
     return [
         f"{model['name']}{' (default)' if is_default else ''}: {height} x {width}, {_counted(channels, 'channel')}, "
         f"{classes}, T = {model['num_timesteps']}",
-        f"  {model['backend']}{threads}; width {_counted(model['width'], 'row')}",
+        f"  {model['backend']}{threads}; precision {model['precision']}; width {_counted(model['width'], 'row')}",
         f"  numerics_id {model['numerics_id']}",
     ]
 

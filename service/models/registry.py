@@ -203,6 +203,7 @@ def served_model(name: str, model: LoadedModel, numerics_id: str, loaded: int = 
         config=model.config,
         numerics_id=numerics_id,
         backend=model.description,
+        precision=model.precision,
         loaded_at=time.time(),
         threads=model.threads,
         classifier=classifier,

@@ -20,6 +20,8 @@ class ServedModel:
     config: CheckpointConfig
     numerics_id: str
     backend: str
+    precision: str
+    """Precision in which its network computes; of an ensemble, those of its members."""
     loaded_at: float
     """Seconds since 1970."""
     threads: int = 0

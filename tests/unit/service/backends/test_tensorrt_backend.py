@@ -225,7 +225,7 @@ def test_a_build_that_fails_ends_start_up(artifact: Path, manifest: Manifest) ->
     ],
 )
 def test_an_engine_that_fails_its_self_test_is_refused(
-    engines: Path, manifest: Manifest, changes: dict[str, object], reason: str
+    engines: Path, manifest: Manifest, changes: dict[str, Any], reason: str
 ) -> None:
     write_fake_engine(engines, manifest, 2, **changes)
     with pytest.raises(ModelError, match=reason):

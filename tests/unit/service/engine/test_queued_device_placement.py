@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.network_inputs import NetworkInputs
 from diffusion.noise import unchecked_normal
+from formats.precision import Precision
 from service.backends.base import DenoiserDefaults, FailureKind
 from service.backends.device_queue import Forward, Normal
 from service.backends.pending import Later
@@ -114,6 +115,7 @@ class MetaDenoiser(DenoiserDefaults[Any]):
     xp: Any = torch
     device: Any = META
     description = network_id = "meta"
+    precision: Precision = "fp32"
     threads = 0
     batch_sizes: tuple[int, ...] | None = (1, 2, 4)
 

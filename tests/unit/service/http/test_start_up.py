@@ -23,12 +23,12 @@ async def test_facts_are_json_and_the_screen_has_all_of_them() -> None:
 
     assert json.loads(json.dumps(facts)) == facts
     (model,) = facts["models"]
-    assert (model["name"], model["width"], model["threads"]) == ("m", WIDTH, 1)
+    assert (model["name"], model["width"], model["threads"], model["precision"]) == ("m", WIDTH, 1, "fp32")
     screen = start_up_screen(facts)
     for shown in (
         f"iddpm {facts['version']} is ready",
         "m (default): 8 x 8, 1 channel, 4 classes, T = ",
-        f"exact arithmetic, 1 thread; width {WIDTH} rows",
+        f"exact arithmetic, 1 thread; precision fp32; width {WIDTH} rows",
         numerics_id,
         "5 rows wait, 600 s at most; per request 64000 row-steps, 3600 s",
         "99 connections",
