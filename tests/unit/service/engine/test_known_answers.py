@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from diffusion.chains import build_chain
+from diffusion.chains import Chain, build_chain
 from diffusion.config import CheckpointConfig, ModelConfig
+from diffusion.plans import SAMPLERS
+from diffusion.update import to_uint8
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.request import GivenArrays, ImageParams, ImageResult
@@ -16,7 +19,13 @@ from service.engine.runners.array_runner import ArrayRunner
 from service.metrics import Metrics
 from tests.fakes import generation, params
 from tests.gaussian import KNOWN, PIXELS, GaussianDenoiser, distances, inpainting, kept_and_mask, plan_moments
+from tests.given_images import DIFFUSION, PICTURES, output_of, with_chain
+from tests.unit.service.engine.test_engine import CONFIG, SUBJECTS, Subject, reference, subject_of
 
+samplers = pytest.mark.parametrize("sampler", SAMPLERS)
+(PICTURE, *_) = PICTURES
+MASKED_BESIDE = 8
+"""Number of a chain that keeps pixels and jumps, see `tests.given_images`."""
 ROWS = 8
 SIZE = (12, 16 * PIXELS)
 
@@ -68,3 +77,37 @@ def test_inpainted_images_of_the_engine_have_the_conditional_distribution() -> N
         assert np.abs(mean).max() < 0.14 + errors
         assert np.abs(deviation - 1).max() < 0.05 + errors / 2**0.5
         assert abs(correlation) < 0.02 + errors
+
+
+@SUBJECTS
+@samplers
+def test_strength_one_and_a_mask_of_ones_are_plain_generation_bit_for_bit(sampler: str, subject: Subject) -> None:
+    chain = Chain(sampler=sampler, spec="5")
+    plain = replace(
+        params(seed=3, cfg_scale=2.5, classifier_scale=3.0),
+        plan=chain,
+        num_steps=build_chain(DIFFUSION, chain).num_steps,
+        output="values",
+    )
+    made = replace(PICTURE, mask=np.ones((1, 8, 8), dtype=np.float32))
+    whole = replace(plain, plan=replace(chain, strength=1.0))
+    same = [plain, replace(whole, given=PICTURE), replace(plain, given=made), replace(whole, given=made)]
+    beside = [with_chain(params(seed=seed), MASKED_BESIDE, seed) for seed in range(2)]
+    engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
+    results = results_of(engine, *beside, *same)
+    assert [output_of(result) for result in results[2:]] == [reference(plain, subject)] * 4
+    assert [output_of(result) for result in results[:2]] == [reference(image, subject) for image in beside]
+
+
+@SUBJECTS
+@samplers
+def test_strength_zero_returns_the_image_bit_for_bit(sampler: str, subject: Subject) -> None:
+    chain = Chain(sampler=sampler, spec="5", strength=0.0)
+    image = replace(params(seed=3, cfg_scale=2.5, classifier_scale=3.0), plan=chain, num_steps=1, given=PICTURE)
+    beside = [with_chain(params(seed=seed), MASKED_BESIDE, seed) for seed in range(2)]
+    engine = Engine({"m": subject_of(subject)[0]}, CONFIG, Metrics())
+    pixels, values = results_of(engine, image, replace(image, output="values"), *beside)[:2]
+    given = PICTURE.image
+    assert given is not None
+    assert output_of(values) == given.tobytes()
+    assert output_of(pixels) == to_uint8(given[None])[0].tobytes()
