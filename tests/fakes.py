@@ -107,7 +107,7 @@ def tiny_classifier(config: ClassifierCheckpointConfig) -> Classifier:
 def tiny_guided_checkpoint(folder: Path, **changes: object) -> Path:
     """Write the tiny network as a checkpoint folder that contains the classifier that guides it."""
     tiny_checkpoint(folder, **changes)
-    config = tiny_classifier_config()
+    config = tiny_classifier_config(image_size=tiny_config(**changes).model.image_size)
     write_checkpoint(folder / CLASSIFIER_FOLDER, config, tiny_classifier(config).state_dict())
     return folder
 

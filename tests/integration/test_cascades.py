@@ -22,8 +22,8 @@ from service.http.app import assemble
 from service.http.kserve.routes import INPUTS
 from service.http.start_up import start_up_facts
 from service.settings import Settings
-from tests.denoisers import ExactDenoiser
-from tests.fakes import tiny_config
+from tests.denoisers import ExactClassifier, ExactDenoiser
+from tests.fakes import tiny_classifier_config, tiny_config
 from tests.integration.exact_service import serving
 from tests.integration.test_given_images import array_of, npy
 from tests.waiting import PATIENCE_S, eventually, runs
@@ -75,6 +75,46 @@ def test_by_default_the_upsampler_takes_25_steps_with_its_own_guidance(address: 
     small = arrays_of(post(address, model="base"))
     by_hand = post(address, model="up", cond=npy(small), steps=25, seed=8, cfg_scale=None)
     np.testing.assert_array_equal(arrays_of(post(address)), arrays_of(by_hand))
+
+
+@pytest.fixture(scope="module")
+def guided() -> Iterator[str]:
+    """Two cascades whose models have classifiers: of conditional and of unconditional networks."""
+    models = {}
+    for prefix, changes in (("", {}), ("free-", {"num_classes": None, "null_class": False})):
+        small = ExactClassifier(tiny_classifier_config(image_size=4))
+        models[f"{prefix}base"] = ExactDenoiser(tiny_config(**SMALL | changes), classifier=small)
+        large = ExactClassifier(tiny_classifier_config())
+        models[f"{prefix}up"] = ExactDenoiser(tiny_config(low_res_size=4, **changes), classifier=large)
+    settings = settings_of("both=base+up", "free-both=free-base+free-up", models=tuple(models))
+    with serving(assemble(settings, dict(models))) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    ("prefix", "scale", "upsampler_scale"),
+    [("", 3.0, 0.0), ("", 0.0, 2.0), ("", 3.0, 2.0), ("free-", 3.0, 0.0), ("free-", 3.0, 2.0)],
+    ids=["ADM-G", "ADM-U", "both", "unconditional ADM-G", "both unconditional"],
+)
+def test_guided_stages_give_the_bytes_of_both_guided_models_run_by_hand(
+    guided: str, prefix: str, scale: float, upsampler_scale: float
+) -> None:
+    first = {"cfg_scale": 1, "classifier_scale": scale}
+    later = {"steps": 3, "cfg_scale": 1, "classifier_scale": upsampler_scale}
+    names = {"model": f"{prefix}both"}
+    found = arrays_of(post(guided, upsample=later, **first, **names))
+    small = arrays_of(post(guided, **first, model=f"{prefix}base"))
+    # Without its classifier, an unconditional upsampler has no classes
+    classes = {"class": None, "n": 3} if prefix and not upsampler_scale else {}
+    by_hand = post(guided, **later, **classes, model=f"{prefix}up", cond=npy(small), seed=8)
+    np.testing.assert_array_equal(found, arrays_of(by_hand))
+    assert found.shape == (3, 8, 8, 1)
+    other = {"classifier_scale": 1.5}
+    for changed in (
+        post(guided, upsample=later | other, **first, **names),
+        post(guided, upsample=later, **first | other, **names),
+    ):
+        assert not np.array_equal(found, arrays_of(changed))
 
 
 def test_one_image_of_a_cascade_equals_the_same_image_among_others(address: str) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from service.http.app import create_app
 from service.settings import Settings
-from tests.fakes import tiny_checkpoint
+from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
 from tests.integration.exact_service import serving
 from tests.waiting import PATIENCE_S
 
@@ -76,6 +76,33 @@ def test_sample_gives_the_bytes_of_the_service(models: tuple[Path, Path], url: s
     answer = served(url, **{"class": "bee", "n": 3, "image_index": 2, "dtype": "float32"})
     np.testing.assert_array_equal(np.load(tmp_path / "here.npy"), answer)
     assert answer.shape == (3, 8, 8, 1)
+
+
+def test_guided_stages_give_the_bytes_of_the_service_and_of_both_models_run_by_hand(tmp_path: Path) -> None:
+    """Classifier guidance of the base (ADM-G) and of the upsampler (ADM-U), arXiv:2105.05233."""
+    small = tiny_guided_checkpoint(tmp_path / "small", image_size=4, attention_resolutions=())
+    folders = (small, tiny_guided_checkpoint(tmp_path / "up", low_res_size=4))
+    plain = ["--class", "bee", "-n", 2, "--cfg-scale", "1"]
+    options = [*plain, "--seed", 6, "--steps", 4, "--classifier-scale", "4"]
+    later = ["--upsample-steps", 3, "--upsample-cfg-scale", 1, "--upsample-classifier-scale", "2"]
+
+    def sampled(*arguments: object) -> npt.NDArray[Any]:
+        code, output = run("sample", *arguments, "-o", tmp_path / "out.npy")
+        assert code == 0, output
+        return np.asarray(np.load(tmp_path / "out.npy"))
+
+    found = sampled(*here(folders), *options, *later)
+    with serving(create_app(Settings(models=folders, cascades=(CASCADE,)))) as address:
+        url = f"http://{address}"
+        np.testing.assert_array_equal(found, sampled("--url", url, "--model", "large", *options, *later))
+        first = {"cfg_scale": 1, "classifier_scale": 4, "class": "bee", "n": 2}
+        upsample = {"steps": 3, "cfg_scale": 1, "classifier_scale": 2}
+        np.testing.assert_array_equal(found, served(url, **first, upsample=upsample))
+        unguided = served(url, **first, upsample=upsample | {"classifier_scale": 0})
+    np.save(tmp_path / "base.npy", sampled("--model", small, *options))
+    up = ["--model", folders[1], *plain, "--cond", tmp_path / "base.npy", "--seed", 7, "--steps", 3]
+    np.testing.assert_array_equal(found, sampled(*up, "--classifier-scale", "2"))
+    assert not np.array_equal(found, unguided)
 
 
 def test_more_images_than_a_request_holds_begin_with_a_given_one(
