@@ -121,6 +121,12 @@ def resampled_levels(num_steps: int, resample: Resample) -> list[int]:
     return levels
 
 
+def resampled_calls(num_steps: int, resample: Resample) -> int:
+    """Return the number of network calls of a chain with RePaint's jumps: the length of `resampled_levels`."""
+    jumps = len(range(0, num_steps - resample.jump, resample.jump)) * (resample.times - 1)
+    return num_steps + jumps * resample.jump
+
+
 def _check(diffusion: DiffusionConfig, chain: Chain) -> None:
     if chain.strength is not None and not 0.0 <= chain.strength <= 1.0:
         raise ValueError(f"strength must be in 0..1; got {chain.strength}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffusion.chains import Resample, build_chain
+from diffusion.chains import Resample, build_chain, resampled_calls
 from diffusion.config import CheckpointConfig
 from diffusion.noise import MAX_IMAGE_INDEX, MAX_SEED, draw_class
 from diffusion.plans import SAMPLERS, samplers_with_eta
@@ -180,13 +180,13 @@ def _plan(body: GenerateRequest, config: CheckpointConfig, max_row_steps: int) -
     try:
         plan = build_chain(config.diffusion, key)
         if body.resample is not None:
-            most = plan.num_steps * body.resample.times  # checked before so long a plan is built
-            if most > max_row_steps:
+            resample = Resample(body.resample.times, body.resample.jump)
+            calls = resampled_calls(plan.num_steps, resample)  # checked before so long a plan is built
+            if calls > max_row_steps:
                 raise InvalidRequest(
-                    "resample",
-                    f"steps x times must be at most {max_row_steps}; got {plan.num_steps} x {body.resample.times}",
+                    "resample", f"must lead to at most {max_row_steps} network calls per image; it leads to {calls}"
                 )
-            key = replace(key, resample=Resample(body.resample.times, body.resample.jump))
+            key = replace(key, resample=resample)
             plan = build_chain(config.diffusion, key)
     except ValueError as error:
         raise InvalidRequest("steps" if body.respacing is None else "respacing", str(error)) from error

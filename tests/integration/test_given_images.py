@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.client
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -255,3 +256,53 @@ async def test_memory_of_given_images_is_bounded_while_requests_wait() -> None:
         assert (await service.generate(image=images, strength=0.5, steps=4, cfg_scale=1)).status_code == 200
         too_many = await service.generate(image=images, mask=png(MASK), steps=4, cfg_scale=1)
         assert too_many.status_code == 422
+
+
+RESAMPLED = {"times": 20, "jump": 1}
+"""Of 10 steps: 9 jumps back by one step, 19 times each; 181 network calls."""
+
+
+def kept(**fields: Any) -> dict[str, Any]:
+    return {"image": png(PIXELS), "mask": png(MASK), "steps": 10, "cfg_scale": 1, "seed": 7} | fields
+
+
+@runs
+async def test_limits_count_the_network_calls_of_resampling() -> None:
+    async with running(max_row_steps=181) as service:
+        answer = await service.generate(**kept(resample=RESAMPLED))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["images"][0]["steps"] == 181
+        assert await service.metric("iddpm_row_steps_total") == 181
+        for fields, field, rule in (
+            ({"steps": 11}, "resample", "must lead to at most 181 network calls per image; it leads to 201"),
+            ({"n": 2}, "steps", "images x steps must be at most 181 per request; got 2 x 181 = 362"),
+            ({"cfg_scale": 2}, "steps", "got 1 x 181 x 2 = 362"),
+        ):
+            refused = await service.generate(**kept(resample=RESAMPLED) | fields)
+            assert refused.status_code == 422, refused.text
+            (error,) = refused.json()["errors"]
+            assert (error["field"], rule in error["message"]) == (field, True), error
+        # No jump of 10 steps fits into 10 steps: what counts is the number of calls, not steps x times
+        answer = await service.generate(**kept(resample={"times": 20, "jump": 10}))
+        assert answer.json()["images"][0]["steps"] == 10
+        assert (await service.generate(**kept(n=6))).status_code == 200
+
+
+@runs
+async def test_predictions_and_deadlines_count_the_network_calls_of_resampling() -> None:
+    async with running() as service:
+        predicted = []
+        for fields in ({}, {"resample": RESAMPLED}):
+            refused = await service.generate(**kept(**fields, deadline_s=1e-9))
+            assert (refused.status_code, refused.json()["title"]) == (422, "Deadline cannot be met")
+            predicted.append(refused.json()["predicted_finish_s"])
+        assert predicted[1] == pytest.approx(18.1 * predicted[0])  # no step was taken in between
+        between = 9 * predicted[0]
+        assert (await service.generate(**kept(resample=RESAMPLED, deadline_s=between))).status_code == 422
+        etas = []
+        for fields in ({"deadline_s": between}, {"resample": RESAMPLED}):
+            answer = await service.generate(**kept(**fields, stream=True, format="npy"))
+            assert answer.status_code == 200, answer.text
+            first = answer.text.split("data: ", 1)[1].splitlines()[0]
+            etas.append(json.loads(first)["eta_s"])
+        assert etas[1] > 4 * etas[0] > 0  # as measured: the duration of a step may have changed in between

@@ -12,7 +12,7 @@ from diffusers import RePaintScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.chains import Chain, Resample, build_chain, nearest_line, resampled_levels
+from diffusion.chains import Chain, Resample, build_chain, nearest_line, resampled_calls, resampled_levels
 from diffusion.config import DiffusionConfig
 from diffusion.noise import STREAM_JUMP, STREAM_KEPT, STREAM_STEP, STREAM_X_T, normal
 from diffusion.plans import SAMPLERS, SamplingPlan, alphas_cumprod, build_plan
@@ -202,6 +202,7 @@ def test_the_calls_are_those_of_the_paper_s_schedule(steps: int, times: int, jum
     # The library lists the levels that are passed on the way up, too, and calls the network where it goes down
     called = [level for level, after in zip(levels, [*levels[1:], -1], strict=True) if after < level]
     assert resampled_levels(steps, Resample(times, jump)) == called
+    assert resampled_calls(steps, Resample(times, jump)) == len(called)
 
 
 @given(st.sampled_from(sorted(SAMPLERS)), st.integers(3, 20), st.integers(1, 3), st.integers(1, 4))
