@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
@@ -97,12 +98,29 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", examples("python"), ids=range(7))
-def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def run_example(code: str, address: str) -> dict[str, Any]:
+    """Run an example of the page; return its names."""
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code.replace("127.0.0.1:8000", address), PAGE.name, "exec"), names)  # noqa: S102  # our own page
     names["client"].close()  # the examples need not call it
+    return names
+
+
+@pytest.mark.parametrize("code", examples("python"), ids=range(7))
+def test_python_examples_of_the_page_work(address: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example(code, address)
     assert capsys.readouterr().out
+
+
+def test_the_client_with_its_own_loop_gets_the_service_s_pixels(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = [code for code in examples("python") if "/v1/denoise" in code]
+    names = run_example(code, address)
+    assert capsys.readouterr().out == "0\n"
+    own, theirs = names["own"], names["theirs"]
+    assert (own.shape, own.dtype, len(np.unique(own)) > 10) == (theirs.shape, np.uint8, True)  # not one colour
+    np.testing.assert_array_equal(own, theirs)
 
 
 @pytest.mark.parametrize("code", examples("sh"), ids=range(2))
