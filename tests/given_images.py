@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.arrays import to_numpy
 from diffusion.chains import Chain, Resample, build_chain
-from diffusion.config import DiffusionConfig
+from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.sampling import ClassGradient, ClassNetwork, ImageSpec, sample_values
 from diffusion.update import Step, from_uint8_reversibly, to_uint8
 from service.engine.request import GivenArrays, ImageParams, ImageResult
@@ -19,15 +19,17 @@ DIFFUSION = DiffusionConfig(num_timesteps=1000)
 """Of `tests.fakes.tiny_config`."""
 
 
-def _given(seed: int, *, masked: bool) -> GivenArrays:
+def given_arrays(seed: int, shape: tuple[int, int, int] = (1, 8, 8), *, masked: bool) -> GivenArrays:
+    """Return a picture [C, H, W] of 8-bit pixels, with a mask or without."""
+    channels, height, width = shape
     rng = np.random.default_rng(seed)
-    image = from_uint8_reversibly(rng.integers(0, 256, (1, 8, 8, 1), dtype=np.uint8))[0]
-    mask = rng.choice(np.array([0, 0.5, 1], dtype=np.float32), (1, 8, 8))
+    image = from_uint8_reversibly(rng.integers(0, 256, (1, height, width, channels), dtype=np.uint8))[0]
+    mask = rng.choice(np.array([0, 0.5, 1], dtype=np.float32), (1, height, width))
     return GivenArrays(image=image, mask=mask if masked else None)
 
 
-PICTURES = [_given(seed, masked=False) for seed in range(2)]
-MASKED = [_given(seed, masked=True) for seed in range(2)]
+PICTURES = [given_arrays(seed, masked=False) for seed in range(2)]
+MASKED = [given_arrays(seed, masked=True) for seed in range(2)]
 
 CHAINS: list[tuple[Chain, list[GivenArrays] | None]] = [
     (Chain(sampler="dpm++", spec="5"), None),
@@ -45,13 +47,22 @@ CHAINS: list[tuple[Chain, list[GivenArrays] | None]] = [
 ]
 
 
-def with_chain(image: ImageParams, number: int, given: int = 0, *, as_values: bool = False) -> ImageParams:
-    """Replace an image's plan by one of `CHAINS`, with its given arrays."""
+def with_chain(
+    image: ImageParams,
+    number: int,
+    given: int = 0,
+    *,
+    as_values: bool = False,
+    config: CheckpointConfig | None = None,
+) -> ImageParams:
+    """Replace an image's plan by one of `CHAINS`, with its given arrays; of `tiny_config`, or of another model."""
     chain, arrays = CHAINS[number]
+    if arrays is not None and config is not None:
+        arrays = [given_arrays(seed, config.model.image_shape, masked=arrays is MASKED) for seed in range(2)]
     return replace(
         image,
         plan=chain,
-        num_steps=build_chain(DIFFUSION, chain).num_steps,
+        num_steps=build_chain(DIFFUSION if config is None else config.diffusion, chain).num_steps,
         given=None if arrays is None else arrays[given],
         output="values" if as_values or chain.kind != "sample" else "pixels",
         # One raw call is what it is
@@ -72,10 +83,15 @@ def with_any_chain(draw: st.DrawFn, images: st.SearchStrategy[ImageParams]) -> I
 
 
 def sampled_alone(
-    image: ImageParams, network: ClassNetwork, gradient: ClassGradient | None = None, *, xp: Any = np
+    image: ImageParams,
+    network: ClassNetwork,
+    gradient: ClassGradient | None = None,
+    *,
+    xp: Any = np,
+    diffusion: DiffusionConfig = DIFFUSION,
 ) -> bytes:
     """Sample one image without any engine; return the bytes of its pixels or values."""
-    plan = build_chain(DIFFUSION, image.plan)
+    plan = build_chain(diffusion, image.plan)
     spec = ImageSpec(
         seed=image.seed,
         image_index=image.image_index,

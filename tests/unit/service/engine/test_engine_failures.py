@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import pytest
 
 from service.backends.base import FailureKind
 from service.engine.engine import Engine
 from service.engine.recovery import STEPS_BEFORE_GROWING
-from service.engine.request import ImageParams
+from service.engine.request import ImageParams, ImageStatus, Priority
 from service.metrics import Metrics
+from service.requests.cascading import next_stage
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import CountingRunner, generation, params, tiny_config
 from tests.faulty import FAULTY_CONFIG as CONFIG
-from tests.faulty import FINE, OVERFLOWS, RAISES, WIDTH, DeviceLost, faulty
-from tests.given_images import sampled_alone
+from tests.faulty import FINE, MODELS, OVERFLOWS, RAISES, WIDTH, DeviceLost, Kind, faulty
+from tests.given_images import sampled_alone, with_chain
+from tests.unit.service.engine.test_random_scripts import LARGE, UPSAMPLER, Play, check_result, conditioned
+
+RETURNS_ITS_IMAGE, ENCODE, RAW = 5, 10, 11
+"""Numbers of chains of `tests.given_images`; 6 to 8 keep pixels, 8 with jumps."""
 
 
 @cache
@@ -55,6 +62,41 @@ def test_evicted_images_and_failures_are_retried_and_counted() -> None:
 
 def _image(steps: int, class_index: int) -> ImageParams:
     return replace(params(steps=steps, seed=steps), class_index=class_index)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_images_of_every_kind_are_evicted_halved_and_retried_without_a_changed_byte(kind: Kind) -> None:
+    """Kept pixels, encodes, raw calls, conditioning and both stages of a cascade, each amid failures."""
+
+    def of_kinds(seed: int, *numbers: int) -> list[ImageParams]:
+        return [with_chain(_image(seed + k, FINE), number, k % 2) for k, number in enumerate(numbers)]
+
+    masked, short = (6, 7, 8, 8), (RAW, ENCODE, RETURNS_ITS_IMAGE)
+    play = Play(kind, "srw")
+    play.act("add and step", generation("", *of_kinds(3, *masked), priority=Priority.BATCH))
+    play.act("memory", ("m", 3))
+    play.act("step", 1)  # four rows: in halves
+    play.act("trouble", ("m", RuntimeError("passing")))
+    play.act("add and step", generation("", *of_kinds(0, *short, *short)))  # instead of the longer ones
+    play.act("memory", ("m", LARGE))
+    conds = [conditioned(image, k % 2) for k, image in enumerate(of_kinds(5, *masked, *short))]
+    play.act("add", generation("", *conds, model="up"))
+    later = next_stage(MODELS["m"], UPSAMPLER, tuple([_image(6, FINE)] * 2))
+    cascade = generation("", *of_kinds(7, 8, 6))
+    play.act("add", replace(cascade, then=replace(later, model="up")))
+    for trouble in (MemoryError(), RuntimeError("passing"), MemoryError(), RuntimeError("passing")):
+        for model in MODELS:
+            play.act("trouble", (model, trouble))
+        play.act("step", 3)
+    play.act("memory", ("up", 1))
+    play.finish()
+    assert Counter(result.status for result in play.results) == {ImageStatus.DONE: 4 + 6 + 7 + 2}
+    for result in play.results:
+        check_result(play, result)
+    value = play.metrics.registry.get_sample_value
+    assert (value("iddpm_evictions_total") or 0) > 0
+    for reason in ("out_of_memory", "error"):
+        assert (value("iddpm_failed_attempts_total", {"kind": reason}) or 0) > 1
 
 
 def test_out_of_memory_halves_the_width_for_a_while_and_fails_no_image() -> None:
