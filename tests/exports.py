@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -27,8 +28,10 @@ from formats.artifact import (
 from formats.checkpoint import load_classifier, write_checkpoint
 from formats.checkpoint_config import checkpoint_sha256
 from formats.classifier_folder import CLASSIFIER_FOLDER
+from model_export import parity
 from model_export.onnx_export import OPSET, PRECISIONS, export_classifier, export_classifier_gradient, export_unet
 from tests import golden
+from tests.fakes import tiny_checkpoint
 from tests.paths import BUNDLED
 
 EXPORTED = "imp_cond_ls"
@@ -63,7 +66,7 @@ def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
     (folder / MODEL_FILE).write_bytes(b"logits that no test computes")
     TimeMLP({name: classifier.state_dict()[name].numpy() for name in WEIGHTS}).write(folder / TIME_MLP_FILE)
     band = BandError(t_min=0, t_max=999, prediction=0.0)
-    parity = tuple(
+    measured = tuple(
         NetworkParity(backend="openvino 0", precision="fp32", file=name, limit=1e-4, bands=(band,))
         for name in (MODEL_FILE, GRADIENT_FILE)
     )
@@ -73,7 +76,7 @@ def write_golden_gradient(folder: Path, checkpoint: Path) -> None:
         opset=OPSET,
         buckets=(1, 2, 4),
         files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
-        parity=parity,
+        parity=measured,
     )
     (folder / MANIFEST_FILE).write_text(manifest_json(manifest), encoding="utf-8")
 
@@ -137,6 +140,19 @@ class Exports:
             _export(folder, folder / "artifact", "1,2")
 
         return self._once("proven", export)
+
+    def conditioned(self, **changes: int) -> Path:
+        """Return a small checkpoint that takes conditioning images, with its artifact; changes as in `tiny_config`."""
+
+        def export(folder: Path) -> None:
+            # One level without attention: tracing takes time for each layer
+            tiny_checkpoint(folder, channel_mult=(1,), attention_resolutions=(), **changes)
+            with pytest.MonkeyPatch.context() as shorter:
+                shorter.setattr(parity, "STEPS", 5)
+                shorter.setattr(parity, "ROWS", 2)
+                _export(folder, folder / "artifact", "4,1,2")
+
+        return self._once("-".join(["tiny", *(f"{name}-{value}" for name, value in changes.items())]), export)
 
     def _exported(self) -> tuple[Path, str]:
         output = self._folder / "golden.txt"

@@ -94,15 +94,8 @@ def test_an_exported_checkpoint_is_compared_described_and_read_back(exports: Exp
 
 @pytest.mark.skipif(not LONG, reason="traces two graphs; test_shapes.py exports a model with conditioning always")
 @pytest.mark.parametrize("changes", [{"low_res_size": 4}, {"cond_channels": 2}])
-def test_models_with_conditioning_are_exported_for_all_runtimes(
-    tmp_path: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parity, "STEPS", 5)
-    monkeypatch.setattr(parity, "ROWS", 2)
-    # One level without attention: tracing takes time for each layer
-    checkpoint = tiny_checkpoint(tmp_path / "tiny", channel_mult=(1,), attention_resolutions=(), **changes)
-    code, output = export(checkpoint, checkpoint / "artifact", "--buckets", "2")
-    assert code == 0, output
+def test_models_with_conditioning_are_exported_for_all_runtimes(exports: Exports, changes: dict[str, int]) -> None:
+    checkpoint = exports.conditioned(**changes)
     graph = onnx.load(checkpoint / "artifact" / "model.onnx")
     assert [value.name for value in graph.graph.input] == ["x_t", "emb_t", "y", "cond"]
     assert read_artifact(checkpoint / "artifact").inputs == ("x_t", "emb_t", "y", "cond")
