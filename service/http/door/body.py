@@ -15,7 +15,7 @@ class WholeBody:
     """Passes on requests whose body is complete. One that is too long gets 413; one that breaks off gets no answer.
 
     Bodies longer than `max_bytes`, of requests that may have given images, together take at most `max_large_bytes`
-    until their requests are answered; another one gets 503.
+    until their requests are answered; another one gets 503 when it has arrived, and is not kept until then.
     """
 
     def __init__(
@@ -49,25 +49,37 @@ class WholeBody:
         if declared.isdecimal() and int(declared) > most:
             await _too_long(most, Connection="close")(scope, receive, send)  # before any of it is read
             return
-        held = 0
+        held = length = 0
         body = bytearray()
+        refused = False
         more = True
         try:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return
-                body += message.get("body", b"")
+                part = message.get("body", b"")
+                length += len(part)
                 more = message.get("more_body", False)
-                if len(body) > most:
+                if length > most:
                     await _too_long(most)(scope, receive, send)
                     return
-                taken = len(body) - held if len(body) > self._max_bytes else 0
-                if self._large_bytes + taken > self._max_large_bytes and taken:
-                    await _too_many()(scope, receive, send)
-                    return
+                if refused:
+                    continue
+                body += part
+                taken = length - held if length > self._max_bytes else 0
+                if taken and self._large_bytes + taken > self._max_large_bytes:
+                    # The rest is read and dropped: clients that are cut off while they send get no answer
+                    refused = True
+                    self._large_bytes -= held
+                    held = 0
+                    body = bytearray()
+                    continue
                 held += taken
                 self._large_bytes += taken
+            if refused:
+                await _too_many()(scope, receive, send)
+                return
             whole = bytes(body)
             del body
             await self._app(scope, once(whole, receive), send)
@@ -80,8 +92,8 @@ def _too_long(most: int, **headers: str) -> Response:
 
 
 def _too_many() -> Response:
-    headers = {"Retry-After": "1", "Connection": "close"}
-    return problem(503, "Queue full", "the given images of other requests take all memory for them", headers=headers)
+    text = "the given images of other requests take all memory for them"
+    return problem(503, "Queue full", text, headers={"Retry-After": "1"})
 
 
 def once(body: bytes, then: Receive) -> Receive:
