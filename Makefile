@@ -47,9 +47,9 @@ check: $(VENV)/.installed-dev  ## linters only: ruff, format, mypy, import direc
 	$(VENV)/bin/yamllint --strict .yamllint.yml docker-compose*.yml deploy
 
 # The linters use one processor; what they print follows when they end, as a whole. The tests stay in the foreground: a shell lets
-# processes in the background ignore SIGINT, which tests send.
+# processes in the background ignore SIGINT, which tests send. Not $$(MAKE): `make -n` would run it.
 test: $(VENV)/.installed-dev  ## all tests with reduced counts, and the linters beside them (minutes)
-	@{ output=$$($(MAKE) check 2>&1); status=$$?; printf '\n%s\n' "$$output"; exit $$status; } & linters=$$!; \
+	@{ output=$$(make check 2>&1); status=$$?; printf '\n%s\n' "$$output"; exit $$status; } & linters=$$!; \
 	$(PYTEST) $(PARALLEL); tests=$$?; \
 	wait $$linters || { echo 'make check failed: what it printed is above, between the lines of the tests' >&2; exit 1; }; \
 	exit $$tests
