@@ -13,9 +13,11 @@ PORT ?= 8000
 MODEL ?= models/fashion32
 EXTRA ?= base
 DATA ?=
-# Each file runs in one process, which sets up its fixtures once; slow folders first; more than four processes need too much memory.
+# One process more than processors, because many tests wait; more than four need too much memory.
+PROCESSES := $(shell processors=$$(nproc 2>/dev/null || echo 2); [ $$processors -lt 4 ] && echo $$((processors + 1)) || echo 4)
+# Each file runs in one process, which sets up its fixtures once; slow folders first.
 # If a process dies, the run ends with the test's name: pytest-xdist would start another process and might then wait forever.
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
+PARALLEL := --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 # Without this variable, which many containers set: pip leaves compiling to the first import, and each of the many processes of the
 # tests would compile every package again, which takes seconds.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/pytest
