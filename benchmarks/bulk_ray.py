@@ -1,12 +1,13 @@
 """Compare the rate of bulk generation on Ray with that of the engine alone, on a cluster that runs on this machine.
 
     ray start --head --num-cpus 1; ray start --address 127.0.0.1:6379 --num-cpus 1  # two nodes on one machine
-    python -m benchmarks.bulk_ray models/fashion32 --images 128 --steps 20 --workers 1 2
+    python -m benchmarks.bulk_ray models/fashion32 --images 384 --steps 20 --shard-size 16 --workers 1 2
 
 All workers start before the first batch. Rates count from when as many batches have arrived as there are workers, to
-the end: loading and warming up models, which a long run does once per worker, are not in them. CPU seconds are those
-of the workers and of this process, which reads, sorts and writes; Ray's own processes are reported apart. Contenders
-take turns, because other load on the machine changes.
+the end: loading and warming up models, which a long run does once per worker, are not in them. A worker has two batches
+at a time, so generate ten or more per worker. CPU seconds are those of the workers and of this process, which reads,
+sorts and writes; Ray's own processes are reported apart. Contenders take turns, because other load on the machine
+changes.
 """
 
 from __future__ import annotations
