@@ -5,28 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from diffusion.config import ImageSize
 from diffusion.quoting import printable
 from trainer.data.checking import Examined, check_files
-from trainer.data.dataset import Conditions, IntArray, Uint8Array
+from trainer.data.dataset import IntArray
 from trainer.data.decoder import Decoder
+from trainer.data.encoded_images import EncodedImages
 from trainer.data.image_file import mode_of
 from trainer.data.listing import Listing, shorten
 from trainer.data.options import DataConfig
-from trainer.data.part import Part
 from trainer.data.summary import Summary
 
 
-class FolderDataset:
+class FolderDataset(EncodedImages):
     """Images that were listed below a folder."""
-
-    conditions: Conditions | None = None
 
     def __init__(
         self,
@@ -76,22 +73,6 @@ class FolderDataset:
     def name_of(self, index: int) -> str:
         """Return how an image is called in messages."""
         return printable(self._names[index])
-
-    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
-        """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
-        return self._decoder.images(indices, draws)
-
-    def part(self, indices: IntArray) -> Part:
-        """Return some of the images as a data set; see `Dataset`."""
-        return Part(self, indices, self._decoder.part(indices).images)
-
-    def image(self, index: int, draws: Sequence[float] | None = None) -> Uint8Array:
-        """Decode one image, [height, width, channels], without a replacement.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        return self._decoder.image(index, draws)
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from diffusion.config import ImageSize
 from formats.extras import install_command
 from trainer.data.checking import ExaminedSources, check_sources
-from trainer.data.dataset import Conditions, DataError, IntArray, Uint8Array
+from trainer.data.dataset import DataError, IntArray
 from trainer.data.decoder import Decoder
+from trainer.data.encoded_images import EncodedImages
 from trainer.data.image_file import Encoded, Source, mode_of
 from trainer.data.listing import shorten, sorted_class_names
 from trainer.data.options import DataConfig
-from trainer.data.part import Part
 from trainer.data.summary import Summary
 
 
@@ -68,10 +66,8 @@ class Rows:
         return Encoded(f"{self.path}, row {row}" + (f" ({path})" if path else ""), content or b"")
 
 
-class HuggingFaceDataset:
+class HuggingFaceDataset(EncodedImages):
     """A data set with a column of images and one of labels."""
-
-    conditions: Conditions | None = None
 
     def __init__(
         self,
@@ -114,22 +110,6 @@ class HuggingFaceDataset:
     def name_of(self, index: int) -> str:
         """Return how an image is called in messages."""
         return f"row {self._kept[index]}"
-
-    def images(self, indices: IntArray, draws: npt.NDArray[np.floating] | None = None) -> Uint8Array:
-        """Decode the images at these indices; crop with `draws` [N, 3] if random crops are enabled."""
-        return self._decoder.images(indices, draws)
-
-    def part(self, indices: IntArray) -> Part:
-        """Return some of the images as a data set; see `Dataset`."""
-        return Part(self, indices, self._decoder.part(indices).images)
-
-    def image(self, index: int, draws: Sequence[float] | None = None) -> Uint8Array:
-        """Decode one image, [height, width, channels], without a replacement.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        return self._decoder.image(index, draws)
 
 
 def _load(path: Path) -> Any:
