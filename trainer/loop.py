@@ -256,10 +256,7 @@ class _Run:
 
     def _may_skip(self) -> bool:
         """Return whether `data.unreadable=skip` would let a run that cannot read an image continue."""
-        kind = kind_of(self._dataset.description)
-        return self._config.data.unreadable == "fail" and (
-            kind == "folder" or (kind == "dataset" and self._dataset.conditions is None)
-        )
+        return self._config.data.unreadable == "fail" and kind_of(self._dataset.description) in ("folder", "dataset")
 
     def _learn_timesteps(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
         if self._timestep_sampler.uses_losses:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.unit.trainer.test_hugging_face_data import damaged_png, pairs, png, whole_png
 from tests.unit.trainer.test_trainer import weights
 from tests.unit.trainer.test_unreadable_images import damage, folder
 from trainer.config import TrainConfig
-from trainer.data import Uint8Array, checking, open_dataset
+from trainer.data import DataError, Uint8Array, checking, open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve, train
 from trainer.run_folder import checkpoints
@@ -90,3 +91,13 @@ def test_a_run_that_meets_an_unreadable_image_continues_with_skip(
     run(tmp_path, skipping, name="whole")
     whole = weights(checkpoints(tmp_path / "whole")[-1])
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_pairs_of_a_saved_data_set_are_offered_skip_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    images, conds = [png(10), png(20), whole_png(), png(40)], [png(1), png(2), damaged_png(tmp_path), png(4)]
+    dataset = pairs(tmp_path / "data", images, conds, "fail")
+    network = {**config().model.model_dump(), "cond_channels": 1}
+    start = config(model=network, data={"image_column": "image", "cond_column": "edges"})
+    with pytest.raises(DataError, match=r"row 2.*; or set data\.unreadable=skip"):
+        train(resolve(start, dataset), dataset, tmp_path / "run")
