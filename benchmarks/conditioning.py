@@ -58,6 +58,7 @@ ENGINE_WIDTH = 16
 WORST_CLASSES = 3
 FRAME_PIXELS = 2
 DARK_LEVEL = 10
+SATURATED_LEVEL = 250
 
 
 class ConditioningError(ValueError):
@@ -148,13 +149,16 @@ class Likeness:
     recall: float
     dark_frames: float
     """Fraction of the images whose frame, the outermost two pixels, has a mean below level 10 (of 255)."""
+    saturated: float
+    """Fraction of the values that are level 250 or higher: burnt-out garments raise it."""
 
     @classmethod
     def measure(cls, judge: Judge, pixels: Uint8Array, reference: npt.NDArray[np.float32]) -> Self:
         """Compare images, uint8 [N, H, W, C], with the features of the test split."""
         features = features_of(judge, pixels)
         covered = coverage(reference, features)
-        return cls(frechet_distance(reference, features), covered.precision, covered.recall, dark_frames(pixels))
+        distance = frechet_distance(reference, features)
+        return cls(distance, covered.precision, covered.recall, dark_frames(pixels), saturated(pixels))
 
 
 def dark_frames(pixels: Uint8Array) -> float:
@@ -162,6 +166,11 @@ def dark_frames(pixels: Uint8Array) -> float:
     frame = np.ones(pixels.shape[1:3], dtype=bool)
     frame[FRAME_PIXELS:-FRAME_PIXELS, FRAME_PIXELS:-FRAME_PIXELS] = False
     return float((pixels[:, frame].mean(axis=(1, 2)) < DARK_LEVEL).mean())
+
+
+def saturated(pixels: Uint8Array) -> float:
+    """Return the fraction of the values of images, uint8 [N, H, W, C], that are almost the highest."""
+    return float((pixels >= SATURATED_LEVEL).mean())
 
 
 @dataclass(frozen=True)
@@ -298,7 +307,7 @@ def report(
         ],
     )
     likeness = markdown_table(
-        ["against the test split", "Fréchet distance", "precision", "recall", "dark frames"],
+        ["against the test split", "Fréchet distance", "precision", "recall", "dark frames", "saturated"],
         [
             [
                 name,
@@ -306,6 +315,7 @@ def report(
                 f"{likeness.precision:.3f}",
                 f"{likeness.recall:.3f}",
                 f"{100 * likeness.dark_frames:.1f} %",
+                f"{100 * likeness.saturated:.2f} %",
             ]
             for name, likeness in [
                 ("as many real training images", real_likeness),

@@ -13,6 +13,7 @@ from benchmarks.conditioning import (
     confusion_line,
     dark_frames,
     report,
+    saturated,
     settings_of,
     wilson_interval,
 )
@@ -113,16 +114,16 @@ def test_models_without_classes_are_refused() -> None:
 
 def test_the_report_contains_every_setting_and_class() -> None:
     agreement = _agreement()
-    likeness = Likeness(frechet=1.5, precision=0.75, recall=0.5, dark_frames=0.98)
+    likeness = Likeness(frechet=1.5, precision=0.75, recall=0.5, dark_frames=0.98, saturated=0.0234)
     outcomes = [Outcome(Setting(50, g), agreement, likeness, seconds) for g, seconds in ((1.0, 12.3), (2.0, 24.6))]
-    real = Likeness(frechet=0.25, precision=0.9, recall=0.8, dark_frames=1.0)
+    real = Likeness(frechet=0.25, precision=0.9, recall=0.8, dark_frames=1.0, saturated=0.02)
     lines = report({"Date": "today"}, NAMES, agreement, real, outcomes, "python -m x").splitlines()
 
     assert "- Date: today" in lines
     assert "| 50 | 2 | 12 | 66.7 % (39.1-86.2) | 25 % | 25 |" in lines
     assert "| shirt | 25.0 | 25 | 25 |" in lines
-    assert "| as many real training images | 0.25 | 0.900 | 0.800 | 100.0 % |" in lines
-    assert "| 50 steps, cfg 2 | 1.50 | 0.750 | 0.500 | 98.0 % |" in lines
+    assert "| as many real training images | 0.25 | 0.900 | 0.800 | 100.0 % | 2.00 % |" in lines
+    assert "| 50 steps, cfg 2 | 1.50 | 0.750 | 0.500 | 98.0 % | 2.34 % |" in lines
     assert "python -m x" in lines
 
 
@@ -133,3 +134,7 @@ def test_a_frame_is_dark_if_its_mean_is() -> None:
     images[2, :2] = 29
     images[3] = 10
     assert dark_frames(images) == 0.5
+
+
+def test_values_of_the_highest_levels_are_saturated() -> None:
+    assert saturated(np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)) == 6 / 256
