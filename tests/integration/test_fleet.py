@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -204,12 +204,10 @@ def test_what_full_replicas_refuse_runs_on_another_and_if_all_are_full_the_clien
         assert ask(fleet.haproxy.url).status_code == 200
         return all(now > then for now, then in zip(refused()[:full], before[:full], strict=True))
 
-    long = {"steps": LONG_STEPS, "n": MOST_IMAGES, "stream": True, "priority": "batch"}  # batch: may wait for long
     with client() as asking, ExitStack() as running:
         for full, replica in enumerate(fleet.replicas, 1):
             for _ in range(REQUESTS_THAT_FILL):
-                begun = running.enter_context(asking.stream("POST", f"{replica.url}/v1/generate", json=long))
-                assert begun.status_code == 200
+                assert running.enter_context(long_running(asking, replica.url)) == 200
             before = refused()
             if full < REPLICAS:
                 until(partial(is_answered_after_refusals_by_all, full))
@@ -219,6 +217,53 @@ def test_what_full_replicas_refuse_runs_on_another_and_if_all_are_full_the_clien
             assert (answer.status_code, answer.json()["type"]) == (503, "urn:iddpm:queue-full")
             assert int(answer.headers["Retry-After"]) > 0
             assert sum(refused()) - sum(before) == asked
+
+
+@contextmanager
+def long_running(asking: httpx.Client, url: str) -> Iterator[int]:
+    """Send a request of many images and steps; yield its status while it runs."""
+    body = {"steps": LONG_STEPS, "n": MOST_IMAGES, "stream": True, "priority": "batch"}  # batch: may wait for long
+    with asking.stream("POST", f"{url}/v1/generate", json=body) as answer:
+        yield answer.status_code
+
+
+def test_two_replicas_that_are_full_with_few_requests_keep_others_from_a_third(fleet: Fleet) -> None:
+    third = fleet.replicas[2]
+    before = third.count("iddpm_requests_total")
+    with client() as asking, ExitStack() as running:
+        for full in fleet.replicas[:2]:
+            for _ in range(REQUESTS_THAT_FILL):
+                assert running.enter_context(long_running(asking, full.url)) == 200
+        assert running.enter_context(long_running(asking, fleet.haproxy.url)) == 200
+        answer = asking.post(f"{fleet.haproxy.url}/v1/generate", json={"steps": 2, "n": MOST_IMAGES})
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:iddpm:queue-full")
+    until(lambda: third.count("iddpm_requests_total") == before + 1)  # the long one: it was not asked for the other
+
+
+def test_replicas_with_a_queue_for_all_that_the_proxy_gives_them_refuse_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    """The numbers of compose have this relation (tests/unit/test_deploy.py); here the proxy gives a replica less."""
+
+    def refused() -> float:
+        return sum(replica.count('iddpm_requests_total{outcome="rejected"}') for replica in fleet.replicas)
+
+    def metric(name: str) -> float:
+        return sample(httpx.get(f"{proxy.exporter}/metrics", timeout=PATIENCE_S).text, f'{name}{{proxy="generate"}}')
+
+    def fewer(config: str) -> str:
+        assert config.count(f" maxconn {MAXCONN}\n") == 1
+        return config.replace(f" maxconn {MAXCONN}\n", f" maxconn {REQUESTS_THAT_FILL}\n")
+
+    before = refused()
+    ports = [replica.port for replica in fleet.replicas]
+    with proxies.haproxy(tmp_path, ports, edit=fewer) as proxy, client() as asking, ThreadPoolExecutor(1) as pool:
+        until(lambda: metric("haproxy_backend_active_servers") == REPLICAS)
+        with ExitStack() as running:
+            for _ in range(REPLICAS * REQUESTS_THAT_FILL):
+                assert running.enter_context(long_running(asking, proxy.url)) == 200
+            waiting = pool.submit(generate, asking, proxy.url, 2)
+            until(lambda: metric("haproxy_backend_current_queue") == 1)
+        assert waiting.result().status_code == 200
+    assert refused() == before
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -22,6 +22,7 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.http.interfaces import generates
 from service.metrics import Metrics
+from service.requests.generate_request import MAX_IMAGES
 from service.settings import Settings
 from tests.fakes import CountingRunner, generation, params
 from tests.paths import ROOT
@@ -235,6 +236,18 @@ def test_every_setting_reaches_the_replicas(compose: dict[str, Any]) -> None:
     by_the_command = {"models", "host", "port"}
     passed_on = set(compose["services"]["api"]["environment"])
     assert {f"IDDPM_{name.upper()}" for name in set(Settings.model_fields) - by_the_command} <= passed_on
+
+
+def test_replicas_can_hold_all_requests_that_the_proxy_gives_them(compose: dict[str, Any]) -> None:
+    """Otherwise full replicas refuse what another one could accept (tests/integration/test_fleet.py)."""
+    queue = re.fullmatch(r"\$\{IDDPM_MAX_QUEUE:-(\d+)\}", compose["services"]["api"]["environment"]["IDDPM_MAX_QUEUE"])
+    assert queue is not None
+    requests = re.search(
+        r"default-server .* maxconn (\d+)$", (ROOT / "deploy/haproxy/haproxy.cfg").read_text(), re.MULTILINE
+    )
+    assert requests is not None
+    rows_per_image = 2  # with classifier-free guidance
+    assert int(queue[1]) >= int(requests[1]) * MAX_IMAGES * rows_per_image
 
 
 def test_replicas_accept_any_host_only_behind_a_proxy_that_checks_it(compose: dict[str, Any]) -> None:

@@ -309,6 +309,8 @@ def test_the_service_accepts_its_settings(objects: Objects, overlay: str, compos
     assert settings.keys_file is not None  # other pods reach the proxy
     assert not settings.allow_keyless
     assert values["IDDPM_ALLOWED_HOSTS"] == compose["api"]["environment"]["IDDPM_ALLOWED_HOSTS"]
+    for_one_proxy = int(found(r":-(.*)\}", compose["api"]["environment"]["IDDPM_MAX_QUEUE"]))
+    assert settings.max_queue == for_one_proxy * objects["Deployment", "proxy"]["spec"]["replicas"]
     networks = found(r":-(.*)\}", compose["api"]["environment"]["IDDPM_TRUSTED_PROXIES"]).split(",")
     assert set(networks) <= set(values["IDDPM_TRUSTED_PROXIES"].split(","))
     if overlay == "gpu":
