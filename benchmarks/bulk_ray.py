@@ -5,9 +5,9 @@
 
 All workers start before the first batch. Rates count from when as many batches have arrived as there are workers, to
 the end: loading and warming up models, which a long run does once per worker, are not in them. A worker has two batches
-at a time, so generate ten or more per worker. CPU seconds are those of the workers and of this process, which reads,
-sorts and writes; Ray's own processes are reported apart. Contenders take turns, because other load on the machine
-changes.
+at a time, so at least ten per worker are required. CPU seconds are those of the workers and of this process, which
+reads, sorts and writes; Ray's own processes are reported apart. Contenders take turns, because other load on the
+machine changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,20 +31,26 @@ from benchmarks.reporting import describe_run, markdown_section, markdown_table,
 from cli.bulk import Produce, generate_into
 from cli.bulk_order import Files, Order
 from cli.local_engine import LocalEngine, local_settings
-from deploy.ray.bulk import Pool, connect, produce_on, reservation
+from deploy.ray.bulk import WIDTHS_PER_BATCH, Pool, batches_of, connect, produce_on, reservation
 from deploy.ray.devices import with_threads
 from formats.generation import Generation
 
 START_S = 1800.0
 """Longest time in which all workers start."""
+FEWEST_BATCHES = 10
+"""Of a worker. With fewer, much of what counts was computed before the count begins."""
 TICKS = os.sysconf("SC_CLK_TCK")
 WORKER = "ray::MapWorker"
 RAYLET = "/raylet"
 
 
+Process = tuple[int, int]
+"""A process's number, and its start in ticks since the machine's: a number can be used again."""
+
+
 @dataclass(frozen=True)
-class Reading:
-    """Seconds at one time."""
+class Spent:
+    """Seconds between two readings."""
 
     wall: float
     cpu: float
@@ -52,9 +58,28 @@ class Reading:
     ray: float
     """Of Ray's processes on each node: raylet, agents, idle workers."""
 
-    def since(self, earlier: Reading) -> Reading:
-        """Return the seconds between two times."""
-        return Reading(self.wall - earlier.wall, self.cpu - earlier.cpu, self.ray - earlier.ray)
+
+@dataclass(frozen=True)
+class Reading:
+    """Seconds at one time: by the clock, and CPU seconds of each process since its start."""
+
+    wall: float
+    cpu: Mapping[Process, float]
+    """Of the workers and this process."""
+    ray: Mapping[Process, float]
+    """Of Ray's processes on each node: raylet, agents, idle workers."""
+
+    def since(self, earlier: Reading) -> Spent:
+        """Return the seconds between two times; those of processes that have ended meanwhile are not known.
+
+        A process counts where it is now: a worker that was idle at first counts as a worker.
+        """
+        before = {**earlier.cpu, **earlier.ray}
+
+        def spent(now: Mapping[Process, float]) -> float:
+            return sum(seconds - before.get(process, 0.0) for process, seconds in now.items())
+
+        return Spent(self.wall - earlier.wall, spent(self.cpu), spent(self.ray))
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,7 @@ class Rates:
     """What one call did."""
 
     images: int
-    spent: Reading
+    spent: Spent
 
     @property
     def per_wall_second(self) -> float:
@@ -88,15 +113,16 @@ def read_clocks(address: str) -> Reading:
             fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        found[int(folder.name)] = (int(fields[1]), line, (int(fields[11]) + int(fields[12])) / TICKS)
-    raylets = {process for process, (_, line, _) in found.items() if RAYLET in line and address in line}
-    workers = own = 0.0
-    for process, (parent, line, seconds) in found.items():
+        found[int(folder.name)] = (int(fields[1]), int(fields[19]), line, (int(fields[11]) + int(fields[12])) / TICKS)
+    raylets = {process for process, (_, _, line, _) in found.items() if RAYLET in line and address in line}
+    cpu: dict[Process, float] = {(os.getpid(), found[os.getpid()][1]): time.process_time()}
+    own: dict[Process, float] = {}
+    for process, (parent, start, line, seconds) in found.items():
         if parent in raylets and line.startswith(WORKER):
-            workers += seconds
+            cpu[process, start] = seconds
         elif process in raylets or parent in raylets:
-            own += seconds
-    return Reading(time.perf_counter(), workers + time.process_time(), own)
+            own[process, start] = seconds
+    return Reading(time.perf_counter(), cpu, own)
 
 
 def alone(engine: Callable[[], None], images: int, clocks: Callable[[], Reading]) -> Rates:
@@ -106,12 +132,23 @@ def alone(engine: Callable[[], None], images: int, clocks: Callable[[], Reading]
     return Rates(images, clocks().since(begun))
 
 
-def on_ray(pool: Pool, generation: Generation, clocks: Callable[[], Reading]) -> Rates:
-    """Time the generation of a folder from each worker's first batch to the end.
+def check_batches(pool: Pool, generation: Generation) -> None:
+    """Check that each worker of a pool gets enough batches.
 
     Raises:
-        RuntimeError: there are too few batches.
+        ValueError: there are too few.
     """
+    size = WIDTHS_PER_BATCH * pool.settings.max_rows
+    batches = sum(1 for _ in batches_of(generation, generation.shards(), size))
+    if batches < FEWEST_BATCHES * pool.workers:
+        raise ValueError(
+            f"images: {generation.count} in shards of {generation.shard_size} are {batches} batches of at most {size}; "
+            f"{pool.workers} workers need at least {FEWEST_BATCHES * pool.workers}"
+        )
+
+
+def on_ray(pool: Pool, generation: Generation, clocks: Callable[[], Reading]) -> Rates:
+    """Time the generation of a folder from each worker's first batch to the end."""
     readings: list[tuple[Reading, int]] = []
     produce = produce_on(pool, generation)
 
@@ -126,8 +163,6 @@ def on_ray(pool: Pool, generation: Generation, clocks: Callable[[], Reading]) ->
     measured: Produce = timed
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         generate_into(Path(folder) / "out", generation, measured)
-    if len(readings) < 2 * pool.workers:
-        raise RuntimeError(f"there were {len(readings)} batches for {pool.workers} workers: generate more images")
     earlier = sum(images for _, images in readings[: pool.workers])
     return Rates(generation.count - earlier, readings[-1][0].since(readings[pool.workers - 1][0]))
 
@@ -151,6 +186,8 @@ def compare(args: argparse.Namespace) -> dict[str, list[Rates]]:
         image_index=0, files=Files(args.format, args.shard_size),
     )  # fmt: skip
     generation = next(iter(pools.values())).describe(order)
+    for pool in pools.values():
+        check_batches(pool, generation)
     engine = EngineAlone(settings, LocalEngine(settings), generation)
     clocks = partial(read_clocks, ray.get_runtime_context().gcs_address)
     contenders: dict[str, Callable[[], Rates]] = {ALONE: partial(alone, engine, generation.count, clocks)}
@@ -193,10 +230,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--address", default="auto", help="of the cluster (auto: the one that runs here)")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="sizes of the pools (1 2)")
-    parser.add_argument("--images", type=int, default=128, help="images of a call (128)")
+    parser.add_argument("--images", type=int, default=384, help="images of a call (384)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (20)")
     parser.add_argument("--format", default="png", help="png, webdataset, parquet or npz (png)")
-    parser.add_argument("--shard-size", type=int, default=64, help="images of a shard (64)")
+    parser.add_argument("--shard-size", type=int, default=16, help="images of a shard (16)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=WORK, help=f"folder for the results ({WORK})")
     return parser.parse_args(arguments)

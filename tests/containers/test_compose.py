@@ -82,18 +82,29 @@ def compose_command() -> list[str]:
     return plugin if has_plugin else ["docker-compose"]
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    if shutil.which("docker") is None:
-        pytest.fail("docker is not installed")
-    ports = {"PROXY_PORT": str(free_port()), "PROMETHEUS_PORT": str(free_port())}
-    environment = {**os.environ, **ports, "IDDPM_THREADS": "1", "COMPOSE_PROJECT_NAME": "iddpm-test"}
-    command = compose_command()
+def compose_of(project: str, **environment: str) -> Callable[..., str]:
+    """Return a function that runs compose with these variables."""
+    command, variables = compose_command(), {**os.environ, **environment, "COMPOSE_PROJECT_NAME": project}
 
     def compose(*arguments: str) -> str:
-        return run(*command, *arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        return run(*command, *arguments, cwd=ROOT, env=variables, stderr=subprocess.PIPE)
 
-    run("docker", "build", "-t", "iddpm", ".", cwd=ROOT, env={**environment, "DOCKER_BUILDKIT": "1"})
+    return compose
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """Build the image of compose."""
+    if shutil.which("docker") is None:
+        pytest.fail("docker is not installed")
+    run("docker", "build", "-t", "iddpm", ".", cwd=ROOT, env={**os.environ, "DOCKER_BUILDKIT": "1"})
+    return "iddpm"
+
+
+@pytest.fixture(scope="module")
+def stack(image: str) -> Iterator[Stack]:
+    ports = {"PROXY_PORT": str(free_port()), "PROMETHEUS_PORT": str(free_port())}
+    compose = compose_of("iddpm-test", IDDPM_THREADS="1", **ports)
     try:
         compose("up", "-d", "--no-build", "--scale", f"api={REPLICAS}")
         url = f"http://127.0.0.1:{ports['PROXY_PORT']}"
@@ -199,6 +210,29 @@ def load(stack: Stack) -> Iterator[Counter[int]]:
 def settled(stack: Stack, replicas: Sequence[str]) -> None:
     """Wait until the proxy gives requests to these replicas."""
     until(lambda: stack.in_rotation() == len(replicas), poll_s=0.5)
+
+
+@pytest.mark.parametrize("cpus", ["0", "0.5", "1", "1.5"])
+def test_threads_follow_the_quota_of_the_replica_s_cgroup(image: str, cpus: str) -> None:
+    compose = compose_of("iddpm-quota", REPLICA_CPUS=cpus)
+    try:
+        compose("up", "-d", "--no-build", "api")
+        (replica,) = compose("ps", "-q", "api").split()
+
+        def start_up() -> dict[str, Any] | None:
+            lines = map(json.loads, docker("logs", replica).splitlines())
+            return next((line["start_up"] for line in lines if "start_up" in line), None)
+
+        until(start_up, poll_s=0.5)
+        facts = start_up()
+        assert facts is not None
+    finally:
+        compose("down", "-v", "-t", "30")
+    here = len(os.sched_getaffinity(0))
+    usable = here if cpus == "0" else min(here, math.ceil(float(cpus)))
+    quota = "no cgroup quota" if cpus == "0" else f"a cgroup quota of {cpus}"
+    assert facts["processors"] == f"{usable} usable (affinity {here}, {quota})"
+    assert [model["threads"] for model in facts["models"]] == [usable]
 
 
 def test_the_image_is_small_labelled_and_runs_without_rights(stack: Stack) -> None:

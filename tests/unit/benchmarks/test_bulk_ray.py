@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks import bulk_ray
-from benchmarks.bulk_ray import Rates, Reading, read_clocks
+from benchmarks.bulk_ray import Rates, Reading, Spent, read_clocks
 from deploy.ray.bulk import Pool
+from service.settings import Settings
 from tests.generations import COUNT, PIXELS, generation
+from tests.paths import ROOT
 
 BURN = """
 import time
@@ -73,7 +75,7 @@ def test_images_count_from_the_first_batch_of_each_worker(tmp_path: Path, monkey
     seconds = iter(range(100))
 
     def clocks() -> Reading:
-        return Reading(wall=next(seconds), cpu=10.0, ray=0.0)
+        return Reading(wall=next(seconds), cpu={}, ray={})
 
     monkeypatch.setattr(bulk_ray, "WORK", tmp_path)
 
@@ -89,18 +91,36 @@ def test_images_count_from_the_first_batch_of_each_worker(tmp_path: Path, monkey
     monkeypatch.setattr(bulk_ray, "produce_on", produce_on)
     pool: Any = Pool(workers=1, settings=None, reserved={})  # type: ignore[arg-type]  # not used
     rates = bulk_ray.on_ray(pool, generation(shard_size=4), clocks)
-    assert rates == Rates(COUNT - 4, Reading(wall=2, cpu=0.0, ray=0.0))
+    assert rates == Rates(COUNT - 4, Spent(wall=2, cpu=0.0, ray=0.0))
     assert rates.per_wall_second == (COUNT - 4) / 2
-    with pytest.raises(RuntimeError, match="generate more images"):
-        bulk_ray.on_ray(pool, generation(shard_size=COUNT), clocks)
+
+
+def test_each_worker_needs_ten_batches() -> None:
+    settings = Settings(models=(ROOT / "models" / "fashion32",), max_rows=2)  # batches of 8 images
+    two = Pool(workers=2, settings=settings, reserved={})
+    bulk_ray.check_batches(two, generation(count=80, shard_size=4))
+    bulk_ray.check_batches(two, generation(count=160, shard_size=1000))
+    with pytest.raises(ValueError, match="76 in shards of 4 are 19 batches of at most 8; 2 workers need at least 20"):
+        bulk_ray.check_batches(two, generation(count=76, shard_size=4))
+    with pytest.raises(ValueError, match="19 batches"):
+        bulk_ray.check_batches(two, generation(count=152, shard_size=1000))
+
+
+def test_seconds_of_workers_that_end_do_not_count_as_negative() -> None:
+    """Ray ends idle workers of an earlier pool while the engine alone is measured."""
+    me, ended, stays, idle = (1, 100), (2, 100), (3, 100), (4, 100)
+    before = Reading(wall=0, cpu={me: 5.0, ended: 60.0, stays: 7.0}, ray={idle: 1.0})
+    again = (ended[0], 200)  # another process with the same number
+    after = Reading(wall=10, cpu={me: 9.0, stays: 7.0, idle: 3.0}, ray={again: 0.5})
+    assert after.since(before) == Spent(wall=10, cpu=4.0 + 2.0, ray=0.5)
 
 
 def test_the_report_has_the_share_of_the_engine_of_each_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {
-        "the engine alone": [Rates(10, Reading(2, 1, 0)), Rates(10, Reading(2, 2, 0))],
-        "1 worker on Ray": [Rates(10, Reading(4, 1.25, 0.1)), Rates(10, Reading(4, 2, 0.1))],
+        "the engine alone": [Rates(10, Spent(2, 1, 0)), Rates(10, Spent(2, 2, 0))],
+        "1 worker on Ray": [Rates(10, Spent(4, 1.25, 0.1)), Rates(10, Spent(4, 2, 0.1))],
     }
     monkeypatch.setattr(bulk_ray, "compare", lambda args: found)
     bulk_ray.report(bulk_ray.parse_arguments(["model", "--out", str(tmp_path)]))
