@@ -8,7 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -31,16 +33,14 @@ def _rank(arguments: Sequence[str], variables: dict[str, str], output: Path) -> 
     app(arguments)
 
 
-def run_ranks(arguments: Sequence[str], world: int, output: Path) -> list[int | None]:
-    """Run a command of `iddpm` in processes with the variables that torchrun sets.
+@contextmanager
+def started_ranks(arguments: Sequence[str], world: int, output: Path) -> Iterator[list[ForkServerProcess]]:
+    """Start a command of `iddpm` in processes with the variables that torchrun sets; kill what is left at the end.
 
     Args:
         arguments: of the command.
         world: number of processes.
         output: the file to which all processes append their output.
-
-    Returns:
-        The exit codes; None for a process that did not end in time.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,10 +53,20 @@ def run_ranks(arguments: Sequence[str], world: int, output: Path) -> list[int | 
     for rank in ranks:
         rank.start()
     try:
-        for rank in ranks:
-            rank.join(PATIENCE_S)
-        return [rank.exitcode for rank in ranks]
+        yield ranks
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+
+
+def run_ranks(arguments: Sequence[str], world: int, output: Path) -> list[int | None]:
+    """Run a command of `iddpm` in several processes, as `started_ranks`, to its end.
+
+    Returns:
+        The exit codes; None for a process that did not end in time.
+    """
+    with started_ranks(arguments, world, output) as ranks:
+        for rank in ranks:
+            rank.join(PATIENCE_S)
+        return [rank.exitcode for rank in ranks]

@@ -22,16 +22,16 @@ from typer.testing import CliRunner
 from cli.main import app
 from tests.counts import LONG
 from tests.paths import ROOT
-from tests.unit.trainer.forked_ranks import run_ranks
+from tests.unit.trainer.forked_ranks import run_ranks, started_ranks
 from tests.unit.trainer.test_resume import write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
-from tests.waiting import PATIENCE_S, scaled
+from tests.waiting import PATIENCE_S, START_POLL_S, scaled, until
 from trainer import loop
 from trainer.data import open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve
 from trainer.ranks import OneProcess, main_first
-from trainer.run_folder import LOG_FILE, checkpoints
+from trainer.run_folder import EMA_FOLDER, LOG_FILE, checkpoints
 
 FIELDS = {
     "model.channel_mult": "[1]", "model.attention_resolutions": "[]", "model.image_size": "8", "batch_size": "8",
@@ -39,6 +39,8 @@ FIELDS = {
     "lr_warmup_images": "0", "log_every_batches": "1", "timestep_sampler": "loss_second_moment", "loss": "vlb",
     "horizontal_flip": "true", "checkpoint_every_images": "24", "lr": "1e-3", "lr_schedule": "constant",
 }  # fmt: skip
+
+ONLY_LONG = pytest.mark.skipif(not LONG, reason="most of a minute: IDDPM_TEST_LONG=1")
 
 
 def arguments(data: Path, run: Path, *options: str, **changes: str) -> list[str]:
@@ -133,29 +135,73 @@ def workers(parent: int) -> dict[int, int]:
     return found
 
 
-def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (path.exists() and text in path.read_text(encoding="utf-8")):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def has_logged(run: Path, images: int) -> bool:
+    log = run / LOG_FILE
+    return log.exists() and f'"images": {images}' in log.read_text(encoding="utf-8")
+
+
+def test_a_killed_run_continues_bit_identically(data: Path, tmp_path: Path) -> None:
+    """The moment of the kill is not chosen: it may be inside a step, or a checkpoint."""
+    averages = {"ema_sigma_rels": "[0.1]"}
+    run, whole, log = tmp_path / "run", tmp_path / "whole", tmp_path / "log"
+    endless = arguments(data, run, total_images="10000000", checkpoint_every_images="80", **averages)
+    with started_ranks(endless, 1, log) as (process,):
+        until(lambda: has_logged(run, 104) or not process.is_alive())
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text(encoding="utf-8")
+    logged, saved = curve(run), int(checkpoints(run)[-1].name)
+    assert logged[-1]["images"] > 80
+    end = {"total_images": str(saved + 40), "checkpoint_every_images": "80"}
+    train_alone(data, run, "--resume", **end, **averages)
+    train_alone(data, whole, **end, **averages)
+    for killed, undisturbed in zip(curve(run), curve(whole), strict=True):
+        assert {**killed, "images_per_second": 0} == {**undisturbed, "images_per_second": 0}
+    mine, theirs = checkpoints(run)[-1], checkpoints(whole)[-1]
+    assert int(mine.name) == saved + 40
+    trained = weights(mine)  # with averages, optimiser and timestep sampler
+    assert {name.split(".")[0] for name in trained} >= {"raw", "optimizer", "timestep_sampler", "power_ema"}
+    for name, tensor in weights(theirs).items():
+        assert torch.equal(trained[name], tensor), name
+    progress = Path("state") / "progress.json"
+    assert json.loads((mine / progress).read_text()) == json.loads((theirs / progress).read_text())
+    for snapshot in (whole / EMA_FOLDER).iterdir():
+        assert (run / EMA_FOLDER / snapshot.name).read_bytes() == snapshot.read_bytes()
+    assert not [path for path in run.rglob("*") if ".new-" in path.name]
+
+
+def test_the_others_stop_when_the_main_process_is_killed(data: Path, tmp_path: Path) -> None:
+    """Nothing but the lost connection tells them: these processes have no torchrun."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    endless = arguments(data, run, total_images="10000000", checkpoint_every_images="80")
+    with started_ranks(endless, 2, log) as (main, other):
+        until(lambda: has_logged(run, 160) or not main.is_alive())
+        main.kill()
+        other.join(scaled(30))
+        assert other.exitcode == 1, log.read_text(encoding="utf-8")
+    output = " ".join(log.read_text(encoding="utf-8").split())
+    assert "rank 1 of 2 lost the connection to another process, which has ended or was killed" in output
+    assert "start the same command again with --resume" in output
+    saved = int(checkpoints(run)[-1].name)
+    train_alone(data, run, "--resume", total_images=str(saved + 8))
 
 
 @pytest.mark.parametrize(
-    "number",
+    ("rank", "number"),
     [
-        signal.SIGKILL,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.skipif(not LONG, reason="most of a minute: IDDPM_TEST_LONG=1")),
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=ONLY_LONG),
+        pytest.param(1, signal.SIGTERM, marks=ONLY_LONG),
     ],
 )
-def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_all_processes_stop_with_one(data: Path, tmp_path: Path, rank: int, number: signal.Signals) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
         command(data, run, world=2, total_images="10000000", checkpoint_every_images="80"),
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
     ) as process:  # fmt: skip
-        wait_for(run / LOG_FILE, '"images": 160', process)
-        victim = workers(process.pid)[1]
+        until(lambda: has_logged(run, 160) or process.poll() is not None, START_POLL_S)
+        victim = workers(process.pid)[rank]
         started = time.monotonic()
         os.kill(victim, number)
         output = process.communicate(timeout=PATIENCE_S)[1]
@@ -164,7 +210,7 @@ def test_all_processes_stop_with_one(data: Path, tmp_path: Path, number: signal.
     assert took < scaled(30), output
     assert not workers(process.pid)
     if number == signal.SIGKILL:
-        assert "rank 0 of 2 lost the connection to another process" in output
+        assert f"rank {1 - rank} of 2 lost the connection to another process" in output
     else:
         assert "to continue: iddpm train fashion32" in output
         seen = int(checkpoints(run)[-1].name)
