@@ -24,7 +24,7 @@ from benchmarks.reporting import describe_run, markdown_section, markdown_table
 from cli.train_command import parse_assignments
 from trainer.batches import Batches
 from trainer.data import open_dataset
-from trainer.ema import EMA, exponential_decay
+from trainer.ema import averages_of
 from trainer.log import Window
 from trainer.loop import TIMESTEP_SAMPLERS, resolve
 from trainer.objective import objective_of
@@ -66,8 +66,7 @@ def measure(args: argparse.Namespace) -> Clock:
     optimisation = Optimisation(config, objective, network, ranks)
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](objective.num_steps)
     batches = Batches(config, dataset, sampler, ranks.device)
-    average = EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup))
-    state = TrainState(network, optimisation.optimizer, average, sampler)
+    state = TrainState(network, optimisation.optimizer, averages_of(config, network), sampler)
     window, clock = Window(objective.by_quartile), Clock()
     for step in range(WARM_UP + args.steps):
         first = step * config.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from diffusion.config import (
     ClassifierConfig,
@@ -20,6 +20,7 @@ from trainer.data.options import DataConfig
 
 TimestepSamplerName = Literal["uniform", "stratified", "loss_second_moment"]
 LrSchedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+EmaDecay = Annotated[float, Field(ge=0, lt=1)]
 SigmaRel = Annotated[float, Field(gt=0, lt=0.288)]
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -96,10 +97,13 @@ class TrainConfig(FrozenConfig):
 
     Each time it skips the images trained since that checkpoint, and halves the learning rate for the rest of the run.
     """
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay of the averaged weights per optimiser step."""
+    ema_decay: tuple[EmaDecay, ...] = Field(default=(0.9999,), min_length=1)
+    """Decays of averages of the weights, per optimiser step; the average with the first one is the model.
+
+    With several, each checkpoint leaves a snapshot of all of them, from which `iddpm ema` writes models.
+    """
     ema_warmup: bool = True
-    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early averages forget the initial weights."""
+    """Use min(decay, (1 + n) / (10 + n)) at step n, so that early averages forget the initial weights."""
     ema_sigma_rels: tuple[SigmaRel, ...] = ()
     """Relative widths of additional power-function averages, e.g. [0.05, 0.1].
 
@@ -152,6 +156,12 @@ class TrainConfig(FrozenConfig):
     tensorboard: bool = False
     """Also write the log lines and sample grids for TensorBoard, into the run's folder `tensorboard/`."""
 
+    @field_validator("ema_decay", mode="before")
+    @classmethod
+    def _list_decays(cls, value: Any) -> Any:
+        """Accept a number, which earlier versions recorded."""
+        return (value,) if isinstance(value, (int, float)) else value
+
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
@@ -172,6 +182,8 @@ class TrainConfig(FrozenConfig):
             )
         if isinstance(self.model, ClassifierConfig) and not self.class_conditional:
             raise ValueError("class_conditional must be true for a classifier, which is trained on labels")
+        if len(set(self.ema_decay)) < len(self.ema_decay):
+            raise ValueError(f"ema_decay must list each decay once; got {', '.join(map(str, self.ema_decay))}")
         if self.preview_steps > self.diffusion.num_timesteps:
             raise ValueError(f"preview_steps must be at most num_timesteps; got {self.preview_steps}")
         return self

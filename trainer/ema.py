@@ -9,8 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.config import TrainConfig
+
 Decay = Callable[[int], float]
 """Return the decay of an update from the number of previous updates."""
+
+DECAY_KEY = "decay_"
+"""Begins the keys of exponential averages."""
+
+
+def decay_key(decay: float) -> str:
+    """Return the key of an exponential average in files, e.g. `decay_0.999`."""
+    return f"{DECAY_KEY}{decay}"
+
+
+def decay_of(key: str) -> float | None:
+    """Return the decay of the exponential average with a key; None: it is a power-function average."""
+    return float(key.removeprefix(DECAY_KEY)) if key.startswith(DECAY_KEY) else None
+
+
+def power_key(sigma_rel: float) -> str:
+    """Return the key of a power-function average in files, e.g. `0.05`."""
+    return f"{sigma_rel:g}"
+
+
+def sigma_rel_of(key: str) -> float | None:
+    """Return the relative width of the power-function average with a key; None: it is an exponential average."""
+    return None if key.startswith(DECAY_KEY) else float(key)
 
 
 def exponential_decay(decay: float, *, warmup: bool) -> Decay:
@@ -60,6 +85,13 @@ class EMA:
         sources = [weights[name].float() for name in self.weights]
         torch._foreach_lerp_(list(self.weights.values()), sources, 1 - self.decay(self.num_updates))
         self.num_updates += 1
+
+
+def averages_of(config: TrainConfig, network: nn.Module) -> dict[str, EMA]:
+    """Return the averages that a run keeps of a network's weights, by key; the first one is the model."""
+    decays = {decay_key(decay): exponential_decay(decay, warmup=config.ema_warmup) for decay in config.ema_decay}
+    decays |= {power_key(sigma_rel): power_decay(sigma_rel) for sigma_rel in config.ema_sigma_rels}
+    return {key: EMA(network, decay) for key, decay in decays.items()}
 
 
 def _warmed_up(decay: float, updates: int) -> float:

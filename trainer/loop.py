@@ -20,7 +20,8 @@ from trainer import state as train_state
 from trainer.batches import Batch, Batches, Images
 from trainer.config import TimestepSamplerName, TrainConfig
 from trainer.data import DataError, Dataset
-from trainer.ema import EMA, exponential_decay, power_decay
+from trainer.ema import averages_of
+from trainer.ema_snapshots import write_snapshot
 from trainer.errors import Diverged, Stopped, TrainError
 from trainer.every import Every, or_warn
 from trainer.initial_model import InitialModel
@@ -154,10 +155,9 @@ class _Run:
         self._state = TrainState(
             network,
             self._optimisation.optimizer,
-            EMA(network, exponential_decay(config.ema_decay, warmup=config.ema_warmup)),
+            averages_of(config, network),
             self._timestep_sampler,
             self._optimisation.scaler,
-            {sigma_rel: EMA(network, power_decay(sigma_rel)) for sigma_rel in config.ema_sigma_rels},
         )
         training, held = held_out(config, dataset, validation)
         self._shown = training if held is None else held
@@ -294,9 +294,10 @@ class _Run:
             state, config = self._state, self._config
             if described is None:
                 return
-            if state.power_emas:
-                snapshot = ema_snapshot_file(self._run, state.images_seen)
-                or_warn("snapshot of averages", partial(train_state.save_ema_snapshot, state, snapshot))
+            # With one decay, the checkpoint has its average
+            if snapshot := state.others if len(config.ema_decay) == 1 else dict(state.averages):
+                path = ema_snapshot_file(self._run, state.images_seen)
+                or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
             if config.preview_per_class:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
                 show = partial(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.ema import power_exponent
+from trainer.ema_snapshots import Snapshot
 
 FloatArray = npt.NDArray[np.float64]
-
-
-class SnapshotError(ValueError):
-    """An average cannot be computed from the snapshots; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +35,6 @@ class Profile:
         return (a + 1) * (b + 1) / (a + b + 1) * (early.updates / late.updates) ** b / late.updates
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """One average in a snapshot file."""
-
-    path: Path
-    key: str
-    """Prefix of its tensors' names."""
-    profile: Profile
-
-
-def list_snapshots(folder: Path) -> list[Snapshot]:
-    """Return the averages in a run's snapshot files, oldest first.
-
-    Raises:
-        SnapshotError: the folder has no snapshots, or a file is not a snapshot.
-    """
-    found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                updates = int(file.metadata()["updates"])
-                keys = sorted({name.partition("/")[0] for name in file.keys()})  # noqa: SIM118  # not a mapping
-                found += [Snapshot(path, key, Profile(updates, float(key))) for key in keys]
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise SnapshotError(f"{path} is not a snapshot of averages: {error}") from error
-    if not found:
-        raise SnapshotError(
-            f"{folder} contains no snapshot; train with --set 'ema_sigma_rels=[0.05,0.1]' to write one per checkpoint"
-        )
-    return found
-
-
 def fit_profile(available: list[Profile], wanted: Profile) -> tuple[FloatArray, float]:
     """Return the coefficients whose sum of profiles is closest to the wanted one, and the remaining relative error.
 
@@ -87,14 +50,10 @@ def fit_profile(available: list[Profile], wanted: Profile) -> tuple[FloatArray, 
 
 
 def combine(snapshots: list[Snapshot], coefficients: FloatArray) -> dict[str, Tensor]:
-    """Return the weighted sum of snapshots, float32 tensors by weight name; one snapshot is in memory at a time."""
+    """Return the weighted sum of snapshots, float32 tensors by weight name; their tensors are read one at a time."""
     total: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients.tolist(), strict=True):
-        prefix = f"{snapshot.key}/"
-        with safe_open(snapshot.path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                if name.startswith(prefix):
-                    tensor = file.get_tensor(name).double() * coefficient
-                    key = name.removeprefix(prefix)
-                    total[key] = total[key] + tensor if key in total else tensor
+        for name, value in snapshot.tensors():
+            tensor = value.double() * coefficient
+            total[name] = total[name] + tensor if name in total else tensor
     return {name: tensor.to(torch.float32) for name, tensor in total.items()}

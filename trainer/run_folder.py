@@ -4,7 +4,7 @@
     metrics.jsonl           a line of means every few batches
     checkpoints/N/          a checkpoint after N images, with `state/` to resume from
     model/                  the newest checkpoint without `state/`, for the service
-    ema/N.safetensors       power-function averages, if the configuration lists some
+    ema/N.safetensors       power-function averages, and those of several decays, if the configuration lists some
     samples/N.png           a preview per checkpoint
     tensorboard/            event files, if the configuration asks for them
     validation.jsonl        a line per validation, if images are held out
@@ -67,7 +67,7 @@ def checkpoint_folder(run: Path, images_seen: int) -> Path:
 
 
 def ema_snapshot_file(run: Path, images_seen: int) -> Path:
-    """Return the file of the power-function averages after `images_seen` images."""
+    """Return the file with a snapshot of the averages after `images_seen` images."""
     return run / EMA_FOLDER / f"{images_seen:012d}.safetensors"
 
 

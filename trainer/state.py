@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from formats.atomic_file import replace_file
 from formats.checkpoint import write_checkpoint
 from formats.checkpoint_config import WEIGHTS_FILE, AnyCheckpointConfig, CheckpointError, read_config
 from formats.json_files import read_object
@@ -28,7 +27,9 @@ HASHED_FILES = (WEIGHTS_FILE, f"{STATE_FOLDER}/{TENSORS_FILE}")
 RAW_PREFIX = "raw."
 OPTIMIZER_PREFIX = "optimizer."
 SAMPLER_PREFIX = "timestep_sampler."
-POWER_PREFIX = "power_ema."
+AVERAGE_PREFIX = "average."
+OLD_AVERAGE_PREFIX = "power_ema."
+"""The same in earlier versions."""
 
 
 @dataclass
@@ -37,11 +38,10 @@ class TrainState:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMA
+    averages: Mapping[str, EMA]
+    """Averages by key, all updated at each step; the first one, `ema`, is the model."""
     timestep_sampler: TimestepSampler
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
-    power_emas: dict[float, EMA] = field(default_factory=dict)
-    """Power-function averages by relative width; updated as often as `ema`."""
     images_seen: int = 0
     _weights: dict[str, Tensor] = field(init=False, repr=False)
     """The network's tensors by name, which share its memory; listed once, because listing takes a millisecond."""
@@ -49,9 +49,19 @@ class TrainState:
     def __post_init__(self) -> None:
         self._weights = self.network.state_dict()
 
+    @property
+    def ema(self) -> EMA:
+        """The average whose weights are the model."""
+        return next(iter(self.averages.values()))
+
+    @property
+    def others(self) -> dict[str, EMA]:
+        """The other averages, by key."""
+        return dict(list(self.averages.items())[1:])
+
     def average_in(self) -> None:
         """Update every average with the network's weights."""
-        for ema in (self.ema, *self.power_emas.values()):
+        for ema in self.averages.values():
             ema.update(self._weights)
 
 
@@ -69,7 +79,8 @@ def save(state: TrainState, folder: Path, config: AnyCheckpointConfig) -> None:
             tensors |= {f"{OPTIMIZER_PREFIX}{index}.{slot}": value for slot, value in slots.items()}
         for name, array in state.timestep_sampler.state_dict().items():
             tensors[f"{SAMPLER_PREFIX}{name}"] = torch.from_numpy(np.array(array))
-        tensors |= _power_tensors(state)
+        for key, ema in state.others.items():
+            tensors |= {f"{AVERAGE_PREFIX}{key}/{name}": tensor for name, tensor in ema.weights.items()}
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(cpu, temporary / STATE_FOLDER / TENSORS_FILE)
         progress = {
@@ -83,17 +94,6 @@ def save(state: TrainState, folder: Path, config: AnyCheckpointConfig) -> None:
     write_checkpoint(folder, config, state.ema.weights, extra=add_state)
 
 
-def save_ema_snapshot(state: TrainState, path: Path) -> None:
-    """Write the current power-function averages, float32, tensors named `SIGMA_REL/NAME`.
-
-    The metadata `updates` is the number of optimiser steps so far.
-    """
-    path.parent.mkdir(exist_ok=True)
-    tensors = {name.removeprefix(POWER_PREFIX): tensor.cpu() for name, tensor in _power_tensors(state).items()}
-    metadata = {"updates": str(state.ema.num_updates)}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
 @dataclass(frozen=True)
 class SavedState:
     """Content of a checkpoint to resume from, read and verified."""
@@ -105,7 +105,7 @@ class SavedState:
     scaler: Mapping[str, float]
     """State of the loss scale; empty if the precision needs none."""
     averages: Mapping[str, Tensor]
-    """Weights of the EMA."""
+    """Weights of the average that is the model."""
     tensors: Mapping[str, Tensor]
     """Everything else, by prefixed name."""
 
@@ -156,7 +156,7 @@ def restore(state: TrainState, saved: SavedState) -> None:
         slots.setdefault(int(index), {})[slot] = tensor
     parameters = dict(enumerate(parameter for group in state.optimizer.param_groups for parameter in group["params"]))
     sampler_state = {name: tensor.numpy() for name, tensor in saved.below(SAMPLER_PREFIX).items()}
-    powers = saved.below(POWER_PREFIX)
+    others = saved.below(OLD_AVERAGE_PREFIX) | saved.below(AVERAGE_PREFIX)
     try:
         state.network.load_state_dict(saved.below(RAW_PREFIX))
         laid_out = {index: _laid_out_as(parameters[index], values) for index, values in slots.items()}
@@ -164,14 +164,14 @@ def restore(state: TrainState, saved: SavedState) -> None:
         state.timestep_sampler.load_state_dict(sampler_state)
         for name, target in state.ema.weights.items():
             target.copy_(saved.averages[name])
-        for sigma_rel, ema in state.power_emas.items():
+        for key, ema in state.others.items():
             for name, target in ema.weights.items():
-                target.copy_(powers[f"{sigma_rel:g}/{name}"])
+                target.copy_(others[f"{key}/{name}"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{saved.folder} does not fit the configuration of its run: {error}") from error
     if saved.scaler and state.scaler.is_enabled():
         state.scaler.load_state_dict(dict(saved.scaler))
-    for ema in (state.ema, *state.power_emas.values()):
+    for ema in state.averages.values():
         ema.num_updates = saved.ema_updates
     state.images_seen = saved.images_seen
 
@@ -195,12 +195,4 @@ def _laid_out_as(parameter: Tensor, slots: Mapping[str, Tensor]) -> dict[str, Te
     return {
         name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         for name, value in slots.items()
-    }
-
-
-def _power_tensors(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{POWER_PREFIX}{sigma_rel:g}/{name}": tensor
-        for sigma_rel, ema in state.power_emas.items()
-        for name, tensor in ema.weights.items()
     }

@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.main import app
+from formats.checkpoint_config import read_config
 from tests.unit.trainer.test_trainer import npz, tiny, train
 from trainer.ema import EMA, power_decay
-from trainer.posthoc_ema import Profile, SnapshotError, fit_profile, list_snapshots
+from trainer.ema_snapshots import SnapshotError, list_snapshots
+from trainer.posthoc_ema import Profile, fit_profile
+from trainer.run_folder import checkpoints
 
 __all__ = ["npz"]
 
@@ -65,13 +68,46 @@ def test_a_stored_average_is_reproduced(npz: Path, tmp_path: Path) -> None:
     assert provenance["ema"]["snapshots"] == 4
 
 
+def test_a_model_is_written_for_each_decay(npz: Path, tmp_path: Path) -> None:
+    """The first decay is the model's; each of the others has the weights of a run with that decay alone."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    plain = {"ema_warmup": False, "checkpoint_every_images": 20}
+    train(tiny(ema_decay=(0.9, 0.5), **plain), npz, run)
+    for decay in (0.9, 0.5):
+        alone = train(tiny(ema_decay=decay, **plain), npz, tmp_path / f"{decay}")
+        assert not (alone.parent / "ema").exists()
+        for images, wanted in ((20, checkpoints(alone.parent)[0]), (40, alone)):
+            arguments = ["--decay", str(decay), *(["--at-images", "20"] if images == 20 else [])]
+            result = CliRunner().invoke(app, ["ema", str(run), str(out), *arguments])
+            assert result.exit_code == 0, result.output
+            assert f"(decay {decay} at {images} images)" in " ".join(result.output.split())
+            for name, tensor in load_file(wanted / "model.safetensors").items():
+                assert torch.equal(load_file(out / "model.safetensors")[name], tensor), name
+            provenance = read_config(out).provenance
+            assert (provenance["images_seen"], provenance["ema"]) == (images, {"decay": decay})
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "0.9" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_impossible_averages_are_refused_with_one_line(npz: Path, tmp_path: Path) -> None:
     train(tiny(ema_sigma_rels=(0.1,), total_images=20), npz, tmp_path / "run")
-    for arguments, message in (
-        (["--sigma-rel", "0.5"], "sigma_rel must be above 0 and below 0.288"),
-        (["--sigma-rel", "0.1", "--at-images", "7"], "--at-images must be one of the run's snapshots: 20; got 7"),
+    train(tiny(ema_decay=(0.9, 0.5), total_images=4, preview_per_class=0), npz, tmp_path / "decays")
+    for run, arguments, message in (
+        ("run", ["--sigma-rel", "0.5"], "sigma_rel must be above 0 and below 0.288"),
+        ("run", ["--sigma-rel", "0.1", "--at-images", "7"], "must be one of the run's snapshots: 20; got 7"),
+        ("run", ["--decay", "0.9999"], "needs a run with several ema_decay; the average of this one's only decay is"),
+        (
+            "decays",
+            ["--sigma-rel", "0.1"],
+            "--sigma-rel needs a run with ema_sigma_rels; this one has --decay 0.5, 0.9",
+        ),
+        ("decays", ["--decay", "0.99"], "--decay must be one of the run's ema_decay: 0.5, 0.9; got 0.99"),
+        ("decays", ["--decay", "0.5", "--at-images", "7"], "must be one of the run's snapshots: 4; got 7"),
+        ("run", [], "give either --sigma-rel, the width of an average, or --decay, one of the run's ema_decay"),
+        ("run", ["--decay", "0.9", "--sigma-rel", "0.1"], "give either --sigma-rel, the width of an average, or"),
     ):
-        result = CliRunner().invoke(app, ["ema", str(tmp_path / "run"), str(tmp_path / "out"), *arguments])
+        result = CliRunner().invoke(app, ["ema", str(tmp_path / run), str(tmp_path / "out"), *arguments])
         assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
     assert not (tmp_path / "out").exists()
     with pytest.raises(SnapshotError, match="contains no snapshot; train with"):

@@ -180,7 +180,7 @@ def test_a_preset_trains_with_the_values_of_its_source(name: str) -> None:
     found = Training(
         config.batch_size, config.total_images // config.batch_size, config.lr, config.model.dropout,
         config.weight_decay, config.label_dropout, config.horizontal_flip, config.data.random_crop, config.lr_schedule,
-        config.timestep_sampler, config.ema_decay,
+        config.timestep_sampler, *config.ema_decay,
     )  # fmt: skip
     assert found == training, source
     assert (config.lr_warmup_images, config.grad_clip, config.min_snr_gamma) == (0, None, None)

@@ -142,7 +142,7 @@ def has_logged(run: Path, images: int) -> bool:
 
 def test_a_killed_run_continues_bit_identically(data: Path, tmp_path: Path) -> None:
     """The moment of the kill is not chosen: it may be inside a step, or a checkpoint."""
-    averages = {"ema_sigma_rels": "[0.1]"}
+    averages = {"ema_decay": "0.999,0.9", "ema_sigma_rels": "0.1"}
     run, whole, log = tmp_path / "run", tmp_path / "whole", tmp_path / "log"
     endless = arguments(data, run, total_images="10000000", checkpoint_every_images="80", **averages)
     with started_ranks(endless, 1, log) as (process,):
@@ -160,7 +160,7 @@ def test_a_killed_run_continues_bit_identically(data: Path, tmp_path: Path) -> N
     mine, theirs = checkpoints(run)[-1], checkpoints(whole)[-1]
     assert int(mine.name) == saved + 40
     trained = weights(mine)  # with averages, optimiser and timestep sampler
-    assert {name.split(".")[0] for name in trained} >= {"raw", "optimizer", "timestep_sampler", "power_ema"}
+    assert {name.split(".")[0] for name in trained} >= {"raw", "optimizer", "timestep_sampler", "average"}
     for name, tensor in weights(theirs).items():
         assert torch.equal(trained[name], tensor), name
     progress = Path("state") / "progress.json"

@@ -285,10 +285,24 @@ def test_without_an_intact_checkpoint_a_new_run_is_proposed(two_checkpoints: Pat
         train(tiny(), tmp_path / "toy.npz", tmp_path / "run", resume=True)
 
 
-def test_checkpoints_of_older_versions_are_resumed(two_checkpoints: Path, tmp_path: Path) -> None:
-    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
-    forget_hashes(checkpoints(tmp_path / "run")[-1])
-    train(tiny(total_images=12), tmp_path / "toy.npz", tmp_path / "run", resume=True)
+def test_checkpoints_of_older_versions_are_resumed(tmp_path: Path) -> None:
+    """They have no hashes, one decay that is a number, and another prefix of the power-function averages."""
+    data, config = write_npz(tmp_path / "toy.npz"), tiny(ema_sigma_rels=(0.1,), preview_per_class=0)
+    for name in ("new", "old"):
+        train(config.replace(total_images=8), data, tmp_path / name)
+    newest = checkpoints(tmp_path / "old")[-1]
+    forget_hashes(newest)
+    described = json.loads((newest / "config.json").read_text())
+    described["provenance"]["train_config"]["ema_decay"] = 0.9999
+    (newest / "config.json").write_text(json.dumps(described))
+    path = newest / "state" / "train_state.safetensors"
+    save_file({name.replace("average.", "power_ema."): tensor for name, tensor in load_file(path).items()}, path)
+    assert any(name.startswith("power_ema.0.1/") for name in load_file(path))
+    for name in ("new", "old"):
+        train(config.replace(total_images=12), data, tmp_path / name, resume=True)
+    new, old = (weights(checkpoints(tmp_path / name)[-1]) for name in ("new", "old"))
+    assert new.keys() == old.keys()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
 
 
 # --- stopping

@@ -77,19 +77,32 @@ def test_ten_steps_equal_five_and_a_resume_and_five(npz: Path, tmp_path: Path, c
         assert torch.equal(tensor, halves[name]), name
 
 
-def test_power_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(npz: Path, tmp_path: Path) -> None:
-    sigma_rels = (0.05, 0.1)
-    train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "whole")
-    train(tiny(ema_sigma_rels=sigma_rels, total_images=20), npz, tmp_path / "halves")
+def test_further_averages_resume_bit_for_bit_and_leave_a_snapshot_per_checkpoint(npz: Path, tmp_path: Path) -> None:
+    config = tiny(ema_sigma_rels=(0.05, 0.1), ema_decay=(0.999, 0.9))
+    train(config, npz, tmp_path / "whole")
+    train(config.replace(total_images=20), npz, tmp_path / "halves")
     notes = tmp_path / "halves" / "ema" / "mine.safetensors"  # a user's own file, not part of the run
     notes.write_bytes(b"")
-    train(tiny(ema_sigma_rels=sigma_rels), npz, tmp_path / "halves", resume=True)
+    train(config, npz, tmp_path / "halves", resume=True)
     notes.unlink()
     snapshots = [sorted((tmp_path / name / "ema").iterdir()) for name in ("whole", "halves")]
     assert [path.name for path in snapshots[0]] == ["000000000020.safetensors", "000000000040.safetensors"]
     for whole, halves in zip(*snapshots, strict=True):
         assert whole.read_bytes() == halves.read_bytes()
-    assert {name.split("/")[0] for name in load_file(snapshots[0][0])} == {"0.05", "0.1"}
+    keys = {name.split("/")[0] for name in load_file(snapshots[0][0])}
+    assert keys == {"0.05", "0.1", "decay_0.999", "decay_0.9"}
+
+
+def test_decays_are_listed_once_and_a_number_is_a_list_of_one() -> None:
+    assert tiny(ema_decay=0.5).ema_decay == (0.5,)  # recorded in checkpoints of earlier versions
+    assert tiny().with_overrides(parse_assignments(["ema_decay=0.9999,0.999"])).ema_decay == (0.9999, 0.999)
+    for wrong, message in (
+        ([], "at least 1 item"),
+        ([0.5, 1.0], "less than 1"),
+        ([0.5, 0.5], r"must list each decay once; got 0\.5, 0\.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(ema_decay=wrong)
 
 
 def test_a_run_writes_a_model_a_log_previews_and_its_configuration(npz: Path, tmp_path: Path) -> None:
