@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from diffusion.quoting import printable
+from formats import jpeg_data, png_data
+from formats.given_shapes import GivenFileError
 from trainer.data.dataset import DataError, Uint8Array
 from trainer.data.options import DataConfig
 
@@ -47,6 +49,8 @@ DIGESTED_PARTS, DIGESTED_PART_BYTES = 16, 4 << 10
 TAIL_BYTES = 64
 TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
 """Content of the last bytes of a complete file."""
+HAS_ALL_DATA = {"PNG": png_data.has_all_data, "JPEG": jpeg_data.has_all_data, "MPO": jpeg_data.has_all_data}
+"""Checks of a file's first picture, by format."""
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
 QUARTER_TURNS = frozenset({5, 6, 7, 8})
@@ -145,7 +149,14 @@ def check_whole(source: Source, mode: Mode, options: DataConfig) -> None:
     decode(source, mode, options, lambda image: None)
 
 
-def decode(source: Source, mode: Mode, options: DataConfig, then: Callable[[Image.Image], Result]) -> Result:
+def decode(
+    source: Source,
+    mode: Mode,
+    options: DataConfig,
+    then: Callable[[Image.Image], Result],
+    *,
+    all_data: bool = True,
+) -> Result:
     """Decode an image as an image viewer shows it, to 8-bit grey or RGB, and return the result of `then`.
 
     EXIF orientation is applied; transparent pixels show the background; 16-bit grey is scaled to 8 bits; of several
@@ -156,15 +167,20 @@ def decode(source: Source, mode: Mode, options: DataConfig, then: Callable[[Imag
         mode: `L` for grey, `RGB`.
         options: how it is read.
         then: computes the result from the decoded image, which takes much memory and is not kept.
+        all_data: whether to check that the file has data for all pixels of its header; Pillow fills up the others.
 
     Raises:
         DataError: the file cannot be read, or not as an image viewer shows it.
     """
-    with _opened(source) as (_, image):
+    with _opened(source) as (file, image):
         _check(image, options)
-        if image.width * image.height > LARGE_PIXELS:
-            return _large_images.submit(lambda: then(_as_shown(image, mode, options))).result()
-        return then(_as_shown(image, mode, options))
+
+        def read() -> Result:
+            if all_data:
+                _check_data(file, image)
+            return then(_as_shown(image, mode, options))
+
+        return _large_images.submit(read).result() if image.width * image.height > LARGE_PIXELS else read()
 
 
 def highest_grey(source: Source) -> tuple[int, int]:
@@ -250,6 +266,23 @@ def _check(image: Image.Image, options: DataConfig) -> None:
             f"grey of {kind} has no values that "
             f"are black and white by convention; set them, for example --set {options.range_field}={example}"
         )
+
+
+def _check_data(file: IO[bytes], image: Image.Image) -> None:
+    """Check that a PNG, or a JPEG that can be checked, has data for all pixels that its header announces."""
+    has_all_data = HAS_ALL_DATA.get(image.format or "")
+    if has_all_data is None or image.mode == "CMYK":  # of which libjpeg makes no grey
+        return
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    try:
+        whole = has_all_data(content)
+    except GivenFileError:  # a kind of JPEG that Pillow reads and the check does not
+        return
+    if not whole:
+        raise ValueError(f"it is damaged or truncated: its header announces {image.width}x{image.height} pixels")
 
 
 def _traits(image: Image.Image, mode: Mode) -> Iterator[Trait]:

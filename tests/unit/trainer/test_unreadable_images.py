@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats import png_data
+from tests.pictures import chunk, jpeg_announcing
 from tests.unit.trainer.test_trainer import tiny
-from trainer.data import DataConfig, DataError, Dataset, checking, open_dataset
+from trainer.data import DataConfig, DataError, Dataset, checking, image_file, open_dataset
+from trainer.data.image_file import check_whole
 from trainer.validation import held_out
 
 
@@ -57,6 +62,70 @@ def test_those_found_before_the_first_step_are_left_out_and_named(
     assert "6.png: it is damaged" in error
     (path / "b" / "6.png").unlink()
     assert opened(path, unreadable="skip").description == data.description
+
+
+def short_png() -> bytes:
+    """Return a PNG of 8x8 pixels whose header announces 8x12."""
+    content = io.BytesIO()
+    Image.new("L", (8, 8), 90).save(content, "PNG")
+    header = struct.pack(">IIBBBBB", 8, 12, 8, 0, 0, 0, 0)
+    return content.getvalue()[:8] + chunk(b"IHDR", header) + content.getvalue()[8 + 25 :]
+
+
+def short_jpeg(**options: Any) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(content, "JPEG", **options)
+    return jpeg_announcing(content.getvalue(), 8, 12)
+
+
+@pytest.mark.parametrize("content", [short_png(), short_jpeg(), short_jpeg(progressive=True)], ids=["png", "jpg", "p"])
+def test_a_file_that_announces_more_rows_than_it_has_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()  # Pillow fills up the missing rows
+    path = folder(tmp_path)
+    (path / "a" / "1.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"1\.png: it is damaged or truncated: its header announces 8x12 pixels"):
+        opened(path)
+    assert len(opened(path, unreadable="skip").labels) == 7
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    assert levels(opened(path, unreadable="skip"), [1]) == [20]  # the next of its class
+
+
+def test_each_image_is_checked_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path)
+    (path / "a" / "1.png").write_bytes(short_png())
+    monkeypatch.setattr(checking, "DECODED_FILES", 0)
+    data, checked = opened(path, unreadable="skip"), []
+
+    def has_all_data(content: bytes) -> bool:
+        checked.append(content)
+        return png_data.has_all_data(content)
+
+    monkeypatch.setitem(image_file.HAS_ALL_DATA, "PNG", has_all_data)
+    assert levels(data, [0, 5, 1]) == [0, 50, 20]
+    assert levels(data, [0, 5, 1]) == [0, 50, 20]
+    contents = [(path / name).read_bytes() for name in ("a/0.png", "b/5.png", "a/1.png", "a/2.png")]
+    assert sorted(checked) == sorted([*contents, contents[2]])  # the unreadable one each time
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 2}),
+        ("MPO", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (16, 16), 40)]}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "1", {}),
+        ("PNG", "L", {"save_all": True, "append_images": [Image.new("L", (8, 8), 40)]}),
+    ],
+)
+def test_whole_files_of_other_kinds_stay_readable(
+    tmp_path: Path, kind: str, mode: str, options: dict[str, Any]
+) -> None:
+    Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode).save(tmp_path / "a.png", kind, **options)
+    check_whole(tmp_path / "a.png", "L", DataConfig())
 
 
 def test_without_a_readable_image_there_is_nothing_to_skip(tmp_path: Path) -> None:
