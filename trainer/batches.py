@@ -126,10 +126,8 @@ class Batches:
             if isinstance(config.model, ModelConfig) and config.model.null_class:
                 dropped = torch.from_numpy(chances[:, LABEL] < config.label_dropout)
                 y = torch.where(dropped, config.model.num_classes, y)
-        if self._device.type != "cuda":
-            return Images(positions, x0, y, cond)
-        pinned = (None if tensor is None else tensor.pin_memory() for tensor in (y, cond))
-        return Images(positions, x0.pin_memory(), *pinned)
+        pinned = (None if tensor is None else _pinned(tensor, self._device) for tensor in (y, cond))
+        return Images(positions, _pinned(x0, self._device), *pinned)
 
     def complete(self, first: int, images: Images) -> Batch:
         """Add timesteps, which may depend on the losses so far, and noise; copy everything to the device.
@@ -157,7 +155,7 @@ class Batches:
         return self.complete(first, self.images(first))
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+        return _to_device(tensor, self._device)
 
 
 def read_pairs(
@@ -181,7 +179,7 @@ def read_pairs(
 
 def noise_at(seed: int, positions: IntArray, stream: int, like: Tensor) -> Tensor:
     """Return the noise of images by their position, shaped like `like` and on its device."""
-    low, high = (torch.from_numpy(words).to(like.device, non_blocking=True) for words in _words(positions))
+    low, high = (_to_device(torch.from_numpy(words), like.device) for words in _words(positions))
     _, channels, height, width = like.shape
     return normal(torch.full_like(low, seed), low, high, stream, (channels, height, width))
 
@@ -210,6 +208,16 @@ def seed_dropout(seed: int, batch: Batch) -> None:
     """Seed torch's generators for the forward pass of a (micro-)batch, from the position of its first image."""
     state = np.random.SeedSequence((seed, 2, int(batch.positions[0]))).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor in page-locked memory, from which a device copies without making the host wait."""
+    return tensor if device.type == "cpu" else tensor.pin_memory()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without making the host wait."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
 
 
 def _words(positions: IntArray) -> tuple[IntArray, IntArray]:

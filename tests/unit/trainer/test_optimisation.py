@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from formats.checkpoint import load_unet
+from tests.counts import LONG
 from tests.unit.trainer.test_batches import batches
 from tests.unit.trainer.test_resume import train, write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
@@ -24,7 +29,12 @@ from trainer.objective import objective_of
 from trainer.optimisation import Optimisation
 from trainer.ranks import OneProcess
 from trainer.run_folder import checkpoints
+from trainer.timestep_sampler import LossSecondMomentSampler
 
+INDUCTOR = pytest.mark.skipif(
+    not LONG or not (shutil.which("g++") or shutil.which("clang++")),
+    reason="minutes of a C++ compiler: IDDPM_TEST_LONG=1, and g++ or clang++",
+)
 DEEP = {
     **tiny().model.model_dump(), "channel_mult": (1, 2), "attention_resolutions": (4,), "resblock_updown": True,
 }  # fmt: skip
@@ -63,6 +73,70 @@ def test_channels_last_gives_the_same_gradient_but_for_rounding(npz: Path) -> No
     largest = max(float(tensor.abs().max()) for tensor in plain.values())
     for name, tensor in plain.items():
         assert torch.allclose(last[name], tensor, rtol=1e-3, atol=1e-5 * largest), name
+
+
+def test_the_gradient_of_bfloat16_is_close_to_that_of_float32(npz: Path) -> None:
+    """bfloat16 has a precision of 2^-8 = 0.4 %, and the layers add their errors up.
+
+    The limits are of direction (cosine) and size, of the whole gradient and of each tensor. They hold with the
+    processor's own bfloat16 (AMX) and with its emulation (ONEDNN_MAX_CPU_ISA=AVX2), which sum in other orders.
+    """
+    config = tiny(model={**DEEP, "dropout": 0.0})
+    plain, low = (gradient(config.replace(precision=precision), npz)[1] for precision in ("float32", "bfloat16"))
+    assert all(tensor.dtype == torch.float32 for tensor in low.values())
+    assert not all(torch.equal(tensor, low[name]) for name, tensor in plain.items())
+
+    def flat(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in tensors.values()]).double()
+
+    def agreement(mine: Tensor, theirs: Tensor) -> tuple[float, float]:
+        return float(torch.cosine_similarity(mine, theirs, dim=0)), float(mine.norm() / theirs.norm())
+
+    cosine, ratio = agreement(flat(low), flat(plain))
+    assert cosine > 0.9995
+    assert ratio == pytest.approx(1, abs=0.01)
+    size = flat(plain).norm()
+    for name, theirs in plain.items():
+        if theirs.norm() > 1e-4 * size:  # a bias before a normalisation of single channels has no gradient but rounding
+            cosine, ratio = agreement(low[name].flatten(), theirs.flatten())
+            assert cosine > 0.995, name
+            assert ratio == pytest.approx(1, abs=0.03), name
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_a_compiled_network_trains_as_the_plain_one(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """`aot_eager` traces forward and backward passes as `inductor`, the default, does, and generates no code."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def with_backend(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_backend)
+    config = tiny(
+        compile=True, preview_per_class=0, log_every_batches=1, total_images=12, timestep_sampler="uniform",
+        model={**tiny().model.model_dump(), "dropout": 0.0},
+    )  # fmt: skip
+    train(config.replace(compile=False), npz, tmp_path / "plain")
+    assert not compiled
+    counters.clear()
+    train(config.replace(total_images=8), npz, tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] > 0
+    model = train(config, npz, tmp_path / "compiled", resume=True)
+    assert len(compiled) == 2
+    plain, lines = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    for name in ("images", "loss", "mse", "vb_bpd", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in plain], rel=1e-3), name
+    expected = weights(checkpoints(tmp_path / "plain")[-1])
+    found = weights(checkpoints(tmp_path / "compiled")[-1])
+    assert found.keys() == expected.keys()  # without `_orig_mod.`
+    assert load_unet(model)[0].provenance["images_seen"] == 12
 
 
 def test_the_gradient_noise_is_estimated_from_the_first_micro_batch_and_the_batch(npz: Path, tmp_path: Path) -> None:
@@ -160,6 +234,52 @@ def test_steps_with_equal_gradients_do_not_depend_on_the_number_of_threads(npz: 
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*stepped, strict=True))
+
+
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lists the copies from host memory to a device, and whether each makes the host wait."""
+
+    def __init__(self, pinned: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pinned = pinned
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        source = args[1] if str(func) == "aten.copy_.default" else args[0] if args else None
+        if "copy" in str(func) and isinstance(source, Tensor) and source.device.type == "cpu" != result.device.type:
+            asynchronous = bool((kwargs or {}).get("non_blocking")) or args[2:3] == (True,)
+            self.waits.append(not (asynchronous and any(source is tensor for tensor in self._pinned)))
+        return result
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_no_copy_to_the_device_makes_the_host_wait(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: bool
+) -> None:
+    """The device `meta` stands for a GPU: its tensors have no values, and copies to it are made by the same calls."""
+    if pairs:
+        npz = tmp_path / "pairs.npz"
+        images = np.zeros((8, 8, 8, 1), np.uint8)
+        np.savez(npz, images=images, cond=images, labels=np.zeros(8, np.int64))
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        if not any(tensor is known for known in pinned):
+            pinned.append(tensor.clone())
+            return pinned[-1]
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    dataset = open_dataset(npz, 8, 1, cond_channels=int(pairs))
+    config = resolve(tiny(model={**DEEP, "cond_channels": int(pairs)}, timestep_sampler="loss_second_moment"), dataset)
+    source = Batches(config, dataset, LossSecondMomentSampler(config.diffusion.num_timesteps), "meta")
+    with Copies(pinned) as copies:
+        batch = source.draw(4)
+        assert {tensor.device.type for tensor in (batch.x0, batch.t, batch.weights, batch.noise)} == {"meta"}
+        assert copies.waits == [False] * (7 if pairs else 6)  # images, labels, t, weights, two words of the noise's key
+        torch.zeros(2).to("meta")
+        assert copies.waits[-1]  # it is counted
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
