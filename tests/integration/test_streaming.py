@@ -16,7 +16,8 @@ from service.engine import event_stream
 from service.http import event_source
 from service.http.native.event_schemas import EVENT_SCHEMA, PreviewEvent, ProgressEvent, QueuedEvent
 from service.http.native.schemas import GenerateResponse, Problem
-from tests.integration.in_process import WIDTH, Overflowing, Service, running
+from tests.fakes import tiny_config
+from tests.integration.in_process import WIDTH, Overflowing, PausedDenoiser, Service, running
 from tests.integration.streams import SentEvent, StreamClient, streaming
 from tests.waiting import runs
 
@@ -81,6 +82,25 @@ async def test_a_fast_reader_sees_every_step_and_gets_the_usual_pixels() -> None
     assert [image.b64_json for image in completed.images] == [image["b64_json"] for image in plain["images"]]
     assert completed.numerics_id == plain["numerics_id"]
     assert completed.timing.finish_s > 0
+
+
+@runs
+async def test_previews_that_no_picture_can_hold_are_arrays() -> None:
+    denoiser = PausedDenoiser()
+    denoiser.config = tiny_config(image_channels=2)
+    async with running(denoiser) as service:
+        service.denoiser.let.clear()
+        async with streaming(service.app, **BODY, format="npy", preview_every=2) as client:
+            service.denoiser.let_steps(3)
+            events = [await take(client)]
+            while events[-1].name != "preview":
+                events.append(await take(client))
+            service.denoiser.let.set()
+            events += await client.rest()
+    preview = PreviewEvent.model_validate(next(event.data for event in events if event.name == "preview"))
+    assert preview.format == "npy"
+    assert np.load(io.BytesIO(base64.b64decode(preview.b64_json))).shape == (1, 8, 8, 2)
+    assert names(events)[-1] == "completed"
 
 
 @runs

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from formats.images import PictureFormat
 from service.http.native.schemas import Problem
 
+PreviewFormat = PictureFormat | Literal["npy"]
 EventName = Literal["queued", "progress", "preview", "completed", "failed"]
 
 
@@ -36,8 +37,10 @@ class PreviewEvent(BaseModel):
     step: int
     steps: int
     eta_s: float
-    format: PictureFormat
-    b64_json: str = Field(description="The picture, base64.")
+    format: PreviewFormat = Field(
+        description="The request's; for `npz` and `npy` it is `png`, or `npy` if a picture cannot hold the channels."
+    )
+    b64_json: str = Field(description="The file, base64.")
 
 
 ONE_EVENT = "One event; the answer is a sequence of them."

@@ -7,13 +7,13 @@ import base64
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from formats.images import PictureFormat, encode
+from service.encoding import CHANNELS, encode_one
 from service.engine.events import Completed, Event, ImageDone, Queued
 from service.engine.request import ImagePreview, ImageProgress, ImageResult
 from service.http.execution import Accepted, Finished, deliver
 from service.http.faults import Fault, as_problem
 from service.http.native.answers import Form, answer_json
-from service.http.native.event_schemas import EventName, PreviewEvent, ProgressEvent, QueuedEvent
+from service.http.native.event_schemas import EventName, PreviewEvent, PreviewFormat, ProgressEvent, QueuedEvent
 from service.http.native.schemas import Problem
 from service.http.state import ServiceState
 
@@ -61,16 +61,18 @@ class NativeEvents:
 
 
 def _preview(preview: ImagePreview, form: Form) -> str:
-    picture_format: PictureFormat = "png"
-    if form.format != "npz" and form.format != "npy":  # mypy narrows no `in`
-        picture_format = form.format
-    picture = encode(preview.pixels, picture_format, quality=form.quality, compression=form.compression)
+    preview_format: PreviewFormat
+    if form.format == "npz" or form.format == "npy":  # mypy narrows no `in`
+        preview_format = "png" if preview.pixels.shape[2] in CHANNELS["png"] else "npy"
+    else:
+        preview_format = form.format
+    content = encode_one(preview.pixels, None, preview_format, quality=form.quality, compression=form.compression)
     event = PreviewEvent(
         position=preview.position,
         step=preview.step,
         steps=preview.steps,
         eta_s=preview.eta_s,
-        format=picture_format,
-        b64_json=base64.b64encode(picture).decode(),
+        format=preview_format,
+        b64_json=base64.b64encode(content).decode(),
     )
     return event.model_dump_json()
