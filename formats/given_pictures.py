@@ -19,6 +19,8 @@ from formats.given_shapes import FITS, MAX_PICTURE_PIXELS, Array, Fit, GivenFile
 FORMATS = "a PNG, WebP, JPEG, npy or npz file"
 WANTS_ALPHA = "must be a picture with an alpha channel: transparent where the image is made"
 _PICTURES = ("PNG", "WEBP", "JPEG")
+_JPEGS = ("JPEG", "MPO")
+"""An MPO is a JPEG with more images behind it, as phones write for depth or brightness: it is its first image."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B")
 _SIXTEEN_BITS = ("I;16B", "LA;16B", "RGB;16B", "RGBA;16B")
 """Pillow's raw modes of PNG files with 16 bits per channel."""
@@ -121,7 +123,7 @@ def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit
     """Check what the header says, and that a PNG or JPEG has the data for it, before all pixels are decoded."""
     if shape[2] not in (1, 3, 4):
         raise GivenFileError(f"must be an npy or npz: pictures have 1, 3 or 4 channels, the model's images {shape[2]}")
-    if image.format != "JPEG" and getattr(image, "is_animated", False):
+    if image.format not in _JPEGS and getattr(image, "is_animated", False):
         raise GivenFileError("must not be animated")
     turned = image.getexif().get(274, 1) in (5, 6, 7, 8) if image.format != "PNG" or "exif" in image.info else False
     width, height = image.size[::-1] if turned else image.size
@@ -130,7 +132,8 @@ def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit
         raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got {width} x {height}")
     if image.mode not in _MODES:
         raise GivenFileError(f"must be grey or RGB; got colour mode {image.mode}")
-    has_all_data = {"PNG": png_data.has_all_data, "JPEG": jpeg_data.has_all_data}.get(image.format or "")
+    checks = {"PNG": png_data.has_all_data, **dict.fromkeys(_JPEGS, jpeg_data.has_all_data)}
+    has_all_data = checks.get(image.format or "")
     if has_all_data is not None and not has_all_data(content):
         raise GivenFileError(f"is damaged or truncated: its header announces {image.width} x {image.height} pixels")
 

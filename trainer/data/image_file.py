@@ -47,7 +47,7 @@ DIGESTED_WHOLE_BYTES = 64 << 10
 DIGESTED_PARTS, DIGESTED_PART_BYTES = 16, 4 << 10
 """Of larger files, this number of parts of this size is digested."""
 TAIL_BYTES = 64
-TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
+TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
 """Content of the last bytes of a complete file."""
 HAS_ALL_DATA = {"PNG": png_data.has_all_data, "JPEG": jpeg_data.has_all_data, "MPO": jpeg_data.has_all_data}
 """Checks of a file's first picture, by format."""

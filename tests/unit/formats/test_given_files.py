@@ -321,6 +321,21 @@ def test_refused(content: bytes, rule: str) -> None:
         read_images(content, (8, 8, 1), most=4)
 
 
+def test_a_jpeg_with_further_images_is_its_first_one() -> None:
+    several = animated("MPO")
+    assert Image.open(io.BytesIO(several)).format == "MPO"
+    assert np.array_equal(
+        read_images(several, (8, 8, 1), most=1), read_images(picture(GREY, "JPEG"), (8, 8, 1), most=1)
+    )
+    assert not may_be_transparent(several)
+    end = several.index(b"\xff\xd9")
+    height = several.index(b"\xff\xc0") + 5
+    lying = several[:height] + struct.pack(">H", 80) + several[height + 2 :]
+    for damaged, fit in ((several[: end - 20], None), (lying, "crop")):
+        with pytest.raises(GivenFileError, match="is damaged or truncated"):
+            read_images(damaged, (8, 8, 1), most=1, fit=fit)
+
+
 def test_bombs_are_refused_where_pictures_are_fitted_too() -> None:
     with pytest.raises(GivenFileError, match="at most 16777216 pixels"):
         read_images(lying_png(4097, 4096), (8, 8, 1), most=1, fit="resize")

@@ -158,7 +158,7 @@ def test_other_colour_modes_are_converted(tmp_path: Path, mode: str) -> None:
     assert pixels(saved(tmp_path / "a.tif", image), "RGB").min() == 255
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png", "a.mpo"])
 def test_the_first_of_several_frames_is_taken(tmp_path: Path, name: str) -> None:
     frames = [Image.new("RGB", (2, 2), (grey, grey, grey)) for grey in (0, 255)]
     options = {"lossless": True} if name == "a.webp" else {}
