@@ -36,7 +36,7 @@ from service.http.door.keys import require_keys
 from service.http.door.observe import Observe
 from service.http.door.request_line import HeadAsGet, OriginForm
 from service.http.encoding_pool import EncodingPool
-from service.http.interfaces import takes_images
+from service.http.interfaces import takes_images, takes_lists
 from service.http.kserve import routes as kserve
 from service.http.loop_lag import measure_loop_lag
 from service.http.native import admin, arrays, generate, info
@@ -201,7 +201,8 @@ def _given_bytes(served: Mapping[str, ServedModel], scope: Scope) -> int:
     """Return the bytes that the given images of a request may take, for the largest model."""
     if not takes_images(scope["method"], scope["path"]):
         return 0
-    return max((body_bytes(model.config.model) for model in served.values()), default=0)
+    as_lists = takes_lists(scope["path"])
+    return max((body_bytes(model.config.model, as_lists=as_lists) for model in served.values()), default=0)
 
 
 def _tracing() -> Tracing:

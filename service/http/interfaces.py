@@ -10,6 +10,7 @@ from service.http.door.json_body import JsonRoute
 _INFER = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
 _GENERATES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/(generations|edits)|{_INFER}")
 _TAKES_IMAGES = re.compile(rf"/v1/(generate|encode|denoise)|/v1/images/edits|{_INFER}")
+_TAKES_LISTS = re.compile(_INFER)
 EDITS = "/v1/images/edits"
 
 
@@ -50,6 +51,11 @@ class SharedRoute(JsonRoute):
 def takes_images(method: str, path: str) -> bool:
     """Return whether a request may have given images in its body, which may then be long."""
     return method == "POST" and _TAKES_IMAGES.fullmatch(path) is not None
+
+
+def takes_lists(path: str) -> bool:
+    """Return whether given images may be JSON lists of numbers."""
+    return _TAKES_LISTS.fullmatch(path) is not None
 
 
 def takes_form(path: str) -> bool:

@@ -21,7 +21,12 @@ from service.requests.source import Source
 
 T = TypeVar("T")
 
-FLOAT_BYTES = 4
+FLOAT_BYTES = 8
+"""Of a number in a file: float64, as numpy makes it by default."""
+TEXT_BYTES = 25
+"""Of a number in a JSON list, with what separates it from the next: at most that of a float32 as Python writes it."""
+MOST_TEXT_BYTES = 32 << 20
+"""Bytes of JSON lists in a body, because they take several times that when they are parsed."""
 LARGEST_VALUE = 1000.0
 """Of given arrays, in the units of the network."""
 PICTURE_BYTES = 8 << 20
@@ -33,12 +38,18 @@ def shape_of(model: ModelConfig) -> Shape:
     return model.image_height, model.image_width, model.image_channels
 
 
-def body_bytes(model: ModelConfig) -> int:
-    """Return the bytes of base64 that the given arrays of a request for a model take, at most."""
+def body_bytes(model: ModelConfig, *, as_lists: bool = False) -> int:
+    """Return the bytes that the given arrays of a request for a model take, at most.
+
+    Args:
+        model: the model.
+        as_lists: whether arrays may also be JSON lists; they are files in base64 otherwise.
+    """
     height, width, channels = shape_of(model)
     cond = cond_file_shape(model)
     values = height * width * (channels + 1) + (0 if cond is None else math.prod(cond))
-    return max(PICTURE_BYTES, MAX_IMAGES * values * FLOAT_BYTES * 4 // 3)
+    lists = min(MOST_TEXT_BYTES, MAX_IMAGES * values * TEXT_BYTES) if as_lists else 0
+    return max(PICTURE_BYTES, MAX_IMAGES * values * FLOAT_BYTES * 4 // 3, lists)
 
 
 def cond_file_shape(model: ModelConfig) -> Shape | None:

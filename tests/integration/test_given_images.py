@@ -224,7 +224,10 @@ def test_the_samplers_are_listed(address: str) -> None:
 def test_a_body_beyond_what_the_shapes_need_is_refused_before_it_is_read(address: str) -> None:
     for path, most in (
         ("/v1/generate", 65536 + (8 << 20)),
+        ("/v1/encode", 65536 + (8 << 20)),
+        ("/v1/denoise", 65536 + (8 << 20)),
         ("/v2/models/tiny/infer", 65536 + (8 << 20)),
+        ("/v2/models/tiny/versions/1/infer", 65536 + (8 << 20)),
         ("/v1/images/generations", 65536),
     ):
         connection = http.client.HTTPConnection(address)

@@ -16,8 +16,11 @@ from tritonclient.utils import InferenceServerException
 
 from service.http.app import assemble
 from service.http.kserve.routes import ARRAYS, INPUTS
+from service.requests import given
 from service.requests.generate_request import GivenOptions
+from service.requests.given import body_bytes
 from service.settings import Settings
+from tests.fakes import tiny_config
 from tests.integration.exact_service import serving
 from tests.integration.test_conditioning import MAPS, MODELS, SMALL
 from tests.integration.test_given_images import LATENT, MASK, PIXELS, array_of, npy
@@ -104,6 +107,19 @@ def test_values_are_those_of_a_native_request(client: Any, address: str, binary:
     assert (values.dtype, values.shape, answer.as_numpy("images")) == (np.float32, (2, 8, 8, 1), None)
     assert values.tobytes() == native(address, "plain", dtype="float32", clip=clip, **fields).tobytes()
     assert (values.max() > 255) is not clip
+
+
+def test_a_body_may_hold_64_images_and_masks_as_lists_or_as_float64() -> None:
+    shape = (16, 32, 3)
+    model = tiny_config(image_size=shape[:2], image_channels=shape[2], attention_resolutions=()).model
+    arrays = [RNG.normal(0, 1e-6, (64, *shape)), RNG.uniform(0, 1, (64, *shape[:2]))]
+    lists = sum(len(json.dumps(array.astype(np.float32).ravel().tolist())) for array in arrays)
+    files = sum(len(npy(array)) for array in arrays)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(given, "PICTURE_BYTES", 0)
+        assert files - 1000 < body_bytes(model) < lists < body_bytes(model, as_lists=True)
+        patch.setattr(given, "MOST_TEXT_BYTES", 1000)
+        assert body_bytes(model, as_lists=True) == body_bytes(model)
 
 
 def test_values_are_not_sent_unasked(client: Any) -> None:
