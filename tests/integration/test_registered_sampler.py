@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,7 +15,9 @@ import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
 from PIL import Image
+from typer.testing import CliRunner
 
+from cli.main import app as commands
 from diffusion.config import DiffusionConfig
 from diffusion.plans import PLAN_COLUMNS, SAMPLERS, Sampler, SamplingPlan, ancestral_plan
 from tests.integration.exact_service import MODEL, exact_app, expected, serving
@@ -31,7 +35,7 @@ def toy_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> Sampli
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, serving(exact_app()) as address:
-        patch.setitem(SAMPLERS, "toy", Sampler(plan=toy_plan))
+        patch.setitem(SAMPLERS, "toy", Sampler(plan=toy_plan, recommended_steps=(3, 30)))
         yield address
 
 
@@ -78,11 +82,33 @@ def test_it_samples_over_kserve(address: str) -> None:
     assert np.array_equal(answer.as_numpy("images")[0], toy_pixels())
 
 
+def test_the_lists_of_all_interfaces_have_it(address: str) -> None:
+    info = {"name": "toy", "options": [], "recommended_steps": [3, 30]}
+    listed = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["samplers"]
+    assert listed[-1] == info
+    assert httpx.get(f"http://{address}/v2/models/{MODEL}", timeout=PATIENCE_S).json()["samplers"] == listed
+    config = httpx.get(f"http://{address}/v2/models/{MODEL}/config", timeout=PATIENCE_S).json()
+    assert json.loads(config["parameters"]["samplers"]["string_value"]) == listed
+
+
+def test_the_command_line_takes_it(address: str, tmp_path: Path) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        common = ["sample", "--url", f"http://{address}", "--class", "1", "--steps", "5", "--seed", "7"]
+        result = CliRunner().invoke(commands, [*common, *map(str, arguments)])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, output = run("--sampler", "toy", "-o", tmp_path / "toy.npy")
+    assert code == 0, output
+    assert np.array_equal(np.load(tmp_path / "toy.npy")[0], toy_pixels())
+    code, output = run("--sampler", "euler", "-o", tmp_path / "no.npy")
+    assert (code, '"sde-dpm++" or "toy"; got "euler"' in output) == (1, True)
+
+
 def test_the_document_and_the_messages_name_it(address: str) -> None:
-    document = httpx.get(f"http://{address}/openapi.json").json()
+    document = httpx.get(f"http://{address}/openapi.json", timeout=PATIENCE_S).json()
     sampler = document["components"]["schemas"]["GenerateRequest"]["properties"]["sampler"]
     assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "dpm++", "sde-dpm++", "toy"]
-    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"})
+    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"}, timeout=PATIENCE_S)
     assert 'must be "ancestral", "ddim", "dpm++", "sde-dpm++" or "toy"; got "euler"' in refused.json()["detail"]
-    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5})
+    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5}, timeout=PATIENCE_S)
     assert 'is valid only with sampler "ddim"; sampler is "toy"' in refused.json()["detail"]
