@@ -28,7 +28,8 @@ from tests.waiting import PATIENCE_S
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 HAPROXY = ROOT / "deploy" / "haproxy"
-OVERLAYS = ["cpu", "gpu", "keda"]
+OVERLAYS = ["cpu", "gpu", "tensorrt", "keda"]
+ON_GPUS = {"gpu", "tensorrt"}
 
 Objects = dict[tuple[str, str], dict[str, Any]]
 
@@ -289,7 +290,7 @@ def test_probes_ask_what_the_health_checks_of_the_image_and_of_compose_ask(
     assert api["startupProbe"]["httpGet"]["path"] == api["readinessProbe"]["httpGet"]["path"] == ready
     assert api["livenessProbe"]["httpGet"]["path"] == alive
     assert f"--interval={api['livenessProbe']['periodSeconds']}s" in dockerfile
-    start = compose["gpu" if overlay == "gpu" else "api"]["healthcheck"]["start_period"]
+    start = compose["gpu" if overlay in ON_GPUS else "api"]["healthcheck"]["start_period"]
     probe = api["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] == seconds(start)
     assert objects["Deployment", "api"]["spec"].get("progressDeadlineSeconds", 600) > seconds(start)
@@ -297,7 +298,7 @@ def test_probes_ask_what_the_health_checks_of_the_image_and_of_compose_ask(
 
 def test_images_are_those_of_compose(objects: Objects, overlay: str, compose: dict[str, Any]) -> None:
     image, _, tag = container(objects, "api")["image"].partition(":")
-    assert image == compose["gpu" if overlay == "gpu" else "api"]["image"]
+    assert image == compose["gpu" if overlay in ON_GPUS else "api"]["image"]
     assert tag == found(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert container(objects, "proxy")["image"] == compose["proxy"]["image"]
 
@@ -313,9 +314,21 @@ def test_the_service_accepts_its_settings(objects: Objects, overlay: str, compos
     assert settings.max_queue == for_one_proxy * objects["Deployment", "proxy"]["spec"]["replicas"]
     networks = found(r":-(.*)\}", compose["api"]["environment"]["IDDPM_TRUSTED_PROXIES"]).split(",")
     assert set(networks) <= set(values["IDDPM_TRUSTED_PROXIES"].split(","))
-    if overlay == "gpu":
+    if overlay in ON_GPUS:
         defaults = {name: re.sub(r"^\$\{\w+:?-(.*)\}$", r"\1", v) for name, v in compose["gpu"]["environment"].items()}
-        assert defaults.items() <= values.items()
+        assert defaults.items() <= {**values, "IDDPM_BACKEND": "torch"}.items()
+
+
+def test_replicas_with_tensorrt_share_the_engines_that_they_build() -> None:
+    objects = render("tensorrt")
+    values, only = variables(objects, "api"), container(objects, "api")
+    assert (values["IDDPM_BACKEND"], values["IDDPM_BUILD_ENGINES"]) == ("tensorrt", "true")
+    (mount,) = [mount for mount in only["volumeMounts"] if mount["mountPath"] == values["IDDPM_ENGINES_DIR"]]
+    assert not mount.get("readOnly")
+    (volume,) = [volume for volume in pod(objects, "api")["spec"]["volumes"] if volume["name"] == mount["name"]]
+    claim = objects["PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert objects["Deployment", "api"]["spec"]["replicas"] > 1
 
 
 def test_containers_run_without_privileges_on_a_read_only_root(objects: Objects, dockerfile: str) -> None:
