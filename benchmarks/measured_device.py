@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from prometheus_client.parser import text_string_to_metric_families
+
+STEP_SECONDS = "iddpm_engine_step_seconds"
 ROWS_PER_S: Mapping[str, Mapping[int, float]] = {
     "fashion32": {1: 183.3, 2: 289.5, 4: 386.1, 8: 572.9},
     "c64": {1: 55.9, 2: 77.9, 4: 101.8, 8: 127.0},
@@ -41,6 +44,26 @@ class MeasuredDevice:
     def of_ms(cls, call_ms: Mapping[int, float]) -> Self:
         """Return a device with these milliseconds by rows."""
         return cls({rows: ms / 1000 for rows, ms in call_ms.items()})
+
+    @classmethod
+    def of_metrics(cls, text: str) -> Self:
+        """Return the device of a replica, as `iddpm_engine_step_seconds` of its /metrics has it.
+
+        Raises:
+            ValueError: the replica has run no steps, or steps of several models.
+        """
+        sums: dict[int, float] = {}
+        counts: dict[int, float] = {}
+        models = set()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples if family.name == STEP_SECONDS else ():
+                models.add(sample.labels["model"])
+                for suffix, values in (("_sum", sums), ("_count", counts)):
+                    if sample.name == STEP_SECONDS + suffix:
+                        values[int(sample.labels["padded_rows"])] = sample.value
+        if len(models) != 1:
+            raise ValueError(f"{STEP_SECONDS}: needs steps of one model; got {', '.join(sorted(models)) or 'none'}")
+        return cls({rows: sums[rows] / count for rows, count in counts.items()})
 
     @property
     def width(self) -> int:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.simulate_fleet --network c64 --rate 10 --p99 15          # the fewest replicas
     python -m benchmarks.simulate_fleet --network c64 --rate 10 --replicas 25,30  # what these give
+    python -m benchmarks.simulate_fleet --replica http://127.0.0.1:8000 --rate 10 --p99 15
     python -m benchmarks.simulate_fleet --call-ms 1=5.5,2=6.9,4=10.4,8=14 --rate 10 --p99 15 --mix 10=0.8,50=0.2
 
 Requests arrive as a Poisson process, independently of earlier ones, with 1 to 4 images each and numbers of steps drawn
@@ -9,8 +10,9 @@ from the mixture. Latency is from the first attempt to the answer; a request tha
 counts as infinitely late. The requests of the first fifth are not counted, because the replicas start empty. A row is
 the median of several seeds.
 
-The networks are those of "One network call" in RESULTS.md, on OpenVINO in bfloat16 and the two cores of that machine;
-a replica on other hardware needs its own c(n): `iddpm_engine_step_seconds` of a running service has it.
+c(n) is all of a step: take it from a replica that has run steps of every size (`--replica`). The networks of
+`--network` are those of "One network call" in RESULTS.md, on OpenVINO in bfloat16 and the two cores of that machine,
+without what a step needs besides the network.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
+
+import httpx
 
 from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.reporting import command_line, markdown_table
@@ -163,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = parser.add_mutually_exclusive_group(required=True)
     device.add_argument("--network", choices=ROWS_PER_S, help="c(n) as measured in RESULTS.md")
+    device.add_argument("--replica", metavar="URL", help="c(n) as a replica measured it: iddpm_engine_step_seconds")
     device.add_argument("--call-ms", type=numbers, metavar="ROWS=MS,...", help="c(n) in milliseconds")
     parser.add_argument("--rate", type=float, required=True, help="requests per second, in sum")
     wanted = parser.add_mutually_exclusive_group(required=True)
@@ -177,7 +182,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="simulated time (2,000 requests, at least 20 long ones)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     asked = parser.parse_args()
-    simulated = MeasuredDevice.of(asked.network) if asked.network else MeasuredDevice.of_ms(asked.call_ms)
+    if asked.replica:
+        simulated = MeasuredDevice.of_metrics(httpx.get(f"{asked.replica}/metrics").raise_for_status().text)
+    else:
+        simulated = MeasuredDevice.of(asked.network) if asked.network else MeasuredDevice.of_ms(asked.call_ms)
     longest_s = max(asked.mix) * simulated.seconds(min(MAX_IMAGES, simulated.width))
     seconds = asked.seconds or max(2000 / asked.rate, 20 * longest_s)
     load = Load(asked.rate, seconds, asked.mix, range(asked.seeds))

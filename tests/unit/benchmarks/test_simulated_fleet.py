@@ -10,6 +10,7 @@ import statistics
 from typing import get_args
 
 import pytest
+from prometheus_client import generate_latest
 
 from benchmarks.measured_device import ROWS_PER_S, MeasuredDevice, numbers
 from benchmarks.simulate import DEVICES, Device, arrivals, step_level
@@ -17,6 +18,7 @@ from benchmarks.simulate_fleet import Load, balances, fewest_replicas, simulate
 from benchmarks.simulated_fleet import Balance, FleetOutcome, Proxy, simulate_fleet
 from benchmarks.traffic import Arrival
 from service.engine.config import EngineConfig
+from service.metrics import Metrics
 from tests.paths import ROOT
 
 PAIR = Device("one pair of images at a time", fixed=1.0, per_row=0.0, width=2)
@@ -185,3 +187,16 @@ def test_an_unknown_balance_is_refused() -> None:
     assert balances("random,least-work") == ["random", "least-work"]
     with pytest.raises(ValueError, match=r"must be of least-connections, .*; got most-work"):
         balances("most-work")
+
+
+def test_a_device_is_read_from_the_metrics_of_a_replica() -> None:
+    metrics = Metrics()
+    for rows, seconds in ((1, 0.02), (8, 0.05), (8, 0.07)):
+        metrics.step_seconds.labels("m", str(rows)).observe(seconds)
+    device = MeasuredDevice.of_metrics(generate_latest(metrics.registry).decode())
+    assert device.call_s == pytest.approx({1: 0.02, 8: 0.06})
+    with pytest.raises(ValueError, match="needs steps of one model; got none"):
+        MeasuredDevice.of_metrics(generate_latest(Metrics().registry).decode())
+    metrics.step_seconds.labels("other", "1").observe(1)
+    with pytest.raises(ValueError, match="got m, other"):
+        MeasuredDevice.of_metrics(generate_latest(metrics.registry).decode())
