@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pyarrow as pa
 import pytest
 
 from cli.bulk_order import Files, Order, describe_order, requests_for
+from cli.generate_command import generate_command
 from cli.local_engine import LocalEngine, local_settings
 from deploy.ray.bulk import (
     WIDTHS_PER_BATCH,
     Pool,
     batches_of,
+    bulk_command,
     fitting,
     produce_on,
     reason_of,
@@ -54,6 +57,14 @@ def order(**changes: Any) -> Order:
         "image_index": 3, "files": Files("npz", 7),
     }  # fmt: skip
     return Order(**fields | changes)
+
+
+def test_the_command_has_the_options_of_iddpm_generate_and_those_of_the_cluster() -> None:
+    """Typer reads options from a signature, so each command has its own; the types of options are in one module."""
+    here, on_ray = signature(generate_command).parameters, dict(signature(bulk_command).parameters)
+    for name in ("workers", "cpus", "resource", "address"):
+        del on_ray[name]
+    assert list(on_ray.values()) == list(here.values())
 
 
 @pytest.fixture(scope="module")
