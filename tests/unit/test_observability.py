@@ -73,6 +73,17 @@ def test_rules_and_alerts_pass_their_tests() -> None:
     promtool("test", "rules", RULE_TESTS)
 
 
+def test_a_replica_may_start_for_as_long_as_compose_waits_and_no_fault_falls_between_two_alerts() -> None:
+    rules = {rule["alert"]: rule for rule in read_yaml(ALERTS)["groups"][0]["rules"]}
+    gpu = read_yaml(ROOT / "docker-compose.gpu.yml")["services"]["api"]["healthcheck"]["start_period"]
+    minutes = int(rules["ReplicaNotStarted"]["for"].removesuffix("m"))
+    assert minutes * 60 > int(gpu.removesuffix("s"))
+    for name in ("ReplicaDown", "ReplicaNotReady"):  # they end when the window has passed; ReplicaNotStarted follows
+        window = re.search(r"\[(\d+)m\]", rules[name]["expr"])
+        assert window is not None
+        assert int(window[1]) >= minutes
+
+
 def test_every_alert_is_tested_both_firing_and_silent() -> None:
     checks = [check for case in read_yaml(RULE_TESTS)["tests"] for check in case["alert_rule_test"]]
     fires = {check["alertname"] for check in checks if check.get("exp_alerts")}
