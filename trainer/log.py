@@ -43,6 +43,7 @@ class Window:
         self._noise_of = noise_of
         self._by_quartile = by_quartile
         self._started = time.perf_counter()
+        self._waited = 0.0
         self._rows: list[Tensor] = []
         self.names: tuple[str, ...] = ()
         """Names of the losses."""
@@ -57,17 +58,28 @@ class Window:
         grad_norm: Tensor,
         num_steps: int,
         micro_norm: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
-        """Add the losses of one batch, [B] each, at timesteps t, and the norms of its gradient and a micro-batch's."""
+        """Add the losses of one batch, and the norms of its gradient and a micro-batch's.
+
+        Args:
+            losses: [B] each.
+            t: their timesteps, int64 [B].
+            grad_norm: of the batch.
+            num_steps: S, timesteps of the process.
+            micro_norm: of the first micro-batch; None: it is not estimated.
+            weights: that make means over the drawn timesteps unbiased, [B]; None: 1.
+        """
         self.names = tuple(losses)
         quartile = (t * QUARTILES // num_steps).float()
+        weights = torch.ones_like(quartile) if weights is None else weights
         norms = [norm.expand_as(quartile) for norm in (grad_norm, grad_norm if micro_norm is None else micro_norm)]
-        self._rows.append(torch.stack([*losses.values(), quartile, *norms], dim=1))
+        self._rows.append(torch.stack([*losses.values(), quartile, weights, *norms], dim=1))
 
     def rows(self) -> Tensor:
-        """Return a row per image: its losses, the quartile of its timestep, its batch's norms; float32 [N, losses + 3].
+        """Return a row per image: its losses, its timestep's quartile and weight, its batch's norms.
 
-        They are on the device still.
+        float32 [N, losses + 4], still on the device.
         """
         return torch.cat(self._rows)
 
@@ -78,27 +90,36 @@ class Window:
         yield
         self._started += time.perf_counter() - before
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time spent inside as time waited for images."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
     def summary(self, rows: Tensor | None = None) -> dict[str, float]:
-        """Return the rounded means and the speed.
+        """Return the rounded means, the share of the time that was waited for images, and the speed.
 
         Args:
             rows: `rows` of all processes; None: those of this one.
         """
         rows = (self.rows() if rows is None else rows).cpu()
-        *terms, quartile, grad_norm, micro_norm = rows.unbind(1)
-        named = dict(zip(self.names, terms, strict=True))
-        values = {name: term.mean().item() for name, term in named.items()}
+        *terms, quartile, weights, grad_norm, micro_norm = rows.unbind(1)
+        weighted = {name: term * weights for name, term in zip(self.names, terms, strict=True)}
+        values = {name: term.mean().item() for name, term in weighted.items()}
         for name in self._by_quartile:
             for q in range(QUARTILES):
                 if (here := quartile == q).any():
-                    values[f"{name}_q{q}"] = named[name][here].mean().item()
+                    values[f"{name}_q{q}"] = (weighted[name][here].sum() / weights[here].sum()).item()
         if self._skips and (kept := torch.isfinite(grad_norm)).any():
             grad_norm = grad_norm[kept]
         values["grad_norm"] = grad_norm.mean().item()
         if self._noise_of is not None:
             small, big = (norm.double().square().mean().item() for norm in (micro_norm, grad_norm))
             values["noise_trace"], values["gradient_squared"] = estimates(small, big, *self._noise_of)
-        values["images_per_second"] = len(rows) / (time.perf_counter() - self._started)
+        took = time.perf_counter() - self._started
+        values["data_wait"] = self._waited / took
+        values["images_per_second"] = len(rows) / took
         return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 

@@ -213,7 +213,7 @@ class _Run:
                 state.average_in()
                 state.images_seen = before + config.batch_size
                 micro_norm = self._optimisation.micro_norm
-                self._window.add(losses, batch.t, grad_norm, self._objective.num_steps, micro_norm)
+                self._window.add(losses, batch.t, grad_norm, self._objective.num_steps, micro_norm, batch.weights)
                 self._bar.update(config.batch_size)
                 for every in recurring:
                     every.run_if_due(before, state.images_seen, done=state.images_seen >= config.total_images)
@@ -231,7 +231,8 @@ class _Run:
         status = STOP if self._stop() else FINISHED if self._overfitted else GO_ON
         if status == GO_ON:
             try:
-                images = take()
+                with self._window.waiting_for_data():
+                    images = take()
             except DataError as error:
                 unreadable, status = error, UNREADABLE
         status = self._ranks.highest(status)

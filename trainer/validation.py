@@ -107,8 +107,8 @@ class Validation:
                 batch = self._batch(np.arange(first, min(first + size, len(self._held.labels)), dtype=np.int64))
                 losses = self._objective.losses(self._autocast(network), batch)
                 window.add(losses, batch.t, torch.zeros((), device=self._device), self._objective.num_steps)
-        summary = window.summary()
-        return {name: value for name, value in summary.items() if name not in ("grad_norm", "images_per_second")}
+        of_training = ("grad_norm", "data_wait", "images_per_second")
+        return {name: value for name, value in window.summary().items() if name not in of_training}
 
     def _batch(self, indices: IntArray) -> Batch:
         x0, cond = read_pairs(self._held, indices)

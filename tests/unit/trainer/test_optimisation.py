@@ -188,6 +188,17 @@ def test_a_line_of_the_log_has_unbiased_estimates_of_the_gradient_noise() -> Non
     assert summary["gradient_squared"] == pytest.approx((8 * 5 - 2 * 10) / 6, rel=1e-4)
 
 
+def test_a_line_of_the_log_weighs_losses_by_their_timesteps() -> None:
+    """As OpenAI's log: the mean over timesteps that were drawn with other probabilities is that over all of them."""
+    window = Window(("loss",))
+    one, t = torch.ones(()), torch.tensor([0, 0, 0, 9])
+    losses, importance = torch.tensor([8.0, 10.0, 12.0, 2.0]), torch.tensor([0.5, 0.5, 1.0, 2.0])
+    window.add({"loss": losses}, t, one, 10, weights=importance)
+    summary = window.summary()
+    assert summary["loss"] == (4 + 5 + 12 + 4) / 4
+    assert (summary["loss_q0"], summary["loss_q3"]) == (21 / 2, 2.0)
+
+
 def test_a_float16_run_resumes_with_its_loss_scale(npz: Path, tmp_path: Path) -> None:
     config = tiny(precision="float16", preview_per_class=0)
     train(config, npz, tmp_path / "whole")

@@ -517,6 +517,18 @@ def test_the_speed_does_not_count_checkpoints_and_previews(monkeypatch: pytest.M
     assert window.summary()["images_per_second"] == 2.0
 
 
+def test_the_log_has_the_share_of_the_time_that_was_waited_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 1.5, 2.0, 6.0, 8.0])
+    monkeypatch.setattr("trainer.log.time.perf_counter", lambda: next(now))
+    window = Window(())
+    window.add({"loss": torch.zeros(4)}, torch.zeros(4, dtype=torch.int64), torch.tensor(1.0), 10)
+    with window.waiting_for_data():
+        pass
+    with window.clock_stopped():
+        pass
+    assert window.summary()["data_wait"] == 0.5 / (8 - 4)
+
+
 # --- what is decided elsewhere
 
 
