@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cli.main import app
 from diffusion.config import CheckpointConfig, ClassifierConfig, DiffusionConfig
 from diffusion.unet import UNet
 from formats.checkpoint import build_network, load_classifier, read_weights
@@ -117,6 +119,14 @@ def test_a_classifier_resumes_bit_for_bit(halves: Path, tmp_path: Path) -> None:
     train(classifier_config(), halves, tmp_path / "parts", resume=True)
     whole, parts = (weights(checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_a_classifier_is_written_from_another_average(halves: Path, tmp_path: Path) -> None:
+    train(classifier_config(ema_decay=(0.5, 0.9)), halves, tmp_path / "run")
+    arguments = ["ema", str(tmp_path / "run"), str(tmp_path / "out"), "--decay", "0.9"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert load_classifier(tmp_path / "out")[0].provenance["ema"] == {"decay": 0.9}
 
 
 def test_the_loss_and_the_network_must_fit() -> None:
