@@ -23,7 +23,7 @@ from trainer.config import TrainConfig
 from trainer.data import open_dataset
 from trainer.loop import resolve
 from trainer.run_folder import LOG_FILE
-from trainer.timestep_sampler import StratifiedSampler
+from trainer.timestep_sampler import StratifiedSampler, TimestepSampler
 
 STEPS = count(300, 10)
 LR, DECAY, EMA_RATE, BETA1, BETA2 = 1e-3, 0.01, 0.99, 0.9, 0.999
@@ -103,7 +103,8 @@ class RestatedImportance:
     def state_dict(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    load_state_dict = update
+    def load_state_dict(self, state: Any) -> None:
+        raise NotImplementedError
 
 
 def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Tensor]]:
@@ -118,7 +119,7 @@ def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Te
     network = UNet(config.model)  # type: ignore[arg-type]  # of a diffusion model
     steps, size = config.diffusion.num_timesteps, config.microbatch_size or config.batch_size
     importance = RestatedImportance(steps)
-    draws = importance if config.timestep_sampler == "loss_second_moment" else StratifiedSampler(steps)
+    draws: TimestepSampler = importance if config.timestep_sampler == "loss_second_moment" else StratifiedSampler(steps)
     source = Batches(config, dataset, draws)
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     first = [torch.zeros_like(parameter) for parameter in network.parameters()]
