@@ -21,7 +21,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from diffusion.config import CheckpointConfig, DiffusionConfig
 from diffusion.network_inputs import NetworkInputs
-from diffusion.plans import SAMPLERS
+from diffusion.plans import SAMPLERS, Sampler, ancestral_plan
 from service.http.door.keys import ApiKey, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from tests.browser.conftest import Site, serving
@@ -87,12 +87,32 @@ def answered(site: Site, **body: Any) -> list[bytes]:
     return [base64.b64decode(image["b64_json"]) for image in answer["images"]]
 
 
+def titles() -> list[str]:
+    """Return the names of the samplers on the page."""
+    return ["Ancestral", "DDIM", "DPM++", "SDE-DPM++"]
+
+
 def test_the_samplers_are_those_of_the_service(page: Page, site: Site) -> None:
     opened(page, site)
     choices = page.locator("#samplers input")
     assert [choice.get_attribute("value") for choice in choices.all()] == list(SAMPLERS)
-    assert page.locator("#samplers").inner_text().split() == ["Ancestral", "DDIM", "DPM++", "SDE-DPM++"]
+    assert page.locator("#samplers").inner_text().split() == titles()
     expect(page.get_by_role("radio", name="Ancestral")).to_be_checked()
+
+
+def test_a_sampler_that_is_registered_is_offered(page: Page, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Sampler(plan=ancestral_plan, recommended_steps=(3, 30))
+    monkeypatch.setitem(SAMPLERS, "toy", toy)
+    opened(page, site)
+    page.locator("#samplers").get_by_text("Toy", exact=True).click()
+    expect(page.get_by_text("Recommended for Toy: 3 to 30.")).to_be_visible()
+    expect(page.get_by_label("Eta", exact=True)).to_be_hidden()
+    expect(page.locator("#upsample-sampler option")).to_have_text([*titles(), "Toy"])
+    with page.expect_request("**/v1/generate") as request:
+        run = ask(page, steps=5, n=1)
+    expect_state(run, "done")
+    assert json.loads(request.value.post_data or "")["sampler"] == "toy"
+    expect(run).to_contain_text("5 steps · Toy")
 
 
 def test_a_sampler_brings_its_options_and_its_recommended_steps(page: Page, site: Site) -> None:

@@ -124,6 +124,47 @@ def test_what_is_not_painted_is_kept_and_black_in_the_map(page: Page, site: Site
     expect(page.locator("#before-picture")).to_have_css("clip-path", "inset(0px 0% 0px 0px)")
 
 
+def test_a_mask_is_painted_with_one_finger_and_the_page_does_not_scroll(new_context: NewContext, site: Site) -> None:
+    context = new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = opened(context.new_page(), site)
+    editor = choose(page)
+    page.get_by_label("Brush").fill("1")
+    editor.evaluate("(shown) => shown.scrollIntoView({ block: 'center', behavior: 'instant' })")
+    box = editor.bounding_box()
+    assert box is not None
+    scrolled = page.evaluate("scrollY")
+    fingers = context.new_cdp_session(page)
+
+    def at(column: int, row: int, finger: int) -> dict[str, float]:
+        assert box is not None
+        x, y = box["x"] + (column + 0.5) * box["width"] / SIDE, box["y"] + (row + 0.5) * box["height"] / SIDE
+        return {"x": x, "y": y, "id": finger}
+
+    def touch(kind: str, *points: dict[str, float]) -> None:
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    touch("touchStart", at(2, 1, 0))
+    for row in range(2, 6):
+        touch("touchMove", at(2, row, 0))
+    touch("touchStart", at(2, 5, 0), at(7, 7, 1))  # a second finger
+    touch("touchMove", at(2, 5, 0), at(7, 0, 1))
+    touch("touchMove", at(2, 6, 0), at(7, 0, 1))
+    touch("touchEnd")
+    assert page.evaluate("scrollY") == scrolled
+    wanted = np.zeros((SIDE, SIDE), np.uint8)
+    wanted[1:7, 2] = 255
+    np.testing.assert_array_equal(mask_in(asked_with(page)[1]), wanted)
+
+    page.get_by_text("Erase", exact=True).tap()
+    editor.evaluate("(shown) => shown.scrollIntoView({ block: 'center', behavior: 'instant' })")
+    box = editor.bounding_box()
+    touch("touchStart", at(2, 1, 0))
+    touch("touchMove", at(2, 3, 0))
+    touch("touchEnd")
+    wanted[1:4, 2] = 0
+    np.testing.assert_array_equal(mask_in(asked_with(page)[1]), wanted)
+
+
 def test_a_mask_can_be_painted_with_the_keyboard(page: Page, site: Site) -> None:
     opened(page, site)
     editor = choose(page)
@@ -185,7 +226,7 @@ def test_what_the_service_refuses_is_shown_by_its_field(page: Page, site: Site) 
     transparent = png(np.zeros((SIDE, SIDE, 4), np.uint8))
     picture.set_input_files({"name": "p.png", "mimeType": "image/png", "buffer": transparent})
     expect(picture).to_have_accessible_description(
-        "or drop or paste one: PNG, WebP, JPEG Must have no transparent pixels."
+        "or drop or paste one: PNG, WebP, JPEG, npy, npz Must have no transparent pixels."
     )
     expect(picture).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#given-edit")).to_be_hidden()

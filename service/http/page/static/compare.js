@@ -2,7 +2,7 @@
 
 import { byId } from "./dom.js";
 import { isArray, pictureUrl } from "./files.js";
-import { showFitted } from "./pictures.js";
+import { showPicture } from "./pictures.js";
 import { showSlider } from "./sliders.js";
 
 /** Set up the controls; call it once. */
@@ -19,19 +19,19 @@ export function installCompare() {
 export async function compare({ image, cond, fit }, after) {
   const before = image ?? cond;
   const view = byId("view");
-  view.hidden = before === undefined || isArray(before);
+  view.hidden = image === undefined && (cond === undefined || isArray(cond));
   document.querySelector("input[name=view][value=after]").checked = true;
   byId("view-difference").hidden = image === undefined; // a conditioning image may show something else
   showView();
   if (view.hidden) return;
-  showFitted(byId("before-picture"), before, image ? "resize" : fit);
+  showPicture(byId("before-picture"), before, image ? "resize" : fit);
   if (image === undefined) return;
   const sources = [before, after].map((b64) => pictureUrl(b64));
   const images = await Promise.all(sources.map(decoded));
   const difference = differenceOf(...images.map((image) => pixelsOf(image, images[1])));
   drawMap(byId("difference"), difference);
   const largest = largestOf(difference.data);
-  const share = difference.data.filter((value) => value > 0).length / difference.data.length;
+  const share = difference.data.filter((value) => value > 0).length / difference.shown;
   byId("difference-most").textContent = largest;
   byId("difference-text").textContent = largest
     ? `${(100 * share).toFixed(1)} % of the pixels have changed; black ones are equal bit for bit.`
@@ -67,14 +67,15 @@ function pixelsOf(image, { naturalWidth, naturalHeight }) {
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
-/** Return the largest difference of the colours of each pixel, 0..255. */
+/** Return the largest difference of the colours of each pixel, 0..255, and the number of pixels that are not transparent. */
 function differenceOf(before, after) {
   const data = new Uint8Array(before.width * before.height);
   for (let k = 0; k < 4 * data.length; k++) {
     const pixel = k >> 2;
     data[pixel] = Math.max(data[pixel], Math.abs(before.data[k] - after.data[k]));
   }
-  return { width: before.width, height: before.height, data };
+  const shown = data.filter((_, pixel) => after.data[4 * pixel + 3] > 0).length;
+  return { width: before.width, height: before.height, data, shown };
 }
 
 /** Draw differences: black for none, from dark red to white for others; the style sheet has the same scale. */

@@ -5,11 +5,13 @@ import { byId } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { Given } from "./given.js";
 import { Samplers } from "./samplers.js";
+import { arePictures } from "./pictures.js";
 import { showSlider } from "./sliders.js";
 import { store, stored } from "./storage.js";
 import { Upsampling } from "./upsampling.js";
 
 const SLOT = "iddpm.settings";
+const STEP = 5; // of the slider of the steps
 const SEEDS = 1_000_000; // short enough to remember
 
 export class Controls {
@@ -55,6 +57,7 @@ export class Controls {
     this.#isOnlyModel = models.length === 1;
     const [, steps, guidance] = this.#sliders;
     [steps.min, steps.max] = this.#samplers.stepsOfAll.map((bound) => Math.min(bound, model.num_timesteps));
+    steps.step = steps.min % STEP ? 1 : STEP; // the values of a slider begin with its least
     guidance.value = model.default_cfg_scale;
     byId("guidance-field").hidden = !model.guidance;
     byId("classifier-field").hidden = !model.classifier_guidance;
@@ -101,6 +104,7 @@ export class Controls {
       ...(this.#model.guidance ? { cfg_scale: guidance } : {}),
       ...(this.#model.classifier_guidance ? { classifier_scale: byClassifier } : {}),
       seed: Number(byId("seed").value),
+      ...(arePictures(this.#model) ? {} : { format: "npy" }),
       ...this.#upsampling.fields,
       ...this.#given.fields,
       ...this.#conditioning.fields,

@@ -2,7 +2,7 @@
 
 import { compare, installCompare } from "./compare.js";
 import { byId, el } from "./dom.js";
-import { bytesOf, copy, fileName, pictureUrl, save } from "./files.js";
+import { bytesOf, copy, fileName, isArray, pictureUrl, save } from "./files.js";
 import { pictureWidth } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
 import { duration, samplerTitle } from "./words.js";
@@ -20,7 +20,8 @@ let wanted = null;
  */
 export function openDetail(image, body, answer, { onSeed, onEdit, onCondition, takers }) {
   const dialog = byId("detail");
-  wanted = { url: serviceUrl(), accept: "image/png", file: fileName(image), body };
+  const [type, kind] = isArray(image.b64_json) ? ["application/x-npy", "npy"] : ["image/png", "PNG"];
+  wanted = { url: serviceUrl(), accept: type, file: fileName(image), body };
   byId("detail-title").textContent = image.class ?? "Picture";
   const picture = byId("detail-picture");
   picture.src = pictureUrl(image.b64_json);
@@ -46,14 +47,14 @@ export function openDetail(image, body, answer, { onSeed, onEdit, onCondition, t
   byId("detail-facts").replaceChildren(
     ...Object.entries(facts).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
   );
-  const png = new Blob([bytesOf(image.b64_json)], { type: "image/png" });
+  const file = new Blob([bytesOf(image.b64_json)], { type });
   byId("detail-actions").replaceChildren(
-    el("button", { type: "button", onclick: () => save(png, fileName(image)) }, "Download PNG"),
+    el("button", { type: "button", onclick: () => save(file, fileName(image)) }, `Download ${kind}`),
     el("button", { type: "button", onclick: () => (onSeed(image.seed), dialog.close()) }, "Use this seed"),
-    el("button", { type: "button", onclick: () => (dialog.close(), onEdit(png)) }, "Edit this picture"),
+    el("button", { type: "button", onclick: () => (dialog.close(), onEdit(file)) }, "Edit this picture"),
     ...takers().map((model) => {
       const label = model.cond.low_resolution ? `Enlarge with ${model.name}` : `Condition ${model.name} on it`;
-      return el("button", { type: "button", onclick: () => (dialog.close(), onCondition(model, png, image)) }, label);
+      return el("button", { type: "button", onclick: () => (dialog.close(), onCondition(model, file, image)) }, label);
     }),
   );
   showCode();

@@ -1,5 +1,7 @@
 // Images as bytes, and their downloads.
 
+import { channelsUrl, meanUrl } from "./arrays.js";
+
 /** Decode base64. */
 export function bytesOf(b64) {
   return Uint8Array.from(atob(b64), (character) => character.charCodeAt(0));
@@ -15,12 +17,17 @@ export function base64Of(blob) {
   });
 }
 
-/** Return the URL of an image that was received as base64. */
+/** Return the URL of an image that was received as base64: of an array, the channels beside each other. */
 export function pictureUrl(b64, format = "png") {
-  return `data:image/${format};base64,${b64}`;
+  return isArray(b64) ? channelsUrl(bytesOf(b64)) : `data:image/${format};base64,${b64}`;
 }
 
-/** Return whether a file in base64 is an npy or npz, which browsers cannot show. */
+/** Return the URL of an image in its own size: of an array, the mean of the channels. */
+export function onePictureUrl(b64) {
+  return isArray(b64) ? meanUrl(bytesOf(b64)) : pictureUrl(b64);
+}
+
+/** Return whether a file in base64 is an npy or npz. */
 export function isArray(b64) {
   return b64.startsWith("k05VTVBZ") || b64.startsWith("UEs"); // "\x93NUMPY", and "PK" of zip archives
 }
@@ -28,7 +35,8 @@ export function isArray(b64) {
 /** Return a file name of letters, digits and hyphens for any class name; `image` is that of the service's answer. */
 export function fileName(image) {
   const readable = (image.class ?? "").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 40);
-  return `${[readable, `seed${image.seed}`, image.image_index].filter((part) => part !== "").join("-")}.png`;
+  const extension = isArray(image.b64_json) ? "npy" : "png";
+  return `${[readable, `seed${image.seed}`, image.image_index].filter((part) => part !== "").join("-")}.${extension}`;
 }
 
 /** Let the browser save a file. */

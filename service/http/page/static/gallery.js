@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { byId, el } from "./dom.js";
-import { isSmall, sidesOf } from "./pictures.js";
+import { arePictures, isSmall, sidesOf } from "./pictures.js";
 import { count } from "./words.js";
 
 const SEARCH_FROM = 24;
@@ -43,8 +43,9 @@ export class Gallery {
     this.#box.replaceChildren(entry("", "Any", "?"), ...names.map((name, index) => entry(index, name, "")));
     this.#filter();
     this.choose(null);
-    this.#box.classList.toggle("bare", Boolean(model.cond)); // there are no thumbnails without a conditioning image
-    if (!model.cond) for (const label of this.#labels().slice(1)) this.#seen.observe(label);
+    const hasThumbnails = !model.cond && arePictures(model); // no picture of a class without a conditioning image
+    this.#box.classList.toggle("bare", !hasThumbnails);
+    if (hasThumbnails) for (const label of this.#labels().slice(1)) this.#seen.observe(label);
   }
 
   /** The index of the chosen class; null for any class. */

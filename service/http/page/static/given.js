@@ -6,18 +6,19 @@
 import { generate } from "./api.js";
 import { byId } from "./dom.js";
 import { clearFieldErrors, showFieldErrors } from "./field_errors.js";
-import { base64Of, pictureUrl } from "./files.js";
+import { base64Of, onePictureUrl } from "./files.js";
 import { MaskEditor } from "./mask_editor.js";
-import { givenSidesOf, isSmall } from "./pictures.js";
+import { arePictures, givenSidesOf, isSmall } from "./pictures.js";
 import { takeFiles } from "./sources.js";
 import { explain } from "./words.js";
 
-const CHANNELS = [1, 3]; // a canvas does not show exactly what has transparency
+const TRANSPARENT = 4; // number of channels; a canvas does not show exactly what has transparency
+const PICTURES = "or drop or paste one: PNG, WebP, JPEG, npy, npz";
 
 export class Given {
   #model = null;
   #file = null;
-  #picture = null; // PNG in base64, in the size and the channels of the model
+  #picture = null; // PNG or npy in base64, in the size and the channels of the model
   #reading = null; // aborts the request that fits the picture
   #editor;
   #conditioning;
@@ -45,13 +46,15 @@ export class Given {
     return this.#fit();
   }
 
-  /** Offer the choice if the model's images are pictures, and fit the chosen picture to them. */
+  /** Offer the choice, and fit the chosen picture to the model's images. */
   show(model) {
     this.#model = model;
-    byId("given").hidden = !CHANNELS.includes(model.image_channels);
+    byId("given").hidden = model.image_channels === TRANSPARENT;
+    byId("drop-hint").textContent = arePictures(model) ? PICTURES : `or drop one: npy or npz, ${model.image_channels} channels`;
+    byId("given-channels").hidden = arePictures(model);
     byId("given-picture").className = isSmall(givenSidesOf(model)) ? "pixels" : "";
     this.#editor.reset(model);
-    if (this.#file) this.#fit();
+    if (this.#file && !byId("given").hidden) this.#fit();
   }
 
   /** Whether the chosen picture is not ready yet. */
@@ -89,6 +92,7 @@ export class Given {
       const image = await base64Of(this.#file);
       const model = this.#model.cascade?.base ?? this.#model.name; // which keeps the picture's size
       const body = { model, image, fit: byId("fit").value, strength: 0, steps: 2, cfg_scale: 1, seed: 0 };
+      if (!arePictures(this.#model)) body.format = "npy";
       // Of strength 0, no step is taken: any conditioning image does
       if (this.#model.cond) body.cond = this.#conditioning.fields.cond ?? image;
       const answer = await (await generate(body, reading.signal)).json();
@@ -107,7 +111,7 @@ export class Given {
   #begin(picture) {
     this.#picture = picture;
     this.#editor.reset(this.#model);
-    byId("given-picture").src = pictureUrl(picture);
+    byId("given-picture").src = onePictureUrl(picture);
     byId("given-state").textContent = "";
     byId("given-edit").hidden = false;
     this.#changed();

@@ -26,14 +26,15 @@ export class MaskEditor {
       onChange();
     };
     this.#box.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0) return;
+      if (event.button !== 0 || !event.isPrimary) return; // other fingers would paint lines between them
       this.#box.setPointerCapture(event.pointerId);
       this.#last = this.#at(event);
       this.#paintTo(event);
     });
-    this.#box.addEventListener("pointermove", (event) => this.#last && this.#paintTo(event));
+    this.#box.addEventListener("pointermove", (event) => this.#last && event.isPrimary && this.#paintTo(event));
     for (const end of ["pointerup", "pointercancel"]) {
-      this.#box.addEventListener(end, () => {
+      this.#box.addEventListener(end, (event) => {
+        if (!event.isPrimary) return;
         if (this.#last) changed();
         this.#last = null;
       });

@@ -1,5 +1,6 @@
 // The images of one run: first noise, then previews, then the results.
 
+import { sidesOfChannels } from "./arrays.js";
 import { el } from "./dom.js";
 import { isArray, pictureUrl } from "./files.js";
 import { drawNoise } from "./noise.js";
@@ -8,6 +9,7 @@ import { duration } from "./words.js";
 const WIDTH = 168; // of an image among others, in CSS pixels
 const WIDTH_ALONE = 320;
 const PIXELS_UP_TO = 96; // larger images are not enlarged
+const IN_PICTURES = [1, 3, 4]; // numbers of channels that a PNG has
 
 /** One image and its caption. */
 export class Picture {
@@ -20,7 +22,7 @@ export class Picture {
 
   constructor(model, label) {
     this.#model = model;
-    const [height, width] = sidesOf(model);
+    const [height, width] = shownSidesOf(model);
     const noise = el("canvas", { width, height });
     drawNoise(noise);
     this.#name.textContent = label;
@@ -73,6 +75,16 @@ export function sidesOf(model) {
   return bothOf(model.image_size);
 }
 
+/** Return whether a model's images are pictures; others are sent as arrays. */
+export function arePictures(model) {
+  return IN_PICTURES.includes(model.image_channels);
+}
+
+/** Return height and width of what is shown of a model's images. */
+export function shownSidesOf(model) {
+  return arePictures(model) ? sidesOf(model) : sidesOfChannels(sidesOf(model), model.image_channels);
+}
+
 /** Return height and width of the pictures that a model begins with: of a cascade, those of its base. */
 export function givenSidesOf(model) {
   return bothOf(model.cascade?.given_size ?? model.image_size);
@@ -93,10 +105,14 @@ export function isSmall([height, width]) {
   return Math.max(height, width) <= PIXELS_UP_TO;
 }
 
-/** Show a file in base64 as the service fits it; of an array there is nothing to show. */
+/** Show a file in base64 as the service fits it; an array of the user, of any type, is not shown. */
 export function showFitted(picture, content, fit) {
   picture.hidden = isArray(content);
-  if (picture.hidden) return;
+  if (!picture.hidden) showPicture(picture, content, fit);
+}
+
+/** Show a file in base64, a picture or an array of the service. */
+export function showPicture(picture, content, fit) {
   picture.src = pictureUrl(content);
   picture.dataset.fit = fit;
   picture.onload = () => picture.classList.toggle("pixels", isSmall([picture.naturalHeight, picture.naturalWidth]));

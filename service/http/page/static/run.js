@@ -6,7 +6,7 @@ import { announce, el } from "./dom.js";
 import { readEvents } from "./events.js";
 import { clearFieldErrors, showFieldErrors } from "./field_errors.js";
 import { bytesOf, copy, fileName, save } from "./files.js";
-import { Picture, conditionPicture, pictureWidth, sidesOf } from "./pictures.js";
+import { Picture, arePictures, conditionPicture, pictureWidth, shownSidesOf } from "./pictures.js";
 import { curl, python, serviceUrl } from "./snippets.js";
 import { count, duration, explain, samplerTitle } from "./words.js";
 import { zip } from "./zip.js";
@@ -36,8 +36,8 @@ export class Run {
     const items = this.#pictures.map(({ element }) => element);
     if (request.cond) items.unshift(conditionPicture(model, request));
     const grid = el("ul", { className: "pictures" }, ...items);
-    grid.style.setProperty("--aspect", sidesOf(model).toReversed().join(" / "));
-    grid.style.setProperty("--picture", `${pictureWidth(...sidesOf(model), items.length)}px`);
+    grid.style.setProperty("--aspect", shownSidesOf(model).toReversed().join(" / "));
+    grid.style.setProperty("--picture", `${pictureWidth(...shownSidesOf(model), items.length)}px`);
     this.#bar.setAttribute("aria-label", `Progress of ${this.#title}`);
     const head = el("div", { className: "run-head" }, el("h3", {}, this.#label), this.#actions);
     const facts = el("div", { className: "run-head" }, el("p", { className: "recipe" }, this.#recipe), this.#status);
@@ -91,7 +91,10 @@ export class Run {
       this.#pictures[k].done(image, () => openDetail(image, this.#oneOf(image), answer, this.#callbacks));
     });
     const snippet = (accept, file) => ({ url: serviceUrl(), accept, file, body: this.request });
-    const wanted = snippet("application/zip", `iddpm-${this.request.seed}.zip`);
+    const name = `iddpm-${this.request.seed}`;
+    const wanted = arePictures(this.#model)
+      ? snippet("application/zip", `${name}.zip`)
+      : snippet("application/x-npz", `${name}.npz`);
     const files = answer.images.map((image, k) => ({
       name: `${String(k).padStart(4, "0")}-${fileName(image)}`,
       bytes: bytesOf(image.b64_json),
@@ -99,7 +102,7 @@ export class Run {
     this.#actions.replaceChildren(
       button("Copy curl", (event) => copy(event.currentTarget, curl(wanted))),
       button("Copy Python", (event) => copy(event.currentTarget, python(wanted))),
-      button("Download zip", () => save(zip(files), wanted.file)),
+      button("Download zip", () => save(zip(files), `${name}.zip`)),
     );
   }
 
