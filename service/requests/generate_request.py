@@ -85,7 +85,8 @@ class SamplingOptions(RequestBody):
     model: StrictStr | None = Field(default=None, description="Name of a served model; default: the first.")
     steps: Annotated[StrictInt, Field(ge=2)] | None = Field(
         default=None,
-        description=f"Respaced sampling steps, 2..T of the model, 50 to 250 recommended; default {DEFAULT_STEPS}.",
+        description="Respaced sampling steps, 2..T of the model; `GET /v1/models` lists those recommended with each "
+        f"sampler; default {DEFAULT_STEPS}.",
     )
     respacing: Annotated[StrictStr, Field(max_length=200)] | None = Field(
         default=None,
