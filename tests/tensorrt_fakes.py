@@ -50,8 +50,9 @@ def write_artifact(
     graph: bytes = b"a graph",
     precision: Precision = "fp32",
     buckets: tuple[int, ...] = (1, 2, 4),
+    inputs: tuple[str, ...] = (),
 ) -> Manifest:
-    """Write an artifact folder around a graph; its time MLP is random."""
+    """Write an artifact folder around a graph; its time MLP is random. Without `inputs`, as earlier versions did."""
     folder.mkdir(parents=True)
     (folder / MODEL_FILE).write_bytes(graph)
     wide, narrow = config.model.emb_channels, config.model.model_channels
@@ -67,6 +68,7 @@ def write_artifact(
         precision=precision,
         opset=22,
         buckets=buckets,
+        inputs=inputs,
         files={name: file_entry(folder / name) for name in (MODEL_FILE, TIME_MLP_FILE)},
         parity=(parity(precision=precision),),
     )
@@ -89,6 +91,8 @@ def fake_plan(config: CheckpointConfig, bucket: int, **changes: object) -> bytes
         "y": ([bucket], "INT64"),
         "out": ([bucket, model.out_channels, *image[2:]], "FLOAT"),
     }
+    if model.cond_shape is not None:
+        tensors["cond"] = ([bucket, *model.cond_shape], "FLOAT")
     return json.dumps({"tensors": tensors, **changes}).encode()
 
 
@@ -112,10 +116,16 @@ def write_fake_engine(
 
 
 def expected_output(
-    x_t: npt.NDArray[Any], emb_t: npt.NDArray[Any], y: npt.NDArray[Any], channels: int
+    x_t: npt.NDArray[Any],
+    emb_t: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+    channels: int,
+    cond: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Compute the output of an engine of the fake: each row depends on its own inputs only."""
     rows = x_t.mean(axis=(1, 2, 3)) + emb_t.mean(axis=1) + y
+    if cond is not None:
+        rows = rows + 2 * cond.mean(axis=(1, 2, 3))
     shape = (len(x_t), channels, *x_t.shape[2:])
     return np.broadcast_to(rows[:, None, None, None], shape).astype(np.float32)
 
@@ -152,7 +162,7 @@ class IExecutionContext:
             return False
         arrays = {name: self._at(name) for name in self._description["tensors"]}
         out = arrays["out"]
-        out[:] = expected_output(arrays["x_t"], arrays["emb_t"], arrays["y"], out.shape[1])
+        out[:] = expected_output(arrays["x_t"], arrays["emb_t"], arrays["y"], out.shape[1], arrays.get("cond"))
         if self._description.get("unequal"):
             out += np.arange(len(out), dtype=np.float32)[:, None, None, None]
         if self._description.get("nan"):

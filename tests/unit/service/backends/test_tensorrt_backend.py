@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import sys
 from dataclasses import replace
@@ -24,7 +25,15 @@ from cli.main import app
 from diffusion.network_inputs import NetworkInputs
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
-from formats.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, Manifest, manifest_json, read_artifact
+from formats.artifact import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    ArtifactError,
+    Manifest,
+    graph_inputs,
+    manifest_json,
+    read_artifact,
+)
 from formats.checkpoint_config import checkpoint_sha256
 from formats.tensorrt_files import Target
 from formats.tensorrt_package import EngineError, logger_of
@@ -34,7 +43,7 @@ from service.backends.select import load_denoiser
 from service.backends.tensorrt_backend import TensorRTBackend
 from service.backends.tensorrt_engines import mismatch
 from service.engine.config import EngineConfig
-from service.engine.request import ImageStep
+from service.engine.request import GivenArrays, ImageStep
 from service.engine.runners.array_runner import ArrayRunner
 from service.errors import ModelError
 from service.http.app import create_app
@@ -111,6 +120,41 @@ def test_each_batch_size_runs_its_engine_and_keeps_its_output(engines: Path) -> 
         np.testing.assert_array_equal(out.numpy(), expected)
     with pytest.raises(ValueError, match="batch size must be one of 1, 2, 4, as built; got 3"):
         backend(NetworkInputs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 128), torch.zeros(3, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("changes", [{"cond_channels": 2}, {"low_res_size": 4}])
+def test_conditioning_images_reach_the_engines(artifact: Path, changes: dict[str, int]) -> None:
+    config = tiny_config(**changes)
+    manifest = write_artifact(artifact, config, inputs=graph_inputs(config))
+    for bucket in manifest.buckets:
+        write_fake_engine(artifact, manifest, bucket)
+    backend = TensorRTBackend(artifact, OPTIONS)
+    assert config.model.cond_shape is not None
+    for size in (4, 1, 2):
+        x_t, y, cond = torch.randn(size, 1, 8, 8), torch.arange(size), torch.randn(size, *config.model.cond_shape)
+        emb_t = backend.embed_timesteps(torch.linspace(0, 999, size))
+        expected = expected_output(x_t.numpy(), emb_t.numpy(), y.numpy(), 2, cond.numpy())
+        np.testing.assert_array_equal(backend(NetworkInputs(x_t, emb_t, y, cond)).numpy(), expected)
+
+    spec = ImageSpec(seed=3, image_index=1, class_index=2, cond=cond[1].numpy())
+    plan = build_plan(config.diffusion, "ancestral", "3")
+    expected = sample_images(AsNetwork(backend), plan, [spec], xp=torch)
+    other = replace(spec, cond=cond[0].numpy())
+    assert not np.array_equal(expected, sample_images(AsNetwork(backend), plan, [other], xp=torch))
+    runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
+    runner.warm_up()
+    image = replace(params(steps=3, seed=3), image_index=1, class_index=2, given=GivenArrays(cond=cond[1].numpy()))
+    runner.start([ImageStep(slot=2, params=image, step=0)])
+    for step in range(3):
+        assert runner.launch([ImageStep(slot=2, params=image, step=step)]).wait() == [True]
+    np.testing.assert_array_equal(runner.read([2]).wait(), expected)
+
+
+def test_an_engine_without_its_conditioning_input_is_refused(artifact: Path) -> None:
+    manifest = write_artifact(artifact, tiny_config(cond_channels=2), buckets=(1,))
+    write_fake_engine(artifact, manifest, 1, tensors=json.loads(fakes.fake_plan(tiny_config(), 1))["tensors"])
+    with pytest.raises(ModelError, match="cond"):
+        TensorRTBackend(artifact, BackendOptions(max_rows=1))
 
 
 def test_a_runner_with_this_backend_passes_its_self_test(engines: Path) -> None:
