@@ -138,16 +138,16 @@ def test_conditioning_images_reach_the_engines(artifact: Path, changes: dict[str
 
     spec = ImageSpec(seed=3, image_index=1, class_index=2, cond=cond[1].numpy())
     plan = build_plan(config.diffusion, "ancestral", "3")
-    expected = sample_images(AsNetwork(backend), plan, [spec], xp=torch)
+    pixels = sample_images(AsNetwork(backend), plan, [spec], xp=torch)
     other = replace(spec, cond=cond[0].numpy())
-    assert not np.array_equal(expected, sample_images(AsNetwork(backend), plan, [other], xp=torch))
+    assert not np.array_equal(pixels, sample_images(AsNetwork(backend), plan, [other], xp=torch))
     runner = ArrayRunner(backend, EngineConfig(max_rows=4, slots_per_row=1))
     runner.warm_up()
     image = replace(params(steps=3, seed=3), image_index=1, class_index=2, given=GivenArrays(cond=cond[1].numpy()))
     runner.start([ImageStep(slot=2, params=image, step=0)])
     for step in range(3):
         assert runner.launch([ImageStep(slot=2, params=image, step=step)]).wait() == [True]
-    np.testing.assert_array_equal(runner.read([2]).wait(), expected)
+    np.testing.assert_array_equal(runner.read([2]).wait(), pixels)
 
 
 def test_an_engine_without_its_conditioning_input_is_refused(artifact: Path) -> None:
