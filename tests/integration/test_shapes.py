@@ -37,13 +37,13 @@ def run(*arguments: object) -> str:
 
 def ask(
     folder: Path, backend: str, conditions: dict[str, str]
-) -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
+) -> tuple[dict[str, Any], bytes, bytes, httpx.Response, dict[str, Any]]:
     settings = Settings.model_validate(
         {"models": (folder,), "backend": backend, "max_rows": 2, "threads": 1, "cache_dir": ""}
     )
     app = create_app(settings)
 
-    async def requests() -> tuple[dict[str, Any], bytes, httpx.Response, dict[str, Any]]:
+    async def requests() -> tuple[dict[str, Any], bytes, bytes, httpx.Response, dict[str, Any]]:
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
@@ -55,15 +55,19 @@ def ask(
             body = {"n": 2, "steps": 4, "seed": 3, **conditions}
             arrays = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})
             assert arrays.status_code == 200, arrays.text
+            floats = {**body, "format": "npy", "dtype": "float32"}
+            values = await client.post("/v1/generate", json=floats, headers={"Accept": "application/x-npy"})
+            assert values.status_code == 200, values.text
             picture = await client.post("/v1/generate", json={**body, "n": 1}, headers={"Accept": "image/png"})
             metadata = (await client.get(f"/v2/models/{model['name']}")).json()
-            return model, arrays.content, picture, metadata
+            return model, arrays.content, values.content, picture, metadata
 
     return run_async(requests())
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "channels", "cond_channels"), [(12, 20, 2, 1), *([(16, 8, 4, 0)] if LONG else [])]
+    ("height", "width", "channels", "cond_channels"),
+    [(12, 20, 32, 1), *([(12, 20, 2, 0), (16, 8, 4, 0)] if LONG else [])],
 )
 def test_a_network_of_any_shape_is_trained_exported_and_served(
     height: int, width: int, channels: int, cond_channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,15 +101,21 @@ def test_a_network_of_any_shape_is_trained_exported_and_served(
     assert all(p.limit is None or p.worst < p.limit for p in manifest.parity)
 
     conditions = {"cond": npy(data["cond"][0])} if cond_channels else {}
-    model, arrays, picture, metadata = ask(folder / "artifact", "openvino", conditions)
+    model, arrays, floats, picture, metadata = ask(folder / "artifact", "openvino", conditions)
     assert model["image_size"] == [height, width]
     assert (model["image_channels"], model["value_range"]) == (channels, [-3, 5])
     with np.load(io.BytesIO(arrays)) as archive:
         images = archive["arr_0"]
     assert (images.shape, images.dtype) == ((2, height, width, channels), np.uint8)
+    values = np.load(io.BytesIO(floats))
+    assert (values.shape, values.dtype) == (images.shape, np.float32)
+    np.testing.assert_allclose((values + 3) / 8 * 255, images, atol=1.001)  # pixels are truncated
+    assert len(np.unique(values[..., -1])) > height  # no channel is constant
     assert metadata["outputs"][0]["shape"] == [-1, height, width, channels]
     if channels == 4:
         assert picture.headers["content-type"] == "image/png"
     else:
         assert picture.status_code == 422
-        assert picture.json()["detail"] == 'format: must be "npz" or "npy" for images of 2 channels; got "png"'
+        assert (
+            picture.json()["detail"] == f'format: must be "npz" or "npy" for images of {channels} channels; got "png"'
+        )
