@@ -160,10 +160,11 @@ def _drawable(images: Array) -> npt.NDArray[np.uint8]:
 
 
 @contextmanager
-def _service(model: Path) -> Iterator[str]:
+def service(*arguments: object) -> Iterator[str]:
+    """Run `iddpm serve` with arguments, and yield its URL when it is ready."""
     port = free_ports()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "cli.main", "serve", "--model", str(model), "--port", str(port)]
+    command = [sys.executable, "-m", "cli.main", "serve", *map(str, arguments), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
     try:
         begun = time.monotonic()
@@ -198,7 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is not None:
         make_given(args.data, ROOT / "docs" / "images" / "given")
-    with tempfile.TemporaryDirectory() as name, _service(ROOT / "models" / "fashion32") as url:
+    with tempfile.TemporaryDirectory() as name, service("--model", ROOT / "models" / "fashion32") as url:
         run_page(PAGE.read_text(encoding="utf-8"), Path(name), _iddpm, url)
         for picture, image in draw(Path(name)).items():
             path = args.out / f"given_{picture}.png"
