@@ -10,7 +10,9 @@ stay open:
 - alone: the latency of sequential requests; for the service also without its engine steps, which is the overhead of
   HTTP,
   admission, the engine's queue, encoding and the response (goal: 5 ms);
-- loaded: requests per second, and their latency, with `--clients` requests always in flight;
+- loaded: requests per second, and their latency, with each number of `--clients` requests always in flight, in turn;
+- CPU ms: processor time of the server for a request of that load, in all its processes; unlike the others it hardly
+  depends on what else runs on the machine;
 - loop lag under that load: how late a sleep of 5 ms returns in the server's event loop (goal: 99 % below 20 ms). The
   service is also measured with pictures of 64 x 64 pixels, whose encoding takes longer.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,15 +56,25 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What a number of requests in flight gave."""
+
+    per_second: float
+    ms: tuple[float, ...]
+    cpu_ms: float
+    """Processor time of all processes of the server, per request."""
+    lag_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Measured:
     """Results of one repeat."""
 
     alone_ms: tuple[float, ...]
     engine_ms: float
     """Mean time of a lone request's engine steps; 0 without an engine."""
-    per_second: float
-    loaded_ms: tuple[float, ...]
-    lag_ms: tuple[float, ...]
+    loaded: Mapping[int, Loaded]
+    """By number of requests in flight."""
 
 
 class Connection:
@@ -105,8 +118,8 @@ async def connect(port: int) -> Connection:
 
 
 @asynccontextmanager
-async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
-    """Start a server and wait until it is ready; yields its port."""
+async def started(contender: Contender, log: Path) -> AsyncIterator[tuple[int, int]]:
+    """Start a server and wait until it is ready; yields its port and its session."""
     port = free_ports()
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603  # a program of this repository, or the named Python
@@ -126,37 +139,61 @@ async def started(contender: Contender, log: Path) -> AsyncIterator[int]:
             except (OSError, RuntimeError, asyncio.IncompleteReadError):
                 await asyncio.sleep(0.1)
         connection.close()
-        yield port
+        yield port, process.pid
     finally:
         end_session(process)
 
 
-async def measure(contender: Contender, log: Path, alone: int, clients: int, seconds: float) -> Measured:
+async def measure(contender: Contender, log: Path, alone: int, clients: Sequence[int], seconds: float) -> Measured:
     """Start a server, send sequential requests, then concurrent ones."""
-    async with started(contender, log) as port:
+    async with started(contender, log) as (port, session):
         connection = await connect(port)
         for _ in range(WARM_UP):
             await connection.ask("POST", "/v1/generate", BODY)
         before = await _engine_seconds(connection) if contender.has_engine else 0.0
         alone_ms = [await _timed(connection) for _ in range(alone)]
         steps_s = await _engine_seconds(connection) - before if contender.has_engine else 0.0
-        if contender.has_lag:
-            await connection.ask("GET", "/lag")
+        loaded = {count: await _load(contender, connection, (port, session), count, seconds) for count in clients}
+        connection.close()
+    return Measured(tuple(alone_ms), 1000 * steps_s / alone, loaded)
 
-        connections = [await connect(port) for _ in range(clients)]
-        loaded_ms: list[float] = []
-        begun = time.perf_counter()
 
-        async def keep_asking(mine: Connection) -> None:
-            while time.perf_counter() - begun < seconds:
-                loaded_ms.append(await _timed(mine))
+async def _load(
+    contender: Contender, idle: Connection, server: tuple[int, int], clients: int, seconds: float
+) -> Loaded:
+    """Keep a number of requests in flight; `server` is its port and its session."""
+    port, session = server
+    if contender.has_lag:
+        await idle.ask("GET", "/lag")
+    connections = [await connect(port) for _ in range(clients)]
+    ms: list[float] = []
+    cpu_s = session_cpu_seconds(session)
+    begun = time.perf_counter()
 
-        await asyncio.gather(*map(keep_asking, connections))
-        took = time.perf_counter() - begun
-        lag_ms = json.loads(await connection.ask("GET", "/lag")) if contender.has_lag else []
-        for one in (connection, *connections):
-            one.close()
-    return Measured(tuple(alone_ms), 1000 * steps_s / alone, len(loaded_ms) / took, tuple(loaded_ms), tuple(lag_ms))
+    async def keep_asking(mine: Connection) -> None:
+        while time.perf_counter() - begun < seconds:
+            ms.append(await _timed(mine))
+
+    await asyncio.gather(*map(keep_asking, connections))
+    took = time.perf_counter() - begun
+    cpu_s = session_cpu_seconds(session) - cpu_s
+    lag_ms = json.loads(await idle.ask("GET", "/lag")) if contender.has_lag else []
+    for one in connections:
+        one.close()
+    return Loaded(len(ms) / took, tuple(ms), 1000 * cpu_s / len(ms), tuple(lag_ms))
+
+
+def session_cpu_seconds(session: int) -> float:
+    """Return the processor seconds of all processes of a session that have not ended."""
+    total = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[3]) == session:
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 async def _timed(connection: Connection) -> float:
@@ -172,8 +209,8 @@ async def _engine_seconds(connection: Connection) -> float:
     return sum(sample.value for sample in samples if sample.name == "iddpm_engine_step_seconds_sum")
 
 
-def table(results: Mapping[str, Sequence[Measured]]) -> str:
-    """Write a row per server: median, minimum and maximum of the repeats."""
+def tables(results: Mapping[str, Sequence[Measured]]) -> str:
+    """Write a table of requests alone and one under load: median, minimum and maximum of the repeats."""
 
     def spread(values: Sequence[float], digits: int = 2) -> str:
         return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
@@ -181,33 +218,27 @@ def table(results: Mapping[str, Sequence[Measured]]) -> str:
     def quantile(values: Sequence[Sequence[float]], part: float) -> str:
         return spread([float(np.percentile(one, part)) for one in values]) if values[0] else "-"
 
-    rows = []
+    alone_rows, loaded_rows = [], []
     for name, repeats in results.items():
         alone = [one.alone_ms for one in repeats]
         beyond = [[ms - one.engine_ms for ms in one.alone_ms] for one in repeats] if repeats[0].engine_ms else [[]]
-        rows.append(
-            [
-                name,
-                quantile(alone, 50),
-                quantile(beyond, 50),
-                quantile(beyond, 99),
-                spread([one.per_second for one in repeats], 0),
-                quantile([one.loaded_ms for one in repeats], 50),
-                quantile([one.loaded_ms for one in repeats], 99),
-                quantile([one.lag_ms for one in repeats], 99),
-            ]
-        )
-    header = (
-        "server",
-        "alone ms p50",
-        "without engine steps p50",
-        "p99",
-        "loaded: requests/s",
-        "ms p50",
-        "ms p99",
-        "loop lag ms p99",
-    )
-    return markdown_table(header, rows)
+        alone_rows.append([name, quantile(alone, 50), quantile(beyond, 50), quantile(beyond, 99)])
+        for clients in repeats[0].loaded:
+            loaded = [one.loaded[clients] for one in repeats]
+            loaded_rows.append(
+                [
+                    name,
+                    str(clients),
+                    spread([one.per_second for one in loaded], 0),
+                    quantile([one.ms for one in loaded], 50),
+                    quantile([one.ms for one in loaded], 99),
+                    spread([one.cpu_ms for one in loaded]),
+                    quantile([one.lag_ms for one in loaded], 99),
+                ]
+            )
+    alone_header = ("server", "alone ms p50", "without engine steps p50", "p99")
+    loaded_header = ("server", "in flight", "requests/s", "ms p50", "ms p99", "CPU ms", "loop lag ms p99")
+    return f"{markdown_table(alone_header, alone_rows)}\n\n{markdown_table(loaded_header, loaded_rows)}"
 
 
 def contenders(litserve_python: Path | None, ray: bool = False) -> list[Contender]:
@@ -237,8 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", type=int, default=200, help="sequential requests (200)")
-    parser.add_argument("--clients", type=int, default=16, help="requests in flight under load (16)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of load (2)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[16], help="requests in flight under load (16)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each load (2)")
     parser.add_argument("--litserve-python", type=Path, help="Python with LitServe installed; omitted if not given")
     parser.add_argument("--ray", action="store_true", help="include the service in Ray Serve (extra ray)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the servers to measure (all)")
@@ -246,7 +277,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     facts = describe_run(torch.device("cpu"), threads=1)
-    facts["Load"] = f"{asked.clients} clients; middle (least-most) of {asked.repeats} repeats"
+    facts["Load"] = f"median (minimum-maximum) of {asked.repeats} repeats, in turns"
     results: dict[str, list[Measured]] = {}
     for _ in range(asked.repeats):
         for contender in contenders(asked.litserve_python, asked.ray):
@@ -256,7 +287,7 @@ def main() -> None:
                 measure(contender, asked.out / "http.log", asked.alone, asked.clients, asked.seconds)
             )
             results.setdefault(contender.name, []).append(measured)
-    section = markdown_section(facts, table(results), "benchmarks.http")
+    section = markdown_section(facts, tables(results), "benchmarks.http")
     publish(asked.out, "http", section)
 
 

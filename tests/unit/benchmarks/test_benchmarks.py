@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -47,7 +49,7 @@ from tests.counts import LONG
 from tests.exports import Exports
 from tests.fakes import CountingRunner, generation, params, tiny_checkpoint
 from tests.paths import ROOT
-from tests.waiting import TEST_LIMIT_S
+from tests.waiting import TEST_LIMIT_S, until
 
 PLACE = Place(device=torch.device("cpu"), threads=1)
 CONFIG = CheckpointConfig(
@@ -391,15 +393,30 @@ def test_benchmarks_start_without_the_cpu_runtimes() -> None:
 
 def test_a_server_is_started_called_and_stopped(tmp_path: Path) -> None:
     (contender,) = (one for one in http.contenders(None) if one.name == "FastAPI alone")
-    measured = asyncio.run(http.measure(contender, tmp_path / "log", alone=3, clients=2, seconds=0.1))
+    measured = asyncio.run(http.measure(contender, tmp_path / "log", alone=3, clients=[1, 2], seconds=0.1))
     assert len(measured.alone_ms) == 3
-    assert len(measured.loaded_ms) >= 2
+    assert list(measured.loaded) == [1, 2]
+    assert all(len(loaded.ms) >= clients and loaded.cpu_ms >= 0 for clients, loaded in measured.loaded.items())
     assert measured.engine_ms == 0
-    table = http.table({"a": [measured], "b": [http.Measured((3.0, 3.0), 1.0, 100.0, (5.0,), ())]})
-    assert table.splitlines()[3] == (
-        "| b | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 2.00 (2.00-2.00) | 100 (100-100) "
-        "| 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | - |"
+    other = http.Measured((3.0, 3.0), 1.0, {4: http.Loaded(100.0, (5.0,), 2.5, ())})
+    alone, loaded = http.tables({"a": [measured], "b": [other]}).split("\n\n")
+    assert alone.splitlines()[3] == "| b | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 2.00 (2.00-2.00) |"
+    assert loaded.splitlines()[4] == (
+        "| b | 4 | 100 (100-100) | 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | 2.50 (2.50-2.50) | - |"
     )
+
+
+def test_the_processor_time_of_a_server_is_that_of_all_its_processes() -> None:
+    burn = "import time\nwhile time.process_time() < 0.2: pass\n"
+    program = f"import subprocess, sys\n{burn}child = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+    waiting = f"{burn}input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{program}input()", waiting], start_new_session=True, stdin=subprocess.PIPE
+    ) as server:
+        try:
+            until(lambda: http.session_cpu_seconds(server.pid) >= 0.4)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_generating_into_files_is_compared_with_the_engine_alone(
