@@ -30,6 +30,7 @@ from formats.shards import FORMATS
 from service.engine.request import GenerationRequest
 from service.http.app import create_app
 from service.settings import Settings
+from tests.counts import LONG
 from tests.fakes import CLASS_NAMES, tiny_checkpoint
 from tests.integration.exact_service import serving
 from tests.waiting import PATIENCE_S
@@ -150,13 +151,13 @@ def test_ranges_of_other_machines_add_up_to_the_whole(model: Path, tmp_path: Pat
     assert labels == a_labels + b_labels == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-KILLED_AT_THE_SECOND_SHARD = """
+KILLED = """
 import os, signal, sys
 from cli.main import app
 from formats.generated_folder import GeneratedFolder
 
 def write_or_be_killed(self, images, pixels):
-    if images.start:
+    if images.start == int(os.environ["KILLED_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, images, pixels)
 
@@ -169,9 +170,8 @@ def test_after_kill_9_the_same_command_continues(model: Path, tmp_path: Path, mo
     out, options = tmp_path / "out", ("--num", 12, "--steps", 3, "--cfg-scale", 1, "--format", "npz")
     command = ["generate", model, *options, "--shard-size", 4, "--out", out]
     monkeypatch.setenv("IDDPM_THREADS", "1")  # part of the numerics_id
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_THE_SECOND_SHARD, *map(str, command)], check=False, timeout=PATIENCE_S
-    )
+    monkeypatch.setenv("KILLED_AT", "4")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, command)], check=False, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL
     assert not read_generation(out).complete
     assert [path.name for path in (out / "shards").iterdir()] == ["000000.npz"]
@@ -188,6 +188,55 @@ def test_after_kill_9_the_same_command_continues(model: Path, tmp_path: Path, mo
     assert written == [range(4, 8), range(8, 12)]
     assert generate(model, tmp_path / "whole", *options)[0] == 0
     assert samples(out) == samples(tmp_path / "whole")
+
+
+MANY, MANY_PER_SHARD = 5000, 250
+
+
+def pictures_of(form: GenerationFormat, out: Path) -> int:
+    """Return how many images the files of a folder have."""
+    match form:
+        case "png":
+            return sum(1 for _ in (out / "images").rglob("*.png"))
+        case "webdataset":
+            found = 0
+            for path in out.glob("*.tar"):
+                with tarfile.open(path) as archive:
+                    found += sum(name.endswith(".png") for name in archive.getnames())
+            return found
+        case "parquet":
+            return sum(pq.read_metadata(path).num_rows for path in out.glob("*.parquet"))
+        case "npz":
+            return len(samples(out)[0])
+
+
+@pytest.mark.skipif(not LONG, reason="thousands of images: IDDPM_TEST_LONG=1")
+@pytest.mark.parametrize("form", FORMATS)
+def test_thousands_of_images_are_continued_after_kill_9_with_little_memory(
+    form: GenerationFormat, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IDDPM_MAX_ROWS", "64")
+    monkeypatch.setenv("KILLED_AT", str(MANY // 2))
+
+    def run(program: list[str], count: int, out: Path) -> tuple[int, int]:
+        """Return the exit code and the peak memory in KiB."""
+        options = ["--num", count, "--steps", 2, "--cfg-scale", 1, "--format", form, "--shard-size", MANY_PER_SHARD]
+        command = [sys.executable, *program, "generate", model, *options, "--out", out]
+        process = os.posix_spawn(sys.executable, list(map(str, command)), os.environ)
+        _, status, used = os.wait4(process, 0)
+        return os.waitstatus_to_exitcode(status), used.ru_maxrss
+
+    whole = ["-m", "cli.main"]
+    code, few_kib = run(whole, MANY_PER_SHARD, tmp_path / "few")
+    assert code == 0
+    killed_code, _ = run(["-c", KILLED], MANY, tmp_path / "many")
+    assert killed_code == -signal.SIGKILL
+    assert not read_generation(tmp_path / "many").complete
+    code, many_kib = run(whole, MANY, tmp_path / "many")
+    assert code == 0
+    assert read_generation(tmp_path / "many").complete
+    assert pictures_of(form, tmp_path / "many") == MANY
+    assert many_kib < few_kib + (64 << 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
