@@ -414,7 +414,7 @@ def test_the_processor_time_of_a_server_is_that_of_all_its_processes() -> None:
         [sys.executable, "-c", f"{program}input()", waiting], start_new_session=True, stdin=subprocess.PIPE
     ) as server:
         try:
-            until(lambda: http.session_cpu_seconds(server.pid) >= 0.4)
+            until(lambda: http.session_cpu_seconds(server.pid) > 0.3)  # more than one process needs
         finally:
             os.killpg(server.pid, signal.SIGKILL)
 
