@@ -331,9 +331,10 @@ def test_a_jpeg_with_further_images_is_its_first_one() -> None:
     end = several.index(b"\xff\xd9")
     height = several.index(b"\xff\xc0") + 5
     lying = several[:height] + struct.pack(">H", 80) + several[height + 2 :]
-    for damaged, fit in ((several[: end - 20], None), (lying, "crop")):
-        with pytest.raises(GivenFileError, match="is damaged or truncated"):
-            read_images(damaged, (8, 8, 1), most=1, fit=fit)
+    with pytest.raises(GivenFileError, match="is damaged or truncated"):
+        read_images(several[: end - 20], (8, 8, 1), most=1)
+    with pytest.raises(GivenFileError, match="is damaged or truncated"):
+        read_images(lying, (8, 8, 1), most=1, fit="crop")
 
 
 def test_bombs_are_refused_where_pictures_are_fitted_too() -> None:
