@@ -295,10 +295,6 @@ class _Run:
             state, config = self._state, self._config
             if described is None:
                 return
-            # With one decay, the checkpoint has its average
-            if snapshot := state.others if len(config.ema_decay) == 1 else dict(state.averages):
-                path = ema_snapshot_file(self._run, state.images_seen)
-                or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
             if config.preview_per_class:
                 picture = self._run / SAMPLES_FOLDER / f"{state.images_seen:012d}.png"
                 show = partial(
@@ -327,7 +323,9 @@ class _Run:
             say(f"the loss on held-out images was not better in {worse} validations: the run ends")
 
     def _save(self) -> AnyCheckpointConfig | None:
-        """Write a checkpoint and `model/`, and return their configuration; None in all processes but the main one.
+        """Write a checkpoint, `model/` and a snapshot of the averages; return the configuration of the first two.
+
+        It is None in all processes but the main one.
 
         Raises:
             Diverged: training must not continue from the present state; raised in all processes.
@@ -346,6 +344,10 @@ class _Run:
         except OSError as error:
             raise _not_written(error, self._saved_at, self._run) from error
         delete_old(self._run, self._config.keep_checkpoints)
+        # With one decay, the checkpoint has its average
+        if snapshot := self._state.others if len(self._config.ema_decay) == 1 else dict(self._state.averages):
+            path = ema_snapshot_file(self._run, self._saved_at)
+            or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
         return described
 
     def _or_roll_back(self, action: Callable[[], object]) -> None:

@@ -27,7 +27,7 @@ from trainer.errors import Stopped, TrainError
 from trainer.log import Window, append_line
 from trainer.loop import resolve
 from trainer.resume import data_differences, resumed_config
-from trainer.run_folder import checkpoints, claimed
+from trainer.run_folder import checkpoints, claimed, ema_snapshot_file
 
 IMAGES = 24
 
@@ -310,10 +310,12 @@ def test_checkpoints_of_older_versions_are_resumed(tmp_path: Path) -> None:
 
 def test_a_run_stopped_anywhere_continues_bit_identically(npz: Path, tmp_path: Path) -> None:
     asked = iter([False, False, True])
+    config = tiny(total_images=16, ema_sigma_rels=(0.1,))
     with pytest.raises(Stopped, match="after 8 images"):
-        train(tiny(total_images=16), npz, tmp_path / "stopped", stop=lambda: next(asked))
-    train(tiny(total_images=16), npz, tmp_path / "stopped", resume=True)
-    train(tiny(total_images=16), npz, tmp_path / "whole")
+        train(config, npz, tmp_path / "stopped", stop=lambda: next(asked))
+    assert ema_snapshot_file(tmp_path / "stopped", 8).exists()
+    train(config, npz, tmp_path / "stopped", resume=True)
+    train(config, npz, tmp_path / "whole")
     stopped, whole = (weights(checkpoints(tmp_path / name)[-1]) for name in ("stopped", "whole"))
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
 
