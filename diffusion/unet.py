@@ -16,9 +16,6 @@ from diffusion.network_inputs import NetworkInputs
 
 M = TypeVar("M", bound=nn.Module)
 
-EMBEDDING_ROWS = 16
-"""Rows that `RowLinear` multiplies at a time."""
-
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Return the sinusoidal embedding of timesteps (Vaswani et al. 2017, section 3.5), cosines first as OpenAI does.
@@ -39,20 +36,17 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose result for a row does not depend on the batch size, except in training.
+    """A linear layer whose result for a row depends on no other row, except in training.
 
-    CPU libraries choose the kernel of a matrix product by the number of rows, so the last bits of a row's result
-    depend on the batch size. These layers have one row per image. Multiplying 16 rows at a time, padded with zeros,
-    costs next to nothing and makes an image's pixels independent of its neighbours in the batch.
+    CPU libraries choose the kernel of a matrix product by the number of rows, and some by the place of a row and the
+    number of threads too, so the last bits of a row's result depend on the batch. These layers have one row per image.
+    Multiplying one row at a time costs next to nothing and makes an image's pixels independent of its neighbours.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % EMBEDDING_ROWS))
-        parts = [super(RowLinear, self).forward(part) for part in torch.split(padded, EMBEDDING_ROWS)]
-        return torch.cat(parts)[:rows]
+        return torch.cat([super(RowLinear, self).forward(row) for row in torch.split(x, 1)])
 
 
 def _zero(module: M) -> M:
