@@ -32,15 +32,16 @@ def toy_plan(diffusion: DiffusionConfig, spec: str, clip: bool = True) -> Sampli
     return replace(plan, table=table)
 
 
+# Plans are cached by name in a process: no other test may give this name to another sampler.
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, serving(exact_app()) as address:
-        patch.setitem(SAMPLERS, "toy", Sampler(plan=toy_plan, recommended_steps=(3, 30)))
+        patch.setitem(SAMPLERS, "half-noise", Sampler(plan=toy_plan, recommended_steps=(3, 30)))
         yield address
 
 
 def toy_pixels(index: int = 0) -> npt.NDArray[np.uint8]:
-    pixels = expected(7, index, 1, steps=5, sampler="toy")
+    pixels = expected(7, index, 1, steps=5, sampler="half-noise")
     assert not np.array_equal(pixels, expected(7, index, 1, steps=5))
     return pixels
 
@@ -50,7 +51,7 @@ def toy_pixels(index: int = 0) -> npt.NDArray[np.uint8]:
     [("v1/generate", {"class": 1, "n": 2}), ("v1/images/generations", {"prompt": "1", "n": 2})],
 )
 def test_it_samples_over_json(address: str, path: str, body: dict[str, object]) -> None:
-    fields = {"steps": 5, "seed": 7, "sampler": "toy"}
+    fields = {"steps": 5, "seed": 7, "sampler": "half-noise"}
     answer = httpx.post(f"http://{address}/{path}", json=body | fields, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     for index, image in enumerate(answer.json().get("images") or answer.json()["data"]):
@@ -72,7 +73,7 @@ def test_it_samples_over_kserve(address: str) -> None:
         return triton.InferInput(name, [1], datatype).set_data_from_numpy(np.array([value], dtype=kind))
 
     inputs = [
-        tensor("sampler", "BYTES", "toy", object),
+        tensor("sampler", "BYTES", "half-noise", object),
         tensor("class_index", "INT64", 1, np.int64),
         tensor("steps", "INT64", 5, np.int64),
         tensor("seed", "INT64", 7, np.int64),
@@ -83,7 +84,7 @@ def test_it_samples_over_kserve(address: str) -> None:
 
 
 def test_the_lists_of_all_interfaces_have_it(address: str) -> None:
-    info = {"name": "toy", "options": [], "recommended_steps": [3, 30]}
+    info = {"name": "half-noise", "options": [], "recommended_steps": [3, 30]}
     listed = httpx.get(f"http://{address}/v1/models", timeout=PATIENCE_S).json()["samplers"]
     assert listed[-1] == info
     assert httpx.get(f"http://{address}/v2/models/{MODEL}", timeout=PATIENCE_S).json()["samplers"] == listed
@@ -97,18 +98,20 @@ def test_the_command_line_takes_it(address: str, tmp_path: Path) -> None:
         result = CliRunner().invoke(commands, [*common, *map(str, arguments)])
         return result.exit_code, " ".join(result.output.split())
 
-    code, output = run("--sampler", "toy", "-o", tmp_path / "toy.npy")
+    code, output = run("--sampler", "half-noise", "-o", tmp_path / "toy.npy")
     assert code == 0, output
     assert np.array_equal(np.load(tmp_path / "toy.npy")[0], toy_pixels())
     code, output = run("--sampler", "euler", "-o", tmp_path / "no.npy")
-    assert (code, '"sde-dpm++" or "toy"; got "euler"' in output) == (1, True)
+    assert (code, '"sde-dpm++" or "half-noise"; got "euler"' in output) == (1, True)
 
 
 def test_the_document_and_the_messages_name_it(address: str) -> None:
     document = httpx.get(f"http://{address}/openapi.json", timeout=PATIENCE_S).json()
     sampler = document["components"]["schemas"]["GenerateRequest"]["properties"]["sampler"]
-    assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "dpm++", "sde-dpm++", "toy"]
+    assert sampler["anyOf"][0]["enum"] == ["ancestral", "ddim", "dpm++", "sde-dpm++", "half-noise"]
     refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "euler"}, timeout=PATIENCE_S)
-    assert 'must be "ancestral", "ddim", "dpm++", "sde-dpm++" or "toy"; got "euler"' in refused.json()["detail"]
-    refused = httpx.post(f"http://{address}/v1/generate", json={"sampler": "toy", "eta": 0.5}, timeout=PATIENCE_S)
-    assert 'is valid only with sampler "ddim"; sampler is "toy"' in refused.json()["detail"]
+    assert 'must be "ancestral", "ddim", "dpm++", "sde-dpm++" or "half-noise"; got "euler"' in refused.json()["detail"]
+    refused = httpx.post(
+        f"http://{address}/v1/generate", json={"sampler": "half-noise", "eta": 0.5}, timeout=PATIENCE_S
+    )
+    assert 'is valid only with sampler "ddim"; sampler is "half-noise"' in refused.json()["detail"]
