@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
 from diffusion.quoting import alternatives
-from formats import jpeg_data, png_data
 from formats.given_shapes import FITS, MAX_PICTURE_PIXELS, Array, Fit, GivenFileError, Shape
+from formats.picture_data import HAS_ALL_DATA
 
 FORMATS = "a PNG, WebP, JPEG, npy or npz file"
 WANTS_ALPHA = "must be a picture with an alpha channel: transparent where the image is made"
@@ -132,8 +132,7 @@ def _check_picture(image: ImageFile.ImageFile, content: bytes, shape: Shape, fit
         raise GivenFileError(f"must have at most {MAX_PICTURE_PIXELS} pixels; got {width} x {height}")
     if image.mode not in _MODES:
         raise GivenFileError(f"must be grey or RGB; got colour mode {image.mode}")
-    checks = {"PNG": png_data.has_all_data, **dict.fromkeys(_JPEGS, jpeg_data.has_all_data)}
-    has_all_data = checks.get(image.format or "")
+    has_all_data = HAS_ALL_DATA.get(image.format or "")
     if has_all_data is not None and not has_all_data(content):
         raise GivenFileError(f"is damaged or truncated: its header announces {image.width} x {image.height} pixels")
 

@@ -345,7 +345,7 @@ class _Run:
             raise _not_written(error, self._saved_at, self._run) from error
         delete_old(self._run, self._config.keep_checkpoints)
         # With one decay, the checkpoint has its average
-        if snapshot := self._state.others if len(self._config.ema_decay) == 1 else dict(self._state.averages):
+        if snapshot := self._state.others if len(self._config.ema_decay) == 1 else self._state.averages:
             path = ema_snapshot_file(self._run, self._saved_at)
             or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
         return described

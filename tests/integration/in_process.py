@@ -1,4 +1,4 @@
-"""A complete app in this process, around a network whose calls a test can hold back."""
+"""A complete app in this process: of settings, or around a network whose calls a test can hold back."""
 
 from __future__ import annotations
 
@@ -106,3 +106,16 @@ async def running(
             yield service
         finally:
             denoiser.let.set()
+
+
+@asynccontextmanager
+async def client_of(app: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Run an app, and yield a client when it accepts requests."""
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as client,
+    ):
+        while (await client.get("/readyz")).status_code != 200:
+            await asyncio.sleep(POLL_S)
+        yield client

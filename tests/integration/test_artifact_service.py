@@ -4,13 +4,11 @@ batches.
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -32,7 +30,8 @@ from tests.denoisers import AsNetwork
 from tests.exports import Exports
 from tests.fakes import generation
 from tests.given_images import CHAINS, output_of, sampled_alone, with_chain
-from tests.waiting import PATIENCE_S, POLL_S, run_async
+from tests.integration.in_process import client_of
+from tests.waiting import run_async
 
 WIDTH = 4
 OPTIONS = BackendOptions(max_rows=WIDTH, threads=1, cache_dir="")
@@ -56,14 +55,7 @@ def test_the_service_gives_the_pixels_of_the_one_image_sampler(exports: Exports,
     app = create_app(settings)
 
     async def ask() -> tuple[bytes, dict[str, Any]]:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(
-                transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=PATIENCE_S
-            ) as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(POLL_S)
+        async with client_of(app) as client:
             body = {"class": ["Bag", "Coat", "Shirt"], "steps": 4, "seed": 3, "cfg_scale": 2.0}
             answer = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})
             assert answer.status_code == 200, answer.text

@@ -26,7 +26,8 @@ from tests.counts import LONG
 from tests.denoisers import AsNetwork
 from tests.exports import Exports
 from tests.fakes import tiny_checkpoint, tiny_guided_checkpoint
-from tests.waiting import PATIENCE_S, POLL_S, run_async
+from tests.integration.in_process import client_of
+from tests.waiting import run_async
 
 WIDTH = 2
 ASKED = {"class": [1, 2], "steps": 4, "seed": 3, "cfg_scale": 1, "classifier_scale": 5}
@@ -40,14 +41,7 @@ def serve(folder: Path, backend: str, ask: Callable[[httpx.AsyncClient], Awaitab
     app = create_app(settings)
 
     async def talk() -> Any:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(
-                transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=PATIENCE_S
-            ) as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(POLL_S)
+        async with client_of(app) as client:
             return await ask(client)
 
     return run_async(talk())

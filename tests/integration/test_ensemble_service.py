@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import onnx
 import pytest
@@ -32,7 +31,8 @@ from service.http.app import create_app
 from service.settings import Settings
 from tests.denoisers import AsNetwork
 from tests.exports import Exports
-from tests.waiting import PATIENCE_S, POLL_S, run_async
+from tests.integration.in_process import client_of
+from tests.waiting import run_async
 
 WIDTH = 4
 STEPS, SEED = 8, 5
@@ -104,14 +104,7 @@ def test_the_service_gives_the_pixels_of_the_reference_loop(backend: str, export
     service = create_app(settings)
 
     async def ask() -> tuple[bytes, str, str]:
-        async with (
-            service.router.lifespan_context(service),
-            httpx.AsyncClient(
-                transport=httpx.ASGITransport(service), base_url="http://localhost", timeout=PATIENCE_S
-            ) as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(POLL_S)
+        async with client_of(service) as client:
             body = {"class": ["3", "1", "4"], "steps": STEPS, "seed": SEED}
             other = {"class": "2", "steps": 10 * STEPS, "seed": 1, "stream": True, "preview_every": 1}
             beside = asyncio.create_task(client.post("/v1/generate", json=other))

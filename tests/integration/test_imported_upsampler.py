@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from formats.checkpoint_config import read_config
 from service.http.app import create_app
 from service.settings import Settings
 from tests import golden
+from tests.integration.in_process import client_of
 from tests.integration.test_given_images import npy
 from tests.unit.interchange.test_import import FLAG_LINE, SUPERRES
-from tests.waiting import PATIENCE_S, POLL_S, run_async
+from tests.waiting import run_async
 
 CLASS, TIMESTEP = 3, 1500
 
@@ -41,14 +41,7 @@ def test_an_imported_upsampler_is_served(tmp_path: Path) -> None:
     service = create_app(settings)
 
     async def ask() -> tuple[httpx.Response, httpx.Response, dict[str, Any]]:
-        async with (
-            service.router.lifespan_context(service),
-            httpx.AsyncClient(
-                transport=httpx.ASGITransport(service), base_url="http://localhost", timeout=PATIENCE_S
-            ) as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(POLL_S)
+        async with client_of(service) as client:
             common = {"class": CLASS, "cond": npy(small)}
             raw = await client.post("/v1/denoise", json={**common, "x_t": npy(x_t), "timestep": TIMESTEP})
             body = {**common, "steps": 4, "seed": 7, "format": "npy"}

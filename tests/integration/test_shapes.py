@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from model_export import parity
 from service.http.app import create_app
 from service.settings import Settings
 from tests.counts import LONG
+from tests.integration.in_process import client_of
 from tests.integration.test_given_images import npy
-from tests.waiting import PATIENCE_S, POLL_S, run_async
+from tests.waiting import run_async
 
 SETTINGS = (
     "class_conditional=false", "label_dropout=0", "model.model_channels=32", "model.channel_mult=1,1",
@@ -44,13 +44,7 @@ def ask(
     app = create_app(settings)
 
     async def requests() -> tuple[dict[str, Any], bytes, bytes, httpx.Response, dict[str, Any]]:
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:
-                await asyncio.sleep(POLL_S)
+        async with client_of(app) as client:
             (model,) = (await client.get("/v1/models")).json()["models"]
             body = {"n": 2, "steps": 4, "seed": 3, **conditions}
             arrays = await client.post("/v1/generate", json=body, headers={"Accept": "application/x-npz"})

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from diffusion.quoting import printable
-from formats import jpeg_data, png_data
 from formats.given_shapes import GivenFileError
+from formats.picture_data import HAS_ALL_DATA
 from trainer.data.dataset import DataError, Uint8Array
 from trainer.data.options import DataConfig
 
@@ -49,8 +49,6 @@ DIGESTED_PARTS, DIGESTED_PART_BYTES = 16, 4 << 10
 TAIL_BYTES = 64
 TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
 """Content of the last bytes of a complete file."""
-HAS_ALL_DATA = {"PNG": png_data.has_all_data, "JPEG": jpeg_data.has_all_data, "MPO": jpeg_data.has_all_data}
-"""Checks of a file's first picture, by format."""
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
 QUARTER_TURNS = frozenset({5, 6, 7, 8})

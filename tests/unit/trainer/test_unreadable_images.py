@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from formats import png_data
+from formats.picture_data import HAS_ALL_DATA
 from tests.pictures import chunk, jpeg_announcing
 from tests.unit.trainer.test_trainer import tiny
-from trainer.data import DataConfig, DataError, Dataset, checking, image_file, open_dataset
+from trainer.data import DataConfig, DataError, Dataset, checking, open_dataset
 from trainer.data.image_file import check_whole
 from trainer.validation import held_out
 
@@ -103,7 +104,7 @@ def test_each_image_is_checked_once_in_a_run(tmp_path: Path, monkeypatch: pytest
         checked.append(content)
         return png_data.has_all_data(content)
 
-    monkeypatch.setitem(image_file.HAS_ALL_DATA, "PNG", has_all_data)
+    monkeypatch.setitem(HAS_ALL_DATA, "PNG", has_all_data)
     assert levels(data, [0, 5, 1]) == [0, 50, 20]
     assert levels(data, [0, 5, 1]) == [0, 50, 20]
     contents = [(path / name).read_bytes() for name in ("a/0.png", "b/5.png", "a/1.png", "a/2.png")]
