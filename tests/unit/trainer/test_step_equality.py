@@ -26,7 +26,7 @@ from trainer.run_folder import LOG_FILE
 from trainer.timestep_sampler import StratifiedSampler, TimestepSampler
 
 STEPS = count(300, 10)
-LR, DECAY, EMA_RATE, BETA1, BETA2 = 1e-3, 0.01, 0.99, 0.9, 0.999
+DECAY, EMA_RATE, BETA1, BETA2 = 0.01, 0.99, 0.9, 0.999
 
 
 def betas(process: DiffusionConfig) -> Tensor:
@@ -137,8 +137,8 @@ def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Te
             for parameter, grad, m, v in zip(network.parameters(), grads, first, second, strict=True):
                 m.mul_(BETA1).add_(grad, alpha=1 - BETA1)
                 v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-                parameter.mul_(1 - LR * DECAY)
-                parameter.sub_(LR * (m / (1 - BETA1**step)) / ((v / (1 - BETA2**step)).sqrt() + 1e-8))
+                parameter.mul_(1 - config.lr * DECAY)
+                parameter.sub_(config.lr * (m / (1 - BETA1**step)) / ((v / (1 - BETA2**step)).sqrt() + 1e-8))
             for name, tensor in network.state_dict().items():
                 average[name].mul_(EMA_RATE).add_(tensor, alpha=1 - EMA_RATE)
     if draws is importance:
@@ -156,7 +156,8 @@ def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Te
         ),
         pytest.param(
             # Few timesteps and large batches: each timestep has ten losses after a few steps
-            {"loss": "vlb", "timestep_sampler": "loss_second_moment", "batch_size": 12}, {"num_timesteps": 3},
+            {"loss": "vlb", "timestep_sampler": "loss_second_moment", "batch_size": 12, "lr": 1e-4},
+            {"num_timesteps": 3},
             id="vlb-importance",
         ),
     ],
@@ -164,22 +165,23 @@ def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Te
 def test_a_run_equals_openais_update_step_by_step(
     tmp_path: Path, changes: dict[str, Any], process: dict[str, Any]
 ) -> None:
-    """Differences are those of rounding: losses agree to 1e-4 over 300 steps, the weights as a whole to 1e-3.
+    """Differences are those of rounding: losses agree to 5e-4 over 300 steps, the weights as a whole to 1e-3.
 
-    L_vlb agrees to 1e-3 over 100 steps: its terms at the first timesteps are quotients by small variances, so that
-    rounding grows (to more than 1e-3 from step 132 on).
+    The learning rate of L_vlb is lower. Its terms at the first timesteps are quotients by small variances, and at 1e-3
+    the restated loop departs even from itself: by 2e-3 after 200 steps, if the initial weights differ by 1e-7 of them.
     """
     data = write_npz(tmp_path / "toy.npz")
     config = tiny(
-        lr=LR, weight_decay=DECAY, ema_decay=EMA_RATE, ema_warmup=False, log_every_batches=1, preview_per_class=0,
+        weight_decay=DECAY, ema_decay=EMA_RATE, ema_warmup=False, log_every_batches=1, preview_per_class=0,
         diffusion={"num_timesteps": 40, "rescale_timesteps": True, **process}, checkpoint_every_images=10**6,
-        model={**tiny().model.model_dump(), "dropout": 0.0}, **{"timestep_sampler": "stratified", **changes},
+        model={**tiny().model.model_dump(), "dropout": 0.0},
+        **{"timestep_sampler": "stratified", "lr": 1e-3, **changes},
     )  # fmt: skip
-    config = config.replace(total_images=min(STEPS, 100 if config.loss == "vlb" else STEPS) * config.batch_size)
+    config = config.replace(total_images=STEPS * config.batch_size)
     model = train(config, data, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / LOG_FILE).read_text().splitlines()]
     curve, average = restated(config, data)
-    assert [line["loss"] for line in lines] == pytest.approx(curve, rel=1e-3 if config.loss == "vlb" else 1e-4)
+    assert [line["loss"] for line in lines] == pytest.approx(curve, rel=5e-4)
     trained = read_weights(model)
     gap, size = (
         torch.cat([tensor.flatten() for tensor in tensors]).norm()
