@@ -10,6 +10,7 @@ ServiceError
 ├── LoadFailed            a folder cannot be served; the served models do not change
 ├── LoadConflict          a model cannot be loaded or unloaded in the current state
 ├── DeadlineUnmeetable    the predicted finish is later than the deadline; gives the predicted time
+├── TooLong               the images would take longer than the service allows; gives the predicted time
 ├── Unavailable           the request is valid, but the service cannot accept it now
 │   ├── QueueFull
 │   ├── ClientLimit       the client has reached its share of the queue
@@ -92,6 +93,17 @@ class DeadlineUnmeetable(ServiceError):
             f"deadline_s: predicted to finish in {predicted_s:.3g} s; got a deadline of {deadline_s:.3g} s"
         )
         self.deadline_s = deadline_s
+        self.predicted_s = predicted_s
+
+
+class TooLong(ServiceError):
+    """The images would take longer than the service allows, with nothing ahead of them; no work was done."""
+
+    def __init__(self, longest_s: float, predicted_s: float) -> None:
+        super().__init__(
+            f"predicted to finish in {predicted_s:.3g} s, the longest that the service allows is {longest_s:.3g} s; "
+            "fewer images or fewer steps take less time"
+        )
         self.predicted_s = predicted_s
 
 

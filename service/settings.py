@@ -149,7 +149,8 @@ class Settings(BaseSettings):
     policy: PolicyName = _of_engine("policy")
     client_share: float = _of_engine("client_share")
     max_request_s: float = Field(default=3600.0, gt=0)
-    """Maximum time from a request's admission to its images; after it, the rows are freed and the answer is 504."""
+    """Maximum time from a request's admission to its images. What is predicted to take longer is refused (422; 503 if
+    it only has to wait for others); if it does, its rows are freed and the answer is 504."""
     max_body_bytes: int = Field(default=65536, ge=1024)
     """Maximum size of a request body without given images; with them, what 64 images of the largest model take."""
     keep_answers_s: float = Field(default=600.0, gt=0)

@@ -11,7 +11,7 @@ from service.engine.model_ids import name_of
 from service.engine.order import ServiceOrder
 from service.engine.request import GenerationRequest, Image, Priority
 from service.engine.snapshot import Snapshot
-from service.errors import ClientLimit, DeadlineUnmeetable, InvalidRequest, QueueFull, UnknownModel
+from service.errors import ClientLimit, DeadlineUnmeetable, InvalidRequest, QueueFull, TooLong, UnknownModel
 
 
 class Admission:
@@ -44,6 +44,7 @@ class Admission:
             QueueFull: too many rows or given arrays are in flight, or the predicted wait is too long.
             ClientLimit: this client has too much work in flight.
             DeadlineUnmeetable: the request is predicted to miss its deadline.
+            TooLong: it would be given up before its end, however short the queue.
             UnknownModel: the model does not exist or was retired.
         """
         for model in request.models:
@@ -153,7 +154,7 @@ class Admission:
             )
 
     def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:
-        """Reject requests whose predicted wait is too long or whose deadline cannot be met."""
+        """Reject requests whose predicted wait is too long, whose deadline cannot be met, or that would be given up."""
         too_long = prediction.wait_s - self._config.max_wait_s
         if too_long > 0 and request.priority is Priority.INTERACTIVE:
             raise QueueFull(
@@ -162,6 +163,13 @@ class Admission:
             )
         if request.deadline_s is not None and prediction.finish_s > request.deadline_s:
             raise DeadlineUnmeetable(request.deadline_s, prediction.finish_s)
+        if request.longest_s is not None and prediction.finish_s > request.longest_s:
+            if prediction.finish_s - prediction.wait_s > request.longest_s:
+                raise TooLong(request.longest_s, prediction.finish_s)
+            raise QueueFull(
+                f"predicted to finish in {prediction.finish_s:.3g} s, the limit is {request.longest_s:.3g} s",
+                max(1.0, prediction.finish_s - request.longest_s),
+            )
 
     def _until_free_s(self, rows: int, snapshot: Snapshot) -> float:
         """Predict the seconds until `rows` rows in flight finish, assuming equal durations; at least 1 s."""

@@ -119,7 +119,7 @@ class AsyncEngine:
 
         Raises:
             Draining: the engine is starting, draining, stopped or dead.
-            InvalidRequest, QueueFull, ClientLimit, DeadlineUnmeetable, UnknownModel: as `Admission.accept`.
+            InvalidRequest, QueueFull, ClientLimit, DeadlineUnmeetable, TooLong, UnknownModel: as `Admission.accept`.
         """
         self._check_ready()
         now = time.monotonic()

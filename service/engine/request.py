@@ -139,6 +139,8 @@ class GenerationRequest:
     priority: Priority = Priority.INTERACTIVE
     deadline_s: float | None = None
     """Seconds from admission within which every image must complete; None for no deadline."""
+    longest_s: float | None = None
+    """Seconds after which the service gives the request up; None: never."""
     watch: Watch | None = None
     """None to report nothing before an image is done."""
 

@@ -245,7 +245,7 @@ async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *arg
 
 
 def _submit(prepared: Prepared, state: ServiceState, watch: Watch | None) -> Accepted:
-    ticket = state.engine.submit(replace(prepared.request, watch=watch))
+    ticket = state.engine.submit(replace(prepared.request, watch=watch, longest_s=state.settings.max_request_s))
     if state.tracing is not None:
         state.tracing.follow(ticket, prepared.model.numerics_id)
     return Accepted(prepared.model, ticket)

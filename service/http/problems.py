@@ -33,6 +33,7 @@ from service.errors import (
     QueueFull,
     ServiceError,
     TimedOut,
+    TooLong,
     Unavailable,
     UnknownModel,
 )
@@ -70,6 +71,7 @@ KINDS: dict[type[ServiceError], Kind] = {
     LoadFailed: Kind(422, "Model cannot be served"),
     LoadConflict: Kind(409, "Conflict"),
     DeadlineUnmeetable: Kind(422, "Deadline cannot be met"),
+    TooLong: Kind(422, "Would take too long"),
     QueueFull: Kind(503, "Queue full"),
     ClientLimit: Kind(429, "Too many requests"),
     Draining: Kind(503, "Not accepting requests"),
@@ -110,7 +112,7 @@ def fault_of(error: ServiceError, request: Request) -> Fault:
         detail=str(error),
         instance=_instance(request),
         errors=[{"field": error.field, "message": error.message}] if isinstance(error, InvalidRequest) else None,
-        more={"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable) else {},
+        more={"predicted_finish_s": error.predicted_s} if isinstance(error, DeadlineUnmeetable | TooLong) else {},
     )
 
 

@@ -82,9 +82,9 @@ async def test_answers_give_predicted_and_actual_times() -> None:
 async def test_a_request_that_takes_too_long_gets_504_and_frees_its_rows() -> None:
     async with running(max_request_s=0.5) as service:
         service.denoiser.let.clear()
-        late = await service.generate(steps=1000, n=4, cfg_scale=1)
+        late = await service.generate(steps=10, n=4, cfg_scale=1)
         assert (late.status_code, late.json()["title"]) == (504, "Took too long")
-        assert await service.metric("iddpm_remaining_row_steps") == 4 * 1000
+        assert await service.metric("iddpm_remaining_row_steps") == 4 * 10
         service.denoiser.let.set()
 
         async def empty() -> bool:
@@ -94,6 +94,16 @@ async def test_a_request_that_takes_too_long_gets_504_and_frees_its_rows() -> No
         assert await service.metric("iddpm_images_running") == 0
         assert await service.metric("iddpm_wasted_row_steps_total") == WIDTH  # the step in progress
         assert await service.metric("iddpm_requests_total", outcome="failed") == 1
+
+
+@runs
+async def test_a_request_that_would_take_too_long_is_refused_before_any_work() -> None:
+    async with running(max_request_s=1e-6) as service:
+        refused = await service.generate(steps=10)
+        assert (refused.status_code, refused.json()["title"]) == (422, "Would take too long")
+        assert "the longest that the service allows is 1e-06 s" in refused.json()["detail"]
+        assert refused.json()["predicted_finish_s"] > 0
+        assert await service.metric("iddpm_images_running") == 0
 
 
 @pytest.mark.parametrize("body", [{"priority": "urgent"}, {"deadline_s": 0}, {"deadline_s": "1"}, {"deadline_s": 1e9}])

@@ -144,7 +144,7 @@ class Problem(BaseModel):
     instance: str | None = None
     errors: list[dict[str, str]] | None = Field(default=None, description="`field` and `message` of each broken rule.")
     predicted_finish_s: float | None = Field(
-        default=None, description="When the images would be done, if a deadline cannot be met."
+        default=None, description="When the images would be done, if that is after the deadline or the service's limit."
     )
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.engine.admission import Admission
 from service.engine.config import EngineConfig
-from service.engine.request import GenerationRequest
+from service.engine.request import GenerationRequest, Priority
 from service.engine.snapshot import Snapshot
 from service.engine.step_costs import StepCosts
-from service.errors import ClientLimit, DeadlineUnmeetable, InvalidRequest, QueueFull, ServiceError, UnknownModel
+from service.errors import (
+    ClientLimit,
+    DeadlineUnmeetable,
+    InvalidRequest,
+    QueueFull,
+    ServiceError,
+    TooLong,
+    UnknownModel,
+)
 from tests.fakes import generation, params
 
 CONFIG = EngineConfig(max_rows=2, max_queue=4, max_wait_s=60.0, client_share=0.5, policy="fifo")
@@ -59,6 +69,19 @@ def test_a_deadline_is_compared_with_the_returned_prediction() -> None:
     [image], prediction = admission.accept(generation("r", params(steps=5), deadline_s=5.0), 100.0, snapshot("m"))
     assert (prediction.finish_s, image.deadline) == (5.0, 105.0)
     assert admission.eta("r", snapshot("m")) == prediction
+
+
+def test_a_request_that_would_be_given_up_is_refused() -> None:
+    admission = Admission(CONFIG, ["m"])
+    allowed = replace(generation("r", params(steps=4), priority=Priority.BATCH), longest_s=4.0)
+    with pytest.raises(TooLong, match="predicted to finish in 5 s, the longest that the service allows is 4 s") as long:
+        admission.accept(replace(allowed, images=(params(steps=5),)), 0.0, snapshot("m"))
+    assert long.value.predicted_s == 5.0
+    admission.accept(replace(allowed, request_id="first", images=(params(steps=4),) * 2), 0.0, snapshot("m"))
+    with pytest.raises(QueueFull, match="the limit is 4 s") as full:  # it would fit, alone
+        admission.accept(allowed, 0.0, snapshot("m"))
+    assert full.value.retry_after_s >= 1
+    admission.accept(replace(allowed, longest_s=None), 0.0, snapshot("m"))
 
 
 def test_capacity_of_ended_images_is_reused() -> None:
