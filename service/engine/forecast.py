@@ -121,7 +121,9 @@ class Forecast:
         total = 0.0
         for model, accepted in self._ledger.models.items():
             width = snapshot.widths[model]
-            total += (accepted.row_steps - done[model]) / width * self._step_s(model, width, snapshot)
+            total += (
+                (accepted.row_steps + accepted.expected - done[model]) / width * self._step_s(model, width, snapshot)
+            )
         return total
 
     def _step_s(self, model: str, rows: int, snapshot: Snapshot, new_rows: int = 0, new_classified: int = 0) -> float:

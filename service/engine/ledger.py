@@ -27,7 +27,7 @@ class ModelWork:
     rows: int = 0
     classified_rows: int = 0
     expected: int = 0
-    """Images in an earlier stage that will come to this model."""
+    """Row-steps that will come to this model, of images in an earlier stage."""
     interactive: Line = field(default_factory=Line)
     batch: Line = field(default_factory=Line)
 
@@ -154,7 +154,7 @@ class Ledger:
         line.clients[image.client] += image.row_steps
         if image.then is not None:
             self._later[image.then] = image.then.order
-            self._models[image.then.model].expected += 1
+            self._models[image.then.model].expected += image.then.row_steps
 
     def _leave(self, image: Image) -> None:
         model = self._models[image.model]
@@ -167,4 +167,4 @@ class Ledger:
             del line.clients[image.client]
         if image.then is not None:
             del self._later[image.then]
-            self._models[image.then.model].expected -= 1
+            self._models[image.then.model].expected -= image.then.row_steps

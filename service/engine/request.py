@@ -308,8 +308,13 @@ class Image:
 
     @property
     def remaining_row_steps(self) -> int:
-        """Return the remaining work: rows times steps."""
+        """Return the remaining work of this stage: rows times steps."""
         return self.row_steps - self.rows * self.steps_done
+
+    @property
+    def later_row_steps(self) -> int:
+        """Return the work of the next stage."""
+        return 0 if self.then is None else self.then.row_steps
 
 
 class ImageStep(NamedTuple):

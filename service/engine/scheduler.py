@@ -122,7 +122,7 @@ class Scheduler:
         self._turn = deque(self._lanes)
         self._by_request: defaultdict[str, set[Image]] = defaultdict(set)
         self.remaining_row_steps = 0
-        """Remaining work of all images in flight."""
+        """Remaining work of all images in flight, with their next stages."""
 
     @property
     def num_waiting(self) -> int:
@@ -214,7 +214,7 @@ class Scheduler:
             queue.line.push(image)
             queue.shares.enter(image.client)
             self._by_request[image.request_id].add(image)
-            self.remaining_row_steps += image.remaining_row_steps
+            self.remaining_row_steps += image.remaining_row_steps + image.later_row_steps
 
     def abort(self, request_id: str) -> list[Image]:
         """Remove a request's images in any state and return them; their rows are free at the next step."""
@@ -383,7 +383,7 @@ class Scheduler:
             queue.line.remove(image)
             queue.evicted.discard(image)
         image.status = status
-        self.remaining_row_steps -= image.remaining_row_steps
+        self.remaining_row_steps -= image.remaining_row_steps + image.later_row_steps
         queue.shares.leave(image.client)
         siblings = self._by_request[image.request_id]
         siblings.remove(image)

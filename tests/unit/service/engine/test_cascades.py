@@ -15,10 +15,11 @@ import pytest
 
 from diffusion.update import from_uint8_reversibly
 from service.backends.pending import Pending
+from service.engine.admission import Admission
 from service.engine.async_engine import AsyncEngine, EngineState
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
-from service.engine.forecast import Prediction
+from service.engine.forecast import Forecast, Prediction
 from service.engine.request import (
     GenerationRequest,
     Image,
@@ -30,6 +31,8 @@ from service.engine.request import (
     NextStage,
     Watch,
 )
+from service.engine.snapshot import Snapshot
+from service.engine.step_costs import StepCosts
 from service.errors import NotFinite, UnknownModel
 from service.metrics import Metrics
 from service.models.registry import served_model
@@ -68,6 +71,16 @@ def request_of(
     )
     base = generation(name, *[params(steps)] * n, model="base", watch=watch)
     return replace(base, then=then, served_as="cascade")
+
+
+def seconds_per_step(seconds: float) -> Snapshot:
+    """Return the snapshot of an idle engine of two models, whose full steps take that long."""
+    costs = StepCosts()
+    costs.observe(CONFIG.max_rows, seconds)
+    models = ("base", "up")
+    return Snapshot.of(
+        [], dict.fromkeys(models, 0), dict.fromkeys(models, CONFIG.max_rows), dict.fromkeys(models, costs.now)
+    )
 
 
 @asynccontextmanager
@@ -157,7 +170,7 @@ async def test_a_retired_upsampler_stays_until_its_images_are_done() -> None:
     async with serving() as engine:
         ticket = engine.submit(request_of(steps=40))
         engine.retire("up")
-        assert engine.ledger.models["up"].expected == 1
+        assert engine.ledger.models["up"].expected == 2  # row-steps
         with pytest.raises(UnknownModel):
             engine.submit(request_of("again"))
         assert (await ticket.images[0]).status is ImageStatus.DONE
@@ -178,6 +191,26 @@ async def test_the_prediction_covers_both_stages() -> None:
         assert newer.finish_s > 0
         await other.images[0]
         assert engine.eta("both") is None
+
+
+def test_the_remaining_work_covers_both_stages() -> None:
+    metrics = Metrics()
+    engine = Engine({"base": CountingRunner(), "up": CountingRunner()}, CONFIG, metrics)
+    engine.add(request_of(steps=3, later=5, n=2), 0.0)
+    engine.add(request_of("aborted", steps=4, later=2), 0.0)
+    left = []
+    while engine.has_work():
+        left.append(metrics.registry.get_sample_value("iddpm_remaining_row_steps"))
+        engine.step()
+        engine.abort("aborted")
+    assert left == [2 * 8 + 6, *range(14, 0, -2)]
+    assert metrics.registry.get_sample_value("iddpm_remaining_row_steps") == 0
+
+
+def test_work_that_later_stages_bring_is_part_of_the_backlog() -> None:
+    admission = Admission(CONFIG, ["base", "up"])
+    admission.accept(request_of(steps=3, later=5, n=4), 0.0, seconds_per_step(1.0))
+    assert Forecast(CONFIG, admission.ledger).backlog_s(seconds_per_step(1.0)) == 3 + 5
 
 
 @runs
