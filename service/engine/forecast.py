@@ -13,6 +13,8 @@ Assumptions and limits of the model:
   allowance of `ClientShares`) * (number of clients).
 - The second stage of an image of a cascade is predicted when its first one is: it begins when that is done, or when the
   work that is ahead of it now is done, whichever is later. For other requests it is work only once it has begun.
+- An image that was accepted during a step, and that will take a row which is free, is not yet among the rows that run:
+  until the next step, the wait of the image after it may be predicted too short.
 - No further work arrives. Later work that is served first (shorter under srw, earlier due under deadline, interactive
   before batch) makes predictions too early. Failed and cancelled work makes them too late.
 """
