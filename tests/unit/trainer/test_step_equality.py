@@ -165,7 +165,8 @@ def restated(config: TrainConfig, data: Path) -> tuple[list[float], dict[str, Te
 def test_a_run_equals_openais_update_step_by_step(
     tmp_path: Path, changes: dict[str, Any], process: dict[str, Any]
 ) -> None:
-    """Differences are those of rounding: losses agree to 5e-4 over 300 steps, the weights as a whole to 1e-3.
+    """Differences are those of rounding: losses agree to 1e-4 over 100 steps and to 5e-4 over 300, the
+    weights as a whole to 1e-3.
 
     The learning rate of L_vlb is lower. Its terms at the first timesteps are quotients by small variances, and at 1e-3
     the restated loop departs even from itself: by 2e-3 after 200 steps, if the initial weights differ by 1e-7 of them.
@@ -181,7 +182,9 @@ def test_a_run_equals_openais_update_step_by_step(
     model = train(config, data, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / LOG_FILE).read_text().splitlines()]
     curve, average = restated(config, data)
-    assert [line["loss"] for line in lines] == pytest.approx(curve, rel=5e-4)
+    losses = [line["loss"] for line in lines]
+    assert losses[:100] == pytest.approx(curve[:100], rel=1e-4)
+    assert losses == pytest.approx(curve, rel=5e-4)
     trained = read_weights(model)
     gap, size = (
         torch.cat([tensor.flatten() for tensor in tensors]).norm()
