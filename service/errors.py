@@ -101,7 +101,7 @@ class TooLong(ServiceError):
 
     def __init__(self, longest_s: float, predicted_s: float) -> None:
         super().__init__(
-            f"predicted to finish in {predicted_s:.3g} s, the longest that the service allows is {longest_s:.3g} s; "
+            f"predicted to take {predicted_s:.3g} s alone, the longest that the service allows is {longest_s:.3g} s; "
             "fewer images or fewer steps take less time"
         )
         self.predicted_s = predicted_s

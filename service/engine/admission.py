@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from service.engine.config import EngineConfig
 from service.engine.forecast import Forecast, Prediction
@@ -56,6 +56,7 @@ class Admission:
         images = self._order.images_of(request, submitted_at, snapshot.steps)
         prediction = self._forecast.predict(images, snapshot)
         self._check_prediction(request, prediction)
+        self._check_duration(request, images, prediction, snapshot)
         self.ledger.add(images)
         return images, prediction
 
@@ -154,7 +155,7 @@ class Admission:
             )
 
     def _check_prediction(self, request: GenerationRequest, prediction: Prediction) -> None:
-        """Reject requests whose predicted wait is too long, whose deadline cannot be met, or that would be given up."""
+        """Reject requests whose predicted wait is too long or whose deadline cannot be met."""
         too_long = prediction.wait_s - self._config.max_wait_s
         if too_long > 0 and request.priority is Priority.INTERACTIVE:
             raise QueueFull(
@@ -163,13 +164,21 @@ class Admission:
             )
         if request.deadline_s is not None and prediction.finish_s > request.deadline_s:
             raise DeadlineUnmeetable(request.deadline_s, prediction.finish_s)
-        if request.longest_s is not None and prediction.finish_s > request.longest_s:
-            if prediction.finish_s - prediction.wait_s > request.longest_s:
-                raise TooLong(request.longest_s, prediction.finish_s)
-            raise QueueFull(
-                f"predicted to finish in {prediction.finish_s:.3g} s, the limit is {request.longest_s:.3g} s",
-                max(1.0, prediction.finish_s - request.longest_s),
-            )
+
+    def _check_duration(
+        self, request: GenerationRequest, images: Sequence[Image], prediction: Prediction, snapshot: Snapshot
+    ) -> None:
+        """Reject requests that would be given up before their end; a retry helps those that only other work delays."""
+        limit = request.longest_s
+        if limit is None or prediction.finish_s <= limit:
+            return
+        alone = Forecast(self._config, Ledger(self.ledger.models)).predict(images, snapshot)
+        if alone.finish_s > limit:
+            raise TooLong(limit, alone.finish_s)
+        raise QueueFull(
+            f"predicted to finish in {prediction.finish_s:.3g} s, the limit is {limit:.3g} s",
+            max(1.0, prediction.finish_s - limit),
+        )
 
     def _until_free_s(self, rows: int, snapshot: Snapshot) -> float:
         """Predict the seconds until `rows` rows in flight finish, assuming equal durations; at least 1 s."""

@@ -74,7 +74,9 @@ def test_a_deadline_is_compared_with_the_returned_prediction() -> None:
 def test_a_request_that_would_be_given_up_is_refused() -> None:
     admission = Admission(CONFIG, ["m"])
     allowed = replace(generation("r", params(steps=4), priority=Priority.BATCH), longest_s=4.0)
-    with pytest.raises(TooLong, match="predicted to finish in 5 s, the longest that the service allows is 4 s") as long:
+    with pytest.raises(
+        TooLong, match="predicted to take 5 s alone, the longest that the service allows is 4 s"
+    ) as long:
         admission.accept(replace(allowed, images=(params(steps=5),)), 0.0, snapshot("m"))
     assert long.value.predicted_s == 5.0
     admission.accept(replace(allowed, request_id="first", images=(params(steps=4),) * 2), 0.0, snapshot("m"))
@@ -82,6 +84,20 @@ def test_a_request_that_would_be_given_up_is_refused() -> None:
         admission.accept(allowed, 0.0, snapshot("m"))
     assert full.value.retry_after_s >= 1
     admission.accept(replace(allowed, longest_s=None), 0.0, snapshot("m"))
+
+
+def test_work_of_others_is_no_reason_to_call_a_request_too_long() -> None:
+    """Other models take turns with its steps, and interactive work limits a batch's own."""
+    for before in (generation("other", params(steps=9), model="n"), generation("same", params(steps=9))):
+        admission = Admission(CONFIG, ["m", "n"])
+        request = replace(generation("r", params(steps=4), priority=Priority.BATCH), longest_s=4.5)
+        admission.accept(before, 0.0, snapshot("m", "n"))
+        with pytest.raises(QueueFull, match=r"the limit is 4\.5 s"):
+            admission.accept(request, 0.0, snapshot("m", "n"))
+        with pytest.raises(TooLong):
+            admission.accept(replace(request, images=(params(steps=5),)), 0.0, snapshot("m", "n"))
+        admission.release(before.request_id, 0)
+        admission.accept(request, 0.0, snapshot("m", "n"))
 
 
 def test_capacity_of_ended_images_is_reused() -> None:
