@@ -7,14 +7,12 @@ Assumptions and limits of the model:
 - The work ahead of an image, in the policy's order, fills the width until it runs out; its last rows then drain while
   the image runs. The wait is therefore (work ahead) / width, minus the remaining steps of the rows that run last. These
   are estimated by the mean remaining steps of the rows that run now. The wait lasts at least until the first of these
-  rows finishes.
+  rows finishes, or of those that waiting images of its priority will take in the next step because they are free.
 - Interactive work gets the rows that the share of batch work leaves, if there is batch work. Batch work waits for all
   interactive work, or gets its share, whichever is sooner. No image waits for more than (the work of its client + the
   allowance of `ClientShares`) * (number of clients).
 - The second stage of an image of a cascade is predicted when its first one is: it begins when that is done, or when the
   work that is ahead of it now is done, whichever is later. For other requests it is work only once it has begun.
-- An image that was accepted during a step, and that will take a row which is free, is not yet among the rows that run:
-  until the next step, the wait of the image after it may be predicted too short.
 - No further work arrives. Later work that is served first (shorter under srw, earlier due under deadline, interactive
   before batch) makes predictions too early. Failed and cancelled work makes them too late.
 """
@@ -24,8 +22,9 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import attrgetter
 
 from service.engine.config import EngineConfig
@@ -58,6 +57,8 @@ class _Ahead:
     """Changes to the line since its images arrived: (order, images, row-steps), sorted."""
     taking_part: list[PlacedImage]
     """Images that have started or joined, sorted."""
+    starting: list[PlacedImage]
+    """Waiting images that will take the rows that are free now, sorted."""
     interactive: int
     """Remaining row-steps of interactive work."""
     batch: int
@@ -172,10 +173,14 @@ class Forecast:
                 batch -= image_ahead.row_steps - remaining
             else:
                 interactive -= image_ahead.row_steps - remaining
+        line = accepted.line(priority)
+        taking_part = [placed for placed in started if placed.remaining_row_steps]
+        free = snapshot.widths[model] - sum([placed.image.rows for placed in taking_part])
         return _Ahead(
-            line=accepted.line(priority),
+            line=line,
             progress=self._progress([placed for placed in started if placed.image.request.priority is priority]),
-            taking_part=[placed for placed in started if placed.remaining_row_steps],
+            taking_part=taking_part,
+            starting=_starting(line, started, free) if free > 0 else [],
             interactive=interactive,
             batch=batch,
             others_step_s=sum(
@@ -205,7 +210,7 @@ class Forecast:
             wait_steps = (work + ahead.interactive) / width
             if ahead.interactive > 0 and self._batch_share > 0:
                 wait_steps = min(wait_steps, work / (self._batch_share * width))
-        mean_left, least_left = _drain(ahead.taking_part, placed, width)
+        mean_left, least_left = _drain(ahead, placed, width)
         new_rows = 0 if known else ahead.joined_rows + image.rows
         new_classified = 0 if known else ahead.joined_classified + image.classified_rows
         rows = self._ledger.models[model].rows + new_rows
@@ -248,14 +253,32 @@ def _together(predicted: Sequence[Prediction]) -> Prediction:
     )
 
 
-def _drain(taking_part: Iterable[PlacedImage], placed: PlacedImage, width: int) -> tuple[float, float]:
+def _starting(line: Line, started: Collection[PlacedImage], free: int) -> list[PlacedImage]:
+    """Return the images of a line that will take the free rows of the next step."""
+    begun = {placed.image for placed in started}
+    found: list[PlacedImage] = []
+    for order in islice(line.work, len(begun) + free):
+        image = line.images[order]
+        if image not in begun and image.rows <= free:
+            found.append(PlacedImage(image, order, image.row_steps))
+            free -= image.rows
+    return found
+
+
+def _drain(ahead: _Ahead, placed: PlacedImage, width: int) -> tuple[float, float]:
     """Return the mean remaining steps per row of the images ahead, and the steps until a row is free for this one."""
     rows = work = 0
     least = math.inf
-    for image, order, remaining in taking_part:
+    for image, order, remaining in ahead.taking_part:
         if rows >= width or order >= placed.order:
             break
         rows += image.rows
         work += remaining
         least = min(least, remaining / image.rows)
-    return work / rows if rows else 0.0, least if rows + placed.image.rows > width else 0.0
+    mean = work / rows if rows else 0.0
+    for image, order, remaining in ahead.starting:
+        if order >= placed.order:
+            break
+        rows += image.rows
+        least = min(least, remaining / image.rows)
+    return mean, least if rows + placed.image.rows > width else 0.0

@@ -16,6 +16,8 @@ class Line:
 
     work: OrderedWork = field(default_factory=OrderedWork)
     """Row-steps of each image, sorted by its order."""
+    images: dict[Order, Image] = field(default_factory=dict)
+    """Each image by its order."""
     clients: Counter[str] = field(default_factory=Counter)
     """Row-steps of each client that has images in the line."""
 
@@ -151,6 +153,7 @@ class Ledger:
         model.classified_rows += image.classified_rows
         line = model.line(image.priority)
         line.work.add(order, image.row_steps)
+        line.images[order] = image
         line.clients[image.client] += image.row_steps
         if image.then is not None:
             self._later[image.then] = image.then.order
@@ -161,7 +164,9 @@ class Ledger:
         model.rows -= image.rows
         model.classified_rows -= image.classified_rows
         line = model.line(image.priority)
-        line.work.remove(self._orders.pop(image))
+        order = self._orders.pop(image)
+        line.work.remove(order)
+        del line.images[order]
         line.clients[image.client] -= image.row_steps
         if not line.clients[image.client]:
             del line.clients[image.client]

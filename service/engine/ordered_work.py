@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 from service.engine.request import Order
 
@@ -21,6 +22,10 @@ class OrderedWork:
 
     def __len__(self) -> int:
         return sum(map(len, self._blocks))
+
+    def __iter__(self) -> Iterator[Order]:
+        """Iterate over the orders, least first. The entries must not change meanwhile."""
+        return (order for block in self._blocks for order, _ in block)
 
     def add(self, order: Order, work: int) -> None:
         """Insert an entry. Its order must be unique."""

@@ -370,8 +370,8 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_predicted_finis
 @runs
 async def test_a_request_with_too_long_a_predicted_wait_is_refused_except_for_batch_work() -> None:
     async with started(PausedRunner(), CONFIG.replace(max_wait_s=60.0), step_s=1.0) as engine:
-        # Accepted at any length while they are alone. In one request: when the step pauses, both have begun, or neither
-        engine.submit(generation("a", params(steps=500), params(steps=500)))
+        for name in ("a", "b"):  # at any length while there are free rows
+            engine.submit(generation(name, params(steps=500)))
         with pytest.raises(QueueFull, match=r"the predicted wait is (499|500) s, the limit is 60 s") as refusal:
             engine.submit(generation("c", params(steps=9)))
         assert refusal.value.retry_after_s > 1

@@ -99,6 +99,20 @@ def test_short_work_is_predicted_to_go_before_long_work_under_srw_only() -> None
     assert predicted["srw"] == 10
 
 
+@pytest.mark.parametrize("started", range(1, 4))
+def test_an_image_waits_for_those_that_will_take_the_free_rows(started: int) -> None:
+    device = Device4()
+    for k in range(started):
+        device.add(f"started{k}", params(100))
+    device.step()
+    for k in range(3 - started):
+        device.add(f"waiting{k}", params(100))
+    assert device.add("last", params(200)) == (0.0, 200.0)
+    assert device.add("later", params(10)) == (99.0, 109.0)
+    device.run()
+    assert device.finished["later"] == 110.0
+
+
 def test_completed_steps_reduce_the_prediction() -> None:
     device = Device4()
     device.add("a", *[params(100)] * 4)

@@ -12,7 +12,7 @@ from service.engine.ordered_work import BLOCK, OrderedWork
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4 * BLOCK))
-def test_sums_equal_those_of_a_sorted_list(seed: int, operations: int) -> None:
+def test_sums_and_order_equal_those_of_a_sorted_list(seed: int, operations: int) -> None:
     draw = random.Random(seed)
     line, entries = OrderedWork(), dict[tuple[float, int], int]()
     for sequence in range(operations):
@@ -28,6 +28,7 @@ def test_sums_equal_those_of_a_sorted_list(seed: int, operations: int) -> None:
     before = [work for order, work in entries.items() if order < place]
     assert line.before(place) == (len(before), sum(before))
     assert (len(line), line.work) == (len(entries), sum(entries.values()))
+    assert [*line] == sorted(entries)
 
 
 def test_removing_a_missing_element_raises() -> None:
