@@ -169,11 +169,10 @@ def _from_npz(content: bytes, shape: Shape, most: int, fit: Fit | None) -> Array
 
 
 def _from_npy(file: IO[bytes], shape: Shape, most: int, fit: Fit | None) -> Array:
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise GivenFileError("must be an npy file of version 1 or 2")
-    found, fortran_order, dtype = read_header[version](file)
+    # Later versions are for records with many fields, and may announce headers of 4 GiB, which numpy would read
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise GivenFileError("must be an npy file of version 1, as numpy writes numbers")
+    found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise GivenFileError(f"must hold numbers; got {dtype}")  # objects would need pickle
     check_shape(found, shape, most, fit)

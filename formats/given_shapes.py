@@ -17,6 +17,8 @@ Array = npt.NDArray[Any]
 
 MAX_PICTURE_PIXELS = 1 << 24
 """Most pixels of a picture that is fitted to a model's shape."""
+MAX_SCALED_PIXELS = 1 << 22
+"""Most pixels of an image that is scaled to be cropped, unless four times the model's are more."""
 FITS: tuple[Fit, ...] = ("crop", "pad", "resize")
 
 
@@ -60,7 +62,11 @@ def _with_all_axes(shape: tuple[int, ...], wanted: Shape) -> tuple[int, int, int
 
 
 def fitted(arrays: Array, shape: Shape, fit: Fit | None, *, nearest: bool = False) -> Array:
-    """Fit arrays [n, H, W, C] to a shape."""
+    """Fit arrays [n, H, W, C] to a shape.
+
+    Raises:
+        GivenFileError: they are so long and narrow that scaling before cropping would take too much memory.
+    """
     if fit is None or arrays.shape[1:] == shape:
         return arrays
     return np.stack([_fitted_one(array, shape, fit, nearest=nearest) for array in arrays])
@@ -72,10 +78,16 @@ def _fitted_one(array: Array, shape: Shape, fit: Fit, *, nearest: bool) -> Array
         return _resized(array, height, width, nearest=nearest)
     choose = max if fit == "crop" else min
     scale = choose(height / rows, width / columns)
-    scaled = _resized(array, max(1, round(rows * scale)), max(1, round(columns * scale)), nearest=nearest)
+    size = max(1, round(rows * scale)), max(1, round(columns * scale))
+    if size[0] * size[1] > max(MAX_SCALED_PIXELS, 4 * height * width):
+        raise GivenFileError(
+            f"is too long and narrow for fit=crop: {columns}x{rows} pixels would be scaled to {size[1]}x{size[0]} "
+            f"before they are cropped; crop it, or set fit to {alternatives(FITS[1:])}"
+        )
+    scaled = _resized(array, *size, nearest=nearest)
     above, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
     if fit == "crop":
-        return scaled[-above : height - above, -left : width - left]
+        return scaled[-above : height - above, -left : width - left].copy()  # not a view: `scaled` may be large
     below, right = height - scaled.shape[0] - above, width - scaled.shape[1] - left
     return np.pad(scaled, ((above, below), (left, right), (0, 0)), mode="edge")
 
