@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from diffusion.quoting import quoted
-from service.requests.request_body import classes_in
+from service.requests.request_body import TOO_MANY_FIELDS, classes_in
 
 MAX_NAME = 60
 _RULES = {
@@ -34,6 +34,8 @@ def message_of(item: Mapping[str, Any], body: type[BaseModel] | None) -> str:
     """
     context = item.get("ctx", {})
     text = str(item["msg"])
+    if item["type"] == TOO_MANY_FIELDS:  # the input would be long
+        return text
     if item["type"] == "missing":
         return "field required"
     if item["type"] == "extra_forbidden":

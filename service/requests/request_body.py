@@ -7,8 +7,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
+MAX_FIELDS = 100
+"""Of an object in a body; all that exist are fewer."""
+TOO_MANY_FIELDS = "too_many_fields"
+"""Type of the error for more; its message is complete."""
 _ANNOTATIONS = frozenset({"default", "description", "title"})
 
 
@@ -22,6 +26,8 @@ class RequestBody(BaseModel):
     def _leave_out_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:  # an error is made for each unknown one
+            raise PydanticCustomError(TOO_MANY_FIELDS, f"must have at most {MAX_FIELDS} fields; got {len(value)}")
         optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: item for name, item in value.items() if item is not None or name not in optional}
 

@@ -101,6 +101,7 @@ ERRORS = [
     ("GET", "/docs/", 404, Interface.NATIVE, "but there is GET /docs"),
     ("GET", "/v1//models", 404, Interface.NATIVE_AND_OPENAI, "no GET /v1//models here, but there is GET /v1/models"),
     # a path may contain anything, and the message has no line breaks
+    ("GET", "/healthz%0a", 400, Interface.NATIVE, "the path must not end with a line break"),
     ("GET", "/%0a%1b[31m%e2%80%ae", 404, Interface.NATIVE_AND_OPENAI, r'no GET "/\n\u001b[31m\u202e" here'),
     ("GET", "/v1/" + "x" * 5000, 404, Interface.OPENAI, "no GET /v1/xxx"),
     ("GET", "/v1" + "/x" * 2000, 404, Interface.OPENAI, "no GET /v1/x/x/x"),
@@ -248,12 +249,15 @@ MESSAGES: list[tuple[str, dict[str, Any] | list[Any], str]] = [
     ("/v1/generate", {"respacing": "it's"}, '"ddimN" or ""; got "it\'s"'),
     ("/v1/generate", {"respacing": "1"}, 'at least 2 steps; "1" keeps 1'),
     ("/v1/generate", [], "body: must be a JSON object; got []"),
+    ("/v1/generate", dict.fromkeys(map(str, range(101)), 0), "body: must have at most 100 fields; got 101"),
     ("/v1/images/generations", {"size": "1024x1024"}, 'size: must be 8x8 or auto; got "1024x1024"'),
     ("/v1/images/generations", {"prompt": ["Ape"]}, 'prompt: input should be a valid string; got ["Ape"]'),
     ("/v2/models/m/infer", {"inputs": [], "outputs": [{"name": 1}]}, '"seed", "image_index" or "class_index"; got 1'),
     ("/v2/models/m/infer", {"inputs": [], "parameters": {"sequence_id": 1}},
      "parameters.sequence_id: unknown field; allowed: binary_data_output, priority, timeout"),
     ("/v2/models/m/infer", {"inputs": [{**STEPS, "datatype": "INT32"}]}, 'datatype must be INT64; got "INT32"'),
+    ("/v2/models/m/infer", {"inputs": [dict.fromkeys(map(str, range(101)), 0)]},
+     "inputs.0: must have at most 100 fields; got 101"),
     ("/v2/models/m/infer", {"inputs": [{**STEPS, "shape": "1"}]}, 'inputs.0.shape: must be a list; got "1"'),
 ]  # fmt: skip
 

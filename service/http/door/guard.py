@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 32768
 class Guard:
     """Rejects requests before they reach a handler.
 
-    503 (too many connections), 421 (host), 431 (head), 403 (origin of a form), 415 (type).
+    503 (too many connections), 421 (host), 431 (head), 400 (path), 403 (origin of a form), 415 (type).
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]) -> None:
@@ -60,6 +60,8 @@ class Guard:
             )
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return problem(431, "Header fields too large", f"the headers must be at most {MAX_HEADER_BYTES} bytes")
+        if scope["path"].endswith("\n"):  # a pattern's end matches before it, so a route would take the request
+            return problem(400, "Bad request", "the path must not end with a line break")
         return _refusal_of_body(scope, headers) if scope["method"] == "POST" and _has_handler(scope) else None
 
     def _is_ours(self, host: str) -> bool:
