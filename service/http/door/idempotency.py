@@ -115,6 +115,8 @@ class Idempotency:
             answer = await self._wait(execution, name, receive)
             if answer is not None:
                 await answer.send(send, *([REPLAYED] if known else []))
+            elif known is None:  # the execution holds this request's body, whose memory counts until this call returns
+                await asyncio.wait([execution.task])
 
     def _execute(self, name: Name, digest: bytes, scope: Scope, request: Message) -> _Execution:
         execution = self._running[name] = _Execution(digest)

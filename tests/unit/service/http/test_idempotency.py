@@ -155,16 +155,38 @@ async def test_an_execution_is_cancelled_only_when_all_its_clients_have_left() -
     (first, first_gone), (second, second_gone) = door.begin("k"), door.begin("k")
     await eventually(lambda: app.runs == 1)
     first_gone.set()
-    await first
+    for _ in range(100):
+        await asyncio.sleep(0)
     assert app.ended_early == 0
     second_gone.set()
-    await second
+    await asyncio.gather(first, second)
     again = asyncio.create_task(door.post("k"))
     await eventually(lambda: app.runs == 2)
     app.let.set()
     assert (await again).json()["run"] == 2
     assert app.ended_early == 1
     assert (await door.post("k")).json()["run"] == 2  # an answer that ended early is not kept
+
+
+@runs
+async def test_the_body_of_a_client_that_has_left_counts_until_its_execution_ends() -> None:
+    may_end = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await may_end.wait()
+        await JSONResponse({})(scope, receive, send)
+
+    door = Door(App())
+    door.idempotency = Idempotency(slow, 1000, keep_s=60)
+    (first, first_gone), (second, second_gone) = door.begin("k"), door.begin("k")
+    for gone in (second_gone, first_gone):
+        gone.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+    assert (first.done(), second.done()) == (False, True)
+    may_end.set()
+    await first
 
 
 @runs
