@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from typing import Generic
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -220,10 +221,17 @@ def _cond_channels(config: AnyCheckpointConfig) -> int:
 
 
 def _plans_of(diffusion: DiffusionConfig) -> PlanOf:
-    """Return a function that builds a model's sampling plans, which `build_chain` caches."""
+    """Return a function that builds a model's sampling plans.
+
+    It keeps the plans of images in flight, because the bounded cache of `build_chain` may hold fewer than take a step.
+    """
+    in_use: WeakKeyDictionary[PlanKey, SamplingPlan] = WeakKeyDictionary()
 
     def plan_of(key: PlanKey) -> SamplingPlan:
-        return build_chain(diffusion, key)
+        plan = in_use.get(key)
+        if plan is None:
+            plan = in_use[key] = build_chain(diffusion, key)
+        return plan
 
     return plan_of
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from diffusion import chains
 from diffusion.chains import Chain, Resample, build_chain
 from diffusion.config import DiffusionConfig
 from diffusion.plan_cache import PLAN_BYTES, PlanCache
-from diffusion.plans import KEPT_PLANS
+from diffusion.plans import KEPT_PLANS, SamplingPlan, build_plan
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.runners.array_runner import ArrayRunner
+from service.metrics import Metrics
+from tests.denoisers import ExactDenoiser
+from tests.fakes import generation, params, tiny_config
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,24 @@ def test_threads_that_build_the_same_plan_share_one() -> None:
         thread.join()
     assert [plan is found[0] for plan in found] == [True] * 4
     assert cache.nbytes == 1 + PLAN_BYTES
+
+
+def test_plans_of_images_in_flight_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "KEPT_PLANS", PlanCache(max_bytes=1))
+    runner: ArrayRunner[Any] = ArrayRunner(ExactDenoiser(tiny_config()), EngineConfig(max_rows=4))
+    engine = Engine({"m": runner}, EngineConfig(max_rows=4, timed_calls=0), Metrics())
+    built = 0
+
+    def build(*args: Any, **options: Any) -> SamplingPlan:
+        nonlocal built
+        built += 1
+        return build_plan(*args, **options)
+
+    monkeypatch.setattr(chains, "build_plan", build)
+    engine.add(generation("r", *(params(steps=steps) for steps in (5, 6, 7))), submitted_at=0.0)
+    while engine.has_work():
+        engine.step()
+    assert built == 3
 
 
 def test_long_chains_stay_within_the_bound_of_the_process() -> None:
