@@ -144,6 +144,8 @@ async def prepare(body: GenerateRequest, request: Request, state: ServiceState) 
     given: tuple[GivenArrays, ...] = ()
     if body.image is not None or body.latent is not None or body.cond is not None:
         given = await state.encoding.run(read_given, body, model.config)
+        if find_model(state.models, body.model) is not model:  # reloaded meanwhile
+            return await prepare(body, request, state)
     completed = complete(body, model, uuid.uuid4().hex, most, client.name, given)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=key is not None)
@@ -166,6 +168,8 @@ async def prepare_arrays(body: EncodeRequest | DenoiseRequest, request: Request,
         given = await state.encoding.run(read_encoded, body, model.config)
     else:
         given = await state.encoding.run(read_noisy, body, model.config)
+    if find_model(state.models, body.model) is not model:  # reloaded meanwhile
+        return await prepare_arrays(body, request, state)
     completed = complete_arrays(body, given, model, uuid.uuid4().hex, most, client.name)
     limited = replace(completed, max_client_images=client.limits.images_in_flight)
     return Prepared(model, limited, idempotent=context_of(request.scope).idempotency_key is not None)
@@ -223,7 +227,15 @@ def answer_as_stream(
         raise InvalidRequest("Idempotency-Key", "a stream cannot be answered twice; leave it out, and give a seed")
     accepted = _submit(prepared, state, watch)
     events = _written_events(accepted, writer_of(accepted), request, state)
-    return EventSource(events, on_end=partial(_abandon, accepted.ticket, state))
+    # A timer: while a slow client reads an event, nothing waits for the next one
+    abandon = partial(_abandon, accepted.ticket, state)
+    timer = asyncio.get_running_loop().call_later(state.settings.max_request_s, abandon)
+
+    def end() -> None:
+        timer.cancel()
+        abandon()
+
+    return EventSource(events, on_end=end)
 
 
 async def deliver(state: ServiceState, images: int, encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -287,20 +299,19 @@ async def _written_events(
 
 
 async def _events(ticket: Ticket, state: ServiceState) -> AsyncGenerator[Event]:
-    """Yield the events of a request up to `Completed`; raise `GenerationFailed` if an image fails or time runs out."""
+    """Yield the events of a request up to `Completed`.
+
+    Raises:
+        GenerationFailed: an image failed, or the request was abandoned because time ran out.
+    """
     assert ticket.events is not None  # noqa: S101  # submitted with a watch
-    longest = state.settings.max_request_s
     try:
-        while True:
-            async with asyncio.timeout(ticket.submitted_at + longest - time.monotonic()):
-                event = await anext(ticket.events, None)
-            if event is None:
-                return
+        async for event in ticket.events:
             if isinstance(event, ImageFailed):
                 raise event.error
             yield event
-    except TimeoutError as error:
-        raise _timed_out(longest) from error
+        if any(future.cancelled() for future in ticket.images):
+            raise _timed_out(state.settings.max_request_s)
     finally:
         _abandon(ticket, state)
 

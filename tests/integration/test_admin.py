@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from service.backends.base import Denoiser
 from service.errors import ModelError
+from service.http import execution
 from service.http.app import assemble, create_app
 from service.http.door.keys import ApiKey, Limits, hash_of, new_key
 from service.http.door.keys_file import write_keys
 from service.http.kserve.routes import check_version
 from service.http.native.admin import registry_for_admins
 from service.http.state import service_state
+from service.requests.given import read_given
 from service.settings import Settings
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.in_process import PausedDenoiser, Service
+from tests.integration.test_given_images import npy
 from tests.paths import BUNDLED
 from tests.waiting import PATIENCE_S, eventually, runs
 
@@ -164,6 +167,49 @@ def test_a_reload_changes_new_images_and_none_in_flight(root: Path) -> None:
             del service.denoiser
             await eventually(lambda: gc.collect() >= 0 and old() is None)  # the old weights are not kept in memory
             assert await service.metric("iddpm_network_calls_total", model="m") >= 1003
+
+    check()
+
+
+def test_a_model_that_is_reloaded_while_images_are_read_is_used_as_it_is_then(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, may_read = threading.Event(), threading.Event()
+
+    def slowly(body: Any, config: Any) -> Any:
+        reading.set()
+        assert may_read.wait(PATIENCE_S)
+        return read_given(body, config)
+
+    monkeypatch.setattr(execution, "read_given", slowly)
+    image = npy(np.zeros((8, 8, 1), np.float32))
+
+    async def reloaded_meanwhile(service: Service, asked: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+        reading.clear()
+        may_read.clear()
+        task = asyncio.create_task(asked)
+        await eventually(reading.is_set)
+        assert (await change(service, "m")).status_code == 200
+        may_read.set()
+        return await task
+
+    @runs
+    async def check() -> None:
+        async with running(root) as service:
+            answer = await reloaded_meanwhile(service, picture(service, steps=3, image=image, strength=0.5))
+            assert answer.status_code == 200, answer.text
+            assert await served(service) == {"m": answer.headers["x-numerics-id"]}
+
+            version = answer.headers["x-numerics-id"]
+            data = [0.0] * 64
+            tensors: list[dict[str, Any]] = [
+                {"name": "image", "shape": [8, 8, 1], "datatype": "FP32", "data": data},
+                {"name": "strength", "shape": [1], "datatype": "FP32", "data": [0.5]},
+            ]
+            infer = service.ask("POST", f"/v2/models/m/versions/{version}/infer", json={"inputs": tensors})
+            refused = await reloaded_meanwhile(service, infer)
+            assert refused.status_code == 404, refused.text
+            assert f"must be one of m, version {(await served(service))['m']}" in refused.text
 
     check()
 

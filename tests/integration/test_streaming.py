@@ -230,6 +230,20 @@ async def test_a_stream_that_takes_too_long_ends_with_a_problem() -> None:
         await service.until(lambda: idle(service))
 
 
+@runs
+async def test_the_time_limit_frees_the_rows_of_a_client_that_does_not_read() -> None:
+    async with running(max_request_s=0.3) as service:
+        service.denoiser.let.clear()
+        async with streaming(service.app, steps=10, cfg_scale=1) as client:
+            await service.until_accepted(1)
+            await asyncio.sleep(0.5)
+            service.denoiser.let.set()
+            await service.until(lambda: idle(service))
+            last = (await client.rest())[-1]
+        assert (last.name, last.data["status"], last.data["title"]) == ("failed", 504, "Took too long")
+        assert await service.metric("iddpm_row_steps_total") < 10
+
+
 def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     @runs
     async def check() -> None:

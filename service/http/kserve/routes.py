@@ -114,6 +114,10 @@ Model = Annotated[ServedModel, Depends(served_model)]
 
 async def check_version(model: Model, version: Annotated[str, Path(description="The model's numerics_id.")]) -> None:
     """Raise UnknownModel for versions that the model does not have."""
+    _refuse_other_version(model, version)
+
+
+def _refuse_other_version(model: ServedModel, version: str) -> None:
     if version != model.numerics_id:
         raise UnknownModel(f"{model.name}, version {version}", [f"{model.name}, version {model.numerics_id}"])
 
@@ -232,6 +236,8 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     content, length = await request.body(), request.headers.get(LENGTH_HEADER)
     body, native = await state.encoding.run_if_large(len(content), _read, content, length, model)
     prepared = await prepare(native, request, state)
+    if "version" in request.path_params:  # the model may have been reloaded meanwhile
+        _refuse_other_version(prepared.model, request.path_params["version"])
     answered = await answer_when_done(prepared, request, state, partial(_answer, body))
     return answered.response
 
