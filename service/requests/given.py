@@ -123,7 +123,7 @@ def with_cond(
     """
     if cond is None:
         return begun
-    conds = _read_cond(cond, config, fit)
+    conds = _separate(_read_cond(cond, config, fit))
     if 1 not in (len(conds), len(begun) or 1) and len(conds) != len(begun):
         raise InvalidRequest("cond", f"must hold 1 or {len(begun)} images, as the other files; got {len(conds)}")
     if not begun:
@@ -183,23 +183,27 @@ def given_images(
 ) -> tuple[GivenArrays, ...]:
     """Return the arrays of images as `formats.given_files` reads them, and of masks, one each or one for all."""
     ranges = value_range_of(config)
-    values, originals = ranges.to_network(images), ranges.data_of(images)
+    values = ranges.to_network(images)
     _check_size("image", values)
-    count = max(len(images), 0 if masks is None else len(masks))
+    begins = _separate(values)
+    if masks is None:
+        return tuple(GivenArrays(image=image) for image in begins)
+    levels, originals = _separate(masks[:, None]), _separate(ranges.data_of(images))
     return tuple(
-        GivenArrays(
-            image=values[k % len(images)],
-            mask=None if masks is None else masks[k % len(masks)][None],
-            original=None if masks is None else originals[k % len(images)],
-        )
-        for k in range(count)
+        GivenArrays(image=begins[k % len(begins)], mask=levels[k % len(levels)], original=originals[k % len(originals)])
+        for k in range(max(len(begins), len(levels)))
     )
 
 
 def begun_with(field: str, arrays: npt.NDArray[np.float32]) -> tuple[GivenArrays, ...]:
     """Return arrays of the network, [n, C, H, W], as what chains begin with."""
     _check_size(field, arrays)
-    return tuple(GivenArrays(image=np.ascontiguousarray(array)) for array in arrays)
+    return tuple(GivenArrays(image=array) for array in _separate(arrays))
+
+
+def _separate(arrays: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+    """Return each array in memory of its own: a slot may hold one long after the others have been released."""
+    return [np.array(array, order="C") for array in arrays]
 
 
 def reading(field: str, read: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from diffusion.chains import Chain, Resample, build_chain
 from diffusion.sampling import ImageSpec, sample_values
 from diffusion.update import from_uint8_reversibly, to_uint8
 from formats.value_range import ValueRange
+from service.requests.given import given_images
 from tests.denoisers import AsNetwork, ExactDenoiser
 from tests.fakes import tiny_config
 from tests.integration.exact_service import exact_app, serving
@@ -259,6 +260,19 @@ async def test_memory_of_given_images_is_bounded_while_requests_wait() -> None:
         assert (await service.generate(image=images, strength=0.5, steps=4, cfg_scale=1)).status_code == 200
         too_many = await service.generate(image=images, mask=png(MASK), steps=4, cfg_scale=1)
         assert too_many.status_code == 422
+
+
+def test_each_image_has_memory_of_its_own() -> None:
+    config = tiny_config()
+    images, masks = np.zeros((3, 8, 8, 1), np.float32), np.ones((3, 8, 8), np.float32)
+    given = given_images(images, masks, config)
+    arrays = [array for one in given for array in (one.image, one.mask, one.original) if array is not None]
+    assert len(arrays) == 9
+    for array in arrays:  # a slot that keeps one does not keep those of the whole request
+        assert array.base is None
+        assert array.flags.c_contiguous
+    shared = given_images(images[:1], masks, config)
+    assert shared[0].image is shared[2].image
 
 
 RESAMPLED = {"times": 20, "jump": 1}

@@ -162,6 +162,11 @@ def animated() -> bytes:
         ({"mask": MASK, "steps": 1.5}, "steps", "valid integer; got 1.5"),
         ({"mask": MASK, "eta": "NaN", "sampler": "ddim"}, "eta", "got NaN"),
         ({"mask": MASK, "stream": "perhaps"}, "stream", "must be true or false"),
+        (
+            {"mask": MASK, "resample": {"times": 2, "jump": 1, "a": "a longer object is one too, not text"}},
+            "resample.a",
+            "unknown field; allowed: times, jump",
+        ),
         ({"mask": MASK, "resample": {"times": "x", "jump": 1}}, "resample.times", "valid integer"),
         ({"mask": MASK, "strength": 2}, "strength", "less than or equal to 1"),
         ({"mask": MASK, "complexity": "low"}, "complexity", "unknown field; allowed: "),

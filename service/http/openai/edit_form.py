@@ -18,7 +18,8 @@ from service.requests.given import reading, shape_of
 from service.requests.request_body import classes_in
 from service.requests.source import ArraySource, FileSource, Source
 
-LONGEST_NUMBER = 40
+LONGEST_TEXT = 1000
+"""Characters of a part that may be a number, boolean or object."""
 _FILES = frozenset({"image", "mask", "cond"})
 _MEMBER = re.compile(r"(\w+)\[(\w+)\]")
 """Name of a part that is a member of an object, as OpenAI's SDKs write it."""
@@ -88,7 +89,7 @@ def _typed(name: str, text: str) -> Any:
     Other text is returned as it is; it breaks the field's rule, unless the field takes text.
     """
     field = EditRequest.model_fields.get(name)
-    if field is None or str in classes_in(field.annotation) or len(text) > LONGEST_NUMBER:
+    if field is None or str in classes_in(field.annotation) or len(text) > LONGEST_TEXT:
         return text
     try:
         value = json.loads(text)
