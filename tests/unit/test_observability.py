@@ -191,10 +191,10 @@ def test_prometheus_of_compose_reads_the_rules() -> None:
 @pytest.mark.parametrize(
     ("title", "columns", "names"),
     [
-        ("Alerts", ["alert", "cause", "cure"], [f"`{name}`" for name in alert_names()]),
+        ("Alerts", ["alert", "cause", "remedy"], [f"`{name}`" for name in alert_names()]),
         (
             "Dashboard",
-            ["panel", "shows", "cause when abnormal", "cure"],
+            ["panel", "shows", "cause when abnormal", "remedy"],
             [panel["title"] for panel in dashboard()["panels"]],
         ),
     ],
