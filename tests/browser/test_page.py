@@ -325,10 +325,18 @@ def test_copied_code_and_downloads_give_equal_images(new_context: NewContext, si
         detail.get_by_role("button", name="Download PNG").click()
     assert Path(download.value.path()).read_bytes() == shown(run)[1]
     assert download.value.suggested_filename == "T-shirt-top-seed7-1.png"
-    body = {"class": "T-shirt/top", "steps": STEPS, "sampler": "ancestral", "cfg_scale": 1, "seed": 7, "image_index": 1}
+    body = {"model": "m0", "class": "T-shirt/top", "steps": STEPS, "sampler": "ancestral", "cfg_scale": 1, "seed": 7}
+    body["image_index"] = 1
     command = detail.locator("pre").inner_text()
     assert json.loads(command.split("-d '")[1].split("'")[0]) == body
     detail.get_by_text("Python", exact=True).click()
+    box = detail.bounding_box()
+    assert box is not None
+    detail.locator("pre").hover()
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] + 40, box["y"] + 40)
+    page.mouse.up()
+    expect(detail).to_be_visible()  # a selection that ends outside
     subprocess.run([sys.executable, "-c", detail.locator("pre").inner_text()], cwd=tmp_path, check=True)
     assert (tmp_path / "T-shirt-top-seed7-1.png").read_bytes() == shown(run)[1]
 
@@ -417,6 +425,72 @@ def test_a_thousand_classes_can_be_searched_and_are_sampled_when_visible(page: P
         search.fill("no such class")
         expect(page.get_by_text("No class is called “no such class”.")).to_be_visible()
         assert site.metric("iddpm_image_queue_seconds_count") < 100
+
+
+def test_ctrl_enter_in_the_search_generates_the_chosen_class_once(page: Page) -> None:
+    names = tuple(f"class {k}" for k in range(30))
+    denoiser = PausedDenoiser()
+    config = tiny_config()
+    changes = {"model": config.model.replace(num_classes=len(names)), "class_names": names}
+    denoiser.config = config.model_copy(update=changes)
+    with serving(denoiser) as site:
+        page.goto(site.url)
+        page.get_by_role("radio", name="class 7", exact=True).check()
+        search = page.get_by_label("Search classes")
+        for text in ("", "a", "class 3"):
+            search.fill(text)
+            with page.expect_request("**/v1/generate") as request:
+                search.press("Control+Enter")
+            assert json.loads(request.value.post_data or "")["class"] == "class 7"
+        search.fill("any")
+        expect(page.get_by_text("No class is called “any”.")).to_be_visible()
+        search.fill("class 2")
+        search.press("Enter")
+        expect(page.get_by_role("radio", name="class 2", exact=True)).to_be_checked()
+        page.keyboard.down("Control")
+        for _ in range(3):  # a key that is held repeats
+            page.keyboard.down("Enter")
+        expect(page.locator(".run")).to_have_count(4)
+
+
+def test_an_event_may_arrive_in_parts_of_any_size(page: Page, site: Site) -> None:
+    opened(page, site)
+    events: list[dict[str, Any]] = [{"name": "a", "data": {"text": "x" * 50}}, {"name": "b", "data": [1, 2]}]
+    sent = "".join(f"event: {event['name']}\ndata: {json.dumps(event['data'])}\n\n" for event in events)
+    sent = f": keep-alive\n\n{sent}"
+    for size in (1, 2, 3, 7, 64, 1000):
+        found = page.evaluate(
+            """async ([sent, size]) => {
+                const { readEvents } = await import("./page/events.js");
+                const bytes = new TextEncoder().encode(sent);
+                const body = new ReadableStream({
+                    start(controller) {
+                        for (let k = 0; k < bytes.length; k += size) controller.enqueue(bytes.slice(k, k + size));
+                        controller.close();
+                    },
+                });
+                const found = [];
+                for await (const event of readEvents({ body })) found.push(event);
+                return found;
+            }""",
+            [sent, size],
+        )
+        assert found == events, size
+
+
+def test_without_metrics_the_activity_is_not_shown(page: Page, site: Site) -> None:
+    asked = []
+
+    def hide(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=404, body="")
+
+    page.route("**/metrics", hide)
+    opened(page, site)
+    expect(page.locator(".figures")).to_be_hidden()
+    expect(page.locator("#load")).to_have_text("")
+    page.wait_for_timeout(2500)
+    assert len(asked) == 1
 
 
 @LONG_ONLY

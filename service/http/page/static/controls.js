@@ -23,7 +23,6 @@ export class Controls {
   #given = new Given(this.#conditioning, () => this.#allowGenerate());
   #sliders = ["n", "steps", "cfg-scale", "classifier-scale", "strength"].map(byId);
   #model = null;
-  #isOnlyModel = true;
 
   constructor(onGenerate) {
     this.#form.addEventListener("submit", (event) => {
@@ -35,7 +34,8 @@ export class Controls {
     });
     document.addEventListener("keydown", (event) => {
       const canGenerate = !document.querySelector("dialog[open]") && !byId("generate").disabled;
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && canGenerate) this.#form.requestSubmit();
+      const asks = event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat;
+      if (asks && canGenerate) this.#form.requestSubmit();
     });
     this.#form.addEventListener("input", () => this.#changed());
     byId("dice").addEventListener("click", () => {
@@ -54,7 +54,6 @@ export class Controls {
   /** Offer the options of one of the served models, and restore the values set before. */
   show(model, models) {
     this.#model = model;
-    this.#isOnlyModel = models.length === 1;
     const [, steps, guidance] = this.#sliders;
     [steps.min, steps.max] = this.#samplers.stepsOfAll.map((bound) => Math.min(bound, model.num_timesteps));
     steps.step = steps.min % STEP ? 1 : STEP; // the values of a slider begin with its least
@@ -96,7 +95,7 @@ export class Controls {
     const [n, steps, guidance, byClassifier] = this.#sliders.map((slider) => Number(slider.value));
     const chosen = this.#gallery.chosen;
     return {
-      ...(this.#isOnlyModel ? {} : { model: this.#model.name }),
+      model: this.#model.name, // also if there is one: an administrator may load another
       ...(chosen === null ? {} : { class: className(this.#model, chosen) }),
       n,
       steps,

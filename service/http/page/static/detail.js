@@ -51,7 +51,9 @@ export function openDetail(image, body, answer, { onSeed, onEdit, onCondition, t
   byId("detail-actions").replaceChildren(
     el("button", { type: "button", onclick: () => save(file, fileName(image)) }, `Download ${kind}`),
     el("button", { type: "button", onclick: () => (onSeed(image.seed), dialog.close()) }, "Use this seed"),
-    el("button", { type: "button", onclick: () => (dialog.close(), onEdit(file)) }, "Edit this picture"),
+    ...(byId("given").hidden // the chosen model takes no pictures
+      ? []
+      : [el("button", { type: "button", onclick: () => (dialog.close(), onEdit(file)) }, "Edit this picture")]),
     ...takers().map((model) => {
       const label = model.cond.low_resolution ? `Enlarge with ${model.name}` : `Condition ${model.name} on it`;
       return el("button", { type: "button", onclick: () => (dialog.close(), onCondition(model, file, image)) }, label);
@@ -69,8 +71,10 @@ export function installDetail() {
   byId("detail-close").addEventListener("click", () => dialog.close());
   byId("detail-copy").addEventListener("click", (event) => copy(event.currentTarget, byId("detail-code").textContent));
   dialog.addEventListener("change", showCode);
+  let pressed = null; // a selection that is dragged out of the contents is no click outside of them
+  dialog.addEventListener("pointerdown", (event) => (pressed = event.target));
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // outside its contents
+    if (event.target === dialog && pressed === dialog) dialog.close(); // outside its contents
   });
 }
 

@@ -24,9 +24,9 @@ export class Gallery {
     });
     this.#search.addEventListener("input", () => this.#filter());
     this.#search.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter") return;
+      if (event.key !== "Enter" || event.ctrlKey || event.metaKey || event.isComposing) return;
       event.preventDefault(); // Enter chooses the first class found instead of generating
-      this.#labels().find((label) => !label.hidden)?.control.click();
+      if (this.#search.value.trim()) this.#labels().find((label) => !label.hidden)?.control.click();
     });
   }
 
@@ -71,10 +71,11 @@ export class Gallery {
   }
 
   #filter() {
-    const words = this.#search.value.toLowerCase().split(/\s+/);
+    const words = this.#search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let found = 0;
-    for (const label of this.#labels()) {
-      label.hidden = !words.every((word) => label.title.toLowerCase().includes(word));
+    for (const [k, label] of this.#labels().entries()) {
+      const isAny = k === 0; // no class: not what is searched for
+      label.hidden = words.length > 0 && (isAny || !words.every((word) => label.title.toLowerCase().includes(word)));
       found += !label.hidden;
     }
     byId("class-none").hidden = found > 0;

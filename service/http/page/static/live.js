@@ -24,14 +24,20 @@ export function watchService() {
       show(metrics, sameProcess ? (1000 * (now.rowSteps - before.rowSteps)) / (now.at - before.at) : null);
       before = now;
     } catch (error) {
-      showLoad("away", error.status === 401 ? "A key is needed" : "The service does not answer");
       before = null;
+      if ([403, 404].includes(error.status)) { // a proxy keeps the metrics to itself
+        showLoad("unknown", "");
+        for (const part of document.querySelectorAll(".live > dl, .live > figure")) part.hidden = true;
+        clearInterval(timer);
+      } else if (error.name === "TimeoutError") { // it may be that running streams use all connections of the browser
+        showLoad("unknown", `No news for ${duration(GIVE_UP_MS / 1000)}`);
+      } else showLoad("away", error.status === 401 ? "A key is needed" : "The service does not answer");
     } finally {
       looking = false;
     }
   };
   document.addEventListener("visibilitychange", look);
-  setInterval(look, EVERY_MS);
+  const timer = setInterval(look, EVERY_MS);
   look();
 }
 

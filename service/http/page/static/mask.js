@@ -5,6 +5,7 @@ const KEPT = 0;
 
 export class Mask {
   #made; // one byte per pixel, row by row
+  #painted = 0; // number of painted pixels
 
   constructor(height, width) {
     this.height = height;
@@ -14,17 +15,19 @@ export class Mask {
 
   /** The part of the pixels that is painted, 0..1. */
   get share() {
-    return this.#made.reduce((sum, value) => sum + (value === MADE), 0) / this.#made.length;
+    return this.#painted / this.#made.length;
   }
 
   /** Paint no pixel. */
   clear() {
     this.#made.fill(KEPT);
+    this.#painted = 0;
   }
 
   /** Paint what is not painted, and the reverse. */
   invert() {
     this.#made = this.#made.map((value) => MADE - value);
+    this.#painted = this.#made.length - this.#painted;
   }
 
   /**
@@ -60,12 +63,18 @@ export class Mask {
   draw(canvas, painted, others) {
     const context = canvas.getContext("2d");
     const pixels = context.createImageData(this.width, this.height);
-    this.#made.forEach((value, k) => pixels.data.set(value === MADE ? painted : others, 4 * k));
+    const colours = new Uint32Array(pixels.data.buffer);
+    const [paint, other] = [painted, others].map((colour) => new Uint32Array(Uint8Array.from(colour).buffer)[0]);
+    for (let k = 0; k < colours.length; k++) colours[k] = this.#made[k] === MADE ? paint : other;
     context.putImageData(pixels, 0, 0);
   }
 
   #set(x, y, paints) {
-    if (x >= 0 && x < this.width && y >= 0 && y < this.height) this.#made[y * this.width + x] = paints ? MADE : KEPT;
+    if (x < 0 || x >= this.width || y < 0 || y >= this.height) return;
+    const [k, value] = [y * this.width + x, paints ? MADE : KEPT];
+    if (this.#made[k] === value) return;
+    this.#made[k] = value;
+    this.#painted += paints ? 1 : -1;
   }
 }
 

@@ -95,14 +95,15 @@ export class Run {
     const wanted = arePictures(this.#model)
       ? snippet("application/zip", `${name}.zip`)
       : snippet("application/x-npz", `${name}.npz`);
-    const files = answer.images.map((image, k) => ({
-      name: `${String(k).padStart(4, "0")}-${fileName(image)}`,
-      bytes: bytesOf(image.b64_json),
-    }));
+    const files = () =>
+      answer.images.map((image, k) => ({
+        name: `${String(k).padStart(4, "0")}-${fileName(image)}`,
+        bytes: bytesOf(image.b64_json),
+      }));
     this.#actions.replaceChildren(
       button("Copy curl", (event) => copy(event.currentTarget, curl(wanted))),
       button("Copy Python", (event) => copy(event.currentTarget, python(wanted))),
-      button("Download zip", () => save(zip(files), `${name}.zip`)),
+      button("Download zip", () => save(zip(files()), `${name}.zip`)),
     );
   }
 

@@ -27,10 +27,11 @@ export function explain(error) {
   const { status, detail = error.message, retryAfter } = error;
   const when = retryAfter ? `Try again in about ${duration(retryAfter)}.` : "Try again in a moment.";
   if (status === 401) return { title: "A key is needed", text: "Try again to enter one." };
-  if (status === 429) return { title: "You have too many images in progress", text: when };
+  if (status === 413) return { title: "The picture is too large", text: sentence(detail) };
+  if (status === 429) return { title: "You have reached a limit", text: `${sentence(detail)} ${when}` };
   if (status === 503) return { title: "The service is busy", text: when };
   if (status === 504) return { title: "It took too long", text: "Ask for fewer images or steps." };
-  if (status === 404 || status === 422) return { title: "This cannot be generated", text: sentence(detail) };
+  if ([400, 403, 404, 409, 422].includes(status)) return { title: "This cannot be generated", text: sentence(detail) };
   return { title: "Something went wrong in the service", text: sentence(detail) };
 }
 
