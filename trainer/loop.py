@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from diffusion.config import ModelConfig
 from formats.atomic_file import write_file
-from formats.checkpoint import write_checkpoint
 from formats.checkpoint_config import AnyCheckpointConfig, CheckpointError, read_config
 from trainer import state as train_state
 from trainer.batches import Batch, Batches, Images
@@ -27,6 +26,7 @@ from trainer.every import Every, or_warn
 from trainer.initial_model import InitialModel
 from trainer.log import Window, append_line, cut_log
 from trainer.look_ahead import looking_ahead
+from trainer.model_folder import write_model
 from trainer.objective import MAX_LOSS, Objective, objective_of
 from trainer.optimisation import Optimisation, learning_rate
 from trainer.progress import bar_entries
@@ -317,7 +317,7 @@ class _Run:
         append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
         worse = worse_in_a_row(read_losses(path, "loss"))
         if worse == 0:
-            write_checkpoint(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
+            write_model(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
         if self._config.stop_after_worse is not None and worse >= self._config.stop_after_worse:
             self._overfitted = True
             say(f"the loss on held-out images was not better in {worse} validations: the run ends")
@@ -340,7 +340,7 @@ class _Run:
         described = self._describe()
         try:
             train_state.save(self._state, checkpoint_folder(self._run, self._saved_at), described)
-            write_checkpoint(self._run / MODEL_FOLDER, described, self._state.ema.weights)
+            write_model(self._run / MODEL_FOLDER, described, self._state.ema.weights)
         except OSError as error:
             raise _not_written(error, self._saved_at, self._run) from error
         delete_old(self._run, self._config.keep_checkpoints)
@@ -507,7 +507,7 @@ def _update_model(run: Path, saved: SavedState) -> None:
     except CheckpointError:
         current = False
     if not current:
-        write_checkpoint(run / MODEL_FOLDER, saved.config, saved.averages)
+        write_model(run / MODEL_FOLDER, saved.config, saved.averages)
 
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:

@@ -413,6 +413,49 @@ def test_files_not_written_by_a_run_are_not_changed(npz: Path, tmp_path: Path, n
     ]
 
 
+def test_a_newer_model_keeps_the_classifier_and_removes_the_artifact_with_a_warning(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    config = tiny(total_images=4, validation_every_images=4, validation_share=0.1, preview_per_class=0)
+    train(config, npz, run)
+    for name in ("model", "best"):
+        (run / name / "classifier").mkdir()
+        (run / name / "classifier" / "config.json").write_text("{}")
+    (run / "model" / "artifact").mkdir()
+    capsys.readouterr()
+    train(config.replace(total_images=8), npz, run, resume=True)
+    assert read_config(run / "model").provenance["images_seen"] == 8
+    assert sorted(path.name for path in (run / "model").iterdir()) == ["classifier", "config.json", "model.safetensors"]
+    for name in ("model", "best"):
+        assert (run / name / "classifier" / "config.json").read_text() == "{}"
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warned == [
+        f"warning: {run / 'model'} has new weights; removed what belonged to the earlier ones: artifact; export the "
+        "model again"
+    ]
+
+    linked = tmp_path / "classifier"
+    (run / "model" / "classifier").rename(linked)
+    (run / "model" / "classifier").symlink_to(linked)
+    train(config.replace(total_images=12), npz, run, resume=True)
+    assert (run / "model" / "classifier").readlink() == linked
+
+
+@pytest.mark.parametrize("name", ["model", "best"])
+def test_a_run_is_not_resumed_while_files_of_others_are_in_a_folder_that_it_replaces(
+    npz: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    train(tiny(total_images=4, validation_every_images=4, validation_share=0.1, preview_per_class=0), npz, run)
+    (run / name / "notes.txt").write_text("mine")
+    (run / name / ".DS_Store").touch()
+    code, output = invoke("--data", str(tmp_path / "absent"), "--out", str(run), "--resume")
+    assert code == 1
+    assert f"{run / name} is replaced with each newer model, and these files in it would be lost: notes.txt" in output
+    assert (run / name / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_the_folder_of_the_run_is_checked_before_the_data(tmp_path: Path, dry: list[str]) -> None:
     (tmp_path / "file").touch()
