@@ -57,6 +57,8 @@ from trainer.validation import Validation, held_out, read_losses, refuse_unfit, 
 
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
+MIN_LOSS_SCALE = 1.0
+"""Loss scale of float16 below which gradients that are not finite are no overflow any more: the run has diverged."""
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
     "uniform": UniformSampler,
     "stratified": StratifiedSampler,
@@ -268,11 +270,14 @@ class _Run:
         """Write a line of the log, and begin the next one; the only wait for the device between two checkpoints.
 
         Raises:
-            Diverged: a gradient was not finite.
+            Diverged: a gradient was not finite; in float16: none of them was, and the loss was not finite either, or
+                a smaller loss scale has not helped.
         """
         window, self._window = self._window, self._new_window()
         summary = window.summary(self._ranks.gather(window.rows()))
-        if not math.isfinite(summary["grad_norm"]):
+        if "grad_norm" not in summary and self._optimisation.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise Diverged(f"the gradient is not finite, even with a loss scale below {MIN_LOSS_SCALE:g}")
+        if not math.isfinite(summary.get("grad_norm", summary["loss"])):
             raise Diverged("the gradient is not finite")
         if self._ranks.main:
             line = {"images": self._state.images_seen, "lr": self._lr, **summary}
