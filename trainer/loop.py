@@ -184,6 +184,8 @@ class _Run:
         self._board = open_board(config.tensorboard and self._ranks.main, self._run, state.images_seen)
         if self._ranks.main:
             _begin_files(self._run, config, state.images_seen)
+            if self._validation is not None:
+                self._end_if_overfitted()
         if self._ranks.main and config.total_images < config.lr_warmup_images:
             warn(
                 f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that "
@@ -320,10 +322,14 @@ class _Run:
     def _log_validation(self, validation: Validation) -> None:
         path, state = self._run / VALIDATION_FILE, self._state
         append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
-        worse = worse_in_a_row(read_losses(path, "loss"))
-        if worse == 0:
+        if worse_in_a_row(read_losses(path, "loss")) == 0:
             write_model(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
-        if self._config.stop_after_worse is not None and worse >= self._config.stop_after_worse:
+        self._end_if_overfitted()
+
+    def _end_if_overfitted(self) -> None:
+        """Note that the run should end, if the last validations were not better than an earlier one."""
+        worse, limit = worse_in_a_row(read_losses(self._run / VALIDATION_FILE, "loss")), self._config.stop_after_worse
+        if limit is not None and worse >= limit:
             self._overfitted = True
             say(f"the loss on held-out images was not better in {worse} validations: the run ends")
 

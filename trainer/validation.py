@@ -134,5 +134,5 @@ def read_losses(path: Path, name: str) -> list[float]:
 
 
 def worse_in_a_row(losses: list[float]) -> int:
-    """Return how many of the last losses were not below the best one; 0 if the last is the best."""
-    return len(losses) - 1 - losses.index(min(losses))
+    """Return how many of the last losses were not below the best one; 0 if the last is the best, or there is none."""
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0

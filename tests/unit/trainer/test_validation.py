@@ -73,6 +73,18 @@ def test_an_overfitted_run_ends_early(data: Path, held: Path, tmp_path: Path) ->
     assert read_config(run / "best").provenance["images_seen"] == 8 * (best + 1)
 
 
+def test_a_run_that_ended_early_trains_on_only_with_another_limit(data: Path, held: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = validated(total_images=400, stop_after_worse=2, lr=0.05, checkpoint_every_images=1000)
+    train(config, data, held, run)
+    ended = losses(run)
+    for _ in range(2):
+        train(config, data, held, run, resume=True)
+        assert losses(run) == ended
+    train(config.replace(total_images=8 * len(ended) + 8, stop_after_worse=None), data, held, run, resume=True)
+    assert losses(run)[:-1] == ended
+
+
 def test_held_out_data_that_do_not_fit_are_refused(data: Path, held: Path, tmp_path: Path) -> None:
     others = write_npz(tmp_path / "others.npz", names=("x", "y"))
     large = tmp_path / "large.npz"
