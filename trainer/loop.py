@@ -184,18 +184,19 @@ class _Run:
         self._board = open_board(config.tensorboard and self._ranks.main, self._run, state.images_seen)
         if self._ranks.main:
             _begin_files(self._run, config, state.images_seen)
-            if self._validation is not None:
-                self._end_if_overfitted()
         if self._ranks.main and config.total_images < config.lr_warmup_images:
             warn(
                 f"the run ends after {config.total_images} images, before the learning rate has risen to lr: that "
                 f"takes lr_warmup_images, {config.lr_warmup_images}"
             )
         first = self._saved_at = state.images_seen
+        validations = Every(config.validation_every_images, self._validate)
+        if resume:
+            self._complete(validations)
         recurring = (
             Every(config.log_every_batches * config.batch_size, partial(self._or_roll_back, self._report), start=first),
             Every(config.checkpoint_every_images, partial(self._or_roll_back, self._checkpoint)),
-            Every(config.validation_every_images, self._validate),
+            validations,
         )
         positions = range(first, config.total_images, config.batch_size)
         self._bar = tqdm(
@@ -321,9 +322,10 @@ class _Run:
 
     def _log_validation(self, validation: Validation) -> None:
         path, state = self._run / VALIDATION_FILE, self._state
-        append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
-        if worse_in_a_row(read_losses(path, "loss")) == 0:
+        line = {"images": state.images_seen, **validation.losses(state.ema.weights)}
+        if worse_in_a_row([*read_losses(path, "loss"), line["loss"]]) == 0:
             write_model(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
+        append_line(path, line)  # after `best/`: a killed process must not leave a best loss without its model
         self._end_if_overfitted()
 
     def _end_if_overfitted(self) -> None:
@@ -355,11 +357,29 @@ class _Run:
         except OSError as error:
             raise _not_written(error, self._saved_at, self._run) from error
         delete_old(self._run, self._config.keep_checkpoints)
-        # With one decay, the checkpoint has its average
+        self._write_snapshot()
+        return described
+
+    def _write_snapshot(self) -> None:
+        """Write the averages that the checkpoint's model is not; with one decay, it is that one."""
         if snapshot := self._state.others if len(self._config.ema_decay) == 1 else self._state.averages:
             path = ema_snapshot_file(self._run, self._saved_at)
             or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
-        return described
+
+    def _complete(self, validations: Every) -> None:
+        """Write what the run lacks if it was killed just after the checkpoint from which it resumes."""
+        if not self._ranks.main:
+            return
+        seen = self._state.images_seen
+        if not ema_snapshot_file(self._run, seen).exists():
+            self._write_snapshot()
+        if self._validation is None:
+            return
+        if seen not in read_losses(self._run / VALIDATION_FILE, "images"):
+            done = seen >= self._config.total_images
+            validations.run_if_due(seen - self._config.batch_size, seen, done=done)
+        if not self._overfitted:
+            self._end_if_overfitted()
 
     def _or_roll_back(self, action: Callable[[], object]) -> None:
         """Run an action that notices if the run has diverged; if it has, roll back.

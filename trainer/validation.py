@@ -127,7 +127,7 @@ class Validation:
 
 
 def read_losses(path: Path, name: str) -> list[float]:
-    """Return one loss of every validation so far, oldest first; empty if there was none."""
+    """Return one loss (or `images`) of every validation so far, oldest first; empty if there was none."""
     if not path.exists():
         return []
     return [json.loads(line)[name] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset, open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve
-from trainer.validation import held_out
+from trainer.objective import DiffusionObjective
+from trainer.run_folder import checkpoints
+from trainer.validation import Validation, held_out
 
 
 @pytest.fixture
@@ -83,6 +86,39 @@ def test_a_run_that_ended_early_trains_on_only_with_another_limit(data: Path, he
         assert losses(run) == ended
     train(config.replace(total_images=8 * len(ended) + 8, stop_after_worse=None), data, held, run, resume=True)
     assert losses(run)[:-1] == ended
+
+
+@pytest.mark.parametrize("killed_in", ["write_snapshot", "write_preview", "losses", "write_model", "append_line"])
+def test_a_run_killed_after_a_checkpoint_makes_up_for_what_was_due(
+    data: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    config = validated(checkpoint_every_images=16, ema_sigma_rels=(0.1,)).replace(preview_per_class=1)
+    train(config, data, held, tmp_path / "whole")
+
+    def killed_at_16(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            at_best = killed_in != "write_model" or arguments[0].name == "best"
+            at_line = killed_in != "append_line" or arguments[0].name == "validation.jsonl"
+            if at_best and at_line and [int(path.name) for path in checkpoints(tmp_path / "parts")] == [16]:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return run
+
+    owner = {"losses": Validation, "write_preview": DiffusionObjective}.get(killed_in, loop)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, killed_in, killed_at_16(getattr(owner, killed_in)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data, held, tmp_path / "parts")
+    train(config, data, held, tmp_path / "parts", resume=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert (parts / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
+    assert (
+        read_config(parts / "best").provenance["images_seen"] == read_config(whole / "best").provenance["images_seen"]
+    )
+    snapshots = [{path.name: path.read_bytes() for path in (run / "ema").iterdir()} for run in (whole, parts)]
+    assert snapshots[0] == snapshots[1]
+    assert len(snapshots[0]) == 3  # after 16, 32 and 40 images
 
 
 def test_held_out_data_that_do_not_fit_are_refused(data: Path, held: Path, tmp_path: Path) -> None:
