@@ -322,7 +322,10 @@ class _Run:
 
     def _log_validation(self, validation: Validation) -> None:
         path, state = self._run / VALIDATION_FILE, self._state
-        line = {"images": state.images_seen, **validation.losses(state.ema.weights)}
+        losses = validation.losses(state.ema.weights, self._stop)
+        if not losses:
+            return  # stopped: the resumed run validates first
+        line = {"images": state.images_seen, **losses}
         if worse_in_a_row([*read_losses(path, "loss"), line["loss"]]) == 0:
             write_model(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
         append_line(path, line)  # after `best/`: a killed process must not leave a best loss without its model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +92,8 @@ class Validation:
         self._objective = objective
         self._device = optimisation.device
 
-    def losses(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the rounded mean of each loss over the held-out images.
+    def losses(self, weights: Mapping[str, Tensor], stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Return the rounded mean of each loss over the held-out images; empty if `stop` returned True.
 
         Raises:
             DataError: an image cannot be read.
@@ -104,6 +104,8 @@ class Validation:
         size = self._config.microbatch_size or self._config.batch_size
         with torch.inference_mode():
             for first in range(0, len(self._held.labels), size):
+                if stop():
+                    return {}
                 batch = self._batch(np.arange(first, min(first + size, len(self._held.labels)), dtype=np.int64))
                 losses = self._objective.losses(self._autocast(network), batch)
                 window.add(losses, batch.t, torch.zeros((), device=self._device), self._objective.num_steps)

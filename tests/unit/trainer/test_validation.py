@@ -17,9 +17,10 @@ from tests.unit.trainer.test_pairs import folders
 from tests.unit.trainer.test_resume import write_npz
 from tests.unit.trainer.test_trainer import tiny
 from trainer import loop
+from trainer.batches import read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Dataset, open_dataset
-from trainer.errors import TrainError
+from trainer.data import Dataset, IntArray, open_dataset
+from trainer.errors import Stopped, TrainError
 from trainer.loop import resolve
 from trainer.objective import DiffusionObjective
 from trainer.run_folder import checkpoints
@@ -119,6 +120,27 @@ def test_a_run_killed_after_a_checkpoint_makes_up_for_what_was_due(
     snapshots = [{path.name: path.read_bytes() for path in (run / "ema").iterdir()} for run in (whole, parts)]
     assert snapshots[0] == snapshots[1]
     assert len(snapshots[0]) == 3  # after 16, 32 and 40 images
+
+
+def test_a_stopped_validation_is_made_when_the_run_is_resumed(
+    data: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = validated(total_images=24)
+    train(config, data, held, tmp_path / "whole")
+    asked: list[bool] = []
+
+    def ask_to_stop(dataset: Dataset, indices: IntArray) -> Any:
+        asked.append(True)
+        return read_pairs(dataset, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.validation.read_pairs", ask_to_stop)
+        with pytest.raises(Stopped, match="stopped after 8 images"):
+            train(config, data, held, tmp_path / "run", stop=lambda: bool(asked))
+    assert len(asked) == 1
+    assert not (tmp_path / "run" / "validation.jsonl").exists()
+    train(config, data, held, tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_held_out_data_that_do_not_fit_are_refused(data: Path, held: Path, tmp_path: Path) -> None:
