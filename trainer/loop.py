@@ -53,7 +53,7 @@ from trainer.run_folder import (
 from trainer.state import SavedState, TrainState
 from trainer.tensorboard import Board, open_board
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
-from trainer.validation import Validation, held_out, read_losses, refuse_unfit, worse_in_a_row
+from trainer.validation import Validation, held_out, held_out_anew, read_losses, refuse_unfit, worse_in_a_row
 
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
@@ -432,6 +432,13 @@ class _Run:
         if self._ranks.main:
             _update_model(self._run, saved)
             say(f"continuing after {saved.images_seen} images{self._origin.description}")
+            before = (self._origin.changes or {}).get("data_before")
+            if before and self._config.validation_share and held_out_anew(before, self._dataset.description):
+                warn(
+                    "the images that validation_share holds out are drawn anew from the changed data: most of them "
+                    f"were trained on, so that losses in {VALIDATION_FILE} will be too low, and {BEST_FOLDER}/ and "
+                    "stop_after_worse are misled. Held-out images that stay: a new run with --validation"
+                )
             if self._rollbacks:
                 factor = ROLLBACK_LR_FACTOR ** len(self._rollbacks)
                 say(f"rollbacks so far: {len(self._rollbacks)}; the learning rate is {factor:g} times the given one")

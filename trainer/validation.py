@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ def held_out(
     if held >= count:
         raise ValueError(f"validation_share={config.validation_share:g} leaves none of {count} images for training")
     return dataset.part(np.sort(shuffled[held:])), dataset.part(shuffled[: min(held, config.validation_images)])
+
+
+def held_out_anew(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether changed data have other held-out images than before, so far as their descriptions tell.
+
+    The images are drawn by their places in the data, which an image that was repaired under its name keeps.
+    """
+    listing = "listing_sha256"
+    return listing not in now or before.get(listing) != now[listing]
 
 
 def _shuffled(config: TrainConfig, dataset: Dataset) -> IntArray:

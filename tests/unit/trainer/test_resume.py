@@ -161,6 +161,26 @@ def test_a_folder_may_be_renamed_and_removed_or_repaired_images_accepted(tmp_pat
     train(tiny(total_images=12), folder, run, resume=True, accept_changed_data=True)
 
 
+def test_held_out_images_that_are_drawn_anew_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run = tmp_path / "data", tmp_path / "run"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("L", (8, 8), 40 * index).save(folder / name / f"{index}.png")
+    config = tiny(validation_share=0.2, preview_per_class=0)
+    train(config.replace(total_images=4), folder, run)
+    Image.effect_noise((8, 8), 50).save(folder / "a" / "0.png")
+    train(config.replace(total_images=8), folder, run, resume=True, accept_changed_data=True)
+    assert "warning" not in capsys.readouterr().err
+    (folder / "a" / "0.png").unlink()
+    train(config.replace(total_images=12), folder, run, resume=True, accept_changed_data=True)
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "the images that validation_share holds out are drawn anew" in warned
+    assert "a new run with --validation" in warned
+    train(config.replace(total_images=16), folder, run, resume=True)
+    assert "drawn anew" not in capsys.readouterr().err
+
+
 def test_data_with_other_classes_are_refused_in_any_case(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4), npz, tmp_path / "run")
     write_npz(npz, names=("x", "z", "y"))
