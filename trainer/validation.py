@@ -101,6 +101,7 @@ class Validation:
         self._held = held
         self._objective = objective
         self._device = optimisation.device
+        self._rows_at_once = optimisation.rows_at_once
 
     def losses(self, weights: Mapping[str, Tensor], stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Return the rounded mean of each loss over the held-out images; empty if `stop` returned True.
@@ -111,7 +112,7 @@ class Validation:
         network = self._objective.build().to(self._device).eval()
         network.load_state_dict(dict(weights))
         window = Window(self._objective.by_quartile)
-        size = self._config.microbatch_size or self._config.batch_size
+        size = self._rows_at_once
         with torch.inference_mode():
             for first in range(0, len(self._held.labels), size):
                 if stop():

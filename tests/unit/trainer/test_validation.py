@@ -22,7 +22,9 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset, IntArray, open_dataset
 from trainer.errors import Stopped, TrainError
 from trainer.loop import resolve
-from trainer.objective import DiffusionObjective
+from trainer.objective import DiffusionObjective, objective_of
+from trainer.optimisation import Optimisation
+from trainer.ranks import OneProcess
 from trainer.run_folder import checkpoints
 from trainer.validation import Validation, held_out
 
@@ -120,6 +122,32 @@ def test_a_run_killed_after_a_checkpoint_makes_up_for_what_was_due(
     snapshots = [{path.name: path.read_bytes() for path in (run / "ema").iterdir()} for run in (whole, parts)]
     assert snapshots[0] == snapshots[1]
     assert len(snapshots[0]) == 3  # after 16, 32 and 40 images
+
+
+class OneOfTwo(OneProcess):
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "size"), [(OneProcess("cpu"), None, 4), (OneOfTwo("cpu"), None, 2), (OneOfTwo("cpu"), 1, 1)]
+)
+def test_a_process_validates_as_many_images_at_once_as_it_trains_on(
+    data: Path, held: Path, monkeypatch: pytest.MonkeyPatch, ranks: OneProcess, micro: int | None, size: int
+) -> None:
+    config = resolve(validated(microbatch_size=micro, validation_images=8), opened(data), opened(held))
+    objective = objective_of(config, "cpu")
+    network = objective.build()
+    sizes: list[int] = []
+
+    def read(dataset: Dataset, indices: IntArray) -> Any:
+        sizes.append(len(indices))
+        return read_pairs(dataset, indices)
+
+    monkeypatch.setattr("trainer.validation.read_pairs", read)
+    part = held_out(config, opened(data), opened(held))[1]
+    assert part is not None
+    Validation(config, part, objective, Optimisation(config, objective, network, ranks)).losses(network.state_dict())
+    assert sizes == [size] * (8 // size)
 
 
 def test_a_stopped_validation_is_made_when_the_run_is_resumed(
