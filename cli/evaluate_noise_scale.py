@@ -26,7 +26,7 @@ def noise_scale_command(
         typer.Option(
             "--case",
             help="LOSS:SAMPLER with simple, hybrid, vlb and uniform, loss_second_moment. Can be repeated. "
-            "Default: the objective of the model and vlb, uniform, and vlb:loss_second_moment.",
+            "Default: the loss that the model was trained with and vlb, uniform, and vlb:loss_second_moment.",
         ),
     ] = None,
     small: Annotated[int, typer.Option(min=1, help="Images of the small batch, and of a network call.")] = 16,
@@ -50,7 +50,13 @@ def noise_scale_command(
         from formats.atomic_file import write_file
         from trainer.evaluation.collected import RESULTS_FILE
         from trainer.evaluation.folder import evaluation_folder
-        from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, usual_cases
+        from trainer.evaluation.gradient_noise import (
+            Case,
+            GradientNoise,
+            NoiseOptions,
+            TrainedObjective,
+            usual_cases,
+        )
         from trainer.evaluation.gradient_noise_report import summarise, table
         from trainer.evaluation.reading import open_inputs, with_reading
         from trainer.evaluation.subject import load_subject
@@ -77,6 +83,7 @@ def noise_scale_command(
             "big": big,
             "history": history,
             "seed": seed,
+            **TrainedObjective.of(subject.config).settings,
         }
         noise = GradientNoise(subject, dataset, options)
         bar_of = partial(tqdm, unit="img", dynamic_ncols=True, file=sys.stderr)

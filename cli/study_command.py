@@ -81,7 +81,7 @@ def scaling_command(
         from formats.checkpoint_config import describe_validation_error
         from service.errors import ModelError, ServiceError
         from trainer.data import open_dataset
-        from trainer.decided import split_decided
+        from trainer.decided import refuse_overruled, split_decided
         from trainer.errors import Stopped, TrainError
         from trainer.evaluation.extractors import open_extractor
         from trainer.evaluation.feature_sets import cache_folder
@@ -93,6 +93,7 @@ def scaling_command(
         from trainer.evaluation.scaling import study as run_study
         from trainer.evaluation.scaling_report import scaling_page
         from trainer.evaluation.subject import load_subject
+        from trainer.loop import resolve
         from trainer.presets import preset as named_preset
         from trainer.stop_request import StopRequest
 
@@ -106,7 +107,7 @@ def scaling_command(
     kept = cache or cache_folder()
     try:
         extractor = open_extractor(features, value_range=read_range(features_range), channels=features_channels)
-        free, _ = split_decided(parse_assignments(assignments or []))
+        free, decided = split_decided(parse_assignments(assignments or []))
         base = named_preset(preset).with_overrides(free)
         refuse_unfit(base)
         opened = partial(
@@ -114,9 +115,11 @@ def scaling_command(
             labelled=base.class_conditional,
         )  # fmt: skip
         dataset = opened(data)
+        resolved = resolve(base, dataset)
+        refuse_overruled(decided, resolved, dataset)
         test = opened(reference) if nll_images else None
         typer.echo(dataset.summary, err=True)
-        constant = limit if limit is not None else _real_distance(data, reference, base, num, extractor, kept)
+        constant = limit if limit is not None else _real_distance(data, reference, resolved, num, extractor, kept)
 
         def evaluate(model: Path, folder: Path) -> Mapping[str, float]:
             generated = generate(model, folder, num, 0, {"steps": steps})
@@ -186,7 +189,7 @@ def scaling_command(
     typer.echo(f"wrote results.json, results.md and quality_over_compute.png to {out}")
 
 
-def _real_distance(data: Path, reference: Path, base: Any, num: int, extractor: Extractor, cache: Path) -> float:
+def _real_distance(data: Path, reference: Path, resolved: Any, num: int, extractor: Extractor, cache: Path) -> float:
     """Return the Fréchet distance of real training images to the reference."""
     import numpy as np
 
@@ -196,7 +199,9 @@ def _real_distance(data: Path, reference: Path, base: Any, num: int, extractor: 
     from trainer.evaluation.reading import open_real
 
     config = CheckpointConfig(
-        model=base.model, diffusion=base.diffusion, provenance={"train_config": base.model_dump(mode="json")}
+        model=resolved.model,
+        diffusion=resolved.diffusion,
+        provenance={"train_config": resolved.model_dump(mode="json")},
     )
     count = len(open_real(data, config).labels)
     chosen = np.sort(np.random.default_rng(0).permutation(count)[:num])

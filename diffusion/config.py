@@ -291,7 +291,7 @@ class DiffusionConfig(FrozenConfig):
     """The diffusion process that a network was trained for."""
 
     num_timesteps: int = Field(default=4000, ge=2)
-    """T, the number of timesteps of the training chain."""
+    """T, the number of timesteps of the training chain; above 20 with a linear schedule."""
     noise_schedule: NoiseSchedule = "cosine"
     """Schedule of the betas: linear (Ho et al. 2020) or cosine (IDDPM, Equation 17)."""
     variance: Variance = "learned_range"
@@ -305,6 +305,15 @@ class DiffusionConfig(FrozenConfig):
     def learns_variance(self) -> bool:
         """Whether the network must output var_values."""
         return self.variance in ("learned", "learned_range")
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.noise_schedule == "linear" and self.num_timesteps <= 20:
+            raise ValueError(
+                "num_timesteps must be above 20 for noise_schedule 'linear', whose last beta is 20 / num_timesteps and "
+                f"must be below 1; got {self.num_timesteps}"
+            )
+        return self
 
 
 class SamplingDefaults(FrozenConfig):

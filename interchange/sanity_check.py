@@ -237,7 +237,10 @@ def _alternatives(config: CheckpointConfig) -> Iterator[tuple[dict[str, Any], Ch
         {"num_timesteps": 4000},
     ]
     for changes in timesteps:
-        yield changes, config.replace(diffusion=diffusion.replace(**changes))
+        try:
+            yield changes, config.replace(diffusion=diffusion.replace(**changes))
+        except ValidationError:
+            continue  # the chain is too short for a linear schedule
 
     heads: list[dict[str, Any]] = [
         {"attention_order": "legacy" if config.model.attention_order == "new" else "new"},

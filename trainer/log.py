@@ -100,6 +100,8 @@ class Window:
     def summary(self, rows: Tensor | None = None) -> dict[str, float]:
         """Return the rounded means, the share of the time that was waited for images, and the speed.
 
+        There is no `grad_norm` if every step was skipped.
+
         Args:
             rows: `rows` of all processes; None: those of this one.
         """
@@ -111,9 +113,10 @@ class Window:
             for q in range(QUARTILES):
                 if (here := quartile == q).any():
                     values[f"{name}_q{q}"] = (weighted[name][here].sum() / weights[here].sum()).item()
-        if self._skips and (kept := torch.isfinite(grad_norm)).any():
-            grad_norm = grad_norm[kept]
-        values["grad_norm"] = grad_norm.mean().item()
+        if self._skips:
+            grad_norm = grad_norm[torch.isfinite(grad_norm)]
+        if len(grad_norm):
+            values["grad_norm"] = grad_norm.mean().item()
         if self._noise_of is not None:
             small, big = (norm.double().square().mean().item() for norm in (micro_norm, grad_norm))
             values["noise_trace"], values["gradient_squared"] = estimates(small, big, *self._noise_of)

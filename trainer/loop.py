@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from diffusion.config import ModelConfig
 from formats.atomic_file import write_file
-from formats.checkpoint import write_checkpoint
 from formats.checkpoint_config import AnyCheckpointConfig, CheckpointError, read_config
 from trainer import state as train_state
 from trainer.batches import Batch, Batches, Images
@@ -27,6 +26,7 @@ from trainer.every import Every, or_warn
 from trainer.initial_model import InitialModel
 from trainer.log import Window, append_line, cut_log
 from trainer.look_ahead import looking_ahead
+from trainer.model_folder import write_model
 from trainer.objective import MAX_LOSS, Objective, objective_of
 from trainer.optimisation import Optimisation, learning_rate
 from trainer.progress import bar_entries
@@ -53,10 +53,12 @@ from trainer.run_folder import (
 from trainer.state import SavedState, TrainState
 from trainer.tensorboard import Board, open_board
 from trainer.timestep_sampler import LossSecondMomentSampler, StratifiedSampler, TimestepSampler, UniformSampler
-from trainer.validation import Validation, held_out, read_losses, refuse_unfit, worse_in_a_row
+from trainer.validation import Validation, held_out, held_out_anew, read_losses, refuse_unfit, worse_in_a_row
 
 SAFE_LR = 1e-4
 """The paper's learning rate, at which these networks hardly ever diverge."""
+MIN_LOSS_SCALE = 1.0
+"""Loss scale of float16 below which gradients that are not finite are no overflow any more: the run has diverged."""
 TIMESTEP_SAMPLERS: dict[TimestepSamplerName, Callable[[int], TimestepSampler]] = {
     "uniform": UniformSampler,
     "stratified": StratifiedSampler,
@@ -188,10 +190,13 @@ class _Run:
                 f"takes lr_warmup_images, {config.lr_warmup_images}"
             )
         first = self._saved_at = state.images_seen
+        validations = Every(config.validation_every_images, self._validate)
+        if resume:
+            self._complete(validations)
         recurring = (
             Every(config.log_every_batches * config.batch_size, partial(self._or_roll_back, self._report), start=first),
             Every(config.checkpoint_every_images, partial(self._or_roll_back, self._checkpoint)),
-            Every(config.validation_every_images, self._validate),
+            validations,
         )
         positions = range(first, config.total_images, config.batch_size)
         self._bar = tqdm(
@@ -268,11 +273,14 @@ class _Run:
         """Write a line of the log, and begin the next one; the only wait for the device between two checkpoints.
 
         Raises:
-            Diverged: a gradient was not finite.
+            Diverged: a gradient was not finite; in float16: none of them was, and the loss was not finite either, or
+                a smaller loss scale has not helped.
         """
         window, self._window = self._window, self._new_window()
         summary = window.summary(self._ranks.gather(window.rows()))
-        if not math.isfinite(summary["grad_norm"]):
+        if "grad_norm" not in summary and self._optimisation.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise Diverged(f"the gradient is not finite, even with a loss scale below {MIN_LOSS_SCALE:g}")
+        if not math.isfinite(summary.get("grad_norm", summary["loss"])):
             raise Diverged("the gradient is not finite")
         if self._ranks.main:
             line = {"images": self._state.images_seen, "lr": self._lr, **summary}
@@ -314,11 +322,19 @@ class _Run:
 
     def _log_validation(self, validation: Validation) -> None:
         path, state = self._run / VALIDATION_FILE, self._state
-        append_line(path, {"images": state.images_seen, **validation.losses(state.ema.weights)})
-        worse = worse_in_a_row(read_losses(path, "loss"))
-        if worse == 0:
-            write_checkpoint(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
-        if self._config.stop_after_worse is not None and worse >= self._config.stop_after_worse:
+        losses = validation.losses(state.ema.weights, self._stop)
+        if not losses:
+            return  # stopped: the resumed run validates first
+        line = {"images": state.images_seen, **losses}
+        if worse_in_a_row([*read_losses(path, "loss"), line["loss"]]) == 0:
+            write_model(self._run / BEST_FOLDER, self._describe(), state.ema.weights)
+        append_line(path, line)  # after `best/`: a killed process must not leave a best loss without its model
+        self._end_if_overfitted()
+
+    def _end_if_overfitted(self) -> None:
+        """Note that the run should end, if the last validations were not better than an earlier one."""
+        worse, limit = worse_in_a_row(read_losses(self._run / VALIDATION_FILE, "loss")), self._config.stop_after_worse
+        if limit is not None and worse >= limit:
             self._overfitted = True
             say(f"the loss on held-out images was not better in {worse} validations: the run ends")
 
@@ -340,15 +356,33 @@ class _Run:
         described = self._describe()
         try:
             train_state.save(self._state, checkpoint_folder(self._run, self._saved_at), described)
-            write_checkpoint(self._run / MODEL_FOLDER, described, self._state.ema.weights)
+            write_model(self._run / MODEL_FOLDER, described, self._state.ema.weights)
         except OSError as error:
             raise _not_written(error, self._saved_at, self._run) from error
         delete_old(self._run, self._config.keep_checkpoints)
-        # With one decay, the checkpoint has its average
+        self._write_snapshot()
+        return described
+
+    def _write_snapshot(self) -> None:
+        """Write the averages that the checkpoint's model is not; with one decay, it is that one."""
         if snapshot := self._state.others if len(self._config.ema_decay) == 1 else self._state.averages:
             path = ema_snapshot_file(self._run, self._saved_at)
             or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
-        return described
+
+    def _complete(self, validations: Every) -> None:
+        """Write what the run lacks if it was killed just after the checkpoint from which it resumes."""
+        if not self._ranks.main:
+            return
+        seen = self._state.images_seen
+        if not ema_snapshot_file(self._run, seen).exists():
+            self._write_snapshot()
+        if self._validation is None:
+            return
+        if seen not in read_losses(self._run / VALIDATION_FILE, "images"):
+            done = seen >= self._config.total_images
+            validations.run_if_due(seen - self._config.batch_size, seen, done=done)
+        if not self._overfitted:
+            self._end_if_overfitted()
 
     def _or_roll_back(self, action: Callable[[], object]) -> None:
         """Run an action that notices if the run has diverged; if it has, roll back.
@@ -398,6 +432,13 @@ class _Run:
         if self._ranks.main:
             _update_model(self._run, saved)
             say(f"continuing after {saved.images_seen} images{self._origin.description}")
+            before = (self._origin.changes or {}).get("data_before")
+            if before and self._config.validation_share and held_out_anew(before, self._dataset.description):
+                warn(
+                    "the images that validation_share holds out are drawn anew from the changed data: most of them "
+                    f"were trained on, so that losses in {VALIDATION_FILE} will be too low, and {BEST_FOLDER}/ and "
+                    "stop_after_worse are misled. Held-out images that stay: a new run with --validation"
+                )
             if self._rollbacks:
                 factor = ROLLBACK_LR_FACTOR ** len(self._rollbacks)
                 say(f"rollbacks so far: {len(self._rollbacks)}; the learning rate is {factor:g} times the given one")
@@ -507,7 +548,7 @@ def _update_model(run: Path, saved: SavedState) -> None:
     except CheckpointError:
         current = False
     if not current:
-        write_checkpoint(run / MODEL_FOLDER, saved.config, saved.averages)
+        write_model(run / MODEL_FOLDER, saved.config, saved.averages)
 
 
 def _begin_files(run: Path, config: TrainConfig, images_seen: int) -> None:

@@ -46,9 +46,12 @@ class Optimisation:
             weight_decay=config.weight_decay,
             fused=True,  # a quarter of the time; gradients and values must have the strides of their weights
         )
-        self._micro = config.microbatch_size or config.batch_size // ranks.world
+        self.rows_at_once = config.microbatch_size or config.batch_size // ranks.world
+        """Images of a network call in this process."""
         measures = config.timestep_sampler != "stratified" and not self.scaler.is_enabled()
-        self.micro_batch = self._micro if measures and self._micro < config.batch_size // ranks.world else None
+        self.micro_batch = (
+            self.rows_at_once if measures and self.rows_at_once < config.batch_size // ranks.world else None
+        )
         """Images of a micro-batch, whose gradient has noise that says something about that of the batch.
 
         None: the batch is one micro-batch; its timesteps are not independent (`stratified`); or float16 scales them.
@@ -58,7 +61,7 @@ class Optimisation:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch's first micro-batch, [B] each, without exchange between processes."""
-        return self._objective.losses(self.autocast(self.network), batch.rows(slice(0, self._micro)))
+        return self._objective.losses(self.autocast(self.network), batch.rows(slice(0, self.rows_at_once)))
 
     def gradient(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the gradient of the weighted mean loss over the batches of all processes.
@@ -71,10 +74,10 @@ class Optimisation:
         """
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(batch), self._micro):
-            part = batch.rows(slice(start, start + self._micro))
+        for start in range(0, len(batch), self.rows_at_once):
+            part = batch.rows(slice(start, start + self.rows_at_once))
             seed_dropout(self._config.seed, part)
-            if start + self._micro < len(batch):
+            if start + self.rows_at_once < len(batch):
                 with self._ranks.no_sync(self._wrapped):
                     losses = self._backward(part, len(batch))
             else:

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -25,7 +26,7 @@ WAIT_FOR_OTHERS = timedelta(hours=2)
 
 A process that ends is noticed at once."""
 STOP_WITHIN = 20.0
-"""Seconds from a signal until all processes agree to stop, after which a process ends by itself."""
+"""Seconds that a process that got a signal waits for another one, before it ends by itself."""
 
 
 class Ranks(Protocol):
@@ -81,6 +82,29 @@ class OneProcess:
         return value
 
 
+class Waiting:
+    """Whether this process waits for others now, and since when; read by the thread that ends it if it is stuck."""
+
+    def __init__(self) -> None:
+        self.agreed = threading.Event()
+        """Set when the processes have agreed to end, so that none of them is stuck."""
+        self._since: float | None = None
+
+    @contextmanager
+    def for_others(self) -> Iterator[None]:
+        """Count the time spent inside as waiting."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def longer_than(self, seconds: float, start: float) -> bool:
+        """Return whether it has waited for so long, without a break, since `start` or later."""
+        since = self._since
+        return since is not None and time.monotonic() - max(since, start) > seconds
+
+
 class ManyProcesses:
     """One process of several, started by torchrun: gradients by DDP, everything else by gloo from host memory."""
 
@@ -88,7 +112,7 @@ class ManyProcesses:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = device
-        self.agreed = threading.Event()
+        self.waiting = Waiting()
         self._control = dist.new_group(backend="gloo", timeout=WAIT_FOR_OTHERS)
 
     @property
@@ -105,9 +129,10 @@ class ManyProcesses:
             yield
 
     def gather(self, rows: Tensor) -> Tensor:
-        mine = rows.cpu().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self._control)
+        with self.waiting.for_others():  # also in `cpu`: NCCL's exchange of gradients is waited for there
+            mine = rows.cpu().contiguous()
+            parts = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(parts, mine, group=self._control)
         return torch.stack(parts, dim=1).flatten(0, 1)  # row i of rank r is row i * world + r of the batch
 
     def close(self) -> None:
@@ -120,9 +145,10 @@ class ManyProcesses:
 
     def highest(self, value: int) -> int:
         values = torch.tensor(value)
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._control)
+        with self.waiting.for_others():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._control)
         if agreed := int(values):
-            self.agreed.set()
+            self.waiting.agreed.set()
         return agreed
 
 
@@ -165,7 +191,7 @@ def joined(stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = ManyProcesses(device)
-    threading.Thread(target=_end_if_stuck, args=(ranks, stop), daemon=True).start()
+    threading.Thread(target=end_if_stuck, args=(ranks.rank, ranks.waiting, stop), daemon=True).start()
     try:
         yield ranks
     except Stopped:
@@ -179,7 +205,7 @@ def joined(stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
             "all processes stop. The newest checkpoint is intact: start the same command again with --resume",
         ) from error
     finally:
-        ranks.agreed.set()
+        ranks.waiting.agreed.set()
     ranks.close()
 
 
@@ -188,15 +214,22 @@ def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "peer"))
 
 
-def _end_if_stuck(ranks: ManyProcesses, stop: Callable[[], bool]) -> None:
-    """End this process if it got a signal and waits for a process that has ended, so that it cannot stop by itself."""
+def end_if_stuck(rank: int, waiting: Waiting, stop: Callable[[], bool]) -> None:
+    """End this process if it got a signal and waits for a process that does not answer, so that it cannot stop.
+
+    Long work of its own (a validation, a checkpoint) is no reason. Nor is the exchange of gradients: gloo reports a
+    process that has ended, and with NCCL the next exchange of another kind waits instead.
+    """
     while not stop():
-        if ranks.agreed.wait(0.5):
+        if waiting.agreed.wait(0.5):
             return
-    if not ranks.agreed.wait(STOP_WITHIN):
-        sys.stderr.write(
-            f"rank {ranks.rank}: stopped by a signal while waiting for another process; the newest checkpoint is "
-            "intact: start the same command again with --resume\n"
-        )
-        sys.stderr.flush()
-        os._exit(1)
+    signalled = time.monotonic()
+    while not waiting.longer_than(STOP_WITHIN, signalled):
+        if waiting.agreed.wait(0.5):
+            return
+    sys.stderr.write(
+        f"rank {rank}: stopped by a signal while waiting for another process; the newest checkpoint is "
+        "intact: start the same command again with --resume\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)

@@ -25,8 +25,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from formats.artifact import INSIDE_CHECKPOINT
 from formats.atomic_folder import may_replace
-from formats.checkpoint_config import CONFIG_FILE
+from formats.checkpoint_config import CONFIG_FILE, WEIGHTS_FILE
+from formats.classifier_folder import CLASSIFIER_FOLDER
 from formats.folder_lock import LOCK_FILE, FolderInUse, folder_lock
 from formats.leftovers import remove_leftovers
 from trainer.errors import TrainError
@@ -41,6 +43,8 @@ EMA_FOLDER = "ema"
 SAMPLES_FOLDER = "samples"
 VALIDATION_FILE = "validation.jsonl"
 BEST_FOLDER = "best"
+WRITTEN_IN_MODELS = (CONFIG_FILE, WEIGHTS_FILE)
+"""What a run writes in its folders that are models, MODEL_FOLDER and BEST_FOLDER."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -125,8 +129,8 @@ def _refuse_unfit(run: Path, *, resume: bool) -> None:
             )
     if resume:
         newest_checkpoint(run)
-        if not may_replace(run / MODEL_FOLDER, CONFIG_FILE, ("model", "diffusion")):
-            raise TrainError(f"{run / MODEL_FOLDER} contains other files than a model, which would be lost; move it")
+        for folder in (run / MODEL_FOLDER, run / BEST_FOLDER):
+            _refuse_other_files(folder)
         return
     if checkpoints(run):
         raise TrainError(f"{run} already contains a run; use another --out, or --resume to continue it")
@@ -140,6 +144,22 @@ def _refuse_unfit(run: Path, *, resume: bool) -> None:
         for name in (LOG_FILE, VALIDATION_FILE, TRAIN_CONFIG_FILE):
             if (run / name).exists():
                 raise TrainError(f"{run / name} was not written by a run of iddpm and would be lost; use another --out")
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Check that a folder which will be replaced with a newer model has nothing in it that would be lost.
+
+    Hidden files, which file managers write, are not counted.
+    """
+    if not may_replace(folder, CONFIG_FILE, ("model", "diffusion")):
+        raise TrainError(f"{folder} contains other files than a model, which would be lost; move it")
+    known = (*WRITTEN_IN_MODELS, CLASSIFIER_FOLDER, INSIDE_CHECKPOINT)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    if others := sorted(path.name for path in entries if path.name not in known and not path.name.startswith(".")):
+        raise TrainError(
+            f"{folder} is replaced with each newer model, and these files in it would be lost: {', '.join(others)}; "
+            "move them"
+        )
 
 
 def _began_a_run(run: Path) -> bool:

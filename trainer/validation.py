@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,15 @@ def held_out(
     return dataset.part(np.sort(shuffled[held:])), dataset.part(shuffled[: min(held, config.validation_images)])
 
 
+def held_out_anew(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether changed data have other held-out images than before, so far as their descriptions tell.
+
+    The images are drawn by their places in the data, which an image that was repaired under its name keeps.
+    """
+    listing = "listing_sha256"
+    return listing not in now or before.get(listing) != now[listing]
+
+
 def _shuffled(config: TrainConfig, dataset: Dataset) -> IntArray:
     return np.random.default_rng((config.seed, 3)).permutation(len(dataset.labels))
 
@@ -91,9 +101,10 @@ class Validation:
         self._held = held
         self._objective = objective
         self._device = optimisation.device
+        self._rows_at_once = optimisation.rows_at_once
 
-    def losses(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the rounded mean of each loss over the held-out images.
+    def losses(self, weights: Mapping[str, Tensor], stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Return the rounded mean of each loss over the held-out images; empty if `stop` returned True.
 
         Raises:
             DataError: an image cannot be read.
@@ -101,9 +112,11 @@ class Validation:
         network = self._objective.build().to(self._device).eval()
         network.load_state_dict(dict(weights))
         window = Window(self._objective.by_quartile)
-        size = self._config.microbatch_size or self._config.batch_size
+        size = self._rows_at_once
         with torch.inference_mode():
             for first in range(0, len(self._held.labels), size):
+                if stop():
+                    return {}
                 batch = self._batch(np.arange(first, min(first + size, len(self._held.labels)), dtype=np.int64))
                 losses = self._objective.losses(self._autocast(network), batch)
                 window.add(losses, batch.t, torch.zeros((), device=self._device), self._objective.num_steps)
@@ -127,12 +140,12 @@ class Validation:
 
 
 def read_losses(path: Path, name: str) -> list[float]:
-    """Return one loss of every validation so far, oldest first; empty if there was none."""
+    """Return one loss (or `images`) of every validation so far, oldest first; empty if there was none."""
     if not path.exists():
         return []
     return [json.loads(line)[name] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def worse_in_a_row(losses: list[float]) -> int:
-    """Return how many of the last losses were not below the best one; 0 if the last is the best."""
-    return len(losses) - 1 - losses.index(min(losses))
+    """Return how many of the last losses were not below the best one; 0 if the last is the best, or there is none."""
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0

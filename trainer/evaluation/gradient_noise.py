@@ -10,14 +10,18 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor
 
+from diffusion.config import CheckpointConfig, FrozenConfig
 from diffusion.likelihood import VariationalBound
 from diffusion.losses import LossType, q_sample, training_losses
 from diffusion.noise import STREAM_EVALUATION, normal
 from diffusion.respacing import IntArray, respace
+from formats.checkpoint_config import describe_validation_error
 from trainer.config import TimestepSamplerName
 from trainer.data import Dataset
+from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.folder import EvaluationStopped
 from trainer.evaluation.inputs import RealInputs
 from trainer.evaluation.records import Records
@@ -54,9 +58,44 @@ class Case(NamedTuple):
         raise ValueError(f"a case is LOSS:SAMPLER with {', '.join(losses)} and {', '.join(SAMPLERS)}; got {text!r}")
 
 
+class TrainedObjective(FrozenConfig):
+    """What a model was trained to minimise; the fields are those of a training configuration."""
+
+    loss: LossType | None = None
+    """None: it is not recorded."""
+    rescale_vlb: bool = True
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> Self:
+        """Return what a model's configuration records; the defaults for a model without a record.
+
+        Raises:
+            EvaluationError: the record has values that this version does not know.
+        """
+        recorded: Any = config.provenance.get("train_config")
+        known = recorded if isinstance(recorded, dict) else {}
+        try:
+            return cls.model_validate({name: known[name] for name in cls.model_fields if name in known})
+        except ValidationError as error:
+            raise EvaluationError(
+                "this version cannot measure the objective that the model was trained with (train_config in its "
+                f"config.json): {describe_validation_error(error)}"
+            ) from error
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How losses are weighted, as settings of an evaluation; empty by default."""
+        return self.model_dump(include={"rescale_vlb", "min_snr_gamma"}, exclude_defaults=True)
+
+
 def usual_cases(subject: Subject) -> list[Case]:
-    """Return the paper's comparison: the objective that trains the model, and L_vlb with both samplers."""
-    first: LossType = "hybrid" if subject.config.diffusion.learns_variance else "simple"
+    """Return the paper's comparison: the loss that the model was trained with, and L_vlb with both samplers.
+
+    If the loss is not recorded, it is L_hybrid for a learned variance, and L_simple for a fixed one.
+    """
+    usual: LossType = "hybrid" if subject.config.diffusion.learns_variance else "simple"
+    first = TrainedObjective.of(subject.config).loss or usual
     return [Case(first, "uniform"), Case("vlb", "uniform"), Case("vlb", "loss_second_moment")]
 
 
@@ -82,6 +121,8 @@ class NoiseOptions:
 class GradientNoise:
     """A model with data: draws batches and takes the norms of their gradients.
 
+    Losses are weighted as in the model's training (`rescale_vlb`, `min_snr_gamma`).
+
     The network runs in eval mode (no dropout), with the labels and conditioning images of the data and without flips:
     the noise is that of images, timesteps and eps.
     """
@@ -95,6 +136,7 @@ class GradientNoise:
         self._parameters = list(self._network.parameters())
         self._device = self._parameters[0].device
         self._inputs = RealInputs(subject, dataset)
+        self._objective = TrainedObjective.of(subject.config)
         self._bound = VariationalBound.of(diffusion, respace(diffusion), self._device, clip=False)
         self._uniform = UniformSampler(diffusion.num_timesteps)
 
@@ -194,7 +236,8 @@ class GradientNoise:
                 noise,
                 at,
                 loss=case.loss,
-                rescale=True,
+                rescale=self._objective.rescale_vlb,
+                min_snr_gamma=self._objective.min_snr_gamma,
             )
             yield (losses.loss * torch.from_numpy(weights[rows]).to(self._device)).mean()
             advance(options.small)

@@ -142,9 +142,15 @@ def refuse_unfit(base: TrainConfig) -> None:
     """Check that a configuration can be studied.
 
     Raises:
-        EvaluationError: it is that of a classifier, or of a network that takes conditioning images.
+        EvaluationError: it is that of a classifier, or of a network that takes conditioning images; or its runs could
+            end before the images of a point.
     """
     _network(base)
+    if base.stop_after_worse is not None:
+        raise EvaluationError(
+            "stop_after_worse must be null in a scaling study, whose points are numbers of training images; "
+            f"got {base.stop_after_worse}"
+        )
 
 
 def study(
@@ -186,9 +192,10 @@ def study(
         The content of results.json.
 
     Raises:
-        EvaluationError: the folder holds another study, or a width is not possible.
+        EvaluationError: the folder holds another study, or the configuration or a width is not possible.
         TrainError, Stopped: as for `train`; the same command continues the study.
     """
+    refuse_unfit(base)
     points = points_of(images, count, base.batch_size)
 
     def network_of(width: int) -> ModelConfig:

@@ -54,6 +54,39 @@ def test_a_study_trains_generates_scores_and_draws(tmp_path: Path) -> None:
         assert f"model.{field} must be" in " ".join(refused.output.split())
 
 
+def options_of_a_small_study(folder: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        np.savez(folder / f"{name}.npz", images=rng.integers(0, 256, (12, 8, 8, 1), dtype=np.uint8))
+    sets = [
+        "model.image_size=8", "model.channel_mult=1", "model.attention_resolutions=[]", "batch_size=4",
+        "diffusion.num_timesteps=20", "preview_per_class=0", "preview_steps=2", "precision=float32",
+        "lr_warmup_images=0", "class_conditional=false", "label_dropout=0",
+    ]  # fmt: skip
+    options = [
+        "--data", folder / "train.npz", "--reference", folder / "test.npz", "--out", folder / "study",
+        "--features", onnx_means(folder / "means.onnx", ("n", 1, "h", "w")), "--cache", folder / "cache",
+        "--widths", "32", "--images", 4, "--points", 1, "--num", 4, "--steps", 2,
+        *(part for field in sets for part in ("--set", field)),
+    ]  # fmt: skip
+    return [*map(str, options)]
+
+
+def test_another_variance_than_the_presets_can_be_studied(tmp_path: Path) -> None:
+    fixed = ["--set", "loss=simple", "--set", "diffusion.variance=fixed_large", "--set", "model.learn_sigma=false"]
+    result = CliRunner().invoke(app, ["study", "scaling", "fashion32", *options_of_a_small_study(tmp_path), *fixed])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "study" / "results.json").exists()
+
+
+def test_derived_fields_of_a_study_are_refused_with_their_source(tmp_path: Path) -> None:
+    wrong = ["--set", "model.learn_sigma=false"]
+    result = CliRunner().invoke(app, ["study", "scaling", "fashion32", *options_of_a_small_study(tmp_path), *wrong])
+    assert result.exit_code == 1
+    assert "model.learn_sigma is true here and cannot be set to false" in " ".join(result.output.split())
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("option", [["--nll-extra-steps"], ["--nll-steps", "5"]])
 def test_options_of_bits_per_dim_without_images_for_it_are_refused(tmp_path: Path, option: list[str]) -> None:
     arguments = [f"--{name}={tmp_path / name}" for name in ("data", "reference", "features", "out")]

@@ -12,6 +12,7 @@ from diffusion.config import (
     ModelConfig,
     SamplingDefaults,
 )
+from diffusion.schedules import Schedule, named_betas
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
@@ -127,3 +128,12 @@ def test_an_attention_pool_needs_the_width_of_its_heads() -> None:
 def test_a_checkpoint_whose_parts_disagree_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         CheckpointConfig.model_validate({"model": _model(num_classes=3), "diffusion": DiffusionConfig(), **changes})
+
+
+def test_a_linear_schedule_needs_more_than_20_timesteps() -> None:
+    for few in (2, 20):
+        with pytest.raises(ValidationError, match=f"num_timesteps must be above 20 for noise_schedule 'linear'.*{few}"):
+            DiffusionConfig(num_timesteps=few, noise_schedule="linear")
+        DiffusionConfig(num_timesteps=few, noise_schedule="cosine")
+    assert Schedule(named_betas("linear", 21)).alphas_cumprod.min() > 0
+    DiffusionConfig(num_timesteps=21, noise_schedule="linear")

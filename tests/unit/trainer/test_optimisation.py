@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from formats.checkpoint import load_unet
 from tests.unit.trainer.test_batches import batches
 from tests.unit.trainer.test_resume import train, write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
-from trainer.batches import Batches
+from trainer.batches import Batch, Batches
 from trainer.config import TrainConfig
 from trainer.data import open_dataset
 from trainer.ema import EMA, exponential_decay
+from trainer.errors import TrainError
 from trainer.log import Window
 from trainer.loop import resolve
 from trainer.objective import objective_of
@@ -208,6 +209,44 @@ def test_a_float16_step_that_overflows_is_skipped(npz: Path) -> None:
     assert not torch.isfinite(optimisation.step(1.0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert optimisation.scaler.get_scale() == scale / 2
+
+
+def with_loss_scale(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    scaler = partial(torch.amp.GradScaler, init_scale=scale)
+    monkeypatch.setattr("trainer.optimisation.torch.amp.GradScaler", scaler)
+
+
+def test_a_line_of_skipped_float16_steps_only_is_no_divergence(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_loss_scale(monkeypatch, 2.0**40)  # overflows float16 until it was halved often enough
+    train(tiny(precision="float16", log_every_batches=1, total_images=160, preview_per_class=0), npz, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 40
+    assert "grad_norm" not in lines[0]
+    assert lines[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("spoiled", ["gradient", "weight"])
+def test_a_float16_run_that_diverges_ends(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    gradient = Optimisation.gradient
+
+    def diverged(self: Optimisation, batch: Batch) -> dict[str, Tensor]:
+        weight = next(self.network.parameters())
+        if spoiled == "weight":
+            weight.data.fill_(torch.nan)
+        losses = gradient(self, batch)
+        assert weight.grad is not None
+        weight.grad.fill_(torch.inf)
+        return losses
+
+    with_loss_scale(monkeypatch, 4.0)
+    monkeypatch.setattr(Optimisation, "gradient", diverged)
+    config = tiny(precision="float16", log_every_batches=1, preview_per_class=0)
+    with pytest.raises(TrainError, match=rf"diverged after {12 if spoiled == 'gradient' else 4} images.*not finite"):
+        train(config, npz, tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

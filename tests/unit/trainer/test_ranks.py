@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tests.unit.trainer.forked_ranks import run_ranks, started_ranks
 from tests.unit.trainer.test_resume import write_npz
 from tests.unit.trainer.test_trainer import tiny, weights
 from tests.waiting import PATIENCE_S, START_POLL_S, scaled, until
-from trainer import loop
+from trainer import loop, ranks
 from trainer.data import open_dataset
 from trainer.errors import TrainError
 from trainer.loop import resolve
@@ -129,9 +130,9 @@ def workers(parent: int) -> dict[int, int]:
             variables = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        ranks = [int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")]
-        if ranks:
-            found[ranks[0]] = int(process.name)
+        numbers = [int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")]
+        if numbers:
+            found[numbers[0]] = int(process.name)
     return found
 
 
@@ -232,6 +233,26 @@ def test_all_processes_roll_back_together(data: Path, alone: Path, tmp_path: Pat
     newest = weights(checkpoints(run)[-1])
     for name, tensor in weights(checkpoints(alone)[-1]).items():
         assert torch.equal(newest[name], tensor), name
+
+
+def ends_by_itself(monkeypatch: pytest.MonkeyPatch, waits: bool) -> bool:
+    """Return whether a process that got a signal, and works or waits for others for longer than it may, ends."""
+    monkeypatch.setattr(ranks, "STOP_WITHIN", 0.2)
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    waiting = ranks.Waiting()
+    thread = threading.Thread(target=ranks.end_if_stuck, args=(0, waiting, lambda: True))
+    with waiting.for_others() if waits else nullcontext():
+        thread.start()
+        ended.wait(PATIENCE_S if waits else 1.5)
+    waiting.agreed.set()
+    thread.join()
+    return ended.is_set()
+
+
+def test_only_a_process_that_waits_for_others_ends_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ends_by_itself(monkeypatch, waits=True)
+    assert not ends_by_itself(monkeypatch, waits=False)
 
 
 class TwoOfThese(OneProcess):

@@ -161,6 +161,26 @@ def test_a_folder_may_be_renamed_and_removed_or_repaired_images_accepted(tmp_pat
     train(tiny(total_images=12), folder, run, resume=True, accept_changed_data=True)
 
 
+def test_held_out_images_that_are_drawn_anew_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run = tmp_path / "data", tmp_path / "run"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("L", (8, 8), 40 * index).save(folder / name / f"{index}.png")
+    config = tiny(validation_share=0.2, preview_per_class=0)
+    train(config.replace(total_images=4), folder, run)
+    Image.effect_noise((8, 8), 50).save(folder / "a" / "0.png")
+    train(config.replace(total_images=8), folder, run, resume=True, accept_changed_data=True)
+    assert "warning" not in capsys.readouterr().err
+    (folder / "a" / "0.png").unlink()
+    train(config.replace(total_images=12), folder, run, resume=True, accept_changed_data=True)
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "the images that validation_share holds out are drawn anew" in warned
+    assert "a new run with --validation" in warned
+    train(config.replace(total_images=16), folder, run, resume=True)
+    assert "drawn anew" not in capsys.readouterr().err
+
+
 def test_data_with_other_classes_are_refused_in_any_case(npz: Path, tmp_path: Path) -> None:
     train(tiny(total_images=4), npz, tmp_path / "run")
     write_npz(npz, names=("x", "z", "y"))
@@ -411,6 +431,49 @@ def test_files_not_written_by_a_run_are_not_changed(npz: Path, tmp_path: Path, n
     assert [(entry, entry.read_text()) for entry in tmp_path.rglob("*") if entry.is_file() and entry != npz] == [
         (path, "{}")
     ]
+
+
+def test_a_newer_model_keeps_the_classifier_and_removes_the_artifact_with_a_warning(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    config = tiny(total_images=4, validation_every_images=4, validation_share=0.1, preview_per_class=0)
+    train(config, npz, run)
+    for name in ("model", "best"):
+        (run / name / "classifier").mkdir()
+        (run / name / "classifier" / "config.json").write_text("{}")
+    (run / "model" / "artifact").mkdir()
+    capsys.readouterr()
+    train(config.replace(total_images=8), npz, run, resume=True)
+    assert read_config(run / "model").provenance["images_seen"] == 8
+    assert sorted(path.name for path in (run / "model").iterdir()) == ["classifier", "config.json", "model.safetensors"]
+    for name in ("model", "best"):
+        assert (run / name / "classifier" / "config.json").read_text() == "{}"
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warned == [
+        f"warning: {run / 'model'} has new weights; removed what belonged to the earlier ones: artifact; export the "
+        "model again"
+    ]
+
+    linked = tmp_path / "classifier"
+    (run / "model" / "classifier").rename(linked)
+    (run / "model" / "classifier").symlink_to(linked)
+    train(config.replace(total_images=12), npz, run, resume=True)
+    assert (run / "model" / "classifier").readlink() == linked
+
+
+@pytest.mark.parametrize("name", ["model", "best"])
+def test_a_run_is_not_resumed_while_files_of_others_are_in_a_folder_that_it_replaces(
+    npz: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    train(tiny(total_images=4, validation_every_images=4, validation_share=0.1, preview_per_class=0), npz, run)
+    (run / name / "notes.txt").write_text("mine")
+    (run / name / ".DS_Store").touch()
+    code, output = invoke("--data", str(tmp_path / "absent"), "--out", str(run), "--resume")
+    assert code == 1
+    assert f"{run / name} is replaced with each newer model, and these files in it would be lost: notes.txt" in output
+    assert (run / name / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

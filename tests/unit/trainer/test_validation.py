@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from tests.unit.trainer.test_pairs import folders
 from tests.unit.trainer.test_resume import write_npz
 from tests.unit.trainer.test_trainer import tiny
 from trainer import loop
+from trainer.batches import read_pairs
 from trainer.config import TrainConfig
-from trainer.data import Dataset, open_dataset
-from trainer.errors import TrainError
+from trainer.data import Dataset, IntArray, open_dataset
+from trainer.errors import Stopped, TrainError
 from trainer.loop import resolve
-from trainer.validation import held_out
+from trainer.objective import DiffusionObjective, objective_of
+from trainer.optimisation import Optimisation
+from trainer.ranks import OneProcess
+from trainer.run_folder import checkpoints
+from trainer.validation import Validation, held_out
 
 
 @pytest.fixture
@@ -71,6 +77,98 @@ def test_an_overfitted_run_ends_early(data: Path, held: Path, tmp_path: Path) ->
     assert trained.provenance["images_seen"] == 8 * len(losses(run))
     assert trained.provenance["validation_data"] == opened(held).description
     assert read_config(run / "best").provenance["images_seen"] == 8 * (best + 1)
+
+
+def test_a_run_that_ended_early_trains_on_only_with_another_limit(data: Path, held: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = validated(total_images=400, stop_after_worse=2, lr=0.05, checkpoint_every_images=1000)
+    train(config, data, held, run)
+    ended = losses(run)
+    for _ in range(2):
+        train(config, data, held, run, resume=True)
+        assert losses(run) == ended
+    train(config.replace(total_images=8 * len(ended) + 8, stop_after_worse=None), data, held, run, resume=True)
+    assert losses(run)[:-1] == ended
+
+
+@pytest.mark.parametrize("killed_in", ["write_snapshot", "write_preview", "losses", "write_model", "append_line"])
+def test_a_run_killed_after_a_checkpoint_makes_up_for_what_was_due(
+    data: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    config = validated(checkpoint_every_images=16, ema_sigma_rels=(0.1,)).replace(preview_per_class=1)
+    train(config, data, held, tmp_path / "whole")
+
+    def killed_at_16(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            at_best = killed_in != "write_model" or arguments[0].name == "best"
+            at_line = killed_in != "append_line" or arguments[0].name == "validation.jsonl"
+            if at_best and at_line and [int(path.name) for path in checkpoints(tmp_path / "parts")] == [16]:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return run
+
+    owner = {"losses": Validation, "write_preview": DiffusionObjective}.get(killed_in, loop)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, killed_in, killed_at_16(getattr(owner, killed_in)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data, held, tmp_path / "parts")
+    train(config, data, held, tmp_path / "parts", resume=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert (parts / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
+    assert (
+        read_config(parts / "best").provenance["images_seen"] == read_config(whole / "best").provenance["images_seen"]
+    )
+    snapshots = [{path.name: path.read_bytes() for path in (run / "ema").iterdir()} for run in (whole, parts)]
+    assert snapshots[0] == snapshots[1]
+    assert len(snapshots[0]) == 3  # after 16, 32 and 40 images
+
+
+class OneOfTwo(OneProcess):
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "size"), [(OneProcess("cpu"), None, 4), (OneOfTwo("cpu"), None, 2), (OneOfTwo("cpu"), 1, 1)]
+)
+def test_a_process_validates_as_many_images_at_once_as_it_trains_on(
+    data: Path, held: Path, monkeypatch: pytest.MonkeyPatch, ranks: OneProcess, micro: int | None, size: int
+) -> None:
+    config = resolve(validated(microbatch_size=micro, validation_images=8), opened(data), opened(held))
+    objective = objective_of(config, "cpu")
+    network = objective.build()
+    sizes: list[int] = []
+
+    def read(dataset: Dataset, indices: IntArray) -> Any:
+        sizes.append(len(indices))
+        return read_pairs(dataset, indices)
+
+    monkeypatch.setattr("trainer.validation.read_pairs", read)
+    part = held_out(config, opened(data), opened(held))[1]
+    assert part is not None
+    Validation(config, part, objective, Optimisation(config, objective, network, ranks)).losses(network.state_dict())
+    assert sizes == [size] * (8 // size)
+
+
+def test_a_stopped_validation_is_made_when_the_run_is_resumed(
+    data: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = validated(total_images=24)
+    train(config, data, held, tmp_path / "whole")
+    asked: list[bool] = []
+
+    def ask_to_stop(dataset: Dataset, indices: IntArray) -> Any:
+        asked.append(True)
+        return read_pairs(dataset, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.validation.read_pairs", ask_to_stop)
+        with pytest.raises(Stopped, match="stopped after 8 images"):
+            train(config, data, held, tmp_path / "run", stop=lambda: bool(asked))
+    assert len(asked) == 1
+    assert not (tmp_path / "run" / "validation.jsonl").exists()
+    train(config, data, held, tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_held_out_data_that_do_not_fit_are_refused(data: Path, held: Path, tmp_path: Path) -> None:

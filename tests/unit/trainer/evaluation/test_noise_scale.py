@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from cli.main import app
 from tests.networks import RANDOM_MODEL_STEPS, write_random_model
 from tests.unit.trainer.evaluation.test_nll import opened
+from trainer.evaluation.errors import EvaluationError
 from trainer.evaluation.folder import EvaluationStopped
-from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions
+from trainer.evaluation.gradient_noise import Case, GradientNoise, NoiseOptions, TrainedObjective, usual_cases
 from trainer.noise_scale import noise_scale, squared_norms
 
 DEVIATIONS = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
@@ -120,3 +121,38 @@ def test_the_command_compares_objectives(data: Path, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, [*arguments, "--case", "vlb:stratified"])
     assert wrong.exit_code == 1
     assert "a case is LOSS:SAMPLER" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("recorded", "first", "settings"),
+    [
+        ({}, "hybrid", {}),
+        ({"loss": "vlb"}, "vlb", {}),
+        ({"loss": "hybrid", "rescale_vlb": False}, "hybrid", {"rescale_vlb": False}),
+        ({"loss": "hybrid", "min_snr_gamma": 0.1}, "hybrid", {"min_snr_gamma": 0.1}),
+    ],
+)
+def test_the_objective_that_trained_the_model_is_measured(
+    data: Path, tmp_path: Path, recorded: dict[str, object], first: str, settings: dict[str, object]
+) -> None:
+    provenance = {"train_config": recorded} if recorded else {}
+    subject, dataset = opened(data, write_random_model(tmp_path / "a", seed=0, provenance=provenance))
+    assert [str(case) for case in usual_cases(subject)] == [
+        f"{first}:uniform", "vlb:uniform", "vlb:loss_second_moment"
+    ]  # fmt: skip
+    assert TrainedObjective.of(subject.config).settings == settings
+    options = NoiseOptions(small=2, big=4, batches=2)
+    imported, _ = opened(data, write_random_model(tmp_path / "b", seed=0))
+    case = Case("hybrid", "uniform")
+    found, usual = (
+        GradientNoise(one, dataset, options).measure(case, None, tmp_path / name)
+        for name, one in (("found", subject), ("usual", imported))
+    )
+    assert (found == usual) == (not settings)
+
+
+def test_an_objective_of_another_version_is_refused(data: Path, tmp_path: Path) -> None:
+    provenance = {"train_config": {"loss": "newer"}}
+    subject, _ = opened(data, write_random_model(tmp_path / "a", seed=0, provenance=provenance))
+    with pytest.raises(EvaluationError, match=r"cannot measure the objective that the model was trained with.*loss"):
+        usual_cases(subject)

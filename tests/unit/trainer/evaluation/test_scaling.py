@@ -117,6 +117,16 @@ def test_a_study_of_other_settings_or_impossible_widths_is_refused(npz: Path, tm
         run_study(npz, tmp_path / "full", [])
 
 
+def test_a_study_whose_runs_could_end_early_is_refused(npz: Path, tmp_path: Path) -> None:
+    config = tiny(validation_share=0.2, stop_after_worse=1)
+    with pytest.raises(EvaluationError, match=r"stop_after_worse must be null in a scaling study.*got 1"):
+        study(
+            config, open_dataset(npz, 8, 1), tmp_path / "study", widths=[32], images=16, count=1,
+            evaluate=lambda model, folder: {}, limits={}, settings={},
+        )  # fmt: skip
+    assert not (tmp_path / "study").exists()
+
+
 def test_widths_may_be_added_to_a_study_which_keeps_the_others(npz: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     run_study(npz, tmp_path / "study", seen, widths=[64])
