@@ -23,16 +23,23 @@ class Curve:
 
 
 def draw_curves(
-    plots: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, path: Path, *, powers_of_two: bool = True
+    plots: Mapping[str, Sequence[Curve]],
+    x_label: str,
+    y_label: str,
+    path: Path,
+    *,
+    powers_of_two: bool = True,
+    log_y: bool = False,
 ) -> bool:
     """Draw one plot per title, side by side.
 
     Args:
         plots: curves by title.
         x_label: of all plots.
-        y_label: of all plots; that axis begins at 0.
+        y_label: of all plots.
         path: output file.
         powers_of_two: whether the x axis is logarithmic to base 2.
+        log_y: whether the y axis is logarithmic; otherwise it begins at 0.
 
     Returns:
         Whether the file was written; if matplotlib is missing or the disk is full, a message is printed on stderr.
@@ -58,7 +65,10 @@ def draw_curves(
             axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({x for curve in lines for x in curve.x}))
         axis.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-        axis.set_ylim(bottom=0)
+        if log_y:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: invalid options or data, or a run that failed; the message gives the reason.
     """
     torch.set_num_threads(args.threads)
-    runs = [planned for planned in planned_runs() if planned.name not in args.skip]
+    runs = [planned for planned in planned_runs() if any(fnmatch(planned.name, name) for name in args.only)]
     stop = StopRequest()
     try:
         with stop.on_signals():
@@ -75,7 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     report = commands.add_parser("report", help="write the document and its plots")
     for command in (train, evaluate, report):
         command.add_argument("--runs", type=Path, required=True, help="folder of the runs")
-        command.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="runs to leave out")
+        command.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="runs; * matches any text (all)")
         command.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     train.add_argument("--data", type=Path, required=True, help="real training split, as for `iddpm train`")
     evaluate.add_argument("--test", type=Path, required=True, help="real test split, never trained on")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.judge import Judge, JudgeError, features_of
 from benchmarks.options import say
+from benchmarks.reproduction_curves import curves_of
 from benchmarks.reproduction_runs import (
     BASE_WIDTH,
     OTHER_WIDTHS,
@@ -45,7 +46,7 @@ from trainer.evaluation.reading import reading_of
 from trainer.evaluation.records import Records
 from trainer.evaluation.scaling import parameter_count, training_flops
 from trainer.evaluation.subject import Subject, load_subject
-from trainer.run_folder import MODEL_FOLDER, checkpoints
+from trainer.run_folder import LOG_FILE, MODEL_FOLDER, checkpoints
 
 FULL = 0
 """Stands for the number of steps of the full chain."""
@@ -57,7 +58,10 @@ EXTRA = "+extra"
 SAMPLE_BATCH = 64
 NOISE_CASES = ("hybrid:uniform", "vlb:uniform", "vlb:loss_second_moment")
 
-Kind = Literal["nll", "frechet", "noise"]
+CURVES = {"hybrid": "hybrid:uniform", "vlbuniform": "vlb:uniform", "vlb": "vlb:loss_second_moment"}
+"""Objectives whose curves over training are compared (figures 6 and 7), with the case of `NOISE_CASES` of each."""
+
+Kind = Literal["nll", "frechet", "noise", "curves"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Cell:
     kind: Kind
     run: str
     steps: int = FULL
-    """Steps of the chain; FULL for noise."""
+    """Steps of the chain; FULL for noise and curves."""
     variant: str = "trained"
     """A variance (`trained`, `fixed_small`, `fixed_large`), for images also `ddim`; for bits/dim with or without EXTRA;
     for noise a case of `iddpm evaluate noise-scale`."""
@@ -78,7 +82,7 @@ class Cell:
     def file_name(self) -> str:
         """Return the name of the cell's JSON file."""
         at = [] if self.images_seen is None else [f"at{self.images_seen}"]
-        steps = [] if self.kind == "noise" else [str(self.steps) if self.steps else "full"]
+        steps = [] if self.kind in ("noise", "curves") else [str(self.steps) if self.steps else "full"]
         return "_".join([self.kind, self.run, *at, *steps, self.variant.replace(":", "-")]) + ".json"
 
 
@@ -125,6 +129,9 @@ def final_cells(options: Options, seeds: Sequence[int] = SEEDS) -> list[Cell]:
                     cells += [Cell("nll", hybrid, steps, f"trained{suffix}")]
                     cells += [Cell("nll", simple, steps, f"{v}{suffix}") for v in ("trained", "fixed_large")]
         cells += [Cell("noise", run, FULL, case) for run in (hybrid, uniform) for case in NOISE_CASES]
+        for objective, case in CURVES.items():
+            run = run_name(objective, "cosine", seed)
+            cells += [Cell("curves", run), Cell("noise", run, FULL, case)]
         for width in (BASE_WIDTH, *OTHER_WIDTHS):
             cells += width_cells(width_name(width, seed), None)
     return list(dict.fromkeys(cells))
@@ -139,20 +146,26 @@ def width_cells(run: str, seen: int | None) -> list[Cell]:
 
 
 def possible_cells(folder: Path, runs: Sequence[Run], options: Options, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """Return the cells of the finished runs and, for figure 10, of their checkpoints, cheap ones first."""
+    """Return the cells of the finished runs and, for figures 7 and 10, of their checkpoints, cheap ones first."""
     finished = {run.name for run in runs if is_finished(folder, run)}
     cells = [cell for cell in final_cells(options, seeds) if cell.run in finished]
     for seed in seeds:
-        for width in (BASE_WIDTH, *OTHER_WIDTHS):
-            name = width_name(width, seed)
-            if name in finished:
-                for checkpoint in checkpoints(folder / name)[:-1]:  # the last one is the trained model
-                    cells += width_cells(name, int(checkpoint.name))
+        widths = [width_name(width, seed) for width in (BASE_WIDTH, *OTHER_WIDTHS)]
+        cases = {run_name(objective, "cosine", seed): case for objective, case in CURVES.items()}
+        for name in sorted(finished):
+            for checkpoint in checkpoints(folder / name)[:-1]:  # the last one is the trained model
+                seen = int(checkpoint.name)
+                if name in widths:
+                    cells += width_cells(name, seen)
+                if name in cases:
+                    cells.append(Cell("noise", name, FULL, cases[name], seen))
     return sorted(cells, key=lambda cell: _rows(cell, options))
 
 
 def _rows(cell: Cell, options: Options) -> int:
     """Return about how many rows a network evaluates; a backward pass counts as two rows."""
+    if cell.kind == "curves":
+        return 0
     if cell.kind == "noise":
         return 3 * options.noise_batches * options.noise_big
     images = options.nll_images if cell.kind == "nll" else options.frechet_images
@@ -197,8 +210,8 @@ class Evaluation:
                 raise EvaluationStopped
             started = time.perf_counter()
             subject = load_subject(self._folder_of(cell), torch.device("cpu"))
-            measure = {"nll": self._nll, "frechet": self._frechet, "noise": self._noise}[cell.kind]
-            found = measure(cell, subject, stop)
+            measure = {"nll": self._nll, "frechet": self._frechet, "noise": self._noise, "curves": self._curves}
+            found = measure[cell.kind](cell, subject, stop)
             seconds = round(time.perf_counter() - started, 1)
             model = {"sha256": subject.sha256, **_training(subject, self._folder_of(cell))}
             content = {**asdict(cell), "model": model, "seconds_since_resumed": seconds, **found}
@@ -271,9 +284,12 @@ class Evaluation:
         )
         sampler = None
         if case.sampler != "uniform":
-            sampler = noise.importance(self._out / f"history_{cell.run}.f32", stop=stop)
+            sampler = noise.importance(self._out / f"history_{cell.run}_{subject.sha256[:12]}.f32", stop=stop)
         measured = noise.measure(case, sampler, self._partial(cell), stop=stop)
         return summarise({case: measured})[0]
+
+    def _curves(self, cell: Cell, subject: Subject, stop: Callable[[], bool]) -> dict[str, Any]:
+        return curves_of(self._runs / cell.run / LOG_FILE, subject.config.diffusion.num_timesteps)
 
     @cached_property
     def _dataset(self) -> Dataset:

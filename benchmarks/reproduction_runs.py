@@ -39,6 +39,8 @@ COMMON: Mapping[str, Any] = {
     "checkpoint_every_images": 20_000,
     "keep_checkpoints": 9,
     "preview_per_class": 0,
+    "microbatch_size": 16,  # with it, the log has gradient noise, for `iddpm plot`
+    "log_every_batches": 5,
 }
 """What the runs have in common, beside the preset."""
 LEARNED = "learned_range"

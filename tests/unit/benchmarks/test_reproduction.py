@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from benchmarks.reproduction_cells import (
     possible_cells,
     width_cells,
 )
-from benchmarks.reproduction_report import Verdict, claims, judge_claim, write_report
+from benchmarks.reproduction_claims import Verdict, claims, judge_claim
+from benchmarks.reproduction_curves import WINDOW, curves_of
+from benchmarks.reproduction_report import write_report
 from benchmarks.reproduction_runs import is_finished, planned_runs, train_runs
 from trainer.config import TrainConfig
 from trainer.evaluation.folder import EvaluationStopped
@@ -38,6 +42,8 @@ TOY = {
     "preview_steps": 8,
     "total_images": 8,
     "batch_size": 4,
+    "microbatch_size": 2,
+    "log_every_batches": 1,
     "checkpoint_every_images": 4,
 }
 OPTIONS = Options(
@@ -82,9 +88,9 @@ def looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dic
     """The tables of a report whose every value is a number of its own, and what each number stands for."""
     numbers: dict[tuple[Cell, str], float] = {}
 
-    class Content(dict[str, float]):
+    class Content(dict[str, Any]):
         def __init__(self, cell: Cell) -> None:
-            super().__init__(kept=0.0)  # an empty one would count as not measured
+            super().__init__(points=[])
             self._cell = cell
 
         def get(self, field: str, default: object = None) -> float:
@@ -109,8 +115,12 @@ def test_the_document_names_every_ordering_and_agrees_with_its_own_tables(
     looked_up: tuple[str, dict[str, tuple[Cell, str]]],
 ) -> None:
     text = DOCUMENT.read_text()
-    places, found = (re.findall(r"(?<=[ |])\d+\.\d+", part) for part in (looked_up[0], _tables(text)))
-    values = {looked_up[1][place.partition(".")[0]]: float(number) for place, number in zip(places, found, strict=True)}
+    places, found = (re.findall(r"(?<=[ |])(?:\d+\.\d+|-(?=,| \|))", part) for part in (looked_up[0], _tables(text)))
+    values = {
+        looked_up[1][place.partition(".")[0]]: None if number == "-" else float(number)
+        for place, number in zip(places, found, strict=True)
+        if place != "-"
+    }
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (figure|.*tables) \d", line)]
     assert [row[:2] for row in rows] == [[claim.source, claim.text] for claim in claims()]
     for claim, (_, name, ratios, interval, result) in zip(claims(), rows, strict=True):
@@ -177,8 +187,10 @@ def test_an_unfinished_run_is_resumed(folder: Path) -> None:
 def test_cells_of_finished_runs_are_planned_cheap_first(folder: Path) -> None:
     cells = possible_cells(folder / "runs", planned_runs(TOY), OPTIONS)
     assert {cell.run for cell in cells} == {HYBRID, SIMPLE}
-    assert [cell.images_seen for cell in cells if cell.images_seen is not None] == [4, 4]
-    assert cells[0].steps == 4
+    during = [(cell.kind, cell.images_seen) for cell in cells if cell.images_seen is not None]
+    assert sorted(during) == [("frechet", 4), ("nll", 4), ("noise", 4)]
+    assert [cell.kind for cell in cells[:2]] == ["curves", "nll"]
+    assert cells[1].steps == 4
     assert cells[-1].steps == FULL
 
 
@@ -199,6 +211,7 @@ def test_cells_are_measured_once_and_reported(folder: Path, tmp_path: Path, monk
         *(Cell("frechet", HYBRID, 4, variant) for variant in ("trained", "fixed_small", "fixed_large", "ddim")),
         Cell("frechet", HYBRID, FULL, "trained", 4),
         *(Cell("noise", HYBRID, FULL, case) for case in reproduction_cells.NOISE_CASES),
+        Cell("curves", HYBRID),
     ]
     _evaluation(folder, out).measure_all(cells)
     assert sorted(path.name for path in out.glob("*.json")) == sorted(cell.file_name for cell in cells)
@@ -208,7 +221,8 @@ def test_cells_are_measured_once_and_reported(folder: Path, tmp_path: Path, monk
     distances = [found[cell]["frechet_distance"] for cell in cells[4:8]]
     assert len(set(distances)) == 4
     assert found[cells[8]]["model"]["images_seen"] == 4
-    assert found[cells[-1]]["trace"]["value"] is not None
+    assert found[cells[-2]]["trace"]["value"] is not None
+    assert [point["images"] for point in found[cells[-1]]["points"]] == [WINDOW]
 
     before = (out / cells[0].file_name).stat().st_mtime_ns
     _evaluation(folder, out).measure_all(cells)
@@ -221,6 +235,41 @@ def test_cells_are_measured_once_and_reported(folder: Path, tmp_path: Path, monk
     assert f"| bits/dim, cosine: L_hybrid below L_simple | {ratio:.3f} | - |" in text
     assert "| not run yet |" in text
     assert max(map(len, text.splitlines())) < 160
+
+
+def test_curves_are_means_over_windows_and_the_second_half(tmp_path: Path) -> None:
+    log, step = tmp_path / "metrics.jsonl", WINDOW // 2
+    images = (step, WINDOW, WINDOW + step, 2 * WINDOW + 1)  # the last window is not cut
+    lines = [{"images": seen, "vb_bpd": bound} for seen, bound in zip(images, (0.3, 0.1, 0.2, 0.4), strict=True)]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    found = curves_of(log, 10)
+    first, second = found["points"]
+    assert first == {
+        "images": WINDOW, "bits_per_dim": pytest.approx(2.0), "low": pytest.approx(1.2), "high": pytest.approx(2.8),
+        "spread": pytest.approx(2**0.5),
+    }  # fmt: skip
+    assert found["bits_per_dim"] == second["bits_per_dim"] == pytest.approx(3.0)
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for seed in (0, 1):
+        run = f"hybrid-cosine-{seed}"
+        points = [{"images": k, "bits_per_dim": 4.0 - k, "low": 0.5, "high": 9.0} for k in (1, 2, 3)]
+        cells = {Cell("curves", run): {"bits_per_dim": 2.0, "points": points}}
+        for seen in (20_000, None):
+            noise = {"noise_scale": {"value": 5.0 + seed}, "model": {"images_seen": seen or 60_000}}
+            cells[Cell("noise", run, FULL, "hybrid:uniform", seen)] = noise
+        for cell, content in cells.items():
+            (out / cell.file_name).write_text(json.dumps({**asdict(cell), **content}))
+    write_report(out, tmp_path / "reproduction.md")
+    text = (tmp_path / "reproduction.md").read_text()
+    for name in ("curves", "noise"):
+        assert (tmp_path / "images" / f"reproduction_{name}.png").stat().st_size > 1000
+        assert f"(images/reproduction_{name}.png)" in text
+    assert "| L_hybrid | 2.000, 2.000 | not run yet |" in text
+    assert "| L_hybrid | hybrid:uniform | 5.0, 6.0 | not run yet |" in text
 
 
 def test_an_interrupted_cell_gives_the_same_samples(
@@ -257,5 +306,7 @@ def test_the_widths_are_drawn(tmp_path: Path) -> None:
 
 
 def test_the_commands_take_their_options() -> None:
+    args = parse_arguments(["train", "--runs", "r", "--data", "d.npz", "--only", "hybrid-*", "vlb-cosine-0"])
+    assert args.only == ["hybrid-*", "vlb-cosine-0"]
     args = parse_arguments(["evaluate", "--runs", "r", "--test", "t.npz", "--judge", "j", "--steps", "25", "0"])
     assert (args.command, args.steps, args.nll_images) == ("evaluate", [25, FULL], Options.nll_images)
