@@ -97,11 +97,13 @@ def _plot_noise(path: Path, results: Path) -> Path | None:
 def _draw_training(path: Path, label: str, rows: dict[str, list[tuple[float, ...]]]) -> Path | None:
     """Draw rows (training images, mean, low, high) by objective."""
     curves = []
-    for name, points in rows.items():
-        x, y, low, high = zip(*points, strict=True)
+    for name in CURVES:
+        if name not in rows:
+            continue
+        x, y, low, high = zip(*rows[name], strict=True)
         images = [round(seen / 1000, 1) for seen in x]
         curves.append(Curve(name=TRAINED[name], x=images, y=y, low=low, high=high))
-    title, x_label = f"{label} during training", "thousand training images"
+    title, x_label = f"{label.partition(',')[0]} during training", "thousand training images"
     is_drawn = curves and draw_curves({title: curves}, x_label, label, path, powers_of_two=False, log_y=True)
     return path if is_drawn else None
 

@@ -158,7 +158,8 @@ def _tables(value: Lookup) -> list[str]:
         "seeds; its band holds both seeds and four fifths of the log's lines. Importance sampling begins when every\n"
         "timestep was drawn ten times.",
         markdown_table(["trained with", *CURVE_FIELDS.values()], curves),
-        "Of trained models, averaged weights:",
+        "Of trained models, averaged weights; -: the gradient is lost in the noise. The plot has the noise scale of\n"
+        "each model with its own loss, at its checkpoints.",
         markdown_table(["model", "loss and timesteps", "noise scale, images", "tr(Sigma)"], noise),
         "## Figure 8: Frechet distance by number of sampling steps",
         _by_steps(FIGURE_8, "frechet", "frechet_distance", value, [""], 2),
