@@ -307,6 +307,11 @@ class Following:
             elif event.name in _EVENTS:
                 self._on_event(_read(_EVENTS[event.name], event.data))
 
+    @property
+    def answered(self) -> bool:
+        """Whether the final response has arrived; what follows it is only the end of the stream."""
+        return self._answer is not None
+
     def answer(self) -> GenerateResponse:
         """Return the final response.
 

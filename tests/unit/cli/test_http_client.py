@@ -326,6 +326,13 @@ def test_a_stream_that_ends_early_is_an_error_and_is_not_retried(
     assert (len(service.asked), body.closed) == (1, True)
 
 
+@pytest.mark.parametrize("end", [httpx.ReadError("reset"), httpx.RemoteProtocolError("closed"), httpx.ReadTimeout("")])
+def test_an_answer_that_has_arrived_is_returned_even_if_its_stream_breaks_off(ask: Ask, end: Exception) -> None:
+    body = Chunks(PROGRESS, event("completed", **ANSWER), end)
+    assert ask(Service(httpx.Response(200, stream=body)), on_event=lambda _: None).model == "m"
+    assert body.closed
+
+
 def test_an_error_in_on_event_ends_the_request(ask: Ask) -> None:
     body = Chunks(QUEUED, PROGRESS)
 
