@@ -155,23 +155,13 @@ def write_folder(output: Output, images: list[SampledImage]) -> None:
     """Write one file per image into a folder.
 
     Raises:
-        OSError: a file cannot be written, for example because the disk is full; names the file.
+        OSError: a file cannot be written, for example because the disk is full; names the file, and leaves one that
+            was there before unchanged.
     """
+    from formats.atomic_file import write_file
     from service.encoding import encode_one
 
     output.path.mkdir(parents=True, exist_ok=True)
     for image in images:
         path = output.path / f"{image.seed}_{image.image_index}.{output.format}"
-        _write_new(path, encode_one(image.pixels, image.class_index, output.format))
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a new file; remove it if writing fails."""
-    from formats.disk_errors import disk_errors_name
-
-    with disk_errors_name(path):
-        try:
-            path.write_bytes(content)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        write_file(path, encode_one(image.pixels, image.class_index, output.format))

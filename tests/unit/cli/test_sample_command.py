@@ -170,6 +170,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(model: Path, tmp_path: 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_full_disk_leaves_the_file_that_was_there(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "1_0.png").write_bytes(b"before")
+    with longest_file(20):
+        code, _ = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path))
+    assert code == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"1_0.png": b"before"}
+
+
 def test_the_model_may_be_named(model: Path, tmp_path: Path) -> None:
     code, output = sample(Path(f"mine={model}"), "--steps", "2", "--out", str(tmp_path / "x.png"))
     assert code == 0, output
