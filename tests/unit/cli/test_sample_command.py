@@ -341,6 +341,17 @@ def test_images_that_have_arrived_are_kept_if_a_later_request_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["7_0.png"]
 
 
+def test_a_model_that_gives_nan_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    weights = tiny_network(config).state_dict()
+    weights["out.2.bias"][0] = float("nan")
+    write_checkpoint(tmp_path / "nan", config, weights)
+    monkeypatch.setenv("IDDPM_BACKEND", "torch")
+    code, output = sample(tmp_path / "nan", "--steps", "2", "--out", str(tmp_path / "x.png"))
+    assert code == 1
+    assert re.search(r"error: torch .*: the network's output is not finite: ", output)
+
+
 def test_the_error_for_weights_in_place_of_a_model_names_the_import_command(tmp_path: Path) -> None:
     weights = tmp_path / "ema.pt"
     weights.write_bytes(b"weights")
