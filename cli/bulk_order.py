@@ -154,9 +154,16 @@ def _sampling(image: ImageParams) -> Sampling:
         respacing=image.plan.spec,
         num_steps=image.num_steps,
         eta=image.plan.eta,
-        cfg_scale=image.cfg_scale,
-        classifier_scale=image.classifier_scale,
+        cfg_scale=_shortest(image.cfg_scale),
+        classifier_scale=_shortest(image.classifier_scale),
     )
+
+
+def _shortest(scale: float) -> float:
+    """Return the number with the fewest digits that is this one in float32: 1.3 for 1.2999999523162842."""
+    import numpy as np
+
+    return float(str(np.float32(scale)))
 
 
 def choose_classes(engine: LocalEngine, sampling: dict[str, Any], names: Sequence[str] | None) -> list[int] | None:

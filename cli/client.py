@@ -156,9 +156,13 @@ class Client:
             return read_generated(self._send(generate_call(fields, idempotency_key)))
         following = Following(on_event)
         response = self._send(stream_call(fields, idempotency_key))
-        with closing(self._chunks(response)) as chunks:
-            for chunk in chunks:
-                following.feed(chunk)
+        try:
+            with closing(self._chunks(response)) as chunks:
+                for chunk in chunks:
+                    following.feed(chunk)
+        except ConnectionLost:
+            if not following.answered:
+                raise
         return following.answer()
 
     def encode(self, **fields: Unpack[EncodeFields]) -> Encoded:
@@ -273,9 +277,13 @@ class AsyncClient:
             return read_generated(await self._send(generate_call(fields, idempotency_key)))
         following = Following(on_event)
         response = await self._send(stream_call(fields, idempotency_key))
-        async with aclosing(self._chunks(response)) as chunks:
-            async for chunk in chunks:
-                following.feed(chunk)
+        try:
+            async with aclosing(self._chunks(response)) as chunks:
+                async for chunk in chunks:
+                    following.feed(chunk)
+        except ConnectionLost:
+            if not following.answered:
+                raise
         return following.answer()
 
     async def encode(self, **fields: Unpack[EncodeFields]) -> Encoded:

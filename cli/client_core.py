@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import ssl
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from cli.connecting import CONNECTION_ERRORS
+from cli.connecting import CONNECTION_ERRORS, HEADER_VALUE
 from cli.retries import Outcome, tls_error_of
 from cli.server_sent_events import EventDecoder
 from formats.given_shapes import Fit
@@ -42,7 +41,7 @@ STREAM_SILENCE_S = 60.0
 SHOWN = 200
 NPY_MAGIC = b"\x93NUMPY"
 EVENTS = "text/event-stream"
-IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+LONGEST_IDEMPOTENCY_KEY = 255
 UNKNOWN_AUTHORITY = frozenset({18, 19, 20, 21})
 """OpenSSL's X509_V_ERR_... codes for certificates, or authorities, that are self-signed or of an unknown issuer."""
 
@@ -219,8 +218,11 @@ def generate_call(fields: GenerateFields, idempotency_key: str | None) -> Call:
     """
     if idempotency_key is None:
         idempotency_key = uuid.uuid4().hex
-    if not IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise ValueError(f"idempotency_key: must be 1 to 255 printable ASCII characters; got {idempotency_key!r}")
+    if len(idempotency_key) > LONGEST_IDEMPOTENCY_KEY or not HEADER_VALUE.fullmatch(idempotency_key):
+        raise ValueError(
+            f"idempotency_key: must be 1 to {LONGEST_IDEMPOTENCY_KEY} printable ASCII characters, "
+            "without blanks at the beginning or end"
+        )
     headers = {
         "Accept": "application/json",
         "Content-Type": "application/json",
@@ -304,6 +306,11 @@ class Following:
                 raise RequestFailed(_read(Problem, event.data))
             elif event.name in _EVENTS:
                 self._on_event(_read(_EVENTS[event.name], event.data))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the final response has arrived; what follows it is only the end of the stream."""
+        return self._answer is not None
 
     def answer(self) -> GenerateResponse:
         """Return the final response.
@@ -392,6 +399,8 @@ def as_client_errors(name: str) -> Iterator[None]:
         yield
     except httpx.DecodingError as error:
         raise UnexpectedAnswer(f"{name}: the response cannot be decompressed: {error}") from error
+    except httpx.LocalProtocolError:  # its text, also in a traceback, may hold a header with the key
+        raise ConnectionLost(f"{name}: the request is not valid HTTP") from None
     except CONNECTION_ERRORS as error:
         raise ConnectionLost(f"{name}: {_described(error)}") from error
 

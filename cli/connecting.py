@@ -23,6 +23,8 @@ API_PATH = b"/v1"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 HOST = re.compile(rb"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
 MAX_PORT = 65535
+HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+"""A value that arrives as it is: h11 refuses a header that ends with a blank, and servers remove blanks at the ends."""
 
 
 def _socks_errors() -> tuple[type[Exception], ...]:
@@ -57,8 +59,8 @@ def connection(url: str, key: str | None, *, direct: bool = False) -> Connection
             no keys or passwords.
     """
     address = _service_address(url)
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise ValueError("key: must be printable ASCII characters")
+    if key is not None and not HEADER_VALUE.fullmatch(key):
+        raise ValueError("key: must be printable ASCII characters, without blanks at the beginning or end")
     if key is not None and address.userinfo:
         raise ValueError("url: must not have a user name if a key is given, which it would replace; remove one of them")
     options = {

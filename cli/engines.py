@@ -20,7 +20,7 @@ def build_engines(artifact: Path, store: Path, target: Target, batch_sizes: tupl
 
     Raises:
         ArtifactError: the artifact cannot be read.
-        EngineError: a build failed.
+        EngineError: a build failed, or an engine is too far from PyTorch, which building alone does not mend.
         OSError: the store cannot be written.
     """
     from model_export.tensorrt_build import build_missing

@@ -131,8 +131,9 @@ def _export_tensorrt(
     target = find_target(gpu)
     if not _is_current(checkpoint, out, precision, buckets):
         _export_onnx(checkpoint, out, precision, buckets)
-    build_missing(out, target, buckets, notify=typer.echo, progress=show_phase)
-    if gpu is None and torch.cuda.is_available():
+    measures = gpu is None and torch.cuda.is_available()
+    build_missing(out, target, buckets, rebuild_rejected=measures, notify=typer.echo, progress=show_phase)
+    if measures:
         measured = measure_engines(checkpoint, out)
         typer.echo(parity_table(tuple(measured.values()), ()))
         if failed := [str(size) for size, parity in measured.items() if not parity.passed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +114,7 @@ def sample_command(
     from pydantic import ValidationError
 
     from cli.client import ClientError
-    from cli.sampled import output_at, refuse_impossible_pictures, write_images
+    from cli.sampled import output_at, refuse_impossible_pictures, write_folder, write_one_file
     from formats.checkpoint_config import describe_validation_error
     from service.errors import ModelError, ServiceError
 
@@ -150,10 +151,16 @@ def sample_command(
         def check(channels: int, size: ImageSize) -> None:
             refuse_impossible_pictures(output, channels, size, n or 1)
 
-        images = _sample(fields, n, at_once, model or [], cascade, url, key, check)
+        def arrived(images: list[SampledImage]) -> None:
+            if not output.one_file:
+                write_folder(output, images)
+
+        images = _sample(fields, n, at_once, model or [], cascade, url, key, check, arrived)
         ids = sorted({image.numerics_id for image in images})  # several if replicas differ
         typer.echo(f"seed {images[0].seed}, numerics_id {', '.join(ids)}")
-        write_images(output, images)
+        if output.one_file:
+            write_one_file(output, images)
+        typer.echo(f"wrote {out}" if output.one_file else f"wrote {len(images)} images to {out}")
     except ValidationError as error:
         fail(describe_validation_error(error))
     except (ServiceError, ClientError, ModelError, OSError, ValueError) as error:
@@ -169,6 +176,7 @@ def _sample(
     url: str | None,
     key: str | None,
     check: CheckImages,
+    arrived: Callable[[list[SampledImage]], object],
 ) -> list[SampledImage]:
     if url is not None:
         from cli.client import Client
@@ -179,9 +187,12 @@ def _sample(
         if len(models) > 1:
             raise ValueError(f"--model: with --url, one name; got {', '.join(models)}")
         with Client(url, key=key) as client:
-            return sample_remote(client, {**params, "model": models[0]} if models else params, n, at_once, check)
+            params = {**params, "model": models[0]} if models else params
+            return sample_remote(client, params, n, at_once, check, arrived)
     if not models:
         fail("--model FOLDER or --url ADDRESS must be given", code=2)
     from cli.sample_local import sample_local
 
-    return sample_local([Path(model) for model in models], cascade, params, n, check)
+    images = sample_local([Path(model) for model in models], cascade, params, n, check)
+    arrived(images)
+    return images

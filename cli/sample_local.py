@@ -31,8 +31,8 @@ def sample_local(
 
     Raises:
         ValidationError: a field, or a setting in the environment, breaks a rule.
-        ValueError: an environment variable has the name of an unknown setting, or there are more models than are run;
-            also from `check`.
+        ValueError: an environment variable has the name of an unknown setting, there are more models than are run, or
+            a given file holds several arrays for other images; also from `check`.
         InvalidRequest: a field breaks a rule of the model, or a given image has another shape than its images.
         ModelError: the model cannot be run.
         GenerationFailed: an image failed.
@@ -43,7 +43,7 @@ def sample_local(
         check(config.model.image_channels, config.model.image_size)
 
     engine = LocalEngine(local_settings(*models, cascade=cascade), check_result)
-    given = engine.read_given(params)
+    given = engine.read_given(params)  # of all requests: if there are several, none holds more than one array
     requests = [
         engine.complete(fields, given) for fields in split_requests(params, n, MAX_IMAGES, lambda: engine.class_names)
     ]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import typer
 
-from cli.client import Client, ConnectionLost, Event, ProgressEvent, QueuedEvent, pixels_of
+from cli.client import (
+    Client,
+    ClientError,
+    ConnectionLost,
+    Event,
+    ProgressEvent,
+    QueuedEvent,
+    RequestFailed,
+    UnexpectedAnswer,
+    pixels_of,
+)
+from cli.retries import FIRST_PAUSE_S, LOST_BEHIND_PROXY, LOST_BEHIND_RAY
 from cli.retries import log as retries_log
 from cli.sampled import CheckImages, SampledImage
 from cli.split_requests import split_requests
@@ -20,11 +33,19 @@ if TYPE_CHECKING:
 
 
 TRIES = 3
-"""Attempts of a request whose stream breaks off."""
+"""Attempts of a request whose connection breaks."""
+
+BROKE = (httpx.ReadError, httpx.ReadTimeout, httpx.WriteError, httpx.WriteTimeout, httpx.RemoteProtocolError)
+"""Causes of a ConnectionLost that came after the connection was made."""
 
 
 def sample_remote(
-    client: Client, params: dict[str, Any], n: int | None, at_once: int, check: CheckImages
+    client: Client,
+    params: dict[str, Any],
+    n: int | None,
+    at_once: int,
+    check: CheckImages,
+    arrived: Callable[[list[SampledImage]], object],
 ) -> list[SampledImage]:
     """Sample images at a service, with one request after the other.
 
@@ -34,6 +55,7 @@ def sample_remote(
         n: number of images; None: one per given image.
         at_once: most images per request.
         check: called before the first request, if the service has the model.
+        arrived: called with the images of each request; its exceptions are passed on.
 
     Raises:
         ClientError: a request failed.
@@ -47,21 +69,35 @@ def sample_remote(
             shown = _Shown(bar, n or 1)
             for fields in split_requests(params, n, at_once, lambda: class_names_of(client, params.get("model"))):
                 answer = _generate(client, fields, shown)
-                images += [_sampled(image, answer.numerics_id) for image in answer.images]
+                arrived(new := [_sampled(image, answer.numerics_id) for image in answer.images])
+                images += new
                 shown.next_request()
     return images
 
 
 def _generate(client: Client, fields: dict[str, Any], shown: _Shown) -> GenerateResponse:
-    """Generate images; repeat the request if its stream breaks off, which frees its rows. The seed fixes the pixels."""
-    for _ in range(TRIES - 1):
+    """Generate images; repeat the request if it was lost. The seed, which is always sent, fixes the pixels."""
+    for attempt in range(TRIES - 1):
         try:
             return client.generate(**fields, on_event=shown.show)
-        except ConnectionLost:
-            if not shown.begun:  # not accepted, in spite of the client's retries
+        except ClientError as error:
+            if not _was_lost(error):
                 raise
-            shown.restart()
+            pause_s = FIRST_PAUSE_S * 2**attempt
+            retries_log.info("%s; retrying in %.1f s", error, pause_s)
+        time.sleep(pause_s)
+        shown.restart()
     return client.generate(**fields, on_event=shown.show)
+
+
+def _was_lost(error: ClientError) -> bool:
+    """Return whether a request was lost after its connection was made: the client repeats no stream for that itself."""
+    if isinstance(error, ConnectionLost):
+        return error.__cause__ is None or isinstance(error.__cause__, BROKE)  # no cause: the stream ended too early
+    if isinstance(error, RequestFailed):  # HAProxy's 502, as deploy/haproxy writes it
+        return error.problem.status == LOST_BEHIND_PROXY
+    # the service's own 500 is a RequestFailed
+    return isinstance(error, UnexpectedAnswer) and error.status in (LOST_BEHIND_PROXY, LOST_BEHIND_RAY)
 
 
 class _PrintHandler(logging.Handler):
@@ -93,12 +129,9 @@ class _Shown:
         self._images = images
         self._before = 0
         self._steps: dict[int, int] = {}  # by position in the current request
-        self.begun = False
-        """Whether the current request had an event."""
 
     def show(self, event: Event) -> None:
         """Update the bar for an event."""
-        self.begun = True
         if isinstance(event, QueuedEvent):
             self._bar.label = f"waiting, {event.images_ahead} images ahead" if event.images_ahead else "sampling"
         elif isinstance(event, ProgressEvent):
@@ -116,7 +149,6 @@ class _Shown:
     def restart(self) -> None:
         """Reset the current request's steps to 0."""
         self._steps = {}
-        self.begun = False
 
 
 def class_names_of(client: Client, model: str | None) -> list[str]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-import typer
-
 if TYPE_CHECKING:
     from diffusion.config import ImageSize
     from service.requests.generate_request import ImageFormat
@@ -137,38 +135,33 @@ def refuse_impossible_pictures(output: Output, channels: int, size: ImageSize, n
         )
 
 
-def write_images(output: Output, images: list[SampledImage]) -> None:
-    """Write one file per image into a folder, or all images into one file.
+def write_one_file(output: Output, images: list[SampledImage]) -> None:
+    """Write all images into one file.
 
     Raises:
-        OSError: a file cannot be written, for example because the disk is full; names the file.
+        OSError: the file cannot be written, for example because the disk is full; names the file.
     """
     import numpy as np
 
     from formats.atomic_file import write_file
-    from service.encoding import encode_one, encode_picture
+    from service.encoding import encode_picture
 
-    out = output.path
-    if output.one_file:
-        labels = [image.class_index for image in images]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, encode_picture(np.stack([image.pixels for image in images]), labels, output.format))
-        typer.echo(f"wrote {out}")
-        return
-    out.mkdir(parents=True, exist_ok=True)
+    labels = [image.class_index for image in images]
+    output.path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output.path, encode_picture(np.stack([image.pixels for image in images]), labels, output.format))
+
+
+def write_folder(output: Output, images: list[SampledImage]) -> None:
+    """Write one file per image into a folder.
+
+    Raises:
+        OSError: a file cannot be written, for example because the disk is full; names the file, and leaves one that
+            was there before unchanged.
+    """
+    from formats.atomic_file import write_file
+    from service.encoding import encode_one
+
+    output.path.mkdir(parents=True, exist_ok=True)
     for image in images:
-        path = out / f"{image.seed}_{image.image_index}.{output.format}"
-        _write_new(path, encode_one(image.pixels, image.class_index, output.format))
-    typer.echo(f"wrote {len(images)} images to {out}")
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a new file; remove it if writing fails."""
-    from formats.disk_errors import disk_errors_name
-
-    with disk_errors_name(path):
-        try:
-            path.write_bytes(content)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        path = output.path / f"{image.seed}_{image.image_index}.{output.format}"
+        write_file(path, encode_one(image.pixels, image.class_index, output.format))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
 
 from diffusion.noise import MAX_IMAGE_INDEX
+
+GIVEN = ("image", "mask", "latent", "cond")
+"""Fields that hold a given file in base64, with one array for all images or one per image."""
 
 
 def split_requests(
     params: dict[str, Any], n: int | None, at_once: int, class_names: Callable[[], Collection[str]]
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of each request; together the requests are n images of one seed.
+
+    Each request gets those arrays of a given file that are of its images.
 
     Args:
         params: fields of a request, including the seed; `image_index` is the index of the first image.
@@ -21,7 +32,7 @@ def split_requests(
             unless a class has that name.
 
     Raises:
-        ValueError: an image index is too large.
+        ValueError: an image index is too large; there are several requests, and a file holds neither one array nor n.
     """
     start = params.get("image_index", 0)
     if n is not None and start + n - 1 > MAX_IMAGE_INDEX:
@@ -30,8 +41,35 @@ def split_requests(
     if n is None:
         yield params
         return
+    stacks = _stacks(params) if n > at_once else {}
+    for name, stack in stacks.items():
+        if len(stack) != n:
+            raise ValueError(f"{name}: must hold 1 or {n} arrays; got {len(stack)}")
     for first in range(0, n, at_once):
-        yield {**params, "n": min(at_once, n - first), "image_index": start + first}
+        count = min(at_once, n - first)
+        parts = {name: _npy(stack[first : first + count]) for name, stack in stacks.items()}
+        yield {**params, **parts, "n": count, "image_index": start + first}
+
+
+def _stacks(params: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """Return the given files that hold several arrays, as arrays [n, H, W, C]; unreadable files are left out."""
+    stacks = {}
+    for name in GIVEN:
+        try:
+            loaded = np.load(io.BytesIO(base64.b64decode(params.get(name, ""))), allow_pickle=False)
+            is_npz = not isinstance(loaded, np.ndarray)
+            array = loaded["arr_0" if "arr_0" in loaded else loaded.files[0]] if is_npz else loaded
+        except (ValueError, KeyError, IndexError, EOFError, TypeError, OSError, BadZipFile):
+            continue  # a picture; or the service says what is wrong
+        if array.ndim == 4 and len(array) > 1:  # [n, H, W, C]
+            stacks[name] = array
+    return stacks
+
+
+def _npy(array: npt.NDArray[Any]) -> str:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def with_class_index(params: dict[str, Any], class_names: Callable[[], Collection[str]]) -> dict[str, Any]:

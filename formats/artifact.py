@@ -7,7 +7,8 @@
     classifier/     the artifact of the noisy classifier that guides the network, if it has one
 
 The manifest is written last, and only if parity was within its limits. Reading checks the size and hash of every file,
-and that every file lies inside the folder. Nothing here needs PyTorch or a runtime.
+that every file lies inside the folder, and that the graphs keep weights in no other file. Nothing here needs PyTorch
+or a runtime.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -46,6 +48,8 @@ LEAST_ERRORS: dict[Precision, float] = {"fp32": 0.0, "bf16": 2e-4, "fp16": 0.0}
 """Lower bound of the worst band's error for each precision. For bfloat16 it is a tenth of half a unit in the last place
 (2^-9), the rounding error of each factor of a product. 0 for float16: ONNX Runtime computes part of such a graph in
 float32."""
+EXTERNAL_FILE = b"\n\x08location\x12"
+"""What precedes the length and the name of a file of weights in an ONNX graph: protobuf's StringStringEntryProto."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -258,6 +262,8 @@ def read_artifact(folder: Path) -> Manifest:
             )
     graphs = [name for name in (MODEL_FILE, GRADIENT_FILE) if name in manifest.files]
     measured = {p.file for p in manifest.parity if p.gates(manifest.precision)}
+    for name in graphs:
+        _refuse_unlisted_weights(folder / name, manifest)
     if unmeasured := [name for name in graphs if name not in measured]:
         raise ArtifactError(f"{path}: {unmeasured[0]} was not compared with PyTorch; export the checkpoint again")
     if failed := failures(manifest.precision, manifest.parity, manifest.chains):
@@ -265,6 +271,24 @@ def read_artifact(folder: Path) -> Manifest:
     for checkpoint in _checkpoints_around(folder):
         refuse_foreign(folder, manifest, checkpoint)
     return manifest
+
+
+def _refuse_unlisted_weights(graph: Path, manifest: Manifest) -> None:
+    """Check that the files in which a graph keeps weights are listed, so that their hashes are checked."""
+    if manifest.files[graph.name].size == 0:
+        return  # cannot be mapped; no runtime loads it
+    with graph.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        place = content.find(EXTERNAL_FILE)
+        while place >= 0:
+            begin = place + len(EXTERNAL_FILE) + 1
+            length = int.from_bytes(content[begin - 1 : begin])  # from 128 on, in two bytes; no such name is listed
+            name = content[begin : begin + length].decode(errors="replace")
+            if name not in manifest.files:
+                raise ArtifactError(
+                    f"{graph} keeps weights in {name!r}, which {MANIFEST_FILE} does not list; export the checkpoint "
+                    "again"
+                )
+            place = content.find(EXTERNAL_FILE, begin)
 
 
 def _refuse_other_inputs(folder: Path, manifest: Manifest) -> None:

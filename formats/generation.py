@@ -108,12 +108,16 @@ class Generation(FrozenConfig):
         return [range(start, min(start + self.shard_size, self.count)) for start in starts]
 
     def differences(self, earlier: Generation) -> list[str]:
-        """Return a text for each field on which images or files depend, and which was different earlier."""
+        """Return a text for each field on which images or files depend, and which was different earlier.
+
+        Guidance scales are compared as float32, in which the network's output is scaled: earlier versions wrote a given
+        scale as such.
+        """
         now, then = _flat(self.model_dump(mode="json")), _flat(earlier.model_dump(mode="json"))
         return [
             f"{name} was {quoted(then.get(name))}, is {quoted(now.get(name))}"
             for name in {**then, **now}
-            if name not in DESCRIPTIVE and then.get(name) != now.get(name)
+            if name not in DESCRIPTIVE and not _is_same(name, then.get(name), now.get(name))
         ]
 
 
@@ -121,6 +125,12 @@ def generation_json(generation: Generation) -> str:
     """Return the text of a `manifest.json`: one line per field, however long its lists."""
     fields = generation.model_dump(mode="json").items()
     return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields) + "\n}\n"
+
+
+def _is_same(name: str, then: Any, now: Any) -> bool:
+    if name.endswith("_scale") and None not in (then, now):
+        return bool(np.float32(then) == np.float32(now))
+    return bool(then == now)
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:

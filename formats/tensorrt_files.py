@@ -37,6 +37,10 @@ DATA_FILE = f"{MODEL_FILE}.data"
 """Weights of a graph beyond protobuf's 2 GiB."""
 
 
+class EngineRejected(EngineError):
+    """An engine cannot be used, only because its measured parity is outside the limit."""
+
+
 class Target(FrozenConfig):
     """The GPU and package that an engine is built for. An engine runs on no other target."""
 
@@ -93,7 +97,8 @@ class EngineRecord(FrozenConfig):
 
 
 BuildEngines = Callable[[Path, Path, Target, tuple[int, ...]], None]
-"""(artifact folder, store, target, batch sizes): build missing engines. The service gets one if it may build."""
+"""(artifact folder, store, target, batch sizes): build missing engines, but not those that are `EngineRejected`.
+The service gets one if it may build."""
 
 
 def graph_sha256(files: Mapping[str, FileEntry]) -> str:
@@ -150,29 +155,35 @@ def read_engine(store: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRec
         Its record, and its checked content.
 
     Raises:
-        EngineError: the engine is missing, damaged, stale or built for another target; names the file and the reason.
+        EngineRejected: the engine is too far from PyTorch.
+        EngineError: it is missing, damaged, stale or built for another target. Both name the file and the reason.
     """
     record = _read_record(store, wanted, batch_size)
     path = _paths(engine_folder(store, wanted.target), batch_size)[0]
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan.sha256:
         raise EngineError(f"{path} is damaged or was replaced: its sha256 differs from its record's")
+    if record.parity is not None and not record.parity.passed:
+        raise EngineRejected(
+            f"{path} is too far from PyTorch: relative error {record.parity.worst:.1e}, limit "
+            f"{record.parity.limit:.1e}; iddpm export --format tensorrt builds it again and measures it again"
+        )
     return record, plan
 
 
-def unusable_engines(store: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, str]:
-    """Return the batch sizes whose engine is missing or fails the checks, each with the reason."""
-    reasons = {}
+def unusable_engines(store: Path, wanted: Wanted, batch_sizes: Iterable[int]) -> dict[int, EngineError]:
+    """Return the batch sizes whose engine is missing or fails the checks, each with the error of `read_engine`."""
+    errors = {}
     for batch_size in batch_sizes:
         try:
             read_engine(store, wanted, batch_size)
         except EngineError as error:
-            reasons[batch_size] = str(error)
-    return reasons
+            errors[batch_size] = error
+    return errors
 
 
 def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None:
-    """Return why an engine with that record cannot be used; None if it can."""
+    """Return why an engine with that record is not what is wanted; None if it is."""
     if record.target != wanted.target:
         return f"was built for {record.target.name}, and this is {wanted.target.name}"
     if record.bucket != batch_size:
@@ -181,8 +192,6 @@ def refusal(record: EngineRecord, wanted: Wanted, batch_size: int) -> str | None
         return f"is stale: it was built from another graph ({record.onnx_sha256[:12]}...) than {MODEL_FILE} is now"
     if record.precision != wanted.precision:
         return f"computes in {record.precision}, and the artifact in {wanted.precision}"
-    if record.parity is not None and not record.parity.passed:
-        return f"is too far from PyTorch: relative error {record.parity.worst:.1e}, limit {record.parity.limit:.1e}"
     return None
 
 

@@ -27,6 +27,7 @@ from formats.tensorrt_files import (
     DATA_FILE,
     TIMING_CACHE_FILE,
     EngineRecord,
+    EngineRejected,
     Target,
     Wanted,
     engine_folder,
@@ -55,10 +56,11 @@ def build_missing(
     *,
     store: Path | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    rebuild_rejected: bool = False,
     notify: Notify = lambda _: None,
     progress: Progress = lambda _phase, _done, _of: None,
 ) -> tuple[int, ...]:
-    """Build the missing engines of an artifact, and those that the service would refuse.
+    """Build the missing engines of an artifact, and those that are damaged, stale or built for another target.
 
     If another process builds in the same folder, wait until it has finished, and build only what is still missing.
 
@@ -68,6 +70,8 @@ def build_missing(
         batch_sizes: sizes to build; None: those of the manifest.
         store: folder of the engines (`engine_store`); None: in the artifact.
         workspace_bytes: limit of a kernel's scratch memory.
+        rebuild_rejected: whether engines that are too far from PyTorch are built again too. Only for a caller that then
+            measures them: a new engine has no parity, and the service would use it.
         notify: called with a message that describes each build and its reason.
         progress: called with the progress of a build.
 
@@ -76,6 +80,7 @@ def build_missing(
 
     Raises:
         ArtifactError: the artifact cannot be read.
+        EngineRejected: an engine is too far from PyTorch, and is not to be built again; nothing was built.
         EngineError: TensorRT or the GPU is missing, or a build failed; engines built before are kept.
         OSError: the folder of the engines cannot be written.
     """
@@ -86,6 +91,9 @@ def build_missing(
     sizes = manifest.buckets if batch_sizes is None else sorted(set(batch_sizes))
     with _only_builder(engine_folder(store, target), notify):
         reasons = unusable_engines(store, wanted, sizes)
+        rejected = [str(reason) for reason in reasons.values() if isinstance(reason, EngineRejected)]
+        if rejected and not rebuild_rejected:
+            raise EngineRejected("\n".join(rejected))
         for batch_size, reason in reasons.items():
             notify(f"building {target.name}, batches of {batch_size}: {reason}")
             build_engine(artifact, wanted, batch_size, store=store, workspace_bytes=workspace_bytes, progress=progress)

@@ -22,12 +22,14 @@ def live_progress(duration_s: float) -> Iterator[Watch]:
 
     Elsewhere than at a terminal nothing is shown, because each update would be a line.
     """
+    if not sys.stderr.isatty():
+        yield lambda recorder, at_s: None
+        return
     with typer.progressbar(
         length=max(1, round(TICKS_PER_S * duration_s)),
         bar_template="[%(bar)s] %(label)s",
         width=10,
         file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
     ) as bar:
 
         def watch(recorder: Recorder, at_s: float) -> None:
@@ -39,11 +41,11 @@ def live_progress(duration_s: float) -> Iterator[Watch]:
 
 
 def live_line(recorder: Recorder, at_s: float, duration_s: float) -> str:
-    """Return the state of a running load in less than 70 characters."""
-    answered = [record.latency_s for record in recorder.records if record.outcome == "answered"]
-    failed = len(recorder.records) - len(answered)
-    latency = f", p50 {percentile(answered, 0.5):.2f}, p99 {percentile(answered, 0.99):.2f} s" if answered else ""
+    """Return the state of a running load in less than 70 characters; percentiles are those of the latest answers."""
+    failed = len(recorder.records) - recorder.answered
+    latest = recorder.latest_latencies_s
+    latency = f", p50 {percentile(latest, 0.5):.2f}, p99 {percentile(latest, 0.99):.2f} s" if latest else ""
     return (
-        f"{at_s:.0f}/{duration_s:.0f} s: {len(answered)} answered, {recorder.in_flight} in flight, {failed} failed"
+        f"{at_s:.0f}/{duration_s:.0f} s: {recorder.answered} answered, {recorder.in_flight} in flight, {failed} failed"
         f"{latency}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from cli.load.mixture import RequestKind, draw_request
 from service.http.native.schemas import Timing
 
 OK = 200
+LATEST = 2000
+"""Answers whose latency is shown while a load runs."""
 
 
 class RequestRecord(BaseModel):
@@ -46,6 +49,10 @@ class Recorder:
     def __init__(self, client: AsyncClient, kinds: Sequence[RequestKind], seed: int, now: Clock) -> None:
         self.records: list[RequestRecord] = []
         """Of the requests that have ended, in the order of their ends."""
+        self.answered = 0
+        """Number of the records with images."""
+        self.latest_latencies_s: deque[float] = deque(maxlen=LATEST)
+        """Of the latest answers; a long load has too many to look at all of them while it runs."""
         self._client = client
         self._kinds = kinds
         self._seed = seed
@@ -69,8 +76,13 @@ class Recorder:
         else:
             end = {"outcome": "answered", "status": OK, "images": len(answer.images), "timing": answer.timing}
         del self._in_flight[number]
-        self.records.append(RequestRecord(**known, ended_s=self._now(), **end))
-        return self.records[-1].outcome == "answered"
+        record = RequestRecord(**known, ended_s=self._now(), **end)
+        self.records.append(record)
+        if record.outcome != "answered":
+            return False
+        self.answered += 1
+        self.latest_latencies_s.append(record.latency_s)
+        return True
 
     def give_up(self) -> None:
         """Record the requests in flight, whose tasks were cancelled, as unfinished."""

@@ -11,6 +11,7 @@ from diffusion.arrays import A
 from diffusion.config import CheckpointConfig
 from diffusion.respacing import IntArray
 from service.backends.base import Denoiser, GuidingClassifier
+from service.errors import ModelError
 
 LEAST_ROWS = 2
 """Rows of an image with classifier-free guidance."""
@@ -72,9 +73,9 @@ def common_sizes(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the batch sizes, ascending, that are in every tuple.
 
     Raises:
-        RuntimeError: there is none of 2 rows or more; an image with guidance takes 2.
+        ModelError: there is none of 2 rows or more; an image with guidance takes 2.
     """
     common = sorted(set.intersection(*(set(one) for one in sizes)))
     if not common or common[-1] < LEAST_ROWS:
-        raise RuntimeError("the networks of an ensemble have no batch size in common whose rows are bit-identical")
+        raise ModelError("the networks of an ensemble have no batch size in common whose rows are bit-identical")
     return tuple(common)

@@ -20,6 +20,7 @@ from diffusion.noise import STREAM_X_T, normal
 from diffusion.respacing import respace
 from service.backends.base import RowNetwork
 from service.backends.batch_sizes import largest_size, sizes_to_try
+from service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def invariant_batch_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]
     per width.
 
     Raises:
-        RuntimeError: a row's result depends on its place in the largest batch.
+        ModelError: an output is not finite, or a row's result depends on its place in the largest batch.
     """
     found = _found.setdefault(network, {})
     if width not in found:
@@ -63,8 +64,11 @@ def _find_sizes(network: RowNetwork[A], width: int) -> tuple[int, ...]:
             *(name, seconds * len(sizes), largest, seconds),
             "; a smaller IDDPM_MAX_ROWS shortens it" if width > LEAST_WIDTH else "",
         )
+    xp = namespace(together)
+    if not bool(xp.all(xp.isfinite(together))):
+        raise ModelError(f"{name}: the network's output is not finite: its weights are damaged, or overflow")
     if not rows.are_independent(largest, together):
-        raise RuntimeError(f"{name}: a row's result depends on its place in the batch")
+        raise ModelError(f"{name}: a row's result depends on its place in the batch")
     sets: list[tuple[A, list[int]]] = []
     """Results of all rows, and the sizes that give them."""
     for size in reversed(sizes):

@@ -24,6 +24,7 @@ from formats.artifact import ArtifactError, Manifest
 from formats.precision import PrecisionChoice
 from formats.tensorrt_files import (
     EngineRecord,
+    EngineRejected,
     Target,
     Wanted,
     engine_store,
@@ -145,15 +146,19 @@ def load_engines(
         except OSError as error:
             cure = "set engines_dir (IDDPM_ENGINES_DIR) to a folder that the service may write"
             raise ModelError(f"engines cannot be written: {error}; {cure}") from error
-    engines, reasons = {}, []
+    engines: dict[int, tuple[EngineRecord, bytes]] = {}
+    errors: list[EngineError] = []
     for size in sizes:
         try:
             engines[size] = read_engine(store, wanted, size)
         except EngineError as error:
-            reasons.append(str(error))
-    if reasons:
-        command = f"iddpm serve --model {artifact} --backend tensorrt --build"
-        raise ModelError("\n".join([*reasons, f"To build engines here, which takes minutes each: {command}"]))
+            errors.append(error)
+    if errors:
+        lines = [str(error) for error in errors]
+        if not any(isinstance(error, EngineRejected) for error in errors):  # which the service does not build again
+            command = f"iddpm serve --model {artifact} --backend tensorrt --build"
+            lines.append(f"To build engines here, which takes minutes each: {command}")
+        raise ModelError("\n".join(lines))
     if unmeasured := [str(size) for size, (record, _) in engines.items() if record.parity is None]:
         log.warning(
             "%s: no parity with PyTorch was measured for the engines for batches of %s",

@@ -17,6 +17,7 @@ from service.engine.mailbox import Mailbox
 from service.engine.request import Image, ImageResult
 from service.engine.runners.base import Runner
 from service.engine.step_costs import StepCosts
+from service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ class EngineThread:
                 self._report()  # the previous step, while the device runs this one
                 self._engine.settle()
         except BaseException as error:  # any error must fail the pending requests
-            log.exception("the engine stopped with an error")
+            reason = f": {error}" if isinstance(error, ModelError) else ""  # says all that the user can do
+            log.error("the engine stopped with an error%s", reason, exc_info=not reason)
             with suppress(Exception):  # the device and pending copies may be lost
                 self._report()  # images that completed before the error
             self._send(Died(f"the engine stopped with an error ({type(error).__name__})"))

@@ -194,13 +194,12 @@ def _plan(body: GenerateRequest, config: CheckpointConfig, max_row_steps: int) -
 
 
 def _cfg_scale(body: GenerateRequest, config: CheckpointConfig) -> float:
-    if body.cfg_scale is None:
-        return config.sampling.cfg_scale
-    if body.cfg_scale != 1 and not config.model.null_class:
+    if body.cfg_scale is not None and body.cfg_scale != 1 and not config.model.null_class:
         raise InvalidRequest(
             "cfg_scale", f"must be 1: the model has no null class to be guided away from; got {body.cfg_scale:g}"
         )
-    return float(np.float32(body.cfg_scale))  # rounded as in the engine: 1 + 1e-9 is 1 in float32, and takes one row
+    scale = config.sampling.cfg_scale if body.cfg_scale is None else body.cfg_scale
+    return float(np.float32(scale))  # rounded as in the engine: 1 + 1e-9 is 1 in float32, and takes one row
 
 
 def _classifier_scale(body: GenerateRequest, model: ServedModel) -> float:

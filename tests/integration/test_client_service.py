@@ -195,6 +195,27 @@ def test_given_images_give_equal_bytes_with_and_without_a_server(
     assert len(np.load(tmp_path / "--url.npy")) == (1 if "--latent" in options else 3)
 
 
+def test_given_images_are_divided_among_the_requests(server: Server, model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "four.npy", rng.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8))
+    common = [
+        "--class",
+        "bee",
+        "--steps",
+        "4",
+        "--seed",
+        "6",
+        "--image",
+        str(tmp_path / "four.npy"),
+        "--strength",
+        "0.6",
+    ]
+    for name, place in {"here": ["--model", str(model)], "there": ["--url", server.url, "--at-once", "3"]}.items():
+        code, output = sample(*place, *common, "-n", "4", "-o", str(tmp_path / f"{name}.npy"))
+        assert code == 0, output
+    assert (tmp_path / "here.npy").read_bytes() == (tmp_path / "there.npy").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["latent.npy", "latent.npz"])
 def test_encode_gives_equal_bytes_with_and_without_a_server(
     server: Server, model: Path, tmp_path: Path, name: str

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from cli.local_engine import AHEAD, LocalEngine, local_settings
 from cli.main import app
+from formats.checkpoint import write_checkpoint
 from formats.folder_lock import folder_lock
 from formats.generated_folder import GeneratedFolder, read_generation
 from formats.generation import GenerationFormat
@@ -31,7 +32,7 @@ from service.engine.request import GenerationRequest
 from service.http.app import create_app
 from service.settings import Settings
 from tests.counts import LONG
-from tests.fakes import CLASS_NAMES, tiny_checkpoint
+from tests.fakes import CLASS_NAMES, tiny_checkpoint, tiny_config, tiny_network
 from tests.integration.exact_service import serving
 from tests.waiting import PATIENCE_S
 
@@ -188,6 +189,21 @@ def test_after_kill_9_the_same_command_continues(model: Path, tmp_path: Path, mo
     assert written == [range(4, 8), range(8, 12)]
     assert generate(model, tmp_path / "whole", *options)[0] == 0
     assert samples(out) == samples(tmp_path / "whole")
+
+
+def test_a_folder_is_continued_with_the_default_guidance_scale_written_out(tmp_path: Path) -> None:
+    config = tiny_config()
+    config = config.replace(sampling=config.sampling.replace(cfg_scale=1.3))
+    write_checkpoint(tmp_path / "tiny", config, tiny_network(config).state_dict())
+    command = ["generate", tmp_path / "tiny", "--num", 1, "--steps", 2, "--out", tmp_path / "out"]
+    for options in ((), ("--cfg-scale", 1.3)):
+        result = CliRunner().invoke(app, [str(word) for word in (*command, *options)])
+        assert result.exit_code == 0, result.output
+        assert read_generation(tmp_path / "out").sampling.cfg_scale == 1.3
+    result = CliRunner().invoke(app, [str(word) for word in (*command[:-1], tmp_path / "given", "--cfg-scale", 1.3)])
+    assert result.exit_code == 0, result.output
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("out", "given")]
+    assert manifests[0] == manifests[1]
 
 
 MANY, MANY_PER_SHARD = 5000, 250

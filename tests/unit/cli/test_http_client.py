@@ -326,6 +326,13 @@ def test_a_stream_that_ends_early_is_an_error_and_is_not_retried(
     assert (len(service.asked), body.closed) == (1, True)
 
 
+@pytest.mark.parametrize("end", [httpx.ReadError("reset"), httpx.RemoteProtocolError("closed"), httpx.ReadTimeout("")])
+def test_an_answer_that_has_arrived_is_returned_even_if_its_stream_breaks_off(ask: Ask, end: Exception) -> None:
+    body = Chunks(PROGRESS, event("completed", **ANSWER), end)
+    assert ask(Service(httpx.Response(200, stream=body)), on_event=lambda _: None).model == "m"
+    assert body.closed
+
+
 def test_an_error_in_on_event_ends_the_request(ask: Ask) -> None:
     body = Chunks(QUEUED, PROGRESS)
 
@@ -347,10 +354,10 @@ def test_an_error_in_on_event_reaches_the_caller_even_if_it_comes_from_another_c
     assert body.closed
 
 
-@pytest.mark.parametrize("key", ["", "a\nb", "clé", "x" * 256])
+@pytest.mark.parametrize("key", ["", "a\nb", "clé", "x" * 256, "abc ", " abc", " "])
 def test_an_invalid_idempotency_key_is_refused_before_it_is_sent(ask: Ask, key: str) -> None:
     service = Service(good())
-    with pytest.raises(ValueError, match=r"^idempotency_key: must be 1 to 255 printable ASCII characters; got '"):
+    with pytest.raises(ValueError, match=r"^idempotency_key: must be 1 to 255 printable ASCII characters, .* end$"):
         ask(service, idempotency_key=key)
     assert not service.asked
 
@@ -421,11 +428,19 @@ def test_an_answer_that_cannot_be_decompressed_is_an_error(ask: Ask, streamed: b
     assert body.closed
 
 
-@pytest.mark.parametrize("key", ["iddpm_secret\n", "iddpm_sécret", ""])
+@pytest.mark.parametrize("key", ["iddpm_secret\n", "iddpm_sécret", "", "iddpm_secret ", " iddpm_secret"])
 def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="key: must be printable ASCII characters") as raised:
         AsyncClient("http://service", key=key)
     assert "cret" not in str(raised.value)
+
+
+def test_the_text_of_an_invalid_header_is_never_shown(ask: Ask) -> None:
+    service = Service(httpx.LocalProtocolError("Illegal header value b'Bearer iddpm_secret '"))
+    with pytest.raises(ConnectionLost, match=r"^http://service: the request is not valid HTTP$") as raised:
+        ask(service)
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from cli.client import AsyncClient, ModelInfo
+from cli.load import recorder as recorder_module
 from cli.load.loops import closed_loop, poisson_times
 from cli.load.mixture import DEFAULT_MIXTURE, RequestKind, draw_request, read_mixture
 from cli.load.plot import latency_plot
-from cli.load.progress import live_line
+from cli.load.progress import live_line, live_progress
 from cli.load.recorder import Recorder, RequestRecord
 from cli.load.report import Group, Percentiles, Report, count_failures, percentile
 from cli.load.run import Load, TrialFailed, run_load, try_kinds
@@ -372,6 +375,35 @@ def test_the_live_line_fits_a_terminal() -> None:
 
     line = run_async(run())
     assert line == "12346/86400 s: 3 answered, 0 in flight, 0 failed, p50 1.00, p99 1.00 s"
+
+
+class Unread(list[RequestRecord]):
+    """Records that must not be gone through."""
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        raise AssertionError
+
+
+def test_the_live_line_looks_at_the_latest_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "LATEST", 2)
+    answers = iter([answer(), refusal(503, "Queue full"), answer(), answer()])
+
+    async def run() -> str:
+        transport = httpx.MockTransport(lambda request: next(answers))
+        async with AsyncClient("http://service", patience_s=0, transport=transport) as client:
+            recorder = Recorder(client, DEFAULT_MIXTURE, 1, lambda: 100.0)
+            recorder.records = Unread()
+            for number in range(4):
+                await recorder.send(number, 100.0 * (number > 0))
+            return live_line(recorder, 100.0, 200)
+
+    assert run_async(run()) == "100/200 s: 3 answered, 0 in flight, 1 failed, p50 0.00, p99 0.00 s"
+
+
+def test_without_a_terminal_nothing_is_counted_for_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with live_progress(10) as watch:
+        watch(cast("Recorder", None), 1.0)
 
 
 @pytest.mark.parametrize("answered", [True, False])

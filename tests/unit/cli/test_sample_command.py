@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cli.client import ConnectionLost, Event, ProgressEvent
+from cli.client import ClientError, ConnectionLost, Event, ProgressEvent, RequestFailed, UnexpectedAnswer
 from cli.main import app
 from cli.sample_remote import sample_remote
-from cli.sampled import output_at, refuse_impossible_pictures
+from cli.sampled import SampledImage, output_at, refuse_impossible_pictures
 from diffusion.config import ImageSize
 from diffusion.plans import build_plan
 from diffusion.sampling import ImageSpec, sample_images
 from formats.checkpoint import write_checkpoint
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
+from service.encoding import encode_npz
 from service.engine.config import EngineConfig
 from service.engine.runners.array_runner import ArrayRunner
-from service.http.native.schemas import GenerateResponse, ModelInfo, Timing
+from service.http.native.schemas import GeneratedImage, GenerateResponse, ModelInfo, Problem, Timing
 from tests.fakes import tiny_checkpoint, tiny_config, tiny_network
 from tests.unit.formats.test_atomic_file import longest_file
 
@@ -167,6 +170,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(model: Path, tmp_path: 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_full_disk_leaves_the_file_that_was_there(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "1_0.png").write_bytes(b"before")
+    with longest_file(20):
+        code, _ = sample(model, "--steps", "2", "--seed", "1", "--out", str(tmp_path))
+    assert code == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"1_0.png": b"before"}
+
+
 def test_the_model_may_be_named(model: Path, tmp_path: Path) -> None:
     code, output = sample(Path(f"mine={model}"), "--steps", "2", "--out", str(tmp_path / "x.png"))
     assert code == 0, output
@@ -203,10 +214,10 @@ def test_retries_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Fragile:
-    """A client whose streams break off a given number of times."""
+    """A client that loses its first requests with the given errors, by default after an event of their streams."""
 
-    def __init__(self, breaks: int, *, after: int = 1) -> None:
-        self.breaks, self.after = breaks, after
+    def __init__(self, *errors: ClientError, after: int = 1) -> None:
+        self.errors, self.after = list(errors), after
         self.asked: list[tuple[int, int]] = []
 
     def models(self) -> list[ModelInfo]:
@@ -216,32 +227,129 @@ class Fragile:
         self.asked.append((fields["image_index"], fields["n"]))
         for step in range(self.after):
             on_event(ProgressEvent(position=0, step=step, steps=4, eta_s=0.0))
-        if self.breaks:
-            self.breaks -= 1
-            raise ConnectionLost("reset")
+        if self.errors:
+            raise self.errors.pop(0)
         timing = Timing(images_ahead=0, predicted_wait_s=0, wait_s=0, predicted_finish_s=0, finish_s=0)
         return GenerateResponse(model="m", images=[], numerics_id="x", timing=timing)
+
+
+def lost(cause: Exception) -> ConnectionLost:
+    error = ConnectionLost("reset")
+    error.__cause__ = cause
+    return error
+
+
+def refused(status: int) -> RequestFailed:
+    return RequestFailed(Problem(type="about:blank", title="Refused", status=status, detail="because"))
 
 
 def refuse_nothing(channels: int, size: ImageSize) -> None:
     """Accept images of any kind."""
 
 
-def ask(client: Fragile, n: int = 3) -> None:
-    sample_remote(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing)
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    taken: list[float] = []
+    monkeypatch.setattr("time.sleep", taken.append)
+    return taken
 
 
-def test_a_stream_that_breaks_off_is_retried() -> None:
-    client = Fragile(2)
+def ask(client: Fragile, n: int = 3, arrived: Callable[[list[SampledImage]], object] = len) -> None:
+    sample_remote(cast("Client", client), {"seed": 1, "steps": 4}, n, at_once=2, check=refuse_nothing, arrived=arrived)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionLost("the stream ended before the images were done"),
+        lost(httpx.ReadError("reset")),
+        lost(httpx.RemoteProtocolError("closed")),
+        UnexpectedAnswer("502 Bad Gateway", 502),
+        UnexpectedAnswer("500: as Ray Serve says it", 500),
+        refused(502),
+    ],
+    ids=lambda error: f"{type(error).__name__}-{error}",
+)
+def test_a_request_that_is_lost_on_the_way_is_repeated_after_a_pause(
+    pauses: list[float], error: ClientError, after: int
+) -> None:
+    client = Fragile(error, error, after=after)
     ask(client)
     assert client.asked == [(0, 2)] * 3 + [(2, 1)]
+    assert pauses == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("client", [Fragile(3), Fragile(1, after=0)], ids=["thrice", "not delivered"])
-def test_a_stream_that_keeps_breaking_off_ends_the_command(client: Fragile) -> None:
+def test_a_request_that_is_lost_three_times_ends_the_command(pauses: list[float]) -> None:
+    client = Fragile(*[ConnectionLost("reset")] * 3)
     with pytest.raises(ConnectionLost):
         ask(client)
-    assert len(client.asked) == (3 if client.after else 1)
+    assert len(client.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lost(httpx.ConnectError("refused")),  # the client has repeated it for a minute
+        lost(httpx.ConnectTimeout("")),
+        lost(httpx.ProxyError("403")),
+        UnexpectedAnswer("404 Not Found", 404),
+        UnexpectedAnswer("invalid GenerateResponse"),
+        refused(500),
+    ],
+    ids=lambda error: f"{type(error).__name__}-{error}",
+)
+def test_an_error_that_would_come_again_ends_the_command(error: ClientError) -> None:
+    client = Fragile(error)
+    with pytest.raises(type(error)):
+        ask(client)
+    assert len(client.asked) == 1
+
+
+class Limited:
+    """A client whose service refuses the second request."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.first = True
+
+    def __enter__(self) -> Limited:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def models(self) -> list[ModelInfo]:
+        return []
+
+    def generate(self, **fields: Any) -> GenerateResponse:
+        if not self.first:
+            raise refused(422)
+        self.first = False
+        file = base64.b64encode(encode_npz(np.zeros((1, 2, 2, 1), np.uint8), [None])).decode()
+        image = GeneratedImage(
+            b64_json=file, seed=7, image_index=0, class_index=None, class_=None, steps=2, queue_ms=0, compute_ms=0
+        )
+        timing = Timing(images_ahead=0, predicted_wait_s=0, wait_s=0, predicted_finish_s=0, finish_s=0)
+        return GenerateResponse(model="m", images=[image], numerics_id="x", timing=timing)
+
+
+def test_images_that_have_arrived_are_kept_if_a_later_request_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.client.Client", Limited)
+    arguments = ["sample", "--url", "http://x", "-n", "2", "--at-once", "1", "--seed", "7", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["7_0.png"]
+
+
+def test_a_model_that_gives_nan_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    weights = tiny_network(config).state_dict()
+    weights["out.2.bias"][0] = float("nan")
+    write_checkpoint(tmp_path / "nan", config, weights)
+    monkeypatch.setenv("IDDPM_BACKEND", "torch")
+    code, output = sample(tmp_path / "nan", "--steps", "2", "--out", str(tmp_path / "x.png"))
+    assert code == 1
+    assert re.search(r"error: torch .*: the network's output is not finite: ", output)
 
 
 def test_the_error_for_weights_in_place_of_a_model_names_the_import_command(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.split_requests import split_requests
 from diffusion.arrays import to_numpy
 from diffusion.chains import Chain, Resample, build_chain
 from diffusion.sampling import ImageSpec, sample_values
@@ -127,6 +131,35 @@ def test_one_image_may_begin_more_chains_than_a_request_holds(model: Path, files
     code, output = sample(model, files, *options, "--out", str(tmp_path / "all.npy"))
     assert code == 0, output
     assert np.array_equal(np.load(tmp_path / "all.npy"), np.repeat(PIXELS[None], 66, axis=0))
+
+
+def test_given_arrays_never_begin_other_chains_than_their_own(model: Path, files: Path, tmp_path: Path) -> None:
+    options = ("--image", "three.npy", "--strength", "0", "-n", "192")
+    code, output = sample(model, files, *options, "--out", str(tmp_path / "all.npy"))
+    assert (code, "error: image: must hold 1 or 192 arrays; got 3" in output) == (1, True)
+
+
+def in_base64(save: Callable[..., object], *arrays: Any) -> str:
+    file = io.BytesIO()
+    save(file, *arrays)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez])
+def test_each_request_gets_the_arrays_of_its_images(save: Callable[..., object]) -> None:
+    stack = np.arange(5 * 4, dtype=np.float32).reshape(5, 2, 2, 1)
+    one = in_base64(np.save, MASK)
+    params = {"seed": 1, "latent": in_base64(save, stack), "mask": one, "cond": "no base64!"}
+    requests = list(split_requests(params, 5, 2, list))
+    assert [(r["n"], r["image_index"], r["mask"], r["cond"]) for r in requests] == [
+        (n, index, one, "no base64!") for n, index in ((2, 0), (2, 2), (1, 4))
+    ]
+    sent = [np.load(io.BytesIO(base64.b64decode(request["latent"]))) for request in requests]
+    assert np.array_equal(np.concatenate(sent), stack)
+    (whole,) = split_requests(params, 5, 5, list)
+    assert whole["latent"] == params["latent"]
+    with pytest.raises(ValueError, match=r"^latent: must hold 1 or 10 arrays; got 5$"):
+        list(split_requests(params, 10, 5, list))
 
 
 def test_a_folder_gets_files_of_the_format(model: Path, files: Path, tmp_path: Path) -> None:

@@ -83,6 +83,37 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def keep_weights_in(folder: Path, name: str) -> None:
+    """Replace the graph by one that keeps its weights in a file of the folder."""
+    onnx: Any = pytest.importorskip("onnx")
+    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1000], bytes(4000), raw=True)
+    onnx.external_data_helper.set_external_data(weights, name)
+    weights.ClearField("raw_data")
+    graph = onnx.helper.make_graph([], "g", [], [], [weights])
+    (folder / MODEL_FILE).write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(bytes(4000))
+    entry = file_entry(folder / MODEL_FILE).model_dump()
+    change(folder, lambda manifest: manifest["files"].update({MODEL_FILE: entry}))
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "weights/w.bin", "w" * 200])
+def test_weights_outside_of_the_graph_must_be_listed(folder: Path, name: str) -> None:
+    keep_weights_in(folder, name)
+    with pytest.raises(ArtifactError, match=r"model\.onnx keeps weights in '.*', which manifest\.json does not list"):
+        read_artifact(folder)
+
+
+def test_listed_weights_outside_of_the_graph_are_checked(folder: Path) -> None:
+    keep_weights_in(folder, "model.onnx.data")
+    entry = file_entry(folder / "model.onnx.data").model_dump()
+    change(folder, lambda manifest: manifest["files"].update({"model.onnx.data": entry}))
+    read_artifact(folder)
+    (folder / "model.onnx.data").write_bytes(bytes(3999) + b"x")
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data does not match manifest\.json"):
+        read_artifact(folder)
+
+
 def test_a_valid_folder_survives_a_round_trip(folder: Path) -> None:
     manifest = read_artifact(folder)
     assert manifest.checkpoint == tiny_config()

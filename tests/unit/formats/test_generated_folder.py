@@ -181,6 +181,16 @@ def test_other_images_are_refused_with_the_difference(tmp_path: Path) -> None:
     assert content(out) == before
 
 
+@pytest.mark.parametrize(("then", "now"), [(1.2999999523162842, 1.3), (1.3, 1.2999999523162842)])
+def test_a_folder_is_continued_with_the_same_guidance_scale_in_float32(then: float, now: float, tmp_path: Path) -> None:
+    sampling = generation().sampling
+    begun, continued = (generation(sampling=sampling.replace(cfg_scale=scale)) for scale in (then, now))
+    with generated_folder(tmp_path / "out", begun):
+        pass
+    with generated_folder(tmp_path / "out", continued) as folder:
+        assert folder.generation == begun
+
+
 def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(GenerationError, match="must be a folder"), generated_folder(tmp_path / "file", generation()):

@@ -35,8 +35,9 @@ from formats.artifact import (
     read_artifact,
 )
 from formats.checkpoint_config import checkpoint_sha256
-from formats.tensorrt_files import Target
+from formats.tensorrt_files import Target, Wanted, record_parity
 from formats.tensorrt_package import EngineError, logger_of
+from model_export.tensorrt_build import build_missing
 from service.backends import tensorrt_backend
 from service.backends.base import BackendOptions
 from service.backends.select import load_denoiser
@@ -52,7 +53,7 @@ from tests import tensorrt_fakes as fakes
 from tests.denoisers import AsNetwork
 from tests.fakes import params, tiny_checkpoint, tiny_config
 from tests.late_queue import LateQueue
-from tests.tensorrt_fakes import TARGET, expected_output, write_artifact, write_fake_engine
+from tests.tensorrt_fakes import TARGET, expected_output, parity, wanted_of, write_artifact, write_fake_engine
 
 OPTIONS = BackendOptions(max_rows=4)
 
@@ -438,6 +439,28 @@ def test_an_engine_with_a_measured_parity_beyond_the_limit_is_refused(tmp_path: 
         assert not measured.passed  # the fake is not a UNet
     with pytest.raises(ModelError, match=r"4\.plan is too far from PyTorch"):
         TensorRTBackend(artifact, OPTIONS)
+
+
+def test_a_rejected_engine_is_built_again_only_where_it_is_measured_again(
+    engines: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(artifact: Path, wanted: Wanted, batch_size: int, **_: object) -> None:
+        built.append(batch_size)
+        write_fake_engine(artifact, manifest, batch_size)
+
+    monkeypatch.setattr("model_export.tensorrt_build.build_engine", build)
+    record_parity(engines / "tensorrt", wanted_of(manifest), 2, parity(0.5))
+    (engines / "tensorrt" / TARGET.name / "4.plan").unlink()
+    for _ in range(2):
+        with pytest.raises(ModelError) as caught:
+            TensorRTBackend(engines, BackendOptions(max_rows=4, build_engines=build_engines))
+        assert "2.plan is too far from PyTorch" in str(caught.value)
+        assert "--build" not in str(caught.value)
+    assert built == []
+    assert build_missing(engines, TARGET, rebuild_rejected=True) == (2, 4)
+    assert built == [2, 4]
 
 
 def test_engines_of_another_checkpoint_are_not_measured(engines: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from service.errors import (
     EngineDead,
     ImageFailed,
     InvalidRequest,
+    ModelError,
     NotFinite,
     QueueFull,
 )
@@ -315,6 +316,19 @@ async def test_a_failing_warm_up_is_reported_too() -> None:
 
     async with started(Broken()) as engine:
         assert engine.state is EngineState.DEAD
+
+
+@runs
+async def test_a_model_that_fails_its_self_test_is_reported_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    class NotFinite(CountingRunner):
+        def warm_up(self) -> None:
+            raise ModelError("the network's output is not finite")
+
+    async with started(NotFinite()) as engine:
+        assert engine.state is EngineState.DEAD
+    (line,) = [record for record in caplog.records if record.message.startswith("the engine stopped")]
+    assert line.message == "the engine stopped with an error: the network's output is not finite"
+    assert not line.exc_info
 
 
 @runs

@@ -215,8 +215,27 @@ def test_only_compiled_batch_sizes_without_different_rows_are_used(caplog: pytes
 def test_a_compiled_size_with_results_that_depend_on_the_place_is_excluded_or_refused() -> None:
     exact = ExactDenoiser(tiny_config(), batch_sizes=(1, 3, 4))
     assert invariant_batch_sizes(PlaceDependent(exact, {3}, exact.batch_sizes), WIDTH) == (1, 4)
-    with pytest.raises(RuntimeError, match="depends on its place in the batch"):
+    with pytest.raises(ModelError, match="depends on its place in the batch"):
         invariant_batch_sizes(PlaceDependent(exact, {4}, exact.batch_sizes), WIDTH)
+
+
+class NotFinite(ExactDenoiser):
+    """Gives one value that is not a finite number."""
+
+    value = float("nan")
+
+    def __call__(self, inputs: NetworkInputs[Any]) -> Any:
+        out = super().__call__(inputs)
+        out[0, 0, 0, 0] = self.value
+        return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_network_whose_output_is_not_finite_is_refused_for_that(value: float) -> None:
+    network = NotFinite(tiny_config())
+    network.value = value
+    with pytest.raises(ModelError, match="the network's output is not finite: its weights are damaged, or overflow"):
+        invariant_batch_sizes(network, WIDTH)
 
 
 @pytest.mark.parametrize(
