@@ -85,10 +85,11 @@ def read_masks(content: bytes, shape: Shape, *, most: int, fit: Fit | None = Non
     """
     single = (*shape[:2], 1)
     if _is_array(content):
-        masks = _read_array(content, single, most, fit)
-    else:
-        masks = read_picture(content, single, fit, grey=True)[None]
-    return _mask_levels(fitted(masks, single, fit, nearest=True))
+        return _mask_levels(fitted(_read_array(content, single, most, fit), single, fit, nearest=True))
+    grey = fitted(read_picture(content, single, fit, grey=True)[None], single, fit, nearest=True)
+    if grey.dtype == np.uint16:  # of a picture of 16 bits; numbers in an array are levels themselves
+        return grey[..., 0].astype(np.float32) / np.float32(65535)
+    return _mask_levels(grey)
 
 
 def masks_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -> npt.NDArray[np.float32]:
@@ -100,9 +101,7 @@ def masks_of(array: Array, shape: Shape, *, most: int, fit: Fit | None = None) -
 
 def _mask_levels(masks: Array) -> npt.NDArray[np.float32]:
     levels = masks[..., 0].astype(np.float32)
-    if masks.dtype == np.uint16:
-        levels /= 65535
-    elif masks.dtype == np.uint8 and masks.max(initial=0) > 1:
+    if masks.dtype == np.uint8 and masks.max(initial=0) > 1:
         levels /= 255
     if not ((levels >= 0) & (levels <= 1)).all():
         raise GivenFileError("must hold values in 0..1 (1: made, 0: kept)")

@@ -33,11 +33,16 @@ def check_shape(shape: tuple[int, ...], wanted: Shape, most: int, fit: Fit | Non
         GivenFileError: it is another one; names the shapes that are wanted.
     """
     images = _with_all_axes(shape, wanted)
-    if images is None or (fit is None and images[1:] != wanted) or images[3] != wanted[2] or 0 in images:
+    if images is None or (fit is None and images[1:] != wanted) or images[3] != wanted[2] or min(images) < 1:
         cure = f"; or set fit to {alternatives(FITS)}" if images is not None and images[3] == wanted[2] else ""
         raise GivenFileError(
             f"must have shape {[*wanted]} (height, width, channels), or {['n', *wanted]} for one per image"
             f"{cure}; got {[*shape]}".replace("'", "")
+        )
+    if len(shape) == 3 and images[3] == 1 and shape[2] in (3, 4) and shape[2] != wanted[1]:  # only with `fit`
+        raise GivenFileError(
+            f"must be grey, and shape {[*shape]} looks like one image of {shape[2]} channels; {shape[0]} grey images "
+            f"{shape[2]} pixels wide have shape {[*shape, 1]}"
         )
     if images[0] > most:
         raise GivenFileError(f"must hold at most {most} arrays; got {images[0]}")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from formats import png_data
 from formats.given_files import (
+    masks_of,
     may_be_transparent,
     read_images,
     read_masks,
@@ -307,6 +308,8 @@ def animated(kind: str) -> bytes:
         (npy(np.zeros((5, 8, 8, 1))), "must hold at most 4 arrays; got 5"),
         (lying_npy((8, 8)), "must hold 256 bytes"),
         (lying_npy((1 << 40, 8, 8, 1)), "at most 4 arrays"),
+        (lying_npy((-1, 8, 8, 1)), "must have shape"),
+        (lying_npy((1, 8, -8, 1)), "must have shape"),
         (npy(GREY) + b"more", "must hold 64 bytes"),
         (b"\x93NUMPY\x09\x09", "must be an npy file of version 1"),
         (b"\x93NUMPY\x01\x00\xff\xff", "is damaged"),
@@ -346,6 +349,23 @@ def test_an_image_that_would_be_scaled_to_a_huge_one_is_refused() -> None:
     with pytest.raises(GivenFileError, match="is too long and narrow"):
         read_masks(npy(long), (8, 8, 1), most=1, fit="crop")
     assert read_images(picture(long[:, :50_000]), (8, 8, 1), most=1, fit="crop").shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "u1", "i4", "?", "f4", "f8"])
+def test_ones_in_an_array_are_the_pixels_that_are_made(dtype: str) -> None:
+    mask = np.eye(8).astype(dtype)
+    for masks in (read_masks(npy(mask), (8, 8, 1), most=1), masks_of(mask, (8, 8, 1), most=1)):
+        assert np.array_equal(masks, np.eye(8)[None])
+
+
+def test_a_colour_image_is_not_taken_for_many_grey_ones() -> None:
+    colour = np.zeros((32, 32, 3), np.uint8)
+    for read in (read_images, read_masks):
+        with pytest.raises(GivenFileError, match=r"looks like one image of 3 channels; .* have shape \[32, 32, 3, 1\]"):
+            read(npy(colour), (28, 28, 1), most=64, fit="resize")
+        assert len(read(npy(colour[..., None]), (28, 28, 1), most=64, fit="resize")) == 32
+        assert len(read(npy(np.zeros((2, 32, 32))), (28, 28, 1), most=64, fit="resize")) == 2
+    assert len(read_masks(npy(np.zeros((2, 8, 3))), (8, 3, 1), most=2, fit="crop")) == 2  # they are 3 pixels wide
 
 
 def test_a_header_of_gigabytes_is_not_read() -> None:
