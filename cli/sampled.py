@@ -26,10 +26,6 @@ NOT_WRITTEN = frozenset({".avif", ".bmp", ".gif", ".tif", ".tiff", ".zip"})
 """Suffixes of unsupported file formats, which are not taken for folders."""
 
 
-LONGEST_SIDES: dict[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
-"""Most pixels per side, for formats with a limit that grids can reach."""
-
-
 CheckImages = Callable[[int, "ImageSize"], None]
 """Called with channels and size (pixels) of a model's images before sampling; raises ValueError if they do not fit."""
 
@@ -115,7 +111,7 @@ def refuse_impossible_pictures(output: Output, channels: int, size: ImageSize, n
         ValueError: it cannot; names the format, its limit and a format without one.
     """
     from diffusion.config import size_pair
-    from formats.images import grid_size
+    from formats.images import LONGEST_SIDES, grid_size
     from service.encoding import ARRAY_FORMATS, CHANNELS
 
     if output.format in ARRAY_FORMATS:
@@ -158,10 +154,12 @@ def write_folder(output: Output, images: list[SampledImage]) -> None:
         OSError: a file cannot be written, for example because the disk is full; names the file, and leaves one that
             was there before unchanged.
     """
-    from formats.atomic_file import write_file
+    from formats.atomic_file import write_files
     from service.encoding import encode_one
 
     output.path.mkdir(parents=True, exist_ok=True)
-    for image in images:
-        path = output.path / f"{image.seed}_{image.image_index}.{output.format}"
-        write_file(path, encode_one(image.pixels, image.class_index, output.format))
+    files = {
+        f"{image.seed}_{image.image_index}.{output.format}": encode_one(image.pixels, image.class_index, output.format)
+        for image in images
+    }
+    write_files(output.path, files)

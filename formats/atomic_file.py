@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-from formats.leftovers import temporary_for
+from formats.leftovers import remove_leftovers_in, temporary_for
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -16,6 +17,17 @@ def write_file(path: Path, content: bytes) -> None:
         OSError: the file cannot be written, for example because the disk is full; an older file is unchanged.
     """
     replace_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, each atomically, replacing older ones.
+
+    Raises:
+        OSError: a file cannot be written; an older one is unchanged. Files before it are written.
+    """
+    remove_leftovers_in(folder, contents)
+    for name, content in contents.items():
+        _replace(folder / name, partial(_write, content=content), cleans_up=False)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -28,8 +40,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the file cannot be written; an older file is unchanged.
     """
+    _replace(path, write, cleans_up=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _replace(path: Path, write: Callable[[Path], object], *, cleans_up: bool) -> None:
     path = path.resolve()  # replaces the target of a link, not the link
-    with temporary_for(path, Path.touch, lambda temporary: temporary.unlink(missing_ok=True)) as temporary:
+    remove = partial(Path.unlink, missing_ok=True)
+    with temporary_for(path, Path.touch, remove, cleans_up=cleans_up) as temporary:
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

@@ -9,6 +9,7 @@ Nothing outside the folder is referred to. Nothing here needs PyTorch or a runti
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -243,7 +244,10 @@ def _names(sources: Sequence[Path]) -> list[str]:
     plain = [source.parent.name if source.name == "model" else source.name for source in sources]
     plain = ["".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in name) for name in plain]
     plain = [name.lstrip(".-") or "member" for name in plain]
-    return [
-        name if plain.count(name) == 1 else f"{name}_{plain[:index].count(name) + 1}"
-        for index, name in enumerate(plain)
-    ]
+    names: list[str] = []
+    for name in plain:
+        if plain.count(name) > 1:
+            numbered = (f"{name}_{number}" for number in itertools.count(1))
+            name = next(one for one in numbered if one not in plain and one not in names)
+        names.append(name)
+    return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 Uint8Array = npt.NDArray[np.uint8]
 PictureFormat = Literal["png", "webp", "jpeg"]
 
+LONGEST_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
+"""Most pixels per side, for formats with a limit that grids can reach."""
 GRID_GAP = 2
 CAPTION_HEIGHT = 14
 JPEG_QUALITY = 90

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from formats.disk_errors import disk_errors_name
 
 LOCK_SECONDS = 2.0
 """Longest wait for a lock; our writers hold locks for milliseconds only."""
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.(?:new|old)-[0-9a-f]{8}")
 
 
 def temporary_name(path: Path) -> Path:
@@ -32,20 +36,25 @@ def aside_name(path: Path) -> Path:
 
 
 @contextmanager
-def temporary_for(path: Path, make: Callable[[Path], None], remove: Callable[[Path], object]) -> Iterator[Path]:
+def temporary_for(
+    path: Path, make: Callable[[Path], None], remove: Callable[[Path], object], *, cleans_up: bool = True
+) -> Iterator[Path]:
     """Create a temporary file or folder beside a path; the caller fills it and renames it to the path.
 
-    Leftovers of killed writers are removed first. If an exception is raised inside, the temporary is removed.
+    Leftovers of killed writers are removed first, if `cleans_up`; that lists the folder. If an exception is raised
+    inside, the temporary is removed.
 
     Args:
         path: the file or folder to write; disk errors name it.
         make: creates the temporary file or folder.
         remove: removes it, complete or not.
+        cleans_up: False if the caller has removed leftovers, of many files at once.
 
     Yields:
         The path of the temporary file or folder.
     """
-    remove_leftovers(path)
+    if cleans_up:
+        remove_leftovers(path)
     temporary = temporary_name(path)
     with disk_errors_name(path):
         try:
@@ -100,6 +109,13 @@ def remove_leftovers(path: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def remove_leftovers_in(folder: Path, names: Collection[str]) -> None:
+    """Remove the leftovers of files with these names in a folder, which is listed once."""
+    found = {match[1] for entry in folder.iterdir() if (match := _TEMPORARY.fullmatch(entry.name)) is not None}
+    for name in found.intersection(names):
+        remove_leftovers(folder / name)
 
 
 def _leftovers(path: Path) -> list[Path]:

@@ -166,7 +166,8 @@ def read_engine(store: Path, wanted: Wanted, batch_size: int) -> tuple[EngineRec
     if record.parity is not None and not record.parity.passed:
         raise EngineRejected(
             f"{path} is too far from PyTorch: relative error {record.parity.worst:.1e}, limit "
-            f"{record.parity.limit:.1e}; iddpm export --format tensorrt builds it again and measures it again"
+            f"{record.parity.limit:.1e}; iddpm export --format tensorrt (without --gpu, and with CUDA in torch) builds "
+            "and measures it again"
         )
     return record, plan
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from formats.atomic_file import write_file
+from formats.atomic_file import write_file, write_files
 from formats.atomic_folder import write_folder
 from formats.disk_errors import disk_errors_name
 from formats.leftovers import remove_leftovers
@@ -107,6 +107,27 @@ def test_leftovers_of_killed_writers_are_removed_and_files_being_written_are_not
     write_folder(tmp_path / "model", lambda at: (at / "new").touch())
     os.close(writer)
     assert {path.name for path in tmp_path.iterdir()} == {"model", live.name, ".models.new-00000000"}
+
+
+def test_many_files_are_written_with_one_listing_of_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = 0
+    iterdir = Path.iterdir
+
+    def counted(folder: Path) -> Iterator[Path]:
+        nonlocal listed
+        listed += 1
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", counted)
+    for name in ("a", "other"):
+        (tmp_path / f".{name}.new-0123abcd").write_bytes(b"left by a killed writer")
+    contents = {name: name.encode() for name in ("a", "b", "c", "d", "e")}
+    write_files(tmp_path, contents)
+    assert listed <= 3  # one, and two for the leftover
+    assert {path.name for path in iterdir(tmp_path)} == {*contents, ".other.new-0123abcd"}
+    assert (tmp_path / "c").read_bytes() == b"c"
 
 
 def test_a_lock_held_by_another_process_ends_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,12 @@ def test_an_ensemble_is_complete_in_itself(members: tuple[Path, Path], tmp_path:
     shutil.rmtree(vlb.parent)
     shutil.rmtree(hybrid)
 
-    ensemble = read_ensemble(out.rename(tmp_path / "moved"))
-    assert is_ensemble(ensemble.folder)
-    assert ensemble.members == ("vlb", "hybrid")
-    np.testing.assert_array_equal(ensemble.network_of, np.repeat([0, 1, 0], [10, 25, 5]))
-    assert ensemble.config.diffusion.num_timesteps == STEPS
-    assert not (ensemble.folders[0] / "state").exists()
+    read = read_ensemble(out.rename(tmp_path / "moved"))
+    assert is_ensemble(read.folder)
+    assert read.members == ("vlb", "hybrid")
+    np.testing.assert_array_equal(read.network_of, np.repeat([0, 1, 0], [10, 25, 5]))
+    assert read.config.diffusion.num_timesteps == STEPS
+    assert not (read.folders[0] / "state").exists()
 
 
 def test_the_hash_tells_other_ranges_and_other_weights_apart(members: tuple[Path, Path], tmp_path: Path) -> None:
@@ -52,6 +52,12 @@ def test_the_hash_tells_other_ranges_and_other_weights_apart(members: tuple[Path
         )
     }
     assert len(hashes) == 3
+
+
+def test_members_have_names_of_their_own(tmp_path: Path) -> None:
+    folders = [write_random_model(tmp_path / name, seed=k) for k, name in enumerate(("a/x", "b/x", "c/x_1"))]
+    ranges = list(zip((0, 10, 20), (10, 20, 0), folders, strict=True))
+    assert write_ensemble(tmp_path / "out", ranges).members == ("x_2", "x_3", "x_1")
 
 
 @pytest.mark.parametrize(
