@@ -167,6 +167,8 @@ class ModelRegistry:
     def _prepare(self, name: str, folder: Path, loaded: int) -> _Prepared:
         gc.collect()  # free the reference cycles of earlier loads
         model = self._load(folder)
+        if model.threads == 0:  # as for those served at start, see `_refuse_unfit_admin_root`
+            raise ModelError(f"{folder} would run on a CUDA device, where models cannot be loaded while others run")
         runner = ArrayRunner(model, self._config)
         runner.warm_up()
         costs = time_steps(runner, self._config, time.monotonic)

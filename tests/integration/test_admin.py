@@ -396,3 +396,18 @@ def test_a_model_on_a_gpu_cannot_be_reloaded(root: Path) -> None:
     denoiser.threads = 0
     with pytest.raises(ModelError, match="admin_root: on a CUDA device"):
         assemble(Settings(models=(Path("m"),), admin_root=root), {"m": denoiser}, Shelf())
+
+
+@runs
+async def test_a_model_that_would_run_on_a_gpu_is_not_loaded_beside_others(tmp_path: Path) -> None:
+    class OnGpu(Shelf):
+        def __call__(self, folder: Path) -> Denoiser[Any]:
+            loaded = super().__call__(folder)
+            loaded.threads = 0
+            return loaded
+
+    (tmp_path / "m").mkdir()
+    async with running(tmp_path, shelf=OnGpu()) as service:
+        before = await served(service)
+        assert (await change(service, "m")).status_code == 422
+        assert await served(service) == before

@@ -10,7 +10,9 @@ import numpy as np
 from starlette.responses import Response
 
 from diffusion.chains import build_chain
+from diffusion.config import ModelConfig
 from diffusion.quoting import alternatives, quoted
+from formats.images import LONGEST_SIDES, grid_size
 from service.encoding import (
     ARRAY_FORMATS,
     CHANNELS,
@@ -79,6 +81,22 @@ def form_of(body: GenerateRequest, accept: str, channels: int) -> Form:
             "format", f"must be {alternatives(fit)} for images of {channels} channels; got {quoted(image_format)}"
         )
     return Form(kind, image_format, body.quality, body.compression)
+
+
+def refuse_large_grid(form: Form, count: int, model: ModelConfig) -> None:
+    """Check that one picture of several images is not larger than its format holds.
+
+    Raises:
+        InvalidRequest: it is.
+    """
+    most = LONGEST_SIDES.get(form.format)
+    longest = max(grid_size(count, model.image_height, model.image_width))
+    if form.body == "file" and most is not None and longest > most:
+        raise InvalidRequest(
+            "format",
+            f"{form.format} files hold at most {most} pixels per side, and a grid of these {count} images has "
+            f"{longest}; accept {ZIP_MEDIA_TYPE}",
+        )
 
 
 def answer(form: Form, finished: Finished) -> Response:

@@ -13,7 +13,7 @@ from service.engine.request import Watch
 from service.http.event_source import MEDIA_TYPE as EVENT_STREAM
 from service.http.execution import answer_as_stream, answer_when_done, prepare
 from service.http.interfaces import NativeRoute
-from service.http.native.answers import answer, form_of
+from service.http.native.answers import answer, form_of, refuse_large_grid
 from service.http.native.event_schemas import EVENT_SCHEMA
 from service.http.native.schemas import GenerateResponse, Problem
 from service.http.native.streaming import NativeEvents
@@ -70,6 +70,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
     prepared = await prepare(body, request, state)
     channels = prepared.model.result_config.model.image_channels
     form = form_of(body, ", ".join(request.headers.getlist("accept")), channels)
+    refuse_large_grid(form, len(prepared.request.images), prepared.model.result_config.model)
     if body.stream:
         watch = Watch(preview_every=body.preview_every)
         return answer_as_stream(prepared, watch, request, state, partial(NativeEvents, form, state))
