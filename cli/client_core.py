@@ -69,6 +69,10 @@ class ConnectionLost(ClientError):
     """There was no connection, or it ended before the response did."""
 
 
+class StreamEnded(ConnectionLost):
+    """The events of a request ended before its response."""
+
+
 class UnexpectedAnswer(ClientError):
     """The response does not come from this service."""
 
@@ -316,10 +320,10 @@ class Following:
         """Return the final response.
 
         Raises:
-            ConnectionLost: the stream ended before it.
+            StreamEnded: the stream ended before it.
         """
         if self._answer is None:
-            raise ConnectionLost("the stream ended before the images were done")
+            raise StreamEnded("the stream ended before the images were done")
         return self._answer
 
 

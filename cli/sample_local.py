@@ -43,10 +43,12 @@ def sample_local(
         check(config.model.image_channels, config.model.image_size)
 
     engine = LocalEngine(local_settings(*models, cascade=cascade), check_result)
-    given = engine.read_given(params)  # of all requests: if there are several, none holds more than one array
+    given = engine.read_given(params)  # of all requests
     requests = [
         engine.complete(fields, given) for fields in split_requests(params, n, MAX_IMAGES, lambda: engine.class_names)
     ]
+    if len(requests) > 1 and len(given) > 1:  # each request would begin with the first ones
+        raise ValueError(f"given files must hold one array with more than {MAX_IMAGES} images; they hold {len(given)}")
     row_steps = sum(request.row_steps for request in requests)
     with typer.progressbar(length=row_steps, label="sampling", file=sys.stderr) as bar:
         ((_, pixels),) = engine.run([requests], bar.update)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -23,6 +24,7 @@ from cli.client import (
     UnexpectedAnswer,
     pixels_of,
 )
+from cli.client_core import StreamEnded
 from cli.retries import FIRST_PAUSE_S, LOST_BEHIND_PROXY, LOST_BEHIND_RAY
 from cli.retries import log as retries_log
 from cli.sampled import CheckImages, SampledImage
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 TRIES = 3
 """Attempts of a request whose connection breaks."""
 
-BROKE = (httpx.ReadError, httpx.ReadTimeout, httpx.WriteError, httpx.WriteTimeout, httpx.RemoteProtocolError)
+BROKE = (
+    httpx.ReadError, httpx.ReadTimeout, httpx.WriteError, httpx.WriteTimeout, httpx.CloseError,
+    httpx.RemoteProtocolError,
+)  # fmt: skip
 """Causes of a ConnectionLost that came after the connection was made."""
 
 
@@ -65,9 +70,11 @@ def sample_remote(
     with show_retries():
         if (found := _find_model(client, params.get("model"))) is not None:
             check(found.image_channels, found.image_size)
+        one_channel = {"mask", *(_fields_of_one_channel(found) if found is not None else ())}
         with typer.progressbar(length=n or 1, label="connecting", file=sys.stderr) as bar:
             shown = _Shown(bar, n or 1)
-            for fields in split_requests(params, n, at_once, lambda: class_names_of(client, params.get("model"))):
+            names = partial(class_names_of, client, params.get("model"))
+            for fields in split_requests(params, n, at_once, names, one_channel):
                 answer = _generate(client, fields, shown)
                 arrived(new := [_sampled(image, answer.numerics_id) for image in answer.images])
                 images += new
@@ -93,7 +100,7 @@ def _generate(client: Client, fields: dict[str, Any], shown: _Shown) -> Generate
 def _was_lost(error: ClientError) -> bool:
     """Return whether a request was lost after its connection was made: the client repeats no stream for that itself."""
     if isinstance(error, ConnectionLost):
-        return error.__cause__ is None or isinstance(error.__cause__, BROKE)  # no cause: the stream ended too early
+        return isinstance(error, StreamEnded) or isinstance(error.__cause__, BROKE)
     if isinstance(error, RequestFailed):  # HAProxy's 502, as deploy/haproxy writes it
         return error.problem.status == LOST_BEHIND_PROXY
     # the service's own 500 is a RequestFailed
@@ -155,6 +162,14 @@ def class_names_of(client: Client, model: str | None) -> list[str]:
     """Return the class names of a served model (None: the first); none if there is no such model."""
     found = _find_model(client, model)
     return (found.classes if found is not None else None) or []
+
+
+def _fields_of_one_channel(model: ModelInfo) -> Iterator[str]:
+    """Yield the given files whose arrays may leave out the axis of channels."""
+    if model.image_channels == 1:
+        yield from ("image", "latent")
+    if model.cond is not None and model.cond.channels == 1:
+        yield "cond"
 
 
 def _find_model(client: Client, name: str | None) -> ModelInfo | None:

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,11 @@ GIVEN = ("image", "mask", "latent", "cond")
 
 
 def split_requests(
-    params: dict[str, Any], n: int | None, at_once: int, class_names: Callable[[], Collection[str]]
+    params: dict[str, Any],
+    n: int | None,
+    at_once: int,
+    class_names: Callable[[], Collection[str]],
+    one_channel: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of each request; together the requests are n images of one seed.
 
@@ -30,6 +33,7 @@ def split_requests(
         at_once: most images per request.
         class_names: returns the model's class names. Called only if the class is a number, which is a class index
             unless a class has that name.
+        one_channel: given files whose arrays have one channel, whose axis may be left out.
 
     Raises:
         ValueError: an image index is too large; there are several requests, and a file holds neither one array nor n.
@@ -41,7 +45,7 @@ def split_requests(
     if n is None:
         yield params
         return
-    stacks = _stacks(params) if n > at_once else {}
+    stacks = _stacks(params, one_channel) if n > at_once else {}
     for name, stack in stacks.items():
         if len(stack) != n:
             raise ValueError(f"{name}: must hold 1 or {n} arrays; got {len(stack)}")
@@ -51,17 +55,24 @@ def split_requests(
         yield {**params, **parts, "n": count, "image_index": start + first}
 
 
-def _stacks(params: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """Return the given files that hold several arrays, as arrays [n, H, W, C]; unreadable files are left out."""
+def _stacks(params: dict[str, Any], one_channel: Collection[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return the given files that hold several arrays, as arrays [n, H, W, C] or, of one channel, [n, H, W].
+
+    Other files are left out: pictures, and those of which the service says what is wrong.
+    """
     stacks = {}
     for name in GIVEN:
         try:
             loaded = np.load(io.BytesIO(base64.b64decode(params.get(name, ""))), allow_pickle=False)
-            is_npz = not isinstance(loaded, np.ndarray)
-            array = loaded["arr_0" if "arr_0" in loaded else loaded.files[0]] if is_npz else loaded
-        except (ValueError, KeyError, IndexError, EOFError, TypeError, OSError, BadZipFile):
-            continue  # a picture; or the service says what is wrong
-        if array.ndim == 4 and len(array) > 1:  # [n, H, W, C]
+            if isinstance(loaded, np.ndarray):
+                array = loaded
+            else:
+                (member,) = ["arr_0"] if "arr_0" in loaded else loaded.files
+                array = loaded[member]
+        except Exception:  # noqa: S112  # numpy and zipfile raise many kinds for files that are no arrays
+            continue
+        without_channels = array.ndim == 3 and array.shape[2] != 1 and name in one_channel
+        if len(array) > 1 and (array.ndim == 4 or without_channels):
             stacks[name] = array
     return stacks
 

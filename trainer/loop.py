@@ -322,7 +322,8 @@ class _Run:
 
     def _log_validation(self, validation: Validation) -> None:
         path, state = self._run / VALIDATION_FILE, self._state
-        losses = validation.losses(state.ema.weights, self._stop)
+        ends = state.images_seen >= self._config.total_images  # then nothing after this notices a signal
+        losses = validation.losses(state.ema.weights, (lambda: False) if ends else self._stop)
         if not losses:
             return  # stopped: the resumed run validates first
         line = {"images": state.images_seen, **losses}
@@ -370,7 +371,7 @@ class _Run:
             or_warn("snapshot of averages", partial(write_snapshot, path, snapshot))
 
     def _complete(self, validations: Every) -> None:
-        """Write what the run lacks if it was killed just after the checkpoint from which it resumes."""
+        """Write what the run lacks if it was killed, or stopped, just after the checkpoint from which it resumes."""
         if not self._ranks.main:
             return
         seen = self._state.images_seen

@@ -160,6 +160,7 @@ def animated() -> bytes:
         ({"mask": MASK, "n": 65}, "n", "less than or equal to 64; got 65"),
         ({"mask": MASK, "steps": "many"}, "steps", 'valid integer; got "many"'),
         ({"mask": MASK, "steps": 1.5}, "steps", "valid integer; got 1.5"),
+        ({"mask": MASK, "steps": "[" * 1000}, "steps", "valid integer"),
         ({"mask": MASK, "eta": "NaN", "sampler": "ddim"}, "eta", "got NaN"),
         ({"mask": MASK, "stream": "perhaps"}, "stream", "must be true or false"),
         (

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.client import ClientError, ConnectionLost, Event, ProgressEvent, RequestFailed, UnexpectedAnswer
+from cli.client_core import StreamEnded
 from cli.main import app
 from cli.sample_remote import sample_remote
 from cli.sampled import SampledImage, output_at, refuse_impossible_pictures
@@ -262,7 +263,7 @@ def ask(client: Fragile, n: int = 3, arrived: Callable[[list[SampledImage]], obj
 @pytest.mark.parametrize(
     "error",
     [
-        ConnectionLost("the stream ended before the images were done"),
+        StreamEnded("the stream ended before the images were done"),
         lost(httpx.ReadError("reset")),
         lost(httpx.RemoteProtocolError("closed")),
         UnexpectedAnswer("502 Bad Gateway", 502),
@@ -281,7 +282,7 @@ def test_a_request_that_is_lost_on_the_way_is_repeated_after_a_pause(
 
 
 def test_a_request_that_is_lost_three_times_ends_the_command(pauses: list[float]) -> None:
-    client = Fragile(*[ConnectionLost("reset")] * 3)
+    client = Fragile(*[StreamEnded("reset")] * 3)
     with pytest.raises(ConnectionLost):
         ask(client)
     assert len(client.asked) == 3
@@ -290,6 +291,7 @@ def test_a_request_that_is_lost_three_times_ends_the_command(pauses: list[float]
 @pytest.mark.parametrize(
     "error",
     [
+        ConnectionLost("the request is not valid HTTP"),
         lost(httpx.ConnectError("refused")),  # the client has repeated it for a minute
         lost(httpx.ConnectTimeout("")),
         lost(httpx.ProxyError("403")),

@@ -137,6 +137,10 @@ def test_given_arrays_never_begin_other_chains_than_their_own(model: Path, files
     options = ("--image", "three.npy", "--strength", "0", "-n", "192")
     code, output = sample(model, files, *options, "--out", str(tmp_path / "all.npy"))
     assert (code, "error: image: must hold 1 or 192 arrays; got 3" in output) == (1, True)
+    np.save(tmp_path / "grey.npy", np.zeros((64, 8, 8), np.float32))
+    options = ("--image", str(tmp_path / "grey.npy"), "--strength", "0", "-n", "128")
+    code, output = sample(model, files, *options, "--out", str(tmp_path / "all.npy"))
+    assert (code, "given files must hold one array with more than 64 images; they hold 64" in output) == (1, True)
 
 
 def in_base64(save: Callable[..., object], *arrays: Any) -> str:
@@ -145,17 +149,30 @@ def in_base64(save: Callable[..., object], *arrays: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def damaged_npz() -> str:
+    file = io.BytesIO()
+    np.savez_compressed(file, np.arange(1000))
+    content = bytearray(file.getvalue())
+    content[60:80] = bytes(20)
+    return base64.b64encode(content).decode()
+
+
 @pytest.mark.parametrize("save", [np.save, np.savez])
 def test_each_request_gets_the_arrays_of_its_images(save: Callable[..., object]) -> None:
     stack = np.arange(5 * 4, dtype=np.float32).reshape(5, 2, 2, 1)
     one = in_base64(np.save, MASK)
-    params = {"seed": 1, "latent": in_base64(save, stack), "mask": one, "cond": "no base64!"}
+    params = {"seed": 1, "latent": in_base64(save, stack), "mask": one, "cond": "no base64!", "image": damaged_npz()}
     requests = list(split_requests(params, 5, 2, list))
     assert [(r["n"], r["image_index"], r["mask"], r["cond"]) for r in requests] == [
         (n, index, one, "no base64!") for n, index in ((2, 0), (2, 2), (1, 4))
     ]
     sent = [np.load(io.BytesIO(base64.b64decode(request["latent"]))) for request in requests]
     assert np.array_equal(np.concatenate(sent), stack)
+    masks = {"seed": 1, "mask": in_base64(save, stack[..., 0]), "image": in_base64(save, stack[..., 0])}
+    requests = list(split_requests(masks, 5, 2, list, {"mask"}))  # of `image`, the last axis may be channels
+    sent = [np.load(io.BytesIO(base64.b64decode(request["mask"]))) for request in requests]
+    assert np.array_equal(np.concatenate(sent), stack[..., 0])
+    assert {request["image"] for request in requests} == {masks["image"]}
     (whole,) = split_requests(params, 5, 5, list)
     assert whole["latent"] == params["latent"]
     with pytest.raises(ValueError, match=r"^latent: must hold 1 or 10 arrays; got 5$"):

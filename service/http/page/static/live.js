@@ -29,6 +29,7 @@ export function watchService() {
         showLoad("unknown", "");
         for (const part of document.querySelectorAll(".live > dl, .live > figure")) part.hidden = true;
         clearInterval(timer);
+        document.removeEventListener("visibilitychange", look);
       } else if (error.name === "TimeoutError") { // it may be that running streams use all connections of the browser
         showLoad("unknown", `No news for ${duration(GIVE_UP_MS / 1000)}`);
       } else showLoad("away", error.status === 401 ? "A key is needed" : "The service does not answer");
