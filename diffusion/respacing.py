@@ -129,7 +129,9 @@ def respace_by_log_snr(diffusion: DiffusionConfig, spec: str) -> Process:
         abar = Schedule(named_betas(diffusion.noise_schedule, diffusion.num_timesteps)).alphas_cumprod
         log_snr = np.log(abar / (1.0 - abar))
         wanted = np.linspace(log_snr[0], max(log_snr[-1], LEAST_LOG_SNR), len(kept))
-        kept = _distinct(np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1), len(log_snr))
+        after = np.clip(np.searchsorted(-log_snr, -wanted), 1, len(log_snr) - 1)  # log_snr falls
+        is_before = np.abs(log_snr[after - 1] - wanted) <= np.abs(log_snr[after] - wanted)
+        kept = _distinct(np.where(is_before, after - 1, after), len(log_snr))
     return _keep(diffusion, kept, spec)
 
 

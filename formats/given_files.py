@@ -18,6 +18,10 @@ from formats.given_pictures import FORMATS, WANTS_ALPHA, has_alpha, read_alpha, 
 from formats.given_shapes import Array, Fit, GivenFileError, Shape, batched, check_shape, fitted
 
 MAX_MEMBERS = 16
+MAX_ITEM_BYTES = 8
+"""Of a number in an array."""
+MAX_ARRAY_BYTES = 64 << 20
+"""Memory of an array that is fitted, unless the images that are wanted take more as float64."""
 """Most files in an npz, of which one is read."""
 
 
@@ -172,10 +176,12 @@ def _from_npy(file: IO[bytes], shape: Shape, most: int, fit: Fit | None) -> Arra
     if np.lib.format.read_magic(file) != (1, 0):
         raise GivenFileError("must be an npy file of version 1, as numpy writes numbers")
     found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+    if dtype.kind not in "biuf" or dtype.itemsize > MAX_ITEM_BYTES:
         raise GivenFileError(f"must hold numbers; got {dtype}")  # objects would need pickle
     check_shape(found, shape, most, fit)
     size = math.prod(found) * dtype.itemsize
+    if size > max(MAX_ARRAY_BYTES, most * math.prod(shape) * MAX_ITEM_BYTES):  # only with `fit`
+        raise GivenFileError(f"must take at most {MAX_ARRAY_BYTES} bytes of memory to be fitted; takes {size}")
     content = file.read(size + 1)
     if len(content) != size:
         raise GivenFileError(f"must hold {size} bytes behind the header, as its shape and type say")

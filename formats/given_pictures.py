@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from diffusion.quoting import alternatives
 from formats.given_shapes import FITS, MAX_PICTURE_PIXELS, Array, Fit, GivenFileError, Shape
@@ -25,6 +25,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B")
 _SIXTEEN_BITS = ("I;16B", "LA;16B", "RGB;16B", "RGBA;16B")
 """Pillow's raw modes of PNG files with 16 bits per channel."""
 _OPAQUE = 65535
+PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # characters of all texts of a file; Pillow takes 64 million
 _GREY_WEIGHTS = np.array([19595, 38470, 7471], np.uint32)
 """Of red, green and blue, of 65536 (ITU-R BT.601): those of Pillow."""
 

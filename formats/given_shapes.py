@@ -17,6 +17,8 @@ Array = npt.NDArray[Any]
 
 MAX_PICTURE_PIXELS = 1 << 24
 """Most pixels of a picture that is fitted to a model's shape."""
+MAX_SIDE = 32768
+"""Longest side of an image that is fitted."""
 MAX_SCALED_PIXELS = 1 << 22
 """Most pixels of an image that is scaled to be cropped, unless four times the model's are more."""
 FITS: tuple[Fit, ...] = ("crop", "pad", "resize")
@@ -70,11 +72,18 @@ def fitted(arrays: Array, shape: Shape, fit: Fit | None, *, nearest: bool = Fals
     """Fit arrays [n, H, W, C] to a shape.
 
     Raises:
-        GivenFileError: they are so long and narrow that scaling before cropping would take too much memory.
+        GivenFileError: their sides are too long, or they are so long and narrow that scaling before cropping would take
+            too much memory.
     """
     if fit is None or arrays.shape[1:] == shape:
         return arrays
+    if max(arrays.shape[1:3]) > max(MAX_SIDE, *shape[:2]):  # Pillow's tables grow with the sides
+        raise GivenFileError(f"must be at most {MAX_SIDE} pixels wide and high to be fitted; got {_sides(arrays)}")
     return np.stack([_fitted_one(array, shape, fit, nearest=nearest) for array in arrays])
+
+
+def _sides(arrays: Array) -> str:
+    return f"{arrays.shape[2]}x{arrays.shape[1]}"
 
 
 def _fitted_one(array: Array, shape: Shape, fit: Fit, *, nearest: bool) -> Array:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from formats import png_data
 from formats.given_files import (
@@ -341,14 +342,29 @@ def test_a_jpeg_with_further_images_is_its_first_one() -> None:
 
 
 def test_an_image_that_would_be_scaled_to_a_huge_one_is_refused() -> None:
-    long = np.zeros((2, 200_000, 1), np.uint8)
+    long = np.zeros((2, 32_000, 1), np.uint8)
     for content in (picture(long), npy(long)):
-        with pytest.raises(GivenFileError, match=r"200000x2 pixels would be scaled to 800000x8 .* \"pad\" or "):
-            read_images(content, (8, 8, 1), most=1, fit="crop")
-        assert read_images(content, (8, 8, 1), most=1, fit="pad").shape == (1, 8, 8, 1)
+        with pytest.raises(GivenFileError, match=r"32000x2 pixels would be scaled to 1024000x64 .* \"pad\" or "):
+            read_images(content, (64, 64, 1), most=1, fit="crop")
+        assert read_images(content, (64, 64, 1), most=1, fit="pad").shape == (1, 64, 64, 1)
     with pytest.raises(GivenFileError, match="is too long and narrow"):
-        read_masks(npy(long), (8, 8, 1), most=1, fit="crop")
-    assert read_images(picture(long[:, :50_000]), (8, 8, 1), most=1, fit="crop").shape == (1, 8, 8, 1)
+        read_masks(npy(long), (64, 64, 1), most=1, fit="crop")
+    assert read_images(picture(long[:, :2000]), (64, 64, 1), most=1, fit="crop").shape == (1, 64, 64, 1)
+
+
+def test_what_takes_much_memory_to_be_fitted_is_refused() -> None:
+    with pytest.raises(GivenFileError, match=r"at most 32768 pixels wide and high to be fitted; got 40000x1"):
+        read_images(npy(np.zeros((1, 40_000), np.uint8)), (8, 8, 1), most=1, fit="resize")
+    with pytest.raises(GivenFileError, match=r"at most 67108864 bytes of memory to be fitted; takes 134217728"):
+        read_images(lying_npy((1, 4096, 4096, 1), "<f8"), (8, 8, 1), most=1, fit="resize")
+
+
+def test_texts_of_a_png_that_take_megabytes_are_refused() -> None:
+    info = PngInfo()
+    for _ in range(8):
+        info.add_itxt("a", "x" * 1_000_000, zip=True)
+    with pytest.raises(GivenFileError, match="is damaged, truncated, or not a PNG"):
+        read_images(picture(GREY, pnginfo=info), (8, 8, 1), most=1)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2", "u1", "i4", "?", "f4", "f8"])
