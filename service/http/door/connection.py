@@ -17,6 +17,10 @@ from service.http.door.security_headers import SECURITY_HEADERS
 from service.http.faults import Fault, answer_of
 from service.http.routes import FALLBACK_INTERFACE, interface_of
 
+READ_BYTES = 64 << 10
+"""Most bytes of a read, which are parsed at once: in chunks of one byte, asyncio's 256 KiB would stop the event loop
+for 0.2 s."""
+
 INCOMPLETE = (h11.IDLE, h11.SEND_BODY)
 """States of a client whose request has not arrived completely."""
 
@@ -49,6 +53,7 @@ class LimitedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # of asyncio's transports for sockets
         transport.set_write_buffer_limits(high=0)  # pause_writing is called as soon as anything is buffered
         if not self.open_connections.enter(self):
             self.app_state = {**self.app_state, NO_PLACE: True}

@@ -14,6 +14,9 @@ from service.errors import MalformedJson
 from service.http.encoding_pool import LARGE_BODY
 from service.http.state import service_state
 
+MAX_CONTAINERS = 2000
+"""Lists and objects of a body, which take up to 48 times the memory of their text; all interfaces need a few dozen."""
+
 
 class _InSteps(json.JSONDecoder):
     """The json module's decoder without its C scanner, with equal values and messages.
@@ -44,6 +47,8 @@ def read_json(text: bytes) -> Any:
         raise MalformedJson("not UTF-8") from error
     if decoded.startswith("\ufeff"):  # the json module would suggest a Python codec
         raise MalformedJson("more than one byte order mark")
+    if decoded.count("[") + decoded.count("{") > MAX_CONTAINERS:  # files in base64 have none of these characters
+        raise MalformedJson(f"more than {MAX_CONTAINERS} lists and objects")
     try:
         return json.loads(decoded) if len(text) < LARGE_BODY else _IN_STEPS.decode(decoded)
     except json.JSONDecodeError as error:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from service.http.kserve.tensors import Datatype, InputTensor, OutputTensor
 from service.http.native.schemas import SamplerInfo
+from service.requests.generate_request import MAX_DEADLINE_S
 from service.requests.request_body import RequestBody
 
 OutputName = Literal["images", "values", "seed", "image_index", "class_index"]
@@ -22,7 +23,7 @@ class InferParameters(RequestBody):
     priority: Annotated[StrictInt, Field(ge=0)] = Field(
         default=0, description="0 and 1: interactive; 2 and above: batch work, which gets what interactive work leaves."
     )
-    timeout: Annotated[StrictInt, Field(ge=0)] = Field(
+    timeout: Annotated[StrictInt, Field(ge=0, le=int(MAX_DEADLINE_S * 1e6))] = Field(
         default=0,
         description="Deadline for all images, in microseconds; rejected at once if predicted to be missed. "
         "0: whenever.",
