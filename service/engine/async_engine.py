@@ -121,7 +121,7 @@ class AsyncEngine:
             Draining: the engine is starting, draining, stopped or dead.
             InvalidRequest, QueueFull, ClientLimit, DeadlineUnmeetable, TooLong, UnknownModel: as `Admission.accept`.
         """
-        self._check_ready()
+        self.check_ready()
         now = time.monotonic()
         images, prediction = self._admission.accept(request, now, self.snapshot)
         ticket = self._tickets.open(request, now, prediction, lambda: self.eta(request.request_id))
@@ -153,7 +153,7 @@ class AsyncEngine:
             Draining: the engine is starting, draining, stopped or dead.
             EngineDead: the engine died while loading.
         """
-        self._check_ready()
+        self.check_ready()
         loaded = self._loading[model] = asyncio.get_running_loop().create_future()
         self._commands.put(Load(model, runner, costs))
         await asyncio.shield(loaded)
@@ -187,7 +187,8 @@ class AsyncEngine:
         if self.state is not EngineState.DEAD:
             self._set_state(EngineState.STOPPED)
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
+        """Raise Draining unless requests and models are accepted."""
         if self.state is not EngineState.READY:
             raise Draining(f"the engine is {self.state.value}", RETRY_WHILE_DRAINING_S)
 

@@ -167,6 +167,7 @@ class EngineThread:
             match command:
                 case Enter(images):
                     self._engine.enter(images)
+                    del command, images  # do not keep given arrays alive while waiting for work
                 case Abort(request_id):
                     self._deliver(self._engine.abort(request_id))
                 case Load(model, runner, costs):

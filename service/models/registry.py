@@ -97,6 +97,7 @@ class ModelRegistry:
         folder = self._root / name
         if not MODEL_NAME.fullmatch(name) or not folder.is_dir():
             raise UnknownModel(name, self._available())
+        self._engine.check_ready()  # before the work
         if any(cascade.name == name for cascade in self._cascades):
             raise LoadConflict(f"{name} is the name of a cascade; reload its models")
         self._refuse_second_change()
@@ -187,6 +188,8 @@ async def _in_daemon(function: Callable[[], T]) -> T:
     called: Future[T] = Future()
 
     def call() -> None:
+        if not called.set_running_or_notify_cancel():
+            return
         try:
             called.set_result(function())
         except BaseException as error:

@@ -411,3 +411,15 @@ async def test_a_model_that_would_run_on_a_gpu_is_not_loaded_beside_others(tmp_p
         before = await served(service)
         assert (await change(service, "m")).status_code == 422
         assert await served(service) == before
+
+
+def test_nothing_is_loaded_while_the_service_drains(root: Path) -> None:
+    @runs
+    async def check() -> None:
+        shelf = Shelf()
+        async with running(root, shelf=shelf) as service:
+            service.app.state.service.engine.drain()
+            refused = await change(service, "m")
+            assert (refused.status_code, shelf.loaded) == (503, 0)
+
+    check()

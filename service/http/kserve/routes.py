@@ -234,8 +234,12 @@ async def infer(model: Model, request: Request, state: State) -> Response:
     Inference-Header-Content-Length must give the length of the object.
     """
     content, length = await request.body(), request.headers.get(LENGTH_HEADER)
-    body, native = await state.encoding.run_if_large(len(content), _read, content, length, model)
-    prepared = await prepare(native, request, state)
+    while True:
+        body, native = await state.encoding.run_if_large(len(content), _read, content, length, model)
+        prepared = await prepare(native, request, state)
+        if prepared.model is model:
+            break
+        model = prepared.model  # it was reloaded meanwhile: other outputs may exist
     if "version" in request.path_params:  # the model may have been reloaded meanwhile
         _refuse_other_version(prepared.model, request.path_params["version"])
     answered = await answer_when_done(prepared, request, state, partial(_answer, body))

@@ -77,9 +77,12 @@ async def edit_images(request: Request, state: State) -> Response:
     """
     content_type = request.headers.get("content-type", "")
     body = await state.encoding.run(read_edit, content_type, await request.body())
-    model = find_model(state.models, body.model)
-    native = native_request(body, model)
-    given = await state.encoding.run(given_of, body, model.config)
+    while True:
+        model = find_model(state.models, body.model)
+        native = native_request(body, model)
+        given = await state.encoding.run(given_of, body, model.config)
+        if find_model(state.models, body.model) is model:  # else it was reloaded meanwhile: other classes may apply
+            break
     return await _answered("image_edit", body, native.model_copy(update=given), request, state)
 
 

@@ -255,8 +255,7 @@ def test_the_largest_set_of_equal_sizes_is_used(
 
     runner: ArrayRunner[Any] = ArrayRunner(Grouped(tiny_config(), batch_sizes=(1, 2, 3, 4)), CONFIG)
     engine = Engine({"m": runner}, CONFIG, Metrics())
-    engine.warm_up()
-    engine.measure()
+    engine.warm_up()  # and no timed steps: on a busy machine, a smaller width may seem as fast
     assert runner.sizes.network == expected
     assert runner.max_rows == engine.scheduler.width("m") == expected[-1]
     engine.add(generation("r", *[params(steps=2, seed=k) for k in range(6)]), submitted_at=0.0)
