@@ -16,7 +16,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written, for example because the disk is full; an older file is unchanged.
     """
-    replace_file(path, lambda temporary: temporary.write_bytes(content))
+    replace_file(path, partial(Path.write_bytes, data=content))
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -27,7 +27,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
     remove_leftovers_in(folder, contents)
     for name, content in contents.items():
-        _replace(folder / name, partial(_write, content=content), cleans_up=False)
+        _replace(folder / name, partial(Path.write_bytes, data=content), cleans_up=False)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,10 +41,6 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the file cannot be written; an older file is unchanged.
     """
     _replace(path, write, cleans_up=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _replace(path: Path, write: Callable[[Path], object], *, cleans_up: bool) -> None:

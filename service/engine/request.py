@@ -28,7 +28,7 @@ Output = Literal["pixels", "values"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GivenArrays:
-    """Arrays of an image from outside, in host memory; the images of a request share them."""
+    """Arrays of an image from outside, in host memory; images of a request share those that are for all."""
 
     image: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     """Image or latent [C, H, W] that the chain begins with, in the units where data spans [-1, 1]; finite. None: there
